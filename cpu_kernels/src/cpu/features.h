@@ -1,0 +1,21 @@
+// What this machine can execute: CPUID and what the operating system saves on a context switch (XCR0).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "executor/args.h"
+
+namespace hybrid {
+
+// Kernel tables that run here, best first.
+std::vector<const KernelTable*> available_tables();
+
+// The features that `isa` needs and this machine lacks, in the spelling of /proc/cpuinfo. Throws
+// std::invalid_argument that lists the known names if `isa` is none of them.
+std::vector<std::string> missing_features(const std::string& isa);
+
+// The table of `isa`. Throws std::invalid_argument that names what is missing.
+const KernelTable& table_of(const std::string& isa);
+
+}  // namespace hybrid

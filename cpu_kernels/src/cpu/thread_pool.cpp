@@ -1,0 +1,105 @@
+#include "cpu/thread_pool.h"
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <chrono>
+
+namespace hybrid {
+namespace {
+
+constexpr auto kSpinAfterJob = std::chrono::microseconds(500);
+constexpr int kSpinsBeforeYield = 20000;  // about the time of a short op: longer means somebody else has our core
+
+void pin(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+// The calling thread belongs to the user: it is pinned for the length of a job only.
+class PinnedCaller {
+ public:
+  explicit PinnedCaller(const std::vector<int>& cpus) : active_(!cpus.empty()) {
+    if (!active_) return;
+    active_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0;
+    if (active_) pin(cpus[0]);
+  }
+  ~PinnedCaller() {
+    if (active_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+  }
+
+ private:
+  bool active_;
+  cpu_set_t before_;
+};
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads, std::vector<int> cpus) : threads_(threads), cpus_(std::move(cpus)) {
+  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard<std::mutex> lock(sleep_);
+    stop_ = true;
+    epoch_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(Job job, void* context) {
+  std::lock_guard<std::mutex> lock(one_caller_);
+  PinnedCaller pinned(cpus_);
+  job_ = job;
+  context_ = context;
+  {
+    std::lock_guard<std::mutex> guard(sleep_);
+    epoch_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  job(context, 0);
+  barrier();
+}
+
+void ThreadPool::barrier() {
+  if (threads_ == 1) return;
+  const unsigned generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (spins < kSpinsBeforeYield)
+      _mm_pause();
+    else
+      sched_yield();
+  }
+}
+
+void ThreadPool::wait_for_job(unsigned seen) {
+  const auto until = std::chrono::steady_clock::now() + kSpinAfterJob;
+  while (epoch_.load(std::memory_order_acquire) == seen) {
+    for (int i = 0; i < 64; ++i) _mm_pause();
+    if (std::chrono::steady_clock::now() < until) continue;
+    std::unique_lock<std::mutex> lock(sleep_);
+    wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+  }
+}
+
+void ThreadPool::work(int thread) {
+  if (thread < int(cpus_.size())) pin(cpus_[thread]);
+  for (unsigned seen = 0;; ++seen) {
+    wait_for_job(seen);
+    if (stop_) return;
+    job_(context_, thread);
+    barrier();
+  }
+}
+
+}  // namespace hybrid

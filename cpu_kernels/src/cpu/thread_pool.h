@@ -1,0 +1,51 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hybrid {
+
+// A fixed set of threads that run one function together. They spin between the barriers of a step, and for a moment
+// after it (the next token is on its way), then sleep. The caller of `run` is thread 0.
+class ThreadPool {
+ public:
+  // Thread i is pinned to cpus[i]; an empty list pins nothing. Refused pinning is no error.
+  ThreadPool(int threads, std::vector<int> cpus);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return threads_; }
+  // Calls function(thread) on every thread and returns when all have; one caller at a time.
+  template <class Function>
+  void run(Function& function) {
+    run([](void* f, int thread) { (*static_cast<Function*>(f))(thread); }, &function);
+  }
+  // All threads of the running function meet; what each wrote before is seen by all after.
+  void barrier();
+
+ private:
+  using Job = void (*)(void*, int);
+  void run(Job job, void* context);
+  void work(int thread);
+  void wait_for_job(unsigned seen);
+
+  const int threads_;
+  const std::vector<int> cpus_;
+  std::mutex one_caller_;
+  Job job_ = nullptr;
+  void* context_ = nullptr;
+  bool stop_ = false;
+
+  alignas(64) std::atomic<unsigned> epoch_{0};  // counts jobs
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> generation_{0};  // counts barriers
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace hybrid

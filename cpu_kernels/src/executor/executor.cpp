@@ -1,0 +1,172 @@
+#include "executor/executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace hybrid {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+// Cosines and sines of every row's position, once a step for all layers. The angle is rounded to fp32, as the
+// reference implementations do: at position 100000 that moves it by more than any kernel's own error.
+void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
+  const int half = args.dim / 2;
+  for (int row = work.thread; row < step.rows; row += work.threads) {
+    float* out = args.table + int64_t(row) * args.dim;
+    for (int i = 0; i < half; ++i) {
+      const float angle = float(step.positions[row]) * args.inverse_frequencies[i];
+      out[i] = float(std::cos(double(angle))) * args.factor;
+      out[half + i] = float(std::sin(double(angle))) * args.factor;
+    }
+  }
+}
+
+// Counting sort of (row, expert) pairs by expert. Serial: a few microseconds beside the milliseconds of the experts.
+void group(const GroupArgs& args, const Step& step, const Work& work) {
+  if (work.thread != 0) return;
+  const Routing& r = args.routing;
+  const int pairs = step.rows * args.top_k;
+  const auto expert = [&](int pair) { return args.ids ? args.ids[pair] : 0; };
+  std::fill(r.offsets, r.offsets + args.experts + 1, 0);
+  for (int pair = 0; pair < pairs; ++pair) ++r.offsets[expert(pair) + 1];
+  *r.count = 0;
+  for (int e = 0; e < args.experts; ++e) {
+    if (r.offsets[e + 1] > 0) r.active[(*r.count)++] = e;
+    r.offsets[e + 1] += r.offsets[e];
+  }
+  for (int pair = 0; pair < pairs; ++pair) {
+    const int at = r.offsets[expert(pair)]++;
+    r.rows[at] = pair / args.top_k;
+    r.weights[at] = args.weights ? args.weights[pair] : 1.0f;
+  }
+  for (int e = args.experts; e > 0; --e) r.offsets[e] = r.offsets[e - 1];
+  r.offsets[0] = 0;
+}
+
+struct Runner {
+  const KernelTable& kernels;
+  const Step& step;
+  const Work& work;
+
+  void operator()(const EmbedArgs& a) const { kernels.embed(a, step, work); }
+  void operator()(const RopeTableArgs& a) const { rope_table(a, step, work); }
+  void operator()(const NormArgs& a) const { kernels.norm(a, step, work); }
+  void operator()(const GemmArgs& a) const { kernels.gemm(a, step, work); }
+  void operator()(const QkvArgs& a) const { kernels.qkv(a, step, work); }
+  void operator()(const AttentionArgs& a) const { kernels.attention(a, step, work); }
+  void operator()(const MergeArgs& a) const { kernels.merge(a.attention, step, work); }
+  void operator()(const RouterArgs& a) const { kernels.router(a, step, work); }
+  void operator()(const TopkArgs& a) const { kernels.topk(a, step, work); }
+  void operator()(const GroupArgs& a) const { group(a, step, work); }
+  void operator()(const GateUpArgs& a) const { kernels.gate_up(a, step, work); }
+  void operator()(const DownArgs& a) const { kernels.down(a, step, work); }
+};
+
+}  // namespace
+
+Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool, Limits limits)
+    : kernels_(kernels),
+      pool_(std::move(pool)),
+      limits_(limits),
+      scratch_(limits.scratch_bytes * size_t(pool_->size()), true) {}
+
+void Executor::add(Part part, const OpArgs& args) {
+  if (const auto* attention = std::get_if<AttentionArgs>(&args)) {
+    const int group = attention->heads / attention->kv_heads;
+    require(group <= kMaxTileRows, "attention with " + std::to_string(group) + " query heads per KV head; at most " +
+                                       std::to_string(kMaxTileRows) + " are supported");
+    const size_t rows = size_t(std::max(kAttentionRows, group));
+    const size_t needed = rows * (kKeys * 6 + size_t(attention->kv.value_dim + kBlock) * 8);
+    require(needed <= limits_.scratch_bytes, "attention needs " + std::to_string(needed) + " bytes of scratch");
+    group_ = std::max(group_, group);
+  }
+  if (const auto* qkv = std::get_if<QkvArgs>(&args))
+    require(qkv->head_dim <= kMaxHeadDim, "head_dim " + std::to_string(qkv->head_dim) + " is above " +
+                                              std::to_string(kMaxHeadDim));
+  ops_.push_back({part, args});
+  counters_.assign(ops_.size(), 0);
+  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
+}
+
+void Executor::check(const Step& step) const {
+  require(step.rows >= 1 && step.rows <= limits_.rows, "a step of " + std::to_string(step.rows) +
+                                                           " rows; planned for 1 to " + std::to_string(limits_.rows));
+  std::vector<bool> ended(size_t(limits_.slots), false);
+  for (int i = 0; i < step.rows; ++i) {
+    const auto in = [](int x, int end) { return x >= 0 && x < end; };
+    require(in(step.tokens[i], limits_.vocab), "token id " + std::to_string(step.tokens[i]) +
+                                                   " is outside the vocabulary of " + std::to_string(limits_.vocab));
+    require(in(step.slots[i], limits_.slots), "slot " + std::to_string(step.slots[i]) + " of " +
+                                                  std::to_string(limits_.slots));
+    require(in(step.positions[i], limits_.positions), "position " + std::to_string(step.positions[i]) + " of " +
+                                                          std::to_string(limits_.positions));
+    if (i == 0) continue;
+    if (step.slots[i] == step.slots[i - 1]) {
+      require(step.positions[i] == step.positions[i - 1] + 1, "positions of a slot must ascend by one");
+    } else {
+      ended[size_t(step.slots[i - 1])] = true;
+      require(!ended[size_t(step.slots[i])], "rows of a slot must be adjacent");
+    }
+  }
+  for (int i = 0; i < step.logit_rows; ++i)
+    require(step.logit_index[i] >= 0 && step.logit_index[i] < step.rows, "logit row outside the step");
+}
+
+bool Executor::needed(const Op& op, const Step& step) const {
+  if (std::holds_alternative<MergeArgs>(op.args)) return step.split_tiles > 0;
+  return op.part != Part::head || step.logit_rows > 0;
+}
+
+Outcome Executor::asked_to_stop(Interrupted interrupted) {
+  if (cancelled_.exchange(false, std::memory_order_relaxed)) return Outcome::cancelled;
+  const double time = now();
+  if (time < next_check_) return Outcome::done;
+  next_check_ = time + 0.1;
+  return interrupted && interrupted() ? Outcome::interrupted : Outcome::done;
+}
+
+Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
+  check(step);
+  schedule_->build(step);
+  std::fill(counters_.begin(), counters_.end(), 0);
+  times.fill(0);
+  next_check_ = now() + 0.1;
+  Outcome outcome = Outcome::done;
+  std::atomic<int> last{INT_MAX};  // the op after which all threads leave; set before the barrier that ends it
+
+  auto job = [&](int thread) {
+    double before = thread == 0 ? now() : 0;
+    for (int i = 0; i < int(ops_.size()); ++i) {
+      const Op& op = ops_[size_t(i)];
+      if (!needed(op, step)) continue;
+      char* scratch = scratch_.data() + limits_.scratch_bytes * size_t(thread);
+      std::visit(Runner{kernels_, step, {thread, pool_->size(), &counters_[size_t(i)], scratch}}, op.args);
+      if (thread == 0) {
+        outcome = asked_to_stop(interrupted);
+        if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
+      }
+      pool_->barrier();
+      if (last.load(std::memory_order_relaxed) <= i) return;
+      if (thread == 0) {
+        const double after = now();
+        times[size_t(op.part)] += after - before;
+        before = after;
+      }
+    }
+  };
+  pool_->run(job);
+  return outcome;
+}
+
+}  // namespace hybrid

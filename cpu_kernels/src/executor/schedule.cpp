@@ -1,0 +1,36 @@
+#include "executor/schedule.h"
+
+#include <algorithm>
+
+namespace hybrid {
+
+Schedule::Schedule(int max_rows, int group) : tile_rows_(std::max(1, kAttentionRows / group)) {
+  tiles_.reserve(size_t(max_rows));
+}
+
+void Schedule::add(const Step& step, int row, int rows, bool split) {
+  const int position = step.positions[row], blocks = position / kKeys + 1;
+  tiles_.push_back({row, rows, step.slots[row], position, split, tasks_, states_});
+  tasks_ += split ? blocks : 1;
+  splits_ += split;
+  if (split) states_ += blocks;
+}
+
+void Schedule::build(Step& step) {
+  tiles_.clear();
+  tasks_ = splits_ = 0;
+  states_ = 0;
+  for (int first = 0; first < step.rows;) {
+    int last = first + 1;
+    while (last < step.rows && step.slots[last] == step.slots[first]) ++last;
+    const bool split = last - first == 1 && step.positions[first] >= kKeys;
+    for (int row = first; row < last; row += tile_rows_) add(step, row, std::min(tile_rows_, last - row), split);
+    first = last;
+  }
+  step.tiles = tiles_.data();
+  step.tile_count = int(tiles_.size());
+  step.attention_tasks = tasks_;
+  step.split_tiles = splits_;
+}
+
+}  // namespace hybrid

@@ -1,0 +1,108 @@
+// AVX2 with FMA: sixteen lanes are two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "executor/args.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct Avx2 {
+  struct F32 {
+    __m256 lo, hi;
+  };
+  struct Line {
+    F32 even, odd;
+  };
+  struct Pair {
+    __m256 even, odd;
+  };
+  static constexpr int max_rows = 2;
+  static constexpr int max_blocks = 2;
+
+  static F32 zero() { return set(0.0f); }
+  static F32 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F32 x) {
+    _mm256_storeu_ps(p, x.lo);
+    _mm256_storeu_ps(p + 8, x.hi);
+  }
+  static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static F32 fma(F32 a, F32 b, F32 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static F32 round(F32 x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.lo, mode), _mm256_round_ps(x.hi, mode)};
+  }
+  static F32 times_power_of_two(F32 x, F32 n) {
+    return {_mm256_mul_ps(x.lo, power_of_two(n.lo)), _mm256_mul_ps(x.hi, power_of_two(n.hi))};
+  }
+  static float sum(F32 x) {
+    const __m256 a = _mm256_add_ps(x.lo, x.hi);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+  }
+  static float largest(F32 x) {
+    const __m256 a = _mm256_max_ps(x.lo, x.hi);
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+  }
+  static F32 keep(F32 x, int first, int last, float other) {
+    const __m256i lo = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i hi = _mm256_add_epi32(lo, _mm256_set1_epi32(8));
+    return {keep_half(x.lo, lo, first, last, other), keep_half(x.hi, hi, first, last, other)};
+  }
+  static void store_bf16(bf16* p, F32 x) {
+    const __m256i packed = _mm256_packus_epi32(round_bf16(x.lo), round_bf16(x.hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+
+  static Line load_line(const char* p) {
+    const __m256i lo = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i hi = _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32));
+    return {{even(lo), even(hi)}, {odd(lo), odd(hi)}};
+  }
+  static Pair load_pair(const bf16* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    const __m256i both = _mm256_set1_epi32(bits);
+    return {even(both), odd(both)};
+  }
+  static F32 dot(F32 acc, Line line, Pair pair) {
+    const __m256 lo = _mm256_fmadd_ps(line.even.lo, pair.even, acc.lo);
+    const __m256 hi = _mm256_fmadd_ps(line.even.hi, pair.even, acc.hi);
+    return {_mm256_fmadd_ps(line.odd.lo, pair.odd, lo), _mm256_fmadd_ps(line.odd.hi, pair.odd, hi)};
+  }
+
+ private:
+  static __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static __m256 odd(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+  }
+  static __m256 power_of_two(__m256 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  }
+  static __m256 keep_half(__m256 x, __m256i lane, int first, int last, float other) {
+    const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane),
+                                           _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lane));
+    return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(in));
+  }
+  static __m256i round_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  }
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

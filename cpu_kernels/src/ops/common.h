@@ -1,0 +1,84 @@
+// Small pieces that every op uses. Compiled once per instruction set, inside its namespace.
+#pragma once
+
+#include "executor/args.h"
+
+#define HYBRID_INLINE inline __attribute__((always_inline))
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+using F32 = Isa::F32;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+struct Range {
+  int first, last;
+};
+
+// This thread's contiguous share of `count` items.
+static HYBRID_INLINE Range share(int count, const Work& work) {
+  const auto cut = [&](int i) { return int(int64_t(count) * i / work.threads); };
+  return {cut(work.thread), cut(work.thread + 1)};
+}
+
+// The next task of an op whose tasks cost differently.
+static HYBRID_INLINE int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
+
+static HYBRID_INLINE int least(int a, int b) { return a < b ? a : b; }
+static HYBRID_INLINE int most(int a, int b) { return a > b ? a : b; }
+
+// e^x to about 1 ulp: x = n ln 2 + r, and a polynomial for e^r. Clamped so that n stays a normal exponent.
+static HYBRID_INLINE F32 exponential(F32 x) {
+  x = Isa::max(x, Isa::set(-87.0f));
+  const F32 n = Isa::round(Isa::mul(x, Isa::set(1.44269504f)));
+  const F32 r = Isa::fma(n, Isa::set(2.12194440e-4f), Isa::fma(n, Isa::set(-0.693359375f), x));
+  F32 p = Isa::set(1.9875691500e-4f);
+  p = Isa::fma(p, r, Isa::set(1.3981999507e-3f));
+  p = Isa::fma(p, r, Isa::set(8.3334519073e-3f));
+  p = Isa::fma(p, r, Isa::set(4.1665795894e-2f));
+  p = Isa::fma(p, r, Isa::set(1.6666665459e-1f));
+  p = Isa::fma(p, r, Isa::set(5.0000001201e-1f));
+  p = Isa::fma(Isa::mul(p, r), r, Isa::add(r, Isa::set(1.0f)));
+  return Isa::times_power_of_two(p, n);
+}
+
+static HYBRID_INLINE float exponential(float x) {
+  float lanes[16];
+  Isa::store(lanes, exponential(Isa::set(x)));
+  return lanes[0];
+}
+
+static HYBRID_INLINE F32 silu(F32 x) {
+  const F32 minus = Isa::max(Isa::sub(Isa::zero(), x), Isa::set(-87.0f));
+  const F32 bounded = Isa::sub(Isa::zero(), Isa::max(Isa::sub(Isa::zero(), minus), Isa::set(-88.0f)));
+  return Isa::div(x, Isa::add(Isa::set(1.0f), exponential(bounded)));
+}
+
+// Lanes [0, count) of x go to p; count <= 16.
+static HYBRID_INLINE void store_some(float* p, F32 x, int count) {
+  if (count == kBlock) return Isa::store(p, x);
+  float lanes[kBlock];
+  Isa::store(lanes, x);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+static HYBRID_INLINE F32 load_some(const float* p, int count) {
+  if (count == kBlock) return Isa::load(p);
+  float lanes[kBlock] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return Isa::load(lanes);
+}
+
+static HYBRID_INLINE void store_some_bf16(bf16* p, F32 x, int count) {
+  if (count == kBlock) return Isa::store_bf16(p, x);
+  bf16 lanes[kBlock];
+  Isa::store_bf16(lanes, x);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,21 @@
+// All ops of one instruction set. An instance defines HYBRID_ISA and `Isa`, then includes this.
+#pragma once
+
+#include "ops/attention.h"
+#include "ops/embedding.h"
+#include "ops/gemm.h"
+#include "ops/moe.h"
+#include "ops/norm.h"
+#include "ops/probe.h"
+#include "ops/qkv.h"
+#include "ops/router.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+static constexpr KernelTable make_table(const char* name) {
+  return {name, embed, norm, gemm, qkv, attention, merge, router, topk, gate_up, down, read, multiply};
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,34 @@
+#pragma once
+
+#include "ops/common.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// 1 / sqrt(mean(x^2) + eps)
+static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
+  F32 squares = Isa::zero();
+  for (int i = 0; i < width; i += kBlock) {
+    const F32 v = load_some(x + i, least(kBlock, width - i));
+    squares = Isa::fma(v, v, squares);
+  }
+  return 1.0f / __builtin_sqrtf(Isa::sum(squares) / float(width) + eps);
+}
+
+static void norm(const NormArgs& args, const Step& step, const Work& work) {
+  const Range rows = share(args.logit_rows ? step.logit_rows : step.rows, work);
+  for (int row = rows.first; row < rows.last; ++row) {
+    const float* x = args.input + int64_t(args.logit_rows ? step.logit_index[row] : row) * args.input_stride;
+    const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps));
+    for (int i = 0; i < args.width; i += kBlock) {
+      const int count = least(kBlock, args.width - i);
+      const F32 normed = Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.weight + i, count));
+      const int64_t at = int64_t(row) * args.output_stride + i;
+      store_some_bf16(args.output + at, normed, count);
+      if (args.output_f32) store_some(args.output_f32 + at, normed, count);
+    }
+  }
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

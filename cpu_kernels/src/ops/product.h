@@ -1,0 +1,141 @@
+// The one matrix product: rows of bf16 times packed blocks, accumulated in fp32 registers, handed to an epilogue.
+//
+// Every output element is one chain of fused dot products over k in ascending order, whatever the number of rows,
+// threads or panels: so a token's result does not depend on what it is batched with.
+#pragma once
+
+#include "ops/common.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Rows of the left operand; `index` (may be null) picks them.
+struct Rows {
+  const bf16* base;
+  int64_t stride;  // elements
+  const int32_t* index;
+
+  HYBRID_INLINE const bf16* at(int row) const { return base + (index ? index[row] : row) * stride; }
+};
+
+// Packed right operand: line i of block j lies at data + j * block_stride + i * line_stride.
+struct Blocks {
+  const char* data;
+  int64_t block_stride;
+  int64_t line_stride;
+  int pairs;  // lines in a block
+};
+
+enum class Fetch {
+  none,   // the operand is near
+  lines,  // every line, `ahead` bytes further on
+  one,    // one line a step from `next`: the panel to come is read while this one is multiplied
+};
+
+template <Fetch fetch, int MR, int NB>
+static HYBRID_INLINE void multiply(F32 (&acc)[MR][NB], const bf16* const (&a)[MR], const char* b, const Blocks& w,
+                                   int pairs, int64_t ahead, const char* next) {
+  for (int i = 0; i < pairs; ++i) {
+    Isa::Line line[NB];
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) {
+      line[j] = Isa::load_line(b + j * w.block_stride);
+      if (fetch == Fetch::lines) __builtin_prefetch(b + j * w.block_stride + ahead, 0, 3);
+    }
+    if (fetch == Fetch::one) __builtin_prefetch(next + int64_t(i) * kLine, 0, 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const Isa::Pair pair = Isa::load_pair(a[r] + 2 * i);
+#pragma GCC unroll 8
+      for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], line[j], pair);
+    }
+    b += w.line_stride;
+  }
+}
+
+template <int MR, class Function>
+static HYBRID_INLINE void with_rows(int rows, Function function) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return with_rows<MR - 1>(rows, function);
+  }
+  function(Int<MR>{});
+}
+
+// Calls function(Int<MR>, first row, tile) for tiles of nearly equal height: a last tile of one row would waste most.
+template <class Function>
+static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
+  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  for (int tile = 0, row = 0; tile < tiles; ++tile) {
+    const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
+    with_rows<Isa::max_rows>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
+    row += height;
+  }
+}
+
+// Calls function(Int<NB>, first block): as wide as registers allow, then what is left in multiples of `unit`.
+template <int unit, class Function>
+static HYBRID_INLINE void for_block_groups(int first, int last, Function function) {
+  int block = first;
+  for (; block + Isa::max_blocks <= last; block += Isa::max_blocks) function(Int<Isa::max_blocks>{}, block);
+  for (; block < last; block += unit) function(Int<unit>{}, block);
+}
+
+constexpr int kPanelPairs = 128;       // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kStreamAhead = 3072;     // bytes: memory latency times one core's share of the bandwidth
+constexpr int kNextPanelTiles = 4;     // with fewer row tiles than this, the first fetches the whole next panel
+
+// product[r, c] for rows [0, rows) and blocks [first, last), each finished tile passed to
+// epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
+template <int unit, class Epilogue>
+static void product(const Rows& left, int rows, const Blocks& w, int first, int last, float* scratch,
+                    Epilogue epilogue) {
+  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  for_block_groups<unit>(first, last, [&](auto nb, int block) __attribute__((always_inline)) {
+    constexpr int NB = decltype(nb)::value;
+    const char* group = w.data + block * w.block_stride;
+    const int panel = tiles == 1 ? w.pairs : kPanelPairs;
+    for (int start = 0; start < w.pairs; start += panel) {
+      const int pairs = least(panel, w.pairs - start);
+      const bool last_panel = start + pairs == w.pairs;
+      const char* b = group + start * w.line_stride;
+      const int64_t to_next = last_panel ? NB * w.block_stride - start * w.line_stride : pairs * w.line_stride;
+      for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
+        constexpr int MR = decltype(mr)::value;
+        const bf16* a[MR];
+        F32 acc[MR][NB];
+        float* saved = scratch + row * NB * kBlock;
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) {
+          a[r] = left.at(row + r) + 2 * start;
+#pragma GCC unroll 8
+          for (int j = 0; j < NB; ++j)
+            acc[r][j] = start == 0 ? Isa::zero() : Isa::load(saved + (r * NB + j) * kBlock);
+        }
+        if (tiles == 1) {
+          // The stream runs on into the next group, so the last lines fetch that group's first.
+          const int lead = least(kStreamAhead / kLine, pairs);
+          const int64_t ahead = lead * w.line_stride;
+          multiply<Fetch::lines>(acc, a, b, w, pairs - lead, ahead, nullptr);
+#pragma GCC unroll 16
+          for (int r = 0; r < MR; ++r) a[r] += 2 * (pairs - lead);
+          multiply<Fetch::lines>(acc, a, b + (pairs - lead) * w.line_stride, w, lead,
+                                 ahead + NB * w.block_stride - pairs * w.line_stride, nullptr);
+        } else if (tile == 0 && tiles < kNextPanelTiles) {
+          multiply<Fetch::lines>(acc, a, b, w, pairs, to_next, nullptr);
+        } else if (tile < NB && tiles >= kNextPanelTiles) {
+          multiply<Fetch::one>(acc, a, b, w, pairs, 0, b + to_next + tile * w.block_stride);
+        } else {
+          multiply<Fetch::none>(acc, a, b, w, pairs, 0, nullptr);
+        }
+        if (last_panel) return epilogue(acc, row, block);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < NB; ++j) Isa::store(saved + (r * NB + j) * kBlock, acc[r][j]);
+      });
+    }
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,98 @@
+"""Passive types shared by every layer. A leaf: imports nothing of the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Checked by `hybrid.sampler.check_params`, not on construction.
+
+    temperature 0 is greedy. top_k 0, top_p 1.0 and min_p 0.0 switch those filters off; repetition_penalty 1.0,
+    presence_penalty 0.0 and frequency_penalty 0.0 switch the penalties off. logprobs: None, or how many of the most
+    likely tokens to report beside the chosen one (0 reports the chosen one alone). seed None draws a fresh one.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of the chosen token and of the most likely ones, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Completion:
+    """What one prompt produced. `text` never contains the stop string or half a character."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+    index: int = 0  # position of the prompt in the list given to `generate`
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """One piece of streamed text; `finish_reason` is set on the last piece only."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: rows of decode and prefill mixed. Rows of one slot are adjacent and their positions ascend by one.
+
+    token_ids, slots, positions: int32 [rows]. logit_rows: int32 [n], ascending rows whose next-token logits are wanted.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    logit_rows: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds that one step spent in each part, measured inside the executor; `sampling` is set by the scheduler."""
+
+    attention: float = 0.0  # projections, norms, rope and attention itself
+    moe: float = 0.0  # router, experts and dense feed-forward
+    head: float = 0.0  # final norm and output head
+    other: float = 0.0  # embedding and rope tables
+    sampling: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """logits: float32 [len(batch.logit_rows), vocab], in the order of `logit_rows`; valid until the next step."""
+
+    logits: npt.NDArray[np.float32]
+    times: StepTimes

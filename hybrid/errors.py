@@ -1,0 +1,29 @@
+"""Named errors. Each message is one line: the cause, the value, what is allowed, what to change."""
+
+
+class HybridError(Exception):
+    """Base of everything this library raises on purpose; the command line turns it into exit code 2."""
+
+
+class ConfigError(HybridError):
+    """A flag, parameter or model configuration is missing, contradictory or out of range."""
+
+
+class WeightsError(HybridError):
+    """A checkpoint or packed store is missing, damaged or does not match its configuration."""
+
+
+class CapacityError(HybridError):
+    """Something does not fit: memory, disk, sequence length."""
+
+
+class RequestError(HybridError):
+    """One request cannot be served as asked; others are not affected."""
+
+
+class KernelError(HybridError):
+    """The compiled kernels refuse: an instruction set that this machine lacks, a step out of the planned extents."""
+
+
+class StepCancelled(HybridError):
+    """The running step was cancelled between two of its operations; what it wrote must be discarded."""
