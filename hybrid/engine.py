@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,12 +17,27 @@ from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
+from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
 from hybrid.plan import Plan, make_plan
 from hybrid.program import Buffer, Kv, Op, RoutingTable, Weight, ropes
+from hybrid.weights.checkpoint import read_config
+from hybrid.weights.pack import Notice, Progress, cached_store
 from hybrid.weights.store import Store
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
+
+
+def plan_model(config: EngineConfig) -> Plan:
+    """The plan of the configured model on this machine, from its config.json alone: no weight is read or packed.
+
+    Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
+    """
+    check_config(config)
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {config.device} cannot be had in this version; use auto or cpu")
+    spec = model_spec(read_config(config.model_path or EMBEDDED_MODEL))
+    return make_plan(spec, probe(config.isa), config)
 
 
 class Engine:
@@ -44,6 +58,21 @@ class Engine:
         self._executor = self._bind()
         self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
         self.load_seconds = time.perf_counter() - start
+
+    @classmethod
+    def open(cls, config: EngineConfig, progress: Progress | None = None, notice: Notice | None = None) -> Engine:
+        """Plan, refuse what does not fit, map the store (packing a Hugging Face directory the first time), bind.
+
+        progress and notice are those of `hybrid.weights.pack.cached_store`.
+        """
+        start = time.perf_counter()
+        plan = plan_model(config)
+        plan.require_fit()
+        path = config.model_path or EMBEDDED_MODEL
+        wanted = "bf16" if config.weight_format == "auto" else config.weight_format
+        engine = cls(cached_store(path, config.cache_dir, wanted, progress, notice, config.check), plan)
+        engine.load_seconds = time.perf_counter() - start
+        return engine
 
     def forward(self, batch: Batch) -> StepResult:
         """Run one step. `logits` belongs to the engine and is overwritten by the next step.
@@ -81,7 +110,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _many_logits(self, rows: int) -> npt.NDArray[np.float32]:
@@ -89,7 +120,7 @@ class Engine:
         return np.empty((rows, self.spec.vocab), np.float32)
 
     def _address(self, name: str) -> int:
-        return self._arena.address + self.plan.buffers[name][0]
+        return int(self._arena.address) + self.plan.buffers[name][0]
 
     def _write_frequencies(self) -> None:
         for i, rope in enumerate(ropes(self.spec)):

@@ -191,7 +191,10 @@ def check_supported(spec: ModelSpec) -> None:
         }
         if ffn.router:
             plain = not (ffn.router.bias or ffn.router.correction_bias) and ffn.router.groups == 1
-            checks[f"router of kind {ffn.router.kind!r}"] = plain and ffn.router.kind in ("softmax", "topk_softmax")
+            checks[f"router of kind {ffn.router.kind!r}"] = plain and ffn.router.kind in (
+                "softmax",
+                "topk_softmax",
+            )
         for what, supported in checks.items():
             if not supported:
                 raise ConfigError(f"model_type {spec.model_type!r} uses {what}, which this version cannot run")

@@ -125,18 +125,18 @@ void bind_ops(nb::class_<Executor>& c) {
       [](Executor& e, Part part, Address qkv, Address rope, Address q_norm, Address k_norm, Address q,
          const KvLayout& kv, int heads, int kv_heads, int head_dim, int rope_dim, bool interleaved, int qkv_stride,
          float eps) {
-        e.add(part, QkvArgs{at<const float>(qkv), at<const float>(rope), at<const float>(q_norm),
-                            at<const float>(k_norm), at<bf16>(q), kv, heads, kv_heads, head_dim, rope_dim, interleaved,
-                            qkv_stride, eps});
+        e.add(part,
+              QkvArgs{at<const float>(qkv), at<const float>(rope), at<const float>(q_norm), at<const float>(k_norm),
+                      at<bf16>(q), kv, heads, kv_heads, head_dim, rope_dim, interleaved, qkv_stride, eps});
       },
       "part"_a, "qkv"_a, "rope"_a, "q_norm"_a, "k_norm"_a, "q"_a, "kv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
       "rope_dim"_a, "interleaved"_a, "qkv_stride"_a, "eps"_a);
   c.def(
       "attention",
-      [](Executor& e, Part part, Address q, Address output, Address states, const KvLayout& kv, int heads,
-         int kv_heads, int head_dim, int output_stride, int window, float scale) {
-        const AttentionArgs args{at<const bf16>(q), at<bf16>(output), at<float>(states), kv, heads, kv_heads,
-                                 head_dim, output_stride, window, scale};
+      [](Executor& e, Part part, Address q, Address output, Address states, const KvLayout& kv, int heads, int kv_heads,
+         int head_dim, int output_stride, int window, float scale) {
+        const AttentionArgs args{at<const bf16>(q), at<bf16>(output), at<float>(states), kv,     heads,
+                                 kv_heads,          head_dim,         output_stride,     window, scale};
         e.add(part, args);
         e.add(part, MergeArgs{args});
       },
@@ -152,10 +152,10 @@ void bind_ops(nb::class_<Executor>& c) {
       "part"_a, "input"_a, "weight"_a, "logits"_a, "experts"_a, "hidden"_a, "input_stride"_a);
   c.def(
       "topk",
-      [](Executor& e, Part part, Address logits, Address ids, Address weights, int experts, int top_k,
-         bool renormalise, bool softmax_after, float scale) {
-        e.add(part, TopkArgs{at<const float>(logits), at<int32_t>(ids), at<float>(weights), experts, top_k,
-                             renormalise, softmax_after, scale});
+      [](Executor& e, Part part, Address logits, Address ids, Address weights, int experts, int top_k, bool renormalise,
+         bool softmax_after, float scale) {
+        e.add(part, TopkArgs{at<const float>(logits), at<int32_t>(ids), at<float>(weights), experts, top_k, renormalise,
+                             softmax_after, scale});
       },
       "part"_a, "logits"_a, "ids"_a, "weights"_a, "experts"_a, "top_k"_a, "renormalise"_a, "softmax_after"_a,
       "scale"_a);
@@ -169,8 +169,8 @@ void bind_ops(nb::class_<Executor>& c) {
       "gate_up",
       [](Executor& e, Part part, Address input, const Routing& routing, Address experts, Address output,
          int64_t expert_stride, int blocks, int pairs, int input_stride, int output_stride) {
-        e.add(part, GateUpArgs{at<const bf16>(input), routing, at<const char>(experts), at<bf16>(output),
-                               expert_stride, blocks, pairs, input_stride, output_stride});
+        e.add(part, GateUpArgs{at<const bf16>(input), routing, at<const char>(experts), at<bf16>(output), expert_stride,
+                               blocks, pairs, input_stride, output_stride});
       },
       "part"_a, "input"_a, "routing"_a, "experts"_a, "output"_a, "expert_stride"_a, "blocks"_a, "pairs"_a,
       "input_stride"_a, "output_stride"_a);
@@ -178,8 +178,8 @@ void bind_ops(nb::class_<Executor>& c) {
       "down",
       [](Executor& e, Part part, Address input, const Routing& routing, Address experts, Address output,
          int64_t expert_stride, int blocks, int pairs, int input_stride, int output_stride) {
-        e.add(part, DownArgs{at<const bf16>(input), routing, at<const char>(experts), at<float>(output),
-                             expert_stride, blocks, pairs, input_stride, output_stride});
+        e.add(part, DownArgs{at<const bf16>(input), routing, at<const char>(experts), at<float>(output), expert_stride,
+                             blocks, pairs, input_stride, output_stride});
       },
       "part"_a, "input"_a, "routing"_a, "experts"_a, "output"_a, "expert_stride"_a, "blocks"_a, "pairs"_a,
       "input_stride"_a, "output_stride"_a);
@@ -239,7 +239,7 @@ NB_MODULE(_ext, m) {
           },
           "isa"_a, "pool"_a, "rows"_a, "slots"_a, "positions"_a, "vocab"_a, "scratch_bytes"_a)
       .def("step", &run_step, "token_ids"_a, "slots"_a, "positions"_a, "logit_rows"_a, "logits"_a,
-          "Run one step; returns seconds spent in (attention, moe, head, other).")
+           "Run one step; returns seconds spent in (attention, moe, head, other).")
       .def("cancel", &Executor::cancel)
       .def_prop_ro("op_count", &Executor::op_count);
   bind_ops(executor);

@@ -39,17 +39,19 @@ std::vector<Isa> known_isas() {
   const uint64_t state = saved_state();
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
 
-  std::vector<Feature> avx2 = {{"avx2", ymm && (ebx7 & bit_AVX2)},
-                               {"fma", ymm && (ecx1 & bit_FMA)},
-                               {"f16c", ymm && (ecx1 & bit_F16C)}};
+  std::vector<Feature> avx2 = {
+      {"avx2", ymm && (ebx7 & bit_AVX2)}, {"fma", ymm && (ecx1 & bit_FMA)}, {"f16c", ymm && (ecx1 & bit_F16C)}};
   std::vector<Feature> avx512 = avx2;
-  for (const Feature& f : {Feature{"avx512f", zmm && (ebx7 & bit_AVX512F)}, {"avx512bw", zmm && (ebx7 & bit_AVX512BW)},
-                           {"avx512vl", zmm && (ebx7 & bit_AVX512VL)}, {"avx512dq", zmm && (ebx7 & bit_AVX512DQ)}})
+  for (const Feature& f : {Feature{"avx512f", zmm && (ebx7 & bit_AVX512F)},
+                           {"avx512bw", zmm && (ebx7 & bit_AVX512BW)},
+                           {"avx512vl", zmm && (ebx7 & bit_AVX512VL)},
+                           {"avx512dq", zmm && (ebx7 & bit_AVX512DQ)}})
     avx512.push_back(f);
   std::vector<Feature> avx512_bf16 = avx512;
   avx512_bf16.push_back({"avx512_bf16", zmm && (eax71 & (1u << 5))});
   avx512_bf16.push_back({"avx512_vnni", zmm && (ecx7 & (1u << 11))});
-  return {{&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, {}}};
+  return {
+      {&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, {}}};
 }
 
 const Isa& find(const std::string& name) {

@@ -155,7 +155,7 @@ constexpr int kLine = 64;           // bytes: 16 columns x one pair of bf16
 constexpr int kKeys = 256;          // keys of one partial softmax, so results never depend on how work is split
 constexpr int kAttentionRows = 48;  // query rows times heads of one attention tile, unless one row has more heads
 
-constexpr int kMaxTileRows = 256;     // query heads of one KV head at most
+constexpr int kMaxTileRows = 256;  // query heads of one KV head at most
 constexpr int kMaxHeadDim = 1024;
 
 // The kernels of one instruction set.

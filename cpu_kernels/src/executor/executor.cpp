@@ -10,9 +10,7 @@
 namespace hybrid {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
@@ -92,25 +90,25 @@ void Executor::add(Part part, const OpArgs& args) {
     group_ = std::max(group_, group);
   }
   if (const auto* qkv = std::get_if<QkvArgs>(&args))
-    require(qkv->head_dim <= kMaxHeadDim, "head_dim " + std::to_string(qkv->head_dim) + " is above " +
-                                              std::to_string(kMaxHeadDim));
+    require(qkv->head_dim <= kMaxHeadDim,
+            "head_dim " + std::to_string(qkv->head_dim) + " is above " + std::to_string(kMaxHeadDim));
   ops_.push_back({part, args});
   counters_.assign(ops_.size(), 0);
   schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
 }
 
 void Executor::check(const Step& step) const {
-  require(step.rows >= 1 && step.rows <= limits_.rows, "a step of " + std::to_string(step.rows) +
-                                                           " rows; planned for 1 to " + std::to_string(limits_.rows));
+  require(step.rows >= 1 && step.rows <= limits_.rows,
+          "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + std::to_string(limits_.rows));
   std::vector<bool> ended(size_t(limits_.slots), false);
   for (int i = 0; i < step.rows; ++i) {
     const auto in = [](int x, int end) { return x >= 0 && x < end; };
     require(in(step.tokens[i], limits_.vocab), "token id " + std::to_string(step.tokens[i]) +
                                                    " is outside the vocabulary of " + std::to_string(limits_.vocab));
-    require(in(step.slots[i], limits_.slots), "slot " + std::to_string(step.slots[i]) + " of " +
-                                                  std::to_string(limits_.slots));
-    require(in(step.positions[i], limits_.positions), "position " + std::to_string(step.positions[i]) + " of " +
-                                                          std::to_string(limits_.positions));
+    require(in(step.slots[i], limits_.slots),
+            "slot " + std::to_string(step.slots[i]) + " of " + std::to_string(limits_.slots));
+    require(in(step.positions[i], limits_.positions),
+            "position " + std::to_string(step.positions[i]) + " of " + std::to_string(limits_.positions));
     if (i == 0) continue;
     if (step.slots[i] == step.slots[i - 1]) {
       require(step.positions[i] == step.positions[i - 1] + 1, "positions of a slot must ascend by one");

@@ -18,8 +18,8 @@ struct MergeArgs {
   AttentionArgs attention;
 };
 
-using OpArgs = std::variant<EmbedArgs, RopeTableArgs, NormArgs, GemmArgs, QkvArgs, AttentionArgs, MergeArgs,
-                            RouterArgs, TopkArgs, GroupArgs, GateUpArgs, DownArgs>;
+using OpArgs = std::variant<EmbedArgs, RopeTableArgs, NormArgs, GemmArgs, QkvArgs, AttentionArgs, MergeArgs, RouterArgs,
+                            TopkArgs, GroupArgs, GateUpArgs, DownArgs>;
 
 // What the time of an op is booked under.
 enum class Part { attention, moe, head, other };

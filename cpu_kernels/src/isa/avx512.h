@@ -48,9 +48,7 @@ struct Avx512 {
     __builtin_memcpy(&bits, p, sizeof bits);
     return widen(_mm512_set1_epi32(bits));
   }
-  static F32 dot(F32 acc, Line line, Pair pair) {
-    return fma(line.odd, pair.odd, fma(line.even, pair.even, acc));
-  }
+  static F32 dot(F32 acc, Line line, Pair pair) { return fma(line.odd, pair.odd, fma(line.even, pair.even, acc)); }
 
  private:
   static Line widen(__m512i pairs) {

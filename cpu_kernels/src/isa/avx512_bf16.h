@@ -21,9 +21,7 @@ struct Avx512Bf16 : Avx512 {
     __builtin_memcpy(&bits, p, sizeof bits);
     return _mm512_set1_epi32(bits);
   }
-  static F32 dot(F32 acc, Line line, Pair pair) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)line, (__m512bh)pair);
-  }
+  static F32 dot(F32 acc, Line line, Pair pair) { return _mm512_dpbf16_ps(acc, (__m512bh)line, (__m512bh)pair); }
 };
 
 }  // namespace HYBRID_ISA

@@ -91,9 +91,7 @@ struct Portable {
     return {bits_to_float(uint32_t(p[0]) << 16), bits_to_float(uint32_t(p[1]) << 16)};
   }
   static F32 dot(F32 acc, const Line& line, Pair pair) {
-    return each([&](int i) {
-      return acc.lane[i] + line.even.lane[i] * pair.even + line.odd.lane[i] * pair.odd;
-    });
+    return each([&](int i) { return acc.lane[i] + line.even.lane[i] * pair.even + line.odd.lane[i] * pair.odd; });
   }
 
  private:

@@ -80,9 +80,9 @@ static HYBRID_INLINE void for_block_groups(int first, int last, Function functio
   for (; block < last; block += unit) function(Int<unit>{}, block);
 }
 
-constexpr int kPanelPairs = 128;       // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
-constexpr int kStreamAhead = 3072;     // bytes: memory latency times one core's share of the bandwidth
-constexpr int kNextPanelTiles = 4;     // with fewer row tiles than this, the first fetches the whole next panel
+constexpr int kPanelPairs = 128;    // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
+constexpr int kNextPanelTiles = 4;  // with fewer row tiles than this, the first fetches the whole next panel
 
 // product[r, c] for rows [0, rows) and blocks [first, last), each finished tile passed to
 // epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
@@ -108,8 +108,7 @@ static void product(const Rows& left, int rows, const Blocks& w, int first, int 
         for (int r = 0; r < MR; ++r) {
           a[r] = left.at(row + r) + 2 * start;
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j)
-            acc[r][j] = start == 0 ? Isa::zero() : Isa::load(saved + (r * NB + j) * kBlock);
+          for (int j = 0; j < NB; ++j) acc[r][j] = start == 0 ? Isa::zero() : Isa::load(saved + (r * NB + j) * kBlock);
         }
         if (tiles == 1) {
           // The stream runs on into the next group, so the last lines fetch that group's first.

@@ -8,8 +8,8 @@ namespace HYBRID_ISA {
 
 // Keys lie packed as weights are, 16 tokens to a block, so that scores are a product; values with the tokens in pairs.
 static HYBRID_INLINE char* key_at(const KvLayout& kv, int slot, int head, int position) {
-  return kv.base + slot * kv.slot_stride + head * kv.head_stride +
-         int64_t(position / kBlock) * kv.key_dim / 2 * kLine + position % kBlock * 4;
+  return kv.base + slot * kv.slot_stride + head * kv.head_stride + int64_t(position / kBlock) * kv.key_dim / 2 * kLine +
+         position % kBlock * 4;
 }
 static HYBRID_INLINE char* value_at(const KvLayout& kv, int slot, int head, int position) {
   return kv.base + slot * kv.slot_stride + head * kv.head_stride + kv.value_offset +
