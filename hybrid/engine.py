@@ -53,7 +53,7 @@ class Engine:
         except MemoryError:
             raise CapacityError(f"the arena of {plan.arena_bytes} bytes cannot be allocated") from None
         self._kv = KvArena(store.spec, plan)
-        self._pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus))
+        self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus))
         self._write_frequencies()
         self._executor = self._bind()
         self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
@@ -104,7 +104,7 @@ class Engine:
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
-        del self._executor, self._kv, self._arena, self._pool
+        del self._executor, self._kv, self._arena, self.pool
         self.store.close()
 
     def __enter__(self) -> Engine:
@@ -131,7 +131,7 @@ class Engine:
         plan = self.plan
         executor = cpu_kernels.Executor(
             isa=plan.isa,
-            pool=self._pool,
+            pool=self.pool,
             rows=plan.max_rows,
             slots=plan.slots,
             positions=plan.max_seq_len,

@@ -1,0 +1,163 @@
+"""Measures an engine beside the limits of its machine, in turn, so that both meet the same minute."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import cpu_kernels
+from hybrid.core import Batch
+from hybrid.engine import Engine
+from hybrid.roofline import Cost, step_cost
+
+PROBE_BYTES = 1 << 30  # many times any cache
+PROBE_ROUNDS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Test:
+    """prompt > 0: time a prompt of that many tokens; else time `generate` decoding steps; behind `depth` tokens."""
+
+    prompt: int
+    generate: int
+    depth: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"pp{self.prompt}" if self.prompt else f"tg{self.generate}"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence at the end."""
+        return self.depth + (self.prompt or self.generate)
+
+
+@dataclass
+class Measurement:
+    """tokens_per_second and limit_shares: one value a repetition; the share is 1 at the machine's limit."""
+
+    test: Test
+    tokens_per_second: list[float] = field(default_factory=list)
+    limit_shares: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.tokens_per_second)
+
+    @property
+    def stddev(self) -> float:
+        return statistics.stdev(self.tokens_per_second) if len(self.tokens_per_second) > 1 else 0.0
+
+    @property
+    def limit_share(self) -> float:
+        return statistics.median(self.limit_shares)
+
+
+class MachineProbe:
+    """Reads memory and multiplies in registers with the pool and instruction set of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
+        ctypes.memset(self._memory.address, 0, PROBE_BYTES)
+        self.read: list[float] = []  # bytes a second
+        self.peak: list[float] = []  # floating-point operations a second
+
+    def measure(self) -> None:
+        """Add one sample of each."""
+        pool, isa = self._engine.pool, self._engine.plan.isa
+        self.read.append(cpu_kernels.read_bandwidth(pool, isa, self._memory.address, PROBE_BYTES))
+        self.peak.append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
+
+    def seconds(self, cost: Cost) -> float:
+        """The shortest time of a step by the last two samples."""
+        return cost.seconds(statistics.mean(self.read[-2:]), statistics.mean(self.peak[-2:]))
+
+
+def run_tests(
+    engine: Engine, tests: Iterable[Test], repetitions: int, progress: Callable[[str, int, int], None]
+) -> tuple[list[Measurement], MachineProbe]:
+    """Every test `repetitions` times, all tests once before any twice, with random tokens."""
+    probe = MachineProbe(engine)
+    _touch(engine)
+    measurements = [Measurement(test) for test in tests]
+    for repetition in range(repetitions):
+        for i, measurement in enumerate(measurements):
+            progress("measuring", repetition * len(measurements) + i, repetitions * len(measurements))
+            _measure(engine, probe, measurement, fill=repetition == 0 or len(measurements) > 1)
+    progress("measuring", repetitions * len(measurements), repetitions * len(measurements))
+    return measurements, probe
+
+
+def _touch(engine: Engine) -> None:
+    """Map the pages of all weights: with random tokens a full step reaches nearly every expert."""
+    _sequence(engine, 0, 0, min(engine.plan.max_rows, engine.plan.max_seq_len), logits=True)
+
+
+def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement, fill: bool) -> None:
+    test = measurement.test
+    if fill:
+        _fill(engine, test)
+    _steps(engine, test.batch, test.depth, 1)  # wake the threads and the caches
+    probe.measure()
+    start = time.perf_counter()
+    if test.prompt:
+        _prefill(engine, test)
+    else:
+        _steps(engine, test.batch, test.depth, test.generate)
+    seconds = time.perf_counter() - start
+    probe.measure()
+    tokens = test.batch * (test.prompt or test.generate)
+    measurement.tokens_per_second.append(tokens / seconds)
+    measurement.limit_shares.append(_limit(engine, probe, test) / seconds)
+
+
+def _limit(engine: Engine, probe: MachineProbe, test: Test) -> float:
+    """Seconds that the machine would need for a test."""
+    spec, rows = engine.spec, engine.plan.max_rows
+    if not test.prompt:
+        middle = test.depth + test.generate // 2
+        return test.generate * probe.seconds(step_cost(spec, test.batch, 1, middle, test.batch))
+    total = 0.0
+    for first in range(0, test.prompt, rows):
+        count = min(rows, test.prompt - first)
+        last = first + count == test.prompt
+        total += test.batch * probe.seconds(step_cost(spec, 1, count, test.depth + first, int(last)))
+    return total
+
+
+def _fill(engine: Engine, test: Test) -> None:
+    for slot in range(test.batch):
+        _sequence(engine, slot, 0, test.depth, logits=False)
+
+
+def _prefill(engine: Engine, test: Test) -> None:
+    for slot in range(test.batch):
+        _sequence(engine, slot, test.depth, test.prompt, logits=True)
+
+
+def _sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -> None:
+    """Run `count` tokens of one sequence in steps as large as the plan allows."""
+    for first in range(start, start + count, engine.plan.max_rows):
+        last = min(first + engine.plan.max_rows, start + count)
+        rows = last - first
+        wanted = [rows - 1] if logits and last == start + count else []
+        _step(engine, np.full(rows, slot), np.arange(first, last), wanted)
+
+
+def _steps(engine: Engine, batch: int, depth: int, count: int) -> None:
+    """Decode `count` tokens of `batch` sequences together."""
+    for position in range(depth, depth + count):
+        _step(engine, np.arange(batch), np.full(batch, position), range(batch))
+
+
+def _step(engine: Engine, slots: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> None:
+    tokens = np.random.default_rng(int(positions[0])).integers(0, engine.spec.vocab, len(slots))
+    parts = (tokens, slots, positions, np.array(list(logit_rows)))
+    engine.forward(Batch(*(part.astype(np.int32) for part in parts)))
