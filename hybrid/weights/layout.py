@@ -79,9 +79,7 @@ def unpack_matrix(packed: npt.NDArray[np.uint16], n: int, k: int) -> npt.NDArray
     """The inverse of `pack_matrix`, as float32 [n, k]; for tests and checks."""
     blocks = packed.reshape(round_up(n, BLOCK) // BLOCK, round_up(k, K_ALIGN) // 2, BLOCK, 2)
     rows = blocks.transpose(0, 2, 1, 3).reshape(round_up(n, BLOCK), round_up(k, K_ALIGN))
-    values: npt.NDArray[np.float32] = (
-        np.ascontiguousarray(rows[:n, :k]).view(ml_dtypes.bfloat16).astype(np.float32)
-    )
+    values: npt.NDArray[np.float32] = np.ascontiguousarray(rows[:n, :k]).view(ml_dtypes.bfloat16).astype(np.float32)
     return values
 
 

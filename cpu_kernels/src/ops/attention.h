@@ -81,6 +81,10 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
   const int end = least(kKeys, tile.position + tile.rows - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
   const Blocks keys{key_at(kv, tile.slot, kv_head, key0), int64_t(kv.key_dim) / 2 * kLine, kLine, kv.key_dim / 2};
+  const Blocks values{value_at(kv, tile.slot, kv_head, key0), kLine, int64_t(kv.value_dim) * 4, used / 2};
+  // While scores are computed this block's values are fetched, while values are summed the next block's keys.
+  const char* next_keys = key_at(kv, tile.slot, kv_head, key0 + kKeys);
+  const int parts = (rows + Isa::max_rows - 1) / Isa::max_rows;
   const F32 scale = Isa::set(args.scale);
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + kv_head * group) * kv.key_dim;
   const auto query = [&](int i) { return q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim; };
@@ -95,11 +99,8 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
         a[r] = query(row + r);
         for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
       }
-      const char* b = keys.data + key_block * keys.block_stride;
-      if (part == 0)
-        multiply<Fetch::lines>(acc, a, b, keys, keys.pairs, NB * keys.block_stride, nullptr);
-      else
-        multiply<Fetch::none>(acc, a, b, keys, keys.pairs, 0, nullptr);
+      multiply_shared(acc, a, keys.data + key_block * keys.block_stride, keys, keys.pairs, part, parts,
+                      values.data + key_block * keys.block_stride);
       for (int r = 0; r < MR; ++r)
         for (int j = 0; j < NB; ++j)
           Isa::store(s.scores + (row + r) * kKeys + (key_block + j) * kBlock, Isa::mul(acc[r][j], scale));
@@ -109,7 +110,6 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
     seen[i] = softmax(s.scores + i * kKeys, s.weights + i * kKeys, s.current + i * s.state_stride, kv.value_dim,
                       visible(args, tile.position + i / group, block), used);
 
-  const Blocks values{value_at(kv, tile.slot, kv_head, key0), kLine, int64_t(kv.value_dim) * 4, used / 2};
   for_block_groups<1>(0, kv.value_dim / kBlock, [&](auto nb, int column) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     for_row_tiles(rows, [&](auto mr, int row, int part) __attribute__((always_inline)) {
@@ -120,11 +120,8 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
         a[r] = s.weights + (row + r) * kKeys;
         for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
       }
-      const char* b = values.data + column * kLine;
-      if (part == 0)
-        multiply<Fetch::lines>(acc, a, b, values, values.pairs, 8 * values.line_stride, nullptr);
-      else
-        multiply<Fetch::none>(acc, a, b, values, values.pairs, 0, nullptr);
+      multiply_shared(acc, a, values.data + column * kLine, values, values.pairs, part, parts,
+                      next_keys + column * kLine);
       for (int r = 0; r < MR; ++r)
         for (int j = 0; j < NB; ++j)
           Isa::store(s.current + (row + r) * s.state_stride + (column + j) * kBlock, acc[r][j]);

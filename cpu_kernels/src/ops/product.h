@@ -26,23 +26,17 @@ struct Blocks {
   int pairs;  // lines in a block
 };
 
-enum class Fetch {
-  none,   // the operand is near
-  lines,  // every line, `ahead` bytes further on
-  one,    // one line a step from `next`: the panel to come is read while this one is multiplied
-};
-
-template <Fetch fetch, int MR, int NB>
+// acc[r][j] += rows a[r] times block j, over `pairs` lines from b. Beside every step, `fetch` lines laid out as the
+// blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
+template <int fetch, int MR, int NB>
 static HYBRID_INLINE void multiply(F32 (&acc)[MR][NB], const bf16* const (&a)[MR], const char* b, const Blocks& w,
-                                   int pairs, int64_t ahead, const char* next) {
+                                   int pairs, const char* next) {
   for (int i = 0; i < pairs; ++i) {
     Isa::Line line[NB];
 #pragma GCC unroll 8
-    for (int j = 0; j < NB; ++j) {
-      line[j] = Isa::load_line(b + j * w.block_stride);
-      if (fetch == Fetch::lines) __builtin_prefetch(b + j * w.block_stride + ahead, 0, 3);
-    }
-    if (fetch == Fetch::one) __builtin_prefetch(next + int64_t(i) * kLine, 0, 2);
+    for (int j = 0; j < NB; ++j) line[j] = Isa::load_line(b + j * w.block_stride);
+#pragma GCC unroll 8
+    for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, fetch == NB ? 3 : 2);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const Isa::Pair pair = Isa::load_pair(a[r] + 2 * i);
@@ -50,7 +44,22 @@ static HYBRID_INLINE void multiply(F32 (&acc)[MR][NB], const bf16* const (&a)[MR
       for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], line[j], pair);
     }
     b += w.line_stride;
+    next += w.line_stride;
   }
+}
+
+// The same for tile `tile` of `tiles` that pass over the same lines one after another: they share the fetching of the
+// group of blocks at `next`, so that memory is asked at an even pace.
+template <int MR, int NB>
+static HYBRID_INLINE void multiply_shared(F32 (&acc)[MR][NB], const bf16* const (&a)[MR], const char* b,
+                                          const Blocks& w, int pairs, int tile, int tiles, const char* next) {
+  if (tiles == 1) return multiply<NB>(acc, a, b, w, pairs, next);
+  constexpr int two = NB < 2 ? NB : 2;
+  const int each = tiles < NB ? two : 1;
+  next += each * tile * w.block_stride;
+  if (each * tile >= NB) return multiply<0>(acc, a, b, w, pairs, next);
+  if (each == 1) return multiply<1>(acc, a, b, w, pairs, next);
+  multiply<two>(acc, a, b, w, pairs, next);
 }
 
 template <int MR, class Function>
@@ -82,7 +91,6 @@ static HYBRID_INLINE void for_block_groups(int first, int last, Function functio
 
 constexpr int kPanelPairs = 128;    // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
 constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
-constexpr int kNextPanelTiles = 4;  // with fewer row tiles than this, the first fetches the whole next panel
 
 // product[r, c] for rows [0, rows) and blocks [first, last), each finished tile passed to
 // epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
@@ -112,19 +120,14 @@ static void product(const Rows& left, int rows, const Blocks& w, int first, int 
         }
         if (tiles == 1) {
           // The stream runs on into the next group, so the last lines fetch that group's first.
-          const int lead = least(kStreamAhead / kLine, pairs);
-          const int64_t ahead = lead * w.line_stride;
-          multiply<Fetch::lines>(acc, a, b, w, pairs - lead, ahead, nullptr);
+          const int lead = least(kStreamAhead / kLine, pairs), main = pairs - lead;
+          const char* ahead = b + lead * w.line_stride;
+          multiply<NB>(acc, a, b, w, main, ahead);
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) a[r] += 2 * (pairs - lead);
-          multiply<Fetch::lines>(acc, a, b + (pairs - lead) * w.line_stride, w, lead,
-                                 ahead + NB * w.block_stride - pairs * w.line_stride, nullptr);
-        } else if (tile == 0 && tiles < kNextPanelTiles) {
-          multiply<Fetch::lines>(acc, a, b, w, pairs, to_next, nullptr);
-        } else if (tile < NB && tiles >= kNextPanelTiles) {
-          multiply<Fetch::one>(acc, a, b, w, pairs, 0, b + to_next + tile * w.block_stride);
+          for (int r = 0; r < MR; ++r) a[r] += 2 * main;
+          multiply<NB>(acc, a, b + main * w.line_stride, w, lead, b + NB * w.block_stride);
         } else {
-          multiply<Fetch::none>(acc, a, b, w, pairs, 0, nullptr);
+          multiply_shared(acc, a, b, w, pairs, tile, tiles, b + to_next);
         }
         if (last_panel) return epilogue(acc, row, block);
 #pragma GCC unroll 16

@@ -1,0 +1,35 @@
+"""Model families: one file each, named after the `model_type` of config.json and found by that name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid.errors import ConfigError
+from hybrid.models.spec import ModelSpec
+
+_SHARED = {
+    "decoder",
+    "reading",
+    "rope",
+    "spec",
+}  # what the families are made of; every other module here is a family
+
+
+def supported_models() -> tuple[str, ...]:
+    """The values of `model_type` that can be loaded, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED))
+
+
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The model that the contents of a config.json describe. Raises `ConfigError` on the first bad value."""
+    model_type = config.get("model_type")
+    if model_type not in supported_models():
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_models())}"
+        )
+    family = importlib.import_module(f"{__name__}.{model_type}")
+    spec: ModelSpec = family.spec(config)
+    return spec

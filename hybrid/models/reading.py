@@ -1,0 +1,110 @@
+"""Checked reading of config.json: every value is of the right type and range, or a `ConfigError` names it."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybrid.errors import ConfigError
+
+
+class Fields:
+    """Values of a config by name. A null counts as missing. Getters raise `ConfigError` naming the field.
+
+    Several names for one field are alternatives (transformers renamed some): the first one present is read.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    def size(
+        self,
+        *names: str,
+        default: int | None = None,
+        minimum: int = 1,
+        maximum: int = 10**6,
+        maximum_of: str = "",
+    ) -> int:
+        """An integer from `minimum` to `maximum`; `maximum_of` says what sets this maximum."""
+        allowed = f"an integer from {minimum} to {maximum}" + (f" ({maximum_of})" if maximum_of else "")
+        name, value = self._read(names, default, allowed)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._bad(name, value, allowed)
+        return value
+
+    def optional_size(self, name: str, *, default: int | None = None, maximum: int = 10**9) -> int | None:
+        """As `size`, but null means none; `default` is for a field that is missing."""
+        if not self.has(name):
+            return None if name in self._values else default
+        return self.size(name, maximum=maximum)
+
+    def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
+        """A finite number greater than `above`."""
+        allowed = f"a finite number above {above:g}"
+        name, value = self._read(names, default, allowed)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= sys.float_info.max:
+            raise self._bad(name, value, allowed)
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        name, value = self._read((name,), default, "true or false")
+        if not isinstance(value, bool):
+            raise self._bad(name, value, "true or false")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """A list of integers, empty when missing."""
+        name, value = self._read((name,), [], "a list of integers")
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._bad(name, value, "a list of integers")
+        return value
+
+    def choices(self, name: str, *, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
+        """A list as long as `default` of `allowed` words."""
+        wanted = f"a list of {len(default)} of {', '.join(allowed)}"
+        name, value = self._read((name,), list(default), wanted)
+        if not isinstance(value, list) or len(value) != len(default) or not all(v in allowed for v in value):
+            raise self._bad(name, value, wanted)
+        return value
+
+    def choice(self, *names: str, default: str, allowed: Sequence[str]) -> str:
+        name, value = self._read(names, default, "")
+        if value not in allowed:
+            raise self._bad(name, value, f"one of the supported {', '.join(allowed)}")
+        return str(value)
+
+    def group(self, *names: str) -> Fields:
+        """A nested object, empty when missing."""
+        name, value = self._read(names, {}, "an object")
+        if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
+            raise self._bad(name, value, "an object without nested objects")
+        return Fields(value, f"{self._prefix}{name}.")
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def refuse(self, *names: str, neutral: Any = None) -> None:
+        """Raise unless each field is missing or `neutral`: the family has no meaning for other values."""
+        for name in names:
+            if self.has(name) and self._values[name] != neutral:
+                raise self._bad(name, self._values[name], "absent" if neutral is None else f"absent or {neutral}")
+
+    def _read(self, names: Sequence[str], default: Any, allowed: str) -> tuple[str, Any]:
+        name = next((name for name in names if self.has(name)), None)
+        if name is not None:
+            return name, self._values[name]
+        if default is None:
+            raise ConfigError(
+                f"config.json: {self._prefix}{names[0]} is missing; it must be {allowed}: "
+                "take the complete config.json of the model"
+            )
+        return names[0], default
+
+    def _bad(self, name: str, value: Any, allowed: str) -> ConfigError:
+        return ConfigError(
+            f"config.json: {self._prefix}{name} is {reprlib.repr(value)}; it must be {allowed}: "
+            "correct it, or take a checkpoint that has it so"
+        )

@@ -1,0 +1,130 @@
+"""Rotary embedding: its parameters in config.json, and the inverse frequencies they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import ConfigError
+from hybrid.models.reading import Fields
+from hybrid.models.spec import RopeKind, RopeSpec
+
+_Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
+
+
+def read_rope(fields: Fields, dim: int, *, theta: float, max_position: int) -> RopeSpec:
+    """Rotary embedding of `dim` dimensions, from `rope_parameters`, or `rope_theta` and `rope_scaling`.
+
+    theta: the family's default. max_position: the context length, which the types with scaling start from.
+    """
+    scaling = fields.group("rope_scaling", "rope_parameters")
+    for place in (fields, scaling):
+        place.refuse("partial_rotary_factor", neutral=1.0)
+    theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
+    kind = scaling.choice("rope_type", "type", default="default", allowed=tuple(_KINDS))
+    parameters: dict[str, Any] = _KINDS[kind][0](scaling)
+    if kind in ("llama3", "yarn"):
+        inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
+        outer = fields.size("original_max_position_embeddings", default=inner, maximum=10**9)
+        parameters["original_max_position"] = outer
+    return RopeSpec(theta, dim, cast(RopeKind, kind), max_position=max_position, parameters=tuple(parameters.items()))
+
+
+def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
+    """Radians per position, float32 [dim / 2], and the factor on both cosine and sine.
+
+    Computed in float32 step by step as `transformers` does, so that angles agree at large positions too.
+    Raises `ConfigError` for a type that is not computed here.
+    """
+    if rope.kind not in _KINDS:
+        raise ConfigError(
+            f"rope type {rope.kind!r} is not supported; supported: {', '.join(_KINDS)}: take another model"
+        )
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    periods = np.float32(rope.theta) ** exponents
+    frequencies, attention_factor = _KINDS[rope.kind][1](rope, periods, dict(rope.parameters))
+    return frequencies.astype(np.float32, copy=False), attention_factor
+
+
+def _read_nothing(scaling: Fields) -> dict[str, Any]:
+    return {}
+
+
+def _read_factor(scaling: Fields) -> dict[str, Any]:
+    return {"factor": scaling.number("factor")}
+
+
+def _read_llama3(scaling: Fields) -> dict[str, Any]:
+    low = scaling.number("low_freq_factor")
+    high = scaling.number("high_freq_factor", above=low)
+    return {"factor": scaling.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+
+
+def _read_yarn(scaling: Fields) -> dict[str, Any]:
+    optional = ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+    found = {name: scaling.number(name) for name in optional if scaling.has(name)}
+    return {**found, "truncate": scaling.flag("truncate", default=True)}
+
+
+def _default(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    return 1 / periods, 1.0
+
+
+def _linear(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    return 1 / periods / np.float32(p["factor"]), 1.0
+
+
+def _llama3(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    """Low frequencies are divided by the factor, high ones kept, those between interpolated by wavelength."""
+    plain, original = 1 / periods, p["original_max_position"]
+    low, high, factor = p["low_freq_factor"], p["high_freq_factor"], p["factor"]
+    wavelength = 2 * math.pi / plain
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * plain / factor + smooth * plain
+    scaled = np.where(wavelength > original / low, plain / factor, between)
+    return np.where(wavelength < original / high, plain, scaled), 1.0
+
+
+def _yarn(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    """A ramp over the dimensions from kept (fast rotation) to divided by the factor (slow rotation)."""
+    factor = p.get("factor", rope.max_position / p["original_max_position"])
+    low = _rotation_dim(rope, p, p.get("beta_fast", 32))
+    high = _rotation_dim(rope, p, p.get("beta_slow", 1))
+    if p["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    width = (high - low) or 0.001
+    divided = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    kept = 1 - divided
+    return 1 / (factor * periods) * (1 - kept) + 1 / periods * kept, _yarn_attention_factor(factor, p)
+
+
+def _rotation_dim(rope: RopeSpec, p: dict[str, Any], rotations: float) -> float:
+    """The dimension that turns `rotations` times over the original context."""
+    turns = p["original_max_position"] / (rotations * 2 * math.pi)
+    return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
+
+
+def _yarn_attention_factor(factor: float, p: dict[str, Any]) -> float:
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if "attention_factor" in p:
+        return float(p["attention_factor"])
+    if "mscale" in p and "mscale_all_dim" in p:
+        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+_Reader = Callable[[Fields], dict[str, Any]]
+_Scaler = Callable[[RopeSpec, _Array, dict[str, Any]], tuple[_Array, float]]
+_KINDS: dict[str, tuple[_Reader, _Scaler]] = {
+    "default": (_read_nothing, _default),
+    "linear": (_read_factor, _linear),
+    "llama3": (_read_llama3, _llama3),
+    "yarn": (_read_yarn, _yarn),
+}

@@ -1,0 +1,63 @@
+"""manifest.json of a packed store. Written last, it is what makes a directory a store."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import WeightsError
+from hybrid.weights.files import read_json_object, write_json
+from hybrid.weights.layout import FORMATS, LAYOUT_VERSION
+
+MANIFEST = "manifest.json"
+UNFINISHED = "packing.json"  # the manifest of the shards done so far, while a store is being packed
+KIND = "hybrid-store"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself.
+
+    config: contents of the model's config.json. source: fingerprint of the checkpoint. shards: bytes by file
+    name. tensors: crc32 of the stored bytes by tensor name.
+    """
+
+    format: str
+    config: dict[str, Any]
+    source: str
+    shards: dict[str, int]
+    tensors: dict[str, int]
+
+    def write(self, path: Path) -> None:
+        body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self)}
+        write_json(path, {**body, "checksum": _checksum(body)})
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raise `WeightsError` unless this is a whole manifest of this layout version and a known format."""
+        body = read_json_object(path)
+        checksum, version = body.pop("checksum", None), body.get("layout_version")
+        if body.get("kind") != KIND:
+            raise WeightsError(f"{path}: is not the manifest of a packed store; its kind must be {KIND!r}")
+        if version != LAYOUT_VERSION:
+            raise WeightsError(
+                f"{path}: the store has layout version {version!r}, this program reads {LAYOUT_VERSION}: "
+                "pack the model again with weights_preprocessor.py"
+            )
+        if checksum != _checksum(body):
+            raise WeightsError(f"{path}: its checksum is wrong, so it was changed or damaged: pack the model again")
+        del body["kind"], body["layout_version"]
+        manifest = cls(**body)
+        if manifest.format not in FORMATS:
+            raise WeightsError(
+                f"{path}: the store has format {manifest.format!r}, supported are {', '.join(FORMATS)}: "
+                "pack the model again in one of them"
+            )
+        return manifest
+
+
+def _checksum(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

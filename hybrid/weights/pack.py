@@ -1,0 +1,272 @@
+"""Packing a checkpoint into a store: shard by shard, resumable, and a store only once it is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from hybrid.errors import CapacityError, ConfigError, WeightsError
+from hybrid.weights.checkpoint import INDEX, Checkpoint, read_config
+from hybrid.weights.content import Content
+from hybrid.weights.files import atomic_file, disk_errors
+from hybrid.weights.layout import FORMATS, LAYOUT_VERSION, StoreTensor, store_tensors
+from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
+from hybrid.weights.shard import checksum, gap, make_header, read_header
+from hybrid.weights.store import Store, is_store, shard_file
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+Notice = Callable[[str], None]
+
+# Small files beside the weights that make a store self-contained.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab*", "merges.txt", "chat_template*", "*.tiktoken", "*.model",
+)  # fmt: skip
+
+
+def pack(
+    checkpoint: Checkpoint,
+    output: Path,
+    format: str = "bf16",
+    progress: Progress | None = None,
+    check: bool = False,
+    force: bool = False,
+    notice: Notice | None = None,
+) -> bool:
+    """Write the store of `checkpoint` to the directory `output`; False when it already holds exactly that.
+
+    An interrupted run leaves no store that loads; the next one keeps the shards that were finished. `check`
+    looks for values that are not finite, `force` replaces whatever store is there. A second process waits for
+    the first and says so through `notice`. Raises `WeightsError`, `CapacityError` and `ConfigError`.
+    """
+    output = Path(output)
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}")
+    checkpoint.check()
+    with _locked_directory(output, checkpoint.path, notice or (lambda line: None)):
+        return _Packer(checkpoint, output, format, progress, check).run(force)
+
+
+def cached_store(
+    path: Path,
+    cache_dir: Path | None = None,
+    format: str = "bf16",
+    progress: Progress | None = None,
+    notice: Notice | None = None,
+    check: bool = False,
+) -> Store:
+    """The store at `path`, or that of the checkpoint there, which is packed into the cache the first time."""
+    path = Path(path)
+    if is_store(path) or (path / UNFINISHED).is_file():
+        return Store.open(path, check)
+    read_config(path)
+    target = _cached_path(path, cache_dir or default_cache_dir(), format)
+    if is_store(target):
+        _copy_companions(path, target)
+        return Store.open(target, check)
+    checkpoint = Checkpoint.open(path)
+    if notice:
+        notice(f"packing {path} into {target}; this is done once, later starts map it")
+    pack(checkpoint, target, format, progress, check, notice=notice)
+    return Store.open(target, check)
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/hybrid, or ~/.cache/hybrid."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "hybrid"
+    try:
+        return Path.home() / ".cache" / "hybrid"
+    except RuntimeError:
+        raise ConfigError("no home directory to keep packed models in; give one with --cache-dir") from None
+
+
+def source_fingerprint(path: Path) -> str:
+    """Changes with config.json and the names, sizes and times of the weight files; reads no weights."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(file for file in [*path.glob("*.safetensors"), *path.glob(INDEX)] if file.is_file()):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _cached_path(path: Path, cache_dir: Path, format: str) -> Path:
+    identity = f"{source_fingerprint(path)} {format} {LAYOUT_VERSION}"
+    return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+class _Packer:
+    """One run over one locked output directory."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, output: Path, format: str, progress: Progress | None, check: bool
+    ) -> None:
+        self._source, self._output = checkpoint.path, output
+        self._content = Content(checkpoint, check)
+        self._progress = progress
+        tensors = store_tensors(checkpoint.spec)
+        self._shards = {
+            shard_file(shard): list(group) for shard, group in groupby(tensors, key=lambda tensor: tensor.shard)
+        }
+        self._sizes = {file: _shard_bytes(tensors) for file, tensors in self._shards.items()}
+        self._done_bytes, self._total_bytes = 0, sum(tensor.nbytes for tensor in tensors)
+        self._manifest = Manifest(format, checkpoint.config, source_fingerprint(checkpoint.path), {}, {})
+
+    def run(self, force: bool) -> bool:
+        if is_store(self._output) and not force:
+            if self._matches(self._output / MANIFEST):
+                _copy_companions(self._source, self._output)
+                (self._output / UNFINISHED).unlink(missing_ok=True)
+                return False
+            raise WeightsError(
+                f"{self._output}: already holds another store; replace it with --force or give another directory"
+            )
+        self._resume()
+        self._check_space()
+        self._discard_old()
+        self._write_shards()
+        _copy_companions(self._source, self._output)
+        self._manifest.write(self._output / MANIFEST)
+        (self._output / UNFINISHED).unlink()
+        return True
+
+    def _matches(self, manifest: Path) -> bool:
+        """Whether a manifest, finished or not, is of this source and format."""
+        try:
+            found = Manifest.read(manifest)
+        except WeightsError:
+            return False
+        return (found.source, found.format) == (self._manifest.source, self._manifest.format)
+
+    def _resume(self) -> None:
+        """Keep the shards that an interrupted run finished, if their bytes are those it recorded."""
+        unfinished = self._output / UNFINISHED
+        if is_store(self._output) or not unfinished.is_file() or not self._matches(unfinished):
+            return
+        found = Manifest.read(unfinished)
+        for file in self._shards:
+            checksums = {tensor.name: found.tensors.get(tensor.name) for tensor in self._shards[file]}
+            if file in found.shards and self._written_checksums(file) == checksums:
+                self._record(file, {name: found.tensors[name] for name in checksums})
+                self._advance(sum(tensor.nbytes for tensor in self._shards[file]))
+
+    def _written_checksums(self, file: str) -> dict[str, int]:
+        try:
+            entries = read_header(self._output / file)
+            return {tensor.name: checksum(entries[tensor.name]) for tensor in self._shards[file]}
+        except (WeightsError, KeyError):
+            return {}
+
+    def _check_space(self) -> None:
+        needed = sum(size for file, size in self._sizes.items() if file not in self._manifest.shards)
+        replaced = [path for path in self._old_files() if path.name not in self._manifest.shards]
+        free = shutil.disk_usage(self._output).free + sum(path.stat().st_size for path in replaced)
+        if free < needed:
+            raise CapacityError(
+                f"{self._output}: packing needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free: "
+                "free some space or write elsewhere"
+            )
+
+    def _discard_old(self) -> None:
+        """The manifest goes first: from here on, what is there is no store until it is whole."""
+        with disk_errors(self._output):
+            (self._output / MANIFEST).unlink(missing_ok=True)
+            for path in self._old_files():
+                if path.name not in self._manifest.shards:
+                    path.unlink()
+
+    def _old_files(self) -> list[Path]:
+        return [*self._output.glob("*.safetensors"), *self._output.glob("*.tmp")]
+
+    def _write_shards(self) -> None:
+        self._manifest.write(self._output / UNFINISHED)
+        for file, tensors in self._shards.items():
+            if file not in self._manifest.shards:
+                with atomic_file(self._output / file) as target:
+                    checksums = self._write_shard(target, tensors)
+                self._record(file, checksums)
+                self._manifest.write(self._output / UNFINISHED)
+
+    def _write_shard(self, file: BinaryIO, tensors: list[StoreTensor]) -> dict[str, int]:
+        file.write(_header(tensors))
+        checksums = {}
+        for tensor in tensors:
+            crc = 0
+            for chunk in self._content.chunks(tensor):
+                data = chunk.reshape(-1).view(np.uint8).data
+                crc = zlib.crc32(data, crc)
+                file.write(data)
+                self._advance(len(data))
+            file.write(bytes(gap(tensor.nbytes)))
+            checksums[tensor.name] = crc
+        return checksums
+
+    def _record(self, file: str, checksums: dict[str, int]) -> None:
+        self._manifest.shards[file] = self._sizes[file]
+        self._manifest.tensors.update(checksums)
+
+    def _advance(self, nbytes: int) -> None:
+        self._done_bytes += nbytes
+        if self._progress:
+            self._progress("packing", self._done_bytes, self._total_bytes)
+
+
+def _header(tensors: list[StoreTensor]) -> bytes:
+    return make_header((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors)
+
+
+def _shard_bytes(tensors: list[StoreTensor]) -> int:
+    return len(_header(tensors)) + sum(tensor.nbytes + gap(tensor.nbytes) for tensor in tensors)
+
+
+def _copy_companions(source: Path, output: Path) -> None:
+    """Copy tokenizer and configuration files, unless the copy is already as old and long as the original."""
+    for original in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
+        status, copy = original.stat(), output / original.name
+        if copy.is_file() and (copy.stat().st_size, copy.stat().st_mtime_ns) == (
+            status.st_size,
+            status.st_mtime_ns,
+        ):
+            continue
+        with atomic_file(copy) as target, open(original, "rb") as file:
+            shutil.copyfileobj(file, target)
+        os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextmanager
+def _locked_directory(output: Path, source: Path, notice: Notice) -> Iterator[None]:
+    """Make `output` and hold its lock, one process at a time; remove it again if it stays empty."""
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+    try:
+        _refuse_foreign(output, source)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            notice(f"another process is packing into {output}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            output.rmdir()
+
+
+def _refuse_foreign(output: Path, source: Path) -> None:
+    """Never write among files of someone else."""
+    if output.resolve() == source.resolve():
+        raise WeightsError(f"{output}: is the checkpoint itself; give another directory for the store")
+    own = is_store(output) or (output / UNFINISHED).is_file()
+    if not own and any(not path.name.endswith(".tmp") for path in output.iterdir()):
+        raise WeightsError(f"{output}: holds other files and no store; give an empty or a new directory")

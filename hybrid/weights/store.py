@@ -1,0 +1,136 @@
+"""The packed store: a directory of aligned safetensors shards under a manifest, mapped into memory."""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import WeightsError
+from hybrid.models import model_spec
+from hybrid.models.spec import ModelSpec
+from hybrid.weights.layout import StoreTensor, all_finite, store_tensors
+from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
+from hybrid.weights.shard import ALIGNMENT, Entry, read_header
+
+ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
+
+_DTYPES: dict[str, npt.DTypeLike] = {"BF16": np.uint16, "F32": np.float32}
+_FINITE_BLOCK = 1 << 24  # elements looked at together, so that a check needs little memory
+
+
+class Store:
+    """The tensors of a packed store as read-only views of mapped files; a context manager.
+
+    spec: the model. format: that of the packed matrices. nbytes: of all tensors. Many processes may open it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.format = manifest.format
+        self.spec: ModelSpec = model_spec(manifest.config)
+        self.tensors = {tensor.name: tensor for tensor in store_tensors(self.spec)}
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self._checksums = manifest.tensors
+        self._arrays = _map_tensors(path, manifest, self.tensors)
+
+    @classmethod
+    def open(cls, path: Path, check: bool = False) -> Store:
+        """Map a store. Raises `WeightsError` when it is not whole.
+
+        Checksums of the tensors are verified for a store of at most `ALWAYS_VERIFIED` bytes, or when `check`
+        is set, which also looks for values that are not finite.
+        """
+        path = Path(path)
+        store = cls(path, _read_manifest(path))
+        if check or store.nbytes <= ALWAYS_VERIFIED:
+            store._verify(finite=check)
+        return store
+
+    def array(self, name: str) -> npt.NDArray[np.generic]:
+        """A read-only view: uint16 bit patterns of BF16, or float32, in the shape that `layout` gives."""
+        return self._arrays[name]
+
+    def address(self, name: str) -> int:
+        """Where the tensor starts in memory, a multiple of 64; valid until `close`."""
+        return int(self._arrays[name].ctypes.data)
+
+    def close(self) -> None:
+        """Unmap, as soon as no view of a tensor is in use any more."""
+        self._arrays.clear()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _verify(self, finite: bool) -> None:
+        for name, array in self._arrays.items():
+            if zlib.crc32(array.data) != self._checksums[name]:
+                raise _damaged(self.path, f"tensor {name} has a wrong checksum")
+            flat = array.reshape(-1)
+            blocks = range(0, flat.size, _FINITE_BLOCK) if finite else ()
+            if not all(all_finite(flat[start : start + _FINITE_BLOCK]) for start in blocks):
+                raise WeightsError(f"{self.path}: tensor {name} holds NaN or infinity: take another checkpoint")
+
+
+def is_store(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def shard_file(shard: str) -> str:
+    return f"{shard}.safetensors"
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if is_store(path):
+        return Manifest.read(path / MANIFEST)
+    if (path / UNFINISHED).is_file():
+        raise WeightsError(f"{path}: packing it was not finished: run weights_preprocessor.py again to resume")
+    raise WeightsError(f"{path}: is not a packed store, it has no {MANIFEST}: make one with weights_preprocessor.py")
+
+
+def _map_tensors(path: Path, manifest: Manifest, tensors: dict[str, StoreTensor]) -> dict[str, npt.NDArray[np.generic]]:
+    if set(manifest.tensors) != set(tensors):
+        raise _damaged(path, "the manifest lists other tensors than its model has")
+    entries: dict[str, Entry] = {}
+    buffers: dict[str, npt.NDArray[np.uint8]] = {}
+    for file in sorted({shard_file(tensor.shard) for tensor in tensors.values()}):
+        buffers[file] = _map_file(path / file, manifest.shards.get(file))
+        entries.update(read_header(path / file))
+    for tensor in tensors.values():
+        _check_entry(path, tensor, entries.get(tensor.name))
+    return {
+        name: buffers[shard_file(tensor.shard)][entries[name].start : entries[name].end]
+        .view(_DTYPES[tensor.dtype])
+        .reshape(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+def _map_file(path: Path, size: int | None) -> npt.NDArray[np.uint8]:
+    try:
+        with open(path, "rb") as file:
+            found = path.stat().st_size
+            if found != size:
+                raise _damaged(path, f"has {found} bytes, the manifest says {size}")
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+
+
+def _check_entry(path: Path, tensor: StoreTensor, entry: Entry | None) -> None:
+    expected = (path / shard_file(tensor.shard), tensor.dtype, tensor.shape)
+    if entry is None or (entry.path, entry.dtype, entry.shape) != expected or entry.start % ALIGNMENT:
+        raise _damaged(path / shard_file(tensor.shard), f"tensor {tensor.name} is missing or laid out otherwise")
+
+
+def _damaged(path: Path, what: str) -> WeightsError:
+    return WeightsError(f"{path}: {what}: pack the model again with weights_preprocessor.py")

@@ -1,0 +1,152 @@
+"""Families read config.json as transformers does, in both of its styles, and refuse what makes no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoints import CONFIGS
+
+from hybrid.errors import ConfigError
+from hybrid.models import model_spec, supported_models
+from hybrid.models.spec import ModelSpec, RouterSpec
+
+
+def test_families_are_found_by_file_name() -> None:
+    assert supported_models() == ("llama", "mixtral", "qwen3", "qwen3_moe")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
+def test_unsupported_families_are_refused_with_the_supported_ones(model_type: Any) -> None:
+    with pytest.raises(ConfigError, match="llama, mixtral, qwen3, qwen3_moe"):
+        model_spec({**CONFIGS["llama"], "model_type": model_type})
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_config_of_transformers_5_gives_the_same_spec(family: str) -> None:
+    """transformers reads the old style and writes the new one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**CONFIGS[family])
+    rewritten = config.to_dict()
+    assert "rope_parameters" in rewritten and "rope_theta" not in rewritten
+    assert model_spec(rewritten) == model_spec(CONFIGS[family])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    """Fields that may be missing are filled as the configuration class fills them."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"}
+    sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
+    config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
+    config |= {"hidden_size": 4096, "num_attention_heads": 32}
+    filled = transformers.AutoConfig.for_model(**config).to_dict()
+    assert model_spec(config) == model_spec({**filled, "head_dim": filled.get("head_dim")})
+
+
+def test_qwen3_moe_layers_may_be_dense() -> None:
+    spec = _spec("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [layer.feed_forward.is_moe for layer in spec.layers] == [False, True, False, False, False, True]
+    assert [layer.feed_forward.intermediate for layer in spec.layers] == [72, 40, 72, 72, 72, 40]
+
+
+def test_router_renormalises_as_the_family_does() -> None:
+    assert _spec("mixtral").layers[0].feed_forward.router == RouterSpec(2, "softmax", renormalise=True)
+    moe = {name: value for name, value in CONFIGS["qwen3_moe"].items() if name != "norm_topk_prob"}
+    assert model_spec(moe).layers[0].feed_forward.router == RouterSpec(3, "softmax", renormalise=False)
+
+
+def test_experts_are_counted_under_both_names() -> None:
+    config = dict(CONFIGS["qwen3_moe"])
+    config["num_local_experts"] = config.pop("num_experts")
+    assert model_spec(config).layers[0].feed_forward.experts == 10
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "windows"),
+    [
+        ("llama", {"sliding_window": 16}, [None, None]),
+        ("mixtral", {"sliding_window": None}, [None, None]),
+        ("mixtral", {"sliding_window": 16}, [16, 16]),
+        ("qwen3_moe", {"sliding_window": 16}, [None, None, None]),
+        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}, [16, 16, 16]),
+        ("qwen3_moe", {"use_sliding_window": True}, [4096, 4096, 4096]),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, [None, 16]),
+        ("qwen3", {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, [None, None]),
+        ("qwen3", {"sliding_window": 16, "max_window_layers": 0}, [None, None]),
+        (
+            "qwen3",
+            {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            [16, None],
+        ),
+    ],
+)
+def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], windows: list[int | None]) -> None:
+    assert [layer.attention.window for layer in _spec(family, **changes).layers] == windows
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be an integer from 1 to 1000000"),
+        ({"hidden_size": -96}, "hidden_size is -96"),
+        ({"hidden_size": "96"}, "hidden_size is '96'"),
+        ({"hidden_size": 96.0}, "hidden_size is 96.0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": 10**7}, "hidden_size is 10000000"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
+        ({"head_dim": 23}, "odd"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*silu"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        _spec(family, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 11}, "num_experts_per_tok is 11.*from 1 to 10"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts is missing"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("llama", {"head_dim": None, "hidden_size": 97}, "97 is not a multiple of num_attention_heads 6"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types.*a list of 2"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_bad_values_of_a_family_are_named(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _spec(family, **changes)
+
+
+def test_head_dim_defaults_to_an_even_share() -> None:
+    attention = _spec("llama", head_dim=None).layers[0].attention
+    assert (attention.head_dim, attention.heads, attention.kv_heads) == (16, 6, 2)
+
+
+def _spec(family: str, **changes: Any) -> ModelSpec:
+    return model_spec({**CONFIGS[family], **changes})

@@ -1,0 +1,217 @@
+"""A packed store holds the checkpoint's weights, aligned and checked, and a damaged one does not load."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import (
+    CONFIGS,
+    DTYPES,
+    flip_bit,
+    packed,
+    random_tensors,
+    save_with_transformers,
+    write_checkpoint,
+)
+from safetensors import safe_open
+
+from hybrid.errors import WeightsError
+from hybrid.weights import layout
+from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.pack import cached_store, pack
+from hybrid.weights.store import Store
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_weight_survives_packing(tmp_path: Path, family: str, dtype: str, fused: bool) -> None:
+    source = write_checkpoint(tmp_path / "hf", family, dtype=dtype, fused=fused, shards=2)
+    tensors = {
+        name: value.astype(ml_dtypes.bfloat16).astype(np.float32)
+        for name, value in random_tensors(CONFIGS[family], dtype, fused).items()
+    }
+    exact = random_tensors(CONFIGS[family], dtype, fused)
+    with packed(source) as store:
+        names = store.spec.names
+        assert (_unpacked(store, "embedding", 131, 96) == tensors[names.embedding]).all()
+        if not store.spec.tied:
+            assert (_unpacked(store, "head", 131, 96) == tensors[names.head]).all()
+        assert (store.array("final_norm") == exact[names.final_norm].astype(np.float32)).all()
+        for layer in range(len(store.spec.layers)):
+            _compare_attention(store, layer, tensors, exact)
+            _compare_feed_forward(store, layer, tensors, fused)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_transformers_forms_pack_to_the_same_bytes(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("torch")
+    save_with_transformers(tmp_path / "apart", family)
+    save_with_transformers(tmp_path / "fused", family, fused=True, max_shard_size="50KB")
+    with packed(tmp_path / "apart") as one, packed(tmp_path / "fused") as other:
+        for name in one.tensors:
+            assert one.array(name).tobytes() == other.array(name).tobytes(), name
+
+
+def test_chunked_reading_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "hf", "qwen3_moe", head_dim=12, num_attention_heads=5, num_key_value_heads=1)
+    pack(Checkpoint.open(source), tmp_path / "whole")
+    monkeypatch.setattr("hybrid.weights.content.CHUNK_BYTES", 1)
+    pack(Checkpoint.open(source), tmp_path / "chunked")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "chunked" / file.name).read_bytes()
+
+
+def test_an_expert_is_the_blob_of_the_layout(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "hf", "qwen3_moe"))
+    with packed(tmp_path / "hf") as store:
+        prefix = "model.layers.2.mlp.experts.4."
+        matrices = (checkpoint.read(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
+        expected = layout.pack_expert(*matrices)
+        assert (store.array("layers.2.ffn.experts")[4] == expected).all()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_files_are_plain_safetensors(tmp_path: Path, family: str) -> None:
+    with packed(write_checkpoint(tmp_path / "hf", family)) as store:
+        found = {}
+        for file in store.path.glob("*.safetensors"):
+            with safe_open(file, "numpy") as reader:
+                found |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        for name, tensor in store.tensors.items():
+            assert found[name].tobytes() == store.array(name).tobytes()
+            assert found[name].shape == tensor.shape
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tensors_are_aligned_and_read_only(tmp_path: Path, family: str) -> None:
+    with packed(write_checkpoint(tmp_path / "hf", family)) as store:
+        for name, tensor in store.tensors.items():
+            array = store.array(name)
+            assert store.address(name) % 64 == 0
+            assert array.dtype == {"BF16": np.uint16, "F32": np.float32}[tensor.dtype]
+            assert array.nbytes == tensor.nbytes
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
+
+
+def test_a_store_needs_nothing_else(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", "llama")
+    companions = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for name in companions:
+        (source / name).write_text(name)
+    expected = Checkpoint.open(source).spec
+    pack(Checkpoint.open(source), tmp_path / "store")
+    for file in source.iterdir():
+        file.unlink()
+    with Store.open(tmp_path / "store") as store:
+        assert store.spec == expected and store.format == "bf16"
+        assert store.nbytes == sum(tensor.nbytes for tensor in layout.store_tensors(expected))
+    assert {name: (tmp_path / "store" / name).read_text() for name in companions} == {n: n for n in companions}
+    with cached_store(tmp_path / "store", tmp_path / "cache") as store:
+        assert store.path == tmp_path / "store" and not (tmp_path / "cache").exists()
+
+
+def _change_manifest(**changes: Any) -> Callable[[Path], object]:
+    """Change the manifest and give it the right checksum again."""
+
+    def damage(path: Path) -> None:
+        body = json.loads((path / "manifest.json").read_text()) | changes
+        del body["checksum"]
+        body["checksum"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+        (path / "manifest.json").write_text(json.dumps(body))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "it has no manifest.json"),
+    "manifest not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
+    "of another kind": (_change_manifest(kind="other"), "kind must be 'hybrid-store'"),
+    "other layout": (_change_manifest(layout_version=99), "layout version 99, this program reads 1: pack the model"),
+    "other format": (_change_manifest(format="int2"), "format 'int2', supported are bf16"),
+    "manifest changed": (lambda p: flip_bit(p / "manifest.json", 40), "checksum is wrong|not valid JSON|kind"),
+    "other tensors": (_change_manifest(tensors={}), "other tensors"),
+    "shard missing": (lambda p: (p / "outer.safetensors").unlink(), "outer.safetensors: cannot be read"),
+    "shard cut": (lambda p: os.truncate(p / "outer.safetensors", 1000), "has 1000 bytes, the manifest says"),
+    "header changed": (lambda p: flip_bit(p / "layer-00001.safetensors", 20), "layer-00001.safetensors"),
+    "weights changed": (
+        lambda p: flip_bit(p / "layer-00001.safetensors", -100), "tensor layers.1.ffn.experts has a wrong checksum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_store_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    packed(write_checkpoint(tmp_path / "hf", "qwen3_moe")).close()
+    damage, message = DAMAGE[kind]
+    damage(tmp_path / "hf-store")
+    with pytest.raises(WeightsError, match=message) as error:
+        Store.open(tmp_path / "hf-store")
+    assert "\n" not in str(error.value)
+
+
+def test_large_stores_are_verified_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(write_checkpoint(tmp_path / "hf", "qwen3_moe")).close()
+    flip_bit(tmp_path / "hf-store/layer-00001.safetensors", -100)
+    monkeypatch.setattr("hybrid.weights.store.ALWAYS_VERIFIED", 0)
+    Store.open(tmp_path / "hf-store").close()
+    with pytest.raises(WeightsError, match="layers.1.ffn.experts"):
+        Store.open(tmp_path / "hf-store", check=True)
+
+
+def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
+    return layout.unpack_matrix(store.array(name), n, k)
+
+
+def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    prefix, names, attention = f"layers.{layer}.attention.", store.spec.names, store.spec.layers[layer].attention
+    stacked = np.concatenate([tensors[name.format(layer=layer)] for name in (names.q, names.k, names.v)])
+    assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
+    out = tensors[names.out.format(layer=layer)]
+    assert (_unpacked(store, f"{prefix}out", *out.shape) == out).all()
+    assert (store.array(f"{prefix}norm") == exact[names.attention_norm.format(layer=layer)].astype("f4")).all()
+    if attention.qk_norm == "head":
+        for mine, theirs in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
+            assert (store.array(prefix + mine) == exact[theirs.format(layer=layer)].astype("f4")).all()
+    if attention.qkv_bias:
+        biases = [n.format(layer=layer).replace(".weight", ".bias") for n in (names.q, names.k, names.v, names.out)]
+        found = np.concatenate([store.array(f"{prefix}qkv_bias"), store.array(f"{prefix}out_bias")])
+        assert (found == np.concatenate([exact[name] for name in biases]).astype("f4")).all()
+
+
+def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fused: bool) -> None:
+    ffn, names, hidden = store.spec.layers[layer].feed_forward, store.spec.names, store.spec.hidden
+    blobs = store.array(f"layers.{layer}.ffn.experts")
+    down_start = layout.down_offset(hidden, ffn.intermediate)
+    for expert in range(max(1, ffn.experts)):
+        gate, up, down = _expert(store, layer, expert, tensors, fused and ffn.is_moe)
+        blocks = blobs[expert, :down_start].reshape(-1, 2, hidden // 2 * 32)
+        assert (layout.unpack_matrix(np.ascontiguousarray(blocks[:, 0]), ffn.intermediate, hidden) == gate).all()
+        assert (layout.unpack_matrix(np.ascontiguousarray(blocks[:, 1]), ffn.intermediate, hidden) == up).all()
+        assert (layout.unpack_matrix(blobs[expert, down_start:], hidden, ffn.intermediate) == down).all()
+    if ffn.is_moe:
+        name = names.fused_router if fused else names.router
+        assert store.array(f"layers.{layer}.ffn.router").shape == (ffn.experts, hidden)
+        router = store.array(f"layers.{layer}.ffn.router").astype(ml_dtypes.bfloat16).astype("f4")
+        assert (router == tensors[name.format(layer=layer)]).all()
+
+
+def _expert(store: Store, layer: int, expert: int, tensors: dict[str, Any], fused: bool) -> tuple[Any, Any, Any]:
+    names, ffn = store.spec.names, store.spec.layers[layer].feed_forward
+    if fused:
+        gate, up = np.split(tensors[names.fused_gate_up.format(layer=layer)][expert], 2)
+        return gate, up, tensors[names.fused_down.format(layer=layer)][expert]
+    apart = (
+        (names.expert_gate, names.expert_up, names.expert_down) if ffn.is_moe else (names.gate, names.up, names.down)
+    )
+    gate, up, down = (tensors[name.format(layer=layer, expert=expert)] for name in apart)
+    return gate, up, down
