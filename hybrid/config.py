@@ -9,7 +9,6 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
-SUPPORTED_DEVICES = ("auto", "cpu")
 WEIGHT_FORMATS = ("auto", "bf16")
 CACHE_POLICIES = ("FIFO", "LRU")
 
@@ -48,10 +47,6 @@ class EngineConfig:
 def check_config(config: EngineConfig) -> None:
     """Raise `ConfigError` naming the first value out of range."""
     _one_of("--device", config.device, DEVICES)
-    if config.device not in SUPPORTED_DEVICES:
-        raise ConfigError(
-            f"--device {config.device} is not supported by this version; use {' or '.join(SUPPORTED_DEVICES)}"
-        )
     _one_of("--format", config.weight_format, WEIGHT_FORMATS)
     _at_least("--threads", config.threads, 1)
     _at_least("--max-seq-len", config.max_seq_len, 1)

@@ -1,0 +1,56 @@
+"""The console script `hybrid`: one word chooses the command, whose module is imported only then."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "run": ("hybrid.main", "generate text from prompts, or chat"),
+    "bench": ("hybrid.bench", "measure the speed of prompts and of decoding"),
+}
+
+
+def main() -> None:
+    """Each command's module has a typer application named `app`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        _run(name, sys.argv[2:])
+    elif name in ("--help", "-h"):
+        print(_help())
+    elif name == "--version":
+        print(f"hybrid {import_module('hybrid').__version__}")
+    else:
+        print(f"error: there is no command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    try:
+        import_module(COMMANDS[name][0]).app(args=arguments, prog_name=f"hybrid {name}")
+    except KeyboardInterrupt:  # while its modules were still being read
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: hybrid COMMAND [OPTIONS]",
+            "",
+            "Serve Mixture-of-Experts language models on the machine people already have.",
+            "",
+            "Commands (hybrid COMMAND --help says more):",
+            *lines,
+            "",
+            "Options:",
+            "  --version  the version of this program",
+            "  --help     this text",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

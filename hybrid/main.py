@@ -1,0 +1,229 @@
+"""The command `hybrid run`, also `python -m hybrid.main`: generate text from prompts, or chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hybrid import flags as f
+from hybrid.config import CacheConfig, EngineConfig, check_config
+from hybrid.console import exit_codes, progress_bar, say
+from hybrid.core import Completion, SamplingParams
+from hybrid.prompts import DEFAULT_PROMPT, gather_prompts, read_stdin
+
+if TYPE_CHECKING:
+    from hybrid.llm import LLM
+    from hybrid.report import Recorder, Summary
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run reads and writes."""
+
+    prompt: list[str]
+    prompt_path: Path | None
+    n_prompts: int | None
+    chat: bool
+    hide_resp: bool
+    json: bool
+    dry_run: bool
+    breakdown_csv: Path | None
+    cachehit_csv: Path | None
+
+
+@app.command()
+def run(
+    model_path: f.ModelPath = EngineConfig.model_path,
+    prompt: f.Prompts = [],  # noqa: B006  typer reads it as the default of a flag
+    prompt_path: f.PromptPath = None,
+    n_prompts: f.PromptCount = None,
+    chat: f.Chat = False,
+    max_tokens: f.MaxTokens = SamplingParams.max_tokens,
+    temperature: f.Temperature = SamplingParams.temperature,
+    top_p: f.TopP = SamplingParams.top_p,
+    top_k: f.TopK = SamplingParams.top_k,
+    min_p: f.MinP = SamplingParams.min_p,
+    repetition_penalty: f.RepetitionPenalty = SamplingParams.repetition_penalty,
+    seed: f.Seed = SamplingParams.seed,
+    stop: f.Stop = [],  # noqa: B006
+    ignore_eos: f.IgnoreEos = SamplingParams.ignore_eos,
+    device: f.Device = EngineConfig.device,
+    threads: f.Threads = EngineConfig.threads,
+    weight_format: f.Format = EngineConfig.weight_format,
+    max_seq_len: f.MaxSeqLen = EngineConfig.max_seq_len,
+    max_batch: f.MaxBatch = EngineConfig.max_batch,
+    chunk_size: f.ChunkSize = EngineConfig.chunk_size,
+    cache_dir: f.CacheDir = EngineConfig.cache_dir,
+    check: f.Check = EngineConfig.check,
+    cache_nblocks: f.CacheBlocks = CacheConfig.nblocks,
+    cache_nways: f.CacheWays = CacheConfig.nways,
+    cache_quota: f.CacheQuota = CacheConfig.quota,
+    cache_replace_policy: f.CachePolicy = CacheConfig.policy,
+    breakdown_csv: f.BreakdownCsv = None,
+    cachehit_csv: f.CachehitCsv = None,
+    hide_resp: f.HideResponse = False,
+    json: f.Json = False,
+    dry_run: f.DryRun = False,
+    version: f.Version = False,
+) -> None:
+    """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
+    flags = locals()
+    with exit_codes():
+        cache = CacheConfig(cache_nblocks, cache_nways, cache_quota, cache_replace_policy)
+        config = _chosen(EngineConfig, flags, cache=cache)
+        _run(config, _chosen(SamplingParams, flags, stop=tuple(stop)), _chosen(RunOptions, flags))
+
+
+def _chosen(kind: type[Any], flags: Mapping[str, Any], **more: Any) -> Any:
+    """An instance of a dataclass whose fields are the flags of the same names."""
+    names = [field.name for field in fields(kind) if field.name in flags and field.name not in more]
+    return kind(**{name: flags[name] for name in names}, **more)
+
+
+def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
+    _check(config, params, options)
+    if options.dry_run:
+        return _print_plan(config)
+    prompts = _prompts(options)
+    from hybrid.llm import LLM
+
+    with progress_bar() as progress:
+        llm = LLM.from_config(config, progress, say)
+    with llm:
+        _use(llm, prompts, params, options)
+
+
+def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: RunOptions) -> None:
+    from hybrid.report import Recorder
+
+    recorder = Recorder()
+    llm.observe(recorder)
+    try:
+        completions = _converse(llm, params) if prompts is None else _generate(llm, prompts, params, options)
+    except KeyboardInterrupt:  # the steps that were made are worth keeping
+        _write_files(options, recorder)
+        raise
+    _write_files(options, recorder)
+    summary = recorder.summary(llm.engine.load_seconds, llm.engine.plan.isa, llm.engine.plan.threads)
+    if options.json:
+        print(_json_report(llm, prompts or [], completions, summary))
+    else:
+        say(f"\n{summary}")
+
+
+def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
+    """Everything that can be known to be wrong before a model is loaded."""
+    from hybrid.report import check_csv_path
+    from hybrid.sampler import check_params
+
+    check_config(config)
+    check_params(params)
+    check_csv_path("--breakdown-csv", options.breakdown_csv)
+    check_csv_path("--cachehit-csv", options.cachehit_csv)
+    if config.cache.requested or options.cachehit_csv:
+        say(
+            "note: the expert cache has no effect on this machine: the run is on the CPU, whose memory holds "
+            "every expert"
+        )
+
+
+def _print_plan(config: EngineConfig) -> None:
+    from hybrid.engine import plan_model
+
+    plan = plan_model(config)
+    print(plan)
+    plan.require_fit()
+
+
+def _prompts(options: RunOptions) -> list[str] | None:
+    """None: there are no prompts, but a terminal to chat at."""
+    prompts = gather_prompts(options.prompt, options.prompt_path, options.n_prompts)
+    if prompts:
+        return prompts
+    if sys.stdin and sys.stdin.isatty() and sys.stdout.isatty() and not options.json:
+        return None
+    text = read_stdin()
+    if text is None:
+        say(f"note: there is no prompt, so this one is used: {DEFAULT_PROMPT}")
+    return gather_prompts([text or DEFAULT_PROMPT], None, options.n_prompts)
+
+
+def _converse(llm: LLM, params: SamplingParams) -> list[Completion]:
+    from hybrid.conversation import Conversation
+
+    Conversation(llm, params).run()
+    return []
+
+
+def _generate(llm: LLM, prompts: Sequence[str], params: SamplingParams, options: RunOptions) -> list[Completion]:
+    """Print the texts where they are wanted: one as it comes, many when all are there."""
+    inputs = [_as_question(llm, prompt) for prompt in prompts] if options.chat else prompts
+    shown = not (options.json or options.hide_resp)
+    if shown and len(prompts) == 1:
+        _print_stream(llm, prompts[0], inputs[0], params)
+        return []
+    completions = _complete(llm, inputs, params)
+    if shown:
+        _print_texts(prompts, completions)
+    return completions
+
+
+def _as_question(llm: LLM, prompt: str) -> list[int]:
+    return llm.encode_chat([{"role": "user", "content": prompt}])
+
+
+def _complete(llm: LLM, inputs: Sequence[Any], params: SamplingParams) -> list[Completion]:
+    with progress_bar() as progress:
+        return llm.generate(inputs, params, lambda done, total: progress("prompts", done, total))
+
+
+def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) -> None:
+    _print_prompt(prompt)
+    for delta in llm.stream(tokens, params):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+def _print_texts(prompts: Sequence[str], completions: Sequence[Completion]) -> None:
+    for prompt, completion in zip(prompts, completions, strict=True):
+        _print_prompt(prompt)
+        print(completion.text)
+
+
+def _print_prompt(prompt: str) -> None:
+    """Dimmed, for a person at a terminal; a file or a pipe gets the responses alone."""
+    if sys.stdout.isatty():
+        print(f"\033[2m{prompt}\033[0m", end="", flush=True)
+
+
+def _write_files(options: RunOptions, recorder: Recorder) -> None:
+    from hybrid.report import BREAKDOWN_COLUMNS, CACHEHIT_COLUMNS, write_csv
+
+    if options.breakdown_csv:
+        write_csv(options.breakdown_csv, BREAKDOWN_COLUMNS, recorder.breakdown_rows())
+    if options.cachehit_csv:
+        write_csv(options.cachehit_csv, CACHEHIT_COLUMNS, [])
+
+
+def _json_report(llm: LLM, prompts: Sequence[str], completions: Sequence[Completion], summary: Summary) -> str:
+    from hybrid.hardware import probe
+
+    report = {
+        "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
+        "summary": asdict(summary),
+        "plan": llm.engine.plan.to_dict(),
+        "machine": asdict(probe()),
+    }
+    return json.dumps(report, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m hybrid.main")

@@ -1,0 +1,91 @@
+"""An engine without a model: logits are a function of the tokens in a slot; asserts the batch contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from hybrid.core import Batch, StepResult, StepTimes
+
+
+@dataclass(frozen=True)
+class DummyPlan:
+    max_seq_len: int = 64
+    slots: int = 4
+    max_rows: int = 8
+    kv_token_budget: int = 256
+    threads: int = 1
+    isa: str = "dummy"
+
+    def to_dict(self):
+        return {"max_seq_len": self.max_seq_len}
+
+
+class DummyEngine:
+    """Greedy token: `next_token(tokens so far)`. `fail` may raise before a step; `steps` keeps batches."""
+
+    load_seconds = 0.5
+
+    def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
+        self.spec = SimpleNamespace(vocab=vocab)
+        self.plan = DummyPlan(**plan)
+        self.steps: list[Batch] = []
+        self.closed = False
+        self._fail = fail or (lambda batch: None)
+        self._next = next_token or (lambda tokens: reference_token(tokens, vocab))
+        self.slots: dict[int, list[int]] = {}
+
+    def forward(self, batch: Batch) -> StepResult:
+        assert not self.closed
+        self._check(batch)
+        self.steps.append(batch)
+        self._fail(batch)
+        rows = [self._write(*row) for row in zip(batch.token_ids, batch.slots, batch.positions, strict=True)]
+        logits = np.stack([rows[i] for i in batch.logit_rows]) if len(batch.logit_rows) else self._none()
+        return StepResult(logits, StepTimes(0.001, 0.002, 0.003, 0.004, 0.0, 0.010))
+
+    def release(self, slot: int) -> None:
+        assert not self.closed
+        self.slots.pop(slot, None)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _none(self) -> np.ndarray:
+        return np.empty((0, self.spec.vocab), np.float32)
+
+    def _write(self, token: int, slot: int, position: int) -> np.ndarray:
+        tokens = self.slots.setdefault(int(slot), [])
+        assert position == len(tokens), "a row must follow the tokens that its slot holds"
+        tokens.append(int(token))
+        logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))
+        logits[self._next(tokens)] = 4.0
+        return logits
+
+    def _check(self, batch: Batch) -> None:
+        arrays = (batch.token_ids, batch.slots, batch.positions, batch.logit_rows)
+        assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)
+        rows = len(batch.token_ids)
+        assert 0 < rows == len(batch.slots) == len(batch.positions) <= self.plan.max_rows
+        assert np.all(np.diff(batch.logit_rows) > 0)
+        assert all(0 <= row < rows for row in batch.logit_rows)
+        assert batch.slots.min() >= 0 and batch.slots.max() < self.plan.slots
+        assert batch.positions.min() >= 0 and batch.positions.max() < self.plan.max_seq_len
+        same = np.diff(batch.slots) == 0
+        assert np.all(np.diff(batch.positions)[same] == 1)
+        assert 1 + np.count_nonzero(~same) == len(set(batch.slots.tolist())), "rows of a slot must be adjacent"
+        assert sum(map(len, self.slots.values())) <= self.plan.kv_token_budget
+
+
+def reference_token(tokens: list[int], vocab: int) -> int:
+    return (sum(tokens) * 31 + len(tokens) * 7 + 3) % vocab
+
+
+def reference_tokens(prompt: list[int], count: int, vocab: int = 300) -> list[int]:
+    """What greedy generation on a DummyEngine must produce."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(reference_token(tokens, vocab))
+    return tokens[len(prompt) :]

@@ -1,0 +1,306 @@
+"""The Python API, on the dummy engine; and the promises about batching on the embedded model."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from dummy_engine import DummyEngine, reference_tokens
+from dummy_tokenizer import BYTES, SPECIAL
+
+from hybrid import LLM, EngineConfig, SamplingParams
+from hybrid.chat import ChatTemplate, load_template
+from hybrid.errors import ConfigError, KernelError, RequestError
+
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+def echo(text: str, after: int):
+    """The greedy token of an engine that says `text` once it has seen `after` tokens, then ends."""
+    script = [*text.encode(), SPECIAL]
+    return lambda tokens: script[min(len(tokens) - after, len(script) - 1)]
+
+
+def make(engine: DummyEngine | None = None, **parts) -> LLM:
+    defaults = {"tokenizer": BYTES, "eos_ids": frozenset([SPECIAL]), "template": TEMPLATE}
+    return LLM.from_engine(engine or DummyEngine(), **{**defaults, **parts})
+
+
+def test_one_text_or_one_token_list_is_one_prompt() -> None:
+    llm = make()
+    ids = [*b"hey"]
+    for prompts in ("hey", ["hey"], ids, [ids], np.array(ids), np.array([ids])):
+        (completion,) = llm.generate(prompts, SamplingParams(max_tokens=4))
+        assert completion.prompt_token_ids == ids
+        assert completion.token_ids == reference_tokens(ids, 4)
+    assert llm.generate([]) == []
+
+
+def test_completions_keep_the_order_of_the_prompts() -> None:
+    prompts = ["a", [1, 2, 3], "c" * 30, "d", [9], "f"]
+    seen: list[tuple[int, int]] = []
+    completions = make().generate(prompts, SamplingParams(max_tokens=3), lambda *n: seen.append(n))
+    assert [c.index for c in completions] == list(range(6))
+    assert [c.prompt_token_ids for c in completions] == [list(p.encode()) if isinstance(p, str) else p for p in prompts]
+    assert seen == [(n, 6) for n in range(1, 7)]
+
+
+def test_generation_stops_at_eos_and_its_text_ends_before_it() -> None:
+    (completion,) = make(DummyEngine(next_token=echo("né🙂", 2))).generate("hi")
+    assert (completion.text, completion.finish_reason) == ("né🙂", "stop")
+    assert completion.token_ids[-1] == SPECIAL
+
+
+def test_stop_strings_are_cut_from_text_and_stream() -> None:
+    engine = DummyEngine(next_token=echo("one, two, three", 1))
+    llm, params = make(engine), SamplingParams(stop=(", th", "zzz"))
+    (completion,) = llm.generate("x", params)
+    assert (completion.text, completion.finish_reason) == ("one, two", "stop")
+    deltas = list(llm.stream("x", params))
+    assert "".join(d.text for d in deltas) == "one, two"
+    assert [d.finish_reason for d in deltas if d.finish_reason] == ["stop"]
+    assert sum((d.token_ids for d in deltas), ()) == tuple(completion.token_ids)
+
+
+def test_a_text_that_is_cut_by_length_keeps_what_was_held_back() -> None:
+    llm = make(DummyEngine(next_token=echo("ab🙂", 1)))
+    assert llm.generate("x", SamplingParams(max_tokens=3, stop=("b\ufffd!",)))[0].text == "ab\ufffd"
+
+
+def test_closing_a_stream_frees_its_slot() -> None:
+    engine = DummyEngine(slots=1)
+    llm = make(engine)
+    stream = llm.stream("abc")
+    next(stream)
+    assert engine.slots
+    stream.close()
+    assert not engine.slots
+    assert len(llm.generate("abc", SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
+def test_a_stream_finds_errors_before_it_starts() -> None:
+    with pytest.raises(RequestError, match="65 tokens.* 64 "):
+        make().stream([1] * 65)
+
+
+def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind() -> None:
+    engine = DummyEngine()
+    llm = make(engine)
+    for bad in ([1] * 65, [300], [-1], [2**40], "", [], "\ud800", [1.5], [[1], [2]], None, 7, [True]):
+        with pytest.raises(RequestError) as error:
+            llm.generate(["good", bad])
+        assert "\n" not in str(error.value)
+    assert not engine.steps and not llm._scheduler.has_work
+
+
+def test_an_empty_prompt_is_the_bos_token_where_there_is_one() -> None:
+    class WithBos:
+        bos_id = 77
+        special_ids = frozenset()
+
+        def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+            return []
+
+        def decode(self, token_ids) -> str:
+            return ""
+
+    assert make(tokenizer=WithBos()).generate("")[0].prompt_token_ids == [77]
+
+
+def test_a_model_without_tokenizer_takes_tokens_only() -> None:
+    llm = make(tokenizer=None)
+    assert llm.generate([1, 2], SamplingParams(max_tokens=3))[0].token_ids == reference_tokens([1, 2], 3)
+    assert [d.token_ids for d in llm.stream([1, 2], SamplingParams(max_tokens=2))] == [
+        (t,) for t in reference_tokens([1, 2], 2)
+    ]
+    for call in (lambda: llm.generate("text"), lambda: llm.generate([1], SamplingParams(stop=("a",)))):
+        with pytest.raises(RequestError, match="no tokenizer"):
+            call()
+
+
+def test_chat_renders_the_template_once() -> None:
+    llm = make()
+    messages = [{"role": "user", "content": "hi"}]
+    completion = llm.chat(messages, SamplingParams(max_tokens=2))
+    assert bytes(completion.prompt_token_ids) == b"[user]hi>"
+    streamed = list(llm.stream_chat(messages, SamplingParams(max_tokens=2)))
+    assert "".join(d.text for d in streamed) == completion.text
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hi", {"role": "user"}, ["hi"], [{"role": "user"}], [{"role": "boss", "content": "x"}], [{"content": "x"}]],
+    ids=str,
+)
+def test_messages_that_are_none_are_refused(messages) -> None:
+    with pytest.raises(RequestError):
+        make().chat(messages)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('roles must\nalternate') }}", "{% if %}", "{{ messages[9].x }}"]
+)
+def test_a_template_that_fails_is_one_line(source: str) -> None:
+    with pytest.raises(RequestError, match="the chat template refuses") as error:
+        make(template=ChatTemplate(source)).chat([{"role": "user", "content": "x"}])
+    assert "\n" not in str(error.value)
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+from hybrid.chat import ChatTemplate
+print(ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": "hi"}]))
+assert "torch" not in sys.modules
+"""
+
+
+def test_chat_works_in_silence_without_torch() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("hi\n", "")
+
+
+def test_a_model_without_template_says_so() -> None:
+    with pytest.raises(RequestError, match="no chat template"):
+        make(template=None).chat([{"role": "user", "content": "x"}])
+
+
+def test_templates_come_from_their_file_or_the_configuration(tmp_path) -> None:
+    assert load_template(tmp_path) is None
+    config = '{"bos_token": {"content": "<s>"}, "chat_template": [{"name": "default", "template": "{{ bos_token }}"}]}'
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    messages = [{"role": "user", "content": "x"}]
+    template = load_template(tmp_path)
+    assert template is not None and template.render(messages) == "<s>"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ bos_token }}")
+    template = load_template(tmp_path)
+    assert template is not None and template.render(messages) == "x<s>"
+
+
+def test_logits_cover_every_position() -> None:
+    llm = make()
+    logits = llm.logits([5, 6, 7])
+    assert logits.shape == (3, 300) and logits.dtype == np.float32
+    assert logits[2].argmax() == reference_tokens([5, 6, 7], 1)[0]
+    assert llm.logits([]).shape == (0, 300)
+    with pytest.raises(RequestError):
+        llm.logits([1] * 65)
+
+
+def test_logprobs_are_reported_for_every_token() -> None:
+    (completion,) = make().generate([1], SamplingParams(max_tokens=3, logprobs=2))
+    assert completion.logprobs is not None
+    assert [entry.token_id for entry in completion.logprobs] == completion.token_ids
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in completion.logprobs)
+
+
+def test_a_closed_llm_says_so_everywhere() -> None:
+    engine = DummyEngine()
+    with make(engine) as llm:
+        stream = llm.stream("abc")
+        next(stream)
+    assert engine.closed and not engine.slots
+    llm.close()
+    for call in (lambda: llm.generate("x"), lambda: llm.stream("x"), lambda: llm.logits([1])):
+        with pytest.raises(RequestError, match="closed"):
+            call()
+    assert [delta.finish_reason for delta in stream][-1:] in ([], ["cancelled"])
+
+
+def test_a_failed_step_leaves_the_model_usable() -> None:
+    failures = iter([KeyboardInterrupt(), KernelError("broken")])
+
+    def fail(batch) -> None:
+        if len(engine.steps) in (3, 8):
+            raise next(failures)
+
+    engine = DummyEngine(fail=fail, slots=2)
+    llm = make(engine)
+    for error in (KeyboardInterrupt, KernelError):
+        with pytest.raises(error):
+            llm.generate([[1], [2], [3]], SamplingParams(max_tokens=9))
+        assert not engine.slots and not llm._scheduler.has_work
+    assert llm.generate([4], SamplingParams(max_tokens=2))[0].token_ids == reference_tokens([4], 2)
+
+
+def test_threads_share_one_model() -> None:
+    llm, results = make(), {}
+
+    def work(first: int) -> None:
+        results[first] = llm.generate([[first, i] for i in range(5)], SamplingParams(max_tokens=6))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for first, completions in results.items():
+        assert [c.token_ids for c in completions] == [reference_tokens([first, i], 6) for i in range(5)]
+    assert len(results) == 4
+
+
+def test_a_seed_gives_the_same_text_alone_and_among_others() -> None:
+    params = SamplingParams(max_tokens=10, temperature=2.0, seed=3)
+    alone = make().generate("tell", params)[0]
+    among = make().generate(["x", "tell", "y" * 20], params)[1]
+    assert alone.token_ids == among.token_ids and alone.text == among.text
+
+
+def test_every_engine_option_is_a_keyword_with_the_default_of_its_field() -> None:
+    parameters = inspect.signature(LLM.__init__).parameters
+    for field in fields(EngineConfig):
+        if field.name not in ("cache",):
+            assert parameters[field.name].default == field.default
+    with pytest.raises(TypeError, match="thread_count"):
+        LLM(thread_count=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("device", ["cuda", "simulated", "tpu"])
+def test_devices_that_this_version_lacks_are_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device '?{device}'? .*cpu"):
+        LLM(device=device)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    pytest.importorskip("cpu_kernels", exc_type=ImportError)
+    with LLM(max_batch=4, chunk_size=32, max_seq_len=256) as llm:
+        yield llm
+
+
+STORIES = ["Once upon a time", "Tom had a red ball.", "The dog was hungry, so", "One day, Anna went to the river. She"]
+GREEDY = SamplingParams(max_tokens=24)
+
+
+def test_the_embedded_model_says_the_same_alone_batched_and_streamed(embedded: LLM) -> None:
+    together = embedded.generate(STORIES, GREEDY)
+    for prompt, completion in zip(STORIES, together, strict=True):
+        assert completion.text.strip()
+        assert embedded.generate(prompt, GREEDY)[0].token_ids == completion.token_ids
+        assert "".join(delta.text for delta in embedded.stream(prompt, GREEDY)) == completion.text
+
+
+def test_the_embedded_model_scores_what_it_generates(embedded: LLM) -> None:
+    (completion,) = embedded.generate("Once upon a time there was " * 12, GREEDY)
+    prompt, output = completion.prompt_token_ids, completion.token_ids
+    assert len(prompt) > 32  # more than one chunk
+    best = embedded.logits(prompt + output).argmax(axis=1)
+    assert best[len(prompt) - 1 : -1].tolist() == output
+
+
+def test_the_embedded_model_answers_in_chat(embedded: LLM) -> None:
+    completion = embedded.chat([{"role": "user", "content": "What color is the sky?"}], GREEDY)
+    assert completion.text.strip() and "<|" not in completion.text
+
+
+def test_the_embedded_model_refuses_what_does_not_fit(embedded: LLM) -> None:
+    with pytest.raises(RequestError, match="257 tokens.* 256 "):
+        embedded.generate([[5] * 257])
