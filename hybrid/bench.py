@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hybrid.engine import Engine
     from hybrid.measure import MachineProbe, Measurement, Test
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Counts = Annotated[str, typer.Option("--prompt", "-p", help="Prompt lengths to time, as 512 or 128,512; 0 for none.")]
 Generate = Annotated[str, typer.Option("--generate", "-n", help="Numbers of tokens to decode; 0 for none.")]
