@@ -238,7 +238,8 @@ NB_MODULE(_ext, m) {
             new (self) Executor(table_of(isa), std::move(pool), {rows, slots, positions, vocab, scratch_bytes});
           },
           "isa"_a, "pool"_a, "rows"_a, "slots"_a, "positions"_a, "vocab"_a, "scratch_bytes"_a)
-      .def("step", &run_step, "token_ids"_a, "slots"_a, "positions"_a, "logit_rows"_a, "logits"_a,
+      .def("step", &run_step, "token_ids"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "logits"_a.noconvert(),
            "Run one step; returns seconds spent in (attention, moe, head, other).")
       .def("cancel", &Executor::cancel)
       .def_prop_ro("op_count", &Executor::op_count);

@@ -77,6 +77,7 @@ Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool,
     : kernels_(kernels),
       pool_(std::move(pool)),
       limits_(limits),
+      ended_(size_t(limits.slots)),
       scratch_(limits.scratch_bytes * size_t(pool_->size()), true) {}
 
 void Executor::add(Part part, const OpArgs& args) {
@@ -97,10 +98,10 @@ void Executor::add(Part part, const OpArgs& args) {
   schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
 }
 
-void Executor::check(const Step& step) const {
+void Executor::check(const Step& step) {
   require(step.rows >= 1 && step.rows <= limits_.rows,
           "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + std::to_string(limits_.rows));
-  std::vector<bool> ended(size_t(limits_.slots), false);
+  std::fill(ended_.begin(), ended_.end(), false);
   for (int i = 0; i < step.rows; ++i) {
     const auto in = [](int x, int end) { return x >= 0 && x < end; };
     require(in(step.tokens[i], limits_.vocab), "token id " + std::to_string(step.tokens[i]) +
@@ -113,8 +114,8 @@ void Executor::check(const Step& step) const {
     if (step.slots[i] == step.slots[i - 1]) {
       require(step.positions[i] == step.positions[i - 1] + 1, "positions of a slot must ascend by one");
     } else {
-      ended[size_t(step.slots[i - 1])] = true;
-      require(!ended[size_t(step.slots[i])], "rows of a slot must be adjacent");
+      ended_[size_t(step.slots[i - 1])] = true;
+      require(!ended_[size_t(step.slots[i])], "rows of a slot must be adjacent");
     }
   }
   for (int i = 0; i < step.logit_rows; ++i)

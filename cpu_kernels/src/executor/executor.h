@@ -58,7 +58,7 @@ class Executor {
     Part part;
     OpArgs args;
   };
-  void check(const Step& step) const;
+  void check(const Step& step);
   bool needed(const Op& op, const Step& step) const;
   void run(const Op& op, const Step& step, const Work& work) const;
   Outcome asked_to_stop(Interrupted interrupted);
@@ -66,6 +66,7 @@ class Executor {
   const KernelTable& kernels_;
   std::shared_ptr<ThreadPool> pool_;
   const Limits limits_;
+  std::vector<char> ended_;  // [slots], slots whose rows have passed; of the step being checked
   int group_ = 1;
   std::vector<Op> ops_;
   std::vector<int> counters_;
