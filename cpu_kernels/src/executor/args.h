@@ -34,7 +34,7 @@ struct Step {
   int split_tiles;      // how many tiles need a merge
 };
 
-// One thread's part in an op. `counter` hands out tasks where their costs differ.
+// One thread's part in an op. `counter`, zero when the op begins, hands out what the threads share.
 struct Work {
   int thread;
   int threads;

@@ -89,7 +89,7 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + kv_head * group) * kv.key_dim;
   const auto query = [&](int i) { return q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim; };
 
-  for_block_groups<1>(0, used / kBlock, [&](auto nb, int key_block) __attribute__((always_inline)) {
+  for_block_groups<1>({0, used / kBlock}, [&](auto nb, int key_block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     for_row_tiles(rows, [&](auto mr, int row, int part) __attribute__((always_inline)) {
       constexpr int MR = decltype(mr)::value;
@@ -110,7 +110,7 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
     seen[i] = softmax(s.scores + i * kKeys, s.weights + i * kKeys, s.current + i * s.state_stride, kv.value_dim,
                       visible(args, tile.position + i / group, block), used);
 
-  for_block_groups<1>(0, kv.value_dim / kBlock, [&](auto nb, int column) __attribute__((always_inline)) {
+  for_block_groups<1>({0, kv.value_dim / kBlock}, [&](auto nb, int column) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     for_row_tiles(rows, [&](auto mr, int row, int part) __attribute__((always_inline)) {
       constexpr int MR = decltype(mr)::value;

@@ -25,11 +25,25 @@ static HYBRID_INLINE Range share(int count, const Work& work) {
   return {cut(work.thread), cut(work.thread + 1)};
 }
 
+static HYBRID_INLINE int least(int a, int b) { return a < b ? a : b; }
+static HYBRID_INLINE int most(int a, int b) { return a > b ? a : b; }
+
 // The next task of an op whose tasks cost differently.
 static HYBRID_INLINE int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
 
-static HYBRID_INLINE int least(int a, int b) { return a < b ? a : b; }
-static HYBRID_INLINE int most(int a, int b) { return a > b ? a : b; }
+// Hands out `count` items in runs that are multiples of `unit`: calls function(run) until none are left. Runs shrink
+// towards the end, so that a thread on a slow or shared core takes less and none waits long for the last one.
+template <class Function>
+static HYBRID_INLINE void for_runs(int count, int unit, const Work& work, Function function) {
+  int first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
+  while (first < count) {
+    const int part = (count - first) / (2 * work.threads - 1);
+    const int last = least(count, first + most(1, (part + unit - 1) / unit) * unit);
+    if (!__atomic_compare_exchange_n(work.counter, &first, last, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+    function(Range{first, last});
+    first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
+  }
+}
 
 // e^x to about 1 ulp: x = n ln 2 + r, and a polynomial for e^r. Clamped so that n stays a normal exponent.
 static HYBRID_INLINE F32 exponential(F32 x) {

@@ -83,22 +83,22 @@ static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
 
 // Calls function(Int<NB>, first block): as wide as registers allow, then what is left in multiples of `unit`.
 template <int unit, class Function>
-static HYBRID_INLINE void for_block_groups(int first, int last, Function function) {
-  int block = first;
-  for (; block + Isa::max_blocks <= last; block += Isa::max_blocks) function(Int<Isa::max_blocks>{}, block);
-  for (; block < last; block += unit) function(Int<unit>{}, block);
+static HYBRID_INLINE void for_block_groups(Range blocks, Function function) {
+  int block = blocks.first;
+  for (; block + Isa::max_blocks <= blocks.last; block += Isa::max_blocks) function(Int<Isa::max_blocks>{}, block);
+  for (; block < blocks.last; block += unit) function(Int<unit>{}, block);
 }
 
+constexpr int kRunBlocks = 4;       // threads share columns in multiples of this, the widest group of any Isa
 constexpr int kPanelPairs = 128;    // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
 constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
 
-// product[r, c] for rows [0, rows) and blocks [first, last), each finished tile passed to
+// product[r, c] for rows [0, rows) and the given blocks, each finished tile passed to
 // epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
 template <int unit, class Epilogue>
-static void product(const Rows& left, int rows, const Blocks& w, int first, int last, float* scratch,
-                    Epilogue epilogue) {
+static void product(const Rows& left, int rows, const Blocks& w, Range blocks, float* scratch, Epilogue epilogue) {
   const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
-  for_block_groups<unit>(first, last, [&](auto nb, int block) __attribute__((always_inline)) {
+  for_block_groups<unit>(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     const char* group = w.data + block * w.block_stride;
     const int panel = tiles == 1 ? w.pairs : kPanelPairs;
