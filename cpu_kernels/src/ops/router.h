@@ -6,29 +6,44 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-static HYBRID_INLINE float dot(const float* a, const float* b, int width) {
-  F32 sum0 = Isa::zero(), sum1 = Isa::zero();
+constexpr int kRouterRows = 4;  // rows that share one read of an expert's weights
+
+// out[r * experts] = row r of x times w, for `rows` rows. Each row has two chains of sums, whatever `rows` is.
+template <int rows>
+static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const float* w, float* out) {
+  F32 even[rows], odd[rows];
+  for (int r = 0; r < rows; ++r) even[r] = odd[r] = Isa::zero();
   int i = 0;
-  for (; i + 2 * kBlock <= width; i += 2 * kBlock) {
-    sum0 = Isa::fma(Isa::load(a + i), Isa::load(b + i), sum0);
-    sum1 = Isa::fma(Isa::load(a + i + kBlock), Isa::load(b + i + kBlock), sum1);
+  for (; i + 2 * kBlock <= args.hidden; i += 2 * kBlock) {
+    const F32 w0 = Isa::load(w + i), w1 = Isa::load(w + i + kBlock);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      even[r] = Isa::fma(Isa::load(x + r * args.input_stride + i), w0, even[r]);
+      odd[r] = Isa::fma(Isa::load(x + r * args.input_stride + i + kBlock), w1, odd[r]);
+    }
   }
-  for (; i < width; i += kBlock) {
-    const int count = least(kBlock, width - i);
-    sum0 = Isa::fma(load_some(a + i, count), load_some(b + i, count), sum0);
+  for (; i < args.hidden; i += kBlock) {
+    const int count = least(kBlock, args.hidden - i);
+    for (int r = 0; r < rows; ++r)
+      even[r] = Isa::fma(load_some(x + r * args.input_stride + i, count), load_some(w + i, count), even[r]);
   }
-  return Isa::sum(Isa::add(sum0, sum1));
+  for (int r = 0; r < rows; ++r) out[r * args.experts] = Isa::sum(Isa::add(even[r], odd[r]));
 }
 
+// Experts pass over a group of rows: these stay in L1 and the weights stream from L2. The other way round was slower.
 static void router(const RouterArgs& args, const Step& step, const Work& work) {
-  constexpr int kRowBlock = 16;  // rows that pass over an expert's weights while these are in L1
-  const int row_blocks = (step.rows + kRowBlock - 1) / kRowBlock;
-  const Range tasks = share(row_blocks * args.experts, work);
+  const int groups = (step.rows + kRouterRows - 1) / kRouterRows;
+  const Range tasks = share(groups * args.experts, work);
   for (int task = tasks.first; task < tasks.last; ++task) {
-    const int expert = task % args.experts, first = task / args.experts * kRowBlock;
-    for (int row = first; row < least(first + kRowBlock, step.rows); ++row)
-      args.logits[int64_t(row) * args.experts + expert] =
-          dot(args.input + int64_t(row) * args.input_stride, args.weight + int64_t(expert) * args.hidden, args.hidden);
+    const int expert = task % args.experts, last = least(step.rows, (task / args.experts + 1) * kRouterRows);
+    const float* w = args.weight + int64_t(expert) * args.hidden;
+    for (int row = task / args.experts * kRouterRows; row < last;) {
+      const float* x = args.input + int64_t(row) * args.input_stride;
+      float* out = args.logits + int64_t(row) * args.experts + expert;
+      const bool full = row + kRouterRows <= last;
+      full ? score<kRouterRows>(args, x, w, out) : score<1>(args, x, w, out);
+      row += full ? kRouterRows : 1;
+    }
   }
 }
 
