@@ -84,49 +84,19 @@ static HYBRID_INLINE void attend_block(const AttentionArgs& args, const Attentio
   const Blocks values{value_at(kv, tile.slot, kv_head, key0), kLine, int64_t(kv.value_dim) * 4, used / 2};
   // While scores are computed this block's values are fetched, while values are summed the next block's keys.
   const char* next_keys = key_at(kv, tile.slot, kv_head, key0 + kKeys);
-  const int parts = (rows + Isa::max_rows - 1) / Isa::max_rows;
   const F32 scale = Isa::set(args.scale);
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + kv_head * group) * kv.key_dim;
-  const auto query = [&](int i) { return q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim; };
-
-  for_block_groups<1>({0, used / kBlock}, [&](auto nb, int key_block) __attribute__((always_inline)) {
-    constexpr int NB = decltype(nb)::value;
-    for_row_tiles(rows, [&](auto mr, int row, int part) __attribute__((always_inline)) {
-      constexpr int MR = decltype(mr)::value;
-      const bf16* a[MR];
-      F32 acc[MR][NB];
-      for (int r = 0; r < MR; ++r) {
-        a[r] = query(row + r);
-        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
-      }
-      multiply_shared(acc, a, keys.data + key_block * keys.block_stride, keys, keys.pairs, part, parts,
-                      values.data + key_block * keys.block_stride);
-      for (int r = 0; r < MR; ++r)
-        for (int j = 0; j < NB; ++j)
-          Isa::store(s.scores + (row + r) * kKeys + (key_block + j) * kBlock, Isa::mul(acc[r][j], scale));
-    });
-  });
+  small_product([&](int i) { return q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim; }, rows, keys,
+                used / kBlock, values.data,
+                [&](F32 acc, int row, int column) {
+                  Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, scale));
+                });
   for (int i = 0; i < rows; ++i)
     seen[i] = softmax(s.scores + i * kKeys, s.weights + i * kKeys, s.current + i * s.state_stride, kv.value_dim,
                       visible(args, tile.position + i / group, block), used);
-
-  for_block_groups<1>({0, kv.value_dim / kBlock}, [&](auto nb, int column) __attribute__((always_inline)) {
-    constexpr int NB = decltype(nb)::value;
-    for_row_tiles(rows, [&](auto mr, int row, int part) __attribute__((always_inline)) {
-      constexpr int MR = decltype(mr)::value;
-      const bf16* a[MR];
-      F32 acc[MR][NB];
-      for (int r = 0; r < MR; ++r) {
-        a[r] = s.weights + (row + r) * kKeys;
-        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
-      }
-      multiply_shared(acc, a, values.data + column * kLine, values, values.pairs, part, parts,
-                      next_keys + column * kLine);
-      for (int r = 0; r < MR; ++r)
-        for (int j = 0; j < NB; ++j)
-          Isa::store(s.current + (row + r) * s.state_stride + (column + j) * kBlock, acc[r][j]);
-    });
-  });
+  small_product(
+      [&](int i) { return s.weights + i * kKeys; }, rows, values, kv.value_dim / kBlock, next_keys,
+      [&](F32 acc, int row, int column) { Isa::store(s.current + row * s.state_stride + column * kBlock, acc); });
 }
 
 static HYBRID_INLINE void copy_state(float* into, const float* from, int dim) {

@@ -139,5 +139,29 @@ static void product(const Rows& left, int rows, const Blocks& w, Range blocks, f
   });
 }
 
+// The same in one panel, for operands that are read once for few rows or fit the caches: attention's scores and values.
+// row_at(row) points to a row; meanwhile the blocks at `next`, laid out as those of w, are fetched.
+template <class RowAt, class Epilogue>
+static HYBRID_INLINE void small_product(RowAt row_at, int rows, const Blocks& w, int blocks, const char* next,
+                                        Epilogue epilogue) {
+  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  for_block_groups<1>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
+    constexpr int NB = decltype(nb)::value;
+    for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
+      constexpr int MR = decltype(mr)::value;
+      const bf16* a[MR];
+      F32 acc[MR][NB];
+      for (int r = 0; r < MR; ++r) {
+        a[r] = row_at(row + r);
+        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
+      }
+      const int64_t offset = block * w.block_stride;
+      multiply_shared(acc, a, w.data + offset, w, w.pairs, tile, tiles, next + offset);
+      for (int r = 0; r < MR; ++r)
+        for (int j = 0; j < NB; ++j) epilogue(acc[r][j], row + r, block + j);
+    });
+  });
+}
+
 }  // namespace HYBRID_ISA
 }  // namespace hybrid
