@@ -26,7 +26,8 @@ Counts = Annotated[str, typer.Option("--prompt", "-p", help="Prompt lengths to t
 Generate = Annotated[str, typer.Option("--generate", "-n", help="Numbers of tokens to decode; 0 for none.")]
 Depths = Annotated[str, typer.Option("--depth", "-d", help="Tokens already in the KV before each test.")]
 Batches = Annotated[str, typer.Option("--batch", help="Sequences that run together.")]
-Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.")]
+_COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
+Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.", **_COUNT)]
 Output = Annotated[str, typer.Option("--output", help="md, csv or json.")]
 
 
@@ -53,21 +54,24 @@ def bench(
         if repetitions < 1:
             raise ConfigError(f"--repetitions {repetitions} is out of range; it must be at least 1")
         tests = make_tests(*map(parse_counts, (prompt, generate, depth, batch)))
+        largest_batch = max(test.batch for test in tests)
         config = EngineConfig(
             model_path=model_path,
             weight_format=weight_format,
             threads=threads,
             cache_dir=cache_dir,
             max_seq_len=max(test.length for test in tests) + 1,
-            max_batch=max(test.batch for test in tests),
+            max_batch=largest_batch,
+            chunk_size=max(EngineConfig.chunk_size, largest_batch),
         )
+        check_lengths(config, tests)
         print(FORMATS[output](run(config, tests, repetitions)))
 
 
 def parse_counts(text: str) -> list[int]:
     """'128,512' to [128, 512]. Raises ConfigError."""
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise ConfigError(f"{text!r} is not a list of counts; write numbers with commas between them, as 128,512")
     return [int(part) for part in parts]
 
@@ -82,6 +86,21 @@ def make_tests(prompts: list[int], generates: list[int], depths: list[int], batc
     if not kinds:
         raise ConfigError("nothing to measure: --prompt and --generate are both 0")
     return [Test(p, n, d, b) for d, b, (p, n) in product(depths, batches, kinds)]
+
+
+def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
+    """Raise ConfigError naming the first test that is longer than the model's context."""
+    from hybrid.engine import EMBEDDED_MODEL
+    from hybrid.models import model_spec
+    from hybrid.weights.pack import model_config
+
+    limit = model_spec(model_config(config.model_path or EMBEDDED_MODEL)).max_position
+    for test in tests:
+        if test.length >= limit:
+            raise ConfigError(
+                f"test {test.name} at depth {test.depth} takes {test.length + 1} tokens of context, "
+                f"the model has {limit}: lower --depth, --prompt or --generate"
+            )
 
 
 def run(config: EngineConfig, tests: list[Test], repetitions: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import RequestError
-from hybrid.tokenizer import import_transformers, read_json
+from hybrid.errors import ConfigError, RequestError
+from hybrid.tokenizer import import_transformers, read_json, token_text
 
 Message = Mapping[str, str]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -44,28 +44,32 @@ def load_template(model_path: Path) -> ChatTemplate | None:
     """The chat template of a model directory, None where it has none."""
     config = read_json(model_path / "tokenizer_config.json")
     file = model_path / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else _configured(config.get("chat_template"))
+    source = _read_text(file) if file.is_file() else _configured(config.get("chat_template"))
     return ChatTemplate(source, _special_tokens(config)) if source else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); restore the file") from None
 
 
 def _configured(template: Any) -> str | None:
     """One template, or a list of named ones of which `default` is for chat."""
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    texts = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token")
-    }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    texts = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
-    if isinstance(messages, (str, Mapping)) or not messages:
+    if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError('messages must be a list like [{"role": "user", "content": "..."}] with one or more entries')
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from hybrid.console import exit_codes, run_app
+from hybrid.errors import ConfigError
+
 COMMANDS = {
     "run": ("hybrid.main", "generate text from prompts, or chat"),
     "bench": ("hybrid.bench", "measure the speed of prompts and of decoding"),
@@ -14,23 +17,15 @@ COMMANDS = {
 def main() -> None:
     """Each command's module has a typer application named `app`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
-        _run(name, sys.argv[2:])
-    elif name in ("--help", "-h"):
-        print(_help())
-    elif name == "--version":
-        print(f"hybrid {import_module('hybrid').__version__}")
-    else:
-        print(f"error: there is no command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _run(name: str, arguments: list[str]) -> None:
-    try:
-        import_module(COMMANDS[name][0]).app(args=arguments, prog_name=f"hybrid {name}")
-    except KeyboardInterrupt:  # while its modules were still being read
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    with exit_codes():
+        if name in COMMANDS:
+            run_app(import_module(COMMANDS[name][0]).app, f"hybrid {name}", sys.argv[2:])
+        elif name in ("--help", "-h"):
+            print(_help())
+        elif name == "--version":
+            print(f"hybrid {import_module('hybrid').__version__}")
+        else:
+            raise ConfigError(f"there is no command {name!r}; allowed: {', '.join(COMMANDS)}")
 
 
 def _help() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hybrid.errors import ConfigError
 DEVICES = ("auto", "cpu", "simulated", "cuda")
 WEIGHT_FORMATS = ("auto", "bf16")
 CACHE_POLICIES = ("FIFO", "LRU")
+MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ def check_config(config: EngineConfig) -> None:
     """Raise `ConfigError` naming the first value out of range."""
     _one_of("--device", config.device, DEVICES)
     _one_of("--format", config.weight_format, WEIGHT_FORMATS)
-    _at_least("--threads", config.threads, 1)
-    _at_least("--max-seq-len", config.max_seq_len, 1)
-    _at_least("--max-batch", config.max_batch, 1)
-    _at_least("--chunk-size", config.chunk_size, 1)
-    _at_least("--cache-nblocks", config.cache.nblocks, 1)
-    _at_least("--cache-nways", config.cache.nways, 1)
-    _at_least("--cache-quota", config.cache.quota, 0)
+    _within("--max-batch", config.max_batch, 1)
+    _within("--chunk-size", config.chunk_size, 1)
+    _none_or_within("--threads", config.threads, 1, MAX_THREADS)
+    _none_or_within("--max-seq-len", config.max_seq_len, 1)
+    _none_or_within("--cache-nblocks", config.cache.nblocks, 1)
+    _none_or_within("--cache-nways", config.cache.nways, 1)
+    _none_or_within("--cache-quota", config.cache.quota, 0)
     _one_of("--cache-replace-policy", config.cache.policy, CACHE_POLICIES)
     if config.chunk_size < config.max_batch:
         raise ConfigError(
@@ -68,6 +70,14 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{flag} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
-def _at_least(flag: str, value: Any, minimum: int) -> None:
-    if value is not None and value < minimum:
-        raise ConfigError(f"{flag} {value} is out of range; it must be at least {minimum}")
+def _none_or_within(flag: str, value: Any, minimum: int, maximum: float = math.inf) -> None:
+    if value is not None:
+        _within(flag, value, minimum, maximum)
+
+
+def _within(flag: str, value: Any, minimum: int, maximum: float = math.inf) -> None:
+    allowed = f"at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+    if type(value) is not int:
+        raise ConfigError(f"{flag} {value!r:.80} is not an int; it must be one, {allowed}")
+    if not minimum <= value <= maximum:
+        raise ConfigError(f"{flag} {value} is out of range; it must be {allowed}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from hybrid.errors import HybridError
+
+if TYPE_CHECKING:
+    import typer
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 
@@ -17,12 +21,24 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and end the process; a flag that it does not understand is one line, as any other error."""
+    import typer
+
+    # Typer gives no name of its own to the base of its errors.
+    usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
+    try:
+        raise SystemExit(app(args=arguments, prog_name=name, standalone_mode=False))
+    except usage_error as error:
+        reason = error.format_message()  # type: ignore[attr-defined]
+        say(f"error: {' '.join(reason.split()).rstrip('.')}; {name} --help lists what is allowed")
+        raise SystemExit(EXIT_ERROR) from None
+
+
 @contextmanager
-def exit_codes() -> Iterator[None]:
+def exit_codes(interrupted: str = "every file that was written is whole") -> Iterator[None]:
     """End the process as commands do: HybridError with 2, Ctrl-C with 130, a reader that left with 141."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # replaced by something simpler
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _prepare_streams()
     try:
         yield
         sys.stdout.flush()
@@ -30,11 +46,29 @@ def exit_codes() -> Iterator[None]:
         say("error: " + " ".join(str(error).split()))
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
-        say("interrupted; every file that was written is whole")
+        say(f"interrupted; {interrupted}")
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes stdout
+        _drop_stdout()
         raise SystemExit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        _drop_stdout()
+        say(f"error: reading or writing failed: {' '.join(str(error).split())}")
+        raise SystemExit(EXIT_ERROR) from None
+
+
+def _prepare_streams() -> None:
+    """A stream that the shell closed goes nowhere; a character that the terminal cannot show becomes '?'."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
+        with suppress(AttributeError):  # replaced by something simpler
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def _drop_stdout() -> None:
+    """What is still buffered is lost, or the interpreter would complain that it cannot flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -85,7 +86,7 @@ class StepTimes:
     attention: float = 0.0  # projections, norms, rope and attention itself
     moe: float = 0.0  # router, experts and dense feed-forward
     head: float = 0.0  # final norm and output head
-    other: float = 0.0  # embedding and rope tables
+    other: float = 0.0  # the rest: embedding, rope tables, waking the threads
     sampling: float = 0.0
     total: float = 0.0
 

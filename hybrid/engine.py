@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,7 @@ from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
 from hybrid.plan import Plan, make_plan
 from hybrid.program import Buffer, Kv, Op, RoutingTable, Weight, ropes
-from hybrid.weights.checkpoint import read_config
-from hybrid.weights.pack import Notice, Progress, cached_store
+from hybrid.weights.pack import Notice, Progress, cached_store, model_config
 from hybrid.weights.store import Store
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
@@ -36,7 +36,7 @@ def plan_model(config: EngineConfig) -> Plan:
     check_config(config)
     if config.device not in ("auto", "cpu"):
         raise ConfigError(f"--device {config.device} cannot be had in this version; use auto or cpu")
-    spec = model_spec(read_config(config.model_path or EMBEDDED_MODEL))
+    spec = model_spec(model_config(config.model_path or EMBEDDED_MODEL))
     return make_plan(spec, probe(config.isa), config)
 
 
@@ -47,13 +47,16 @@ class Engine:
         """Allocate what the plan says and bind its ops to addresses. Raises CapacityError if it does not fit."""
         start = time.perf_counter()
         plan.require_fit()
+        self._process = os.getpid()
         self.spec, self.plan, self.store = store.spec, plan, store
         try:
             self._arena = cpu_kernels.Arena(plan.arena_bytes, huge=True)
+            self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus))
         except MemoryError:
             raise CapacityError(f"the arena of {plan.arena_bytes} bytes cannot be allocated") from None
+        except RuntimeError as error:
+            raise CapacityError(f"{error}; lower --threads, or raise the limit on processes") from None
         self._kv = KvArena(store.spec, plan)
-        self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus))
         self._write_frequencies()
         self._executor = self._bind()
         self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
@@ -63,11 +66,13 @@ class Engine:
     def open(cls, config: EngineConfig, progress: Progress | None = None, notice: Notice | None = None) -> Engine:
         """Plan, refuse what does not fit, map the store (packing a Hugging Face directory the first time), bind.
 
-        progress and notice are those of `hybrid.weights.pack.cached_store`.
+        progress and notice are those of `hybrid.weights.pack.cached_store`; notice also tells of too many threads.
         """
         start = time.perf_counter()
         plan = plan_model(config)
         plan.require_fit()
+        if notice and not plan.cpus:
+            notice(f"note: {plan.threads} threads are more than the cores of this machine; fewer would be faster")
         path = config.model_path or EMBEDDED_MODEL
         wanted = "bf16" if config.weight_format == "auto" else config.weight_format
         engine = cls(cached_store(path, config.cache_dir, wanted, progress, notice, config.check), plan)
@@ -77,14 +82,16 @@ class Engine:
     def forward(self, batch: Batch) -> StepResult:
         """Run one step. `logits` belongs to the engine and is overwritten by the next step.
 
-        Raises KernelError if the batch leaves the plan's extents, StepCancelled after `cancel`, KeyboardInterrupt on
-        Ctrl-C (main thread); after the last two what the step wrote must be discarded.
+        Raises KernelError if the batch leaves the plan's extents or in a forked process, StepCancelled after `cancel`,
+        KeyboardInterrupt on Ctrl-C (main thread); after the last two what the step wrote must be discarded.
         """
+        if os.getpid() != self._process:
+            raise KernelError("this model was opened before a fork, which its threads do not survive: open it again")
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         start = time.perf_counter()
         try:
-            attention, moe, head, other = self._executor.step(
+            attention, moe, head, _ = self._executor.step(
                 batch.token_ids, batch.slots, batch.positions, batch.logit_rows, logits
             )
         except ValueError as error:
@@ -92,6 +99,7 @@ class Engine:
         except RuntimeError as error:
             raise StepCancelled(str(error)) from None
         total = time.perf_counter() - start
+        other = total - attention - moe - head
         return StepResult(logits, StepTimes(attention, moe, head, other, 0.0, total))
 
     def release(self, slot: int) -> None:

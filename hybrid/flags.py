@@ -14,6 +14,43 @@ def _flag(name: str, text: str, **more: Any) -> Any:
     return typer.Option(name, help=text, **more)
 
 
+def _whole(name: str, text: str, **more: Any) -> Any:
+    return _flag(name, text, parser=parse_whole, metavar="INTEGER", **more)
+
+
+def _real(name: str, text: str, **more: Any) -> Any:
+    return _flag(name, text, parser=parse_real, metavar="NUMBER", **more)
+
+
+def _path(name: str, text: str, **more: Any) -> Any:
+    return _flag(name, text, parser=parse_path, metavar="PATH", **more)
+
+
+def parse_whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r:.80} is not a whole number") from None
+
+
+def parse_real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r:.80} is not a number") from None
+
+
+def parse_path(text: str) -> Path:
+    """`--flag=~/x` reaches a command with its tilde; an empty path is a variable of the shell that is not set."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise typer.BadParameter(f"{text!r} names a home directory that is not known; write the whole path") from None
+    if not str(text):
+        raise typer.BadParameter("it is empty; give a path")
+    return path
+
+
 def _repeated(name: str, text: str) -> Any:
     return _flag(name, f"{text}; may be given several times.", show_default=False, metavar="TEXT")
 
@@ -27,38 +64,40 @@ def _print_version(wanted: bool) -> None:
 
 
 _AUTO = {"show_default": "chosen for the machine"}
-ModelPath = Annotated[Path | None, _flag("--model-path", "Model directory.", show_default="embedded model")]
+ModelPath = Annotated[
+    Path | None, _path("--model-path", "Model directory or packed store.", show_default="embedded model")
+]
 Prompts = Annotated[list[str], _repeated("--prompt", "A prompt")]
-PromptPath = Annotated[Path | None, _flag("--prompt-path", 'Text file, a prompt a line, or JSON {"prompts": []}.')]
-PromptCount = Annotated[int | None, _flag("--n-prompts", "Repeat or cut the list of prompts to this many.")]
+PromptPath = Annotated[Path | None, _path("--prompt-path", 'Text file, a prompt a line, or JSON {"prompts": []}.')]
+PromptCount = Annotated[int | None, _whole("--n-prompts", "Repeat or cut the list of prompts to this many.")]
 Chat = Annotated[bool, _flag("--chat", "Prompts are questions: apply the chat template.")]
 HideResponse = Annotated[bool, _flag("--hide-resp", "Do not print the text.")]
 Json = Annotated[bool, _flag("--json", "Print one JSON object instead of text and summary.")]
 DryRun = Annotated[bool, _flag("--dry-run", "Print the plan of memory and threads, load nothing.")]
-BreakdownCsv = Annotated[Path | None, _flag("--breakdown-csv", "Write the times of every step, in ms.")]
-CachehitCsv = Annotated[Path | None, _flag("--cachehit-csv", "Write the hits of the expert cache.")]
+BreakdownCsv = Annotated[Path | None, _path("--breakdown-csv", "Write the times of every step, in ms.")]
+CachehitCsv = Annotated[Path | None, _path("--cachehit-csv", "Write the hits of the expert cache.")]
 Version = Annotated[
     bool,
     _flag("--version", "Print the version.", callback=_print_version, is_eager=True, show_default=False),
 ]
-MaxTokens = Annotated[int, _flag("--max-tokens", "Tokens to generate at most, for each prompt.")]
-Temperature = Annotated[float, _flag("--temperature", "0 is greedy.")]
-TopP = Annotated[float, _flag("--top-p", "Keep the likeliest tokens that reach this probability.")]
-TopK = Annotated[int, _flag("--top-k", "Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float, _flag("--min-p", "Keep tokens this likely, relative to the likeliest.")]
-RepetitionPenalty = Annotated[float, _flag("--repetition-penalty", "Above 1 avoids tokens seen before.")]
-Seed = Annotated[int | None, _flag("--seed", "Makes sampling repeatable.")]
+MaxTokens = Annotated[int, _whole("--max-tokens", "Tokens to generate at most, for each prompt.")]
+Temperature = Annotated[float, _real("--temperature", "Randomness; 0 takes the likeliest token.")]
+TopP = Annotated[float, _real("--top-p", "Keep the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, _whole("--top-k", "Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float, _real("--min-p", "Keep tokens this likely, relative to the likeliest.")]
+RepetitionPenalty = Annotated[float, _real("--repetition-penalty", "Above 1 avoids tokens seen before.")]
+Seed = Annotated[int | None, _whole("--seed", "Makes sampling repeatable.")]
 Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
 IgnoreEos = Annotated[bool, _flag("--ignore-eos", "Go on after the end of the text.")]
-Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}.")]
+Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}; this version runs on the CPU.")]
 Format = Annotated[str, _flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}.")]
-Threads = Annotated[int | None, _flag("--threads", "Threads that compute.", **_AUTO)]
-MaxSeqLen = Annotated[int | None, _flag("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
-MaxBatch = Annotated[int, _flag("--max-batch", "Sequences that run together.")]
-ChunkSize = Annotated[int, _flag("--chunk-size", "Rows of one step at most.")]
-CacheDir = Annotated[Path | None, _flag("--cache-dir", "Where packed models are kept.", show_default="user cache")]
+Threads = Annotated[int | None, _whole("--threads", "Threads that compute.", **_AUTO)]
+MaxSeqLen = Annotated[int | None, _whole("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
+MaxBatch = Annotated[int, _whole("--max-batch", "Sequences that run together.")]
+ChunkSize = Annotated[int, _whole("--chunk-size", "Tokens computed in one step at most.")]
+CacheDir = Annotated[Path | None, _path("--cache-dir", "Where packed models are kept.", show_default="user cache")]
 Check = Annotated[bool, _flag("--check", "Verify every weight while loading.")]
-CacheBlocks = Annotated[int | None, _flag("--cache-nblocks", "Indexes of the expert cache.")]
-CacheWays = Annotated[int | None, _flag("--cache-nways", "Experts that each index holds.")]
-CacheQuota = Annotated[int | None, _flag("--cache-quota", "Experts copied in one step at most.")]
+CacheBlocks = Annotated[int | None, _whole("--cache-nblocks", "Indexes of the expert cache.")]
+CacheWays = Annotated[int | None, _whole("--cache-nways", "Experts that each index holds.")]
+CacheQuota = Annotated[int | None, _whole("--cache-quota", "Experts copied in one step at most.")]
 CachePolicy = Annotated[str, _flag("--cache-replace-policy", f"One of {', '.join(CACHE_POLICIES)}.")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cpu_kernels
+from hybrid.config import MAX_THREADS
 from hybrid.errors import ConfigError, KernelError
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -65,8 +66,8 @@ def default_threads(cores: int, quota: float | None, omp: str | None) -> int:
     """Threads to use when none are asked for: OMP_NUM_THREADS (its first level), else cores within the quota."""
     if omp:
         first = omp.split(",")[0].strip()
-        if not first.isdigit() or int(first) < 1:
-            raise ConfigError(f"OMP_NUM_THREADS is {omp!r}; it must be a number of at least 1, or unset")
+        if not first.isdecimal() or not 1 <= int(first) <= MAX_THREADS:
+            raise ConfigError(f"OMP_NUM_THREADS is {omp!r}; it must be a number from 1 to {MAX_THREADS}, or unset")
         return int(first)
     return max(1, min(cores, math.ceil(quota))) if quota else cores
 

@@ -18,6 +18,7 @@ from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.detokenizer import TextStream
 from hybrid.engine import EMBEDDED_MODEL, Engine
 from hybrid.errors import RequestError
+from hybrid.sampler import check_params
 from hybrid.scheduler import Request, Scheduler, StepRecord
 from hybrid.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
@@ -50,7 +51,7 @@ class LLM:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         config = EngineConfig(
-            model_path=None if model_path is None else Path(model_path),
+            model_path=None if model_path is None else Path(model_path).expanduser(),
             device=device,
             weight_format=weight_format,
             threads=threads,
@@ -58,7 +59,7 @@ class LLM:
             max_batch=max_batch,
             chunk_size=chunk_size,
             isa=isa,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
             check=check,
             cache=cache or CacheConfig(),
         )
@@ -178,12 +179,13 @@ class LLM:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
         if self._template is None or self.tokenizer is None:
-            raise RequestError("this model has no chat template; give a prompt instead of messages")
+            raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
         return self.tokenizer.encode(self._template.render(messages), special_tokens=False)
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, index: int = 0) -> Request:
         self._require_open()
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        check_params(params)
         tokens = _token_array(self._encode(prompt) if isinstance(prompt, str) else prompt)
         if not len(tokens) and self.tokenizer and self.tokenizer.bos_id is not None:
             tokens = _token_array([self.tokenizer.bos_id])
@@ -195,7 +197,7 @@ class LLM:
 
     def _encode(self, prompt: str) -> list[int]:
         if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer; give the prompt as a list of token ids")
+            raise RequestError("this model has no tokenizer: add its tokenizer.json, or give a list of token ids")
         return self.tokenizer.encode(prompt)
 
     def _run(self, requests: Sequence[Request]) -> Generator[TextDelta, None, None]:
@@ -240,7 +242,7 @@ def _prompt_list(prompts: Any) -> list[Any]:
     """One text or one list of token ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, (Sequence, np.ndarray)):
+    if not isinstance(prompts, Sequence) and not (isinstance(prompts, np.ndarray) and prompts.ndim):
         raise RequestError(f"prompts must be a text, a list of token ids or a list of these, not {prompts!r:.80}")
     return [prompts] if len(prompts) and isinstance(prompts[0], Integral) else list(prompts)
 

@@ -13,7 +13,7 @@ import typer
 
 from hybrid import flags as f
 from hybrid.config import CacheConfig, EngineConfig, check_config
-from hybrid.console import exit_codes, progress_bar, say
+from hybrid.console import exit_codes, progress_bar, run_app, say
 from hybrid.core import Completion, SamplingParams
 from hybrid.prompts import DEFAULT_PROMPT, gather_prompts, read_stdin
 
@@ -91,7 +91,7 @@ def _chosen(kind: type[Any], flags: Mapping[str, Any], **more: Any) -> Any:
 def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     _check(config, params, options)
     if options.dry_run:
-        return _print_plan(config)
+        return _print_plan(config, options.json)
     prompts = _prompts(options)
     from hybrid.llm import LLM
 
@@ -135,11 +135,11 @@ def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) ->
         )
 
 
-def _print_plan(config: EngineConfig) -> None:
+def _print_plan(config: EngineConfig, as_json: bool) -> None:
     from hybrid.engine import plan_model
 
     plan = plan_model(config)
-    print(plan)
+    print(json.dumps(plan.to_dict()) if as_json else plan)
     plan.require_fit()
 
 
@@ -226,4 +226,4 @@ def _json_report(llm: LLM, prompts: Sequence[str], completions: Sequence[Complet
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m hybrid.main")
+    run_app(app, "python -m hybrid.main")

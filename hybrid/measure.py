@@ -17,6 +17,7 @@ from hybrid.roofline import Cost, step_cost
 
 PROBE_BYTES = 1 << 30  # many times any cache
 PROBE_ROUNDS = 10_000_000
+_TOUCH_BYTES = 1 << 26  # touched at a time, so that Ctrl-C need not wait for all
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class MachineProbe:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
-        ctypes.memset(self._memory.address, 0, PROBE_BYTES)
+        for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
+            ctypes.memset(self._memory.address + start, 0, _TOUCH_BYTES)
         self.read: list[float] = []  # bytes a second
         self.peak: list[float] = []  # floating-point operations a second
 

@@ -12,6 +12,7 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 DEFAULT_PROMPT = "Once upon a time"
+MAX_PROMPTS = 1_000_000  # all of them are held in memory
 
 
 def gather_prompts(given: Sequence[str], path: Path | None, count: int | None) -> list[str]:
@@ -21,8 +22,8 @@ def gather_prompts(given: Sequence[str], path: Path | None, count: int | None) -
     """
     if given and path:
         raise ConfigError("--prompt and --prompt-path exclude each other; give one of them")
-    if count is not None and count < 1:
-        raise ConfigError(f"--n-prompts {count} is out of range; it must be at least 1")
+    if count is not None and not 1 <= count <= MAX_PROMPTS:
+        raise ConfigError(f"--n-prompts {count} is out of range; it must be from 1 to {MAX_PROMPTS}")
     prompts = read_prompts(path) if path else list(given)
     return list(islice(cycle(prompts), count)) if count else prompts
 
@@ -63,14 +64,14 @@ def _is_json(text: str, path: Path) -> bool:
         return True
     try:
         return text.lstrip().startswith("{") and "prompts" in json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _json_prompts(text: str, path: Path) -> list[str]:
     try:
         value: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--prompt-path {path} is not valid JSON ({error}); correct it") from None
     prompts = value.get("prompts") if isinstance(value, dict) else None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):

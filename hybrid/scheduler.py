@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hybrid.core import Batch, Completion, FinishReason, SamplingParams, StepTimes, TextDelta, TokenLogprob
 from hybrid.detokenizer import TextStream
 from hybrid.errors import HybridError, RequestError
-from hybrid.sampler import Sampler, check_params
+from hybrid.sampler import Sampler
 
 if TYPE_CHECKING:
     from hybrid.engine import Engine
@@ -40,7 +40,8 @@ class StepRecord:
 class Request:
     """One prompt on its way. The caller reads `completion`, takes from `deltas` and looks at `error`.
 
-    prompt: int32 [n]. text: None when the model has no tokenizer; then only token ids are produced.
+    prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
+    produced.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class Request:
         text: TextStream | None = None,
         index: int = 0,
     ) -> None:
-        check_params(params)
         self.prompt = prompt
         self.params = params
         self.completion = Completion(prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index)

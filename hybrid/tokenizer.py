@@ -55,7 +55,7 @@ def load_tokenizer(model_path: Path) -> Tokenizer | None:
     backend = _load_backend(model_path)
     if backend is None:
         return None
-    bos = _token_text(read_json(model_path / "tokenizer_config.json").get("bos_token"))
+    bos = token_text(read_json(model_path / "tokenizer_config.json").get("bos_token"))
     return Tokenizer(backend, backend.token_to_id(bos) if bos else None)
 
 
@@ -65,7 +65,7 @@ def read_eos_ids(model_path: Path, tokenizer: Tokenizer | None) -> frozenset[int
         eos = read_json(model_path / name).get("eos_token_id")
         if eos is not None:
             return _token_ids(eos, model_path / name)
-    token = _token_text(read_json(model_path / "tokenizer_config.json").get("eos_token"))
+    token = token_text(read_json(model_path / "tokenizer_config.json").get("eos_token"))
     eos_id = tokenizer.token_id(token) if tokenizer and token else None
     return frozenset() if eos_id is None else frozenset([eos_id])
 
@@ -98,6 +98,9 @@ def _load_backend(model_path: Path) -> tokenizers.Tokenizer | None:
 def _convert_backend(model_path: Path) -> tokenizers.Tokenizer:
     """For models without tokenizer.json (sentencepiece, for example): transformers converts their files."""
     loader = import_transformers("transformers").AutoTokenizer
+    logging = import_transformers("transformers.utils.logging")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it tries on the way is nobody's concern
     try:
         backend: tokenizers.Tokenizer = loader.from_pretrained(str(model_path), local_files_only=True).backend_tokenizer
         return backend
@@ -106,6 +109,8 @@ def _convert_backend(model_path: Path) -> tokenizers.Tokenizer:
             f"the tokenizer files in {model_path} cannot be read ({_first_line(error)}); "
             "add the tokenizer.json of the model"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _token_ids(eos: Any, path: Path) -> frozenset[int]:
@@ -115,9 +120,10 @@ def _token_ids(eos: Any, path: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _token_text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """tokenizer_config.json writes a token as its text or as an object that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -72,7 +72,7 @@ def test_importing_the_package_or_the_console_script_imports_nothing_heavy() -> 
 
 
 def test_the_flags_of_run_need_no_model_library() -> None:
-    assert not (HEAVY - {"numpy", "typer", "rich"}) & modules_after("import hybrid.main")
+    assert not (HEAVY - {"typer"}) & modules_after("import hybrid.main, hybrid.bench")
 
 
 def test_the_library_never_imports_torch() -> None:

@@ -85,6 +85,14 @@ def test_closing_a_stream_frees_its_slot() -> None:
     assert len(llm.generate("abc", SamplingParams(max_tokens=2))[0].token_ids) == 2
 
 
+def test_arguments_of_another_kind_are_refused_by_name() -> None:
+    llm = make()
+    with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
+        llm.generate("a", {"max_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="prompts must be"):
+        llm.generate(np.array(3))  # type: ignore[arg-type]
+
+
 def test_a_stream_finds_errors_before_it_starts() -> None:
     with pytest.raises(RequestError, match="65 tokens.* 64 "):
         make().stream([1] * 65)
@@ -136,7 +144,17 @@ def test_chat_renders_the_template_once() -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hi", {"role": "user"}, ["hi"], [{"role": "user"}], [{"role": "boss", "content": "x"}], [{"content": "x"}]],
+    [
+        [],
+        5,
+        ({"role": "user", "content": "x"} for _ in "a"),
+        "hi",
+        {"role": "user"},
+        ["hi"],
+        [{"role": "user"}],
+        [{"role": "boss", "content": "x"}],
+        [{"content": "x"}],
+    ],
     ids=str,
 )
 def test_messages_that_are_none_are_refused(messages) -> None:

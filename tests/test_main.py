@@ -205,6 +205,7 @@ def test_flags_reach_the_configuration(loaded) -> None:
         (["--top-k", "-1"], ["top_k", "-1"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--n-prompts", "0"], ["--n-prompts", "0", "1"]),
+        (["--n-prompts", "1000000000000"], ["--n-prompts", "1000000"]),
         (["--cache-replace-policy", "MRU"], ["MRU", "FIFO", "LRU"]),
         (["--cache-nblocks", "0"], ["--cache-nblocks", "0"]),
         (["--cache-quota", "-1"], ["--cache-quota", "-1"]),
@@ -228,6 +229,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(arguments: list[str], words: lis
         ("p.txt", b"good\nba\xffd\n", ["UTF-8", "0xff", "offset 7"]),
         ("p.txt", b"\n \n", ["no prompt"]),
         ("p.json", b"{", ["JSON"]),
+        ("p.json", b'{"prompts": ' + b"[" * 100_000, ["JSON"]),
         ("p.json", b'["a"]', ['"prompts"']),
         ("p.json", b'{"prompts": [1]}', ['"prompts"']),
         ("p.json", b'{"prompts": []}', ["no prompt"]),
@@ -251,7 +253,7 @@ def test_unknown_flags_exit_with_2() -> None:
 
 
 def test_defaults_of_flags_are_those_of_the_configuration() -> None:
-    text = invoke("--help").stdout
+    text = " ".join(invoke("--help").stdout.split())
     assert f"[default: {SamplingParams.max_tokens}]" in text and f"[default: {EngineConfig.chunk_size}]" in text
     issue = (
         "model-path prompt prompt-path n-prompts max-tokens cache-nblocks cache-nways cache-quota "

@@ -80,6 +80,7 @@ def test_original_length_defaults_to_the_context_length() -> None:
         ({"rope_scaling": "yarn"}, "rope_scaling"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e300}}, "rope_scaling.factor is 1e.300; .* at most 1e.12"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import reprlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid.errors import ConfigError
+
+_LARGEST = 1e12
 
 
 class Fields:
@@ -42,10 +43,10 @@ class Fields:
         return self.size(name, maximum=maximum)
 
     def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
-        """A finite number greater than `above`."""
-        allowed = f"a finite number above {above:g}"
+        """A number greater than `above` and no larger than any that makes sense, so that float32 holds its products."""
+        allowed = f"a number above {above:g} and at most {_LARGEST:g}"
         name, value = self._read(names, default, allowed)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= sys.float_info.max:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= _LARGEST:
             raise self._bad(name, value, allowed)
         return float(value)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from hybrid.weights.files import atomic_file, disk_errors
 from hybrid.weights.layout import FORMATS, LAYOUT_VERSION, StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import checksum, gap, make_header, read_header
-from hybrid.weights.store import Store, is_store, shard_file
+from hybrid.weights.store import Store, is_store, read_manifest, shard_file
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 Notice = Callable[[str], None]
@@ -67,7 +67,7 @@ def cached_store(
 ) -> Store:
     """The store at `path`, or that of the checkpoint there, which is packed into the cache the first time."""
     path = Path(path)
-    if is_store(path) or (path / UNFINISHED).is_file():
+    if _is_packed(path):
         return Store.open(path, check)
     read_config(path)
     target = _cached_path(path, cache_dir or default_cache_dir(), format)
@@ -75,10 +75,16 @@ def cached_store(
         _copy_companions(path, target)
         return Store.open(target, check)
     checkpoint = Checkpoint.open(path)
+    _require_writable(target.parent)
     if notice:
         notice(f"packing {path} into {target}; this is done once, later starts map it")
     pack(checkpoint, target, format, progress, check, notice=notice)
     return Store.open(target, check)
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """The contents of the config.json of a checkpoint, or of the one that a store was packed from."""
+    return read_manifest(path).config if _is_packed(path) else read_config(path)
 
 
 def default_cache_dir() -> Path:
@@ -98,6 +104,24 @@ def source_fingerprint(path: Path) -> str:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether it is a store, even one whose packing was not finished."""
+    return is_store(path) or (path / UNFINISHED).is_file()
+
+
+def _require_writable(cache_dir: Path) -> None:
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(cache_dir, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if reason:
+        raise ConfigError(
+            f"the cache directory {cache_dir} cannot be written ({reason}), and packed models are kept there; "
+            "give another one with --cache-dir"
+        )
 
 
 def _cached_path(path: Path, cache_dir: Path, format: str) -> Path:
@@ -174,7 +198,7 @@ class _Packer:
         if free < needed:
             raise CapacityError(
                 f"{self._output}: packing needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free: "
-                "free some space or write elsewhere"
+                "free some space, or write elsewhere (--output-path, --cache-dir)"
             )
 
     def _discard_old(self) -> None:
@@ -267,6 +291,5 @@ def _refuse_foreign(output: Path, source: Path) -> None:
     """Never write among files of someone else."""
     if output.resolve() == source.resolve():
         raise WeightsError(f"{output}: is the checkpoint itself; give another directory for the store")
-    own = is_store(output) or (output / UNFINISHED).is_file()
-    if not own and any(not path.name.endswith(".tmp") for path in output.iterdir()):
+    if not _is_packed(output) and any(not path.name.endswith(".tmp") for path in output.iterdir()):
         raise WeightsError(f"{output}: holds other files and no store; give an empty or a new directory")

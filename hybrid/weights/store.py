@@ -46,7 +46,7 @@ class Store:
         is set, which also looks for values that are not finite.
         """
         path = Path(path)
-        store = cls(path, _read_manifest(path))
+        store = cls(path, read_manifest(path))
         if check or store.nbytes <= ALWAYS_VERIFIED:
             store._verify(finite=check)
         return store
@@ -89,7 +89,8 @@ def shard_file(shard: str) -> str:
     return f"{shard}.safetensors"
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """That of a whole store; raises `WeightsError` for anything else."""
     if is_store(path):
         return Manifest.read(path / MANIFEST)
     if (path / UNFINISHED).is_file():

@@ -3,14 +3,19 @@
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 namespace hybrid {
 namespace {
 
 constexpr auto kSpinAfterJob = std::chrono::microseconds(500);
-constexpr int kSpinsBeforeYield = 20000;  // about the time of a short op: longer means somebody else has our core
+constexpr int kSpinsOnOwnCore = 20000;  // about the time of a short op: longer means somebody else has our core
+constexpr int kSpinsOnSharedCore = 50;  // more threads than cores: the one waited for may need this very core
 
 void pin(int cpu) {
   cpu_set_t set;
@@ -38,11 +43,27 @@ class PinnedCaller {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, std::vector<int> cpus) : threads_(threads), cpus_(std::move(cpus)) {
-  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+ThreadPool::ThreadPool(int threads, std::vector<int> cpus)
+    : threads_(threads),
+      cpus_(std::move(cpus)),
+      spins_(cpus_.empty() ? kSpinsOnSharedCore : kSpinsOnOwnCore),
+      process_(getpid()) {
+  try {
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {
+    end();
+    throw std::runtime_error("the system refused thread " + std::to_string(workers_.size() + 2) + " of " +
+                             std::to_string(threads_));
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { end(); }
+
+void ThreadPool::end() {
+  if (getpid() != process_) {  // after a fork the workers live in the parent only
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   {
     std::lock_guard<std::mutex> lock(sleep_);
     stop_ = true;
@@ -75,7 +96,7 @@ void ThreadPool::barrier() {
     return;
   }
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < kSpinsBeforeYield)
+    if (spins < spins_)
       _mm_pause();
     else
       sched_yield();

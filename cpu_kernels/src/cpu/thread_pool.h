@@ -12,7 +12,8 @@ namespace hybrid {
 // after it (the next token is on its way), then sleep. The caller of `run` is thread 0.
 class ThreadPool {
  public:
-  // Thread i is pinned to cpus[i]; an empty list pins nothing. Refused pinning is no error.
+  // Thread i is pinned to cpus[i]; an empty list pins nothing and means that threads may have to share a core. Refused
+  // pinning is no error. Throws std::runtime_error when the system refuses a thread.
   ThreadPool(int threads, std::vector<int> cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -32,9 +33,12 @@ class ThreadPool {
   void run(Job job, void* context);
   void work(int thread);
   void wait_for_job(unsigned seen);
+  void end();
 
   const int threads_;
   const std::vector<int> cpus_;
+  const int spins_;  // at a barrier, before the core is offered to others
+  const int process_;
   std::mutex one_caller_;
   Job job_ = nullptr;
   void* context_ = nullptr;

@@ -136,6 +136,7 @@ Outcome Executor::asked_to_stop(Interrupted interrupted) {
 }
 
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
+  std::lock_guard<std::mutex> lock(one_step_);
   check(step);
   schedule_->build(step);
   std::fill(counters_.begin(), counters_.end(), 0);

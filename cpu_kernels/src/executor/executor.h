@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <variant>
 #include <vector>
 
@@ -69,6 +70,7 @@ class Executor {
   std::vector<char> ended_;  // [slots], slots whose rows have passed; of the step being checked
   int group_ = 1;
   std::vector<Op> ops_;
+  std::mutex one_step_;  // held while a step runs: what it counts and plans is kept here
   std::vector<int> counters_;
   std::unique_ptr<Schedule> schedule_;
   Arena scratch_;

@@ -1,0 +1,55 @@
+# Everything happens in .venv, which is made on first use and again when pyproject.toml or a C++ source changes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+NATIVE := CMakeLists.txt $(shell find cpu_kernels/src -type f)
+CPP := $(filter cpu_kernels/%,$(NATIVE))
+TOO_OLD := "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12"
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"], sep="\n")
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo     install and tell a story with the embedded model"
+	@echo "make test     install the test extra and run the tests; ARGS=\"-k plan\" picks some"
+	@echo "make lint     check style and types of Python and C++"
+	@echo "make format   apply the style"
+	@echo "make bench    speed of the embedded model; ARGS=\"--model-path DIR\" for another"
+	@echo "make clean    remove what these commands made"
+
+demo: $(VENV)/installed
+	$(RUN) -m hybrid.main --prompt "Once upon a time" $(ARGS)
+
+test: $(VENV)/test
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/lint
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(RUN) -m mypy
+
+format: $(VENV)/lint
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/installed
+	$(RUN) -m hybrid.cli bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit($(TOO_OLD) if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml $(NATIVE)
+	$(RUN) -m pip install --quiet --editable .
+	@touch $@
+
+# The extras of pyproject.toml, without building the extension again.
+$(VENV)/test $(VENV)/lint: $(VENV)/installed
+	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
+	@touch $@

@@ -1,0 +1,20 @@
+"""Tests see the machine as it is, whatever the shell says, and never touch the user's files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+from rig import ISAS
+
+for name in ("HYBRID_ISA", "OMP_NUM_THREADS"):
+    os.environ.pop(name, None)
+_cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set of this machine in turn."""
+    return str(request.param)

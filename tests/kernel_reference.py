@@ -1,0 +1,100 @@
+"""The ops in double precision on the same rounded inputs, each with how far fp32 and bf16 may stray from it.
+
+A bound follows from unit roundoffs and norms: a sum of k products in fp32 is off by k * 2^-24 * |x| . |w| at most,
+a value stored as bf16 by 2^-8 of itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FP32, BF16 = 2.0**-24, 2.0**-8  # unit roundoffs
+EXP = 8 * FP32  # relative error of the kernels' exponential
+
+
+@dataclass(frozen=True)
+class Near:
+    """Every element lies within `bound` of `value`; both float64."""
+
+    value: np.ndarray
+    bound: np.ndarray
+
+    def __add__(self, other: np.ndarray) -> Near:
+        """Add exact numbers in fp32."""
+        value = self.value + other
+        return Near(value, self.bound + FP32 * (np.abs(value) + self.bound))
+
+    def as_bf16(self) -> Near:
+        return Near(self.value, self.bound + BF16 * (np.abs(self.value) + self.bound))
+
+
+def assert_near(actual: np.ndarray, expected: Near) -> None:
+    """Fails with the worst element: where it is, what it is, what it should be and what was allowed."""
+    actual = np.asarray(actual, np.float64)
+    assert actual.shape == expected.value.shape
+    if actual.size == 0:
+        return
+    error = np.abs(actual - expected.value)
+    share = np.where(error == 0, 0, error / np.maximum(expected.bound, np.finfo(np.float64).tiny))
+    at = np.unravel_index(np.argmax(np.where(np.isnan(share), np.inf, share)), share.shape)
+    assert share[at] <= 1, (
+        f"worst element {tuple(map(int, at))}: {actual[at]!r}, expected {expected.value[at]!r}, "
+        f"off by {error[at]:.3g} where {expected.bound[at]:.3g} is allowed"
+    )
+
+
+def product(x: np.ndarray, w: np.ndarray) -> Near:
+    """x [m, k] times w [n, k]: [m, n]."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    return Near(x @ w.T, (x.shape[1] + 2) * FP32 * (np.abs(x) @ np.abs(w).T))
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Near:
+    """Over the last axis. The sum of squares has no cancellation, so its relative error is that of its terms."""
+    x = np.asarray(x, np.float64)
+    value = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.asarray(weight, np.float64)
+    return Near(value, (x.shape[-1] / 2 + 6) * FP32 * np.abs(value))
+
+
+def silu_times(gate: Near, up: Near) -> Near:
+    """silu(gate) * up; the slope of silu is at most 1.1."""
+    silu = gate.value / (1 + np.exp(-gate.value))
+    value = silu * up.value
+    bound = 1.1 * gate.bound * (np.abs(up.value) + up.bound) + np.abs(silu) * up.bound
+    return Near(value, bound + (EXP + 4 * FP32) * np.abs(value))
+
+
+def rotate(x: Near, table: np.ndarray, dim: int, interleaved: bool) -> Near:
+    """Turn the first `dim` elements of x [..., head_dim] by table [dim]: cosines, then sines."""
+    cos, sin = np.split(np.asarray(table, np.float64)[..., :dim], 2, axis=-1)
+    first = slice(0, dim, 2) if interleaved else slice(0, dim // 2)
+    second = slice(1, dim, 2) if interleaved else slice(dim // 2, dim)
+    value, bound, size = x.value.copy(), x.bound.copy(), np.abs(x.value)
+    a, b = x.value[..., first], x.value[..., second]
+    value[..., first], value[..., second] = a * cos - b * sin, b * cos + a * sin
+    both = x.bound[..., first] + x.bound[..., second] + 3 * FP32 * (size[..., first] + size[..., second])
+    bound[..., first] = bound[..., second] = both * np.maximum(1, np.abs(cos) + np.abs(sin))
+    return Near(value, bound)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(np.asarray(x, np.float64) - np.max(x, -1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> Near:
+    """One query [dim] over the keys and values [n, dim] that it sees, as the bf16 result.
+
+    Weights are rounded to bf16 independently, so their errors add up as a 2-norm does: four of them are allowed.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = k @ q * scale
+    score_error = (len(q) + 3) * FP32 * scale * (np.abs(k) @ np.abs(q)).max() + 4 * FP32 * np.abs(scores).max()
+    weights = softmax(scores)
+    terms = weights[:, None] * v
+    value = terms.sum(0)
+    relative = 2 * score_error + 2 * EXP + (len(k) + 4) * FP32
+    bound = 4 * BF16 * np.linalg.norm(terms, axis=0) + relative * np.abs(terms).sum(0)
+    return Near(value, bound).as_bf16()

@@ -1,0 +1,237 @@
+"""Logits are at least as near to fp32 as transformers in bf16, and the same bits however a prompt is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybrid.config import EngineConfig
+from hybrid.core import Batch
+from hybrid.engine import Engine
+from hybrid.errors import KernelError, StepCancelled
+
+pytest.importorskip("torch")
+import oracle  # noqa: E402
+from oracle import Oracle  # noqa: E402
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SHARP = {"initializer_range": 0.1}  # scores that differ enough for rope to matter, where nothing norms the queries
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied, biases": ("llama", SHARP),
+    "llama untied": ("llama", {"tie_word_embeddings": False, "attention_bias": False, **SHARP}),
+    "llama linear rope": ("llama", {"rope_parameters": LINEAR, **SHARP}),
+    "llama llama3 rope": ("llama", {"rope_parameters": LLAMA3, **SHARP}),
+    "qwen3 tied": ("qwen3", {}),
+    "qwen3 untied, window": (
+        "qwen3",
+        {
+            "tie_word_embeddings": False,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "max_window_layers": 1,
+            "attention_bias": True,
+            **SHARP,
+        },
+    ),
+    "qwen3 yarn rope": ("qwen3", {"rope_parameters": YARN}),
+    "mixtral": ("mixtral", {}),
+    "mixtral tied, window": ("mixtral", {"tie_word_embeddings": True, "sliding_window": 9}),
+    "qwen3_moe, one layer dense": ("qwen3_moe", {}),
+    "qwen3_moe tied, half dense": (
+        "qwen3_moe",
+        {"tie_word_embeddings": True, "num_hidden_layers": 4, "mlp_only_layers": [], "decoder_sparse_step": 2},
+    ),
+    "qwen3_moe, all routed": ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": False}),
+}
+
+
+def open_engine(path: Path, cache: Path, **choices: Any) -> Engine:
+    choices = {"threads": 2, "max_batch": 4, "chunk_size": 128, **choices}
+    return Engine.open(EngineConfig(model_path=path, cache_dir=cache, **choices))
+
+
+def step(engine: Engine, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
+    """Logits of every row of a step, one part (slot, first position, tokens) a sequence."""
+    slots = np.concatenate([np.full(len(tokens), slot) for slot, _, tokens in parts])
+    positions = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in parts])
+    tokens = np.concatenate([tokens for *_, tokens in parts])
+    batch = (tokens, slots, positions, np.arange(len(tokens)))
+    return engine.forward(Batch(*(array.astype(np.int32) for array in batch))).logits.copy()
+
+
+def in_chunks(engine: Engine, tokens: np.ndarray, size: int, slot: int = 0) -> np.ndarray:
+    chunks = range(0, len(tokens), size)
+    return np.concatenate([step(engine, (slot, first, tokens[first : first + size])) for first in chunks])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dtype) -> None:
+    family, changes = CASES[case]
+    ours, theirs = [], []
+    for seed in range(3):
+        wanted = oracle.save(tmp_path / f"{seed}", family, dtype=dtype, seed=seed, **changes)
+        with open_engine(wanted.path, tmp_path / "cache") as engine:
+            ours.append(wanted.error(step(engine, (0, 0, wanted.tokens))))
+        theirs.append(wanted.bf16_error)
+    print(f"{case}, {dtype}: {oracle.together(ours):.2e}, transformers in bf16 {oracle.together(theirs):.2e}")
+    assert 0 < oracle.together(ours) <= oracle.together(theirs)
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("llama linear rope", {"rope_parameters": {**LINEAR, "factor": 3.3}}),
+        ("llama llama3 rope", {"rope_parameters": {**LLAMA3, "high_freq_factor": 4.5}}),
+        ("qwen3 yarn rope", {"rope_parameters": {**YARN, "factor": 4.5}}),
+        ("qwen3 untied, window", {"sliding_window": 21}),
+        ("mixtral tied, window", {"sliding_window": 10}),
+        ("qwen3_moe, one layer dense", {"norm_topk_prob": False}),
+        ("qwen3_moe, one layer dense", {"rms_norm_eps": 1e-4}),
+    ],
+    ids=str,
+)
+def test_a_slightly_wrong_model_is_further_off(tmp_path, case, change) -> None:
+    """So that the comparison above is known to see it."""
+    family, changes = CASES[case]
+    wanted = oracle.save(tmp_path / "hf", family, **changes)
+    file = wanted.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with open_engine(wanted.path, tmp_path / "cache") as engine:
+        assert wanted.error(step(engine, (0, 0, wanted.tokens))) > 2 * wanted.bf16_error
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return oracle.save(tmp_path_factory.mktemp("moe") / "hf", "qwen3_moe", length=100)
+
+
+@pytest.fixture
+def opened(saved: Oracle) -> Iterator[Callable[..., Engine]]:
+    """Engines of the saved model, closed at the end."""
+    engines: list[Engine] = []
+
+    def open_one(**choices: Any) -> Engine:
+        engines.append(open_engine(saved.path, saved.path.parent / "cache", **choices))
+        return engines[-1]
+
+    yield open_one
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_instruction_set_reaches_that_on_any_number_of_threads(isa, threads, saved, opened) -> None:
+    engine = opened(isa=isa, threads=threads)
+    assert (engine.plan.isa, engine.plan.threads) == (isa, threads)
+    logits = step(engine, (0, 0, saved.tokens))
+    assert saved.error(logits) <= saved.bf16_error
+    assert np.array_equal(logits, step(opened(isa=isa, threads=1), (0, 0, saved.tokens)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_logits_are_the_same_bits_in_chunks_of_any_size(saved, opened, size) -> None:
+    engine = opened()
+    whole = step(engine, (0, 0, saved.tokens))
+    assert np.array_equal(whole, in_chunks(engine, saved.tokens, size, slot=1))
+
+
+def test_logits_are_the_same_bits_alone_and_among_other_sequences(saved, opened) -> None:
+    engine, tokens = opened(), saved.tokens
+    alone = step(engine, (0, 0, tokens))
+    step(engine, (1, 0, tokens[::-1][:40]))
+    step(engine, (3, 0, tokens[:20]))
+    together = step(engine, (1, 40, tokens[:1]), (2, 0, tokens), (3, 20, tokens[5:10]))
+    assert np.array_equal(alone, together[1:101])
+
+
+def test_a_rewound_slot_goes_on_as_if_it_had_never_gone_further(saved, opened) -> None:
+    engine, tokens = opened(), saved.tokens
+    whole = step(engine, (0, 0, tokens))
+    step(engine, (0, 50, tokens[::-1][:50]))
+    assert np.array_equal(whole[50:], step(engine, (0, 50, tokens[50:])))
+    engine.release(0)
+    assert np.array_equal(whole, step(engine, (0, 0, tokens)))
+
+
+def greedy(engine: Engine, prompt: np.ndarray, chunk: int, slot: int = 0, count: int = 24) -> list[int]:
+    logits = in_chunks(engine, prompt, chunk, slot)[-1]
+    tokens: list[int] = []
+    for position in range(len(prompt), len(prompt) + count):
+        tokens.append(int(logits.argmax()))
+        logits = step(engine, (slot, position, np.array(tokens[-1:])))[0]
+    return tokens
+
+
+def test_greedy_tokens_are_the_same_on_every_path(saved, opened) -> None:
+    prompt = saved.tokens[:30]
+    expected = greedy(opened(), prompt, 30)
+    assert len(set(expected)) > 1
+    assert expected == greedy(opened(threads=1), prompt, 1, slot=3)
+    assert expected == greedy(opened(threads=3), prompt, 7, slot=2)
+
+
+def test_only_the_wanted_logits_are_made(saved, opened) -> None:
+    engine, tokens = opened(max_batch=2), saved.tokens[:10].astype(np.int32)
+    rows = np.arange(10, dtype=np.int32)
+    whole = step(engine, (0, 0, tokens))
+    for wanted in ([], [9], [0, 3, 9]):
+        batch = Batch(tokens, 0 * rows, rows, np.array(wanted, np.int32))
+        assert np.array_equal(engine.forward(batch).logits, whole[wanted])
+
+
+def test_times_of_a_step_add_up(saved, opened) -> None:
+    rows = np.arange(50, dtype=np.int32)
+    times = opened().forward(Batch(saved.tokens[:50], 0 * rows, rows, rows[-1:])).times
+    parts = (times.attention, times.moe, times.head, times.other)
+    assert min(parts) > 0 and sum(parts) <= times.total
+
+
+def test_steps_outside_the_plan_are_refused(saved, opened) -> None:
+    engine = opened(max_seq_len=64, max_batch=2, chunk_size=32)
+    for part, message in [
+        ((0, 0, saved.tokens[:33]), "33 rows; planned for 1 to 32"),
+        ((2, 0, saved.tokens[:1]), "slot 2 of 2"),
+        ((0, 64, saved.tokens[:1]), "position 64 of 64"),
+        ((0, 0, np.array([131])), "token id 131 is outside the vocabulary of 131"),
+    ]:
+        with pytest.raises(KernelError, match=message):
+            step(engine, part)
+    assert len(step(engine, (1, 63, saved.tokens[:1]))) == 1
+
+
+def test_a_cancelled_step_raises_and_the_next_one_is_whole(saved, opened) -> None:
+    engine = opened()
+    whole = step(engine, (0, 0, saved.tokens))
+    engine.cancel()
+    with pytest.raises(StepCancelled):
+        step(engine, (0, 0, saved.tokens))
+    assert np.array_equal(whole, step(engine, (0, 0, saved.tokens)))
+
+
+def test_the_embedded_model_says_the_same_on_every_instruction_set(isa, tmp_path) -> None:
+    tokens = np.arange(100, 160)
+    logits = []
+    for name in ("portable", isa):
+        with Engine.open(EngineConfig(cache_dir=tmp_path, isa=name, max_seq_len=256)) as engine:
+            logits.append(step(engine, (0, 0, tokens)))
+    assert np.linalg.norm(logits[1] - logits[0]) <= 0.02 * np.linalg.norm(logits[0])
