@@ -67,7 +67,7 @@ class MachineProbe:
         self._engine = engine
         self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
         for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
-            ctypes.memset(self._memory.address + start, 0, _TOUCH_BYTES)
+            ctypes.memset(self._memory.address + start, 0, min(_TOUCH_BYTES, PROBE_BYTES - start))
         self.read: list[float] = []  # bytes a second
         self.peak: list[float] = []  # floating-point operations a second
 
