@@ -16,7 +16,7 @@ struct Portable {
   struct Pair {
     float even, odd;
   };
-  static constexpr int max_rows = 1;
+  static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
 
   template <class Function>
