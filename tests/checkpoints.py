@@ -93,7 +93,7 @@ def save_with_transformers(
     config = {**CONFIGS[family], **changes}
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "torch_dtype": "float32"}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + ("norm" in name))
