@@ -12,8 +12,9 @@ import pytest
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import Engine
+from hybrid.engine import EMBEDDED_MODEL, Engine
 from hybrid.errors import KernelError, StepCancelled
+from hybrid.tokenizer import load_tokenizer
 
 pytest.importorskip("torch")
 import oracle  # noqa: E402
@@ -229,9 +230,13 @@ def test_a_cancelled_step_raises_and_the_next_one_is_whole(saved, opened) -> Non
 
 
 def test_the_embedded_model_says_the_same_on_every_instruction_set(isa, tmp_path) -> None:
-    tokens = np.arange(100, 160)
+    """The median row: rounding may send a near-tie to another expert, and that row is far off, then."""
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    assert tokenizer is not None
+    tokens = np.array(tokenizer.encode("Once upon a time, there was a little fox named Molly. She lived in a den."))
     logits = []
     for name in ("portable", isa):
         with Engine.open(EngineConfig(cache_dir=tmp_path, isa=name, max_seq_len=256)) as engine:
             logits.append(step(engine, (0, 0, tokens)))
-    assert np.linalg.norm(logits[1] - logits[0]) <= 0.02 * np.linalg.norm(logits[0])
+    errors = np.linalg.norm(logits[1] - logits[0], axis=1) / np.linalg.norm(logits[0], axis=1)
+    assert np.median(errors) <= 0.01, errors
