@@ -18,7 +18,7 @@ help:
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/installed
-	$(RUN) -m hybrid.main --prompt "Once upon a time" $(ARGS)
+	$(RUN) -m hybrid.main --prompt "Once upon a time, there was a little fox named" --max-tokens 256 $(ARGS)
 
 test: $(VENV)/test
 	$(RUN) -m pytest $(ARGS)
