@@ -1,5 +1,6 @@
 """CPU kernels and the executor that runs them. Knows nothing of models: plans come in as ops over addresses."""
 
+from cpu_kernels import _ext
 from cpu_kernels._ext import (
     Arena,
     Executor,
@@ -13,7 +14,12 @@ from cpu_kernels._ext import (
     read_bandwidth,
 )
 
+KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
+TILE_ROWS: int = _ext.TILE_ROWS  # query rows times heads of one attention tile
+
 __all__ = [
+    "KEY_BLOCK",
+    "TILE_ROWS",
     "Arena",
     "Executor",
     "KvLayout",

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cpu_kernels import KEY_BLOCK, TILE_ROWS
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.hardware import HardwareSpec
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.program import KEY_BLOCK, STATE_EXTRA, Op, build_buffers, build_ops, key_dim, ropes, value_dim
+from hybrid.program import STATE_EXTRA, Op, build_buffers, build_ops, key_dim, ropes, value_dim
 from hybrid.weights.layout import round_up, store_tensors
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
 ALIGN = 64
-TILE_ROWS = 48  # rows of an attention tile, as in the kernels
 
 
 @dataclass(frozen=True)

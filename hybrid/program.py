@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_kernels import KEY_BLOCK
 from hybrid.models.spec import LayerSpec, ModelSpec, RopeSpec
 from hybrid.weights.layout import BLOCK, K_ALIGN, down_offset, expert_elements, qkv_width, round_up
 
-KEY_BLOCK = 256  # keys of one partial softmax, as in the kernels
-STATE_EXTRA = 16  # floats behind the sums of a partial state: maximum and denominator, padded
+STATE_EXTRA = BLOCK  # floats behind the sums of a partial state: maximum and denominator, padded
 
 
 @dataclass(frozen=True)

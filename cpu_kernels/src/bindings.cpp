@@ -195,6 +195,10 @@ NB_MODULE(_ext, m) {
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
   m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a);
 
+  // What a planner must know to size buffers.
+  m.attr("KEY_BLOCK") = kKeys;
+  m.attr("TILE_ROWS") = kAttentionRows;
+
   nb::enum_<Part>(m, "Part")
       .value("attention", Part::attention)
       .value("moe", Part::moe)

@@ -33,6 +33,11 @@ static HYBRID_INLINE Range visible(const AttentionArgs& args, int position, int 
   return {least(first, kKeys), least(position + 1 - block * kKeys, kKeys)};
 }
 
+// The first key block of which the query at `position` sees anything.
+static HYBRID_INLINE int first_block(const AttentionArgs& args, int position) {
+  return args.window ? most(0, position - args.window + 1) / kKeys : 0;
+}
+
 struct AttentionScratch {
   float* scores;   // [rows, kKeys]
   bf16* weights;   // [rows, kKeys]
@@ -53,17 +58,20 @@ static HYBRID_INLINE AttentionScratch carve(char* scratch, int rows, int value_d
 
 // Scores of a row to weights; the maximum and the denominator go into its state. False if the row sees no key here.
 static HYBRID_INLINE bool softmax(const float* scores, bf16* weights, float* state, int dim, Range keys, int used) {
+  // Lanes of keys [i, i + 16) that are not seen become `other`.
+  const auto mask = [&](F32 x, int i, float other) {
+    const int first = least(kBlock, most(0, keys.first - i)), last = least(kBlock, most(0, keys.last - i));
+    return Isa::keep(x, first, most(first, last), other);
+  };
   F32 top = Isa::set(-__builtin_inff());
   for (int i = 0; i < used; i += kBlock) {
-    const int first = least(kBlock, most(0, keys.first - i)), last = least(kBlock, most(0, keys.last - i));
-    top = Isa::max(top, Isa::keep(Isa::load(scores + i), first, most(first, last), -__builtin_inff()));
+    top = Isa::max(top, mask(Isa::load(scores + i), i, -__builtin_inff()));
   }
   const float maximum = Isa::largest(top);
   F32 total = Isa::zero();
   for (int i = 0; i < used; i += kBlock) {
-    const int first = least(kBlock, most(0, keys.first - i)), last = least(kBlock, most(0, keys.last - i));
     const F32 e = exponential(Isa::sub(Isa::load(scores + i), Isa::set(maximum)));
-    const F32 kept = Isa::keep(e, first, most(first, last), 0.0f);
+    const F32 kept = mask(e, i, 0.0f);
     total = Isa::add(total, kept);
     Isa::store_bf16(weights + i, kept);
   }
@@ -109,7 +117,7 @@ static HYBRID_INLINE void attend_tile(const AttentionArgs& args, const Attention
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, dim = args.kv.value_dim;
   const AttentionScratch s = carve(scratch, rows, dim);
   bool started[kMaxTileRows] = {}, seen[kMaxTileRows];
-  const int first = args.window ? most(0, tile.position - args.window + 1) / kKeys : 0;
+  const int first = first_block(args, tile.position);
   for (int block = first; block * kKeys < tile.position + tile.rows; ++block) {
     attend_block(args, tile, kv_head, block, s, seen);
     for (int i = 0; i < rows; ++i) {
@@ -140,7 +148,7 @@ static HYBRID_INLINE float* partial(const AttentionArgs& args, const AttentionTi
 static HYBRID_INLINE void attend_part(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int block,
                                       char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
-  if (args.window && (block + 1) * kKeys <= tile.position - args.window + 1) return;
+  if (block < first_block(args, tile.position)) return;
   const AttentionScratch s = carve(scratch, group, dim);
   bool seen[kMaxTileRows];
   attend_block(args, tile, kv_head, block, s, seen);
@@ -170,7 +178,7 @@ static void merge(const AttentionArgs& args, const Step& step, const Work& work)
     const int wanted = task / args.heads, head = task % args.heads;
     while (found < wanted) found += step.tiles[++index].split;
     const AttentionTile& tile = step.tiles[index];
-    const int first = args.window ? most(0, tile.position - args.window + 1) / kKeys : 0;
+    const int first = first_block(args, tile.position);
     float* state = partial(args, tile, head, first);
     for (int block = first + 1; block * kKeys <= tile.position; ++block)
       join(state, partial(args, tile, head, block), dim);

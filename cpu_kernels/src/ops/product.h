@@ -70,10 +70,12 @@ static HYBRID_INLINE void with_rows(int rows, Function function) {
   function(Int<MR>{});
 }
 
+static HYBRID_INLINE int tile_count(int rows) { return (rows + Isa::max_rows - 1) / Isa::max_rows; }
+
 // Calls function(Int<MR>, first row, tile) for tiles of nearly equal height: a last tile of one row would waste most.
 template <class Function>
 static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
-  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  const int tiles = tile_count(rows);
   for (int tile = 0, row = 0; tile < tiles; ++tile) {
     const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
     with_rows<Isa::max_rows>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
@@ -97,7 +99,7 @@ constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's sh
 // epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
 template <int unit, class Epilogue>
 static void product(const Rows& left, int rows, const Blocks& w, Range blocks, float* scratch, Epilogue epilogue) {
-  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  const int tiles = tile_count(rows);
   for_block_groups<unit>(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     const char* group = w.data + block * w.block_stride;
@@ -144,7 +146,7 @@ static void product(const Rows& left, int rows, const Blocks& w, Range blocks, f
 template <class RowAt, class Epilogue>
 static HYBRID_INLINE void small_product(RowAt row_at, int rows, const Blocks& w, int blocks, const char* next,
                                         Epilogue epilogue) {
-  const int tiles = (rows + Isa::max_rows - 1) / Isa::max_rows;
+  const int tiles = tile_count(rows);
   for_block_groups<1>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
