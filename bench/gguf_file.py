@@ -1,0 +1,222 @@
+"""Writes a Qwen3-MoE checkpoint as GGUF, so that llama.cpp runs the very weights that this engine runs.
+
+Every matrix has the file's type, embedding and output head included; norms and routers stay F32. In bf16 every bit is
+that of the checkpoint. There is no tokenizer: llama.cpp takes `no_vocab` with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import CapacityError, ConfigError
+from hybrid.models.spec import ModelSpec
+from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.files import disk_errors
+from hybrid.weights.pack import source_fingerprint
+from hybrid.weights.sources import Source
+
+TYPES = {"BF16": gguf.GGMLQuantizationType.BF16, "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+         "Q4_0": gguf.GGMLQuantizationType.Q4_0}  # fmt: skip
+FILE_TYPES = {"BF16": gguf.LlamaFileType.MOSTLY_BF16, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+              "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}  # fmt: skip
+F32 = gguf.GGMLQuantizationType.F32
+CHUNK_ROWS = 2048  # converted at a time: some tens of MB of float32
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file: its name and shape there, and the rows of the checkpoint that it is made of, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    source: tuple[Source, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(gguf.quant_shape_to_byte_shape(self.shape, self.type)))
+
+
+def cached_gguf(checkpoint: Checkpoint, folder: Path, type_name: str, progress: Progress | None = None) -> Path:
+    """The file of this checkpoint in `folder`, written unless it is there already."""
+    name = f"{checkpoint.path.name}-{source_fingerprint(checkpoint.path)[:12]}-{type_name}.gguf"
+    if not (folder / name).is_file():
+        write_gguf(checkpoint, folder / name, type_name, progress)
+    return folder / name
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path, type_name: str, progress: Progress | None = None) -> None:
+    """Write the whole file or nothing, holding one tensor at a time; type_name: a key of TYPES.
+
+    Raises ConfigError for a model that llama.cpp's qwen3moe cannot be, CapacityError for a full disk.
+    """
+    tensors = file_tensors(checkpoint, type_name)
+    total = sum(tensor.nbytes for tensor in tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _require_disk(path, total)
+    temporary = path.with_name(path.name + ".tmp")
+
+    def advance(done: int) -> None:
+        if progress:
+            progress(path.name, done, total)
+
+    try:
+        with disk_errors(path):
+            _write(checkpoint.spec, temporary, type_name, tensors, advance)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_tensors(checkpoint: Checkpoint, type_name: str) -> list[Tensor]:
+    """The tensors of the file in the order in which they are written. Raises ConfigError; reads no weight."""
+    spec = checkpoint.spec
+    _check_model(spec)
+    tensors = [*_outer(checkpoint, TYPES[type_name])]
+    for layer in range(len(spec.layers)):
+        tensors += _attention(checkpoint, layer, TYPES[type_name])
+        tensors += _experts(checkpoint, layer, TYPES[type_name])
+    for tensor in tensors:
+        block = gguf.GGML_QUANT_SIZES[tensor.type][0]
+        if tensor.shape[-1] % block:
+            raise ConfigError(
+                f"{type_name} takes groups of {block} inputs, {tensor.name} has {tensor.shape[-1]}: compare bf16 only"
+            )
+    return tensors
+
+
+def _check_model(spec: ModelSpec) -> None:
+    """Raise ConfigError for a model that the architecture qwen3moe of llama.cpp does not describe."""
+    layer = spec.layers[0]
+    attention, router = layer.attention, layer.feed_forward.router
+    plain = not (attention.qkv_bias or attention.out_bias or attention.window)
+    reasons = {
+        f"model_type {spec.model_type!r} is not 'qwen3_moe'": spec.model_type != "qwen3_moe",
+        "its layers differ": any(other != layer for other in spec.layers),
+        "it has layers without experts": router is None,
+        "its attention has biases or a window": not plain,
+        "its rope is scaled": attention.rope is None or attention.rope.kind != "default",
+        "its router does not renormalise (norm_topk_prob)": router is not None and not router.renormalise,
+    }
+    for reason, refused in reasons.items():
+        if refused:
+            raise ConfigError(f"this model cannot be compared: {reason}; take a plain Qwen3-MoE checkpoint")
+
+
+def _outer(checkpoint: Checkpoint, type_: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
+    names = checkpoint.spec.names
+    yield _tensor(checkpoint, "token_embd", names.embedding, type_)
+    yield _tensor(checkpoint, "output_norm", names.final_norm, F32)
+    if not checkpoint.spec.tied:
+        yield _tensor(checkpoint, "output", names.head, type_)
+
+
+def _attention(checkpoint: Checkpoint, layer: int, type_: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
+    names = checkpoint.spec.names
+    matrices = {"attn_q": names.q, "attn_k": names.k, "attn_v": names.v, "attn_output": names.out}
+    norms = {"attn_norm": names.attention_norm, "attn_q_norm": names.q_norm, "attn_k_norm": names.k_norm}
+    for role, name in (matrices | norms).items():
+        kind = type_ if role in matrices else F32
+        yield _tensor(checkpoint, f"blk.{layer}.{role}", name.format(layer=layer), kind)
+
+
+def _experts(checkpoint: Checkpoint, layer: int, type_: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
+    names, ffn, hidden = checkpoint.spec.names, checkpoint.spec.layers[layer].feed_forward, checkpoint.spec.hidden
+    yield _tensor(checkpoint, f"blk.{layer}.ffn_norm", names.feed_forward_norm.format(layer=layer), F32)
+    yield _tensor(checkpoint, f"blk.{layer}.ffn_gate_inp", names.router.format(layer=layer), F32)
+    experts = [checkpoint.feed_forward(layer, expert) for expert in range(ffn.experts)]
+    wide, narrow = (ffn.intermediate, hidden), (hidden, ffn.intermediate)
+    for index, (role, shape) in enumerate((("gate", wide), ("up", wide), ("down", narrow))):
+        source = tuple(expert[index] for expert in experts)
+        yield Tensor(f"blk.{layer}.ffn_{role}_exps.weight", (ffn.experts, *shape), type_, source)
+
+
+def _tensor(checkpoint: Checkpoint, role: str, name: str, type_: gguf.GGMLQuantizationType) -> Tensor:
+    shape = checkpoint.shape(name)
+    rows = int(np.prod(shape[:-1]))
+    return Tensor(f"{role}.weight", shape, type_, (checkpoint.rows(name, 0, rows),))
+
+
+def _require_disk(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise CapacityError(
+            f"{path}: writing needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free: "
+            "free some, lower --layers, or give another --work-dir"
+        )
+
+
+def _write(spec: ModelSpec, path: Path, type_name: str, tensors: list[Tensor], advance: Callable[[int], Any]) -> None:
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    _add_metadata(writer, spec, type_name)
+    for tensor in tensors:
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for tensor in tensors:
+        writer.write_tensor_data(_encoded(tensor))
+        done += tensor.nbytes
+        advance(done)
+    writer.close()
+
+
+def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> None:
+    attention, ffn = spec.layers[0].attention, spec.layers[0].feed_forward
+    assert attention.rope is not None and ffn.router is not None  # checked by _check_model
+    writer.add_file_type(FILE_TYPES[type_name])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(spec.vocab)
+    writer.add_block_count(len(spec.layers))
+    writer.add_context_length(spec.max_position)
+    writer.add_embedding_length(spec.hidden)
+    writer.add_feed_forward_length(ffn.intermediate)
+    writer.add_expert_feed_forward_length(ffn.intermediate)
+    writer.add_expert_count(ffn.experts)
+    writer.add_expert_used_count(ffn.router.top_k)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_rope_dimension_count(attention.rope.dim)
+    writer.add_rope_freq_base(attention.rope.theta)
+    writer.add_layer_norm_rms_eps(spec.norm.eps)
+
+
+def _encoded(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor as the file holds them, flat."""
+    data, at = np.empty(tensor.nbytes, np.uint8), 0
+    for values in _chunks(tensor.source):
+        encoded = encode(values, tensor.type).reshape(-1)
+        data[at : at + encoded.size] = encoded
+        at += encoded.size
+    return data
+
+
+def _chunks(sources: tuple[Source, ...]) -> Iterator[npt.NDArray[Any]]:
+    for source in sources:
+        for start in range(0, source.count, CHUNK_ROWS):
+            yield source.floats(start, min(start + CHUNK_ROWS, source.count))
+
+
+def encode(values: npt.NDArray[Any], type_: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """Values [rows, k] of bf16, fp16 or fp32 as the bytes [rows, n] of a GGUF type."""
+    if type_ == gguf.GGMLQuantizationType.BF16:
+        return np.ascontiguousarray(values.astype(ml_dtypes.bfloat16, copy=False)).view(np.uint8)
+    encoded: npt.NDArray[Any] = gguf.quants.quantize(values.astype(np.float32), type_)
+    return encoded.view(np.uint8)
