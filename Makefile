@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE := CMakeLists.txt $(shell find cpu_kernels/src -type f)
-CPP := $(filter cpu_kernels/%,$(NATIVE))
+CPP := $(filter cpu_kernels/%,$(NATIVE)) $(wildcard tests/amx/*.cpp tests/amx/*.h tests/sanitize/*.cpp)
 TOO_OLD := "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12"
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"], sep="\n")
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench kernels compare sanitize clean
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
@@ -15,6 +15,9 @@ help:
 	@echo "make lint     check style and types of Python and C++"
 	@echo "make format   apply the style"
 	@echo "make bench    speed of the embedded model; ARGS=\"--model-path DIR\" for another"
+	@echo "make kernels  speed of single kernels; ARGS=\"--ops moe --rows 1,8,512\""
+	@echo "make compare  install the compare extra and time other engines on the same weights; ARGS=\"--layers 4\""
+	@echo "make sanitize run tests of the kernels under ASan and UBSan, and the threads under TSan"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/installed
@@ -37,6 +40,15 @@ format: $(VENV)/lint
 bench: $(VENV)/installed
 	$(RUN) -m hybrid.cli bench $(ARGS)
 
+kernels: $(VENV)/installed
+	$(RUN) bench/kernels.py $(ARGS)
+
+compare: $(VENV)/compare
+	$(RUN) bench/compare.py $(ARGS)
+
+sanitize: $(VENV)/test
+	$(RUN) tests/sanitize/run.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -50,6 +62,6 @@ $(VENV)/installed: $(VENV)/created pyproject.toml $(NATIVE)
 	@touch $@
 
 # The extras of pyproject.toml, without building the extension again.
-$(VENV)/test $(VENV)/lint: $(VENV)/installed
+$(VENV)/test $(VENV)/lint $(VENV)/compare: $(VENV)/installed
 	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	@touch $@

@@ -13,6 +13,12 @@ from hybrid.flags import parse_path
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+_FORMAT_HELP = (
+    "Weight formats: auto (as published), bf16, int8, int4, fp8, mxfp4; then, after commas, those of single parts: "
+    "int4,head=int8 (parts: experts, shared, dense, attention, head)."
+)
+
+
 def _directory(text: str) -> Any:
     return typer.Option(help=text, parser=parse_path, metavar="DIR")
 
@@ -22,7 +28,7 @@ def main(
     input_path: Annotated[Path, _directory("The model: config.json and safetensors.")],
     output_path: Annotated[Path, _directory("The store, new or empty.")],
     hf: Annotated[bool, typer.Option("--hf", help="The input is a Hugging Face directory (always so).")] = False,
-    format: Annotated[str, typer.Option(help="Weight format of the store.")] = "bf16",
+    format: Annotated[str, typer.Option(help=_FORMAT_HELP, metavar="MIX")] = "auto",
     check: Annotated[bool, typer.Option("--check", help="Refuse weights with NaN or infinity.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the store that is there.")] = False,
 ) -> None:
@@ -34,11 +40,13 @@ def main(
 
 def _pack(source: Path, output: Path, format: str, check: bool, force: bool) -> bool:
     from hybrid.weights.checkpoint import Checkpoint
+    from hybrid.weights.mix import parse_mix
     from hybrid.weights.pack import pack
 
     checkpoint = Checkpoint.open(source)
+    mix = parse_mix(format, checkpoint.native)
     with progress_bar() as progress:
-        return pack(checkpoint, output, format, progress, check, force, say)
+        return pack(checkpoint, output, mix, progress, check, force, say)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write a Hugging Face checkpoint with the layer shapes of a published model and random bf16 weights."""
+"""Write a Hugging Face checkpoint with the layer shapes and formats of a published model and random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,16 @@ import typer
 
 from hybrid.errors import HybridError
 from hybrid.models import model_spec
-from hybrid.weights.checkpoint import INDEX, tensor_shapes
+from hybrid.weights.checkpoint import INDEX
+from hybrid.weights.expected import tensor_shapes
 from hybrid.weights.files import atomic_file, write_json
+from hybrid.weights.formats.fp8 import SQUARE
 from hybrid.weights.shard import gap, make_header
 
 SHARD_BYTES = 4_000_000_000
 STD = 0.02  # keeps activations of a normalised model in a range where bf16 is at home
+EXPONENTS = (118, 121)  # of mxfp4: random codes have a root mean square of 2.9, 0.009 times that is about STD
+FP8_SCALE = 2.0**-12  # of e4m3: that of random codes is 100
 
 _COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "use_cache": True, "attention_dropout": 0.0}
 _QWEN3 = {
@@ -29,14 +34,40 @@ _QWEN3 = {
     "head_dim": 128, "bos_token_id": 151643, "eos_token_id": 151645,
 }  # fmt: skip
 
-# As published, except for `num_hidden_layers`, which --layers replaces.
+_QWEN3_30B_A3B = {
+    **_QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 48,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+# As published, except for `num_hidden_layers`, which --layers replaces, and lists with an entry for every layer.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        **_QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
-        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 48,
-        "tie_word_embeddings": False,
+    "qwen3-30b-a3b": _QWEN3_30B_A3B,
+    "qwen3-30b-a3b-fp8": {
+        **_QWEN3_30B_A3B, "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+            "weight_block_size": [SQUARE, SQUARE], "modules_to_not_convert": ["lm_head"],
+        },
+    },
+    "gpt-oss-20b": {
+        **_COMMON, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 201088,
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "experts_per_token": 4, "attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0,
+        "max_position_embeddings": 131072, "initial_context_length": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": 150000, "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "tie_word_embeddings": False, "pad_token_id": 199999, "eos_token_id": 200002,
     },
     "qwen3-0.6b": {
         **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
@@ -63,7 +94,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-Tensor = tuple[str, tuple[int, ...]]
+_BYTES = {"BF16": 2, "F8_E4M3": 1, "U8": 1}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write; `dtype` as safetensors calls it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return _BYTES[self.dtype] * int(np.prod(self.shape))
 
 
 def main(
@@ -94,56 +138,74 @@ def make_config(like: str, family: str | None = None, layers: int | None = None)
 def write_checkpoint(out: Path, config: dict[str, Any], seed: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Stream the weights to `out` shard by shard; needs some MB of memory."""
     out.mkdir(parents=True, exist_ok=True)
-    shards = _shards(list(tensor_shapes(model_spec(config))), shard_bytes)
+    shards = _shards(list(published_tensors(config)), shard_bytes)
     source = RandomWeights(seed)
     weight_map = {}
     for index, tensors in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update({name: file for name, _ in tensors})
+        weight_map.update({tensor.name: file for tensor in tensors})
         _write_shard(out / file, tensors, source)
-    total = sum(_nbytes(shape) for tensors in shards for _, shape in tensors)
+    total = sum(tensor.nbytes for tensors in shards for tensor in tensors)
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(out / "config.json", config)
 
 
+def published_tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a published checkpoint: bf16, or with what its quantization_config says in mxfp4 or fp8."""
+    spec, method = model_spec(config), config.get("quantization_config", {}).get("quant_method")
+    for name, shape in tensor_shapes(spec, "mxfp4" if method == "mxfp4" else "apart"):
+        if method == "mxfp4" and name.endswith(("_blocks", "_scales")):
+            yield Tensor(name, "U8", shape)
+        elif method == "fp8" and name.endswith("_proj.weight"):
+            yield Tensor(name, "F8_E4M3", shape)
+            yield Tensor(f"{name}_scale_inv", "BF16", tuple(-(-size // SQUARE) for size in shape))
+        else:
+            yield Tensor(name, "BF16", shape)
+
+
 class RandomWeights:
-    """Random bf16 tensors cut out of one block at random places: as fast as the disk, and no two alike."""
+    """Random tensors cut out of blocks at random places: as fast as the disk, and no two alike."""
 
     def __init__(self, seed: int, block: int = 1 << 22) -> None:
-        self._random = np.random.default_rng(seed)
+        self._random, self._block = np.random.default_rng(seed), block
         values = self._random.standard_normal(2 * block, np.float32) * STD
         self._values: npt.NDArray[Any] = values.astype(ml_dtypes.bfloat16)
-        self._block = block
+        self._codes = self._random.integers(0, 256, 2 * block, np.uint8)
+        # a NaN of e4m3 has all bits set but the sign
+        self._e4m3 = np.where(self._codes & 0x7F == 0x7F, 0, self._codes).astype(np.uint8)
+        self._exponents = self._random.integers(*EXPONENTS, 2 * block, np.uint8, endpoint=True)
 
-    def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[npt.NDArray[Any]]:
-        """The tensor's values, flat, in pieces. Norms are ones."""
-        size = int(np.prod(shape))
-        if len(shape) == 1:
-            yield np.ones(size, ml_dtypes.bfloat16)
+    def chunks(self, tensor: Tensor) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's values, flat, in pieces. Norms are ones, scales of fp8 all the same."""
+        size = int(np.prod(tensor.shape))
+        if tensor.name.endswith(("norm.weight", "_scale_inv")):
+            yield np.full(size, FP8_SCALE if tensor.name.endswith("_inv") else 1, ml_dtypes.bfloat16)
             return
+        values = self._of_kind(tensor)
         for start in range(0, size, self._block):
             offset = int(self._random.integers(self._block))
-            yield self._values[offset : offset + min(self._block, size - start)]
+            yield values[offset : offset + min(self._block, size - start)]
+
+    def _of_kind(self, tensor: Tensor) -> npt.NDArray[Any]:
+        if tensor.dtype == "U8":
+            return self._exponents if tensor.name.endswith("_scales") else self._codes
+        return self._e4m3 if tensor.dtype == "F8_E4M3" else self._values
 
 
 def _shards(tensors: list[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     """Tensors in order, in groups of about `shard_bytes`."""
-    starts = np.cumsum([0] + [_nbytes(shape) for _, shape in tensors[:-1]])
+    starts = np.cumsum([0] + [tensor.nbytes for tensor in tensors[:-1]])
     groups = groupby(zip(starts, tensors, strict=True), key=lambda item: item[0] // shard_bytes)
     return [[tensor for _, tensor in group] for _, group in groups]
 
 
 def _write_shard(path: Path, tensors: list[Tensor], source: RandomWeights) -> None:
     with atomic_file(path) as file:
-        file.write(make_header((name, "BF16", shape, _nbytes(shape)) for name, shape in tensors))
-        for name, shape in tensors:
-            for chunk in source.chunks(name, shape):
+        file.write(make_header((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors))
+        for tensor in tensors:
+            for chunk in source.chunks(tensor):
                 file.write(chunk.view(np.uint8).data)
-            file.write(bytes(gap(_nbytes(shape))))
-
-
-def _nbytes(shape: tuple[int, ...]) -> int:
-    return 2 * int(np.prod(shape))
+            file.write(bytes(gap(tensor.nbytes)))
 
 
 if __name__ == "__main__":

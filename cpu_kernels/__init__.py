@@ -2,32 +2,44 @@
 
 from cpu_kernels import _ext
 from cpu_kernels._ext import (
+    Activation,
     Arena,
     Executor,
+    ExpertSet,
+    Format,
     KvLayout,
     Part,
     Routing,
     ThreadPool,
     available_isas,
+    barrier_seconds,
     missing_features,
     peak_flops,
+    peak_int_ops,
     read_bandwidth,
 )
 
 KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
+MAX_NODES: int = _ext.MAX_NODES  # memory nodes that an executor can join
 TILE_ROWS: int = _ext.TILE_ROWS  # query rows times heads of one attention tile
 
 __all__ = [
     "KEY_BLOCK",
+    "MAX_NODES",
     "TILE_ROWS",
+    "Activation",
     "Arena",
     "Executor",
+    "ExpertSet",
+    "Format",
     "KvLayout",
     "Part",
     "Routing",
     "ThreadPool",
     "available_isas",
+    "barrier_seconds",
     "missing_features",
     "peak_flops",
+    "peak_int_ops",
     "read_bandwidth",
 ]

@@ -35,12 +35,15 @@ Output = Annotated[str, typer.Option("--output", help="md, csv or json.")]
 def bench(
     model_path: f.ModelPath = EngineConfig.model_path,
     weight_format: f.Format = EngineConfig.weight_format,
+    kv_format: f.KvFormat = EngineConfig.kv_format,
     prompt: Counts = "512",
     generate: Generate = "32",
     depth: Depths = "0",
     batch: Batches = "1",
     repetitions: Repetitions = 3,
     threads: f.Threads = EngineConfig.threads,
+    numa: f.Numa = EngineConfig.numa,
+    load: f.Load = EngineConfig.load,
     cache_dir: f.CacheDir = EngineConfig.cache_dir,
     output: Output = "md",
 ) -> None:
@@ -58,7 +61,10 @@ def bench(
         config = EngineConfig(
             model_path=model_path,
             weight_format=weight_format,
+            kv_format=kv_format,
             threads=threads,
+            numa=numa,
+            load=load,
             cache_dir=cache_dir,
             max_seq_len=max(test.length for test in tests) + 1,
             max_batch=largest_batch,
@@ -116,19 +122,20 @@ def run(config: EngineConfig, tests: list[Test], repetitions: int) -> dict[str, 
 def _machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
     from hybrid.hardware import probe as probe_hardware
 
-    hardware, format_name = probe_hardware(engine.plan.isa), engine.store.format
+    hardware, plan = probe_hardware(engine.plan.isa), engine.plan
     return {
         "cpu": hardware.cpu_model,
         "cores": len(hardware.cpus),
         "memory_gb": round(hardware.memory_total / 1e9, 1),
         "system": platform.platform(),
-        "isa": engine.plan.isa,
-        "threads": engine.plan.threads,
+        "isa": plan.isa,
+        "threads": plan.threads,
         "model": engine.spec.model_type,
         "weights_gb": round(engine.store.nbytes / 1e9, 2),
-        "format": format_name,
+        "format": str(plan.formats),
+        "kv_format": plan.kv.format,
         "read_gbps": round(statistics.median(probe.read) / 1e9, 2),
-        "peak_gflops": {format_name: round(statistics.median(probe.peak) / 1e9, 1)},
+        "peak_gflops": {kind: round(statistics.median(peak) / 1e9, 1) for kind, peak in probe.peaks.items()},
     }
 
 
@@ -145,11 +152,12 @@ def _result(measurement: Measurement) -> dict[str, Any]:
 
 def to_markdown(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    peak = next(iter(machine["peak_gflops"].values()))
+    units = {"bf16": "GFLOP/s", "int8": "GOP/s"}
+    peaks = ", ".join(f"{peak} {units[kind]} ({kind})" for kind, peak in machine["peak_gflops"].items())
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; {machine['model']}, "
-        f"{machine['weights_gb']} GB of {machine['format']}; "
-        f"reads {machine['read_gbps']} GB/s, multiplies {peak} GFLOP/s",
+        f"{machine['weights_gb']} GB ({machine['format']}), keys and values {machine['kv_format']}; "
+        f"reads {machine['read_gbps']} GB/s, multiplies {peaks}",
         "",
         "| test | depth | batch | tokens/s | share of limit |",
         "|---|---:|---:|---:|---:|",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.config import CACHE_POLICIES, DEVICES, WEIGHT_FORMATS
+from hybrid.config import CACHE_POLICIES, DEVICES, KV_FORMATS, LOADS, WEIGHT_FORMATS
 
 
 def _flag(name: str, text: str, **more: Any) -> Any:
@@ -90,8 +90,22 @@ Seed = Annotated[int | None, _whole("--seed", "Makes sampling repeatable.")]
 Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
 IgnoreEos = Annotated[bool, _flag("--ignore-eos", "Go on after the end of the text.")]
 Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}; this version runs on the CPU.")]
-Format = Annotated[str, _flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}.")]
+Format = Annotated[
+    str,
+    _flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),
+]
+KvFormat = Annotated[str, _flag("--kv-format", f"Of keys and values: one of {', '.join(KV_FORMATS)}.")]
+BatchInvariant = Annotated[
+    bool | None,
+    _flag(
+        "--batch-invariant/--no-batch-invariant",
+        "Results do not depend on what else runs in a step.",
+        show_default="on where it costs nothing: everywhere but with amx",
+    ),
+]
 Threads = Annotated[int | None, _whole("--threads", "Threads that compute.", **_AUTO)]
+Numa = Annotated[str, _flag("--numa", "Memory nodes to split the weights over: auto, off or a number.")]
+Load = Annotated[str, _flag("--load", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.")]
 MaxSeqLen = Annotated[int | None, _whole("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
 MaxBatch = Annotated[int, _whole("--max-batch", "Sequences that run together.")]
 ChunkSize = Annotated[int, _whole("--chunk-size", "Tokens computed in one step at most.")]

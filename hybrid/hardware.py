@@ -13,6 +13,16 @@ from hybrid.errors import ConfigError, KernelError
 
 CGROUP = Path("/sys/fs/cgroup")
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+NODE_TOPOLOGY = Path("/sys/devices/system/node")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@dataclass(frozen=True)
+class MemoryNode:
+    """A part of memory and the processors close to it. id: the system's number; cpus: as in HardwareSpec."""
+
+    id: int
+    cpus: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class HardwareSpec:
     """cpus: one processor per physical core that this process may use, ascending. Sizes in bytes.
 
     default_threads: cores, less what a cgroup quota or OMP_NUM_THREADS takes away. isas: usable, best first.
+    nodes: the same cpus by memory node, ascending by id. huge_pages: who gets them, as `huge_pages` says.
     """
 
     cpu_model: str
@@ -29,6 +40,8 @@ class HardwareSpec:
     memory_available: int
     isa: str
     isas: tuple[str, ...]
+    nodes: tuple[MemoryNode, ...] = ()
+    huge_pages: str = "unsupported"
 
 
 def probe(isa: str | None = None) -> HardwareSpec:
@@ -44,6 +57,8 @@ def probe(isa: str | None = None) -> HardwareSpec:
         memory_available=available,
         isa=choose_isa(isa or os.environ.get("HYBRID_ISA") or None, isas),
         isas=isas,
+        nodes=memory_nodes(cpus, NODE_TOPOLOGY),
+        huge_pages=huge_pages(HUGE_PAGES),
     )
 
 
@@ -82,6 +97,59 @@ def physical_cpus(allowed: set[int], topology: Path) -> tuple[int, ...]:
             core = str(cpu)
         chosen.setdefault(core, cpu)
     return tuple(sorted(chosen.values()))
+
+
+def memory_nodes(cpus: tuple[int, ...], topology: Path) -> tuple[MemoryNode, ...]:
+    """`cpus` by memory node, without nodes that have none of them; all in one node where the system does not say."""
+    nodes = []
+    for folder in sorted(topology.glob("node[0-9]*"), key=_node_id):
+        near = _cpu_list(folder / "cpulist").intersection(cpus)
+        if near:
+            nodes.append(MemoryNode(_node_id(folder), tuple(sorted(near))))
+    if sum(len(node.cpus) for node in nodes) != len(cpus):
+        return (MemoryNode(0, cpus),)
+    return tuple(nodes)
+
+
+def _node_id(folder: Path) -> int:
+    return int(folder.name.removeprefix("node"))
+
+
+def _cpu_list(path: Path) -> set[int]:
+    """The system's way to write processors: "0-3,8" means 0, 1, 2, 3 and 8."""
+    try:
+        parts = [part.split("-") for part in path.read_text().strip().split(",") if part]
+    except OSError:
+        return set()
+    return {cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)}
+
+
+def place_threads(nodes: tuple[MemoryNode, ...], threads: int) -> tuple[int, ...]:
+    """A processor for every thread when `threads` are cut into equal runs, one a node, as cpu_kernels.ThreadPool does.
+
+    Empty if a node has fewer processors than its run: then threads must share cores and are not pinned.
+    """
+    placed: list[int] = []
+    for i, node in enumerate(nodes):
+        count = threads * (i + 1) // len(nodes) - threads * i // len(nodes)
+        if count > len(node.cpus):
+            return ()
+        placed += node.cpus[:count]
+    return tuple(placed)
+
+
+def huge_pages(setting: Path) -> str:
+    """Which memory the system gives huge pages: always (all), madvise (where asked for), never, or unsupported."""
+    try:
+        words = setting.read_text().split()
+    except OSError:
+        return "unsupported"
+    return next((word.strip("[]") for word in words if word.startswith("[")), "unsupported")
+
+
+def has_huge_pages(setting: str) -> bool:
+    """Whether memory that asks for huge pages may get them, by what `huge_pages` says."""
+    return setting in ("always", "madvise")
 
 
 def cpu_quota(cgroup: Path) -> float | None:

@@ -57,7 +57,11 @@ def run(
     ignore_eos: f.IgnoreEos = SamplingParams.ignore_eos,
     device: f.Device = EngineConfig.device,
     threads: f.Threads = EngineConfig.threads,
+    numa: f.Numa = EngineConfig.numa,
+    load: f.Load = EngineConfig.load,
     weight_format: f.Format = EngineConfig.weight_format,
+    kv_format: f.KvFormat = EngineConfig.kv_format,
+    batch_invariant: f.BatchInvariant = EngineConfig.batch_invariant,
     max_seq_len: f.MaxSeqLen = EngineConfig.max_seq_len,
     max_batch: f.MaxBatch = EngineConfig.max_batch,
     chunk_size: f.ChunkSize = EngineConfig.chunk_size,
@@ -116,15 +120,17 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
     if options.json:
         print(_json_report(llm, prompts or [], completions, summary))
     else:
-        say(f"\n{summary}")
+        say(f"\n{summary}\nmemory       {llm.engine.memory}")
 
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     """Everything that can be known to be wrong before a model is loaded."""
     from hybrid.report import check_csv_path
     from hybrid.sampler import check_params
+    from hybrid.weights.mix import parse_mix, uniform
 
     check_config(config)
+    parse_mix(config.weight_format, uniform("bf16"))  # the words alone: what "auto" is, the model says later
     check_params(params)
     check_csv_path("--breakdown-csv", options.breakdown_csv)
     check_csv_path("--cachehit-csv", options.cachehit_csv)
@@ -220,6 +226,7 @@ def _json_report(llm: LLM, prompts: Sequence[str], completions: Sequence[Complet
         "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
         "summary": asdict(summary),
         "plan": llm.engine.plan.to_dict(),
+        "memory": asdict(llm.engine.memory),
         "machine": asdict(probe()),
     }
     return json.dumps(report, ensure_ascii=False)

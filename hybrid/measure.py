@@ -13,7 +13,7 @@ import numpy as np
 import cpu_kernels
 from hybrid.core import Batch
 from hybrid.engine import Engine
-from hybrid.roofline import Cost, step_cost
+from hybrid.roofline import Cost, step_cost, uses_integers
 
 PROBE_BYTES = 1 << 30  # many times any cache
 PROBE_ROUNDS = 10_000_000
@@ -69,17 +69,22 @@ class MachineProbe:
         for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
             ctypes.memset(self._memory.address + start, 0, min(_TOUCH_BYTES, PROBE_BYTES - start))
         self.read: list[float] = []  # bytes a second
-        self.peak: list[float] = []  # floating-point operations a second
+        self.peaks: dict[str, list[float]] = {"bf16": []}  # operations a second by what is multiplied
+        if uses_integers(engine.spec, engine.plan.formats):
+            self.peaks["int8"] = []
 
     def measure(self) -> None:
         """Add one sample of each."""
         pool, isa = self._engine.pool, self._engine.plan.isa
         self.read.append(cpu_kernels.read_bandwidth(pool, isa, self._memory.address, PROBE_BYTES))
-        self.peak.append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
+        self.peaks["bf16"].append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
+        if "int8" in self.peaks:
+            self.peaks["int8"].append(cpu_kernels.peak_int_ops(pool, isa, PROBE_ROUNDS))
 
     def seconds(self, cost: Cost) -> float:
         """The shortest time of a step by the last two samples."""
-        return cost.seconds(statistics.mean(self.read[-2:]), statistics.mean(self.peak[-2:]))
+        rates = (statistics.mean(samples[-2:]) for samples in (self.read, *self.peaks.values()))
+        return cost.seconds(*rates)
 
 
 def run_tests(
@@ -122,15 +127,18 @@ def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement, fill
 
 def _limit(engine: Engine, probe: MachineProbe, test: Test) -> float:
     """Seconds that the machine would need for a test."""
-    spec, rows = engine.spec, engine.plan.max_rows
+    plan = engine.plan
+
+    def seconds(sequences: int, rows: int, depth: int, logit_rows: int) -> float:
+        return probe.seconds(step_cost(engine.spec, plan.formats, plan.kv.format, sequences, rows, depth, logit_rows))
+
     if not test.prompt:
-        middle = test.depth + test.generate // 2
-        return test.generate * probe.seconds(step_cost(spec, test.batch, 1, middle, test.batch))
+        return test.generate * seconds(test.batch, 1, test.depth + test.generate // 2, test.batch)
     total = 0.0
-    for first in range(0, test.prompt, rows):
-        count = min(rows, test.prompt - first)
+    for first in range(0, test.prompt, plan.max_rows):
+        count = min(plan.max_rows, test.prompt - first)
         last = first + count == test.prompt
-        total += test.batch * probe.seconds(step_cost(spec, 1, count, test.depth + first, int(last)))
+        total += test.batch * seconds(1, count, test.depth + first, int(last))
     return total
 
 

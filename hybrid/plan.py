@@ -8,25 +8,43 @@ from typing import Any
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
-from hybrid.hardware import HardwareSpec
+from hybrid.hardware import HardwareSpec, has_huge_pages
+from hybrid.memory import size_text
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.program import STATE_EXTRA, Op, build_buffers, build_ops, key_dim, ropes, value_dim
+from hybrid.nodes import NodeChoice, choose_nodes, node_threads
+from hybrid.ops import Op
+from hybrid.partition import split_over_nodes
+from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
 from hybrid.weights.layout import round_up, store_tensors
+from hybrid.weights.mix import FormatMix
+from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
 ALIGN = 64
+PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multiplied
+PANEL_COLUMNS = 64
+TILE = 16  # rows of a matrix tile of AMX
+MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
+_LOADS = {"map": "mapped from the store's files", "copy": "copied"}
+_SCALE = 4  # bytes of the scale of a key or a value
 
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """Where keys and values lie: [slot][layer][kv head][keys | values], every run contiguous for `tokens` tokens."""
+    """Where keys and values lie: [slot][layer][kv head][keys | values], every run contiguous for `tokens` tokens.
 
+    int8 and fp8 have a float32 scale for each token of a head: [keys | values | key scales | value scales].
+    """
+
+    format: str
     tokens: int
     layer_offsets: tuple[int, ...]  # bytes from the start of a slot
     head_strides: tuple[int, ...]
     value_offsets: tuple[int, ...]  # bytes from the start of a head
+    key_scale_offsets: tuple[int, ...]  # the same; 0 where there are no scales
+    value_scale_offsets: tuple[int, ...]
     slot_stride: int
 
     @property
@@ -37,29 +55,49 @@ class KvGeometry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine needs to allocate and run; `str()` is what `--dry-run` prints."""
+    """Everything the engine needs to allocate and run; `str()` is what `--dry-run` prints.
+
+    node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
+    why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
+    parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
+    """
 
     model_type: str
     isa: str
     threads: int
     cpus: tuple[int, ...]
+    node_ids: tuple[int, ...]
+    numa_note: str
+    load: str
+    huge_pages: str
     max_seq_len: int
     slots: int
     max_rows: int
     buffers: dict[str, tuple[int, int]]  # name: (offset, bytes)
     arena_bytes: int
+    node_buffers: tuple[dict[str, tuple[int, int]], ...]
+    node_arena_bytes: tuple[int, ...]
     scratch_bytes: int  # per thread
     logits_bytes: int
+    formats: FormatMix
     weight_bytes: dict[str, int]  # by part
+    batch_invariant: bool
     kv: KvGeometry
     kv_token_budget: int
     memory_available: int
+    parts: Parts
     ops: tuple[Op, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Memory nodes that the work is split over; 1 is no split."""
+        return len(self.node_ids)
 
     @property
     def fixed_bytes(self) -> int:
         """All that is needed before the first token: weights, arena, scratch, logits, runtime."""
-        planned = self.arena_bytes + self.scratch_bytes * self.threads + self.logits_bytes
+        arenas = self.arena_bytes + sum(self.node_arena_bytes)
+        planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -69,10 +107,16 @@ class Plan:
         if self.kv_token_budget >= self.max_seq_len:
             return None
         return (
-            f"the model does not fit in memory: {_gb(self.fixed_bytes)} for weights and buffers and "
-            f"{_gb(needed - self.fixed_bytes)} for {self.max_seq_len} tokens make {_gb(needed)}, "
-            f"{_gb(self.memory_available)} are free; use a smaller model or --max-seq-len, or free memory"
+            f"the model does not fit in memory: {size_text(self.fixed_bytes)} for weights and buffers and "
+            f"{size_text(needed - self.fixed_bytes)} for {self.max_seq_len} tokens make {size_text(needed)}, "
+            f"{size_text(self.memory_available)} are free; use a smaller model or --max-seq-len, or free memory"
         )
+
+    @property
+    def format_text(self) -> str:
+        """'experts int4, attention int8, head int8': the format of every part that the model has."""
+        absent = {"experts", "shared", "dense"} - set(self.weight_bytes)
+        return ", ".join(f"{part} {format}" for part, format in asdict(self.formats).items() if part not in absent)
 
     def require_fit(self) -> None:
         """Raise CapacityError with the numbers if the plan does not fit."""
@@ -82,16 +126,19 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan for `--json`: numbers without the op list."""
         fields = asdict(self)
-        del fields["ops"], fields["kv"], fields["buffers"]
-        return fields | {"kv_token_bytes": self.kv.token_bytes, "ops": len(self.ops), "problem": self.problem}
+        for name in ("ops", "kv", "buffers", "node_buffers", "parts"):
+            del fields[name]
+        kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
+        return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
     def __str__(self) -> str:
         return "\n".join([*_memory_lines(self), "", *_op_lines(self)])
 
 
-def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig) -> Plan:
+def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:
     """Pure: nothing is allocated or read. Raises ConfigError for values and model parts that cannot be run.
 
+    mix: what `config.weight_format` means for this model, by `hybrid.weights.mix.parse_mix`.
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
@@ -99,35 +146,58 @@ def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig) -> 
     if config.max_seq_len and config.max_seq_len > spec.max_position:
         raise ConfigError(f"--max-seq-len {config.max_seq_len} is above the model's {spec.max_position} positions")
     threads = config.threads or hardware.default_threads
+    nodes = choose_nodes(hardware, config, threads)
     wanted = config.max_seq_len or min(spec.max_position, DEFAULT_SEQ_LEN)
-    plan = _sized(spec, hardware, config, threads, wanted)
+    plan = _sized(spec, hardware, config, mix, threads, nodes, wanted)
     if config.max_seq_len is None and KEY_BLOCK <= plan.kv_token_budget < wanted:
-        plan = _sized(spec, hardware, config, threads, plan.kv_token_budget)
+        plan = _sized(spec, hardware, config, mix, threads, nodes, plan.kv_token_budget)
     return plan
 
 
-def _sized(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, threads: int, length: int) -> Plan:
+def _sized(
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    config: EngineConfig,
+    mix: FormatMix,
+    threads: int,
+    nodes: NodeChoice,
+    length: int,
+) -> Plan:
     rows, slots = config.chunk_size, config.max_batch
-    buffers, arena_bytes = _lay_out(build_buffers(spec, rows, slots, length))
     factors = [inverse_frequencies(rope)[1] for rope in ropes(spec)]
-    kv = kv_geometry(spec, length)
+    tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
+    sizes = build_buffers(spec, mix, rows, slots, length)
+    step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
+    buffers, arena_bytes = _lay_out(step.sizes)
+    own = [_lay_out(sizes) for sizes in step.node_sizes]
+    kv = kv_geometry(spec, length, config.kv_format)
+    invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
         model_type=spec.model_type,
         isa=hardware.isa,
         threads=threads,
-        cpus=hardware.cpus[:threads] if threads <= len(hardware.cpus) else (),
+        cpus=nodes.cpus,
+        node_ids=nodes.ids,
+        numa_note=nodes.note,
+        load=("map" if len(nodes.ids) == 1 else "copy") if config.load == "auto" else config.load,
+        huge_pages=hardware.huge_pages,
         max_seq_len=length,
         slots=slots,
         max_rows=rows,
         buffers=buffers,
         arena_bytes=arena_bytes,
-        scratch_bytes=scratch_bytes(spec, rows),
+        node_buffers=tuple(buffers for buffers, _ in own),
+        node_arena_bytes=tuple(size for _, size in own),
+        scratch_bytes=scratch_bytes(spec, rows, hardware.isa, config.kv_format),
         logits_bytes=slots * spec.vocab * 4,
-        weight_bytes=weight_bytes(spec),
+        formats=mix,
+        weight_bytes=weight_bytes(spec, mix, step.parts),
+        batch_invariant=invariant,
         kv=kv,
         kv_token_budget=0,
         memory_available=hardware.memory_available,
-        ops=tuple(build_ops(spec, factors)),
+        parts=step.parts,
+        ops=tuple(step.ops),
     )
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
     return Plan(**{**plan.__dict__, "kv_token_budget": min(slots * length, budget)})
@@ -142,35 +212,81 @@ def _lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     return buffers, offset
 
 
-def kv_geometry(spec: ModelSpec, length: int) -> KvGeometry:
-    tokens = round_up(length, KEY_BLOCK)
-    keys = [tokens * key_dim(layer) * 2 for layer in spec.layers]
-    strides = [k + tokens * value_dim(layer) * 2 for k, layer in zip(keys, spec.layers, strict=True)]
+def kv_head_bytes(layer: LayerSpec, format: str) -> int:
+    """What one token takes for one KV head: its key and value, padded, and the scales of both if they need any."""
+    dims = key_dim(layer) + value_dim(layer)
+    return dims * 2 if format == "bf16" else dims + 2 * _SCALE
+
+
+def kv_geometry(spec: ModelSpec, length: int, format: str) -> KvGeometry:
+    tokens, size, scaled = round_up(length, KEY_BLOCK), 2 if format == "bf16" else 1, format != "bf16"
     offsets, total = [], 0
-    for stride, layer in zip(strides, spec.layers, strict=True):
+    for layer in spec.layers:
         offsets.append(total)
-        total += stride * layer.attention.kv_heads
-    return KvGeometry(tokens, tuple(offsets), tuple(strides), tuple(keys), total)
+        total += tokens * layer.attention.kv_heads * kv_head_bytes(layer, format)
+    strides = [tokens * kv_head_bytes(layer, format) for layer in spec.layers]
+    return KvGeometry(
+        format=format,
+        tokens=tokens,
+        layer_offsets=tuple(offsets),
+        head_strides=tuple(strides),
+        value_offsets=tuple(tokens * key_dim(layer) * size for layer in spec.layers),
+        key_scale_offsets=tuple((stride - 2 * _SCALE * tokens) * scaled for stride in strides),
+        value_scale_offsets=tuple((stride - _SCALE * tokens) * scaled for stride in strides),
+        slot_stride=total,
+    )
 
 
-def scratch_bytes(spec: ModelSpec, rows: int) -> int:
-    """Per thread: a panel's unfinished sums (64 columns), or an attention tile's scores, weights and two states."""
-
-    def tile(layer: LayerSpec) -> int:
-        heads = max(TILE_ROWS, layer.attention.heads // layer.attention.kv_heads)
-        return heads * (KEY_BLOCK * 6 + (value_dim(layer) + STATE_EXTRA) * 8)
-
-    return round_up(max(rows * 64 * 4, *map(tile, spec.layers)), 4096)
+def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
+    """Per thread: a panel and its unfinished sums, or an attention tile."""
+    rows = round_up(rows, TILE)
+    product = rows * PANEL_COLUMNS * 4 + PANEL_BYTES + (_copied_rows(spec, rows) if isa == "amx" else 0)
+    return round_up(max(product, *(_attention_scratch(layer, kv_format) for layer in spec.layers)), 4096)
 
 
-def weight_bytes(spec: ModelSpec) -> dict[str, int]:
-    """Bytes of the packed store by part."""
-    parts = {"experts": 0, "attention": 0, "router": 0, "norms": 0, "embedding": 0, "head": 0}
-    for tensor in store_tensors(spec):
-        name = tensor.name.rsplit(".", 1)[-1]
-        part = "norms" if "norm" in name else "attention" if ".attention." in tensor.name else name
-        parts[part] += tensor.nbytes
-    return {part: size for part, size in parts.items() if size}
+def _copied_rows(spec: ModelSpec, rows: int) -> int:
+    """Bytes of rows that AMX copies to lie at equal distances: those of an expert, or the last few of a product."""
+    inputs = [
+        max(layer.attention.heads * layer.attention.head_dim, ffn.intermediate, ffn.shared_intermediate)
+        for layer in spec.layers
+        for ffn in [layer.feed_forward]
+    ]
+    return max(rows * _copied_row(spec.hidden), TILE * _copied_row(max(spec.hidden, *inputs)))
+
+
+def _copied_row(inputs: int) -> int:
+    return row_bytes(inputs, integer=False) + ALIGN
+
+
+def _attention_scratch(layer: LayerSpec, kv_format: str) -> int:
+    """Scores, weights and two states of a tile; and a block of keys or values opened to bf16, if it is not."""
+    heads = max(TILE_ROWS, layer.attention.heads // layer.attention.kv_heads)
+    opened = 0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, key_dim(layer), value_dim(layer)) * 2
+    return heads * (KEY_BLOCK * 6 + (value_dim(layer) + STATE_EXTRA) * 8) + opened
+
+
+def weight_bytes(spec: ModelSpec, mix: FormatMix, parts: Parts) -> dict[str, int]:
+    """Bytes of the weights by part of the model, as they lie in memory. parts: what each node holds of them."""
+    sizes = dict.fromkeys(("experts", "shared", "dense", "attention", "router", "norms", "embedding", "head"), 0)
+    for tensor in store_tensors(spec, mix):
+        sizes[_part(spec, tensor.name)] += held_bytes(tensor, parts)
+    return {part: size for part, size in sizes.items() if size}
+
+
+def _part(spec: ModelSpec, name: str) -> str:
+    """Which part a tensor belongs to: 'layers.3.ffn.down_bias' to the experts, or to the dense layers."""
+    *place, last = name.split(".")
+    if "norm" in last:
+        return "norms"
+    if not place:
+        return last
+    if place[-1] == "attention":
+        return "attention"
+    if last == "shared":
+        return "shared"
+    if last.startswith("router"):
+        return "router"
+    return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -181,33 +297,24 @@ def check_supported(spec: ModelSpec) -> None:
             f"attention of kind {attention.kind!r}": attention.kind == "gqa" and attention.mla is None,
             "values of another size than keys": attention.v_head_dim in (None, attention.head_dim),
             f"norm {attention.qk_norm!r} on queries and keys": attention.qk_norm in ("none", "head"),
-            "attention sinks": not attention.sinks,
             "gated attention": not attention.output_gate,
-            f"activation {ffn.activation!r}": ffn.activation == "silu",
-            "biases in the feed-forward": not ffn.bias,
-            "shared experts": not ffn.shared_intermediate,
+            f"activation {ffn.activation!r}": ffn.activation in ("silu", "swiglu_clamped"),
             f"norm of kind {spec.norm.kind!r}": spec.norm.kind == "rms" and not spec.norm.zero_centred,
             "a bias on the output head": not spec.head_bias,
         }
-        if ffn.router:
-            plain = not (ffn.router.bias or ffn.router.correction_bias) and ffn.router.groups == 1
-            checks[f"router of kind {ffn.router.kind!r}"] = plain and ffn.router.kind in (
-                "softmax",
-                "topk_softmax",
-            )
+        if router := ffn.router:
+            known = router.kind in ("softmax", "topk_softmax") and not router.correction_bias and router.groups == 1
+            checks[f"router of kind {router.kind!r}"] = known
+            checks[f"a bias on a router of kind {router.kind!r}"] = not router.bias or router.kind == "topk_softmax"
         for what, supported in checks.items():
             if not supported:
                 raise ConfigError(f"model_type {spec.model_type!r} uses {what}, which this version cannot run")
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [(f"weights: {part}", size) for part, size in plan.weight_bytes.items()]
     rows += [
-        ("arena (shared by all layers)", plan.arena_bytes),
+        ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
         (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
         ("logits", plan.logits_bytes),
         ("runtime", RUNTIME_BYTES),
@@ -221,11 +328,28 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
         + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
         + f", steps of up to {plan.max_rows} rows",
+        f"formats: {plan.format_text}; keys and values {plan.kv.format}"
+        + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
+        f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
         "",
-        *(f"  {name:<52}{_gb(size):>12}" for name, size in rows),
+        *(f"  {name:<52}{size_text(size):>12}" for name, size in rows),
         "",
         f"  {verdict}",
     ]
+
+
+def _nodes_text(plan: Plan) -> str:
+    if plan.nodes == 1:
+        return plan.numa_note or "one node"
+    real = [str(id) for id in plan.node_ids if id >= 0]
+    return f"{plan.nodes} nodes, {'numbers ' + ', '.join(real) if real else 'simulated'}"
+
+
+def _huge_text(plan: Plan) -> str:
+    """What is asked for; what was granted is known once it is there."""
+    wanted = [*["weights"] * (plan.load == "copy"), "buffers", "long keys and values"]
+    asked = f"for {', '.join(wanted)}" if has_huge_pages(plan.huge_pages) else "cannot be had"
+    return f"{asked} (system: {plan.huge_pages})"
 
 
 def _op_lines(plan: Plan) -> list[str]:
@@ -235,6 +359,9 @@ def _op_lines(plan: Plan) -> list[str]:
     lines = [f"  {len(plan.ops)} ops a step; those of layer 0 (of {layers}) and around the layers:"]
     for op in shown:
         units, what = op.split
-        share = f"{units} {what}, {-(-units // plan.threads)} a thread" if units > 1 else f"shared by {what}"
-        lines.append(f"    {op.kind:<12}{op.part:<11}{share if units != 1 else 'one thread'}")
+        node = op.arguments.get("node", -1)
+        threads = plan.threads if node < 0 else node_threads(plan.threads, plan.nodes, node)
+        share = f"{units} {what}, {-(-units // threads)} a thread" if units > 1 else f"shared by {what}"
+        place = f", node {node}" if node >= 0 else ""
+        lines.append(f"    {op.kind:<12}{op.part:<11}{share if units != 1 else 'one thread'}{place}")
     return lines

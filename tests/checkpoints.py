@@ -11,7 +11,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hybrid.models import model_spec
-from hybrid.weights.checkpoint import Checkpoint, tensor_shapes
+from hybrid.models.spec import ModelSpec
+from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.expected import tensor_shapes
+from hybrid.weights.mix import parse_mix
 from hybrid.weights.pack import pack
 from hybrid.weights.store import Store
 
@@ -43,7 +46,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "mlp_only_layers": [1],
     },
+    "qwen2_moe": {
+        **_COMMON,
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        **_COMMON,
+        "model_type": "gpt_oss",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 20,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
+STACKED = ("gpt_oss",)  # families whose experts are never apart
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
 
@@ -52,11 +82,36 @@ def random_tensors(
 ) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint by name: matrices of spread 0.1, norms around 1."""
     random = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in tensor_shapes(model_spec(config), fused):
-        centre = 1.0 if "norm" in name else 0.0
-        tensors[name] = (centre + 0.1 * random.standard_normal(shape)).astype(DTYPES[dtype])
-    return tensors
+    stacked = fused or config["model_type"] in STACKED
+    return {
+        name: _random(random, name, shape).astype(DTYPES[dtype])
+        for name, shape in tensor_shapes(model_spec(config), "fused" if stacked else "apart")
+    }
+
+
+def mxfp4_tensors(spec: ModelSpec, exponents: tuple[int, int] = (110, 125), seed: int = 2) -> dict[str, np.ndarray]:
+    """The same as published in mxfp4: experts of random codes, and of exponents from the first up to the second."""
+    random, found = np.random.default_rng(seed), {}
+    for name, shape in tensor_shapes(spec, "mxfp4"):
+        if name.endswith("_blocks"):
+            found[name] = random.integers(0, 256, shape, np.uint8)
+        elif name.endswith("_scales"):
+            found[name] = random.integers(*exponents, shape, np.uint8)
+        else:
+            found[name] = _random(random, name, shape).astype(ml_dtypes.bfloat16)
+    return found
+
+
+def mxfp4_values(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Experts of `mxfp4_tensors` as float32 [experts, outputs, inputs]."""
+    blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype("f4") * 2.0 ** (scales[..., None].astype("f4") - 127)
+    return values.reshape(*scales.shape[:2], -1)
+
+
+def _random(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return ("norm" in name) + 0.1 * random.standard_normal(shape)
 
 
 def write_tensors(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
@@ -73,6 +128,28 @@ def write_tensors(path: Path, config: dict[str, Any], tensors: dict[str, np.ndar
         weight_map.update({str(name): file for name in names})
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return path
+
+
+def as_fp8(tensors: dict[str, np.ndarray], scales: str = "f4", keep: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The same tensors with random e4m3 codes and scales in place of every projection, as checkpoints publish them."""
+    random, found = np.random.default_rng(5), dict(tensors)
+    for name in tensors:
+        if name.endswith("_proj.weight") and not any(word in name for word in keep):
+            shape = tensors[name].shape
+            codes = random.integers(0, 127, shape, np.uint8) | random.choice([0, 128], shape).astype(np.uint8)
+            found[name] = codes.view(ml_dtypes.float8_e4m3fn)
+            squares = [-(-size // 128) for size in shape]
+            found[f"{name}_scale_inv"] = random.uniform(1e-4, 1e-3, squares).astype(DTYPES.get(scales, scales))
+    return found
+
+
+def dequantised(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """A tensor of `as_fp8` as float32."""
+    values = tensors[name].astype(np.float32)
+    if f"{name}_scale_inv" not in tensors:
+        return values
+    squares = tensors[f"{name}_scale_inv"].astype(np.float32).repeat(128, 0).repeat(128, 1)
+    return values * squares[: values.shape[0], : values.shape[1]]
 
 
 def write_checkpoint(
@@ -102,10 +179,10 @@ def save_with_transformers(
     return model
 
 
-def packed(source: Path) -> Store:
+def packed(source: Path, mix: str = "auto") -> Store:
     """The store of a checkpoint, packed beside it and checked."""
-    store = source.with_name(f"{source.name}-store")
-    pack(Checkpoint.open(source), store)
+    store, checkpoint = source.with_name(f"{source.name}-store"), Checkpoint.open(source)
+    pack(checkpoint, store, parse_mix(mix, checkpoint.native))
     return Store.open(store, check=True)
 
 

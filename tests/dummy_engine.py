@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.memory import MemoryGrant
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DummyEngine:
     """Greedy token: `next_token(tokens so far)`. `fail` may raise before a step; `steps` keeps batches."""
 
     load_seconds = 0.5
+    memory = MemoryGrant("map", "madvise", (), 0, 0)
 
     def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
         self.spec = SimpleNamespace(vocab=vocab)

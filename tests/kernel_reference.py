@@ -26,6 +26,9 @@ class Near:
         value = self.value + other
         return Near(value, self.bound + FP32 * (np.abs(value) + self.bound))
 
+    def __getitem__(self, part: slice) -> Near:
+        return Near(self.value[part], self.bound[part])
+
     def as_bf16(self) -> Near:
         return Near(self.value, self.bound + BF16 * (np.abs(self.value) + self.bound))
 
@@ -45,10 +48,25 @@ def assert_near(actual: np.ndarray, expected: Near) -> None:
     )
 
 
-def product(x: np.ndarray, w: np.ndarray) -> Near:
-    """x [m, k] times w [n, k]: [m, n]."""
+def product(x: np.ndarray, w: np.ndarray, roundings: int | None = None) -> Near:
+    """x [m, k] times w [n, k]: [m, n]. roundings: of a term on its way into the sum; of a plain sum about k."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    return Near(x @ w.T, (x.shape[1] + 2) * FP32 * (np.abs(x) @ np.abs(w).T))
+    roundings = x.shape[1] + 2 if roundings is None else roundings
+    return Near(x @ w.T, roundings * FP32 * (np.abs(x) @ np.abs(w).T))
+
+
+def format_product(format: str, x: np.ndarray, w: np.ndarray) -> Near:
+    """The product with weights of a format, of what its operands stand for.
+
+    Sums within a group are those of fp32, or exact integers; then each group is scaled and added to those before.
+    Two roundings more for the scales of weights and rows, one for the value that the reference itself rounds.
+    """
+    k = x.shape[1]
+    group = {"fp8": 128, "int8": 256, "int4": 32}.get(format)
+    if group is None:
+        return product(x, w)
+    within = 0 if format.startswith("int") else min(k, group)
+    return product(x, w, within + 2 * -(-k // group) + 4)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Near:
@@ -64,6 +82,16 @@ def silu_times(gate: Near, up: Near) -> Near:
     value = silu * up.value
     bound = 1.1 * gate.bound * (np.abs(up.value) + up.bound) + np.abs(silu) * up.bound
     return Near(value, bound + (EXP + 4 * FP32) * np.abs(value))
+
+
+def swiglu_clamped(gate: Near, up: Near) -> Near:
+    """gate * sigmoid(1.702 gate) * (up + 1), gate at most 7 and up within 7; clamping never adds to an error."""
+    g, u = np.minimum(gate.value, 7), np.clip(up.value, -7, 7) + 1
+    swish = g / (1 + np.exp(-1.702 * g))
+    up_bound = up.bound + FP32 * np.abs(u)
+    # The slope of g * sigmoid(1.702 g) is at most 1.1 as well; 1.702 and its product with g are rounded.
+    bound = 1.1 * (gate.bound + 3 * FP32 * np.abs(g)) * (np.abs(u) + up_bound) + np.abs(swish) * up_bound
+    return Near(swish * u, bound + (EXP + 6 * FP32) * np.abs(swish * u))
 
 
 def rotate(x: Near, table: np.ndarray, dim: int, interleaved: bool) -> Near:

@@ -42,19 +42,21 @@ def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length:
     _spread_norms(model)
     model.to(DTYPES[dtype]).save_pretrained(path)
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, length).astype(np.int32)
-    unknown = Oracle(path, tokens, _logits(path, tokens, "fp32"), bf16_error=0.0)
-    return replace(unknown, bf16_error=unknown.error(_logits(path, tokens, "bf16")))
+    unknown = Oracle(path, tokens, logits(path, tokens, "fp32"), bf16_error=0.0)
+    return replace(unknown, bf16_error=unknown.error(logits(path, tokens, "bf16")))
 
 
 def _spread_norms(model: Any) -> None:
-    """transformers starts norms at 1 and biases at 0, which would hide one that is left out or taken for another."""
+    """transformers starts norms at 1, biases and sinks near 0: that would hide one left out or taken for another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith(".bias"):
+            if "norm" in name or name.endswith("bias"):
                 parameter += 0.1 * torch.randn_like(parameter)
+            if name.endswith("sinks"):
+                parameter += 2 * torch.randn_like(parameter)
 
 
-def _logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
+def logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="eager").eval()
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].float().numpy()

@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 
 import cpu_kernels
-from hybrid.program import row_stride
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.layout import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16
+SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
 
 
@@ -33,11 +35,68 @@ def placed(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def row_stride(width: int) -> int:
+    """Elements from row to row: inputs are padded with zeros to what packed matrices expect."""
+    return round_up(width, K_ALIGN)
+
+
 def padded(rows: np.ndarray) -> np.ndarray:
     """bf16 rows [m, k] as the kernels take them: [m, row_stride(k)], padded with zeros."""
     array = aligned((len(rows), row_stride(rows.shape[1])), BF16)
     array[:, : rows.shape[1]] = rows
     return array
+
+
+def int8_row_parts(width: int) -> tuple[slice, slice, slice]:
+    """Where the values, sums and scales of an int8 activation row of `width` inputs lie, in bytes."""
+    values = row_stride(width)
+    sums = values + values // SUM_INPUTS * 4
+    return slice(values), slice(values, sums), slice(sums, sums + -(-values // SCALE_INPUTS) * 4)
+
+
+def int8_row_bytes(width: int) -> int:
+    """Bytes from one int8 activation row to the next."""
+    return round_up(int8_row_parts(width)[2].stop, 64)
+
+
+def int8_rows(x: np.ndarray) -> np.ndarray:
+    """Rows [m, k] as int8 activation rows, bytes [m, int8_row_bytes(k)], by the definition."""
+    (m, k), (values, sums, scales) = x.shape, int8_row_parts(x.shape[1])
+    groups = np.zeros((m, -(-k // SCALE_INPUTS), SCALE_INPUTS), np.float32)
+    groups.reshape(m, -1)[:, :k] = x
+    largest = np.abs(groups).max(-1, keepdims=True)
+    finite = largest >= 127 / np.finfo(np.float32).max  # else the factor would not be, and all are as good as zero
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=finite)
+    units = np.rint(groups * factor).reshape(m, -1)[:, values].astype(np.int8)
+    rows = aligned((m, int8_row_bytes(k)), np.uint8)
+    rows[:, values] = units.view(np.uint8)
+    rows[:, sums] = units.reshape(m, -1, SUM_INPUTS).sum(-1, dtype=np.int32).view(np.uint8)
+    rows[:, scales] = (largest[..., 0] / np.float32(127)).view(np.uint8)
+    return rows
+
+
+def rows_of(format: str, x: np.ndarray) -> np.ndarray:
+    """The left operand for weights of a format: x [m, k] as bf16 or as int8 activation rows."""
+    return int8_rows(x) if FORMATS[format].integer else padded(x.astype(BF16))
+
+
+def dequantised_rows(format: str, rows: np.ndarray, width: int) -> np.ndarray:
+    """What a left operand stands for, exactly: float64 [m, width]."""
+    if not FORMATS[format].integer:
+        return rows[:, :width].astype(np.float64)
+    values, _, scales = int8_row_parts(width)
+    spread = np.ascontiguousarray(rows[:, scales]).view(np.float32).astype(np.float64).repeat(SCALE_INPUTS, axis=1)
+    return rows[:, values].view(np.int8)[:, :width] * spread[:, :width]
+
+
+def packed(format: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """W [n, k] as the kernels take it, and what that stands for, float32 [n, k]."""
+    blocks = placed(FORMATS[format].pack(weight))
+    return blocks, FORMATS[format].unpack(blocks, *weight.shape)
+
+
+def format_of(format: str) -> cpu_kernels.Format:
+    return getattr(cpu_kernels.Format, format)
 
 
 def random_bf16(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -48,12 +107,20 @@ class Rig:
     """An executor whose ops take arrays where the bindings take addresses; it keeps those arrays alive."""
 
     def __init__(
-        self, isa: str, threads: int = 1, *, rows: int = 128, slots: int = 4, positions: int = 1024, vocab: int = 256
+        self,
+        isa: str,
+        threads: int = 1,
+        *,
+        nodes: int = 1,
+        rows: int = 128,
+        slots: int = 4,
+        positions: int = 1024,
+        vocab: int = 256,
     ) -> None:
         self.vocab = vocab
         self.executor = cpu_kernels.Executor(
             isa=isa,
-            pool=cpu_kernels.ThreadPool(threads, []),
+            pool=cpu_kernels.ThreadPool(threads, [], nodes),
             rows=rows,
             slots=slots,
             positions=positions,
@@ -63,9 +130,12 @@ class Rig:
         self._arrays: list[dict[str, Any]] = []
 
     def add(self, op: str, part: str = "other", **arguments: Any) -> None:
+        getattr(self.executor, op)(part=getattr(cpu_kernels.Part, part), **self.addresses(arguments))
+
+    def addresses(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same with addresses for arrays, which live as long as this."""
         self._arrays.append(arguments)
-        addresses = {name: _address(value) for name, value in arguments.items()}
-        getattr(self.executor, op)(part=getattr(cpu_kernels.Part, part), **addresses)
+        return {name: _address(value) for name, value in arguments.items()}
 
     def run(self, rows: int, logit_rows: Iterable[int] = (), tokens: Iterable[int] | None = None) -> np.ndarray:
         """A step of one sequence from its start; returns the logits."""

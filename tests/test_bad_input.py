@@ -52,6 +52,9 @@ def refused(*arguments: object, **options) -> str:
         ((*CLI, "run", "--prompt"), ["--prompt", "hybrid run --help"]),
         ((*BENCH, "--repetitions", "x"), ["--repetitions", "'x'"]),
         ((*BENCH, "--prompt", "99999"), ["pp99999", "2048"]),
+        ((*BENCH, "--format", "int4;head=int8"), ["'int4;head=int8'", "bf16, int8, int4, fp8, mxfp4"]),
+        ((*RUN, "--format", "head=int8,head=int4"), ["'head=int4'", "once"]),
+        ((*RUN, "--kv-format", "q8"), ["--kv-format", "'q8'", "bf16, int8, fp8"]),
         (PACK, ["--input-path"]),
         ((*PACK, "--input-path", "/missing", "--output-path="), ["--output-path", "empty"]),
     ],
@@ -113,12 +116,21 @@ def test_a_reader_of_the_help_may_leave() -> None:
         {"threads": True},
         {"max_batch": None},
         {"chunk_size": 2.0},
+        {"kv_format": "int4"},
+        {"kv_format": None},
+        {"batch_invariant": 1},
+        {"batch_invariant": "no"},
     ],
     ids=str,
 )
-def test_engine_options_are_ints_in_range(options: dict[str, object]) -> None:
+def test_engine_options_are_of_their_type_and_in_range(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"--{next(iter(options)).replace('_', '-')} "):
         check_config(EngineConfig(**options))  # type: ignore[arg-type]
+
+
+def test_a_format_is_a_text() -> None:
+    with pytest.raises(ConfigError, match="--format 8 is not a text"):
+        check_config(EngineConfig(weight_format=8))  # type: ignore[arg-type]
 
 
 def test_the_environment_cannot_ask_for_a_million_threads() -> None:

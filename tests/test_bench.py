@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 from hybrid import measure
 from hybrid.bench import app
 from hybrid.models import model_spec
-from hybrid.roofline import step_cost
+from hybrid.roofline import Cost, step_cost, uses_integers
+from hybrid.weights.mix import MIXES, parse_mix, uniform
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,7 @@ def test_json_has_the_machine_and_a_result_for_every_test(cache) -> None:
     machine = report["machine"]
     assert machine["read_gbps"] > 0 and machine["peak_gflops"]["bf16"] > 0 and machine["threads"] == 2
     assert {"cpu", "isa", "memory_gb", "model", "weights_gb"} <= set(machine)
+    assert (machine["format"], machine["kv_format"], set(machine["peak_gflops"])) == ("bf16", "bf16", {"bf16"})
     keys = {"test", "depth", "batch", "tokens_per_second", "stddev", "limit_share"}
     assert all(set(result) == keys for result in report["results"])
     assert {(r["test"], r["depth"], r["batch"]) for r in report["results"]} == {
@@ -57,6 +60,19 @@ def test_csv_and_markdown_have_a_row_for_every_test(cache) -> None:
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["test", "---", "tg2"]
 
 
+def test_formats_are_measured_and_named(cache) -> None:
+    flags = ("--format", "int8,head=fp8", "--kv-format", "int8", "-p", "8", "-n", "2", "-r", "1")
+    report = json.loads(bench(cache, *flags, "--output", "json"))
+    machine = report["machine"]
+    assert (machine["format"], machine["kv_format"]) == ("head fp8, rest int8", "int8")
+    assert set(machine["peak_gflops"]) == {"bf16", "int8"} and min(machine["peak_gflops"].values()) > 0
+    assert all(result["tokens_per_second"] > 0 and result["limit_share"] > 0 for result in report["results"])
+    line = bench(cache, *flags).splitlines()[0]
+    assert all(
+        word in line for word in ("(head fp8, rest int8)", "keys and values int8", "GFLOP/s (bf16)", "GOP/s (int8)")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -68,6 +84,8 @@ def test_csv_and_markdown_have_a_row_for_every_test(cache) -> None:
         (["--output", "xml"], ["xml", "md, csv, json"]),
         (["--threads", "0"], ["--threads", "0"]),
         (["--format", "int3"], ["int3", "bf16"]),
+        (["--format", "int8,tail=int4"], ["tail=int4", "head"]),
+        (["--kv-format", "mxfp4"], ["--kv-format", "mxfp4", "bf16, int8, fp8"]),
         (["--model-path", "/missing/model"], ["/missing/model"]),
         (["-d", "1000000000"], ["--depth", "1000000"]),
     ],
@@ -85,28 +103,99 @@ def test_names_and_lengths_of_tests() -> None:
     assert (measure.Test(0, 32, 0, 4).name, measure.Test(0, 32, 0, 4).length) == ("tg32", 32)
 
 
+SPEC = model_spec(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 1024,
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+)  # one layer of sizes that need no padding
+QKV, OUT, EXPERT, ROUTER, HEAD = 512 * 128, 128 * 256, 3 * 128 * 64, 8 * 128, 1024 * 128
+KV_WIDTH, Q_WIDTH = 2 * 4 * 32, 8 * 32
+
+
+def cost_of(text: str, kv_format: str = "bf16", **step: int) -> Cost:
+    return step_cost(SPEC, parse_mix(text, uniform("bf16")), kv_format, **step)
+
+
 def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
-    """One layer of round sizes, counted by hand."""
-    spec = model_spec(
-        {
-            "model_type": "qwen3_moe",
-            "vocab_size": 1000,
-            "hidden_size": 100,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 10,
-            "num_key_value_heads": 5,
-            "head_dim": 10,
-            "moe_intermediate_size": 50,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-        }
-    )
-    attention, expert, router, head = 100 * 10 * 30, 3 * 100 * 50, 8 * 100, 100_000
-    one = step_cost(spec, sequences=1, rows=1, depth=99, logit_rows=1)
-    assert one.bytes == pytest.approx(2 * (attention + 2 * expert + head) + 4 * router + 2 * 100 * 100)
-    assert one.flops == pytest.approx(2 * (attention + router + 2 * expert + head) + 4 * 100 * 100)
-    many = step_cost(spec, sequences=4, rows=1000, depth=0, logit_rows=0)
-    assert many.bytes == pytest.approx(2 * (attention + 8 * expert) + 4 * router + 4 * 1000 * 2 * 100)
-    assert many.flops == pytest.approx(8000 * (attention + router + 2 * expert) + 4 * 4 * 500_500 * 100)
-    assert one.seconds(1e3, 1e9) == one.bytes / 1e3 and one.seconds(1e12, 1e3) == one.flops / 1e3
+    """Counted by hand, in bf16."""
+    one = cost_of("bf16", sequences=1, rows=1, depth=99, logit_rows=1)
+    assert one.bytes == pytest.approx(2 * (QKV + OUT + 2 * EXPERT + HEAD) + 4 * ROUTER + 2 * 100 * KV_WIDTH)
+    assert one.flops == pytest.approx(2 * (QKV + OUT + ROUTER + 2 * EXPERT + HEAD) + 4 * 100 * Q_WIDTH)
+    many = cost_of("bf16", sequences=4, rows=1000, depth=0, logit_rows=0)
+    assert many.bytes == pytest.approx(2 * (QKV + OUT + 8 * EXPERT) + 4 * ROUTER + 2 * 4 * 1000 * KV_WIDTH)
+    assert many.flops == pytest.approx(8000 * (QKV + OUT + ROUTER + 2 * EXPERT) + 4 * 4 * 500_500 * Q_WIDTH)
+    assert (one.int_ops, many.int_ops) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("format", "projections", "head", "expert", "integer"),
+    [
+        ("int8", QKV + OUT + 40 * 64, HEAD + 64 * 64, EXPERT + 16 * 64, True),
+        ("int4", (QKV + OUT) * 9 / 16, HEAD * 9 / 16, EXPERT * 9 / 16, True),
+        ("fp8", QKV + OUT + 40 * 64, HEAD + 64 * 64, EXPERT + 16 * 64, False),
+        ("mxfp4", (QKV + OUT) * 17 / 32, HEAD * 17 / 32, EXPERT * 17 / 32 + 8 * 32, False),
+    ],
+)
+def test_every_format_counts_its_own_bytes_and_operations(format, projections, head, expert, integer) -> None:
+    """By hand: 32 + 8 blocks of projections, 64 of the head, 8 + 8 of an expert; int8 and fp8 have a line of scales in
+    each, int4 two bytes and mxfp4 one for 32 inputs and column, filled up to a line where an expert's down has 64."""
+    parts = ",".join(f"{part}={format}" for part in ("experts", "attention", "head"))
+    cost = cost_of(f"bf16,{parts}", sequences=1, rows=1, depth=99, logit_rows=1)
+    assert cost.bytes == pytest.approx(projections + head + 2 * expert + 4 * ROUTER + 2 * 100 * KV_WIDTH)
+    products, floats = 2 * (QKV + OUT + 2 * EXPERT + HEAD), 2 * ROUTER + 4 * 100 * Q_WIDTH
+    assert cost.int_ops == (products if integer else 0)
+    assert cost.flops == pytest.approx(floats if integer else floats + products)
+
+
+def test_a_mix_counts_each_part_apart() -> None:
+    step = {"sequences": 2, "rows": 3, "depth": 10, "logit_rows": 2}
+    whole, mixed = cost_of("bf16", **step), cost_of("bf16,head=int8", **step)
+    assert mixed.int_ops == 2 * 2 * HEAD and whole.flops - mixed.flops == mixed.int_ops
+    assert whole.bytes - mixed.bytes == HEAD - 64 * 64
+    assert [uses_integers(SPEC, parse_mix(text, uniform("bf16"))) for text in MIXES] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not uses_integers(SPEC, parse_mix("bf16,dense=int8", uniform("bf16")))  # the model has no dense layer
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+def test_keys_and_values_count_a_byte_and_their_scales(kv_format) -> None:
+    step = {"sequences": 3, "rows": 1, "depth": 99, "logit_rows": 0}
+    saved = cost_of("bf16", **step).bytes - cost_of("bf16", kv_format, **step).bytes
+    assert saved == pytest.approx(3 * 100 * (KV_WIDTH - 4 * 8))
+
+
+def test_a_shared_expert_is_read_by_every_step_and_multiplied_by_every_row() -> None:
+    """As wide as a routed one, in fp8: blocks of 64 bytes of scales and 16 columns; its gate is a row of the router."""
+    layer = SPEC.layers[0]
+    ffn = replace(layer.feed_forward, shared_intermediate=64, shared_gate=True)
+    spec = replace(SPEC, layers=(replace(layer, feed_forward=ffn),))
+    mix = parse_mix("bf16,shared=fp8", uniform("bf16"))
+    step = {"sequences": 2, "rows": 50, "depth": 0, "logit_rows": 0}
+    plain, shared = step_cost(SPEC, mix, "bf16", **step), step_cost(spec, mix, "bf16", **step)
+    assert shared.bytes - plain.bytes == pytest.approx(EXPERT + 16 * 64 + 4 * 128)
+    assert shared.flops - plain.flops == pytest.approx(2 * 100 * (EXPERT + 128))
+    assert uses_integers(spec, parse_mix("bf16,shared=int8", uniform("bf16")))
+    assert not uses_integers(SPEC, parse_mix("bf16,shared=int8", uniform("bf16")))
+
+
+def test_the_time_of_a_step_is_the_slower_of_reading_and_multiplying() -> None:
+    cost = Cost(bytes=100, flops=60, int_ops=80)
+    assert cost.seconds(10, 1e9, 1e9) == 10
+    assert cost.seconds(1e9, 10, 20) == pytest.approx(6 + 4)  # the same cores do both
+    assert Cost(100, 60).seconds(1e9, 10) == 6
+    assert Cost(1, 2, 3) + Cost(10, 20, 30) == Cost(11, 22, 33)

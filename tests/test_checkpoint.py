@@ -10,7 +10,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, DTYPES, random_tensors, save_with_transformers, write_checkpoint, write_tensors
+from checkpoints import (
+    CONFIGS,
+    DTYPES,
+    STACKED,
+    random_tensors,
+    save_with_transformers,
+    write_checkpoint,
+    write_tensors,
+)
 
 from hybrid.errors import ConfigError, HybridError, WeightsError
 from hybrid.weights.checkpoint import Checkpoint
@@ -39,7 +47,8 @@ def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtyp
     model = save_with_transformers(tmp_path, family, dtype=dtype, max_shard_size="100KB", fused=fused)
     checkpoint = _open(tmp_path)
     assert (tmp_path / INDEX).is_file()
-    assert checkpoint.fused == (fused and family in ("mixtral", "qwen3_moe"))
+    moe = checkpoint.spec.layers[0].feed_forward.is_moe
+    assert checkpoint.form == ("fused" if (moe and fused) or family in STACKED else "apart")
     expected = model.get_input_embeddings().weight.detach().float().numpy()
     assert (checkpoint.read("model.embed_tokens.weight").astype(np.float32) == expected).all()
 
@@ -50,10 +59,9 @@ def test_an_expert_is_the_same_fused_or_apart(tmp_path: Path, family: str) -> No
     for form in (False, True):
         save_with_transformers(tmp_path / str(form), family, fused=form)
     apart, fused = _open(tmp_path / "False"), _open(tmp_path / "True")
-    assert fused.fused and not apart.fused
+    assert (fused.form, apart.form) == ("fused", "apart")
     for one, other in zip(apart.feed_forward(0, 5), fused.feed_forward(0, 5), strict=True):
-        rows = [c.read_rows(r.name, r.start, r.start + r.count) for c, r in ((apart, one), (fused, other))]
-        assert (rows[0] == rows[1]).all()
+        assert (one.floats(0, one.count) == other.floats(0, other.count)).all()
 
 
 def test_rows_are_read_without_the_rest(tmp_path: Path) -> None:
@@ -61,8 +69,29 @@ def test_rows_are_read_without_the_rest(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert checkpoint.shape(name) == (10, 80, 96)
     whole = checkpoint.read(name).reshape(-1, 96)
-    rows = checkpoint.read_rows(name, 3 * 80, 3 * 80 + 40)
-    assert rows.shape == (40, 96) and (rows == whole[240:280]).all()
+    rows = checkpoint.rows(name, 3 * 80, 40).floats(2, 40)
+    assert rows.shape == (38, 96) and (rows == whole[242:280]).all()
+    alternate = checkpoint.rows(name, 3 * 80 + 1, 40, step=2).floats(2, 40)
+    assert alternate.shape == (38, 96) and (alternate == whole[245:320:2]).all()
+
+
+def test_transposed_experts_are_turned(tmp_path: Path) -> None:
+    """[experts, hidden, 2 * intermediate] with gate and up in turn, and [experts, intermediate, hidden]."""
+    checkpoint = _open(write_checkpoint(tmp_path, "gpt_oss"))
+    tensors = random_tensors(CONFIGS["gpt_oss"])
+    both, last = (tensors[f"model.layers.1.mlp.experts.{name}"][4] for name in ("gate_up_proj", "down_proj"))
+    assert both.shape == (96, 144) and last.shape == (72, 96)
+    gate, up, down = checkpoint.feed_forward(1, 4)
+    for source, expected in ((gate, both[:, 0::2].T), (up, both[:, 1::2].T), (down, last.T)):
+        assert (source.count, source.columns) == expected.shape
+        assert (source.floats(0, source.count) == expected).all() and (source.floats(16, 30) == expected[16:30]).all()
+
+
+def test_a_stacked_tensor_that_is_missing_is_the_one_named(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIGS["gpt_oss"])
+    for layer in (0, 1):
+        del tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+    _refused(write_tensors(tmp_path, CONFIGS["gpt_oss"], tensors), "tensor model.layers.0.mlp.experts.gate_up_proj is")
 
 
 def test_a_head_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:

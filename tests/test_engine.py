@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from steps import greedy, in_chunks, open_engine, step
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
@@ -35,6 +35,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+UNTRUNCATED = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 SHARP = {"initializer_range": 0.1}  # scores that differ enough for rope to matter, where nothing norms the queries
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied, biases": ("llama", SHARP),
@@ -62,26 +63,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_word_embeddings": True, "num_hidden_layers": 4, "mlp_only_layers": [], "decoder_sparse_step": 2},
     ),
     "qwen3_moe, all routed": ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": False}),
+    "qwen2_moe, one layer dense": ("qwen2_moe", {}),
+    "qwen2_moe tied, windows": (
+        "qwen2_moe",
+        {
+            "tie_word_embeddings": True,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            **SHARP,
+        },
+    ),
+    "gpt_oss": ("gpt_oss", SHARP),
+    "gpt_oss, full first": (
+        "gpt_oss",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": False,
+            "num_experts_per_tok": 6,  # of 6: no near-tie decides
+            **SHARP,
+        },
+    ),
 }
-
-
-def open_engine(path: Path, cache: Path, **choices: Any) -> Engine:
-    choices = {"threads": 2, "max_batch": 4, "chunk_size": 128, **choices}
-    return Engine.open(EngineConfig(model_path=path, cache_dir=cache, **choices))
-
-
-def step(engine: Engine, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
-    """Logits of every row of a step, one part (slot, first position, tokens) a sequence."""
-    slots = np.concatenate([np.full(len(tokens), slot) for slot, _, tokens in parts])
-    positions = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in parts])
-    tokens = np.concatenate([tokens for *_, tokens in parts])
-    batch = (tokens, slots, positions, np.arange(len(tokens)))
-    return engine.forward(Batch(*(array.astype(np.int32) for array in batch))).logits.copy()
-
-
-def in_chunks(engine: Engine, tokens: np.ndarray, size: int, slot: int = 0) -> np.ndarray:
-    chunks = range(0, len(tokens), size)
-    return np.concatenate([step(engine, (slot, first, tokens[first : first + size])) for first in chunks])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -108,6 +112,10 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dty
         ("mixtral tied, window", {"sliding_window": 10}),
         ("qwen3_moe, one layer dense", {"norm_topk_prob": False}),
         ("qwen3_moe, one layer dense", {"rms_norm_eps": 1e-4}),
+        ("qwen2_moe tied, windows", {"norm_topk_prob": False}),
+        ("gpt_oss", {"sliding_window": 21}),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("gpt_oss", {"rope_parameters": {**UNTRUNCATED, "truncate": True}}),
     ],
     ids=str,
 )
@@ -172,15 +180,6 @@ def test_a_rewound_slot_goes_on_as_if_it_had_never_gone_further(saved, opened) -
     assert np.array_equal(whole[50:], step(engine, (0, 50, tokens[50:])))
     engine.release(0)
     assert np.array_equal(whole, step(engine, (0, 0, tokens)))
-
-
-def greedy(engine: Engine, prompt: np.ndarray, chunk: int, slot: int = 0, count: int = 24) -> list[int]:
-    logits = in_chunks(engine, prompt, chunk, slot)[-1]
-    tokens: list[int] = []
-    for position in range(len(prompt), len(prompt) + count):
-        tokens.append(int(logits.argmax()))
-        logits = step(engine, (slot, position, np.array(tokens[-1:])))[0]
-    return tokens
 
 
 def test_greedy_tokens_are_the_same_on_every_path(saved, opened) -> None:

@@ -78,11 +78,80 @@ def test_one_processor_a_core_is_taken_of_those_allowed(tmp_path, siblings, allo
     assert hardware.physical_cpus(allowed, tmp_path) == cpus
 
 
+def nodes_of(folder: Path, cpus: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(node.id, node.cpus) for node in hardware.memory_nodes(cpus, folder)]
+
+
+@pytest.mark.parametrize(
+    ("lists", "cpus", "nodes"),
+    [
+        ({0: "0-3", 1: "4-7"}, (0, 1, 2, 3, 4, 5, 6, 7), [(0, (0, 1, 2, 3)), (1, (4, 5, 6, 7))]),
+        ({0: "0-1,4-5", 1: "2-3,6-7"}, (0, 1, 2, 3), [(0, (0, 1)), (1, (2, 3))]),
+        ({0: "0,2,4-5", 1: "1,3"}, (0, 1, 5), [(0, (0, 5)), (1, (1,))]),
+        ({0: "0-3", 1: "4-7"}, (5, 6), [(1, (5, 6))]),
+        ({0: "0-1", 1: ""}, (0, 1), [(0, (0, 1))]),
+        ({10: "2", 2: "1", 1: "0"}, (0, 1, 2), [(1, (0,)), (2, (1,)), (10, (2,))]),
+        ({0: "0-1"}, (0, 1, 2), [(0, (0, 1, 2))]),
+        ({}, (3, 5), [(0, (3, 5))]),
+    ],
+    ids=str,
+)
+def test_processors_are_sorted_by_memory_node(tmp_path, lists, cpus, nodes) -> None:
+    write(tmp_path, {f"node{i}/cpulist": f"{text}\n" for i, text in lists.items()})
+    write(tmp_path, {"online": "0-1\n", "has_cpu": "0\n"})
+    assert nodes_of(tmp_path, cpus) == nodes
+
+
+def test_this_machine_has_its_processors_in_nodes() -> None:
+    found = hardware.probe()
+    assert sorted(cpu for node in found.nodes for cpu in node.cpus) == list(found.cpus)
+
+
+MANY = tuple(hardware.MemoryNode(i, tuple(range(10 * i, 10 * i + size))) for i, size in enumerate((4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "cpus"),
+    [
+        (MANY[:1], 3, (0, 1, 2)),
+        (MANY[:2], 8, (0, 1, 2, 3, 10, 11, 12, 13)),
+        (MANY[:2], 5, (0, 1, 10, 11, 12)),
+        (MANY, 8, (0, 1, 10, 11, 12, 20, 21, 22)),
+        (MANY, 11, ()),
+        (MANY[:2], 9, ()),
+    ],
+)
+def test_threads_are_placed_on_their_node_as_the_pool_cuts_them(nodes, threads, cpus) -> None:
+    placed = hardware.place_threads(nodes, threads)
+    assert placed == cpus
+    pool = cpu_kernels.ThreadPool(threads, [], len(nodes))
+    for thread, cpu in enumerate(placed):
+        assert cpu in nodes[pool.node_of(thread)].cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("always [madvise] never\n", "madvise"),
+        ("[always] madvise never\n", "always"),
+        ("always madvise [never]\n", "never"),
+        ("", "unsupported"),
+        (None, "unsupported"),
+    ],
+)
+def test_the_systems_rule_for_huge_pages_is_read(tmp_path, text, found) -> None:
+    path = tmp_path / "enabled"
+    if text is not None:
+        path.write_text(text)
+    assert hardware.huge_pages(path) == found
+
+
 def test_the_affinity_of_the_process_counts(monkeypatch) -> None:
     one = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {one})
     found = hardware.probe()
     assert (found.cpus, found.default_threads) == ((one,), 1)
+    assert [node.cpus for node in found.nodes] == [(one,)]
 
 
 def test_a_cgroup_limits_memory_but_its_page_cache_counts_as_free(tmp_path, monkeypatch) -> None:
@@ -113,7 +182,7 @@ def test_the_best_instruction_set_is_taken_unless_one_is_forced(monkeypatch) -> 
 def test_an_unknown_instruction_set_is_refused_with_the_known_ones(monkeypatch) -> None:
     monkeypatch.setenv("HYBRID_ISA", "sse9")
     with pytest.raises(
-        KernelError, match="'sse9' is unknown; known: avx512_bf16, avx512, avx2, portable; .*HYBRID_ISA"
+        KernelError, match="'sse9' is unknown; known: amx, avx512_bf16, avx512, avx2, portable; .*HYBRID_ISA"
     ):
         hardware.probe()
 
@@ -124,9 +193,15 @@ def test_a_missing_instruction_set_is_refused_with_the_missing_features(monkeypa
         hardware.choose_isa("avx512", ("avx2", "portable"))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_missing_features_are_those_the_processor_does_not_list(isa) -> None:
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     missing = cpu_kernels.missing_features(isa)
     assert (not missing) == (isa in cpu_kernels.available_isas())
     assert not set(missing) & set(flags)
+
+
+def test_tiles_that_the_kernel_refuses_are_absent() -> None:
+    """Of what AMX needs only the permission is no processor flag: it is named alone, where all flags are there."""
+    missing = cpu_kernels.missing_features("amx")
+    assert "amx_permission" not in missing or missing == ["amx_permission"]

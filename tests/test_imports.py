@@ -14,7 +14,7 @@ LEVELS = (
     ("core", "errors"),
     ("config", "hardware"),
     ("models", "weights"),
-    ("program", "plan"),
+    ("ops", "program", "nodes", "partition", "memory", "plan"),
     ("kv", "sampler", "tokenizer", "detokenizer", "chat", "engine"),
     ("scheduler",),
     ("llm",),

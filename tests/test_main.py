@@ -76,7 +76,7 @@ def refused(*arguments: object, stdin: str | bytes = "") -> str:
 def test_stdout_is_the_text_and_stderr_the_summary(loaded) -> None:
     result = invoke("--prompt", "Say.")
     assert (result.exit_code, result.stdout) == (0, "Hé!\n")
-    for word in ("load", "prompt", "decode", "first token", "tokens/s", "dummy", "1 thread"):
+    for word in ("load", "prompt", "decode", "first token", "tokens/s", "dummy", "1 thread", "mapped"):
         assert word in result.stderr
 
 
@@ -126,7 +126,7 @@ def test_chat_applies_the_template_to_every_prompt(loaded) -> None:
 def test_json_is_one_object_on_stdout(loaded) -> None:
     result = invoke("--prompt", "Say.", "--json")
     report = json.loads(result.stdout)
-    assert set(report) == {"completions", "summary", "plan", "machine"}
+    assert set(report) == {"completions", "summary", "plan", "memory", "machine"}
     assert report["completions"][0]["finish_reason"] == "stop"
     summary = report["summary"]
     assert (summary["prompt_tokens"], summary["decode_tokens"], summary["steps"]) == (4, 4, 5)
@@ -183,9 +183,24 @@ def test_cache_flags_are_checked_and_said_to_have_no_effect(loaded, tmp_path) ->
 
 
 def test_flags_reach_the_configuration(loaded) -> None:
-    invoke("--prompt", "Say.", "--threads", 3, "--format", "bf16", "--max-seq-len", 99, "--model-path", "somewhere")
+    invoke(
+        "--prompt",
+        "Say.",
+        "--threads",
+        3,
+        "--format",
+        "int4,head=int8",
+        "--max-seq-len",
+        99,
+        "--model-path",
+        "somewhere",
+    )
     config = loaded.config
-    assert (config.threads, config.weight_format, config.max_seq_len) == (3, "bf16", 99)
+    assert (config.threads, config.weight_format, config.max_seq_len) == (3, "int4,head=int8", 99)
+    assert (config.kv_format, config.batch_invariant) == ("bf16", None)
+    invoke("--prompt", "Say.", "--model-path", "somewhere", "--kv-format", "fp8", "--no-batch-invariant")
+    assert (loaded.config.kv_format, loaded.config.batch_invariant) == ("fp8", False)
+    config = loaded.config
     assert config.model_path == Path("somewhere")
     assert invoke("--prompt", "Say.", "--max-tokens", 1).stdout == "H\n"
     assert invoke("--prompt", "Say.", "--stop", "!").stdout == "Hé\n"
@@ -197,6 +212,10 @@ def test_flags_reach_the_configuration(loaded) -> None:
         (["--device", "cuda"], ["cuda", "auto", "cpu"]),
         (["--device", "tpu"], ["tpu", "auto", "cpu"]),
         (["--format", "int3"], ["int3", "bf16"]),
+        (["--format", ""], ["''", "auto", "int8"]),
+        (["--format", "int8,tail=int4"], ["tail=int4", "head"]),
+        (["--format", "int8,head=q4"], ["head=q4", "int4"]),
+        (["--kv-format", "int4"], ["--kv-format", "int4", "bf16, int8, fp8"]),
         (["--threads", "0"], ["--threads", "0", "1"]),
         (["--max-seq-len", "-5"], ["--max-seq-len", "-5"]),
         (["--max-tokens", "-1"], ["max_tokens", "-1"]),
@@ -257,8 +276,8 @@ def test_defaults_of_flags_are_those_of_the_configuration() -> None:
     assert f"[default: {SamplingParams.max_tokens}]" in text and f"[default: {EngineConfig.chunk_size}]" in text
     issue = (
         "model-path prompt prompt-path n-prompts max-tokens cache-nblocks cache-nways cache-quota "
-        "cache-replace-policy breakdown-csv cachehit-csv hide-resp device threads format max-seq-len temperature "
-        "top-p top-k seed chat dry-run json"
+        "cache-replace-policy breakdown-csv cachehit-csv hide-resp device threads format kv-format batch-invariant "
+        "max-seq-len temperature top-p top-k seed chat dry-run json"
     )
     assert all(f"--{flag}" in text for flag in issue.split())
 

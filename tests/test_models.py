@@ -13,12 +13,12 @@ from hybrid.models.spec import ModelSpec, RouterSpec
 
 
 def test_families_are_found_by_file_name() -> None:
-    assert supported_models() == ("llama", "mixtral", "qwen3", "qwen3_moe")
+    assert supported_models() == ("gpt_oss", "llama", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
 def test_unsupported_families_are_refused_with_the_supported_ones(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match="llama, mixtral, qwen3, qwen3_moe"):
+    with pytest.raises(ConfigError, match="gpt_oss, llama, mixtral, qwen2_moe, qwen3, qwen3_moe"):
         model_spec({**CONFIGS["llama"], "model_type": model_type})
 
 
@@ -38,6 +38,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"}
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
+    sizes |= {"shared_expert_intermediate_size"}
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
     filled = transformers.AutoConfig.for_model(**config).to_dict()
@@ -54,6 +55,33 @@ def test_router_renormalises_as_the_family_does() -> None:
     assert _spec("mixtral").layers[0].feed_forward.router == RouterSpec(2, "softmax", renormalise=True)
     moe = {name: value for name, value in CONFIGS["qwen3_moe"].items() if name != "norm_topk_prob"}
     assert model_spec(moe).layers[0].feed_forward.router == RouterSpec(3, "softmax", renormalise=False)
+
+
+def test_gpt_oss_has_its_own_router_and_experts() -> None:
+    spec = _spec("gpt_oss")
+    for layer in spec.layers:
+        assert layer.feed_forward.router == RouterSpec(3, "topk_softmax", bias=True)
+        assert (layer.feed_forward.activation, layer.feed_forward.bias) == ("swiglu_clamped", True)
+        assert layer.attention.sinks and layer.attention.qkv_bias and layer.attention.out_bias
+    assert not _spec("gpt_oss", attention_bias=False).layers[0].attention.out_bias
+
+
+def test_gpt_oss_turns_by_yarn_unless_it_is_told_otherwise() -> None:
+    """As its configuration class does; `test_defaults_are_those_of_transformers` compares the numbers."""
+    for nothing in ({"rope_scaling": None}, {"rope_scaling": None, "rope_parameters": None}):
+        rope = _spec("gpt_oss", **nothing).layers[0].attention.rope
+        assert rope is not None and rope.kind == "yarn"
+        assert dict(rope.parameters)["factor"] == 32.0 and dict(rope.parameters)["truncate"] is False
+    plain = _spec("gpt_oss", rope_scaling={"rope_type": "default"}).layers[0].attention.rope
+    assert plain is not None and plain.kind == "default"
+
+
+def test_qwen2_moe_has_a_shared_expert_with_a_gate() -> None:
+    first, dense, _ = _spec("qwen2_moe").layers
+    assert (first.feed_forward.shared_intermediate, first.feed_forward.shared_gate) == (56, True)
+    assert (dense.feed_forward.shared_intermediate, dense.feed_forward.is_moe) == (0, False)
+    assert first.attention.qkv_bias and not first.attention.out_bias
+    assert not _spec("qwen2_moe", qkv_bias=False).layers[0].attention.qkv_bias
 
 
 def test_experts_are_counted_under_both_names() -> None:
@@ -83,6 +111,12 @@ def test_experts_are_counted_under_both_names() -> None:
             },
             [16, None],
         ),
+        ("qwen2_moe", {"sliding_window": 16}, [None, None, None]),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True}, [16, None, 16]),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, [16, None, None]),
+        ("gpt_oss", {"num_hidden_layers": 3}, [20, None, 20]),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, [None, 20]),
+        ("gpt_oss", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, [None, None]),
     ],
 )
 def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], windows: list[int | None]) -> None:
@@ -111,7 +145,6 @@ def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], w
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*silu"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": 10**400}, "rope_theta is 1000"),
     ],
@@ -131,11 +164,16 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
         ("llama", {"head_dim": None, "hidden_size": 97}, "97 is not a multiple of num_attention_heads 6"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types.*a list of 2"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("mixtral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("gpt_oss", {"sliding_window": None}, "layer_types is .*sliding_attention.*a list of 2 of full_attention"),
+        ("gpt_oss", {"swiglu_limit": 8.0}, r"swiglu_limit is 8\.0; it must be absent or 7\.0"),
+        ("gpt_oss", {"swiglu_alpha": 1.7}, r"swiglu_alpha is 1\.7; it must be absent or 1\.702"),
     ],
 )
 def test_bad_values_of_a_family_are_named(family: str, changes: dict[str, Any], message: str) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 from checkpoints import CONFIGS, write_checkpoint
+from kv_pages import KvPages
 
-from hybrid.config import EngineConfig
+from hybrid.config import KV_FORMATS, WEIGHT_FORMATS, EngineConfig
 from hybrid.engine import Engine, plan_model
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.hardware import HardwareSpec
 from hybrid.models import model_spec
 from hybrid.models.spec import MlaSpec, ModelSpec
-from hybrid.plan import RUNTIME_BYTES, Plan, make_plan
-from hybrid.weights.pack import pack
-from hybrid.weights.store import Store
+from hybrid.plan import RUNTIME_BYTES, Plan, kv_geometry, make_plan, scratch_bytes
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.mix import MIXES, parse_mix, uniform
+from hybrid.weights.pack import cached_store
 
 MACHINE = HardwareSpec(
     cpu_model="test",
@@ -36,16 +38,30 @@ def spec_of(family: str = "qwen3_moe", **changes: Any) -> ModelSpec:
 
 
 def plan_of(spec: ModelSpec | None = None, memory: int = MACHINE.memory_available, **choices: Any) -> Plan:
-    return make_plan(spec or spec_of(), replace(MACHINE, memory_available=memory), EngineConfig(**choices))
+    config = EngineConfig(**choices)
+    mix = parse_mix(config.weight_format, uniform("bf16"))
+    return make_plan(spec or spec_of(), replace(MACHINE, memory_available=memory), config, mix)
 
 
+@pytest.mark.parametrize("text", [*MIXES, "int4,head=int8,dense=fp8,attention=bf16"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_weights_are_those_of_the_packed_store(tmp_path, family) -> None:
-    from hybrid.weights.checkpoint import Checkpoint
+def test_weights_are_those_of_the_packed_store(tmp_path, family, text) -> None:
+    source = write_checkpoint(tmp_path / "hf", family)
+    plan = plan_of(spec_of(family), weight_format=text)
+    with cached_store(source, tmp_path / "cache", text) as store:
+        assert sum(plan.weight_bytes.values()) == store.nbytes
+        assert plan.formats == store.mix
 
-    pack(Checkpoint.open(write_checkpoint(tmp_path / "hf", family)), tmp_path / "store")
-    with Store.open(tmp_path / "store") as store:
-        assert sum(plan_of(spec_of(family)).weight_bytes.values()) == store.nbytes
+
+def test_the_bytes_of_a_part_are_those_of_its_format() -> None:
+    """By hand: int4 takes half a byte and a sixteenth for its scale, of 16 x 64 padded values; fp8 a byte."""
+    parts = plan_of(weight_format="int4,dense=fp8,head=int8").weight_bytes
+    expert = (2 * 48 * 128 + 96 * 64) * (4 + 0.5) / 8  # gate and up [40, 96], down [96, 40]
+    assert parts["experts"] == 2 * 10 * expert
+    assert parts["dense"] == (2 * 5 + 6) * (64 + 128 * 16)  # blocks of gate, up [72, 96] and down [96, 72]
+    assert parts["head"] == 9 * (64 + 128 * 16)
+    assert parts["embedding"] == 144 * 128 * 2
+    assert parts["attention"] == 3 * (240 * 128 + 96 * 192) * (4 + 0.5) / 8
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -60,19 +76,51 @@ def test_the_arena_is_the_sum_of_its_parts(family) -> None:
     assert plan.fixed_bytes == parts + RUNTIME_BYTES
 
 
-def test_keys_and_values_lie_one_after_the_other() -> None:
-    """Every (layer, head) has its own keys, then values, and a slot ends where the last one does."""
-    spec = spec_of(head_dim=40)
-    kv = plan_of(spec, max_seq_len=100).kv
-    assert kv.tokens == 256
+@pytest.mark.parametrize(("format", "size", "scale"), [("bf16", 2, 0), ("int8", 1, 4), ("fp8", 1, 4)])
+def test_keys_and_values_lie_one_after_the_other(format, size, scale) -> None:
+    """Every (layer, head) has its own keys, values and scales of both, and a slot ends where the last one does."""
+    kv = plan_of(spec_of(head_dim=40), max_seq_len=100, kv_format=format).kv
+    assert (kv.tokens, kv.format) == (256, format)
     end = 0
     for layer, start in enumerate(kv.layer_offsets):
         assert start == end
-        assert kv.value_offsets[layer] == 256 * 64 * 2  # keys padded to 64
-        assert kv.head_strides[layer] == 256 * (64 + 48) * 2  # values to 48
+        values, scales = 256 * 64 * size, 256 * (64 + 48) * size  # keys padded to 64, values to 48
+        assert kv.value_offsets[layer] == values
+        assert kv.key_scale_offsets[layer] == (scales if scale else 0)
+        assert kv.value_scale_offsets[layer] == (scales + 256 * scale if scale else 0)
+        assert kv.head_strides[layer] == scales + 2 * 256 * scale
         end = start + 2 * kv.head_strides[layer]
     assert kv.slot_stride == end
     assert kv.token_bytes * 256 == end
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_pages_of_the_kernel_tests_lie_as_planned(format) -> None:
+    pages = KvPages(slots=2, heads=2, head_dim=24, tokens=300, format=format)
+    kv = kv_geometry(spec_of(), 300, format)
+    assert (pages.tokens, pages.value_offset, pages.nbytes) == (kv.tokens, kv.value_offsets[0], 4 * kv.head_strides[0])
+    assert format == "bf16" or pages.scales_offset == kv.key_scale_offsets[0]
+
+
+def test_scratch_holds_the_larger_of_products_and_attention() -> None:
+    """By hand, for heads of 24 (values padded to 32): 48 rows of 256 scores and weights, and two states."""
+    tile = 48 * (256 * 6 + (32 + 16) * 8)
+    assert scratch_bytes(spec_of(), 100, "avx2", "bf16") == -(-tile // 4096) * 4096
+    assert scratch_bytes(spec_of(), 100, "avx2", "int8") == -(-(tile + 256 * 128 * 2) // 4096) * 4096
+    product = 4096 * 64 * 4 + 40960
+    assert scratch_bytes(spec_of(), 4096, "avx2", "bf16") == product
+    assert scratch_bytes(spec_of(), 4096, "amx", "bf16") == product + 4096 * (256 + 64)  # 96 inputs padded to 128
+
+
+@pytest.mark.parametrize(("isa", "free"), [("avx2", True), ("avx512_bf16", True), ("amx", False)])
+def test_a_batch_is_invariant_where_that_is_free_or_wanted(isa, free) -> None:
+    def invariant(choice: bool | None) -> bool:
+        mix = uniform("bf16")
+        plan = make_plan(spec_of(), replace(MACHINE, isa=isa), EngineConfig(batch_invariant=choice), mix)
+        assert ("depend on what else runs" in str(plan)) != plan.batch_invariant
+        return plan.batch_invariant
+
+    assert [invariant(choice) for choice in (None, True, False)] == [free, True, False]
 
 
 def test_a_plan_reads_no_weights(tmp_path) -> None:
@@ -101,6 +149,15 @@ def test_the_engine_refuses_what_does_not_fit_before_packing(tmp_path, monkeypat
     with pytest.raises(CapacityError, match=r"does not fit.* 1\.05 MB are free"):
         Engine.open(EngineConfig(model_path=path, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_engine_refuses_a_store_of_other_formats_than_the_plan(tmp_path) -> None:
+    source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
+    with (
+        cached_store(source, tmp_path / "cache", "int8,head=bf16") as store,
+        pytest.raises(ConfigError, match="the store has head bf16, rest int8, the plan is for int4"),
+    ):
+        Engine(store, plan_of(weight_format="int4"))
 
 
 def test_without_a_wish_sequences_are_as_long_as_memory_allows() -> None:
@@ -135,6 +192,10 @@ def test_a_sequence_longer_than_the_model_allows_is_refused_with_both_numbers() 
         ({"max_batch": 0}, "--max-batch 0"),
         ({"chunk_size": 4, "max_batch": 8}, "--chunk-size 4 is smaller than --max-batch 8"),
         ({"weight_format": "int3"}, "int3"),
+        ({"weight_format": "int8,head=int3"}, "int3"),
+        ({"weight_format": "int8,tail=int4"}, "tail"),
+        ({"kv_format": "int4"}, "--kv-format 'int4' .*bf16, int8, fp8"),
+        ({"batch_invariant": "yes"}, "--batch-invariant 'yes'"),
     ],
 )
 def test_values_out_of_range_are_refused(choices, message) -> None:
@@ -159,18 +220,16 @@ ATTENTION: dict[str, Any] = {
     "attention of kind 'mla'": {"kind": "mla", "mla": MlaSpec(None, 8, 8, 8)},
     "values of another size than keys": {"v_head_dim": 8},
     "norm 'whole' on queries and keys": {"qk_norm": "whole"},
-    "attention sinks": {"sinks": True},
     "gated attention": {"output_gate": True},
 }
 FEED_FORWARD: dict[str, Any] = {
     "activation 'gelu'": {"activation": "gelu"},
-    "biases in the feed-forward": {"bias": True},
-    "shared experts": {"shared_intermediate": 8},
 }
 ROUTER: dict[str, Any] = {
     "router of kind 'sigmoid'": {"kind": "sigmoid"},
     "router of kind 'sparsemixer'": {"kind": "sparsemixer"},
     "router of kind 'softmax'": {"groups": 2},
+    "a bias on a router of kind 'softmax'": {"bias": True},
 }
 MODEL: dict[str, Any] = {"a bias on the output head": {"head_bias": True}}
 NORM: dict[str, Any] = {"norm of kind 'layer'": {"kind": "layer"}, "norm of kind 'rms'": {"zero_centred": True}}
@@ -207,6 +266,54 @@ def test_the_printed_plan_names_every_part() -> None:
     for kind in {op.kind for op in plan.ops if op.layer in (None, 0)}:
         assert kind in text
     assert json.loads(json.dumps(plan.to_dict()))["ops"] == len(plan.ops)
+
+
+def test_sinks_biases_and_the_clamped_activation_are_planned() -> None:
+    spec = spec_of()
+    *first, last = spec.layers
+    assert last.feed_forward.router is not None
+    router = replace(last.feed_forward.router, kind="topk_softmax", bias=True)
+    ffn = replace(last.feed_forward, activation="swiglu_clamped", bias=True, router=router)
+    layers = (*first, replace(last, attention=replace(last.attention, sinks=True), feed_forward=ffn))
+    more = {
+        part: size - plan_of().weight_bytes[part]
+        for part, size in plan_of(replace(spec, layers=layers)).weight_bytes.items()
+    }
+    biases = 10 * (3 * 32 + 96) * 4  # of 10 experts, gate and up [40 padded to 48] and down [96]
+    assert {part: size for part, size in more.items() if size} == {
+        "experts": biases,
+        "attention": 6 * 4,
+        "router": 10 * 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "line"),
+    [
+        ("qwen3_moe", "auto", "experts bf16, dense bf16, attention bf16, head bf16; keys and values fp8"),
+        ("qwen3_moe", "int4,head=int8", "experts int4, dense int4, attention int4, head int8; keys and values fp8"),
+        ("mixtral", "fp8", "experts fp8, attention fp8, head bf16; keys and values fp8"),
+        ("llama", "mxfp4", "dense bf16, attention bf16, head bf16; keys and values fp8"),
+    ],
+)
+def test_the_formats_of_what_the_model_has_are_a_line(family, text, line) -> None:
+    plan = plan_of(spec_of(family), weight_format=text, kv_format="fp8")
+    assert f"formats: {line}" in str(plan).splitlines()
+    told = plan.to_dict()
+    assert (told["kv_format"], told["batch_invariant"]) == ("fp8", True)
+    assert told["formats"] == dataclasses.asdict(plan.formats) and set(told["formats"].values()) <= set(FORMATS)
+
+
+def test_a_shared_expert_is_a_part_of_its_own() -> None:
+    """By hand: gate and up [56, 96], down [96, 56] of two layers in fp8, whose blocks have a header of 64 bytes."""
+    plan = plan_of(spec_of("qwen2_moe"), weight_format="bf16,shared=fp8")
+    assert plan.weight_bytes["shared"] == 2 * (2 * 4 * (64 + 128 * 16) + 6 * (64 + 64 * 16))
+    assert plan.weight_bytes["router"] == 2 * (8 + 1) * 96 * 4
+    assert "experts bf16, shared fp8, dense bf16" in plan.format_text
+
+
+def test_the_words_of_the_flag_are_those_of_the_mixes() -> None:
+    assert ("auto", *MIXES) == WEIGHT_FORMATS
 
 
 def test_a_plan_is_the_same_for_the_same_input() -> None:

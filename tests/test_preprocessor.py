@@ -15,6 +15,8 @@ from checkpoints import CONFIGS, random_tensors, write_checkpoint, write_tensors
 
 from hybrid.models import model_spec
 from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.mix import MIXES
+from hybrid.weights.pack import cached_store
 from hybrid.weights.store import Store, is_store
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,15 @@ def test_a_model_is_packed_and_then_left_alone(tmp_path: Path) -> None:
     assert (again.returncode, again.stdout) == (0, f"{store}: already complete, nothing to do\n")
 
 
+def test_a_model_is_packed_in_the_formats_that_were_asked_for(tmp_path: Path) -> None:
+    source, store = write_checkpoint(tmp_path / "hf", "qwen3_moe"), tmp_path / "store"
+    assert _run(source, store, "--format", "int4,head=int8").returncode == 0
+    with Store.open(store, check=True) as opened:
+        assert opened.format == "head int8, rest int4"
+    _refused(_run(source, store), "already holds another store")
+    _refused(_run(source, store, "--format", "int4,head"), "'head' is not understood")
+
+
 def test_another_store_is_replaced_only_by_force(tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert _run(write_checkpoint(tmp_path / "one", "llama"), store).returncode == 0
@@ -43,7 +54,9 @@ def test_another_store_is_replaced_only_by_force(tmp_path: Path) -> None:
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
     _refused(_run(tmp_path / "missing", tmp_path / "store"), "missing: no such directory")
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
-    _refused(_run(source, tmp_path / "store", "--format", "int3"), "format 'int3' is unknown; allowed: bf16")
+    _refused(
+        _run(source, tmp_path / "store", "--format", "int3"), "format 'int3' is unknown; allowed: auto, bf16, int8"
+    )
     tensors = random_tensors(CONFIGS["qwen3_moe"])
     tensors["model.norm.weight"][0] = np.nan
     source = write_tensors(tmp_path / "nan", CONFIGS["qwen3_moe"], tensors)
@@ -73,18 +86,24 @@ def test_an_interrupt_ends_with_one_line_and_code_130(tmp_path: Path) -> None:
     Store.open(store, check=True).close()
 
 
-@pytest.mark.parametrize("like", ["qwen3-30b-a3b", "qwen3-0.6b", "llama-3.2-3b", "mixtral-8x7b"])
+SHAPES = {
+    "qwen3-30b-a3b": (2048, 32, 4, 128, 768, 151936),
+    "qwen3-30b-a3b-fp8": (2048, 32, 4, 128, 768, 151936),
+    "qwen3-0.6b": (1024, 16, 8, 0, 3072, 151936),
+    "llama-3.2-3b": (3072, 24, 8, 0, 8192, 128256),
+    "mixtral-8x7b": (4096, 32, 8, 8, 14336, 32000),
+    "gpt-oss-20b": (2880, 64, 8, 32, 2880, 201088),
+}
+
+
+@pytest.mark.parametrize("like", SHAPES)
 def test_synthetic_checkpoints_have_the_shapes_of_the_model(synthetic: ModuleType, like: str) -> None:
     spec = model_spec(synthetic.make_config(like, layers=2))
     layer = spec.layers[1]
     attention, ffn = layer.attention, layer.feed_forward
     assert len(spec.layers) == 2
-    assert (spec.hidden, attention.heads, attention.kv_heads, ffn.experts, ffn.intermediate, spec.vocab) == {
-        "qwen3-30b-a3b": (2048, 32, 4, 128, 768, 151936),
-        "qwen3-0.6b": (1024, 16, 8, 0, 3072, 151936),
-        "llama-3.2-3b": (3072, 24, 8, 0, 8192, 128256),
-        "mixtral-8x7b": (4096, 32, 8, 8, 14336, 32000),
-    }[like]
+    sizes = (spec.hidden, attention.heads, attention.kv_heads, ffn.experts, ffn.intermediate, spec.vocab)
+    assert sizes == SHAPES[like]
 
 
 def test_synthetic_checkpoints_are_whole_random_and_repeatable(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -101,6 +120,26 @@ def test_synthetic_checkpoints_are_whole_random_and_repeatable(synthetic: Module
     assert (one.read("model.norm.weight").astype(np.float32) == 1).all()
 
 
+SMALL = {"hidden_size": 160, "intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 300}
+SMALL |= {"num_local_experts": 5, "num_experts": 9, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("like", "mix"), [("gpt-oss-20b", "mxfp4"), ("qwen3-30b-a3b-fp8", "fp8")])
+def test_synthetic_checkpoints_are_quantised_as_published(
+    synthetic: ModuleType, tmp_path: Path, like: str, mix: str
+) -> None:
+    """And their values are as large as those that are not quantised."""
+    config = synthetic.make_config(like)
+    synthetic.write_checkpoint(tmp_path / "hf", {**config, **{n: v for n, v in SMALL.items() if n in config}}, seed=1)
+    checkpoint = Checkpoint.open(tmp_path / "hf")
+    checkpoint.check()
+    assert checkpoint.native == MIXES[mix]
+    for source in checkpoint.feed_forward(1, 3):
+        assert source.published == mix
+        assert 0.01 < source.floats(0, source.count).std() < 0.04
+    cached_store(tmp_path / "hf", tmp_path / "cache", check=True).close()
+
+
 def test_synthetic_checkpoints_of_unknown_models_are_refused(synthetic: ModuleType) -> None:
     with pytest.raises(typer.BadParameter, match="qwen3-30b-a3b"):
         synthetic.make_config("gpt-2")
@@ -113,6 +152,7 @@ def synthetic() -> ModuleType:
     spec = importlib.util.spec_from_file_location("synthetic", ROOT / "bench/synthetic_checkpoint.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["synthetic"] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 

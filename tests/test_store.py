@@ -15,6 +15,7 @@ import pytest
 from checkpoints import (
     CONFIGS,
     DTYPES,
+    STACKED,
     flip_bit,
     packed,
     random_tensors,
@@ -26,6 +27,8 @@ from safetensors import safe_open
 from hybrid.errors import WeightsError
 from hybrid.weights import layout
 from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.mix import MIXES, PARTS
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
 
@@ -48,10 +51,10 @@ def test_every_weight_survives_packing(tmp_path: Path, family: str, dtype: str, 
         assert (store.array("final_norm") == exact[names.final_norm].astype(np.float32)).all()
         for layer in range(len(store.spec.layers)):
             _compare_attention(store, layer, tensors, exact)
-            _compare_feed_forward(store, layer, tensors, fused)
+            _compare_feed_forward(store, layer, tensors, fused or family in STACKED)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_transformers_forms_pack_to_the_same_bytes(tmp_path: Path, family: str) -> None:
     pytest.importorskip("torch")
     save_with_transformers(tmp_path / "apart", family)
@@ -61,11 +64,13 @@ def test_transformers_forms_pack_to_the_same_bytes(tmp_path: Path, family: str) 
             assert one.array(name).tobytes() == other.array(name).tobytes(), name
 
 
-def test_chunked_reading_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_checkpoint(tmp_path / "hf", "qwen3_moe", head_dim=12, num_attention_heads=5, num_key_value_heads=1)
-    pack(Checkpoint.open(source), tmp_path / "whole")
+@pytest.mark.parametrize("mix", MIXES)
+def test_chunked_reading_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str) -> None:
+    changes = {"head_dim": 12, "num_attention_heads": 5, "num_key_value_heads": 1, "moe_intermediate_size": 300}
+    source = write_checkpoint(tmp_path / "hf", "qwen3_moe", **changes)
+    pack(Checkpoint.open(source), tmp_path / "whole", MIXES[mix])
     monkeypatch.setattr("hybrid.weights.content.CHUNK_BYTES", 1)
-    pack(Checkpoint.open(source), tmp_path / "chunked")
+    pack(Checkpoint.open(source), tmp_path / "chunked", MIXES[mix])
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "chunked" / file.name).read_bytes()
 
@@ -75,7 +80,7 @@ def test_an_expert_is_the_blob_of_the_layout(tmp_path: Path) -> None:
     with packed(tmp_path / "hf") as store:
         prefix = "model.layers.2.mlp.experts.4."
         matrices = (checkpoint.read(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
-        expected = layout.pack_expert(*matrices)
+        expected = layout.pack_expert("bf16", *matrices)
         assert (store.array("layers.2.ffn.experts")[4] == expected).all()
 
 
@@ -97,7 +102,7 @@ def test_tensors_are_aligned_and_read_only(tmp_path: Path, family: str) -> None:
         for name, tensor in store.tensors.items():
             array = store.array(name)
             assert store.address(name) % 64 == 0
-            assert array.dtype == {"BF16": np.uint16, "F32": np.float32}[tensor.dtype]
+            assert array.dtype == {"U8": np.uint8, "F32": np.float32}[tensor.dtype]
             assert array.nbytes == tensor.nbytes
             with pytest.raises(ValueError, match="read-only"):
                 array[...] = 0
@@ -114,7 +119,7 @@ def test_a_store_needs_nothing_else(tmp_path: Path) -> None:
         file.unlink()
     with Store.open(tmp_path / "store") as store:
         assert store.spec == expected and store.format == "bf16"
-        assert store.nbytes == sum(tensor.nbytes for tensor in layout.store_tensors(expected))
+        assert store.nbytes == sum(tensor.nbytes for tensor in layout.store_tensors(expected, store.mix))
     assert {name: (tmp_path / "store" / name).read_text() for name in companions} == {n: n for n in companions}
     with cached_store(tmp_path / "store", tmp_path / "cache") as store:
         assert store.path == tmp_path / "store" and not (tmp_path / "cache").exists()
@@ -136,8 +141,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "it has no manifest.json"),
     "manifest not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
     "of another kind": (_change_manifest(kind="other"), "kind must be 'hybrid-store'"),
-    "other layout": (_change_manifest(layout_version=99), "layout version 99, this program reads 1: pack the model"),
-    "other format": (_change_manifest(format="int2"), "format 'int2', supported are bf16"),
+    "other layout": (_change_manifest(layout_version=99), "layout version 99, this program reads 2: pack the model"),
+    "other format": (_change_manifest(mix={"head": "int2"}), "formats {'head': 'int2'}"),
+    "unknown format": (
+        _change_manifest(mix=dict.fromkeys(PARTS, "int2")), "format 'int2' of experts is unknown; allowed: bf16",
+    ),
     "manifest changed": (lambda p: flip_bit(p / "manifest.json", 40), "checksum is wrong|not valid JSON|kind"),
     "other tensors": (_change_manifest(tensors={}), "other tensors"),
     "shard missing": (lambda p: (p / "outer.safetensors").unlink(), "outer.safetensors: cannot be read"),
@@ -169,7 +177,7 @@ def test_large_stores_are_verified_on_request(tmp_path: Path, monkeypatch: pytes
 
 
 def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
-    return layout.unpack_matrix(store.array(name), n, k)
+    return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), n, k)
 
 
 def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
@@ -183,33 +191,40 @@ def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact:
         for mine, theirs in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
             assert (store.array(prefix + mine) == exact[theirs.format(layer=layer)].astype("f4")).all()
     if attention.qkv_bias:
-        biases = [n.format(layer=layer).replace(".weight", ".bias") for n in (names.q, names.k, names.v, names.out)]
-        found = np.concatenate([store.array(f"{prefix}qkv_bias"), store.array(f"{prefix}out_bias")])
-        assert (found == np.concatenate([exact[name] for name in biases]).astype("f4")).all()
+        found, biased = store.array(f"{prefix}qkv_bias"), [names.q, names.k, names.v]
+        if attention.out_bias:
+            found, biased = np.concatenate([found, store.array(f"{prefix}out_bias")]), [*biased, names.out]
+        biases = [exact[name.format(layer=layer).replace(".weight", ".bias")] for name in biased]
+        assert (found == np.concatenate(biases).astype("f4")).all()
 
 
 def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fused: bool) -> None:
     ffn, names, hidden = store.spec.layers[layer].feed_forward, store.spec.names, store.spec.hidden
     blobs = store.array(f"layers.{layer}.ffn.experts")
-    down_start = layout.down_offset(hidden, ffn.intermediate)
+    bf16, down_start = FORMATS["bf16"], layout.down_offset("bf16", hidden, ffn.intermediate)
     for expert in range(max(1, ffn.experts)):
         gate, up, down = _expert(store, layer, expert, tensors, fused and ffn.is_moe)
-        blocks = blobs[expert, :down_start].reshape(-1, 2, hidden // 2 * 32)
-        assert (layout.unpack_matrix(np.ascontiguousarray(blocks[:, 0]), ffn.intermediate, hidden) == gate).all()
-        assert (layout.unpack_matrix(np.ascontiguousarray(blocks[:, 1]), ffn.intermediate, hidden) == up).all()
-        assert (layout.unpack_matrix(blobs[expert, down_start:], hidden, ffn.intermediate) == down).all()
+        blocks = blobs[expert, :down_start].reshape(-1, 2, bf16.block_bytes(layout.round_up(hidden, 64)))
+        assert (bf16.unpack(blocks[:, 0], ffn.intermediate, hidden) == gate).all()
+        assert (bf16.unpack(blocks[:, 1], ffn.intermediate, hidden) == up).all()
+        assert (bf16.unpack(blobs[expert, down_start:], hidden, ffn.intermediate) == down).all()
     if ffn.is_moe:
         name = names.fused_router if fused else names.router
-        assert store.array(f"layers.{layer}.ffn.router").shape == (ffn.experts, hidden)
+        assert store.array(f"layers.{layer}.ffn.router").shape == (ffn.experts + ffn.shared_gate, hidden)
         router = store.array(f"layers.{layer}.ffn.router").astype(ml_dtypes.bfloat16).astype("f4")
-        assert (router == tensors[name.format(layer=layer)]).all()
+        assert (router[: ffn.experts] == tensors[name.format(layer=layer)]).all()
+        if ffn.shared_gate:
+            assert (router[ffn.experts :] == tensors[names.shared_gate.format(layer=layer)]).all()
 
 
 def _expert(store: Store, layer: int, expert: int, tensors: dict[str, Any], fused: bool) -> tuple[Any, Any, Any]:
     names, ffn = store.spec.names, store.spec.layers[layer].feed_forward
     if fused:
-        gate, up = np.split(tensors[names.fused_gate_up.format(layer=layer)][expert], 2)
-        return gate, up, tensors[names.fused_down.format(layer=layer)][expert]
+        both, down = (tensors[name.format(layer=layer)][expert] for name in (names.fused_gate_up, names.fused_down))
+        if names.fused_transposed:
+            both, down = both.T, down.T
+        gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
+        return gate, up, down
     apart = (
         (names.expert_gate, names.expert_up, names.expert_down) if ffn.is_moe else (names.gate, names.up, names.down)
     )

@@ -69,11 +69,10 @@ double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address,
   return double(each) * pool.size() / time.count();
 }
 
-// Floating-point operations per second of all threads, multiplying and adding in registers.
-double peak_flops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
-  const KernelTable& kernels = table_of(isa);
+// Operations per second of all threads, multiplying and adding in registers.
+double peak(ThreadPool& pool, double (*multiply)(int64_t), int64_t rounds) {
   std::vector<double> operations(size_t(pool.size()));
-  auto job = [&](int thread) { operations[size_t(thread)] = kernels.multiply(rounds); };
+  auto job = [&](int thread) { operations[size_t(thread)] = multiply(rounds); };
   nb::gil_scoped_release no_gil;
   const auto start = std::chrono::steady_clock::now();
   pool.run(job);
@@ -83,10 +82,45 @@ double peak_flops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
   return total / time.count();
 }
 
+double peak_flops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
+  return peak(pool, table_of(isa).multiply, rounds);
+}
+
+double peak_int_ops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
+  return peak(pool, table_of(isa).multiply_int, rounds);
+}
+
+// Seconds that one barrier of the pool takes, when all threads come to it at once.
+double barrier_seconds(ThreadPool& pool, int rounds) {
+  double seconds = 0;
+  auto job = [&](int thread) {
+    pool.barrier();
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < rounds; ++i) pool.barrier();
+    if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  nb::gil_scoped_release no_gil;
+  pool.run(job);
+  return seconds / rounds;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
   return names;
+}
+
+ExpertSet expert_set(Format format, Address input, int64_t input_stride, const Routing& routing, Address experts,
+                     Address bias, int64_t expert_stride, int blocks, int inputs) {
+  return {format,
+          at<const char>(input),
+          input_stride,
+          routing,
+          at<const char>(experts),
+          at<const float>(bias),
+          expert_stride,
+          blocks,
+          inputs};
 }
 
 void bind_ops(nb::class_<Executor>& c) {
@@ -104,22 +138,34 @@ void bind_ops(nb::class_<Executor>& c) {
       "part"_a, "inverse_frequencies"_a, "table"_a, "dim"_a, "factor"_a);
   c.def(
       "norm",
-      [](Executor& e, Part part, Address input, Address weight, Address output, Address output_f32, int width,
-         int input_stride, int output_stride, float eps, bool logit_rows) {
+      [](Executor& e, Part part, Address input, Address weight, Address output, Address output_f32, Address output8,
+         int width, int input_stride, int output_stride, int64_t output8_stride, float eps, bool logit_rows) {
         e.add(part, NormArgs{at<const float>(input), at<const float>(weight), at<bf16>(output), at<float>(output_f32),
-                             width, input_stride, output_stride, eps, logit_rows});
+                             at<char>(output8), width, input_stride, output_stride, output8_stride, eps, logit_rows});
       },
-      "part"_a, "input"_a, "weight"_a, "output"_a, "output_f32"_a, "width"_a, "input_stride"_a, "output_stride"_a,
-      "eps"_a, "logit_rows"_a);
+      "part"_a, "input"_a, "weight"_a, "output"_a, "output_f32"_a, "output8"_a, "width"_a, "input_stride"_a,
+      "output_stride"_a, "output8_stride"_a, "eps"_a, "logit_rows"_a);
+  c.def(
+      "quantise",
+      [](Executor& e, Part part, Address input, Address output, int width, int64_t input_stride, int64_t output_stride,
+         int multiple, int node) {
+        e.add(part, QuantiseArgs{at<const bf16>(input), at<char>(output), width, input_stride, output_stride, multiple},
+              node);
+      },
+      "part"_a, "input"_a, "output"_a, "width"_a, "input_stride"_a, "output_stride"_a, "multiple"_a,
+      "node"_a = kAllNodes);
   c.def(
       "gemm",
-      [](Executor& e, Part part, Address input, Address weight, Address bias, Address output, int columns, int pairs,
-         int input_stride, int output_stride, bool accumulate) {
-        e.add(part, GemmArgs{at<const bf16>(input), at<const char>(weight), at<const float>(bias), at<float>(output),
-                             columns, pairs, input_stride, output_stride, accumulate});
+      [](Executor& e, Part part, Format format, Address input, Address weight, Address bias, Address output,
+         int columns, int inputs, int64_t input_stride, int output_stride, bool accumulate, int first_column,
+         int node) {
+        e.add(part,
+              GemmArgs{format, at<const char>(input), at<const char>(weight), at<const float>(bias), at<float>(output),
+                       columns, inputs, input_stride, output_stride, accumulate, first_column},
+              node);
       },
-      "part"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "columns"_a, "pairs"_a, "input_stride"_a,
-      "output_stride"_a, "accumulate"_a);
+      "part"_a, "format"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "columns"_a, "inputs"_a, "input_stride"_a,
+      "output_stride"_a, "accumulate"_a, "first_column"_a = 0, "node"_a = kAllNodes);
   c.def(
       "qkv",
       [](Executor& e, Part part, Address qkv, Address rope, Address q_norm, Address k_norm, Address q,
@@ -133,32 +179,41 @@ void bind_ops(nb::class_<Executor>& c) {
       "rope_dim"_a, "interleaved"_a, "qkv_stride"_a, "eps"_a);
   c.def(
       "attention",
-      [](Executor& e, Part part, Address q, Address output, Address states, const KvLayout& kv, int heads, int kv_heads,
-         int head_dim, int output_stride, int window, float scale) {
-        const AttentionArgs args{at<const bf16>(q), at<bf16>(output), at<float>(states), kv,     heads,
-                                 kv_heads,          head_dim,         output_stride,     window, scale};
+      [](Executor& e, Part part, Address q, Address output, Address states, Address sinks, const KvLayout& kv,
+         int heads, int kv_heads, int head_dim, int output_stride, int window, float scale) {
+        const AttentionArgs args{at<const bf16>(q),
+                                 at<bf16>(output),
+                                 at<float>(states),
+                                 at<const float>(sinks),
+                                 kv,
+                                 heads,
+                                 kv_heads,
+                                 head_dim,
+                                 output_stride,
+                                 window,
+                                 scale};
         e.add(part, args);
         e.add(part, MergeArgs{args});
       },
-      "part"_a, "q"_a, "output"_a, "states"_a, "kv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "output_stride"_a,
-      "window"_a, "scale"_a);
+      "part"_a, "q"_a, "output"_a, "states"_a, "sinks"_a, "kv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+      "output_stride"_a, "window"_a, "scale"_a);
   c.def(
       "router",
-      [](Executor& e, Part part, Address input, Address weight, Address logits, int experts, int hidden,
+      [](Executor& e, Part part, Address input, Address weight, Address bias, Address logits, int experts, int hidden,
          int input_stride) {
-        e.add(part, RouterArgs{at<const float>(input), at<const float>(weight), at<float>(logits), experts, hidden,
-                               input_stride});
+        e.add(part, RouterArgs{at<const float>(input), at<const float>(weight), at<const float>(bias),
+                               at<float>(logits), experts, hidden, input_stride});
       },
-      "part"_a, "input"_a, "weight"_a, "logits"_a, "experts"_a, "hidden"_a, "input_stride"_a);
+      "part"_a, "input"_a, "weight"_a, "bias"_a, "logits"_a, "experts"_a, "hidden"_a, "input_stride"_a);
   c.def(
       "topk",
       [](Executor& e, Part part, Address logits, Address ids, Address weights, int experts, int top_k, bool renormalise,
-         bool softmax_after, float scale) {
-        e.add(part, TopkArgs{at<const float>(logits), at<int32_t>(ids), at<float>(weights), experts, top_k, renormalise,
-                             softmax_after, scale});
+         bool softmax_after, float scale, Address shared_weights) {
+        e.add(part, TopkArgs{at<const float>(logits), at<int32_t>(ids), at<float>(weights), at<float>(shared_weights),
+                             experts, top_k, renormalise, softmax_after, scale});
       },
-      "part"_a, "logits"_a, "ids"_a, "weights"_a, "experts"_a, "top_k"_a, "renormalise"_a, "softmax_after"_a,
-      "scale"_a);
+      "part"_a, "logits"_a, "ids"_a, "weights"_a, "experts"_a, "top_k"_a, "renormalise"_a, "softmax_after"_a, "scale"_a,
+      "shared_weights"_a = 0);
   c.def(
       "group",
       [](Executor& e, Part part, Address ids, Address weights, const Routing& routing, int experts, int top_k) {
@@ -167,22 +222,41 @@ void bind_ops(nb::class_<Executor>& c) {
       "part"_a, "ids"_a, "weights"_a, "routing"_a, "experts"_a, "top_k"_a);
   c.def(
       "gate_up",
-      [](Executor& e, Part part, Address input, const Routing& routing, Address experts, Address output,
-         int64_t expert_stride, int blocks, int pairs, int input_stride, int output_stride) {
-        e.add(part, GateUpArgs{at<const bf16>(input), routing, at<const char>(experts), at<bf16>(output), expert_stride,
-                               blocks, pairs, input_stride, output_stride});
+      [](Executor& e, Part part, Format format, Address input, const Routing& routing, Address experts, Address bias,
+         Address output, int64_t expert_stride, int blocks, int inputs, int64_t input_stride, int output_stride,
+         Activation activation, const ExpertSet* shared, Address shared_output, int shared_output_stride, int node) {
+        const ExpertSet routed =
+            expert_set(format, input, input_stride, routing, experts, bias, expert_stride, blocks, inputs);
+        e.add(part,
+              GateUpArgs{routed, shared ? *shared : ExpertSet{}, at<bf16>(output), at<bf16>(shared_output),
+                         output_stride, shared_output_stride, activation},
+              node);
       },
-      "part"_a, "input"_a, "routing"_a, "experts"_a, "output"_a, "expert_stride"_a, "blocks"_a, "pairs"_a,
-      "input_stride"_a, "output_stride"_a);
+      "part"_a, "format"_a, "input"_a, "routing"_a, "experts"_a, "bias"_a, "output"_a, "expert_stride"_a, "blocks"_a,
+      "inputs"_a, "input_stride"_a, "output_stride"_a, "activation"_a, "shared"_a.none() = nb::none(),
+      "shared_output"_a = 0, "shared_output_stride"_a = 0, "node"_a = kAllNodes);
   c.def(
       "down",
-      [](Executor& e, Part part, Address input, const Routing& routing, Address experts, Address output,
-         int64_t expert_stride, int blocks, int pairs, int input_stride, int output_stride) {
-        e.add(part, DownArgs{at<const bf16>(input), routing, at<const char>(experts), at<float>(output), expert_stride,
-                             blocks, pairs, input_stride, output_stride});
+      [](Executor& e, Part part, Format format, Address input, const Routing& routing, Address experts, Address bias,
+         Address output, int64_t expert_stride, int blocks, int inputs, int64_t input_stride, int output_stride,
+         const ExpertSet* shared, int node) {
+        const ExpertSet routed =
+            expert_set(format, input, input_stride, routing, experts, bias, expert_stride, blocks, inputs);
+        e.add(part, DownArgs{routed, shared ? *shared : ExpertSet{}, at<float>(output), output_stride}, node);
       },
-      "part"_a, "input"_a, "routing"_a, "experts"_a, "output"_a, "expert_stride"_a, "blocks"_a, "pairs"_a,
-      "input_stride"_a, "output_stride"_a);
+      "part"_a, "format"_a, "input"_a, "routing"_a, "experts"_a, "bias"_a, "output"_a, "expert_stride"_a, "blocks"_a,
+      "inputs"_a, "input_stride"_a, "output_stride"_a, "shared"_a.none() = nb::none(), "node"_a = kAllNodes);
+  c.def(
+      "join",
+      [](Executor& e, Part part, const std::vector<Address>& partials, Address output, int width, int output_stride) {
+        if (partials.empty() || partials.size() > size_t(kMaxNodes))
+          throw std::invalid_argument(std::to_string(partials.size()) + " nodes to join; from 1 to " +
+                                      std::to_string(kMaxNodes) + " are allowed");
+        JoinArgs args{{}, at<float>(output), int(partials.size()), width, output_stride};
+        for (size_t i = 0; i < partials.size(); ++i) args.partials[i] = at<float>(partials[i]);
+        e.add(part, args);
+      },
+      "part"_a, "partials"_a, "output"_a, "width"_a, "output_stride"_a);
 }
 
 }  // namespace
@@ -193,11 +267,16 @@ NB_MODULE(_ext, m) {
   m.def("available_isas", &available_isas, "Instruction sets that run on this machine, best first.");
   m.def("missing_features", &missing_features, "isa"_a, "CPU features that `isa` needs and this machine lacks.");
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
-  m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a);
+  m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");
+  m.def("peak_int_ops", &peak_int_ops, "pool"_a, "isa"_a, "rounds"_a, "The same of int8.");
+
+  m.def("barrier_seconds", &barrier_seconds, "pool"_a, "rounds"_a,
+        "Mean time of a barrier that all threads reach at once.");
 
   // What a planner must know to size buffers.
   m.attr("KEY_BLOCK") = kKeys;
   m.attr("TILE_ROWS") = kAttentionRows;
+  m.attr("MAX_NODES") = kMaxNodes;
 
   nb::enum_<Part>(m, "Part")
       .value("attention", Part::attention)
@@ -205,24 +284,43 @@ NB_MODULE(_ext, m) {
       .value("head", Part::head)
       .value("other", Part::other);
 
+  nb::enum_<Format>(m, "Format")
+      .value("bf16", Format::bf16)
+      .value("int8", Format::int8)
+      .value("int4", Format::int4)
+      .value("fp8", Format::fp8)
+      .value("mxfp4", Format::mxfp4);
+  nb::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::silu)
+      .value("swiglu_clamped", Activation::swiglu_clamped);
+
   nb::class_<ThreadPool>(m, "ThreadPool")
-      .def(nb::init<int, std::vector<int>>(), "threads"_a, "cpus"_a)
-      .def_prop_ro("size", &ThreadPool::size);
+      .def(nb::init<int, std::vector<int>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)
+      .def_prop_ro("size", &ThreadPool::size)
+      .def_prop_ro("nodes", &ThreadPool::nodes)
+      .def("node_of", &ThreadPool::node_of, "thread"_a);
 
   nb::class_<Arena>(m, "Arena")
-      .def(nb::init<size_t, bool>(), "bytes"_a, "huge"_a = false)
+      .def(nb::init<size_t, bool, int>(), "bytes"_a, "huge"_a = false, "node"_a = -1)
       .def_prop_ro("address", [](const Arena& a) { return Address(a.data()); })
       .def_prop_ro("size", &Arena::size)
+      .def_prop_ro("placed", &Arena::placed)
+      .def("huge_bytes", &Arena::huge_bytes, nb::call_guard<nb::gil_scoped_release>())
+      .def("use_huge", &Arena::use_huge, "offset"_a, "bytes"_a)
       .def("clear", &Arena::clear, "offset"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<KvLayout>(m, "KvLayout")
       .def(
           "__init__",
           [](KvLayout* self, Address base, int64_t slot_stride, int64_t head_stride, int64_t value_offset, int key_dim,
-             int value_dim) {
-            new (self) KvLayout{at<char>(base), slot_stride, head_stride, value_offset, key_dim, value_dim};
+             int value_dim, Format format, int64_t key_scales_offset, int64_t value_scales_offset) {
+            if (format != Format::bf16 && format != Format::int8 && format != Format::fp8)
+              throw std::invalid_argument("keys and values are stored as bf16, int8 or fp8");
+            new (self) KvLayout{at<char>(base), slot_stride, head_stride,       value_offset,       key_dim,
+                                value_dim,      format,      key_scales_offset, value_scales_offset};
           },
-          "base"_a, "slot_stride"_a, "head_stride"_a, "value_offset"_a, "key_dim"_a, "value_dim"_a);
+          "base"_a, "slot_stride"_a, "head_stride"_a, "value_offset"_a, "key_dim"_a, "value_dim"_a, "format"_a,
+          "key_scales_offset"_a, "value_scales_offset"_a);
 
   nb::class_<Routing>(m, "Routing")
       .def(
@@ -233,15 +331,28 @@ NB_MODULE(_ext, m) {
           },
           "offsets"_a, "rows"_a, "weights"_a, "active"_a, "count"_a);
 
+  nb::class_<ExpertSet>(m, "ExpertSet")
+      .def(
+          "__init__",
+          [](ExpertSet* self, Format format, Address input, int64_t input_stride, const Routing& routing,
+             Address experts, Address bias, int64_t expert_stride, int blocks, int inputs) {
+            new (self) ExpertSet{
+                expert_set(format, input, input_stride, routing, experts, bias, expert_stride, blocks, inputs)};
+          },
+          "format"_a, "input"_a, "input_stride"_a, "routing"_a, "experts"_a, "bias"_a, "expert_stride"_a, "blocks"_a,
+          "inputs"_a);
+
   nb::class_<Executor> executor(m, "Executor");
   executor
       .def(
           "__init__",
           [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool, int rows, int slots,
-             int positions, int vocab, size_t scratch_bytes) {
-            new (self) Executor(table_of(isa), std::move(pool), {rows, slots, positions, vocab, scratch_bytes});
+             int positions, int vocab, size_t scratch_bytes, bool batch_invariant) {
+            new (self) Executor(table_of(isa), std::move(pool),
+                                {rows, slots, positions, vocab, scratch_bytes, batch_invariant});
           },
-          "isa"_a, "pool"_a, "rows"_a, "slots"_a, "positions"_a, "vocab"_a, "scratch_bytes"_a)
+          "isa"_a, "pool"_a, "rows"_a, "slots"_a, "positions"_a, "vocab"_a, "scratch_bytes"_a,
+          "batch_invariant"_a = false)
       .def("step", &run_step, "token_ids"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "logit_rows"_a.noconvert(), "logits"_a.noconvert(),
            "Run one step; returns seconds spent in (attention, moe, head, other).")

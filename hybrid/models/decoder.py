@@ -19,6 +19,8 @@ from hybrid.models.spec import (
     TensorNames,
 )
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # words of `layer_types`
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -55,11 +57,29 @@ def read_attention(
     return AttentionSpec(heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window)
 
 
+def read_windows(fields: Fields, window: int | None, *, default: Sequence[str]) -> list[int | None]:
+    """Each layer's window: `window` where `layer_types`, or else `default`, says that it slides."""
+    allowed = (FULL, SLIDING) if window else (FULL,)
+    kinds = fields.choices("layer_types", default=default, allowed=allowed)
+    return [window if kind == SLIDING else None for kind in kinds]
+
+
 def read_experts(fields: Fields, intermediate: int, *, renormalise: bool) -> FeedForwardSpec:
     """Routed experts, chosen by a softmax over all; transformers 4 and 5 name their number differently."""
     experts = fields.size("num_experts", "num_local_experts", maximum=10**5)
     top_k = fields.size("num_experts_per_tok", maximum=experts, maximum_of="the number of experts")
     return FeedForwardSpec(intermediate, experts, RouterSpec(top_k, "softmax", renormalise=renormalise))
+
+
+def read_sparse_layers(fields: Fields, experts: FeedForwardSpec) -> list[FeedForwardSpec]:
+    """Every `decoder_sparse_step`-th layer has these experts, except those in `mlp_only_layers`."""
+    layers = range(read_layer_count(fields))
+    step, dense = fields.size("decoder_sparse_step", default=1), set(fields.integers("mlp_only_layers"))
+    routed = [layer not in dense and (layer + 1) % step == 0 for layer in layers]
+    if all(routed):
+        return [experts for _ in layers]
+    plain = FeedForwardSpec(fields.size("intermediate_size"))
+    return [experts if is_routed else plain for is_routed in routed]
 
 
 def read_model(
@@ -69,8 +89,10 @@ def read_model(
     defaults: Defaults,
     names: TensorNames | None = None,
 ) -> ModelSpec:
-    """The whole decoder around its layers: RMSNorm everywhere, SiLU, no bias on the head, not quantised."""
-    fields.refuse("quantization_config")
+    """The whole decoder around its layers: RMSNorm everywhere, SiLU, no bias on the head.
+
+    How its weights are quantised is no part of it: `hybrid.weights.published` reads or refuses that.
+    """
     fields.choice("hidden_act", default="silu", allowed=("silu",))
     return ModelSpec(
         model_type=model_type,

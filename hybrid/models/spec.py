@@ -115,11 +115,13 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Checkpoint names by role. `{layer}` and `{expert}` are filled in; None: the family has no such tensor.
+    """Checkpoint names by role. `{layer}` and `{expert}` are filled in; empty: the family has no such tensor.
 
     Fused experts, as transformers 5 holds them, are [experts, 2 * intermediate, hidden] (gate rows, then up
-    rows) and [experts, hidden, intermediate]; fused_router is the router's name beside them. A reader takes
-    whichever form the checkpoint has.
+    rows, or with fused_alternate gate row 0, up row 0, gate row 1, ...) and [experts, hidden, intermediate];
+    with fused_transposed the last two dimensions of both are the other way round. fused_router is the router's
+    name beside them. Fused experts in mxfp4 have `_blocks` and `_scales` added to their names, are never
+    transposed, and biases of fused experts have `_bias`. A reader takes whichever form the checkpoint has.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -143,6 +145,13 @@ class TensorNames:
     fused_router: str = "model.layers.{layer}.mlp.gate.weight"
     fused_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
     fused_down: str = "model.layers.{layer}.mlp.experts.down_proj"
+    fused_alternate: bool = False
+    fused_transposed: bool = False
+    shared_gate_proj: str = "model.layers.{layer}.mlp.shared_expert.gate_proj.weight"
+    shared_up_proj: str = "model.layers.{layer}.mlp.shared_expert.up_proj.weight"
+    shared_down_proj: str = "model.layers.{layer}.mlp.shared_expert.down_proj.weight"
+    shared_gate: str = "model.layers.{layer}.mlp.shared_expert_gate.weight"
+    sinks: str = "model.layers.{layer}.self_attn.sinks"
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,27 @@
-"""A Hugging Face checkpoint: config.json and safetensors, single or sharded, experts apart or fused."""
+"""A Hugging Face checkpoint: config.json and safetensors, single or sharded, in any form that is published."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from hybrid.errors import WeightsError
 from hybrid.models import model_spec
-from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.spec import ModelSpec
+from hybrid.weights.expected import ExpertForm, bias_name, tensor_shapes
 from hybrid.weights.files import read_json_object
-from hybrid.weights.shard import Entry, read_bytes, read_header
+from hybrid.weights.formats.block import Array
+from hybrid.weights.formats.fp8 import SQUARE
+from hybrid.weights.mix import FormatMix
+from hybrid.weights.published import native_mix
+from hybrid.weights.shard import Entry, read_header
+from hybrid.weights.sources import FLOATS, FP8_DTYPE, MXFP4_DTYPE, Fp8Source, Mxfp4Source, Source, TransposedSource
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A matrix in the checkpoint: `count` rows from row `start` of a tensor seen as [-1, columns]."""
-
-    name: str
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -37,20 +31,20 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     spec: ModelSpec
+    native: FormatMix
     entries: Mapping[str, Entry]
-    fused: bool  # the experts of a layer are stacked in 3-D tensors
+    form: ExpertForm
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read config.json and the headers. Raises `ConfigError` and `WeightsError`; see also `check`."""
         path = Path(path)
         config = read_config(path)
-        spec, entries = model_spec(config), _find_tensors(path)
-        moe = [index for index, layer in enumerate(spec.layers) if layer.feed_forward.is_moe]
-        fused = any(spec.names.fused_gate_up.format(layer=index) in entries for index in moe)
-        if fused:
+        spec, native, entries = model_spec(config), native_mix(config), _find_tensors(path)
+        form = _expert_form(spec, entries)
+        if form != "apart":
             spec = replace(spec, names=replace(spec.names, router=spec.names.fused_router))
-        return cls(path, config, spec, entries, fused)
+        return cls(path, config, spec, native, entries, form)
 
     def names(self) -> list[str]:
         return sorted(self.entries)
@@ -58,79 +52,90 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """The whole tensor, in the dtype of the checkpoint."""
-        return self.read_rows(name, 0, int(np.prod(self.shape(name)[:-1]))).reshape(self.shape(name))
+    def read(self, name: str) -> Array:
+        """The whole tensor, in the dtype of the checkpoint, or dequantised as float32."""
+        shape = self.shape(name)
+        source = self.rows(name, 0, int(np.prod(shape[:-1])))
+        return source.floats(0, source.count).reshape(shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows [stop - start, columns] of a tensor seen as [-1, columns], without reading the rest."""
-        entry = self._entry(name)
-        dtype = np.dtype(self._dtype(name))
-        columns = entry.shape[-1] if entry.shape else 1
-        row_bytes = columns * dtype.itemsize
-        return read_bytes(entry, start * row_bytes, stop * row_bytes).view(dtype).reshape(-1, columns)
-
-    def matrix(self, name: str) -> Rows:
+    def matrix(self, name: str) -> Source:
         """All rows of a 2-D tensor."""
-        return Rows(name, 0, self.shape(name)[0])
+        return self.rows(name, 0, self.shape(name)[0])
 
-    def feed_forward(self, layer: int, expert: int) -> tuple[Rows, Rows, Rows]:
+    def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
+        """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
+        entry = self._entry(name)
+        if entry.dtype == FP8_DTYPE and len(entry.shape) > 1:
+            return Fp8Source(name, entry, start, count, step, scales=self._entry(f"{name}_scale_inv"))
+        _require_dtype(name, entry, tuple(FLOATS))
+        return Source(name, entry, start, count, step)
+
+    def feed_forward(self, layer: int, expert: int) -> tuple[Source, Source, Source]:
         """Gate, up and down of one expert, or of a dense layer, which counts as one expert."""
-        names, size, hidden = (
-            self.spec.names,
-            self.spec.layers[layer].feed_forward.intermediate,
-            self.spec.hidden,
-        )
-        if not self.spec.layers[layer].feed_forward.is_moe:
-            apart = (names.gate, names.up, names.down)
-        elif not self.fused:
-            apart = (names.expert_gate, names.expert_up, names.expert_down)
-        else:
-            gate_up, first = names.fused_gate_up.format(layer=layer), 2 * size * expert
-            down = Rows(names.fused_down.format(layer=layer), hidden * expert, hidden)
-            return Rows(gate_up, first, size), Rows(gate_up, first + size, size), down
-        gate, up, down = (self.matrix(name.format(layer=layer, expert=expert)) for name in apart)
+        names, ffn, hidden = self.spec.names, self.spec.layers[layer].feed_forward, self.spec.hidden
+        if ffn.is_moe and self.form != "apart":
+            first, size = 2 * ffn.intermediate * expert, ffn.intermediate
+            (gate, up), step = ((first, first + 1), 2) if names.fused_alternate else ((first, first + size), 1)
+            gate_up, down = (name.format(layer=layer) for name in (names.fused_gate_up, names.fused_down))
+            return (
+                self._fused(gate_up, gate, size, step),
+                self._fused(gate_up, up, size, step),
+                self._fused(down, hidden * expert, hidden, 1),
+            )
+        gate_name, up_name, down_name = self._feed_forward_names(layer, expert)
+        return self.matrix(gate_name), self.matrix(up_name), self.matrix(down_name)
+
+    def feed_forward_bias(self, layer: int, expert: int) -> tuple[Array, Array, Array]:
+        """Biases of gate, up [intermediate] and down [hidden] of one expert or of a dense layer."""
+        names, ffn = self.spec.names, self.spec.layers[layer].feed_forward
+        if ffn.is_moe and self.form != "apart":
+            fused = (names.fused_gate_up, names.fused_down)
+            both, down = (self.rows(bias_name(n.format(layer=layer)), expert, 1).floats(0, 1)[0] for n in fused)
+            gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
+            return gate, up, down
+        gate, up, down = (self.read(bias_name(name)) for name in self._feed_forward_names(layer, expert))
+        return gate, up, down
+
+    def shared(self, layer: int) -> tuple[Source, Source, Source]:
+        """Gate, up and down of the shared expert."""
+        names = self.spec.names
+        apart = (names.shared_gate_proj, names.shared_up_proj, names.shared_down_proj)
+        gate, up, down = (self.matrix(name.format(layer=layer)) for name in apart)
         return gate, up, down
 
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there with its shape and dtype."""
-        for name, shape in tensor_shapes(self.spec, self.fused):
-            self._dtype(name)
-            if self.shape(name) != shape:
-                raise WeightsError(
-                    f"{self._entry(name).path}: tensor {name} has shape {list(self.shape(name))}, "
-                    f"config.json asks for {list(shape)}: one of them belongs to another model"
-                )
+        for name, shape in tensor_shapes(self.spec, self.form):
+            entry = self._entry(name)
+            quantised = entry.dtype == FP8_DTYPE and len(shape) > 1
+            blocks = self.form == "mxfp4" and name.endswith(("_blocks", "_scales"))
+            _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*FLOATS, *[FP8_DTYPE] * quantised))
+            _require_shape(name, entry, shape)
+            if quantised:
+                scales = f"{name}_scale_inv"
+                _require_dtype(scales, self._entry(scales), tuple(FLOATS))
+                squares = (*shape[:-2], -(-shape[-2] // SQUARE), -(-shape[-1] // SQUARE))
+                _require_shape(scales, self._entry(scales), squares)
+
+    def _feed_forward_names(self, layer: int, expert: int) -> list[str]:
+        names = self.spec.names
+        moe = self.spec.layers[layer].feed_forward.is_moe
+        apart = (names.expert_gate, names.expert_up, names.expert_down) if moe else (names.gate, names.up, names.down)
+        return [name.format(layer=layer, expert=expert) for name in apart]
+
+    def _fused(self, name: str, start: int, count: int, step: int) -> Source:
+        if self.form == "fused" and self.spec.names.fused_transposed:
+            _require_dtype(name, self._entry(name), tuple(FLOATS))
+            return TransposedSource(name, self._entry(name), start, count, step)
+        if self.form == "fused":
+            return self.rows(name, start, count, step)
+        blocks, scales = self._entry(f"{name}_blocks"), self._entry(f"{name}_scales")
+        return Mxfp4Source(name, blocks, start, count, step, scales=scales)
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise WeightsError(f"{self.path}: tensor {name} is missing, config.json asks for it: fetch all files again")
         return self.entries[name]
-
-    def _dtype(self, name: str) -> npt.DTypeLike:
-        entry = self._entry(name)
-        if entry.dtype not in DTYPES:
-            raise WeightsError(
-                f"{entry.path}: tensor {name} has dtype {entry.dtype}, allowed are {', '.join(DTYPES)}: "
-                "take the unquantised checkpoint"
-            )
-        return DTYPES[entry.dtype]
-
-
-def tensor_shapes(spec: ModelSpec, fused: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that a checkpoint of `spec` has, with its experts fused or apart."""
-    names = spec.names
-    yield names.embedding, (spec.vocab, spec.hidden)
-    for index, layer in enumerate(spec.layers):
-        shapes = [*_attention_shapes(spec, layer), *_feed_forward_shapes(spec, layer, fused)]
-        yield from ((name.format(layer=index), shape) for name, shape in shapes)
-    yield names.final_norm, (spec.hidden,)
-    if not spec.tied:
-        yield names.head, (spec.vocab, spec.hidden)
-
-
-def bias_name(weight: str) -> str:
-    return weight.removesuffix(".weight") + ".bias"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -150,37 +155,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path / "config.json")
 
 
-def _attention_shapes(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    names, attention, hidden = spec.names, layer.attention, spec.hidden
-    width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    yield names.attention_norm, (hidden,)
-    for name, rows in ((names.q, width), (names.k, kv_width), (names.v, kv_width)):
-        yield name, (rows, hidden)
-        if attention.qkv_bias:
-            yield bias_name(name), (rows,)
-    yield names.out, (hidden, width)
-    if attention.out_bias:
-        yield bias_name(names.out), (hidden,)
-    if attention.qk_norm == "head":
-        yield names.q_norm, (attention.head_dim,)
-        yield names.k_norm, (attention.head_dim,)
+def _expert_form(spec: ModelSpec, entries: Mapping[str, Entry]) -> ExpertForm:
+    moe = [index for index, layer in enumerate(spec.layers) if layer.feed_forward.is_moe]
+    names = [spec.names.fused_gate_up.format(layer=index) for index in moe]
+    if any(f"{name}_blocks" in entries for name in names):
+        return "mxfp4"
+    stacked = any(name in entries for name in names) or not spec.names.expert_gate
+    return "fused" if moe and stacked else "apart"
 
 
-def _feed_forward_shapes(spec: ModelSpec, layer: LayerSpec, fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    names, ffn, hidden = spec.names, layer.feed_forward, spec.hidden
-    wide, narrow = (ffn.intermediate, hidden), (hidden, ffn.intermediate)
-    yield names.feed_forward_norm, (hidden,)
-    if not ffn.is_moe:
-        yield from ((names.gate, wide), (names.up, wide), (names.down, narrow))
-        return
-    yield names.fused_router if fused else names.router, (ffn.experts, hidden)
-    if fused:
-        yield names.fused_gate_up, (ffn.experts, 2 * ffn.intermediate, hidden)
-        yield names.fused_down, (ffn.experts, hidden, ffn.intermediate)
-        return
-    for expert in range(ffn.experts):
-        for name, shape in ((names.expert_gate, wide), (names.expert_up, wide), (names.expert_down, narrow)):
-            yield name.replace("{expert}", str(expert)), shape
+def _require_dtype(name: str, entry: Entry, allowed: tuple[str, ...]) -> None:
+    if entry.dtype not in allowed:
+        raise WeightsError(
+            f"{entry.path}: tensor {name} has dtype {entry.dtype}, allowed are {', '.join(allowed)}: "
+            "take the unquantised checkpoint"
+        )
+
+
+def _require_shape(name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise WeightsError(
+            f"{entry.path}: tensor {name} has shape {list(entry.shape)}, "
+            f"config.json asks for {list(shape)}: one of them belongs to another model"
+        )
 
 
 def _find_tensors(path: Path) -> dict[str, Entry]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoint import Checkpoint, Rows, bias_name
-from hybrid.weights.layout import BLOCK, StoreTensor, all_finite, pack_gate_up, pack_matrix
+from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.expected import bias_name
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
+from hybrid.weights.layout import StoreTensor, interleave
+from hybrid.weights.sources import Source
 
-CHUNK_BYTES = 1 << 20  # of a matrix read at a time: what stays in the cache packs three times as fast
+# Of a matrix as float32, read at a time. What stays in the cache packs several times as fast, and intermediates of
+# this size are taken from memory that the process keeps, where larger ones are mapped and cleared anew every time.
+CHUNK_BYTES = 1 << 18
+THREADS = min(4, len(os.sched_getaffinity(0)))  # quantising is arithmetic, and numpy does it outside the lock
+
+Task = Callable[[], Array]  # makes one chunk
+Piece = tuple[Source, int, int]  # rows of a matrix
 
 # The checkpoint tensors of a store tensor, as fields of TensorNames; stacked when there are several.
 _SOURCES = {
@@ -24,72 +36,141 @@ _SOURCES = {
     "attention.qkv_bias": ("q", "k", "v"),
     "attention.q_norm": ("q_norm",),
     "attention.k_norm": ("k_norm",),
+    "attention.sinks": ("sinks",),
     "attention.out": ("out",),
     "attention.out_bias": ("out",),
     "ffn.norm": ("feed_forward_norm",),
     "ffn.router": ("router",),
+    "ffn.router_bias": ("router",),
 }
 
 
 class Content:
-    """Packed tensors of one checkpoint. `check`: raise `WeightsError` on a tensor that is not finite."""
+    """Packed tensors of one checkpoint. `check`: raise `WeightsError` on a tensor that is not finite.
+
+    Scales that are not finite, and values that would be quantised and are not, are always refused.
+    """
 
     def __init__(self, checkpoint: Checkpoint, check: bool = False) -> None:
         self._checkpoint = checkpoint
         self._check = check
 
-    def chunks(self, tensor: StoreTensor) -> Iterator[npt.NDArray[Any]]:
-        """The stored array in order, in pieces of some MB: together `tensor.nbytes`."""
+    def chunks(self, tensor: StoreTensor) -> Iterator[Array]:
+        """The stored array in order, in pieces of some MB at most: together `tensor.nbytes`."""
+        return _in_order(self._tasks(tensor))
+
+    def _tasks(self, tensor: StoreTensor) -> Iterator[Task]:
         layer, role = _split(tensor.name)
         if role == "ffn.experts":
-            return self._experts(layer)
-        names = [getattr(self._checkpoint.spec.names, field).format(layer=layer) for field in _SOURCES[role]]
-        if tensor.dtype == "F32":
-            return self._floats([bias_name(n) for n in names] if role.endswith("_bias") else names, tensor)
-        return self._matrix([self._checkpoint.matrix(name) for name in names])
+            return self._experts(layer, tensor)
+        if role == "ffn.shared":
+            return self._gated(self._checkpoint.shared(layer), tensor)
+        if role in ("ffn.gate_up_bias", "ffn.down_bias"):
+            return iter([partial(self._expert_biases, layer, tensor)])
+        names = self._names(layer, role)
+        if tensor.format is not None:
+            return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
+        return iter([partial(self._floats, [bias_name(n) for n in names] if role.endswith("_bias") else names, tensor)])
 
-    def _floats(self, names: Sequence[str], tensor: StoreTensor) -> Iterator[npt.NDArray[np.float32]]:
+    def _names(self, layer: int, role: str) -> list[str]:
+        """A tied head of another format than the embedding is made from it."""
+        spec = self._checkpoint.spec
+        fields = _SOURCES["embedding" if role == "head" and spec.tied else role]
+        if role == "ffn.router" and spec.layers[layer].feed_forward.shared_gate:
+            fields = (*fields, "shared_gate")
+        return [getattr(spec.names, field).format(layer=layer) for field in fields]
+
+    def _floats(self, names: Sequence[str], tensor: StoreTensor) -> Floats:
         parts = [self._checked(name, self._checkpoint.read(name)).reshape(-1) for name in names]
         values = np.concatenate(parts).astype(np.float32)
-        yield np.pad(values, (0, tensor.nbytes // 4 - values.size))
+        return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
-    def _experts(self, layer: int) -> Iterator[npt.NDArray[np.uint16]]:
-        """One expert after the other: gate and up interleaved, then down."""
-        for expert in range(max(1, self._checkpoint.spec.layers[layer].feed_forward.experts)):
-            gate, up, down = self._checkpoint.feed_forward(layer, expert)
-            for start, stop in self._steps([gate]):
-                yield pack_gate_up(self._rows([gate], start, stop), self._rows([up], start, stop))
-            yield from self._matrix([down])
+    def _expert_biases(self, layer: int, tensor: StoreTensor) -> Floats:
+        """Padded to whole blocks, those of gate and up in turn as their blocks are."""
+        biases = [self._checkpoint.feed_forward_bias(layer, expert) for expert in range(tensor.shape[0])]
+        gate, up, down = (self._checked(tensor.name, np.stack(part)) for part in zip(*biases, strict=True))
+        chosen = [down] if tensor.name.endswith("down_bias") else [gate, up]
+        padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % BLOCK))).astype(np.float32) for part in chosen]
+        return np.stack([part.reshape(len(part), -1, BLOCK) for part in padded], axis=2)
 
-    def _matrix(self, parts: Sequence[Rows]) -> Iterator[npt.NDArray[np.uint16]]:
-        for start, stop in self._steps(parts):
-            yield pack_matrix(self._rows(parts, start, stop))
+    def _experts(self, layer: int, tensor: StoreTensor) -> Iterator[Task]:
+        for expert in range(tensor.shape[0]):
+            yield from self._gated(self._checkpoint.feed_forward(layer, expert), tensor)
 
-    def _steps(self, parts: Sequence[Rows]) -> Iterator[tuple[int, int]]:
-        """Ranges of whole blocks of rows that cover the stacked parts."""
-        row_bytes = 4 * self._checkpoint.shape(parts[0].name)[-1]
-        step = max(BLOCK, CHUNK_BYTES // row_bytes // BLOCK * BLOCK)
-        total = sum(part.count for part in parts)
-        return ((start, min(start + step, total)) for start in range(0, total, step))
+    def _gated(self, matrices: tuple[Source, Source, Source], tensor: StoreTensor) -> Iterator[Task]:
+        """An expert's blob: gate and up interleaved, then down."""
+        assert tensor.format is not None
+        gate, up, down = matrices
+        for both in zip(self._matrix([gate], tensor.format), self._matrix([up], tensor.format), strict=True):
+            yield partial(_interleaved, *both)
+        yield from self._matrix([down], tensor.format)
 
-    def _rows(self, parts: Sequence[Rows], start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows `start` to `stop` of the parts seen as one matrix."""
-        pieces = []
-        for part in parts:
-            first, last = max(start, 0), min(stop, part.count)
-            if first < last:
-                rows = self._checkpoint.read_rows(part.name, part.start + first, part.start + last)
-                pieces.append(self._checked(part.name, rows))
-            start, stop = start - part.count, stop - part.count
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _matrix(self, parts: Sequence[Source], format: str) -> Iterator[Task]:
+        """The blocks of the stacked parts, as they are published if in this format and no block has two parts."""
+        whole = all(part.count % BLOCK == 0 for part in parts[:-1])
+        straight = whole and all(part.published == format and part.straight for part in parts)
+        make = self._published if straight else partial(self._quantised, format)
+        for start, stop in _steps(parts, FORMATS[format].row_group):
+            yield partial(make, list(_pieces(parts, start, stop)))
 
-    def _checked(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self._check and not all_finite(values):
-            raise WeightsError(
-                f"{self._checkpoint.path}: tensor {name} holds NaN or infinity, weights must be finite: "
-                "take another checkpoint"
-            )
+    def _published(self, pieces: Sequence[Piece]) -> Bytes:
+        return np.concatenate([self._published_rows(*piece) for piece in pieces])
+
+    def _published_rows(self, part: Source, start: int, stop: int) -> Bytes:
+        blocks = part.blocks(start, stop)
+        if self._check and not FORMATS[part.published or ""].all_finite(blocks, round_up(part.columns, K_ALIGN)):
+            raise self._not_finite(part.name)
+        return blocks
+
+    def _quantised(self, format: str, pieces: Sequence[Piece]) -> Bytes:
+        lossless = format == "bf16"
+        rows = [self._checked(part.name, part.floats(*span), always=not lossless) for part, *span in pieces]
+        return FORMATS[format].pack(rows[0] if len(rows) == 1 else np.concatenate(rows))
+
+    def _checked(self, name: str, values: Array, always: bool = False) -> Array:
+        if (self._check or always) and not all_finite(values):
+            raise self._not_finite(name)
         return values
+
+    def _not_finite(self, name: str) -> WeightsError:
+        return WeightsError(
+            f"{self._checkpoint.path}: tensor {name} holds NaN or infinity, weights must be finite: "
+            "take another checkpoint"
+        )
+
+
+def _in_order(tasks: Iterator[Task]) -> Iterator[Array]:
+    """What the tasks make, in their order; threads work a few of them ahead."""
+    pool, ahead = ThreadPoolExecutor(THREADS), deque[Future[Array]]()
+    try:
+        for task in tasks:
+            ahead.append(pool.submit(task))
+            if len(ahead) > THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _interleaved(gate: Task, up: Task) -> Bytes:
+    return interleave(gate(), up())
+
+
+def _steps(parts: Sequence[Source], row_group: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole groups of rows that cover the stacked parts."""
+    step = max(row_group, CHUNK_BYTES // (4 * parts[0].columns) // row_group * row_group)
+    total = sum(part.count for part in parts)
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _pieces(parts: Sequence[Source], start: int, stop: int) -> Iterator[Piece]:
+    """Rows `start` to `stop` of the parts seen as one matrix: each part with its own rows."""
+    for part in parts:
+        first, last = max(start, 0), min(stop, part.count)
+        if first < last:
+            yield part, first, last
+        start, stop = start - part.count, stop - part.count
 
 
 def _split(name: str) -> tuple[int, str]:

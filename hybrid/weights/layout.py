@@ -1,141 +1,95 @@
-"""The packed layout: which tensors a store holds for a spec, and how a matrix is laid out for the kernels.
+"""The packed layout: which tensors a store holds for a spec and a mix of formats, and where an expert's parts lie.
 
-A matrix W [n, k] (n outputs, k inputs) is packed as blocks of 16 output columns, each a contiguous stream of
-lines:
-
-    packed[n / 16][k / 2][16][2]      line = 16 columns x one pair of inputs = 64 bytes of bf16
-
-so that one line is one vector operand of a bf16 dot product, and the kernels of every instruction set stream
-it in order. n is padded to 16 and k to 32, with zeros. The gate and up matrices of an expert are interleaved
-by block (gate 0, up 0, gate 1, ...), and followed by its down matrix: one expert is one contiguous blob.
+A matrix W [n outputs, k inputs] is packed as blocks of 16 output columns, each a header of scales and a stream of
+64-byte lines, so that one line is one vector operand and the kernels of every instruction set stream it in order
+(`formats/` has a file for each format). n is padded to 16 and k to 64. The gate and up matrices of an expert are
+interleaved by block (gate 0, up 0, gate 1, ...), and followed by its down matrix: one expert is one contiguous blob.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.formats.block import BLOCK as BLOCK
+from hybrid.weights.formats.block import K_ALIGN as K_ALIGN
+from hybrid.weights.formats.block import Array, Bytes
+from hybrid.weights.formats.block import round_up as round_up
+from hybrid.weights.mix import FormatMix
 
-LAYOUT_VERSION = 1
-BLOCK = 16  # output columns in a block
-K_ALIGN = 32  # inputs are padded to this
-FORMATS = ("bf16",)
+LAYOUT_VERSION = 2
 
-StoreDtype = Literal["BF16", "F32"]
+StoreDtype = Literal["U8", "F32"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` packed blocks in a row, each of `inputs` (padded) inputs."""
+
+    inputs: int
+    count: int
 
 
 @dataclass(frozen=True)
 class StoreTensor:
-    """One tensor of a store. `role` names what it is; shape is that of the stored (packed, padded) array."""
+    """One tensor of a store. `shape` is that of the stored (packed, padded) array.
+
+    format: that of a packed matrix, whose bytes are U8, or None for plain F32 values. runs: the blocks of a packed
+    tensor, or of each expert.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: StoreDtype
     shard: str
+    format: str | None = None
+    runs: tuple[Run, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        size = {"BF16": 2, "F32": 4}[self.dtype]
+        size = {"U8": 1, "F32": 4}[self.dtype]
         return int(np.prod(self.shape, dtype=np.int64)) * size
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def packed_bytes(format: str, n: int, k: int) -> int:
+    """Bytes of a packed [n, k] matrix."""
+    return _bytes(format, (_run(n, k),))
 
 
-def packed_elements(n: int, k: int) -> int:
-    """How many bf16 elements a packed [n, k] matrix takes."""
-    return round_up(n, BLOCK) * round_up(k, K_ALIGN)
+def expert_bytes(format: str, hidden: int, intermediate: int) -> int:
+    """Bytes of one expert's blob: gate and up, then down."""
+    return _bytes(format, expert_runs(hidden, intermediate))
 
 
-def expert_elements(hidden: int, intermediate: int) -> int:
-    """How many bf16 elements one expert's blob takes: gate and up, then down."""
-    return 2 * packed_elements(intermediate, hidden) + packed_elements(hidden, intermediate)
+def down_offset(format: str, hidden: int, intermediate: int) -> int:
+    """Bytes from the start of an expert's blob to its down matrix."""
+    return 2 * packed_bytes(format, intermediate, hidden)
 
 
-def down_offset(hidden: int, intermediate: int) -> int:
-    """Elements from the start of an expert's blob to its down matrix."""
-    return 2 * packed_elements(intermediate, hidden)
+def expert_runs(hidden: int, intermediate: int) -> tuple[Run, ...]:
+    """The blocks of an expert: gate and up interleaved, then down."""
+    gate_up, down = _run(intermediate, hidden), _run(hidden, intermediate)
+    return Run(gate_up.inputs, 2 * gate_up.count), down
 
 
-def pack_matrix(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.uint16]:
-    """Pack W [n, k] of bf16, fp16 or fp32 into [n/16, k/2, 16, 2] bf16 bit patterns (uint16), zero-padded."""
-    n, k = weight.shape
-    bits = np.ascontiguousarray(weight.astype(ml_dtypes.bfloat16, copy=False)).view(np.uint16)
-    pad = (round_up(n, BLOCK) - n, round_up(k, K_ALIGN) - k)
-    if any(pad):
-        bits = np.pad(bits, ((0, pad[0]), (0, pad[1])))
-    pairs = bits.view(np.uint32).reshape(bits.shape[0] // BLOCK, BLOCK, bits.shape[1] // 2)
-    return np.ascontiguousarray(pairs.transpose(0, 2, 1)).view(np.uint16).reshape(len(pairs), -1, BLOCK, 2)
+def pack_gate_up(format: str, gate: Array, up: Array) -> Bytes:
+    """Gate and up [n, k] as blocks, interleaved: gate 0, up 0, gate 1, ..."""
+    return interleave(FORMATS[format].pack(gate), FORMATS[format].pack(up))
 
 
-def unpack_matrix(packed: npt.NDArray[np.uint16], n: int, k: int) -> npt.NDArray[np.float32]:
-    """The inverse of `pack_matrix`, as float32 [n, k]; for tests and checks."""
-    blocks = packed.reshape(round_up(n, BLOCK) // BLOCK, round_up(k, K_ALIGN) // 2, BLOCK, 2)
-    rows = blocks.transpose(0, 2, 1, 3).reshape(round_up(n, BLOCK), round_up(k, K_ALIGN))
-    values: npt.NDArray[np.float32] = np.ascontiguousarray(rows[:n, :k]).view(ml_dtypes.bfloat16).astype(np.float32)
-    return values
+def interleave(gate: Bytes, up: Bytes) -> Bytes:
+    """Packed blocks of gate and of up, in turn."""
+    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
 
 
-def pack_gate_up(gate: npt.NDArray[np.generic], up: npt.NDArray[np.generic]) -> npt.NDArray[np.uint16]:
-    """Gate and up [n, k], packed and interleaved by block: gate 0, up 0, gate 1, ..."""
-    return np.stack([pack_matrix(gate), pack_matrix(up)], axis=1)
-
-
-def pack_expert(
-    gate: npt.NDArray[np.generic], up: npt.NDArray[np.generic], down: npt.NDArray[np.generic]
-) -> npt.NDArray[np.uint16]:
-    """One expert's blob, flat uint16 [expert_elements], from gate, up [intermediate, hidden] and down."""
-    return np.concatenate([pack_gate_up(gate, up).reshape(-1), pack_matrix(down).reshape(-1)])
-
-
-def all_finite(values: npt.NDArray[np.generic]) -> bool:
-    """Whether no value is NaN or infinite, of float32, float16, bf16 or bf16 bit patterns (uint16)."""
-    kind = values.dtype
-    exponent = {np.dtype(np.float32): 0x7F80_0000, np.dtype(np.float16): 0x7C00}.get(kind, 0x7F80)
-    bits: npt.NDArray[Any] = values.view(np.uint32 if kind.itemsize == 4 else np.uint16)
-    return bits.size == 0 or bool(np.max(bits & exponent) < exponent)
-
-
-def outer_tensors(spec: ModelSpec) -> Iterator[StoreTensor]:
-    """Tensors outside the layers. A tied model has one packed matrix that serves as embedding and head."""
-    packed = (packed_elements(spec.vocab, spec.hidden),)
-    yield StoreTensor("embedding", packed, "BF16", "outer")
-    yield StoreTensor("final_norm", (spec.hidden,), "F32", "outer")
-    if not spec.tied:
-        yield StoreTensor("head", packed, "BF16", "outer")
-
-
-def layer_tensors(spec: ModelSpec, index: int) -> Iterator[StoreTensor]:
-    """Tensors of one layer, in the order in which a step reads them."""
-    layer, shard, prefix = spec.layers[index], f"layer-{index:05d}", f"layers.{index}"
-
-    def tensor(name: str, dtype: StoreDtype, *shape: int) -> StoreTensor:
-        return StoreTensor(f"{prefix}.{name}", shape, dtype, shard)
-
-    attention, width = layer.attention, qkv_width(layer)
-    yield tensor("attention.norm", "F32", spec.hidden)
-    yield tensor("attention.qkv", "BF16", packed_elements(width, spec.hidden))
-    if attention.qkv_bias:
-        yield tensor("attention.qkv_bias", "F32", round_up(width, BLOCK))
-    if attention.qk_norm == "head":
-        yield tensor("attention.q_norm", "F32", attention.head_dim)
-        yield tensor("attention.k_norm", "F32", attention.head_dim)
-    yield tensor("attention.out", "BF16", packed_elements(spec.hidden, attention.heads * attention.head_dim))
-    if attention.out_bias:
-        yield tensor("attention.out_bias", "F32", round_up(spec.hidden, BLOCK))
-
-    ffn = layer.feed_forward
-    yield tensor("ffn.norm", "F32", spec.hidden)
-    if ffn.is_moe:
-        yield tensor("ffn.router", "F32", ffn.experts, spec.hidden)
-    yield tensor("ffn.experts", "BF16", max(1, ffn.experts), expert_elements(spec.hidden, ffn.intermediate))
+def pack_expert(format: str, gate: Array, up: Array, down: Array) -> Bytes:
+    """One expert's blob, [expert_bytes], of gate, up [intermediate, hidden] and down [hidden, intermediate]."""
+    return np.concatenate([pack_gate_up(format, gate, up).reshape(-1), FORMATS[format].pack(down).reshape(-1)])
 
 
 def qkv_width(layer: LayerSpec) -> int:
@@ -144,7 +98,87 @@ def qkv_width(layer: LayerSpec) -> int:
     return (attention.heads + 2 * attention.kv_heads) * attention.head_dim
 
 
-def store_tensors(spec: ModelSpec) -> list[StoreTensor]:
+def shares_head(spec: ModelSpec, mix: FormatMix) -> bool:
+    """Whether one packed matrix serves as embedding and head: a tied model with a head of bf16, as embeddings are."""
+    return spec.tied and mix.head == "bf16"
+
+
+def store_tensors(spec: ModelSpec, mix: FormatMix) -> list[StoreTensor]:
     """Every tensor of the store of `spec`, in store order: for the packer to write, the planner to count."""
-    tensors = [t for i in range(len(spec.layers)) for t in layer_tensors(spec, i)]
-    return list(outer_tensors(spec)) + tensors
+    layers = [tensor for index in range(len(spec.layers)) for tensor in layer_tensors(spec, index, mix)]
+    return [*outer_tensors(spec, mix), *layers]
+
+
+def outer_tensors(spec: ModelSpec, mix: FormatMix) -> Iterator[StoreTensor]:
+    """Tensors outside the layers. There is a head unless `shares_head`."""
+    make = _Maker("outer")
+    yield make.matrix("embedding", "bf16", spec.vocab, spec.hidden)
+    yield make.floats("final_norm", spec.hidden)
+    if not shares_head(spec, mix):
+        yield make.matrix("head", mix.head, spec.vocab, spec.hidden)
+
+
+def layer_tensors(spec: ModelSpec, index: int, mix: FormatMix) -> Iterator[StoreTensor]:
+    """Tensors of one layer, in the order in which a step reads them."""
+    layer, make = spec.layers[index], _Maker(f"layer-{index:05d}", f"layers.{index}.")
+    yield from _attention_tensors(make, layer, spec.hidden, mix)
+    yield make.floats("ffn.norm", spec.hidden)
+    yield from _feed_forward_tensors(make, layer.feed_forward, spec.hidden, mix)
+
+
+def _attention_tensors(make: _Maker, layer: LayerSpec, hidden: int, mix: FormatMix) -> Iterator[StoreTensor]:
+    attention, width = layer.attention, qkv_width(layer)
+    yield make.floats("attention.norm", hidden)
+    yield make.matrix("attention.qkv", mix.attention, width, hidden)
+    if attention.qkv_bias:
+        yield make.floats("attention.qkv_bias", round_up(width, BLOCK))
+    if attention.qk_norm == "head":
+        yield make.floats("attention.q_norm", attention.head_dim)
+        yield make.floats("attention.k_norm", attention.head_dim)
+    if attention.sinks:
+        yield make.floats("attention.sinks", attention.heads)
+    yield make.matrix("attention.out", mix.attention, hidden, attention.heads * attention.head_dim)
+    if attention.out_bias:
+        yield make.floats("attention.out_bias", round_up(hidden, BLOCK))
+
+
+def _feed_forward_tensors(make: _Maker, ffn: FeedForwardSpec, hidden: int, mix: FormatMix) -> Iterator[StoreTensor]:
+    experts, scores = max(1, ffn.experts), ffn.experts + ffn.shared_gate  # the gate of a shared expert is a last row
+    if ffn.is_moe:
+        yield make.floats("ffn.router", scores, hidden)
+    if ffn.router and ffn.router.bias:
+        yield make.floats("ffn.router_bias", scores)
+    yield make.experts("ffn.experts", mix.experts if ffn.is_moe else mix.dense, hidden, ffn.intermediate, experts)
+    if ffn.bias:
+        blocks = round_up(ffn.intermediate, BLOCK) // BLOCK
+        yield make.floats("ffn.gate_up_bias", experts, blocks, 2, BLOCK)
+        yield make.floats("ffn.down_bias", experts, round_up(hidden, BLOCK))
+    if ffn.shared_intermediate:
+        yield make.experts("ffn.shared", mix.shared, hidden, ffn.shared_intermediate)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Store tensors of one shard."""
+
+    shard: str
+    prefix: str = ""
+
+    def floats(self, name: str, *shape: int) -> StoreTensor:
+        return StoreTensor(self.prefix + name, shape, "F32", self.shard)
+
+    def matrix(self, name: str, format: str, n: int, k: int) -> StoreTensor:
+        runs = (_run(n, k),)
+        return StoreTensor(self.prefix + name, (_bytes(format, runs),), "U8", self.shard, format, runs)
+
+    def experts(self, name: str, format: str, hidden: int, intermediate: int, *count: int) -> StoreTensor:
+        runs = expert_runs(hidden, intermediate)
+        return StoreTensor(self.prefix + name, (*count, _bytes(format, runs)), "U8", self.shard, format, runs)
+
+
+def _run(n: int, k: int) -> Run:
+    return Run(round_up(k, K_ALIGN), round_up(n, BLOCK) // BLOCK)
+
+
+def _bytes(format: str, runs: tuple[Run, ...]) -> int:
+    return sum(run.count * FORMATS[format].block_bytes(run.inputs) for run in runs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import WeightsError
+from hybrid.errors import ConfigError, WeightsError
 from hybrid.weights.files import read_json_object, write_json
-from hybrid.weights.layout import FORMATS, LAYOUT_VERSION
+from hybrid.weights.layout import LAYOUT_VERSION
+from hybrid.weights.mix import FormatMix
 
 MANIFEST = "manifest.json"
 UNFINISHED = "packing.json"  # the manifest of the shards done so far, while a store is being packed
@@ -21,18 +22,18 @@ KIND = "hybrid-store"
 class Manifest:
     """What a store says of itself.
 
-    config: contents of the model's config.json. source: fingerprint of the checkpoint. shards: bytes by file
-    name. tensors: crc32 of the stored bytes by tensor name.
+    mix: the format of each part. config: contents of the model's config.json. source: fingerprint of the
+    checkpoint. shards: bytes by file name. tensors: crc32 of the stored bytes by tensor name.
     """
 
-    format: str
+    mix: FormatMix
     config: dict[str, Any]
     source: str
     shards: dict[str, int]
     tensors: dict[str, int]
 
     def write(self, path: Path) -> None:
-        body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self)}
+        body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self), "mix": asdict(self.mix)}
         write_json(path, {**body, "checksum": _checksum(body)})
 
     @classmethod
@@ -50,13 +51,16 @@ class Manifest:
         if checksum != _checksum(body):
             raise WeightsError(f"{path}: its checksum is wrong, so it was changed or damaged: pack the model again")
         del body["kind"], body["layout_version"]
-        manifest = cls(**body)
-        if manifest.format not in FORMATS:
-            raise WeightsError(
-                f"{path}: the store has format {manifest.format!r}, supported are {', '.join(FORMATS)}: "
-                "pack the model again in one of them"
-            )
-        return manifest
+        return cls(**{**body, "mix": _read_mix(path, body.get("mix"))})
+
+
+def _read_mix(path: Path, value: Any) -> FormatMix:
+    try:
+        return FormatMix(**value)
+    except (TypeError, ConfigError) as error:
+        raise WeightsError(
+            f"{path}: the store has formats {value!r} ({error}): pack the model again with weights_preprocessor.py"
+        ) from None
 
 
 def _checksum(body: dict[str, Any]) -> int:

@@ -19,8 +19,10 @@ from hybrid.errors import CapacityError, ConfigError, WeightsError
 from hybrid.weights.checkpoint import INDEX, Checkpoint, read_config
 from hybrid.weights.content import Content
 from hybrid.weights.files import atomic_file, disk_errors
-from hybrid.weights.layout import FORMATS, LAYOUT_VERSION, StoreTensor, store_tensors
+from hybrid.weights.layout import LAYOUT_VERSION, StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
+from hybrid.weights.mix import FormatMix, parse_mix
+from hybrid.weights.published import native_mix
 from hybrid.weights.shard import checksum, gap, make_header, read_header
 from hybrid.weights.store import Store, is_store, read_manifest, shard_file
 
@@ -37,7 +39,7 @@ COMPANIONS = (
 def pack(
     checkpoint: Checkpoint,
     output: Path,
-    format: str = "bf16",
+    mix: FormatMix | None = None,
     progress: Progress | None = None,
     check: bool = False,
     force: bool = False,
@@ -45,32 +47,36 @@ def pack(
 ) -> bool:
     """Write the store of `checkpoint` to the directory `output`; False when it already holds exactly that.
 
+    mix: the formats; None takes those in which the checkpoint is published.
     An interrupted run leaves no store that loads; the next one keeps the shards that were finished. `check`
     looks for values that are not finite, `force` replaces whatever store is there. A second process waits for
     the first and says so through `notice`. Raises `WeightsError`, `CapacityError` and `ConfigError`.
     """
     output = Path(output)
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}")
     checkpoint.check()
+    _keep_freed_memory()
     with _locked_directory(output, checkpoint.path, notice or (lambda line: None)):
-        return _Packer(checkpoint, output, format, progress, check).run(force)
+        return _Packer(checkpoint, output, mix or checkpoint.native, progress, check).run(force)
 
 
 def cached_store(
     path: Path,
     cache_dir: Path | None = None,
-    format: str = "bf16",
+    mix_text: str = "auto",
     progress: Progress | None = None,
     notice: Notice | None = None,
     check: bool = False,
 ) -> Store:
-    """The store at `path`, or that of the checkpoint there, which is packed into the cache the first time."""
+    """The store at `path`, or that of the checkpoint there, which is packed into the cache the first time.
+
+    mix_text: the formats, as `parse_mix` reads them. Raises `ConfigError` when a packed store holds others.
+    """
     path = Path(path)
     if _is_packed(path):
+        _require_mix(path, mix_text)
         return Store.open(path, check)
-    read_config(path)
-    target = _cached_path(path, cache_dir or default_cache_dir(), format)
+    mix = parse_mix(mix_text, model_formats(path))
+    target = _cached_path(path, cache_dir or default_cache_dir(), mix)
     if is_store(target):
         _copy_companions(path, target)
         return Store.open(target, check)
@@ -78,13 +84,18 @@ def cached_store(
     _require_writable(target.parent)
     if notice:
         notice(f"packing {path} into {target}; this is done once, later starts map it")
-    pack(checkpoint, target, format, progress, check, notice=notice)
+    pack(checkpoint, target, mix, progress, check, notice=notice)
     return Store.open(target, check)
 
 
 def model_config(path: Path) -> dict[str, Any]:
     """The contents of the config.json of a checkpoint, or of the one that a store was packed from."""
     return read_manifest(path).config if _is_packed(path) else read_config(path)
+
+
+def model_formats(path: Path) -> FormatMix:
+    """The formats of a store, or those in which a checkpoint is published: from its manifest or config.json alone."""
+    return read_manifest(path).mix if _is_packed(path) else native_mix(read_config(path))
 
 
 def default_cache_dir() -> Path:
@@ -111,6 +122,16 @@ def _is_packed(path: Path) -> bool:
     return is_store(path) or (path / UNFINISHED).is_file()
 
 
+def _require_mix(store: Path, mix_text: str) -> None:
+    held = model_formats(store)
+    wanted = parse_mix(mix_text, held)
+    if wanted != held:
+        raise ConfigError(
+            f"{store}: the store holds {held}, --format {mix_text} asks for {wanted}: "
+            "leave out --format, or give the checkpoint instead of the store"
+        )
+
+
 def _require_writable(cache_dir: Path) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -124,27 +145,36 @@ def _require_writable(cache_dir: Path) -> None:
         )
 
 
-def _cached_path(path: Path, cache_dir: Path, format: str) -> Path:
-    identity = f"{source_fingerprint(path)} {format} {LAYOUT_VERSION}"
+def _cached_path(path: Path, cache_dir: Path, mix: FormatMix) -> Path:
+    identity = f"{source_fingerprint(path)} {mix} {LAYOUT_VERSION}"
     return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _keep_freed_memory() -> None:
+    """Make the allocator keep small freed blocks: it keeps up to twice the largest block that was ever freed.
+
+    Otherwise it gives back the intermediates of every chunk to the system and has them mapped and cleared anew for
+    the next, which takes longer than quantising. Nothing is touched, so nothing is used.
+    """
+    np.empty(4 << 20, np.uint8)
 
 
 class _Packer:
     """One run over one locked output directory."""
 
     def __init__(
-        self, checkpoint: Checkpoint, output: Path, format: str, progress: Progress | None, check: bool
+        self, checkpoint: Checkpoint, output: Path, mix: FormatMix, progress: Progress | None, check: bool
     ) -> None:
         self._source, self._output = checkpoint.path, output
         self._content = Content(checkpoint, check)
         self._progress = progress
-        tensors = store_tensors(checkpoint.spec)
+        tensors = store_tensors(checkpoint.spec, mix)
         self._shards = {
             shard_file(shard): list(group) for shard, group in groupby(tensors, key=lambda tensor: tensor.shard)
         }
         self._sizes = {file: _shard_bytes(tensors) for file, tensors in self._shards.items()}
         self._done_bytes, self._total_bytes = 0, sum(tensor.nbytes for tensor in tensors)
-        self._manifest = Manifest(format, checkpoint.config, source_fingerprint(checkpoint.path), {}, {})
+        self._manifest = Manifest(mix, checkpoint.config, source_fingerprint(checkpoint.path), {}, {})
 
     def run(self, force: bool) -> bool:
         if is_store(self._output) and not force:
@@ -165,12 +195,12 @@ class _Packer:
         return True
 
     def _matches(self, manifest: Path) -> bool:
-        """Whether a manifest, finished or not, is of this source and format."""
+        """Whether a manifest, finished or not, is of this source and these formats."""
         try:
             found = Manifest.read(manifest)
         except WeightsError:
             return False
-        return (found.source, found.format) == (self._manifest.source, self._manifest.format)
+        return (found.source, found.mix) == (self._manifest.source, self._manifest.mix)
 
     def _resume(self) -> None:
         """Keep the shards that an interrupted run finished, if their bytes are those it recorded."""

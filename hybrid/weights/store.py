@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -13,27 +14,31 @@ import numpy.typing as npt
 from hybrid.errors import WeightsError
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.layout import StoreTensor, all_finite, store_tensors
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.formats.block import Bytes, all_finite
+from hybrid.weights.layout import StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import ALIGNMENT, Entry, read_header
 
 ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
 
-_DTYPES: dict[str, npt.DTypeLike] = {"BF16": np.uint16, "F32": np.float32}
-_FINITE_BLOCK = 1 << 24  # elements looked at together, so that a check needs little memory
+_DTYPES: dict[str, npt.DTypeLike] = {"U8": np.uint8, "F32": np.float32}
+_FINITE_BYTES = 1 << 24  # looked at together, so that a check needs little memory
 
 
 class Store:
     """The tensors of a packed store as read-only views of mapped files; a context manager.
 
-    spec: the model. format: that of the packed matrices. nbytes: of all tensors. Many processes may open it.
+    spec: the model. mix: the formats of its parts; format: the same, to be read. nbytes: of all tensors. Many
+    processes may open it.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self.format = manifest.format
+        self.mix = manifest.mix
+        self.format = str(manifest.mix)
         self.spec: ModelSpec = model_spec(manifest.config)
-        self.tensors = {tensor.name: tensor for tensor in store_tensors(self.spec)}
+        self.tensors = {tensor.name: tensor for tensor in store_tensors(self.spec, self.mix)}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self._checksums = manifest.tensors
         self._arrays = _map_tensors(path, manifest, self.tensors)
@@ -52,11 +57,12 @@ class Store:
         return store
 
     def array(self, name: str) -> npt.NDArray[np.generic]:
-        """A read-only view: uint16 bit patterns of BF16, or float32, in the shape that `layout` gives."""
+        """A read-only view: packed bytes (uint8), or float32, in the shape that `layout` gives."""
         return self._arrays[name]
 
-    def address(self, name: str) -> int:
-        """Where the tensor starts in memory, a multiple of 64; valid until `close`."""
+    def address(self, name: str, node: int = -1) -> int:
+        """Where the tensor starts in memory, a multiple of 64; valid until `close`. It is whole: node must be -1."""
+        assert node == -1, f"{name} is mapped, no node has a part of it"
         return int(self._arrays[name].ctypes.data)
 
     def close(self) -> None:
@@ -75,9 +81,7 @@ class Store:
         for name, array in self._arrays.items():
             if zlib.crc32(array.data) != self._checksums[name]:
                 raise _damaged(self.path, f"tensor {name} has a wrong checksum")
-            flat = array.reshape(-1)
-            blocks = range(0, flat.size, _FINITE_BLOCK) if finite else ()
-            if not all(all_finite(flat[start : start + _FINITE_BLOCK]) for start in blocks):
+            if finite and not _all_finite(self.tensors[name], array):
                 raise WeightsError(f"{self.path}: tensor {name} holds NaN or infinity: take another checkpoint")
 
 
@@ -114,6 +118,29 @@ def _map_tensors(path: Path, manifest: Manifest, tensors: dict[str, StoreTensor]
         .reshape(tensor.shape)
         for name, tensor in tensors.items()
     }
+
+
+def _all_finite(tensor: StoreTensor, array: npt.NDArray[np.generic]) -> bool:
+    """Whether no stored value or scale is NaN or infinite."""
+    if tensor.format is None:
+        return all_finite(array)
+    return all(
+        FORMATS[tensor.format].all_finite(blocks, inputs)
+        for blob in array.reshape(-1, tensor.shape[-1]).view(np.uint8)
+        for inputs, blocks in _block_pieces(tensor, blob)
+    )
+
+
+def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[int, Bytes]]:
+    """The blocks of one matrix or expert, some MB at a time, with their number of inputs."""
+    assert tensor.format is not None
+    start = 0
+    for run in tensor.runs:
+        size = FORMATS[tensor.format].block_bytes(run.inputs)
+        blocks = blob[start : start + run.count * size].reshape(run.count, size)
+        start += blocks.size
+        step = max(1, _FINITE_BYTES // size)
+        yield from ((run.inputs, blocks[first : first + step]) for first in range(0, run.count, step))
 
 
 def _map_file(path: Path, size: int | None) -> npt.NDArray[np.uint8]:

@@ -6,34 +6,42 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from kernel_reference import assert_near, attention
+from kernel_reference import BF16 as BF16_ROUNDING
+from kernel_reference import FP32, Near, assert_near, attention, softmax
 from kv_pages import KvPages
-from rig import BF16, Rig, aligned, random_bf16
+from rig import BF16, Rig, aligned, placed, random_bf16
 
+from hybrid.config import KV_FORMATS
 from hybrid.program import KEY_BLOCK, STATE_EXTRA, row_stride
 
-SHAPES = [(6, 2, 24), (8, 1, 64), (2, 2, 128), (3, 1, 40)]  # heads, KV heads, head_dim
+SHAPES = [(6, 2, 24), (8, 1, 64), (2, 2, 128), (3, 1, 40), (9, 1, 96)]  # heads, KV heads, head_dim
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 700]
 TOKENS = 1024
 Place = tuple[int, int]  # slot, position
 
 
+@pytest.fixture(params=KV_FORMATS)
+def kv_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @dataclass
 class Sequences:
-    """Random queries, keys and values [slots, heads, TOKENS, head_dim] of a few sequences."""
+    """Random queries, keys and values [slots, heads, TOKENS, head_dim] of a few sequences, and a sink a head."""
 
     shape: tuple[int, int, int]
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     pages: KvPages
+    sinks: np.ndarray | None = None
 
     @classmethod
-    def make(cls, shape: tuple[int, int, int], slots: int = 3) -> Sequences:
+    def make(cls, shape: tuple[int, int, int], format: str = "bf16", slots: int = 3) -> Sequences:
         heads, kv_heads, dim = shape
         random = np.random.default_rng(dim)
         q, k, v = (random_bf16(random, slots, h, TOKENS, dim) for h in (heads, kv_heads, kv_heads))
-        made = cls(shape, q, k, v, KvPages(slots + 1, kv_heads, dim, TOKENS))
+        made = cls(shape, q, k, v, KvPages(slots + 1, kv_heads, dim, TOKENS, format))
         made.pages.fill(slots, np.nan)  # a slot that nobody reads
         made.cut([TOKENS] * slots)
         return made
@@ -59,6 +67,7 @@ class Sequences:
             q=q,
             output=output,
             states=states,
+            sinks=self.sinks,
             kv=self.pages.layout,
             heads=heads,
             kv_heads=kv_heads,
@@ -73,13 +82,27 @@ class Sequences:
 
     def check(self, output: np.ndarray, places: list[Place], window: int = 0) -> None:
         heads, kv_heads, dim = self.shape
+        stored = {slot: (self.pages.keys(slot), self.pages.values(slot)) for slot, _ in places}
         for row, (slot, position) in enumerate(places):
             seen = slice(max(0, position - window + 1) if window else 0, position + 1)
             for head in range(heads):
-                kv = slot, head * kv_heads // heads, seen
-                assert_near(
-                    output[row, head], attention(self.q[slot, head, position], self.k[kv], self.v[kv], dim**-0.5)
-                )
+                k, v = (part[head * kv_heads // heads, seen, :dim].astype(np.float64) for part in stored[slot])
+                sink = None if self.sinks is None else self.sinks[head]
+                assert_near(output[row, head], expected(self.q[slot, head, position], k, v, sink))
+
+
+def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: float | None) -> Near:
+    """Attention over what the stored keys and values stand for.
+
+    A sink is a key of that score whose value is zero. Scales round every score three times more and every weight twice.
+    """
+    scale, q = len(q) ** -0.5, q.astype(np.float64)
+    if sink is not None:
+        k = np.vstack([k, sink / scale * q / (q @ q)])
+        v = np.vstack([v, 0 * q])
+    near, scores = attention(q, k, v, scale), k @ q * scale
+    relative = (6 * np.abs(scores).max() + 2) * FP32
+    return Near(near.value, near.bound + relative * (softmax(scores)[:, None] * np.abs(v)).sum(0))
 
 
 def chunk(slot: int, first: int, last: int) -> list[Place]:
@@ -89,32 +112,33 @@ def chunk(slot: int, first: int, last: int) -> list[Place]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("window", [0, 16, 300])
-def test_decode_and_prefill_in_one_step(isa, shape, length, window) -> None:
-    sequences = Sequences.make(shape)
+def test_decode_and_prefill_in_one_step(isa, kv_format, shape, length, window) -> None:
+    sequences = Sequences.make(shape, kv_format)
     sequences.cut([length, length, 1])
     places = [(0, length - 1), *chunk(1, max(0, length - 20), length), (2, 0)]
     sequences.check(sequences.run(isa, places, window=window, threads=2), places, window)
 
 
 @pytest.mark.parametrize("heads", [48, 49, 60])
-def test_a_key_head_may_serve_more_heads_than_a_tile_has_rows(isa, heads) -> None:
-    sequences = Sequences.make((heads, 1, 32))
+def test_a_key_head_may_serve_more_heads_than_a_tile_has_rows(isa, kv_format, heads) -> None:
+    sequences = Sequences.make((heads, 1, 32), kv_format)
     places = [(0, 300), *chunk(1, 254, 258)]
     sequences.check(sequences.run(isa, places, threads=2), places)
 
 
 @pytest.mark.parametrize("window", [1, 2, 255, 256, 257, 600])
-def test_windows_at_the_edges_of_key_blocks(isa, window) -> None:
-    sequences = Sequences.make(SHAPES[0])
+def test_windows_at_the_edges_of_key_blocks(isa, kv_format, window) -> None:
+    sequences = Sequences.make(SHAPES[0], kv_format)
     places = [(0, 699), *chunk(1, 508, 530), (2, 512)]
     sequences.check(sequences.run(isa, places, window=window), places, window)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [0, 270])
-def test_the_bits_of_a_row_depend_on_its_own_tokens_alone(isa, shape, window) -> None:
+def test_the_bits_of_a_row_depend_on_its_own_tokens_alone(isa, kv_format, shape, window) -> None:
     """Whole, in chunks of 1 or 7, on more threads, beside other sequences."""
-    sequences = Sequences.make(shape)
+    sequences = Sequences.make(shape, kv_format)
+    sequences.sinks = sinks_of(shape)
     whole = sequences.run(isa, chunk(0, 230, 290), window=window)
     for size in (1, 7):
         for first in range(230, 290, size):
@@ -127,31 +151,72 @@ def test_the_bits_of_a_row_depend_on_its_own_tokens_alone(isa, shape, window) ->
     assert np.array_equal(whole, beside[1:-1])
 
 
-def test_a_decode_row_has_the_same_bits_on_any_number_of_threads(isa) -> None:
-    sequences = Sequences.make(SHAPES[1])
+def test_a_decode_row_has_the_same_bits_on_any_number_of_threads(isa, kv_format) -> None:
+    sequences = Sequences.make(SHAPES[1], kv_format)
     places = [(0, 1000), (1, 511), (2, 90)]
     alone = [sequences.run(isa, [place])[0] for place in places]
     for threads in (1, 2, 3):
         assert np.array_equal(alone, sequences.run(isa, places, threads=threads))
 
 
-def test_what_lies_behind_a_row_is_never_seen(isa) -> None:
+def test_what_lies_behind_a_row_is_never_seen(isa, kv_format) -> None:
     """Positions are written again after a rewind: later tokens may still be there, and mean nothing."""
-    sequences = Sequences.make(SHAPES[0])
+    sequences = Sequences.make(SHAPES[0], kv_format)
     places = [(0, 300), *chunk(1, 250, 270)]
     stale = sequences.run(isa, places)
     sequences.cut([301, 270, 0])
     assert np.array_equal(stale, sequences.run(isa, places))
 
 
-def test_scores_far_apart_leave_the_largest_alone(isa) -> None:
+@pytest.mark.parametrize("kv_format", [name for name in KV_FORMATS if name != "bf16"])
+@pytest.mark.parametrize("stale", [np.nan, np.inf])
+def test_scales_behind_a_row_mean_nothing(isa, kv_format, stale) -> None:
+    sequences = Sequences.make(SHAPES[0], kv_format)
+    places, lengths = [(0, 300), *chunk(1, 250, 270)], [301, 270, 0]
+    sequences.cut(lengths)
+    clean = sequences.run(isa, places)
+    for slot, length in enumerate(lengths):
+        sequences.pages.fill_scales(slot, stale)
+        sequences.pages.write(slot, sequences.k[slot, :, :length], sequences.v[slot, :, :length])
+    assert np.array_equal(clean, sequences.run(isa, places))
+
+
+def test_scores_far_apart_leave_the_largest_alone(isa, kv_format) -> None:
     """One key so near to the query that every other weight vanishes, in any key block."""
-    sequences = Sequences.make(SHAPES[0])
+    sequences = Sequences.make(SHAPES[0], kv_format)
     for key in (0, 255, 256, 699):
         sequences.k[0, :, key] = 30
         sequences.q[0, :, 699] = 30
         sequences.cut([700, 0, 0])
-        output = sequences.run(isa, [(0, 699)])
+        output, values = sequences.run(isa, [(0, 699)]), sequences.pages.values(0)[:, key, :24].astype(np.float64)
+        # Where the weight is a scale, it is rounded, as is the result; the others are e^-87 of it.
+        bound = np.zeros_like(values) if kv_format == "bf16" else 2.02 * BF16_ROUNDING * np.abs(values) + 1e-30
         for head in range(6):
-            assert np.array_equal(output[0, head], sequences.v[0, head // 3, key])
+            assert_near(output[0, head], Near(values[head // 3], bound[head // 3]))
         sequences.k[0, :, key] = -30
+
+
+def sinks_of(shape: tuple[int, int, int]) -> np.ndarray:
+    """From far below all scores to far above them."""
+    return placed(np.linspace(-20, 20, shape[0]).astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("window", [0, 16, 300])
+def test_sinks_share_in_the_softmax(isa, kv_format, shape, window) -> None:
+    sequences = Sequences.make(shape, kv_format)
+    places = [(0, 699), *chunk(1, 250, 270), (2, 0)]
+    plain = sequences.run(isa, places, window=window)
+    sequences.sinks = sinks_of(shape)
+    output = sequences.run(isa, places, window=window, threads=2)
+    sequences.check(output, places, window)
+    assert (np.abs(output[:, -1]).max(-1) < 1e-3 * np.abs(plain[:, -1]).max(-1)).all()  # the last takes nearly all
+
+
+def test_a_sink_far_below_all_scores_changes_no_bit(isa, kv_format) -> None:
+    sequences = Sequences.make(SHAPES[0], kv_format)
+    places = [(0, 699), *chunk(1, 250, 270)]
+    plain = sequences.run(isa, places)
+    for low in (-1e4, -np.inf):
+        sequences.sinks = placed(np.full(6, low, np.float32))
+        assert np.array_equal(plain, sequences.run(isa, places))

@@ -1,104 +1,21 @@
-"""Rows are sorted by expert exactly; gate, up and down are within rounding whatever the routing."""
+"""Rows are sorted by expert exactly; gate, up and down are within rounding whatever the routing and the format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
+from expert_rig import Experts, Routed, Rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import FP32, Near, assert_near, product, silu_times
-from rig import BF16, ISAS, Rig, aligned, padded, placed, random_bf16
+from kernel_reference import FP32, Near, assert_near, format_product, silu_times, swiglu_clamped
+from rig import BF16, ISAS, dequantised_rows, random_bf16, rows_of
 
-import cpu_kernels
-from hybrid.program import pairs, row_stride
-from hybrid.weights.layout import BLOCK, down_offset, pack_expert
+from hybrid.weights.formats import FORMATS
 
-
-@dataclass
-class Experts:
-    """Random experts: gate and up [experts, intermediate, hidden], down [experts, hidden, intermediate]."""
-
-    gate: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
-
-    @classmethod
-    def make(cls, count: int, hidden: int, intermediate: int, seed: int = 0) -> Experts:
-        random = np.random.default_rng(seed)
-        shapes = [(count, intermediate, hidden)] * 2 + [(count, hidden, intermediate)]
-        return cls(*(random_bf16(random, *shape) for shape in shapes))
-
-    @property
-    def packed(self) -> np.ndarray:
-        return placed(np.stack([pack_expert(*parts) for parts in zip(self.gate, self.up, self.down, strict=True)]))
+ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped}
 
 
-@dataclass
-class Routed:
-    """What the three ops of a step left behind."""
-
-    offsets: np.ndarray
-    rows: np.ndarray
-    weights: np.ndarray
-    active: np.ndarray
-    activation: np.ndarray  # [rows * top_k, intermediate], in routing order
-    output: np.ndarray  # [rows, hidden]
-
-
-def run(isa, experts: Experts, x, ids, weights, onto, *, threads=1) -> Routed:
-    """ids and weights [rows, top_k], or None: one expert takes every row."""
-    count, intermediate, hidden = experts.gate.shape
-    rows, top_k = ids.shape if ids is not None else (len(x), 1)
-    act_stride, stride = row_stride(intermediate), row_stride(hidden)
-    integers = {name: aligned(n, np.int32, -7) for name, n in _sizes(count, rows * top_k).items()}
-    gates = aligned(rows * top_k, np.float32)
-    activation = aligned((rows * top_k, act_stride), BF16)
-    output = aligned((rows, stride), np.float32)
-    output[:, :hidden] = onto
-    routing = cpu_kernels.Routing(
-        weights=gates.ctypes.data, **{name: array.ctypes.data for name, array in integers.items()}
-    )
-    blob = experts.packed
-    rig = Rig(isa, threads)
-    rig.add("group", ids=ids, weights=weights, routing=routing, experts=count, top_k=top_k)
-    shape = {"routing": routing, "expert_stride": blob[0].nbytes}
-    rig.add(
-        "gate_up",
-        **shape,
-        input=padded(x),
-        experts=blob,
-        output=activation,
-        blocks=-(-intermediate // BLOCK),
-        pairs=pairs(hidden),
-        input_stride=stride,
-        output_stride=act_stride,
-    )
-    rig.add(
-        "down",
-        **shape,
-        input=activation,
-        experts=blob.ctypes.data + 2 * down_offset(hidden, intermediate),
-        output=output,
-        blocks=-(-hidden // BLOCK),
-        pairs=pairs(intermediate),
-        input_stride=act_stride,
-        output_stride=stride,
-    )
-    rig.run(rows)
-    assert not activation[:, intermediate:].any() and not output[:, hidden:].any()
-    active = integers["active"][: integers["count"][0]]
-    return Routed(
-        integers["offsets"], integers["rows"], gates, active, activation[:, :intermediate], output[:, :hidden]
-    )
-
-
-def _sizes(experts: int, entries: int) -> dict[str, int]:
-    return {"offsets": experts + 1, "rows": entries, "active": experts, "count": 1}
-
-
-def check(routed: Routed, experts: Experts, x, ids, weights, onto) -> None:
+def check(routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, gate=None) -> None:
     """Every op against the reference on what the op before it really left."""
     if ids is None:
         ids, weights = np.zeros((len(x), 1), np.int32), np.ones((len(x), 1), np.float32)
@@ -109,32 +26,56 @@ def check(routed: Routed, experts: Experts, x, ids, weights, onto) -> None:
     assert np.array_equal(routed.active, np.flatnonzero(counts))
     assert np.array_equal(routed.rows, order // top_k)
     assert np.array_equal(routed.weights, weights.reshape(-1)[order])
-
     output = Near(np.array(onto, np.float64), np.zeros(onto.shape))
+    add_experts(output, routed, experts, x)
+    if shared is not None:
+        check_shared(routed.shared, len(x), gate)
+        add_experts(output, routed.shared, shared, x)
+    assert_near(routed.output, output)
+
+
+def check_shared(rows: Rows, count: int, gate: np.ndarray | None) -> None:
+    """Every row once, in order."""
+    assert np.array_equal(rows.offsets, [0, count]) and np.array_equal(rows.active, [0])
+    assert np.array_equal(rows.rows, np.arange(count))
+    expected = np.ones(count) if gate is None else gate
+    assert np.allclose(rows.weights, expected, rtol=1e-6 if gate is not None else 0, atol=0)
+
+
+def add_experts(output: Near, routed: Rows, experts: Experts, x: np.ndarray) -> None:
+    """Check the activations of a set of experts, and add what down makes of them."""
+    inputs = dequantised_rows(experts.format, rows_of(experts.format, x), experts.hidden)
+    operand = dequantised_rows(experts.format, routed.operand, experts.intermediate)
     for expert in routed.active:
         part = slice(*routed.offsets[expert : expert + 2])
-        rows = routed.rows[part]
-        gate, up = (product(x[rows], matrix[expert]) for matrix in (experts.gate, experts.up))
-        assert_near(routed.activation[part], silu_times(gate, up).as_bf16())
-        down, scale = product(routed.activation[part], experts.down[expert]), routed.weights[part, None]
+        rows, scale = routed.rows[part], routed.weights[part, None]
+        gate, up = (_linear(experts, which, expert, inputs[rows]) for which in (0, 1))
+        assert_near(routed.activation[part], ACTIVATIONS[experts.activation](gate, up).as_bf16())
+        down = _linear(experts, 2, expert, operand[part])
         output.value[rows] += scale * down.value
         output.bound[rows] += np.abs(scale) * down.bound + 4 * FP32 * (
             np.abs(scale * down.value) + np.abs(output.value[rows])
         )
-    assert_near(routed.output, output)
 
 
-def try_routing(isa, ids, *, rows=None, sizes=(90, 40), experts=10, threads=1) -> None:
+def _linear(experts: Experts, which: int, expert: int, x: np.ndarray) -> Near:
+    """Gate, up or down (0, 1, 2) of one expert, with its bias."""
+    near = format_product(experts.format, x, experts.values[which][expert])
+    return near if experts.biases is None else near + experts.biases[which][expert]
+
+
+def try_routing(isa, experts: Experts, ids, *, rows=None, size=1.0, threads=1, shared=None, gated=False) -> Routed:
     random = np.random.default_rng(3)
-    hidden, intermediate = sizes
-    weights = None
+    hidden, weights = experts.hidden, None
     if ids is not None:
         ids = np.ascontiguousarray(ids, np.int32)
         rows, weights = len(ids), random.random(ids.shape).astype(np.float32)
-    made = Experts.make(experts, hidden, intermediate)
-    x = (random.standard_normal((rows, hidden)) / np.sqrt(hidden)).astype(BF16)
+    x = (size * random.standard_normal((rows, hidden)) / np.sqrt(hidden)).astype(BF16)
     onto = random.standard_normal((rows, hidden)).astype(np.float32)
-    check(run(isa, made, x, ids, weights, onto, threads=threads), made, x, ids, weights, onto)
+    gate = (0.1 + 0.8 * random.random(rows)).astype(np.float32) if gated else None
+    routed = run(isa, experts, x, ids, weights, onto, shared=shared, gate=gate, threads=threads)
+    check(routed, experts, x, ids, weights, onto, shared, gate)
+    return routed
 
 
 def choose(rows: int, top_k: int, experts: int, seed: int = 0) -> np.ndarray:
@@ -144,29 +85,97 @@ def choose(rows: int, top_k: int, experts: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 2, 7, 33])
-def test_random_routing(isa, rows, top_k) -> None:
-    try_routing(isa, choose(rows, top_k, 10))
+def test_random_routing(isa, format, top_k) -> None:
+    experts = Experts.make(format, 10, 90, 40)
+    for rows in (1, 2, 7, 33):
+        try_routing(isa, experts, choose(rows, top_k, 10))
 
 
-@pytest.mark.parametrize("rows", [1, 6, 50])
-def test_one_expert_takes_every_row_and_others_none(isa, rows) -> None:
-    try_routing(isa, [[7]] * rows)
-    try_routing(isa, [[9, 0]] * rows)
+def test_one_expert_takes_every_row_and_others_none(isa, format) -> None:
+    experts = Experts.make(format, 10, 90, 40)
+    for rows in (1, 6, 50):
+        try_routing(isa, experts, [[7]] * rows)
+        try_routing(isa, experts, [[9, 0]] * rows)
 
 
-def test_an_expert_with_one_row_beside_one_with_many(isa) -> None:
-    try_routing(isa, [[4, 2]] + [[2, 8]] * 40, threads=3)
+def test_an_expert_with_one_row_beside_one_with_many(isa, format) -> None:
+    try_routing(isa, Experts.make(format, 10, 90, 40), [[4, 2]] + [[2, 8]] * 40, threads=3)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 33])
-@pytest.mark.parametrize("sizes", [(32, 16), (90, 40), (300, 203), (40, 600), (700, 40)])
-def test_a_dense_layer_is_one_expert_of_weight_one(isa, rows, sizes) -> None:
-    try_routing(isa, None, rows=rows, sizes=sizes, experts=1, threads=2)
+@pytest.mark.parametrize("sizes", [(32, 16), (90, 40), (300, 203), (40, 600), (700, 40), (130, 130)])
+def test_a_dense_layer_is_one_expert_of_weight_one(isa, format, sizes) -> None:
+    experts = Experts.make(format, 1, *sizes)
+    for rows in (1, 7, 33):
+        try_routing(isa, experts, None, rows=rows, threads=2)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.parametrize("bias", [False, True])
+def test_clamped_swiglu_and_biases(isa, format, bias) -> None:
+    """Inputs so large that gate and up pass both clamps."""
+    experts = Experts.make(format, 5, 90, 40, bias=bias, activation="swiglu_clamped")
+    for rows in (1, 33):
+        try_routing(isa, experts, choose(rows, 3, 5), size=8, threads=2)
+    try_routing(isa, experts, [[2]] * 9)
+
+
+def test_biases_of_gate_up_and_down(isa, format) -> None:
+    for sizes in ((90, 40), (40, 90), (16, 16)):
+        experts = Experts.make(format, 5, *sizes, bias=True)
+        for rows in (1, 33):
+            try_routing(isa, experts, choose(rows, 3, 5), threads=3)
+
+
+def test_clamping_has_the_values_of_its_definition(isa) -> None:
+    """Gates and ups given by the biases alone."""
+    gates, ups = np.meshgrid([-40.0, -7, -1, 0, 1, 6.5, 7, 40], [-40.0, -7, -1, 0, 6.5, 7, 40])
+    experts = Experts.make("bf16", 1, 16, gates.size, bias=True, activation="swiglu_clamped")
+    gate_bias, up_bias, _ = experts.biases
+    gate_bias[0], up_bias[0] = gates.reshape(-1), ups.reshape(-1)
+    onto = np.zeros((1, 16), np.float32)
+    routed = run(isa, experts, np.zeros((1, 16), BF16), None, None, onto)
+    g, u = np.minimum(gates, 7).reshape(-1), np.clip(ups, -7, 7).reshape(-1)
+    expected = (g / (1 + np.exp(-1.702 * g)) * (u + 1)).astype(np.float32)
+    assert np.allclose(routed.activation[0].astype(np.float32), expected, rtol=1.01 * 2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sizes", [(90, 40, 24), (40, 33, 130), (300, 64, 64)])
+def test_a_shared_expert_goes_along(isa, format, sizes, gated) -> None:
+    """hidden, intermediate of the routed experts, and of the shared one; on more threads than some of it has blocks."""
+    experts = Experts.make(format, 10, *sizes[:2])
+    shared = Experts.make(format, 1, sizes[0], sizes[2], seed=1)
+    for rows in (1, 7, 33):
+        for threads in (1, 3):
+            try_routing(isa, experts, choose(rows, 3, 10), threads=threads, shared=shared, gated=gated)
+
+
+@pytest.mark.parametrize("other", FORMATS)
+def test_a_shared_expert_may_have_another_format(isa, format, other) -> None:
+    experts = Experts.make(format, 6, 90, 40, bias=True, activation="swiglu_clamped")
+    shared = Experts.make(other, 1, 90, 72, activation="swiglu_clamped", seed=1)
+    for rows in (1, 33):
+        try_routing(isa, experts, choose(rows, 2, 6), threads=2, shared=shared, gated=True)
+
+
+def test_a_shared_expert_is_the_same_bits_on_any_number_of_threads(isa, format) -> None:
+    random = np.random.default_rng(5)
+    experts, shared = Experts.make(format, 10, 300, 40), Experts.make("int8", 1, 300, 72, seed=1)
+    ids, gate = choose(33, 3, 10).astype(np.int32), random.uniform(0.1, 0.9, 33).astype(np.float32)
+    weights = random.random(ids.shape).astype(np.float32)
+    x, onto = random_bf16(random, 33, 300), random.standard_normal((33, 300)).astype(np.float32)
+    whole = run(isa, experts, x, ids, weights, onto, shared=shared, gate=gate).output
+    for threads in (2, 3):
+        again = run(isa, experts, x, ids, weights, onto, shared=shared, gate=gate, threads=threads)
+        assert np.array_equal(whole, again.output)
+    for first, last in ((0, 1), (5, 11)):
+        part = [array[first:last] for array in (x, ids, weights, onto)]
+        assert np.array_equal(whole[first:last], run(isa, experts, *part, shared=shared, gate=gate[first:last]).output)
+    assert not np.array_equal(whole, run(isa, experts, x, ids, weights, onto).output)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
+    format=st.sampled_from(list(FORMATS)),
     rows=st.integers(1, 20),
     experts=st.integers(4, 9),
     top_k=st.integers(1, 4),
@@ -174,15 +183,15 @@ def test_a_dense_layer_is_one_expert_of_weight_one(isa, rows, sizes) -> None:
     intermediate=st.integers(1, 60),
     threads=st.integers(1, 3),
 )
-def test_any_size_and_number_of_threads(rows, experts, top_k, hidden, intermediate, threads) -> None:
+def test_any_size_and_number_of_threads(format, rows, experts, top_k, hidden, intermediate, threads) -> None:
+    made = Experts.make(format, experts, hidden, intermediate)
     for isa in ISAS:
-        ids = choose(rows, top_k, experts, rows)
-        try_routing(isa, ids, sizes=(hidden, intermediate), experts=experts, threads=threads)
+        try_routing(isa, made, choose(rows, top_k, experts, rows), threads=threads)
 
 
-def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(isa) -> None:
+def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(isa, format) -> None:
     random = np.random.default_rng(5)
-    experts, ids = Experts.make(10, 300, 40), choose(33, 3, 10).astype(np.int32)
+    experts, ids = Experts.make(format, 10, 300, 40), choose(33, 3, 10).astype(np.int32)
     weights = random.random(ids.shape).astype(np.float32)
     x, onto = random_bf16(random, 33, 300), random.standard_normal((33, 300)).astype(np.float32)
     together = run(isa, experts, x, ids, weights, onto).output

@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_reference import assert_near, rms_norm
-from rig import BF16, Rig, aligned, placed, random_bf16
-
-from hybrid.program import pairs, row_stride
-from hybrid.weights.layout import pack_matrix
+from rig import BF16, Rig, aligned, packed, random_bf16, row_stride
 
 
 @pytest.mark.parametrize(("vocab", "hidden"), [(16, 32), (131, 90), (203, 33)])
@@ -20,10 +17,10 @@ def test_an_embedding_is_the_row_of_the_table(isa, vocab, hidden, threads) -> No
     rig = Rig(isa, threads, vocab=vocab)
     rig.add(
         "embed",
-        table=placed(pack_matrix(table)),
+        table=packed("bf16", table)[0],
         output=output,
         hidden=hidden,
-        pairs=pairs(hidden),
+        pairs=row_stride(hidden) // 2,
         output_stride=row_stride(hidden),
     )
     rig.run(5, tokens=tokens)
@@ -44,7 +41,8 @@ def test_a_norm_is_within_rounding(isa, width, rows, size) -> None:
     arguments = {"input": x, "weight": weight, "width": width, "input_stride": stride, "output_stride": stride}
     for f32 in (exact, None):
         rig = Rig(isa, 2)
-        rig.add("norm", output=output, output_f32=f32, eps=eps, logit_rows=False, **arguments)
+        outputs = {"output": output, "output_f32": f32, "output8": None, "output8_stride": 0}
+        rig.add("norm", eps=eps, logit_rows=False, **outputs, **arguments)
         rig.run(rows)
         expected = rms_norm(x[:, :width], weight, eps)
         assert_near(output[:, :width], expected.as_bf16())

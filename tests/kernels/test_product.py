@@ -6,32 +6,47 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import assert_near, product, rms_norm
-from rig import BF16, ISAS, Rig, aligned, padded, placed, random_bf16
+from kernel_reference import assert_near, format_product, rms_norm
+from rig import (
+    BF16,
+    ISAS,
+    Rig,
+    aligned,
+    dequantised_rows,
+    format_of,
+    int8_row_bytes,
+    packed,
+    random_bf16,
+    row_stride,
+    rows_of,
+)
 
-from hybrid.program import pairs, row_stride
-from hybrid.weights.layout import pack_matrix
+from hybrid.weights.formats import FORMATS
 
 ROWS = [1, 2, 5, 6, 7, 13, 17, 33, 100]
-SIZES = [(16, 32), (40, 90), (203, 300), (64, 600), (1000, 32)]  # k of 300 and 600 takes two and three panels
+# k of 300 and 600 takes two and three panels; 130 leaves a few inputs to the last scale of fp8 and to the last of int4.
+SIZES = [(16, 32), (40, 90), (40, 130), (203, 300), (64, 600), (1000, 32)]
+FUSED = [isa for isa in ISAS if isa != "portable"]  # these multiply and add with one rounding
 
 
-def multiply(isa, x, w, *, threads=1, bias=None, onto=None) -> np.ndarray:
-    """x [m, k] times w [n, k] by the op; checks that the padding of the output is left alone."""
-    (m, k), n = x.shape, len(w)
+def multiply(isa, format, x, weight, n, *, threads=1, bias=None, onto=None) -> np.ndarray:
+    """x [m, k], quantised as the format asks, times packed weights; checks that output padding is left alone."""
+    m, k = x.shape
+    rows = rows_of(format, x)
     output = aligned((m + 1, row_stride(n)), np.float32, fill=-7)
     if onto is not None:
         output[:m, :n] = onto
     rig = Rig(isa, threads)
     rig.add(
         "gemm",
-        input=padded(x),
-        weight=placed(pack_matrix(w)),
+        format=format_of(format),
+        input=rows,
+        weight=weight,
         bias=bias,
         output=output,
         columns=n,
-        pairs=pairs(k),
-        input_stride=row_stride(k),
+        inputs=row_stride(k),
+        input_stride=rows.strides[0],
         output_stride=row_stride(n),
         accumulate=onto is not None,
     )
@@ -40,83 +55,105 @@ def multiply(isa, x, w, *, threads=1, bias=None, onto=None) -> np.ndarray:
     return output[:m, :n]
 
 
-@pytest.mark.parametrize("rows", ROWS)
+def operands(format, rows, n, k, seed=0):
+    """Random x, packed weights, and the product of what both stand for."""
+    random = np.random.default_rng(seed)
+    x, (weight, values) = random_bf16(random, rows, k), packed(format, random_bf16(random, n, k))
+    return x, weight, format_product(format, dequantised_rows(format, rows_of(format, x), k), values)
+
+
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_product_is_within_rounding(isa, rows, n, k) -> None:
-    random = np.random.default_rng(rows)
-    x, w = random_bf16(random, rows, k), random_bf16(random, n, k)
-    assert_near(multiply(isa, x, w), product(x, w))
+def test_a_product_is_within_rounding(isa, format, n, k) -> None:
+    x, weight, expected = operands(format, max(ROWS), n, k)
+    for rows in ROWS:
+        assert_near(multiply(isa, format, x[:rows], weight, n), expected[:rows])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 40), n=st.integers(1, 80), k=st.integers(1, 290), threads=st.integers(1, 3))
 def test_any_size_and_number_of_threads(rows, n, k, threads) -> None:
-    random = np.random.default_rng(k)
-    x, w = random_bf16(random, rows, k), random_bf16(random, n, k)
-    for isa in ISAS:
-        assert_near(multiply(isa, x, w, threads=threads), product(x, w))
+    for format in FORMATS:
+        x, weight, expected = operands(format, rows, n, k)
+        for isa in ISAS:
+            assert_near(multiply(isa, format, x, weight, n, threads=threads), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
-def test_a_bias_is_added_and_an_output_accumulated(isa, rows) -> None:
+def test_a_bias_is_added_and_an_output_accumulated(isa, format, rows) -> None:
     random = np.random.default_rng(0)
-    x, w = random_bf16(random, rows, 90), random_bf16(random, 40, 90)
+    x, weight, expected = operands(format, rows, 40, 90)
     bias, onto = (random.standard_normal(shape).astype(np.float32) for shape in (40, (rows, 40)))
-    expected = product(x, w)
-    assert_near(multiply(isa, x, w, bias=bias), expected + bias)
-    assert_near(multiply(isa, x, w, onto=onto), expected + onto)
-    assert_near(multiply(isa, x, w, bias=bias, onto=onto), (expected + bias) + onto)
+    assert_near(multiply(isa, format, x, weight, 40, bias=bias), expected + bias)
+    assert_near(multiply(isa, format, x, weight, 40, onto=onto), expected + onto)
+    assert_near(multiply(isa, format, x, weight, 40, bias=bias, onto=onto), (expected + bias) + onto)
 
 
-@pytest.mark.parametrize("k", [90, 600])
-def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(isa, k) -> None:
-    random = np.random.default_rng(k)
-    x, w = random_bf16(random, 33, k), random_bf16(random, 1000, k)
-    together = multiply(isa, x, w)
+@pytest.mark.parametrize(("n", "k"), [(1000, 90), (200, 600)])
+def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(isa, format, n, k) -> None:
+    x, weight, _ = operands(format, 33, n, k)
+    together = multiply(isa, format, x, weight, n)
     for threads in (2, 3):
-        assert np.array_equal(together, multiply(isa, x, w, threads=threads))
+        assert np.array_equal(together, multiply(isa, format, x, weight, n, threads=threads))
     for first, last in ((0, 1), (4, 6), (8, 15), (20, 33)):
-        assert np.array_equal(together[first:last], multiply(isa, x[first:last], w))
+        assert np.array_equal(together[first:last], multiply(isa, format, x[first:last], weight, n))
+
+
+@pytest.mark.skipif(len(FUSED) < 2, reason="one instruction set with fused multiply-add is here")
+@pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].integer])
+@pytest.mark.parametrize("rows", [3, 33])
+def test_integer_formats_give_the_same_bits_on_every_instruction_set_with_fma(format, rows) -> None:
+    x, weight, _ = operands(format, rows, 203, 600)
+    first, *others = (multiply(isa, format, x, weight, 203) for isa in FUSED)
+    for other in others:
+        assert np.array_equal(first, other)
 
 
 @pytest.mark.parametrize("logit_rows", [[], [0], [12], [0, 5, 6, 12], range(13)], ids=str)
-def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, logit_rows) -> None:
+def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, format, logit_rows) -> None:
     random = np.random.default_rng(1)
     hidden, vocab, rows, eps = 90, 203, 13, 1e-5
     residual = aligned((rows, row_stride(hidden)), np.float32)
     residual[:, :hidden] = random.standard_normal((rows, hidden))
-    weight = random.standard_normal(hidden).astype(np.float32)
-    head = random_bf16(random, vocab, hidden)
+    norm_weight = random.standard_normal(hidden).astype(np.float32)
+    head, head_values = packed(format, random_bf16(random, vocab, hidden))
+    integer = FORMATS[format].integer
     normed = aligned((rows, row_stride(hidden)), BF16)
+    normed8 = aligned((rows, int8_row_bytes(hidden)), np.uint8)
+    read = normed8 if integer else normed
     rig = Rig(isa, 2, vocab=vocab)
     rig.add(
         "norm",
         "head",
         input=residual,
-        weight=weight,
-        output=normed,
+        weight=norm_weight,
+        output=None if integer else normed,
         output_f32=None,
+        output8=normed8 if integer else None,
         width=hidden,
         input_stride=row_stride(hidden),
         output_stride=row_stride(hidden),
+        output8_stride=normed8.strides[0],
         eps=eps,
         logit_rows=True,
     )
     rig.add(
         "gemm",
         "head",
-        input=normed,
-        weight=placed(pack_matrix(head)),
+        format=format_of(format),
+        input=read,
+        weight=head,
         bias=None,
         output=None,
         columns=vocab,
-        pairs=pairs(hidden),
-        input_stride=row_stride(hidden),
+        inputs=row_stride(hidden),
+        input_stride=read.strides[0],
         output_stride=vocab,
         accumulate=False,
     )
     logits = rig.run(rows, logit_rows)
     wanted = len(logit_rows)
-    assert_near(normed[:wanted, :hidden], rms_norm(residual[list(logit_rows), :hidden], weight, eps).as_bf16())
-    assert_near(logits, product(normed[:wanted, :hidden], head))
-    assert not normed[wanted:].any()
+    if not integer:
+        exact = rms_norm(residual[list(logit_rows), :hidden], norm_weight, eps)
+        assert_near(normed[:wanted, :hidden], exact.as_bf16())
+    assert_near(logits, format_product(format, dequantised_rows(format, read[:wanted], hidden), head_values))
+    assert not normed[wanted:].any() and not normed8[wanted:].any()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_reference import FP32, Near, assert_near, rms_norm, rotate
-from kv_pages import KvPages
+from kv_pages import KvPages, quantised
 from rig import BF16, Rig, aligned
 
+from hybrid.config import KV_FORMATS
 from hybrid.program import row_stride
 
 EPS = 1e-6
@@ -41,17 +43,40 @@ def run(isa, x, pages: KvPages, heads, table, norms, *, rope_dim, interleaved=Fa
     return q
 
 
+def stored(near: Near, format: str) -> Near:
+    """How far a stored key may be from what was to be stored: half the distance of two codes, and fp32's part in it."""
+    if format == "bf16":
+        return near.as_bf16()
+    largest = (np.abs(near.value) + near.bound).max(-1, keepdims=True)
+    if format == "int8":
+        rounding = largest / 127 / 2
+    else:
+        rounding = np.maximum(2.0**-4 * (np.abs(near.value) + near.bound), largest / 448 * 2.0**-10)
+    return Near(near.value, near.bound + rounding + 4 * FP32 * largest)
+
+
+def assert_stored(pages: KvPages, which: int, slot: int, position: int, rows: np.ndarray) -> None:
+    """Rows [kv_heads, head_dim] lie there, bit for bit as quantised by the definition; which: 0 keys, 1 values."""
+    codes, scales = quantised(rows, pages.format)
+    found = pages.codes(slot)[which][:, position]
+    assert np.array_equal(found[:, : rows.shape[1]].view(np.uint8), codes.view(np.uint8))
+    assert not found[:, rows.shape[1] :].any()
+    if pages.format != "bf16":
+        assert np.array_equal(pages.scales(slot)[which][:, position], scales)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 24), (3, 1, 40), (2, 2, 64), (8, 1, 128)])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("rope", ["none", "half-split", "interleaved", "partial"])
-def test_heads_are_normed_turned_and_stored(isa, heads, kv_heads, head_dim, normed, rope) -> None:
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_heads_are_normed_turned_and_stored(isa, kv_format, heads, kv_heads, head_dim, normed, rope) -> None:
     random = np.random.default_rng(head_dim)
     rows, rope_dim = len(PLACES), {"none": 0, "partial": head_dim // 2}.get(rope, head_dim)
     x = random.standard_normal((rows, (heads + 2 * kv_heads) * head_dim)).astype(np.float32)
     angles = random.uniform(-3, 3, (rows, rope_dim // 2))
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     norms = [random.standard_normal(head_dim).astype(np.float32) for _ in "qk"] if normed else None
-    pages = KvPages(slots=4, heads=kv_heads, head_dim=head_dim, tokens=512)
+    pages = KvPages(slots=4, heads=kv_heads, head_dim=head_dim, tokens=512, format=kv_format)
     q = run(isa, x, pages, heads, table, norms, rope_dim=rope_dim, interleaved=rope == "interleaved", threads=2)
 
     split = x.reshape(rows, -1, head_dim)
@@ -65,12 +90,40 @@ def test_heads_are_normed_turned_and_stored(isa, heads, kv_heads, head_dim, norm
                 near = rms_norm(part, norms[index], EPS)
             if rope_dim:
                 near = rotate(near, table[row], rope_dim, rope == "interleaved")
-            expected[name] = near.as_bf16()
-        assert_near(q[row, :, :head_dim], expected["q"])
-        assert_near(pages.keys(slot)[:, position, :head_dim], expected["k"])
-        assert np.array_equal(pages.values(slot)[:, position, :head_dim], parts["v"].astype(BF16))
+            expected[name] = near
+        assert_near(q[row, :, :head_dim], expected["q"].as_bf16())
+        assert_near(pages.keys(slot)[:, position, :head_dim], stored(expected["k"], kv_format))
+        assert_stored(pages, 1, slot, position, parts["v"])
+        if not norms and not rope_dim:
+            assert_stored(pages, 0, slot, position, parts["k"])
     assert not q[:, :, head_dim:].any()
     assert pages.used() == len(set(PLACES))
+
+
+def fp8_values() -> np.ndarray:
+    """Every finite e4m3 value, those halfway between two and those just beside: [rows, 128], 448 in each row."""
+    values = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (values[1:] + values[:-1]) / 2
+    steps = [np.nextafter(middles, np.float32(end)) for end in (0, np.inf)]
+    cases = np.concatenate([values, middles, *steps])
+    cases = np.resize(np.concatenate([cases, -cases]), (len(PLACES), 2, 127))
+    return np.concatenate([cases, np.full((len(PLACES), 2, 1), 448)], axis=-1).astype(np.float32)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [1, 1e-30, 1e-39, 1e30, 0])
+def test_codes_are_those_nearest(isa, kv_format, size) -> None:
+    """Ties, subnormal codes, and rows whose factor would not be finite."""
+    both = fp8_values() * np.float32(size)  # a KV head for keys, one for values
+    pages = KvPages(slots=4, heads=1, head_dim=128, tokens=512, format=kv_format)
+    x = np.concatenate([both[:, :1], both], axis=1).reshape(len(PLACES), -1)
+    run(isa, x, pages, 1, None, None, rope_dim=0)
+    for row, (slot, position) in enumerate(PLACES):
+        for which in (0, 1):
+            if 0 < size < 1e-38:
+                assert not pages.codes(slot)[which][:, position].any()
+            else:
+                assert_stored(pages, which, slot, position, both[row, which : which + 1])
 
 
 @pytest.mark.parametrize("dim", [2, 24, 128])

@@ -1,6 +1,8 @@
 #include "cpu/features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <stdexcept>
 
@@ -10,6 +12,7 @@ extern const KernelTable kernels_portable;
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
 extern const KernelTable kernels_avx512_bf16;
+extern const KernelTable kernels_amx;
 
 namespace {
 
@@ -31,6 +34,24 @@ uint64_t saved_state() {
   return uint64_t(high) << 32 | low;
 }
 
+// Linux hands out tiles only to processes that asked. Asking is for the whole process, its later threads included, and
+// may be done again; a refusal (an old kernel, a seccomp filter) leaves AMX out, as on a processor without it.
+bool tiles_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// What AMX needs beyond AVX-512. A kernel that refuses is "amx_permission", which no processor lists.
+std::vector<Feature> amx_features(unsigned edx7, uint64_t state) {
+  const bool saved = (state & 0x60000) == 0x60000;
+  const bool tile = saved && (edx7 & (1u << 24)), bf16 = saved && (edx7 & (1u << 22)),
+             int8 = saved && (edx7 & (1u << 25));
+  const bool all = tile && bf16 && int8;
+  std::vector<Feature> features = {{"amx_tile", tile}, {"amx_bf16", bf16}, {"amx_int8", int8}};
+  if (all) features.push_back({"amx_permission", tiles_granted()});
+  return features;
+}
+
 std::vector<Isa> known_isas() {
   unsigned eax = 0, ebx1 = 0, ecx1 = 0, edx1 = 0, ebx7 = 0, ecx7 = 0, edx7 = 0, eax71 = 0, unused = 0;
   __get_cpuid(1, &eax, &ebx1, &ecx1, &edx1);
@@ -50,14 +71,23 @@ std::vector<Isa> known_isas() {
   std::vector<Feature> avx512_bf16 = avx512;
   avx512_bf16.push_back({"avx512_bf16", zmm && (eax71 & (1u << 5))});
   avx512_bf16.push_back({"avx512_vnni", zmm && (ecx7 & (1u << 11))});
-  return {
-      {&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, {}}};
+  std::vector<Feature> amx = avx512_bf16;
+  for (const Feature& f : amx_features(edx7, state)) amx.push_back(f);
+  return {{&kernels_amx, amx},
+          {&kernels_avx512_bf16, avx512_bf16},
+          {&kernels_avx512, avx512},
+          {&kernels_avx2, avx2},
+          {&kernels_portable, {}}};
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> known = known_isas();
+  return known;
 }
 
 const Isa& find(const std::string& name) {
-  static const std::vector<Isa> isas = known_isas();
   std::string names;
-  for (const Isa& isa : isas) {
+  for (const Isa& isa : isas()) {
     if (name == isa.table->name) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.table->name);
   }
@@ -68,7 +98,7 @@ const Isa& find(const std::string& name) {
 
 std::vector<const KernelTable*> available_tables() {
   std::vector<const KernelTable*> tables;
-  for (const Isa& isa : known_isas())
+  for (const Isa& isa : isas())
     if (missing_features(isa.table->name).empty()) tables.push_back(isa.table);
   return tables;
 }

@@ -41,11 +41,25 @@ class PinnedCaller {
   cpu_set_t before_;
 };
 
+int checked_nodes(int nodes, int threads) {
+  if (threads < 1) throw std::invalid_argument(std::to_string(threads) + " threads; there must be at least one");
+  if (nodes >= 1 && nodes <= threads) return nodes;
+  throw std::invalid_argument(std::to_string(nodes) + " nodes for " + std::to_string(threads) +
+                              " threads; from 1 to as many as there are threads are allowed");
+}
+
+std::vector<int> checked_cpus(std::vector<int> cpus, int threads) {
+  if (cpus.empty() || int(cpus.size()) == threads) return cpus;
+  throw std::invalid_argument(std::to_string(cpus.size()) + " processors for " + std::to_string(threads) +
+                              " threads; give one for each, or none");
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, std::vector<int> cpus)
+ThreadPool::ThreadPool(int threads, std::vector<int> cpus, int nodes)
     : threads_(threads),
-      cpus_(std::move(cpus)),
+      cpus_(checked_cpus(std::move(cpus), threads)),
+      nodes_(checked_nodes(nodes, threads)),
       spins_(cpus_.empty() ? kSpinsOnSharedCore : kSpinsOnOwnCore),
       process_(getpid()) {
   try {
@@ -114,7 +128,7 @@ void ThreadPool::wait_for_job(unsigned seen) {
 }
 
 void ThreadPool::work(int thread) {
-  if (thread < int(cpus_.size())) pin(cpus_[thread]);
+  if (!cpus_.empty()) pin(cpus_[size_t(thread)]);
   for (unsigned seen = 0;; ++seen) {
     wait_for_job(seen);
     if (stop_) return;

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -13,13 +14,19 @@ namespace hybrid {
 class ThreadPool {
  public:
   // Thread i is pinned to cpus[i]; an empty list pins nothing and means that threads may have to share a core. Refused
-  // pinning is no error. Throws std::runtime_error when the system refuses a thread.
-  ThreadPool(int threads, std::vector<int> cpus);
+  // pinning is no error. The threads are cut into `nodes` runs, as equal as they can be: those of a memory node, which
+  // hold one part of the weights. Throws std::invalid_argument when a node would have no thread, or when cpus has
+  // another length than threads, std::runtime_error when the system refuses a thread.
+  ThreadPool(int threads, std::vector<int> cpus, int nodes = 1);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return threads_; }
+  int nodes() const { return nodes_; }
+  // The threads of a node are [first_thread(node), first_thread(node + 1)).
+  int first_thread(int node) const { return int(int64_t(threads_) * node / nodes_); }
+  int node_of(int thread) const { return int((int64_t(nodes_) * (thread + 1) - 1) / threads_); }
   // Calls function(thread) on every thread and returns when all have; one caller at a time.
   template <class Function>
   void run(Function& function) {
@@ -37,6 +44,7 @@ class ThreadPool {
 
   const int threads_;
   const std::vector<int> cpus_;
+  const int nodes_;
   const int spins_;  // at a barrier, before the core is offered to others
   const int process_;
   std::mutex one_caller_;

@@ -60,7 +60,8 @@ struct Runner {
   void operator()(const EmbedArgs& a) const { kernels.embed(a, step, work); }
   void operator()(const RopeTableArgs& a) const { rope_table(a, step, work); }
   void operator()(const NormArgs& a) const { kernels.norm(a, step, work); }
-  void operator()(const GemmArgs& a) const { kernels.gemm(a, step, work); }
+  void operator()(const GemmArgs& a) const { kernels.gemm[int(a.format)](a, step, work); }
+  void operator()(const QuantiseArgs& a) const { kernels.quantise(a, step, work); }
   void operator()(const QkvArgs& a) const { kernels.qkv(a, step, work); }
   void operator()(const AttentionArgs& a) const { kernels.attention(a, step, work); }
   void operator()(const MergeArgs& a) const { kernels.merge(a.attention, step, work); }
@@ -69,6 +70,7 @@ struct Runner {
   void operator()(const GroupArgs& a) const { group(a, step, work); }
   void operator()(const GateUpArgs& a) const { kernels.gate_up(a, step, work); }
   void operator()(const DownArgs& a) const { kernels.down(a, step, work); }
+  void operator()(const JoinArgs& a) const { kernels.join(a, step, work); }
 };
 
 }  // namespace
@@ -80,25 +82,50 @@ Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool,
       ended_(size_t(limits.slots)),
       scratch_(limits.scratch_bytes * size_t(pool_->size()), true) {}
 
-void Executor::add(Part part, const OpArgs& args) {
+void Executor::add(Part part, const OpArgs& args, int node) {
+  check_turn(part, args, node);
+  check_args(args);
+  if (node > 0)
+    ops_.back().nodes.push_back(args);
+  else
+    ops_.push_back({part, node != kAllNodes, {args}});
+  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
+}
+
+// The calls for the nodes of one op follow each other: a gap would leave a node without its part.
+void Executor::check_turn(Part part, const OpArgs& args, int node) const {
+  const std::string nodes = std::to_string(pool_->nodes());
+  require(node >= kAllNodes && node < pool_->nodes(), "node " + std::to_string(node) + " of " + nodes);
+  if (ops_.empty() || whole(ops_.back())) {
+    require(node <= 0, "node " + std::to_string(node) + " comes before node 0");
+    return;
+  }
+  const Op& open = ops_.back();
+  const std::string next = std::to_string(open.nodes.size());
+  require(node == int(open.nodes.size()),
+          "the op before has work for " + next + " of " + nodes + " nodes: that of node " + next + " must follow");
+  require(open.part == part && open.nodes[0].index() == args.index(), "all nodes of an op do the same kind of work");
+}
+
+void Executor::check_args(const OpArgs& args) {
   if (const auto* attention = std::get_if<AttentionArgs>(&args)) {
     const int group = attention->heads / attention->kv_heads;
     require(group <= kMaxTileRows, "attention with " + std::to_string(group) + " query heads per KV head; at most " +
                                        std::to_string(kMaxTileRows) + " are supported");
     const size_t rows = size_t(std::max(kAttentionRows, group));
-    const size_t needed = rows * (kKeys * 6 + size_t(attention->kv.value_dim + kBlock) * 8);
+    const size_t opened =
+        attention->kv.format == Format::bf16 ? 0 : size_t(std::max(kKeys, attention->kv.key_dim)) * 128;
+    const size_t needed = rows * (kKeys * 6 + size_t(attention->kv.value_dim + kBlock) * 8) + opened;
     require(needed <= limits_.scratch_bytes, "attention needs " + std::to_string(needed) + " bytes of scratch");
     group_ = std::max(group_, group);
   }
   if (const auto* qkv = std::get_if<QkvArgs>(&args))
     require(qkv->head_dim <= kMaxHeadDim,
             "head_dim " + std::to_string(qkv->head_dim) + " is above " + std::to_string(kMaxHeadDim));
-  ops_.push_back({part, args});
-  counters_.assign(ops_.size(), 0);
-  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
 }
 
 void Executor::check(const Step& step) {
+  require(ops_.empty() || whole(ops_.back()), "the last op lacks the work of a node");
   require(step.rows >= 1 && step.rows <= limits_.rows,
           "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + std::to_string(limits_.rows));
   std::fill(ended_.begin(), ended_.end(), false);
@@ -123,8 +150,13 @@ void Executor::check(const Step& step) {
 }
 
 bool Executor::needed(const Op& op, const Step& step) const {
-  if (std::holds_alternative<MergeArgs>(op.args)) return step.split_tiles > 0;
+  if (std::holds_alternative<MergeArgs>(op.nodes[0])) return step.split_tiles > 0;
   return op.part != Part::head || step.logit_rows > 0;
+}
+
+// Partial sums must be joined, which also clears them: a step that ended before would leave them to the next one.
+bool Executor::may_end(size_t op) const {
+  return op + 1 == ops_.size() || !std::holds_alternative<JoinArgs>(ops_[op + 1].nodes[0]);
 }
 
 Outcome Executor::asked_to_stop(Interrupted interrupted) {
@@ -135,11 +167,23 @@ Outcome Executor::asked_to_stop(Interrupted interrupted) {
   return interrupted && interrupted() ? Outcome::interrupted : Outcome::done;
 }
 
+// One thread's part in an op, which it shares with all threads or with those of its node.
+void Executor::run(int index, const Step& step, int thread) {
+  const Op& op = ops_[size_t(index)];
+  const int node = op.per_node ? pool_->node_of(thread) : 0;
+  const int first = op.per_node ? pool_->first_thread(node) : 0;
+  const int last = op.per_node ? pool_->first_thread(node + 1) : pool_->size();
+  int* counter = &counters_[size_t(node) * counter_stride() + size_t(index)];
+  char* scratch = scratch_.data() + limits_.scratch_bytes * size_t(thread);
+  std::visit(Runner{kernels_, step, {thread - first, last - first, counter, scratch}}, op.nodes[size_t(node)]);
+}
+
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   std::lock_guard<std::mutex> lock(one_step_);
   check(step);
+  step.tile_rows = limits_.batch_invariant ? 1 : 0;
   schedule_->build(step);
-  std::fill(counters_.begin(), counters_.end(), 0);
+  counters_.assign(counter_stride() * size_t(pool_->nodes()), 0);
   times.fill(0);
   next_check_ = now() + 0.1;
   Outcome outcome = Outcome::done;
@@ -150,9 +194,8 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
     for (int i = 0; i < int(ops_.size()); ++i) {
       const Op& op = ops_[size_t(i)];
       if (!needed(op, step)) continue;
-      char* scratch = scratch_.data() + limits_.scratch_bytes * size_t(thread);
-      std::visit(Runner{kernels_, step, {thread, pool_->size(), &counters_[size_t(i)], scratch}}, op.args);
-      if (thread == 0) {
+      run(i, step, thread);
+      if (thread == 0 && may_end(size_t(i))) {
         outcome = asked_to_stop(interrupted);
         if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
       }

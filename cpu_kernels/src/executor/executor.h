@@ -20,16 +20,19 @@ struct MergeArgs {
 };
 
 using OpArgs = std::variant<EmbedArgs, RopeTableArgs, NormArgs, GemmArgs, QkvArgs, AttentionArgs, MergeArgs, RouterArgs,
-                            TopkArgs, GroupArgs, GateUpArgs, DownArgs>;
+                            TopkArgs, GroupArgs, GateUpArgs, DownArgs, QuantiseArgs, JoinArgs>;
 
 // What the time of an op is booked under.
 enum class Part { attention, moe, head, other };
 constexpr int kParts = 4;
 using Times = std::array<double, kParts>;  // seconds
 
+constexpr int kAllNodes = -1;
+
 struct Limits {
   int rows, slots, positions, vocab;
   size_t scratch_bytes;  // per thread
+  bool batch_invariant;  // products of any number of rows take the same path, bit for bit
 };
 
 enum class Outcome { done, cancelled, interrupted };
@@ -41,11 +44,14 @@ class Executor {
 
   Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool, Limits limits);
 
-  // Throws std::invalid_argument when the op does not fit the limits.
-  void add(Part part, const OpArgs& args);
+  // An op that all threads share; or, with `node`, what the threads of one node do in an op in which each node has work
+  // of its own: such calls come for node 0, 1 and so on, one after the other. Throws std::invalid_argument when the op
+  // does not fit the limits or comes out of turn.
+  void add(Part part, const OpArgs& args, int node = kAllNodes);
 
   // Runs every op over the rows of `step`, whose tile fields it fills. Throws std::invalid_argument on tokens, slots or
-  // positions out of range. After `cancelled` or `interrupted` what the step wrote must be discarded.
+  // positions out of range, or when the last op lacks a node. After `cancelled` or `interrupted` what the step wrote
+  // must be discarded.
   Outcome step(Step step, Times& times, Interrupted interrupted);
 
   // From any thread: ends the running step, or the next one if none runs.
@@ -57,11 +63,17 @@ class Executor {
  private:
   struct Op {
     Part part;
-    OpArgs args;
+    bool per_node;
+    std::vector<OpArgs> nodes;  // one, or one for each node
   };
+  void check_args(const OpArgs& args);
+  void check_turn(Part part, const OpArgs& args, int node) const;
+  bool whole(const Op& op) const { return !op.per_node || int(op.nodes.size()) == pool_->nodes(); }
   void check(const Step& step);
   bool needed(const Op& op, const Step& step) const;
-  void run(const Op& op, const Step& step, const Work& work) const;
+  bool may_end(size_t op) const;
+  size_t counter_stride() const { return (ops_.size() + 31) / 16 * 16; }
+  void run(int op, const Step& step, int thread);
   Outcome asked_to_stop(Interrupted interrupted);
 
   const KernelTable& kernels_;
@@ -70,8 +82,8 @@ class Executor {
   std::vector<char> ended_;  // [slots], slots whose rows have passed; of the step being checked
   int group_ = 1;
   std::vector<Op> ops_;
-  std::mutex one_step_;  // held while a step runs: what it counts and plans is kept here
-  std::vector<int> counters_;
+  std::mutex one_step_;        // held while a step runs: what it counts and plans is kept here
+  std::vector<int> counters_;  // [nodes][ops]: the nodes of an op count far apart, so they share no cache line
   std::unique_ptr<Schedule> schedule_;
   Arena scratch_;
   std::atomic<bool> cancelled_{false};

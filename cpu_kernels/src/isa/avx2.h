@@ -18,10 +18,22 @@ struct Avx2 {
   struct Pair {
     __m256 even, odd;
   };
+  struct I32 {
+    __m256i lo, hi;
+  };
+  // Four bytes of a column as 16-bit pairs: inputs 0 and 2, inputs 1 and 3.
+  struct Half {
+    __m256i even, odd;
+  };
+  struct Bytes {
+    Half lo, hi;
+  };
+  using Quad = Half;
   // More sums than registers: they are added to where they lie in L1, which measured twice as fast as fewer rows that
   // fit, since every line is widened once for all of them.
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 2;
+  static constexpr int tile_rows = 0;
 
   static F32 zero() { return set(0.0f); }
   static F32 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -81,8 +93,89 @@ struct Avx2 {
     const __m256 hi = _mm256_fmadd_ps(line.even.hi, pair.even, acc.hi);
     return {_mm256_fmadd_ps(line.odd.lo, pair.odd, lo), _mm256_fmadd_ps(line.odd.hi, pair.odd, hi)};
   }
+  static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static void store_line(char* p, Line line) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), pair_bits(line.even.lo, line.odd.lo));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), pair_bits(line.even.hi, line.odd.hi));
+  }
+
+  static I32 set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I32 load_int(const int32_t* p) {
+    return {load_256(reinterpret_cast<const char*>(p)), load_256(reinterpret_cast<const char*>(p + 8))};
+  }
+  static F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+  static Bytes load_bytes(const char* p) { return {widen_bytes(load_256(p)), widen_bytes(load_256(p + 32))}; }
+  static Bytes load_nibbles(const char* p, int high) {
+    return {widen_bytes(nibbles(p, high)), widen_bytes(nibbles(p + 32, high))};
+  }
+  static void store_nibbles(char* p, const char* from, int high) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), nibbles(from, high));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), nibbles(from + 32, high));
+  }
+  static Quad load_quad(const char* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    const __m256i all = _mm256_set1_epi32(bits);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
+  }
+  static I32 dot(I32 acc, Bytes bytes, Quad quad) {
+    return {dot_half(acc.lo, bytes.lo, quad), dot_half(acc.hi, bytes.hi, quad)};
+  }
+
+  static F32 from_bf16(const char* p) { return {widen_bf16(load_128(p)), widen_bf16(load_128(p + 16))}; }
+  static F32 from_int8(const char* p) { return from_int8(load_128(p)); }
+  static F32 from_fp8(const char* p) {
+    // As fp16 the same bits are 2^-8 of the value, subnormals included; the sign is shifted into place twice.
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
+    const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(short(0xbfff)));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+  }
+  static void from_fp4(const char* p, F32& even, F32& odd) {
+    const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    const __m128i codes = load_128(p), four_bits = _mm_set1_epi8(15);
+    even = from_int8(_mm_shuffle_epi8(doubled, _mm_and_si128(codes, four_bits)));
+    odd = from_int8(_mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(codes, 4), four_bits)));
+  }
+  static F32 from_e8m0(const char* p) {
+    const __m128i bytes = load_128(p);
+    return {from_exponent(bytes), from_exponent(_mm_srli_si128(bytes, 8))};
+  }
+  static void store_int8(char* p, F32 x) {
+    const __m256i words =
+        _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
 
  private:
+  static __m128i load_128(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i load_256(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i nibbles(const char* p, int high) {
+    const __m256i bytes = load_256(p);
+    return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+  }
+  static Half widen_bytes(__m256i bytes) {
+    return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+  }
+  static __m256i dot_half(__m256i acc, Half bytes, Quad quad) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(bytes.even, quad.even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(bytes.odd, quad.odd));
+  }
+  static __m256 widen_bf16(__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static F32 from_int8(__m128i bytes) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  }
+  static __m256 from_exponent(__m128i bytes) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
+  }
+  // Values that bf16 holds exactly: cutting off the lower half loses nothing.
+  static __m256i pair_bits(__m256 even, __m256 odd) {
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    return _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa);
+  }
   static __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 odd(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));

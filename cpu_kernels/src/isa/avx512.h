@@ -14,8 +14,15 @@ struct Avx512 {
     __m512 even, odd;
   };
   using Pair = Line;
+  using I32 = __m512i;
+  // Four bytes of a column as 16-bit pairs: inputs 0 and 2, inputs 1 and 3.
+  struct Bytes {
+    __m512i even, odd;
+  };
+  using Quad = Bytes;
   static constexpr int max_rows = 8;
   static constexpr int max_blocks = 2;
+  static constexpr int tile_rows = 0;
 
   static F32 zero() { return _mm512_setzero_ps(); }
   static F32 set(float x) { return _mm512_set1_ps(x); }
@@ -49,8 +56,65 @@ struct Avx512 {
     return widen(_mm512_set1_epi32(bits));
   }
   static F32 dot(F32 acc, Line line, Pair pair) { return fma(line.odd, pair.odd, fma(line.even, pair.even, acc)); }
+  static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static void store_line(char* p, Line line) { _mm512_store_si512(p, pair_bits(line.even, line.odd)); }
+
+  static I32 set_int(int x) { return _mm512_set1_epi32(x); }
+  static I32 load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
+  static Bytes load_bytes(const char* p) { return widen_bytes(_mm512_load_si512(p)); }
+  static Bytes load_nibbles(const char* p, int high) { return widen_bytes(nibbles(p, high)); }
+  static void store_nibbles(char* p, const char* from, int high) { _mm512_store_si512(p, nibbles(from, high)); }
+  static Quad load_quad(const char* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    const __m512i all = _mm512_set1_epi32(bits);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(all, 8), 8), _mm512_srai_epi16(all, 8)};
+  }
+  static I32 dot(I32 acc, Bytes bytes, Quad quad) {
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.even, quad.even));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.odd, quad.odd));
+  }
+
+  static F32 from_bf16(const char* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16));
+  }
+  static F32 from_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p))); }
+  static F32 from_fp8(const char* p) {
+    // As fp16 the same bits are 2^-8 of the value, subnormals included; the sign is shifted into place twice.
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(short(0xbfff))));
+  }
+  static void from_fp4(const char* p, F32& even, F32& odd) {
+    const F32 doubled = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);
+    const __m512i codes = _mm512_cvtepu8_epi32(load_128(p));  // the permutation looks at four bits only
+    even = _mm512_permutexvar_ps(codes, doubled);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), doubled);
+  }
+  static F32 from_e8m0(const char* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(load_128(p)), 23));
+  }
+  static void store_int8(char* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+
+ protected:
+  static __m128i load_128(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i load_256(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m512i nibbles(const char* p, int high) {
+    const __m512i bytes = _mm512_load_si512(p);
+    return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+  }
+  // Values that bf16 holds exactly: cutting off the lower half loses nothing.
+  static __m512i pair_bits(F32 even, F32 odd) {
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000)), low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_ternarylogic_epi32(low, _mm512_castps_si512(odd), high, 0xf8);  // low | (odd & high)
+  }
 
  private:
+  static Bytes widen_bytes(__m512i bytes) {
+    return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
+  }
   static Line widen(__m512i pairs) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};

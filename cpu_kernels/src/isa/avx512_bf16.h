@@ -1,4 +1,4 @@
-// AVX-512 with BF16 dot products: a packed line is one operand as it stands.
+// AVX-512 with BF16 and VNNI dot products: a packed line is one operand as it stands.
 #pragma once
 
 #include "isa/avx512.h"
@@ -9,6 +9,10 @@ namespace HYBRID_ISA {
 struct Avx512Bf16 : Avx512 {
   using Line = __m512i;
   using Pair = __m512i;
+  // Types of their own, so that dot products of the two kinds are told apart; vectors, because arrays of structs spill.
+  typedef char Bytes __attribute__((vector_size(64)));
+  typedef int I32 __attribute__((vector_size(64)));
+  using Quad = Bytes;
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 4;
 
@@ -22,6 +26,22 @@ struct Avx512Bf16 : Avx512 {
     return _mm512_set1_epi32(bits);
   }
   static F32 dot(F32 acc, Line line, Pair pair) { return _mm512_dpbf16_ps(acc, (__m512bh)line, (__m512bh)pair); }
+  static Line make_line(F32 even, F32 odd) { return pair_bits(even, odd); }
+  static void store_line(char* p, Line line) { _mm512_store_si512(p, line); }
+
+  static I32 set_int(int x) { return (I32)_mm512_set1_epi32(x); }
+  static I32 load_int(const int32_t* p) { return (I32)_mm512_loadu_si512(p); }
+  static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
+  static Bytes load_bytes(const char* p) { return (Bytes)_mm512_load_si512(p); }
+  static Bytes load_nibbles(const char* p, int high) { return (Bytes)nibbles(p, high); }
+  static Quad load_quad(const char* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (Quad)_mm512_set1_epi32(bits);
+  }
+  static I32 dot(I32 acc, Bytes bytes, Quad quad) {
+    return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)bytes, (__m512i)quad);
+  }
 };
 
 }  // namespace HYBRID_ISA

@@ -1,4 +1,9 @@
 // Plain C++ over sixteen lanes: runs anywhere, and is the reference that the others are tested against.
+//
+// What every instruction set offers: sixteen lanes of fp32 (F32) and int32 (I32); for the float kind a Line of 16
+// columns by a pair of bf16 inputs and the Pair it meets; for the integer kind the Bytes of 16 columns by four unsigned
+// weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value, fp4 as twice
+// its value.
 #pragma once
 
 #include "executor/args.h"
@@ -16,8 +21,18 @@ struct Portable {
   struct Pair {
     float even, odd;
   };
+  struct I32 {
+    int32_t lane[16];
+  };
+  struct Bytes {
+    uint8_t column[16][4];
+  };
+  struct Quad {
+    int8_t input[4];
+  };
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
+  static constexpr int tile_rows = 0;  // rows from which products multiply matrix tiles; 0: there are none
 
   template <class Function>
   static F32 each(Function function) {
@@ -93,12 +108,91 @@ struct Portable {
   static F32 dot(F32 acc, const Line& line, Pair pair) {
     return each([&](int i) { return acc.lane[i] + line.even.lane[i] * pair.even + line.odd.lane[i] * pair.odd; });
   }
+  static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static void store_line(char* p, const Line& line) {
+    uint32_t pairs[16];
+    for (int i = 0; i < 16; ++i) pairs[i] = float_to_bits(line.even.lane[i]) >> 16 | float_to_bits(line.odd.lane[i]);
+    __builtin_memcpy(p, pairs, sizeof pairs);
+  }
+
+  static I32 set_int(int x) {
+    I32 out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = x;
+    return out;
+  }
+  static I32 load_int(const int32_t* p) {
+    I32 out;
+    __builtin_memcpy(&out, p, sizeof out);
+    return out;
+  }
+  static F32 to_f32(const I32& x) {
+    return each([&](int i) { return float(x.lane[i]); });
+  }
+  static Bytes load_bytes(const char* p) {
+    Bytes out;
+    __builtin_memcpy(&out, p, sizeof out);
+    return out;
+  }
+  static Bytes load_nibbles(const char* p, int high) {
+    Bytes out = load_bytes(p);
+    for (auto& column : out.column)
+      for (uint8_t& byte : column) byte = high ? byte >> 4 : byte & 15;
+    return out;
+  }
+  static void store_nibbles(char* p, const char* from, int high) {
+    const Bytes nibbles = load_nibbles(from, high);
+    __builtin_memcpy(p, &nibbles, sizeof nibbles);
+  }
+  static Quad load_quad(const char* p) {
+    Quad out;
+    __builtin_memcpy(&out, p, sizeof out);
+    return out;
+  }
+  static I32 dot(I32 acc, const Bytes& bytes, Quad quad) {
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 4; ++k) acc.lane[i] += int(bytes.column[i][k]) * quad.input[k];
+    return acc;
+  }
+
+  static F32 from_bf16(const char* p) {
+    uint16_t bits[16];
+    __builtin_memcpy(bits, p, sizeof bits);
+    return each([&](int i) { return bits_to_float(uint32_t(bits[i]) << 16); });
+  }
+  static F32 from_int8(const char* p) {
+    return each([=](int i) { return float(int8_t(p[i])); });
+  }
+  static F32 from_fp8(const char* p) {
+    return each([=](int i) {
+      const uint32_t bits = uint8_t(p[i]), exponent = bits >> 3 & 15, mantissa = bits & 7;
+      const float size = exponent ? bits_to_float((exponent + 127 - 15) << 23 | mantissa << 20)  // 2^-8 of 2^(e-7)
+                                  : float(mantissa) * 0x1p-17f;
+      return bits & 0x80 ? -size : size;
+    });
+  }
+  static void from_fp4(const char* p, F32& even, F32& odd) {
+    static constexpr float doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
+    even = each([=](int i) { return doubled[p[i] & 15]; });
+    odd = each([=](int i) { return doubled[uint8_t(p[i]) >> 4]; });
+  }
+  static F32 from_e8m0(const char* p) {
+    return each([=](int i) { return bits_to_float(uint32_t(uint8_t(p[i])) << 23); });
+  }
+  static void store_int8(char* p, F32 x) {
+    const F32 rounded = round(x);
+    for (int i = 0; i < 16; ++i) p[i] = char(int(rounded.lane[i]));
+  }
 
  private:
   static float bits_to_float(uint32_t bits) {
     float x;
     __builtin_memcpy(&x, &bits, sizeof x);
     return x;
+  }
+  static uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
   }
 };
 

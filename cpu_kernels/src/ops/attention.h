@@ -5,8 +5,8 @@
 // arithmetic either way, so a token's result does not depend on how its prompt was cut or on the number of threads.
 #pragma once
 
-#include "ops/product.h"
 #include "ops/qkv.h"
+#include "ops/small_product.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -21,8 +21,14 @@ static HYBRID_INLINE void join(float* into, const float* from, int dim) {
   into[dim + 1] = into[dim + 1] * keep + from[dim + 1] * more;
 }
 
-static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int head_dim) {
-  const F32 scale = Isa::set(1.0f / state[dim + 1]);
+// The state of a row as its result. sink: null, or a logit that has no value but shares in the softmax.
+static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int head_dim, const float* sink) {
+  float factor = 1.0f / state[dim + 1];
+  if (sink) {
+    const float top = state[dim] > *sink ? state[dim] : *sink, keep = exponential(state[dim] - top);
+    factor = keep / (state[dim + 1] * keep + exponential(*sink - top));
+  }
+  const F32 scale = Isa::set(factor);
   for (int i = 0; i < head_dim; i += kBlock)
     store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), least(kBlock, head_dim - i));
 }
@@ -38,11 +44,14 @@ static HYBRID_INLINE int first_block(const AttentionArgs& args, int position) {
   return args.window ? most(0, position - args.window + 1) / kKeys : 0;
 }
 
+static_assert(Isa::max_blocks * kBlock <= kOpenedColumns, "scratch is planned for fewer columns");
+
 struct AttentionScratch {
   float* scores;   // [rows, kKeys]
   bf16* weights;   // [rows, kKeys]
   float* current;  // [rows, value_dim + 16]: this block's state
   float* joined;   // [rows, value_dim + 16]: all blocks so far
+  char* opened;    // some blocks of keys or values as bf16
   int state_stride;
 };
 
@@ -53,13 +62,31 @@ static HYBRID_INLINE AttentionScratch carve(char* scratch, int rows, int value_d
   s.current = s.scores + rows * kKeys;
   s.joined = s.current + rows * s.state_stride;
   s.weights = reinterpret_cast<bf16*>(s.joined + rows * s.state_stride);
+  s.opened = reinterpret_cast<char*>(s.weights + rows * kKeys);
   return s;
 }
 
-// Scores of a row to weights; the maximum and the denominator go into its state. False if the row sees no key here.
-static HYBRID_INLINE bool softmax(const float* scores, bf16* weights, float* state, int dim, Range keys, int used) {
+// What scores and weights of one key block are multiplied by; unused where keys and values have no scales.
+struct BlockScales {
+  float keys[kKeys], values[kKeys];
+};
+
+template <class Kv>
+static HYBRID_INLINE void load_scales(const AttentionArgs& args, const float* keys, const float* values, int used,
+                                      BlockScales& scales) {
+  for (int i = 0; i < used; i += kBlock) {
+    Isa::store(scales.keys + i, Isa::mul(Isa::load(keys + i), Isa::set(args.scale * Kv::unit)));
+    Isa::store(scales.values + i, Isa::mul(Isa::load(values + i), Isa::set(Kv::unit)));
+  }
+}
+
+// Scores of a row to weights; the maximum and the denominator go into its state. value_scales: null, or a factor of
+// each weight, of which the denominator knows nothing. False if the row sees no key here.
+static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales, bf16* weights, float* state, int dim,
+                                  Range keys, int used) {
   // Lanes of keys [i, i + 16) that are not seen become `other`.
   const auto mask = [&](F32 x, int i, float other) {
+    if (keys.first <= i && i + kBlock <= keys.last) return x;
     const int first = least(kBlock, most(0, keys.first - i)), last = least(kBlock, most(0, keys.last - i));
     return Isa::keep(x, first, most(first, last), other);
   };
@@ -73,37 +100,75 @@ static HYBRID_INLINE bool softmax(const float* scores, bf16* weights, float* sta
     const F32 e = exponential(Isa::sub(Isa::load(scores + i), Isa::set(maximum)));
     const F32 kept = mask(e, i, 0.0f);
     total = Isa::add(total, kept);
-    Isa::store_bf16(weights + i, kept);
+    // Masked again: what was never written may have any scale.
+    Isa::store_bf16(weights + i, value_scales ? mask(Isa::mul(kept, Isa::load(value_scales + i)), i, 0.0f) : kept);
   }
   state[dim] = maximum;
   state[dim + 1] = Isa::sum(total);
   return keys.first < keys.last;
 }
 
-// One key block for all rows of a tile and one KV head: scores, softmax, weighted values into s.current.
-// Row i of the tile is query i / group, head i % group; seen[i] says whether it saw a key of this block.
-static HYBRID_INLINE void attend_block(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int block,
-                                       const AttentionScratch& s, bool* seen) {
-  const int group = args.heads / args.kv_heads, rows = tile.rows * group, key0 = block * kKeys;
+// One key block of one KV head of a tile.
+struct Place {
+  const AttentionTile* tile;
+  int kv_head, block;
+};
+
+template <class Kv>
+static HYBRID_INLINE const char* keys_of(const AttentionArgs& args, const Place& at) {
+  return key_at<Kv>(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
+}
+
+template <class Kv>
+static HYBRID_INLINE void fetch_scales(const AttentionArgs& args, const Place& at) {
+  if constexpr (!Kv::scaled) return;
+  const float* keys = key_scale(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
+  const float* values = value_scale(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
+  for (int i = 0; i < kKeys; i += kBlock) {
+    __builtin_prefetch(keys + i, 0, 2);
+    __builtin_prefetch(values + i, 0, 2);
+  }
+}
+
+// One key block for all rows of a tile and one KV head: scores, softmax, weighted values into s.current. Row i of the
+// tile is query i / group, head i % group; seen[i] says whether it saw a key of this block. Meanwhile the keys of
+// `next` are fetched.
+template <class Kv>
+static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
+                                       const Place& next, const AttentionScratch& s, bool* seen) {
+  const AttentionTile& tile = *at.tile;
+  const int group = args.heads / args.kv_heads, rows = tile.rows * group, key0 = at.block * kKeys;
   const KvLayout& kv = args.kv;
   const int end = least(kKeys, tile.position + tile.rows - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
-  const Blocks keys{key_at(kv, tile.slot, kv_head, key0), int64_t(kv.key_dim) / 2 * kLine, kLine, kv.key_dim / 2};
-  const Blocks values{value_at(kv, tile.slot, kv_head, key0), kLine, int64_t(kv.value_dim) * 4, used / 2};
-  // While scores are computed this block's values are fetched, while values are summed the next block's keys.
-  const char* next_keys = key_at(kv, tile.slot, kv_head, key0 + kKeys);
+  const char* const first_key = keys_of<Kv>(args, at);
+  const char* const first_value = value_at<Kv>(kv, tile.slot, at.kv_head, key0);
+  const Lines keys{first_key, token_bytes<Kv>(kv.key_dim) * kBlock, kLine, nullptr, 0};
+  const Lines values{first_value, kLine, token_bytes<Kv>(kv.value_dim) * Kv::line_inputs, nullptr, 0};
+  BlockScales scales;
+  if constexpr (Kv::scaled)
+    load_scales<Kv>(args, key_scale(kv, tile.slot, at.kv_head, key0), value_scale(kv, tile.slot, at.kv_head, key0),
+                    used, scales);
+  fetch_scales<Kv>(args, next);
   const F32 scale = Isa::set(args.scale);
-  const bf16* q = args.q + (int64_t(tile.row) * args.heads + kv_head * group) * kv.key_dim;
-  small_product([&](int i) { return q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim; }, rows, keys,
-                used / kBlock, values.data,
-                [&](F32 acc, int row, int column) {
-                  Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, scale));
-                });
+  const bf16* q = args.q + (int64_t(tile.row) * args.heads + at.kv_head * group) * kv.key_dim;
+  const bf16* queries[kMaxTileRows];
+  for (int i = 0; i < rows; ++i) queries[i] = q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim;
+  // While scores are computed this block's values are fetched, while values are summed the next block's keys.
+  small_product<Kv>(
+      tiles, [&](int i) { return queries[i]; }, rows, keys, kv.key_dim / Kv::line_inputs, used / kBlock, first_value,
+      s.opened,
+      [&](F32 acc, int row, int column) {
+        const F32 factor = Kv::scaled ? Isa::load(scales.keys + column * kBlock) : scale;
+        Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, factor));
+      });
   for (int i = 0; i < rows; ++i)
-    seen[i] = softmax(s.scores + i * kKeys, s.weights + i * kKeys, s.current + i * s.state_stride, kv.value_dim,
-                      visible(args, tile.position + i / group, block), used);
-  small_product(
-      [&](int i) { return s.weights + i * kKeys; }, rows, values, kv.value_dim / kBlock, next_keys,
+    seen[i] =
+        softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
+                s.current + i * s.state_stride, kv.value_dim, visible(args, tile.position + i / group, at.block), used);
+  small_product<Kv>(
+      tiles, [&](int i) { return s.weights + i * kKeys; }, rows, values, used / Kv::line_inputs, kv.value_dim / kBlock,
+      keys_of<Kv>(args, next), s.opened,
       [&](F32 acc, int row, int column) { Isa::store(s.current + row * s.state_stride + column * kBlock, acc); });
 }
 
@@ -111,15 +176,17 @@ static HYBRID_INLINE void copy_state(float* into, const float* from, int dim) {
   __builtin_memcpy(into, from, (dim + 2) * sizeof(float));
 }
 
-// All visible blocks of a tile, joined as they come.
-static HYBRID_INLINE void attend_tile(const AttentionArgs& args, const AttentionTile& tile, int kv_head,
+// All visible blocks of a tile, joined as they come; `next` is what this thread does afterwards.
+template <class Kv>
+static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionArgs& args, Place at, const Place& next,
                                       char* scratch) {
+  const AttentionTile& tile = *at.tile;
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, dim = args.kv.value_dim;
   const AttentionScratch s = carve(scratch, rows, dim);
   bool started[kMaxTileRows] = {}, seen[kMaxTileRows];
-  const int first = first_block(args, tile.position);
-  for (int block = first; block * kKeys < tile.position + tile.rows; ++block) {
-    attend_block(args, tile, kv_head, block, s, seen);
+  const int last = (tile.position + tile.rows - 1) / kKeys;
+  for (; at.block <= last; ++at.block) {
+    attend_block<Kv>(tiles, args, at, at.block < last ? Place{at.tile, at.kv_head, at.block + 1} : next, s, seen);
     for (int i = 0; i < rows; ++i) {
       if (!seen[i]) continue;
       float* joined = s.joined + i * s.state_stride;
@@ -132,9 +199,9 @@ static HYBRID_INLINE void attend_tile(const AttentionArgs& args, const Attention
     }
   }
   for (int i = 0; i < rows; ++i) {
-    bf16* out = args.output + int64_t(tile.row + i / group) * args.output_stride +
-                (kv_head * group + i % group) * args.head_dim;
-    finish(out, s.joined + i * s.state_stride, dim, args.head_dim);
+    const int head = at.kv_head * group + i % group;
+    bf16* out = args.output + int64_t(tile.row + i / group) * args.output_stride + head * args.head_dim;
+    finish(out, s.joined + i * s.state_stride, dim, args.head_dim, args.sinks ? args.sinks + head : nullptr);
   }
 }
 
@@ -145,29 +212,48 @@ static HYBRID_INLINE float* partial(const AttentionArgs& args, const AttentionTi
 }
 
 // One key block of a decode row, left for `merge`.
-static HYBRID_INLINE void attend_part(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int block,
-                                      char* scratch) {
+template <class Kv>
+static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
+                                      const Place& next, char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
-  if (block < first_block(args, tile.position)) return;
+  if (at.block < first_block(args, at.tile->position)) return;
   const AttentionScratch s = carve(scratch, group, dim);
   bool seen[kMaxTileRows];
-  attend_block(args, tile, kv_head, block, s, seen);
+  attend_block<Kv>(tiles, args, at, next, s, seen);
   for (int i = 0; i < group; ++i)
-    copy_state(partial(args, tile, kv_head * group + i, block), s.current + i * s.state_stride, dim);
+    copy_state(partial(args, *at.tile, at.kv_head * group + i, at.block), s.current + i * s.state_stride, dim);
+}
+
+// Task `task` of the step, not before `tile`: the first block of a tile and KV head, or any block of a split tile, of
+// which those of a head follow each other.
+static HYBRID_INLINE Place place_of(const AttentionArgs& args, const Step& step, int task, const AttentionTile* tile) {
+  const AttentionTile* const last = step.tiles + step.tile_count - 1;
+  while (tile < last && tile[1].task * args.kv_heads <= task) ++tile;
+  const int parts = tile->split ? (tile->position + kKeys) / kKeys : 1, index = task - tile->task * args.kv_heads;
+  return {tile, index / parts, tile->split ? index % parts : first_block(args, tile->position)};
+}
+
+// Threads take runs of tasks: what follows a block in memory is fetched while that is computed, into the right cache.
+template <class Kv>
+static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, const Work& work) {
+  const Tiles<Bf16> tiles(step, kMaxTileRows);
+  const AttentionTile* tile = step.tiles;
+  for_runs(step.attention_tasks * args.kv_heads, 1, work, [&](Range run) {
+    Place at = place_of(args, step, run.first, tile);
+    for (int task = run.first; task < run.last; ++task) {
+      const Place next = task + 1 < run.last ? place_of(args, step, task + 1, at.tile) : at;
+      if (at.tile->split)
+        attend_part<Kv>(tiles, args, at, next, work.scratch);
+      else
+        attend_tile<Kv>(tiles, args, at, next, work.scratch);
+      at = next;
+    }
+    tile = at.tile;
+  });
 }
 
 static void attention(const AttentionArgs& args, const Step& step, const Work& work) {
-  const int total = step.attention_tasks * args.kv_heads;
-  int index = 0;  // tasks ascend, so the tile search goes on from where it was
-  for (int task = take(work); task < total; task = take(work)) {
-    const int kv_head = task % args.kv_heads, part = task / args.kv_heads;
-    while (index + 1 < step.tile_count && step.tiles[index + 1].task <= part) ++index;
-    const AttentionTile& tile = step.tiles[index];
-    if (tile.split)
-      attend_part(args, tile, kv_head, part - tile.task, work.scratch);
-    else
-      attend_tile(args, tile, kv_head, work.scratch);
-  }
+  with_kv_format(args.kv.format, [&](auto kv) { attend<decltype(kv)>(args, step, work); });
 }
 
 static void merge(const AttentionArgs& args, const Step& step, const Work& work) {
@@ -182,7 +268,8 @@ static void merge(const AttentionArgs& args, const Step& step, const Work& work)
     float* state = partial(args, tile, head, first);
     for (int block = first + 1; block * kKeys <= tile.position; ++block)
       join(state, partial(args, tile, head, block), dim);
-    finish(args.output + int64_t(tile.row) * args.output_stride + head * args.head_dim, state, dim, args.head_dim);
+    finish(args.output + int64_t(tile.row) * args.output_stride + head * args.head_dim, state, dim, args.head_dim,
+           args.sinks ? args.sinks + head : nullptr);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "executor/args.h"
 
 #define HYBRID_INLINE inline __attribute__((always_inline))
+#define HYBRID_KERNEL __attribute__((noinline))  // compiled once for all ops that call it
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -17,6 +18,16 @@ struct Int {
 
 struct Range {
   int first, last;
+};
+
+// std::conditional_t, which is not to be instantiated here.
+template <bool condition, class Yes, class No>
+struct Either {
+  using Type = Yes;
+};
+template <class Yes, class No>
+struct Either<false, Yes, No> {
+  using Type = No;
 };
 
 // This thread's contiguous share of `count` items.
@@ -64,6 +75,10 @@ static HYBRID_INLINE float exponential(float x) {
   float lanes[16];
   Isa::store(lanes, exponential(Isa::set(x)));
   return lanes[0];
+}
+
+static HYBRID_INLINE F32 smaller(F32 a, F32 b) {
+  return Isa::sub(Isa::zero(), Isa::max(Isa::sub(Isa::zero(), a), Isa::sub(Isa::zero(), b)));
 }
 
 // x / (1 + e^-x), with e^-x kept finite.

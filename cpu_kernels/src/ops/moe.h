@@ -1,5 +1,5 @@
-// Routed experts in two passes over the rows sorted by expert: gate, up and activation; then down, weighted and summed.
-// A dense feed-forward is the same with one expert.
+// Experts in two passes over the rows sorted by expert: gate, up and activation; then down, weighted and summed. The
+// shared expert goes along in both. A dense feed-forward is the same with one expert.
 #pragma once
 
 #include "ops/product.h"
@@ -7,55 +7,146 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Blocks [first, last) of one expert's gate and up, for the rows that go to it.
-static void gate_up_expert(const GateUpArgs& args, int expert, Range blocks, const Work& work) {
-  const int begin = args.routing.offsets[expert], rows = args.routing.offsets[expert + 1] - begin;
-  const Rows input{args.input, args.input_stride, args.routing.rows + begin};
-  const Blocks w{args.experts + expert * args.expert_stride, int64_t(args.pairs) * kLine, kLine, args.pairs};
-  const auto activate = [&](auto& acc, int row, int block) {
-    constexpr int MR = sizeof acc / sizeof acc[0], NB = sizeof acc[0] / sizeof acc[0][0];
-    for (int r = 0; r < MR; ++r) {
-      bf16* out = args.output + int64_t(begin + row + r) * args.output_stride + block / 2 * kBlock;
-      for (int j = 0; j < NB; j += 2) Isa::store_bf16(out + j / 2 * kBlock, Isa::mul(silu(acc[r][j]), acc[r][j + 1]));
-    }
-  };
-  product<2>(input, rows, w, {2 * blocks.first, 2 * blocks.last}, reinterpret_cast<float*>(work.scratch), activate);
+// Calls function(Bf16{}) or whichever format it is.
+template <class Function>
+static HYBRID_INLINE void with_format(hybrid::Format format, Function function) {
+  switch (format) {
+    case hybrid::Format::bf16:
+      return function(Bf16{});
+    case hybrid::Format::int8:
+      return function(Int8{});
+    case hybrid::Format::int4:
+      return function(Int4{});
+    case hybrid::Format::fp8:
+      return function(Fp8{});
+    case hybrid::Format::mxfp4:
+      return function(Mxfp4{});
+  }
 }
 
-// The blocks of all active experts laid end to end.
-static void gate_up(const GateUpArgs& args, const Step&, const Work& work) {
-  for_runs(*args.routing.count * args.blocks, kRunBlocks / 2, work, [&](Range run) {
-    for (int at = run.first; at < run.last;) {
-      const int expert = args.routing.active[at / args.blocks], first = at % args.blocks;
-      const Range blocks{first, least(args.blocks, first + run.last - at)};
-      gate_up_expert(args, expert, blocks, work);
+// gpt-oss: gate at most 7, up within 7; gate * sigmoid(1.702 gate) * (up + 1).
+static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
+  const F32 limit = Isa::set(7.0f), slope = Isa::set(1.702f);
+  const F32 g = smaller(gate, limit), u = Isa::max(smaller(up, limit), Isa::set(-7.0f));
+  const F32 swish = Isa::div(silu(Isa::mul(g, slope)), slope);
+  return Isa::mul(swish, Isa::add(u, Isa::set(1.0f)));
+}
+
+static HYBRID_INLINE F32 activate(Activation kind, F32 gate, F32 up) {
+  return kind == Activation::silu ? Isa::mul(silu(gate), up) : swiglu_clamped(gate, up);
+}
+
+// What gate_up needs beside the matrices.
+struct Activations {
+  bf16* rows;
+  int stride;
+  Activation kind;
+};
+
+// Blocks [first, last) of one expert's gate and up, for the rows that go to it.
+template <class Format>
+static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const ExpertSet& set, const Activations& to,
+                                         int expert, Range blocks, const Work& work) {
+  const int begin = set.routing.offsets[expert], rows = set.routing.offsets[expert + 1] - begin;
+  const Rows input{set.input, set.input_stride, set.routing.rows + begin};
+  const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * 2 * kBlock : nullptr;
+  const auto finish = [&](const float* sums, int count, int block, int pair_blocks) {
+    for (int row = 0; row < count; ++row) {
+      bf16* out = to.rows + int64_t(begin + row) * to.stride + block / 2 * kBlock;
+      for (int j = 0; j < pair_blocks; j += 2, sums += 2 * kBlock, out += kBlock) {
+        F32 gate = Isa::load(sums), up = Isa::load(sums + kBlock);
+        if (bias) {
+          gate = Isa::add(gate, Isa::load(bias + (block + j) * kBlock));
+          up = Isa::add(up, Isa::load(bias + (block + j + 1) * kBlock));
+        }
+        Isa::store_bf16(out, activate(to.kind, gate, up));
+      }
+    }
+  };
+  product(tiles, input, rows, set.experts + expert * set.expert_stride, set.inputs, {2 * blocks.first, 2 * blocks.last},
+          work.scratch, finish);
+}
+
+// The blocks of all active experts of a set laid end to end, behind `before` blocks of another.
+template <class Format>
+static HYBRID_KERNEL void gate_up_set(const ExpertSet& set, const Activations& to, int before, const Step& step,
+                                      const Work& work) {
+  const Tiles<Format> tiles(step, step.rows);
+  for_runs(before + *set.routing.count * set.blocks, kRunBlocks / 2, work, [&](Range run) {
+    for (int at = run.first - before; at < run.last - before;) {
+      const int expert = set.routing.active[at / set.blocks], first = at % set.blocks;
+      const Range blocks{first, least(set.blocks, first + run.last - before - at)};
+      gate_up_expert(tiles, set, to, expert, blocks, work);
       at += blocks.last - blocks.first;
     }
   });
 }
 
-// Columns of one expert's down, weighted and added to the rows it belongs to.
-static void down_expert(const DownArgs& args, int expert, Range blocks, const Work& work) {
-  const Routing& routing = args.routing;
-  const int begin = routing.offsets[expert], rows = routing.offsets[expert + 1] - begin;
-  const Rows input{args.input + int64_t(begin) * args.input_stride, args.input_stride, nullptr};
-  const Blocks w{args.experts + expert * args.expert_stride, int64_t(args.pairs) * kLine, kLine, args.pairs};
-  const auto add = [&](auto& acc, int row, int block) {
-    constexpr int MR = sizeof acc / sizeof acc[0], NB = sizeof acc[0] / sizeof acc[0][0];
-    for (int r = 0; r < MR; ++r) {
-      const int sorted = begin + row + r;
-      const F32 weight = Isa::set(routing.weights[sorted]);
-      float* out = args.output + int64_t(routing.rows[sorted]) * args.output_stride + block * kBlock;
-      for (int j = 0; j < NB; ++j, out += kBlock) Isa::store(out, Isa::fma(weight, acc[r][j], Isa::load(out)));
-    }
-  };
-  product<1>(input, rows, w, blocks, reinterpret_cast<float*>(work.scratch), add);
+// A thread that finds no more blocks of the routed experts goes on with the shared one.
+static void gate_up(const GateUpArgs& args, const Step& step, const Work& work) {
+  const Activations routed{args.output, args.output_stride, args.activation};
+  with_format(args.routed.format,
+              [&](auto format) { gate_up_set<decltype(format)>(args.routed, routed, 0, step, work); });
+  if (!args.shared.experts) return;
+  const Activations shared{args.shared_output, args.shared_output_stride, args.activation};
+  const int before = *args.routed.routing.count * args.routed.blocks;
+  with_format(args.shared.format,
+              [&](auto format) { gate_up_set<decltype(format)>(args.shared, shared, before, step, work); });
 }
 
-// Threads share the output columns and take the experts in ascending order: sums need no lock and have one order.
-static void down(const DownArgs& args, const Step&, const Work& work) {
-  for_runs(args.blocks, kRunBlocks, work, [&](Range run) {
-    for (int i = 0; i < *args.routing.count; ++i) down_expert(args, args.routing.active[i], run, work);
+// Columns of one expert's down, weighted and added to the rows it belongs to.
+template <class Format>
+static HYBRID_KERNEL void down_expert(const Tiles<Format>& tiles, const ExpertSet& set, const DownArgs& args,
+                                      int expert, Range blocks, const Work& work) {
+  const Routing& routing = set.routing;
+  const int begin = routing.offsets[expert], rows = routing.offsets[expert + 1] - begin;
+  const Rows input{set.input + begin * set.input_stride, set.input_stride, nullptr};
+  const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * kBlock : nullptr;
+  const auto add = [&](const float* sums, int count, int block, int group) {
+    for (int sorted = begin; sorted < begin + count; ++sorted) {
+      const F32 weight = Isa::set(routing.weights[sorted]);
+      float* out = args.output + int64_t(routing.rows[sorted]) * args.output_stride + block * kBlock;
+      for (int j = 0; j < group; ++j, out += kBlock, sums += kBlock) {
+        F32 value = Isa::load(sums);
+        if (bias) value = Isa::add(value, Isa::load(bias + (block + j) * kBlock));
+        Isa::store(out, Isa::fma(weight, value, Isa::load(out)));
+      }
+    }
+  };
+  product(tiles, input, rows, set.experts + expert * set.expert_stride, set.inputs, blocks, work.scratch, add);
+}
+
+// Columns of every active expert of a set, in ascending order.
+template <class Format>
+static HYBRID_INLINE void down_experts(const Tiles<Format>& tiles, const ExpertSet& set, const DownArgs& args,
+                                       Range blocks, const Work& work) {
+  for (int i = 0; i < *set.routing.count; ++i) down_expert(tiles, set, args, set.routing.active[i], blocks, work);
+}
+
+template <class Format>
+static HYBRID_KERNEL void down_routed(const DownArgs& args, const Step& step, const Work& work) {
+  const Tiles<Format> tiles(step, step.rows);
+  for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) { down_experts(tiles, args.routed, args, run, work); });
+}
+
+template <class Format>
+static HYBRID_KERNEL void down_run(const ExpertSet& set, const DownArgs& args, Range run, const Step& step,
+                                   const Work& work) {
+  const Tiles<Format> tiles(step, step.rows);
+  down_experts(tiles, set, args, run, work);
+}
+
+// Threads share the output columns and take the experts in ascending order, the shared one last: sums need no lock and
+// have one order. Two sets take turns run by run, each with tiles of its own.
+static void down(const DownArgs& args, const Step& step, const Work& work) {
+  if (!args.shared.experts)
+    return with_format(args.routed.format, [&](auto format) { down_routed<decltype(format)>(args, step, work); });
+  for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) {
+    const auto add = [&](const ExpertSet& set) {
+      with_format(set.format, [&](auto format) { down_run<decltype(format)>(set, args, run, step, work); });
+    };
+    add(args.routed);
+    add(args.shared);
   });
 }
 

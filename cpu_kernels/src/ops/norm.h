@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ops/common.h"
+#include "ops/quantise.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -20,13 +20,18 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
   for (int row = rows.first; row < rows.last; ++row) {
     const float* x = args.input + int64_t(args.logit_rows ? step.logit_index[row] : row) * args.input_stride;
     const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps));
+    const auto normed = [&](int i) {
+      const int count = most(0, least(kBlock, args.width - i));
+      return Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.weight + i, count));
+    };
+    const int64_t at = int64_t(row) * args.output_stride;
     for (int i = 0; i < args.width; i += kBlock) {
       const int count = least(kBlock, args.width - i);
-      const F32 normed = Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.weight + i, count));
-      const int64_t at = int64_t(row) * args.output_stride + i;
-      store_some_bf16(args.output + at, normed, count);
-      if (args.output_f32) store_some(args.output_f32 + at, normed, count);
+      if (args.output) store_some_bf16(args.output + at + i, normed(i), count);
+      if (args.output_f32) store_some(args.output_f32 + at + i, normed(i), count);
     }
+    if (args.output8)
+      quantise_row(normed, (args.width + kInputs - 1) / kInputs * kInputs, args.output8 + row * args.output8_stride);
   }
 }
 

@@ -1,7 +1,9 @@
 // The machine's limits, measured with the instructions that the kernels use.
 #pragma once
 
-#include "ops/common.h"
+#include "formats/bf16.h"
+#include "formats/int8.h"
+#include "ops/tile_use.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -19,22 +21,35 @@ static float read(const char* data, int64_t bytes) {
   return Isa::sum(Isa::add(Isa::add(sum[0], sum[1]), Isa::add(sum[2], sum[3])));
 }
 
+// Dot products of one kind, as a tile of rows by two blocks makes them out of the first-level cache; returns the
+// operations done.
+template <class Format>
 static double multiply(int64_t rounds) {
-  constexpr int kChains = Isa::max_rows * Isa::max_blocks > 12 ? 12 : 4;  // hides the latency of every chain
-  alignas(64) char line_bytes[kLine] = {};
-  bf16 pair_bits[2] = {0x3f80, 0x3f80};
-  const Isa::Line line = Isa::load_line(line_bytes);
-  Isa::Pair pair = Isa::load_pair(pair_bits);
-  F32 acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = Isa::zero();
+  if constexpr (Isa::tile_rows > 0) return multiply_in_tiles<Format>(rounds);
+  constexpr int kRows = 6, kBlocks = Isa::max_rows * Isa::max_blocks > 12 ? 2 : 1;
+  alignas(64) char lines[kBlocks][kLine] = {}, rows[kRows][kLine] = {};
+  typename Format::Sum acc[kRows][kBlocks];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < kBlocks; ++j) acc[r][j] = Format::start(rows[r], 0, 0);
   for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (int c = 0; c < kChains; ++c) acc[c] = Isa::dot(acc[c], line, pair);
+    __asm__ volatile("" : : "r"(lines), "r"(rows) : "memory");  // nobody may know that these are the same every time
+    typename Format::Line operand[kBlocks];
+#pragma GCC unroll 2
+    for (int j = 0; j < kBlocks; ++j) operand[j] = Format::operand(lines[j], 0, {});
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int j = 0; j < kBlocks; ++j) acc[r][j] = Isa::dot(acc[r][j], operand[j], Format::value(rows[r]));
   }
-  float total = 0.0f;
-  for (int c = 0; c < kChains; ++c) total += Isa::sum(acc[c]);
-  constexpr double kOperations = 2.0 * 2 * kBlock;
-  return double(rounds) * kChains * kOperations + double(total);
+  F32 total = Isa::zero();
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < kBlocks; ++j) total = Isa::add(total, Format::widen(acc[r][j]));
+  constexpr double kOperations = 2.0 * Format::step_inputs * kBlock * kRows * kBlocks;
+  return double(rounds) * kOperations + double(Isa::sum(total));
 }
 
 }  // namespace HYBRID_ISA

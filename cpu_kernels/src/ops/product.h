@@ -1,65 +1,83 @@
-// The one matrix product: rows of bf16 times packed blocks, accumulated in fp32 registers, handed to an epilogue.
+// The one matrix product: rows of activations times packed blocks of 16 columns, in every format.
 //
-// Every output element is one chain of fused dot products over k in ascending order, whatever the number of rows,
-// threads or panels: so a token's result does not depend on what it is batched with.
+// Every output element is one chain of operations over the inputs in ascending order, whatever the number of rows: the
+// segments of a format (inputs that share scales) are the same whether few rows stream past or many pass over a panel.
 #pragma once
 
-#include "ops/common.h"
+#include "formats/bf16.h"
+#include "formats/fp8.h"
+#include "formats/int4.h"
+#include "formats/int8.h"
+#include "formats/mxfp4.h"
+#include "ops/tile_use.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Rows of the left operand; `index` (may be null) picks them.
+// Rows of the left operand, bf16 or int8 activation rows; `index` (may be null) picks them.
 struct Rows {
-  const bf16* base;
-  int64_t stride;  // elements
+  const char* base;
+  int64_t stride;  // bytes
   const int32_t* index;
 
-  HYBRID_INLINE const bf16* at(int row) const { return base + (index ? index[row] : row) * stride; }
+  HYBRID_INLINE const char* at(int row) const { return base + (index ? index[row] : row) * stride; }
 };
 
-// Packed right operand: line i of block j lies at data + j * block_stride + i * line_stride.
-struct Blocks {
+// Operand lines: line i of block j lies at data + j * block_stride + i * line_stride. `header` is that of the first
+// block, whose line `first` is the one at `data`.
+struct Lines {
   const char* data;
-  int64_t block_stride;
-  int64_t line_stride;
-  int pairs;  // lines in a block
+  int64_t block_stride, line_stride;
+  const char* header;
+  int first;
 };
 
-// acc[r][j] += rows a[r] times block j, over `pairs` lines from b. Beside every step, `fetch` lines laid out as the
+constexpr int kRunBlocks = 4;       // threads share columns in multiples of this, the widest group of any Isa
+constexpr int kPanelInputs = 256;   // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
+constexpr int kPanelBytes = kPanelInputs / 2 * kLine;  // of one block, opened
+
+// acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
-template <int fetch, int MR, int NB>
-static HYBRID_INLINE void multiply(F32 (&acc)[MR][NB], const bf16* const (&a)[MR], const char* b, const Blocks& w,
-                                   int pairs, const char* next) {
-  for (int i = 0; i < pairs; ++i) {
-    Isa::Line line[NB];
+template <class Format, int fetch, int MR, int NB>
+static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR], const Lines& w,
+                                   int count, const char* next) {
+  const char* line = w.data;
+  for (int i = 0; i < count; ++i) {
+    typename Format::Scale scale[NB];
 #pragma GCC unroll 8
-    for (int j = 0; j < NB; ++j) line[j] = Isa::load_line(b + j * w.block_stride);
+    for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.block_stride, w.first + i);
 #pragma GCC unroll 8
     for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, fetch == NB ? 3 : 2);
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const Isa::Pair pair = Isa::load_pair(a[r] + 2 * i);
+#pragma GCC unroll 4
+    for (int step = 0; step < Format::steps; ++step) {
+      typename Format::Line operand[NB];
 #pragma GCC unroll 8
-      for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], line[j], pair);
+      for (int j = 0; j < NB; ++j) operand[j] = Format::operand(line + j * w.block_stride, step, scale[j]);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const auto value = Format::value(a[r] + 4 * (Format::steps * i + step));
+#pragma GCC unroll 8
+        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], operand[j], value);
+      }
     }
-    b += w.line_stride;
+    line += w.line_stride;
     next += w.line_stride;
   }
 }
 
 // The same for tile `tile` of `tiles` that pass over the same lines one after another: they share the fetching of the
 // group of blocks at `next`, so that memory is asked at an even pace.
-template <int MR, int NB>
-static HYBRID_INLINE void multiply_shared(F32 (&acc)[MR][NB], const bf16* const (&a)[MR], const char* b,
-                                          const Blocks& w, int pairs, int tile, int tiles, const char* next) {
-  if (tiles == 1) return multiply<NB>(acc, a, b, w, pairs, next);
+template <class Format, int MR, int NB>
+static HYBRID_INLINE void multiply_shared(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR],
+                                          const Lines& w, int count, int tile, int tiles, const char* next) {
+  if (tiles == 1) return multiply<Format, NB>(acc, a, w, count, next);
   constexpr int two = NB < 2 ? NB : 2;
   const int each = tiles < NB ? two : 1;
   next += each * tile * w.block_stride;
-  if (each * tile >= NB) return multiply<0>(acc, a, b, w, pairs, next);
-  if (each == 1) return multiply<1>(acc, a, b, w, pairs, next);
-  multiply<two>(acc, a, b, w, pairs, next);
+  if (each * tile >= NB) return multiply<Format, 0>(acc, a, w, count, next);
+  if (each == 1) return multiply<Format, 1>(acc, a, w, count, next);
+  multiply<Format, two>(acc, a, w, count, next);
 }
 
 template <int MR, class Function>
@@ -83,85 +101,250 @@ static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
   }
 }
 
-// Calls function(Int<NB>, first block): as wide as registers allow, then what is left in multiples of `unit`.
-template <int unit, class Function>
+// Calls function(Int<NB>, first block): as wide as registers allow, then pairs, which gate and up need, then a last
+// one.
+template <int widest = Isa::max_blocks, class Function>
 static HYBRID_INLINE void for_block_groups(Range blocks, Function function) {
   int block = blocks.first;
-  for (; block + Isa::max_blocks <= blocks.last; block += Isa::max_blocks) function(Int<Isa::max_blocks>{}, block);
-  for (; block < blocks.last; block += unit) function(Int<unit>{}, block);
+  for (; block + widest <= blocks.last; block += widest) function(Int<widest>{}, block);
+  if constexpr (widest > 2)
+    for (; block + 2 <= blocks.last; block += 2) function(Int<2>{}, block);
+  if (block < blocks.last) function(Int<1>{}, block);
 }
 
-constexpr int kRunBlocks = 4;       // threads share columns in multiples of this, the widest group of any Isa
-constexpr int kPanelPairs = 128;    // a panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
-constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
+// Adjacent blocks of a packed matrix from block `block` on, each a header and lines.
+template <class Format>
+struct Blocks {
+  int inputs, lines, header_bytes;
+  int64_t stride;  // from block to block
+  const char* header;
 
-// product[r, c] for rows [0, rows) and the given blocks, each finished tile passed to
-// epilogue(acc, first row, first block). scratch: rows * max_blocks * 16 floats, used when k takes several panels.
-template <int unit, class Epilogue>
-static void product(const Rows& left, int rows, const Blocks& w, Range blocks, float* scratch, Epilogue epilogue) {
-  const int tiles = tile_count(rows);
-  for_block_groups<unit>(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
-    constexpr int NB = decltype(nb)::value;
-    const char* group = w.data + block * w.block_stride;
-    const int panel = tiles == 1 ? w.pairs : kPanelPairs;
-    for (int start = 0; start < w.pairs; start += panel) {
-      const int pairs = least(panel, w.pairs - start);
-      const bool last_panel = start + pairs == w.pairs;
-      const char* b = group + start * w.line_stride;
-      const int64_t to_next = last_panel ? NB * w.block_stride - start * w.line_stride : pairs * w.line_stride;
-      for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
-        constexpr int MR = decltype(mr)::value;
-        const bf16* a[MR];
-        F32 acc[MR][NB];
-        float* saved = scratch + row * NB * kBlock;
+  HYBRID_INLINE Blocks(const char* matrix, int inputs, int block)
+      : inputs(inputs),
+        lines(inputs / Format::line_inputs),
+        header_bytes(Format::header(inputs)),
+        stride(header_bytes + int64_t(lines) * kLine),
+        header(matrix + block * stride) {}
+  HYBRID_INLINE const char* line(int i) const { return header + header_bytes + int64_t(i) * kLine; }
+  HYBRID_INLINE Lines from(int i) const { return {line(i), stride, kLine, header, i}; }
+};
+
+template <int MR, int NB>
+static HYBRID_INLINE void load_sums(F32 (&sums)[MR][NB], const float* from) {
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) {
-          a[r] = left.at(row + r) + 2 * start;
+  for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j) acc[r][j] = start == 0 ? Isa::zero() : Isa::load(saved + (r * NB + j) * kBlock);
-        }
-        if (tiles == 1) {
-          // The stream runs on into the next group, so the last lines fetch that group's first.
-          const int lead = least(kStreamAhead / kLine, pairs), main = pairs - lead;
-          const char* ahead = b + lead * w.line_stride;
-          multiply<NB>(acc, a, b, w, main, ahead);
+    for (int j = 0; j < NB; ++j) sums[r][j] = from ? Isa::load(from + (r * NB + j) * kBlock) : Isa::zero();
+}
+
+template <int MR, int NB>
+static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB]) {
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) a[r] += 2 * main;
-          multiply<NB>(acc, a, b + main * w.line_stride, w, lead, b + NB * w.block_stride);
-        } else {
-          multiply_shared(acc, a, b, w, pairs, tile, tiles, b + to_next);
-        }
-        if (last_panel) return epilogue(acc, row, block);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r)
+  for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j) Isa::store(saved + (r * NB + j) * kBlock, acc[r][j]);
-      });
+    for (int j = 0; j < NB; ++j) Isa::store(to + (r * NB + j) * kBlock, sums[r][j]);
+}
+
+template <class Format>
+static HYBRID_INLINE int segment_end(int line, int last) {
+  return Format::segment ? least(last, (line / Format::segment + 1) * Format::segment) : last;
+}
+
+// A segment's part, scaled as its group of weights is, added to the sums.
+template <class Format, int MR, int NB>
+static HYBRID_INLINE void merge(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
+                                const Blocks<Format>& w, int line) {
+#pragma GCC unroll 8
+  for (int j = 0; j < NB; ++j) {
+    const F32 scale = Format::group_scale(w.header + j * w.stride, line);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) sums[r][j] = Isa::fma(Format::widen(part[r][j]), scale, sums[r][j]);
+  }
+}
+
+// Stored lines [first, last), multiplied segment by segment by run(acc, first, last), each part added to the sums.
+template <class Format, int MR, int NB, class Run>
+static HYBRID_INLINE void add_segments(F32 (&sums)[MR][NB], const char* const* rows, const Blocks<Format>& w, int first,
+                                       int last, Run run) {
+  for (int line = first; line < last;) {
+    const int end = segment_end<Format>(line, last);
+    typename Format::Sum part[MR][NB];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const auto start = Format::start(rows[r], w.inputs, line * Format::line_inputs);
+#pragma GCC unroll 8
+      for (int j = 0; j < NB; ++j) part[r][j] = start;
     }
-  });
+    run(part, line, end);
+    merge<Format>(sums, part, w, line);
+    line = end;
+  }
 }
 
-// The same in one panel, for operands that are read once for few rows or fit the caches: attention's scores and values.
-// row_at(row) points to a row; meanwhile the blocks at `next`, laid out as those of w, are fetched.
-template <class RowAt, class Epilogue>
-static HYBRID_INLINE void small_product(RowAt row_at, int rows, const Blocks& w, int blocks, const char* next,
-                                        Epilogue epilogue) {
-  const int tiles = tile_count(rows);
-  for_block_groups<1>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
-    constexpr int NB = decltype(nb)::value;
+// The same of one panel, whatever the format. Rows of int8 have a scale a panel: it is applied once, behind the scales
+// of the weights, because a multiplication more in every segment of int4 would halve its speed.
+template <class Format, int MR, int NB, class Run>
+static HYBRID_INLINE void accumulate(F32 (&sums)[MR][NB], const char* const* rows, const Blocks<Format>& w, int first,
+                                     int last, Run run) {
+  if constexpr (Format::chained) {
+    run(sums, first, last);
+  } else if constexpr (!Format::integer) {
+    add_segments<Format>(sums, rows, w, first, last, run);
+  } else {
+    F32 scaled[MR][NB];
+    load_sums(scaled, nullptr);
+    add_segments<Format>(scaled, rows, w, first, last, run);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const F32 scale = Isa::set(Format::row_scale(rows[r], w.inputs, first * Format::line_inputs));
+#pragma GCC unroll 8
+      for (int j = 0; j < NB; ++j) sums[r][j] = Isa::fma(scaled[r][j], scale, sums[r][j]);
+    }
+  }
+}
+
+template <class Format, int MR, int NB>
+static HYBRID_INLINE void finish(F32 (&sums)[MR][NB], const Blocks<Format>& w) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) sums[r][j] = Format::finish(sums[r][j], w.header + j * w.stride);
+}
+
+template <class Format, int MR>
+static HYBRID_INLINE void advance(const char* (&a)[MR], const char* const* rows, int line) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) a[r] = rows[r] + 4 * Format::steps * line;
+}
+
+// Asks for the share of lines [first, last) in the headers of the blocks that follow.
+template <int NB, class Format>
+static HYBRID_INLINE void fetch_header(const Blocks<Format>& w, int first, int last) {
+  const char* next = w.header + NB * w.stride;
+  const int64_t begin = int64_t(w.header_bytes) * first / w.lines, end = int64_t(w.header_bytes) * last / w.lines;
+  for (int64_t i = begin; i < end; i += kLine)
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(next + j * w.stride + i, 0, 3);
+}
+
+// A single tile of rows: lines stream past once, in order, fetched some way ahead. The stream runs on into the group
+// of blocks that follows, so the last lines fetch that group's first. out: sums [MR][NB][16].
+template <class Format, int MR, int NB>
+static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& w, float* out) {
+  const int lead = least(kStreamAhead / kLine, w.lines), main = w.lines - lead;
+  F32 sums[MR][NB];
+  load_sums(sums, nullptr);
+  constexpr int panel = kPanelInputs / Format::line_inputs;
+  const auto run = [&](auto& acc, int first, int end) __attribute__((always_inline)) {
+    for (int line = first; line < end;) {
+      const int last = line < main ? least(end, main) : end;
+      const char* next = line < main ? w.line(line + lead) : w.line(line - main) + NB * w.stride;
+      const char* a[MR];
+      advance<Format>(a, rows, line);
+      multiply<Format, NB>(acc, a, w.from(line), last - line, next);
+      line = last;
+    }
+  };
+  for (int first = 0; first < w.lines; first += panel) {
+    const int last = least(w.lines, first + panel);
+    fetch_header<NB>(w, first, last);
+    accumulate<Format>(sums, rows, w, first, last, run);
+  }
+  finish<Format>(sums, w);
+  store_sums(out, sums);
+}
+
+// Stored lines [first, last) of NB blocks as operands, `kPanelBytes` a block; meanwhile those at `next` are fetched.
+// Done once for all rows that pass over the panel.
+template <class Format, int NB>
+static HYBRID_KERNEL void open_panel(const Blocks<Format>& w, int first, int last, const char* next, char* out) {
+  for (int i = 0; i < last - first; ++i) {
+    for (int j = 0; j < NB; ++j) {
+      __builtin_prefetch(next + j * w.stride + i * kLine, 0, 2);
+      const auto scale = Format::scale(w.header + j * w.stride, first + i);
+      const char* line = w.line(first + i) + j * w.stride;
+#pragma GCC unroll 4
+      for (int step = 0; step < Format::steps; ++step)
+        Format::open(line, step, scale, out + j * kPanelBytes + (i * Format::steps + step) * kLine);
+    }
+  }
+}
+
+// A panel: stored lines [first, last) of some blocks as operands, and which tile of how many passes over it.
+struct Panel {
+  Lines operands;
+  int last;
+  int tile, tiles;
+  const char* next;  // the panel to fetch meanwhile, where the stored lines are operands themselves
+};
+
+// One tile over one panel, added to the sums [MR][NB][16].
+template <class Format, int MR, int NB>
+static HYBRID_KERNEL void pass(const char* const* rows, const Blocks<Format>& w, const Panel& panel, float* saved) {
+  using Plain = typename Either<Format::integer, Int8, Bf16>::Type;
+  using Operands = typename Either<Format::opened, Format, Plain>::Type;
+  F32 sums[MR][NB];
+  load_sums(sums, panel.operands.first > 0 ? saved : nullptr);
+  const int first = panel.operands.first;
+  const auto run = [&](auto& acc, int line, int end) __attribute__((always_inline)) {
+    const int64_t done = (line - first) * Format::steps * kLine;
+    Lines lines = panel.operands;
+    lines.data += done;
+    const char* a[MR];
+    advance<Format>(a, rows, line);
+    if constexpr (Format::opened)
+      multiply_shared<Operands>(acc, a, lines, end - line, panel.tile, panel.tiles, panel.next + done);
+    else
+      multiply<Operands, 0>(acc, a, lines, (end - line) * Format::steps, lines.data);
+  };
+  accumulate<Format>(sums, rows, w, first, panel.last, run);
+  if (panel.last == w.lines) finish<Format>(sums, w);
+  store_sums(saved, sums);
+}
+
+// Many rows: panel by panel, all tiles over each; unfinished sums wait in `scratch`, before the opened panel.
+template <class Format, int NB, class Epilogue>
+static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format>& w, int block, char* scratch,
+                                 Epilogue epilogue) {
+  constexpr int lines = kPanelInputs / Format::line_inputs;
+  float* const sums = reinterpret_cast<float*>(scratch);
+  char* const opened = scratch + int64_t(rows) * NB * kBlock * sizeof(float);
+  for (int first = 0; first < w.lines; first += lines) {
+    const int last = least(w.lines, first + lines);
+    const char* next = last == w.lines ? w.line(0) + NB * w.stride : w.line(last);
+    if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
+    Panel panel{w.from(first), last, 0, tile_count(rows), next};
+    if (!Format::opened) panel.operands = {opened, kPanelBytes, kLine, nullptr, first};
     for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
       constexpr int MR = decltype(mr)::value;
-      const bf16* a[MR];
-      F32 acc[MR][NB];
-      for (int r = 0; r < MR; ++r) {
-        a[r] = row_at(row + r);
-        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::zero();
-      }
-      const int64_t offset = block * w.block_stride;
-      multiply_shared(acc, a, w.data + offset, w, w.pairs, tile, tiles, next + offset);
-      for (int r = 0; r < MR; ++r)
-        for (int j = 0; j < NB; ++j) epilogue(acc[r][j], row + r, block + j);
+      const char* at[MR];
+      for (int r = 0; r < MR; ++r) at[r] = left.at(row + r);
+      panel.tile = tile;
+      pass<Format, MR, NB>(at, w, panel, sums + row * NB * kBlock);
     });
+  }
+  epilogue(sums, rows, block, NB);
+}
+
+// product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. The finished sums
+// [rows][count][16] of `count` blocks from `block` on go to epilogue(sums, rows, block, count).
+// scratch: rows * max_blocks * 16 floats and max_blocks opened panels; where there are tiles, rows are rounded up to 16
+// and copies of rows follow.
+template <class Format, class Epilogue>
+static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
+                                  int inputs, Range blocks, char* scratch, Epilogue epilogue) {
+  if constexpr (Isa::tile_rows > 0) {
+    if (tiles.multiply(rows)) return tile_product<Format>(left, rows, matrix, inputs, blocks, scratch, epilogue);
+  }
+  for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
+    constexpr int NB = decltype(nb)::value;
+    const Blocks<Format> w(matrix, inputs, block);
+    if (rows > Isa::max_rows) return panels<Format, NB>(left, rows, w, block, scratch, epilogue);
+    const char* at[Isa::max_rows] = {};
+    for (int r = 0; r < rows; ++r) at[r] = left.at(r);
+    float* const sums = reinterpret_cast<float*>(scratch);
+    with_rows<Isa::max_rows>(
+        rows, [&](auto mr) __attribute__((always_inline)) { stream<Format, decltype(mr)::value, NB>(at, w, sums); });
+    epilogue(sums, rows, block, NB);
   });
 }
 

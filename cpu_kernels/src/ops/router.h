@@ -10,7 +10,7 @@ constexpr int kRouterRows = 4;  // rows that share one read of an expert's weigh
 
 // out[r * experts] = row r of x times w, for `rows` rows. Each row has two chains of sums, whatever `rows` is.
 template <int rows>
-static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const float* w, float* out) {
+static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const float* w, float bias, float* out) {
   F32 even[rows], odd[rows];
   for (int r = 0; r < rows; ++r) even[r] = odd[r] = Isa::zero();
   int i = 0;
@@ -27,7 +27,7 @@ static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const fl
     for (int r = 0; r < rows; ++r)
       even[r] = Isa::fma(load_some(x + r * args.input_stride + i, count), load_some(w + i, count), even[r]);
   }
-  for (int r = 0; r < rows; ++r) out[r * args.experts] = Isa::sum(Isa::add(even[r], odd[r]));
+  for (int r = 0; r < rows; ++r) out[r * args.experts] = Isa::sum(Isa::add(even[r], odd[r])) + bias;
 }
 
 // Experts pass over a group of rows: these stay in L1 and the weights stream from L2. The other way round was slower.
@@ -37,11 +37,12 @@ static void router(const RouterArgs& args, const Step& step, const Work& work) {
   for (int task = tasks.first; task < tasks.last; ++task) {
     const int expert = task % args.experts, last = least(step.rows, (task / args.experts + 1) * kRouterRows);
     const float* w = args.weight + int64_t(expert) * args.hidden;
+    const float bias = args.bias ? args.bias[expert] : 0.0f;
     for (int row = task / args.experts * kRouterRows; row < last;) {
       const float* x = args.input + int64_t(row) * args.input_stride;
       float* out = args.logits + int64_t(row) * args.experts + expert;
       const bool full = row + kRouterRows <= last;
-      full ? score<kRouterRows>(args, x, w, out) : score<1>(args, x, w, out);
+      full ? score<kRouterRows>(args, x, w, bias, out) : score<1>(args, x, w, bias, out);
       row += full ? kRouterRows : 1;
     }
   }
@@ -69,11 +70,15 @@ static HYBRID_INLINE void softmax_all(float* x, int count) {
   for (int i = 0; i < count; ++i) x[i] *= scale;
 }
 
+static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)); }
+
 // Softmax then top-k, or top-k then softmax over those; the scores are the op's to overwrite.
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
   const Range rows = share(step.rows, work);
+  const int stride = args.experts + (args.shared_weights ? 1 : 0);
   for (int row = rows.first; row < rows.last; ++row) {
-    float* scores = const_cast<float*>(args.logits) + int64_t(row) * args.experts;
+    float* scores = const_cast<float*>(args.logits) + int64_t(row) * stride;
+    if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
     int32_t* ids = args.ids + int64_t(row) * args.top_k;
     float* weights = args.weights + int64_t(row) * args.top_k;
     if (!args.softmax_after) softmax_all(scores, args.experts);

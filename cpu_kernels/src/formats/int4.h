@@ -1,0 +1,30 @@
+// int4: two nibbles a byte, low ones of the first four inputs of a line, high ones of the next four; a bf16 scale per
+// column and 32 inputs.
+#pragma once
+
+#include "formats/kinds.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct Int4 : IntegerKind<8, kSumInputs> {
+  static constexpr Format name = Format::int4;
+  static constexpr int line_inputs = 8;
+  static constexpr int steps = 2;
+  static constexpr bool chained = false;
+  static constexpr int segment = 32 / line_inputs;
+  static constexpr bool opened = false;
+  struct Scale {};
+
+  static constexpr int header(int inputs) { return inputs; }
+  static HYBRID_INLINE Scale scale(const char*, int) { return {}; }
+  static HYBRID_INLINE Line operand(const char* line, int step, Scale) { return Isa::load_nibbles(line, step); }
+  static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) { Isa::store_nibbles(out, line, step); }
+  static HYBRID_INLINE F32 group_scale(const char* header, int line) {
+    return Isa::from_bf16(header + line / segment * kBlock * 2);
+  }
+  static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

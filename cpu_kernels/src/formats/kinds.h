@@ -1,0 +1,52 @@
+// The two kinds of product. A format says how its stored bytes become operands of one of them.
+//
+// Float kind: bf16 activations, fp32 sums. Integer kind: int8 activations, exact int32 sums of a group of inputs that
+// are then scaled to fp32. In both a step takes four bytes of an activation row and one 64-byte operand.
+#pragma once
+
+#include "ops/common.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct FloatKind {
+  using Line = Isa::Line;
+  using Sum = F32;
+  static constexpr bool integer = false;
+  static constexpr int step_inputs = 2;
+
+  static HYBRID_INLINE Isa::Pair value(const char* row) { return Isa::load_pair(reinterpret_cast<const bf16*>(row)); }
+  static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::zero(); }
+  static HYBRID_INLINE float row_scale(const char*, int, int) { return 1.0f; }
+  static HYBRID_INLINE F32 widen(Sum sum) { return sum; }
+  static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
+};
+
+// Weights are stored with an offset, because the instructions multiply unsigned by signed bytes. The sums of a group of
+// inputs start at minus the offset times the sum of the activations, which lie behind the int8 values of a row; the
+// scales of a row lie behind those.
+template <int offset, int group>
+struct IntegerKind {
+  using Line = Isa::Bytes;
+  using Sum = Isa::I32;
+  static constexpr bool integer = true;
+  static constexpr int step_inputs = 4;
+
+  static HYBRID_INLINE F32 widen(Sum sum) { return Isa::to_f32(sum); }
+  static HYBRID_INLINE Isa::Quad value(const char* row) { return Isa::load_quad(row); }
+  static HYBRID_INLINE Sum start(const char* row, int inputs, int first) {
+    const int32_t* sums = reinterpret_cast<const int32_t*>(row + inputs) + first / kSumInputs;
+    int sum = sums[0];
+    for (int i = 1; i < least(group, inputs - first) / kSumInputs; ++i) {
+      sum += sums[i];
+      __asm__("" : "+r"(sum));  // so few are faster added one by one than as a vector
+    }
+    return Isa::set_int(-offset * sum);
+  }
+  static HYBRID_INLINE float row_scale(const char* row, int inputs, int first) {
+    return reinterpret_cast<const float*>(row + inputs + inputs / kSumInputs * 4)[first / kScaleInputs];
+  }
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

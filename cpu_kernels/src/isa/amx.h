@@ -1,0 +1,69 @@
+// AMX beside AVX-512: eight registers of 16 lines of 64 bytes, and products of two of them added to a third.
+//
+// A tile of the left operand is 16 rows of up to 64 bytes, one of the right operand up to 16 packed lines as they are
+// stored, one of sums 16 rows of 16 columns. Few rows take the kernels of AVX-512 on the same packed layout.
+#pragma once
+
+#include "isa/avx512_bf16.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Assembly instead of intrinsics: those take no template parameter for the number of a tile, and gcc's do not say which
+// memory they read, so that stores before them could come too late.
+struct Amx : Avx512Bf16 {
+  // Products of at least this many rows multiply tiles. Chosen on paper (docs/kernels.md), to be measured: up to
+  // max_rows rows AVX-512 multiplies weights as fast as they come from memory, with nothing to copy or to open.
+  static constexpr int tile_rows = max_rows + 1;
+
+  // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) `lines` lines of the right one.
+  static void load_tiles(int lines) {
+    struct alignas(64) {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } shape = {};
+    shape.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      shape.rows[i] = uint8_t(i < 6 ? kBlock : lines);
+      shape.row_bytes[i] = uint16_t(i / 2 == 2 ? 4 * lines : kLine);
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape));
+  }
+  static void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
+
+  template <int tile>
+  static void clear_tile() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+  }
+  template <int tile>
+  static void load_tile(const void* p, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+  }
+  template <int tile>
+  static void store_tile(void* p, int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+  }
+
+  // Tile `sums` += tile `left` times tile `right`: bf16, or signed bytes times unsigned or signed ones.
+  template <int sums, int left, int right>
+  static void multiply_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(left), "i"(right));
+  }
+  template <int sums, int left, int right>
+  static void multiply_unsigned() {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(left), "i"(right));
+  }
+  template <int sums, int left, int right>
+  static void multiply_signed() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(left), "i"(right));
+  }
+
+  // Nibbles with their offset of 8 taken off.
+  static void store_signed_nibbles(char* p, const char* from, int high) {
+    _mm512_store_si512(p, _mm512_sub_epi8(nibbles(from, high), _mm512_set1_epi8(8)));
+  }
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

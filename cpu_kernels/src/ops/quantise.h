@@ -1,0 +1,46 @@
+// int8 activation rows: int8 values, the sum of each 32 of them, a scale for each 256. Symmetric, rounded to nearest.
+#pragma once
+
+#include "ops/common.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+constexpr float kSmallest = 1e-36f;  // below, 127 / x would overflow
+
+// value_at(i) gives inputs [i, i + 16) in fp32, zeros beyond the end of the row; inputs: padded.
+template <class ValueAt>
+static HYBRID_INLINE void quantise_row(ValueAt value_at, int inputs, char* out) {
+  int32_t* sums = reinterpret_cast<int32_t*>(out + inputs);
+  float* scales = reinterpret_cast<float*>(sums + inputs / kSumInputs);
+  for (int group = 0; group < inputs; group += kScaleInputs) {
+    const int end = least(inputs, group + kScaleInputs);
+    F32 top = Isa::zero();
+    for (int i = group; i < end; i += kBlock) {
+      const F32 x = value_at(i);
+      top = Isa::max(top, Isa::max(x, Isa::sub(Isa::zero(), x)));
+    }
+    const float largest = Isa::largest(top);
+    const F32 factor = Isa::set(largest > kSmallest ? 127.0f / largest : 0.0f);
+    scales[group / kScaleInputs] = largest / 127.0f;
+    for (int i = group; i < end; i += kSumInputs) {
+      const F32 low = Isa::round(Isa::mul(value_at(i), factor));
+      const F32 high = Isa::round(Isa::mul(value_at(i + kBlock), factor));
+      Isa::store_int8(out + i, low);
+      Isa::store_int8(out + i + kBlock, high);
+      sums[i / kSumInputs] = int32_t(Isa::sum(Isa::add(low, high)));
+    }
+  }
+}
+
+static void quantise(const QuantiseArgs& args, const Step& step, const Work& work) {
+  const Range rows = share(step.rows * args.multiple, work);
+  for (int row = rows.first; row < rows.last; ++row) {
+    const char* in = reinterpret_cast<const char*>(args.input) + row * args.input_stride;
+    const auto value_at = [&](int i) { return Isa::from_bf16(in + 2 * i); };
+    quantise_row(value_at, args.width, args.output + row * args.output_stride);
+  }
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,105 @@
+// Products of operands that are read once for few rows or fit the caches: attention's scores and values.
+#pragma once
+
+#include "ops/product.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// out [MR][NB][16]: rows a[r] times `count` stored lines of NB blocks.
+template <class Format, int MR, int NB>
+static HYBRID_KERNEL void small_tile(const char* const (&a)[MR], const Lines& w, int count, int tile, int tiles,
+                                     const char* next, float* out) {
+  F32 sums[MR][NB];
+  load_sums(sums, nullptr);
+  multiply_shared<Format>(sums, a, w, count, tile, tiles, next);
+  store_sums(out, sums);
+}
+
+// `count` stored lines of NB blocks as operands, block after block.
+template <class Format, int NB>
+static HYBRID_KERNEL Lines open_small(const Lines& w, int count, char* out) {
+  const int64_t block = int64_t(count) * Format::steps * kLine;
+  for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) {
+      const char* line = w.data + j * w.block_stride + i * w.line_stride;
+#pragma GCC unroll 4
+      for (int step = 0; step < Format::steps; ++step)
+        Format::open(line, step, {}, out + j * block + (i * Format::steps + step) * kLine);
+    }
+  }
+  return {out, block, kLine, out, 0};
+}
+
+// Rows of one tile beside two blocks: as many sums as a tile of full width and height has.
+constexpr int kNarrowRows = Isa::max_rows * Isa::max_blocks / 2;
+
+template <class Format, int MR, int NB, class RowAt, class Epilogue>
+static HYBRID_INLINE void small_rows(RowAt row_at, int row, const Lines& w, int count, int block, int tile, int tiles,
+                                     const char* next, Epilogue epilogue) {
+  const char* a[MR];
+  alignas(64) float sums[MR][NB][kBlock];
+  for (int r = 0; r < MR; ++r) a[r] = reinterpret_cast<const char*>(row_at(row + r));
+  small_tile<Format, MR, NB>(a, w, count, tile, tiles, next, sums[0][0]);
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < NB; ++j) epilogue(Isa::load(sums[r][j]), row + r, block + j);
+}
+
+static HYBRID_INLINE Lines from_block(const Lines& w, int block) {
+  return {w.data + block * w.block_stride, w.block_stride, w.line_stride, w.data, 0};
+}
+
+// small_product() for a single tile: lines are made operands in registers.
+template <class Format, class RowAt, class Epilogue>
+static HYBRID_INLINE void narrow_product(RowAt row_at, int rows, const Lines& w, int count, int blocks,
+                                         const char* next, Epilogue epilogue) {
+  for_block_groups<2>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
+    const Lines lines = from_block(w, block);
+    with_rows<kNarrowRows>(rows, [&](auto mr) __attribute__((always_inline)) {
+      small_rows<Format, decltype(mr)::value, decltype(nb)::value>(row_at, 0, lines, count, block, 0, 1,
+                                                                   next + block * w.block_stride, epilogue);
+    });
+  });
+}
+
+// The same for many rows: groups of blocks are made operands once for all rows, in `opened`.
+template <class Format, class RowAt, class Epilogue>
+static HYBRID_INLINE void opened_product(const Tiles<Bf16>& tiles, RowAt row_at, int rows, const Lines& w, int count,
+                                         int blocks, const char* next, char* opened, Epilogue epilogue) {
+  const int passes = tile_count(rows), pairs = count * Format::steps;
+  for_block_groups({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
+    constexpr int NB = decltype(nb)::value;
+    Lines lines = from_block(w, block);
+    const char* ahead = next + block * (Format::opened ? w.block_stride : int64_t(count) * kLine);
+    if constexpr (!Format::opened) lines = open_small<Format, NB>(lines, count, opened);
+    if constexpr (Isa::tile_rows > 0) {
+      const auto shifted = [&](F32 sums, int row, int j) { epilogue(sums, row, block + j); };
+      if (tiles.multiply(rows)) return small_tile_product(row_at, rows, lines, pairs, NB, ahead, shifted);
+    }
+    // A stored line has become `steps` operands: their tiles fetch as if they were so many times more.
+    for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
+      small_rows<Bf16, decltype(mr)::value, NB>(row_at, row, lines, pairs, block, tile, passes * Format::steps, ahead,
+                                                epilogue);
+    });
+  });
+}
+
+// row_at(row) points to a row of as many bf16 as `count` stored lines have inputs; meanwhile the blocks at `next`, laid
+// out as those of w, are fetched. opened: scratch of max_blocks * count * steps lines, where lines are no operands as
+// they lie. epilogue(sums of 16 columns, row, block).
+template <class Format, class RowAt, class Epilogue>
+static HYBRID_INLINE void small_product(const Tiles<Bf16>& tiles, RowAt row_at, int rows, const Lines& w, int count,
+                                        int blocks, const char* next, char* opened, Epilogue epilogue) {
+  if constexpr (Format::opened && Isa::tile_rows > 0) {
+    if (tiles.multiply(rows)) return small_tile_product(row_at, rows, w, count, blocks, next, epilogue);
+  }
+  if constexpr (!Format::opened) {
+    if (rows <= kNarrowRows && !tiles.multiply(rows))
+      return narrow_product<Format>(row_at, rows, w, count, blocks, next, epilogue);
+  }
+  opened_product<Format>(tiles, row_at, rows, w, count, blocks, next, opened, epilogue);
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,54 @@
+// Whether an op's products multiply matrix tiles. Instruction sets without tiles compile none of it.
+#pragma once
+
+#include "ops/common.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct Rows;
+struct Lines;
+
+// Defined in ops/tiles.h.
+template <class Format>
+static void load_tiles();
+template <class Format>
+static void release_tiles();
+template <class Format, class Epilogue>
+static void tile_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks, char* scratch,
+                         Epilogue epilogue);
+template <class RowAt, class Epilogue>
+static void small_tile_product(RowAt row_at, int rows, const Lines& w, int count, int blocks, const char* next,
+                               Epilogue epilogue);
+template <class Format>
+static double multiply_in_tiles(int64_t rounds);
+
+// This thread's tiles while an op runs whose products have up to `rows` rows: configured once if any of them takes
+// tiles, and released when the op ends. Code that runs after finds none in use.
+template <class Format>
+class Tiles {
+ public:
+  HYBRID_INLINE Tiles(const Step& step, int rows)
+      : from_(step.tile_rows ? step.tile_rows : Isa::tile_rows), ready_(Isa::tile_rows && rows >= from_) {
+    if constexpr (Isa::tile_rows > 0) {
+      if (ready_) load_tiles<Format>();
+    }
+  }
+  HYBRID_INLINE ~Tiles() {
+    if constexpr (Isa::tile_rows > 0) {
+      if (ready_) release_tiles<Format>();
+    }
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  // Whether a product of so many rows multiplies tiles.
+  HYBRID_INLINE bool multiply(int rows) const { return ready_ && rows >= from_; }
+
+ private:
+  const int from_;
+  const bool ready_;
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,121 @@
+"""A checkpoint of what a packed store stands for: what the quantisation of weights costs is in it, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from checkpoints import write_tensors
+
+from hybrid.models.spec import LayerSpec
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.layout import down_offset, qkv_width
+from hybrid.weights.pack import model_config
+from hybrid.weights.store import Store
+
+Named = Iterator[tuple[str, np.ndarray]]
+
+
+def write_dequantised(path: Path, store: Store) -> Path:
+    """A float32 checkpoint directory with the values of the store; its head stands apart even if the model is tied."""
+    config = model_config(store.path) | {"tie_word_embeddings": False, "torch_dtype": "float32", "dtype": "float32"}
+    config.pop("quantization_config", None)
+    tensors = dict(_outer(store))
+    for index in range(len(store.spec.layers)):
+        tensors |= dict(_attention(store, index)) | dict(_feed_forward(store, index))
+    return write_tensors(path, config, {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+
+
+def _matrix(store: Store, name: str, n: int, k: int) -> np.ndarray:
+    format = store.tensors[name].format
+    assert format is not None
+    return FORMATS[format].unpack(store.array(name), n, k)
+
+
+def _outer(store: Store) -> Named:
+    spec, names = store.spec, store.spec.names
+    yield names.embedding, _matrix(store, "embedding", spec.vocab, spec.hidden)
+    head = "head" if "head" in store.tensors else "embedding"
+    yield names.head, _matrix(store, head, spec.vocab, spec.hidden)
+    yield names.final_norm, store.array("final_norm")
+
+
+def _attention(store: Store, index: int) -> Named:
+    spec, names, prefix = store.spec, store.spec.names, f"layers.{index}.attention"
+    layer = spec.layers[index]
+    attention, width = layer.attention, qkv_width(layer)
+    ends = np.cumsum([attention.heads, attention.kv_heads]) * attention.head_dim
+    fused = _matrix(store, f"{prefix}.qkv", width, spec.hidden)
+    yield names.attention_norm.format(layer=index), store.array(f"{prefix}.norm")
+    parts = [name.format(layer=index) for name in (names.q, names.k, names.v)]
+    yield from zip(parts, np.split(fused, ends), strict=True)
+    if attention.qkv_bias:
+        biases = np.split(store.array(f"{prefix}.qkv_bias")[:width], ends)
+        yield from zip(map(_bias, parts), biases, strict=True)
+    out = names.out.format(layer=index)
+    yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.heads * attention.head_dim)
+    if attention.out_bias:
+        yield _bias(out), store.array(f"{prefix}.out_bias")[: spec.hidden]
+    if attention.qk_norm == "head":
+        yield names.q_norm.format(layer=index), store.array(f"{prefix}.q_norm")
+        yield names.k_norm.format(layer=index), store.array(f"{prefix}.k_norm")
+    if attention.sinks:
+        yield names.sinks.format(layer=index), store.array(f"{prefix}.sinks")
+
+
+def _feed_forward(store: Store, index: int) -> Named:
+    names, layer = store.spec.names, store.spec.layers[index]
+    yield names.feed_forward_norm.format(layer=index), store.array(f"layers.{index}.ffn.norm")
+    if not layer.feed_forward.is_moe:
+        parts = [name.format(layer=index) for name in (names.gate, names.up, names.down)]
+        yield from zip(parts, _expert(store, index, layer, 0), strict=True)
+        return
+    router, ffn = names.router.format(layer=index), layer.feed_forward
+    scores = store.array(f"layers.{index}.ffn.router")
+    yield router, scores[: ffn.experts]
+    if ffn.shared_gate:
+        yield names.shared_gate.format(layer=index), scores[ffn.experts :]
+    if ffn.shared_intermediate:
+        shared = (names.shared_gate_proj, names.shared_up_proj, names.shared_down_proj)
+        parts = [name.format(layer=index) for name in shared]
+        yield from zip(parts, _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate), strict=True)
+    if ffn.router and ffn.router.bias:
+        yield _bias(router), store.array(f"layers.{index}.ffn.router_bias")
+    if names.fused_transposed:
+        yield from _stacked(store, index, layer)
+        return
+    for expert in range(ffn.experts):
+        apart = (names.expert_gate, names.expert_up, names.expert_down)
+        parts = [name.format(layer=index, expert=expert) for name in apart]
+        yield from zip(parts, _expert(store, index, layer, expert), strict=True)
+
+
+def _stacked(store: Store, index: int, layer: LayerSpec) -> Named:
+    """The experts of gpt-oss with their biases, as transformers holds them."""
+    names, ffn, prefix = store.spec.names, layer.feed_forward, f"layers.{index}.ffn"
+    gate, up, down = map(np.stack, zip(*(_expert(store, index, layer, e) for e in range(ffn.experts)), strict=True))
+    both = np.stack([gate, up], axis=2).reshape(ffn.experts, -1, store.spec.hidden)
+    blocks = store.array(f"{prefix}.gate_up_bias").transpose(0, 1, 3, 2).reshape(ffn.experts, -1)
+    biases = blocks[:, : both.shape[1]], store.array(f"{prefix}.down_bias")[:, : store.spec.hidden]
+    for name, weight, bias in zip((names.fused_gate_up, names.fused_down), (both, down), biases, strict=True):
+        yield name.format(layer=index), weight.transpose(0, 2, 1)
+        yield f"{name.format(layer=index)}_bias", bias
+
+
+def _expert(store: Store, index: int, layer: LayerSpec, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gate, up and down of one expert; its blocks of gate and up alternate."""
+    return _gated(store, f"layers.{index}.ffn.experts", layer.feed_forward.intermediate, expert)
+
+
+def _gated(store: Store, name: str, n: int, *expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    blob, format, k = store.array(name)[expert], store.tensors[name].format, store.spec.hidden
+    assert format is not None
+    start = down_offset(format, k, n)
+    blocks = blob[:start].reshape(-1, 2, FORMATS[format].block_bytes(store.tensors[name].runs[0].inputs))
+    gate, up = (FORMATS[format].unpack(blocks[:, i], n, k) for i in (0, 1))
+    return gate, up, FORMATS[format].unpack(blob[start:], k, n)
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"

@@ -1,0 +1,108 @@
+"""Every code of every format, at the ends of its range: sums that fp32 holds exactly must come out exactly."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from rig import BF16, Rig, aligned, dequantised_rows, format_of, placed, row_stride, rows_of
+
+from hybrid.weights.formats import FORMATS, FP8, MXFP4
+
+ROWS = [3, 40]  # a stream of lines; panels of them
+
+
+def assert_exact(isa, format, x, blocks, n) -> np.ndarray:
+    """The product is that of what the operands stand for, to the last bit; returns it."""
+    m, k = x.shape
+    values = FORMATS[format].unpack(blocks, n, k).astype(np.float64)
+    for first in (0, m - ROWS[0]):
+        for rows in ROWS:
+            part = rows_of(format, x[first : first + rows])
+            output = aligned((len(part), row_stride(n)), np.float32)
+            rig = Rig(isa)
+            rig.add(
+                "gemm",
+                format=format_of(format),
+                input=part,
+                weight=placed(blocks),
+                bias=None,
+                output=output,
+                columns=n,
+                inputs=row_stride(k),
+                input_stride=part.strides[0],
+                output_stride=row_stride(n),
+                accumulate=False,
+            )
+            rig.run(len(part))
+            assert np.array_equal(output[:, :n], dequantised_rows(format, part, k) @ values.T)
+    return values
+
+
+def signs(rows: int, k: int, every: int) -> np.ndarray:
+    """Rows of 1 and -1, `every` inputs apart and zero between, that together touch every input."""
+    x = np.random.default_rng(k).choice([-1.0, 1.0], (rows, k))
+    x[(np.arange(k) + np.arange(rows)[:, None]) % every != 0] = 0
+    return x.astype(BF16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-30, 2.0**30])
+def test_every_code_of_fp8(isa, scale) -> None:
+    n, k = 48, 300
+    codes = np.resize([code for code in range(256) if code & 0x7F != 0x7F], n * k).astype(np.uint8)
+    scales = np.float32(scale) * 2.0 ** np.arange(3, dtype=np.float32)[None]
+    blocks = FP8.pack_blocks(codes.reshape(n, k).view(ml_dtypes.float8_e4m3fn), scales, 0)
+    # from 2^-9 to 448 * 4: 20 bits, so that eight of them add up in 24
+    values = assert_exact(isa, "fp8", signs(43, k, 40), blocks, n)
+    assert len(np.unique(np.abs(values[:, :128]))) == 127
+
+
+def test_every_code_and_exponent_of_mxfp4(isa) -> None:
+    n, k = 32, 512
+    exponents = np.resize(np.arange(3, 253), (n, k // 32)).astype(np.uint8)  # bf16 holds 0.5 and 6 times each of them
+    codes = np.random.default_rng(0).permuted(np.resize(np.arange(16), (n, k // 32, 32)), axis=-1)
+    blocks = MXFP4.pack_blocks((codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8), exponents)
+    x = np.zeros((k + 3, k), BF16)  # one input at a time: exponents so far apart do not add up exactly
+    x[np.arange(k + 3), np.arange(k + 3) % k] = 1
+    for first in range(0, k, 40):
+        values = assert_exact(isa, "mxfp4", x[first : first + 43], blocks, n)
+    assert np.isfinite(values).all() and len(np.unique(np.frexp(values)[1])) > 250
+
+
+def test_sums_of_mxfp4_with_exponents_side_by_side(isa) -> None:
+    n, k = 40, 256
+    random = np.random.default_rng(1)
+    exponents = random.integers(125, 130, (n, k // 32)).astype(np.uint8)
+    blocks = MXFP4.pack_blocks(random.integers(0, 256, (n, k // 32, 16)).astype(np.uint8), exponents)
+    assert_exact(isa, "mxfp4", signs(43, k, 1), blocks, n)
+
+
+def full_rows(k: int) -> np.ndarray:
+    """Rows at the ends of int8, which quantise to themselves: all 127, all -127, both by turns, at random, and less."""
+    random = np.random.default_rng(k)
+    x = random.choice([-127.0, 127.0], (43, k))
+    x[0], x[1], x[2] = 127, -127, np.where(np.arange(k) % 2, 127, -127)
+    x[30:40] = random.integers(-127, 128, (10, k))
+    x[30:40, ::64] = 127
+    return x.astype(BF16)
+
+
+@pytest.mark.parametrize("k", [256, 600])
+def test_every_code_of_int8(isa, k) -> None:
+    codes = np.resize(np.arange(-127, 128), (48, k))
+    codes[:2], codes[2:4], codes[4] = 127, -127, np.where(np.arange(k) % 2, 127, -127)
+    codes[:, 3] = 127  # so that the scale is that of every column, exactly
+    blocks = FORMATS["int8"].pack((codes * 0.125).astype(np.float32))
+    values = assert_exact(isa, "int8", full_rows(k), blocks, 48)
+    assert np.array_equal(values, codes * 0.125)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_code_of_int4(isa, sign) -> None:
+    k = 600
+    codes = np.resize(np.arange(-8, 8), (48, k))
+    codes[:2], codes[2:4], codes[4] = 7, -8, np.where(np.arange(k) % 2, 7, -8)
+    codes[:, ::32] = -8  # so that the scale is that of every group, exactly; one of -0.25 makes 8 of it
+    blocks = FORMATS["int4"].pack((sign * codes * 0.25).astype(np.float32))
+    values = assert_exact(isa, "int4", full_rows(k), blocks, 48)
+    assert np.array_equal(values, sign * codes * 0.25)

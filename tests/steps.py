@@ -1,0 +1,40 @@
+"""Engines of small checkpoints, and the ways to run a prompt through one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid.config import EngineConfig
+from hybrid.core import Batch
+from hybrid.engine import Engine
+
+
+def open_engine(path: Path, cache: Path, **choices: Any) -> Engine:
+    choices = {"threads": 2, "max_batch": 4, "chunk_size": 128, **choices}
+    return Engine.open(EngineConfig(model_path=path, cache_dir=cache, **choices))
+
+
+def step(engine: Engine, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
+    """Logits of every row of a step, one part (slot, first position, tokens) a sequence."""
+    slots = np.concatenate([np.full(len(tokens), slot) for slot, _, tokens in parts])
+    positions = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in parts])
+    tokens = np.concatenate([tokens for *_, tokens in parts])
+    batch = (tokens, slots, positions, np.arange(len(tokens)))
+    return engine.forward(Batch(*(array.astype(np.int32) for array in batch))).logits.copy()
+
+
+def in_chunks(engine: Engine, tokens: np.ndarray, size: int, slot: int = 0) -> np.ndarray:
+    chunks = range(0, len(tokens), size)
+    return np.concatenate([step(engine, (slot, first, tokens[first : first + size])) for first in chunks])
+
+
+def greedy(engine: Engine, prompt: np.ndarray, chunk: int, slot: int = 0, count: int = 24) -> list[int]:
+    logits = in_chunks(engine, prompt, chunk, slot)[-1]
+    tokens: list[int] = []
+    for position in range(len(prompt), len(prompt) + count):
+        tokens.append(int(logits.argmax()))
+        logits = step(engine, (slot, position, np.array(tokens[-1:])))[0]
+    return tokens

@@ -1,0 +1,303 @@
+"""Weight formats: packed bytes mean what the layout says, read here by plain loops, and quantising loses little."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid.errors import ConfigError
+from hybrid.weights import layout
+from hybrid.weights.formats import FORMATS, FP8, MXFP4, fp8, int4, mxfp4
+from hybrid.weights.mix import MIXES, FormatMix, parse_mix, uniform
+
+SHAPES = [(1, 1), (16, 64), (17, 65), (40, 200), (130, 300), (144, 129), (3, 512)]
+HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880
+    "bf16": (0, 2048, 0, 92160),
+    "int8": (64, 1088, 64, 46144),
+    "int4": (64, 576, 2880, 25920),
+    "fp8": (64, 1088, 128, 46208),
+    "mxfp4": (64, 576, 1472, 24512),
+}
+BF16, E4M3, E2M1 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
+
+
+def reference(format: str, packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    """All packed values, padding included, float32 [padded n, padded k], each found by the table of the layout."""
+    inputs = -(-k // 64) * 64
+    blocks = packed.reshape(-(-n // 16), -1)
+    values = np.zeros((len(blocks) * 16, inputs), np.float32)
+    for row in range(len(values)):
+        for i in range(inputs):
+            values[row, i] = _VALUE[format](blocks[row // 16], row % 16, i, inputs)
+    return values
+
+
+def _bf16_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    return np.float32(block.view(BF16)[i // 2 * 32 + column * 2 + i % 2])
+
+
+def _int8_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    code = int(block[64 + i // 4 * 64 + column * 4 + i % 4]) - 128
+    return np.float32(code) * block[:64].view(np.float32)[column]
+
+
+def _int4_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    byte = int(block[inputs + i // 8 * 64 + column * 4 + i % 4])
+    code = (byte >> 4 if i % 8 >= 4 else byte & 15) - 8
+    return np.float32(code) * np.float32(block[:inputs].view(BF16)[i // 32 * 16 + column])
+
+
+def _fp8_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    header = -(-(-(-inputs // 128) * 4) // 64) * 64
+    value = block[header + i * 16 + column : header + i * 16 + column + 1].view(E4M3)[0]
+    return np.float32(value) * block[:header].view(np.float32)[i // 128]
+
+
+def _mxfp4_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    header = -(-(inputs // 32 * 16) // 64) * 64
+    byte = int(block[header + i // 8 * 64 + i % 8 // 2 * 16 + column])
+    code = byte >> 4 if i % 2 else byte & 15
+    return np.float32(_e2m1(code) * 2.0 ** (int(block[i // 32 * 16 + column]) - 127))
+
+
+def _e2m1(code: int) -> float:
+    magnitude = [0, 0.5, 1, 1.5, 2, 3, 4, 6][code & 7]
+    return -magnitude if code & 8 else magnitude
+
+
+_VALUE = {"bf16": _bf16_value, "int8": _int8_value, "int4": _int4_value, "fp8": _fp8_value, "mxfp4": _mxfp4_value}
+
+
+def weights(n: int, k: int, dtype: str = "f4", seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((n, k)) * 0.05).astype(dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_bytes_mean_what_the_layout_says(format: str, shape: tuple[int, int]) -> None:
+    weight = weights(*shape)
+    packed = FORMATS[format].pack(weight)
+    assert packed.dtype == np.uint8 and packed.size == layout.packed_bytes(format, *shape)
+    expected = reference(format, packed, *shape)
+    found = FORMATS[format].unpack(packed, *shape)
+    assert found.dtype == np.float32 and (found == expected[: shape[0], : shape[1]]).all()
+    assert not expected[shape[0] :].any() and not expected[:, shape[1] :].any()
+    assert np.linalg.norm(found - weight) <= 0.15 * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sizes_are_those_of_the_layout(format: str) -> None:
+    kind = FORMATS[format]
+    sizes = [size(k) for k in (64, 2880) for size in (kind.header_bytes, kind.block_bytes)]
+    assert tuple(sizes) == HEADER_AND_BLOCK[format]
+    assert kind.name == format and kind.integer == (format in ("int8", "int4"))
+    expert = layout.expert_bytes(format, 96, 40)
+    assert expert == 2 * layout.packed_bytes(format, 40, 96) + layout.packed_bytes(format, 96, 40)
+    assert layout.down_offset(format, 96, 40) == expert - layout.packed_bytes(format, 96, 40)
+
+
+PADDING = {  # of one column with one input: the byte of a line, and the bytes of its header
+    "int8": (128, {0}), "int4": (0x88, {0}), "fp8": (0, {0}), "mxfp4": (0, {127}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", PADDING)
+def test_padding_has_the_bytes_of_the_layout(format: str) -> None:
+    kind, (line, header) = FORMATS[format], PADDING[format]
+    packed = kind.pack(np.ones((17, 65), "f4")).reshape(2, -1)
+    scales, lines = np.split(packed[1], [kind.header_bytes(128)])
+    columns = {"int8": scales[4:], "int4": scales.reshape(-1, 16, 2)[:, 1:], "fp8": scales[4:]}
+    assert set(columns.get(format, scales.reshape(-1, 16)[:, 1:]).ravel().tolist()) == header
+    assert int((lines != line).sum()) == {"int4": 33, "mxfp4": 33}.get(format, 65)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_stay_zeros_and_nothing_overflows(format: str) -> None:
+    kind = FORMATS[format]
+    assert not kind.unpack(kind.pack(np.zeros((20, 100), "f4")), 20, 100).any()
+    for size in (1e-44, 1e-38, 1e-30, 1e30, 1e38, -1e38):
+        weight = np.full((20, 100), size, np.float32)
+        weight[3, 5] = 0
+        packed = kind.pack(weight)
+        assert kind.all_finite(packed, 128)
+        found = kind.unpack(packed, 20, 100)
+        assert np.isfinite(found).all() and found[3, 5] == 0
+        if abs(size) > 1e-36:
+            assert np.allclose(found, weight, rtol=0.26)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", BF16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_dtype_is_quantised_from_its_own_values(format: str, dtype: np.dtype) -> None:
+    weight = weights(48, 192, dtype)
+    assert (FORMATS[format].pack(weight) == FORMATS[format].pack(weight.astype("f4"))).all()
+
+
+def test_int8_is_within_half_a_step_of_every_column() -> None:
+    weight = weights(50, 300)
+    found = FORMATS["int8"].unpack(FORMATS["int8"].pack(weight), 50, 300)
+    steps = np.abs(weight).max(axis=1, keepdims=True) / 127
+    assert (np.abs(found - weight) <= steps * 0.5001).all()
+    assert np.allclose(np.abs(found).max(axis=1, keepdims=True), steps * 127)
+
+
+def test_int4_codes_are_the_nearest_for_the_stored_scales_and_better_than_the_plain_rule() -> None:
+    groups = np.random.default_rng(3).standard_normal((32, 5000)).astype("f4")
+    scales, codes = int4.quantise(groups)
+    codes = codes - 8
+    assert (scales == scales.astype(BF16).astype("f4")).all()
+    assert (codes == np.clip(np.rint(groups / scales), -8, 7)).all() and codes.min() == -8 and codes.max() == 7
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=0)[None], axis=0)[0]
+    plain = (largest / -8).astype(BF16).astype("f4")
+    errors = ((codes * scales - groups) ** 2).sum(axis=0)
+    plain_errors = ((np.clip(np.rint(groups / plain), -8, 7) * plain - groups) ** 2).sum(axis=0)
+    assert (errors <= plain_errors * 1.00001).all() and errors.sum() < 0.92 * plain_errors.sum()
+    assert np.sqrt(errors.sum() / (groups**2).sum()) < 0.083
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-500, 500, width=32), min_size=1, max_size=50))
+def test_fp8_codes_are_those_of_a_cast(values: list[float]) -> None:
+    exact = np.array(values, np.float32)
+    assert (fp8.encode(exact).view(E4M3).astype("f4") == np.clip(exact, -448, 448).astype(E4M3).astype("f4")).all()
+
+
+def test_fp8_rounds_every_tie_as_a_cast_does_and_never_to_nan() -> None:
+    finite = np.sort(fp8.VALUES[np.isfinite(fp8.VALUES)])
+    between = (finite[1:] + finite[:-1]) / 2
+    near = np.concatenate([finite, between, np.nextafter(between, np.inf), np.nextafter(between, -np.inf)])
+    assert (fp8.encode(near) == near.astype(E4M3).view(np.uint8)).all()
+    beyond = np.array([448, 449, 1e30, 3.4e38, -464, -1e38], np.float32)
+    assert (fp8.encode(beyond).view(E4M3).astype("f4") == np.copysign(448, beyond)).all()
+
+
+def test_fp8_has_the_scales_of_its_squares() -> None:
+    weight = weights(200, 300)
+    codes, scales = fp8.quantise(weight)
+    assert scales.shape == (2, 3)
+    for row in range(2):
+        for column in range(3):
+            square = (slice(row * 128, row * 128 + 128), slice(column * 128, column * 128 + 128))
+            assert scales[row, column] == np.abs(weight[square]).max() / np.float32(448)
+            assert (codes[square] == (weight[square] / scales[row, column]).astype(E4M3).view(np.uint8)).all()
+    found = FP8.unpack(FP8.pack(weight), 200, 300)
+    assert (np.abs(found - weight) <= np.maximum(np.abs(weight) / 16, scales.max() / 1000)).all()
+
+
+@pytest.mark.parametrize("first_row", [0, 16, 112, 144])
+def test_published_fp8_is_packed_as_it_is(first_row: int) -> None:
+    """Partial squares at both edges, from any whole block on."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 127, (300, 200), np.uint8) | random.choice([0, 128], (300, 200)).astype(np.uint8)
+    scales = random.uniform(0.01, 3, (3, 2)).astype("f4")
+    expected = codes.view(E4M3).astype("f4") * scales.repeat(128, 0).repeat(128, 1)[:300, :200]
+    packed = FP8.pack_blocks(codes[first_row:], scales, first_row)
+    assert (FP8.unpack(packed, 300 - first_row, 200) == expected[first_row:]).all()
+    assert (reference("fp8", packed, 300 - first_row, 200)[: 300 - first_row, :200] == expected[first_row:]).all()
+    rows = np.arange(first_row, 300) // 128
+    assert (fp8.decode(codes[first_row:], scales[rows]) == expected[first_row:]).all()
+
+
+def test_published_mxfp4_is_packed_as_it_is() -> None:
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (50, 3, 16), np.uint8)
+    scales = random.integers(100, 140, (50, 3), np.uint8)
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(50, 3, 32)
+    values = codes.view(E2M1).astype("f4") * scales.view(ml_dtypes.float8_e8m0fnu).astype("f4")[..., None]
+    packed = MXFP4.pack_blocks(blocks, scales)
+    assert (MXFP4.unpack(packed, 50, 96) == values.reshape(50, 96)).all()
+    padded = reference("mxfp4", packed, 50, 96)
+    assert (padded[:50, :96] == values.reshape(50, 96)).all() and not padded[50:].any() and not padded[:, 96:].any()
+    assert (mxfp4.decode(blocks, scales) == values.reshape(50, 96)).all()
+
+
+def test_mxfp4_takes_the_better_of_two_exponents() -> None:
+    groups = (np.random.default_rng(1).standard_normal((32, 4000)) * 3).astype("f4")
+    exponents, codes = mxfp4.quantise(groups)
+    floor = np.floor(np.log2(np.abs(groups).max(axis=0))).astype(int) - 2 + 127
+    results = [_ocp(groups, floor), _ocp(groups, floor + 1)]
+    errors = [((values - groups) ** 2).sum(axis=0) for values in results]
+    assert ((exponents == floor) | (exponents == floor + 1)).all() and len(set((exponents - floor).tolist())) == 2
+    expected = np.where(exponents == floor, *results)
+    assert (mxfp4.VALUES[codes] * mxfp4.powers(exponents) == expected).all()
+    chosen = np.where(exponents == floor, *errors)
+    assert (chosen <= np.minimum(*errors) * 1.00001).all()
+
+
+def _ocp(groups: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """Values that a cast to e2m1, ties to even and saturated, keeps of groups [32, ...]."""
+    scaled = np.clip(groups * 2.0 ** (127.0 - exponents), -6, 6).astype(np.float32)
+    return (scaled.astype(E2M1).astype("f4") * 2.0 ** (exponents - 127.0)).astype(np.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_finite_is_found_in_packed_bytes(format: str) -> None:
+    kind = FORMATS[format]
+    packed = kind.pack(weights(32, 128))
+    assert kind.all_finite(packed, 128)
+    nan = {"bf16": [0x80, 0x7F], "int8": [0, 0, 0x80, 0x7F], "int4": [0x80, 0x7F], "fp8": [0, 0, 0xC0, 0x7F]}
+    bad = nan.get(format, [255])
+    packed[1, : len(bad)] = bad
+    assert not kind.all_finite(packed, 128)
+    if format == "fp8":
+        packed = kind.pack(weights(32, 128))
+        packed[1, -1] = 0xFF
+        assert not kind.all_finite(packed, 128)
+
+
+def test_an_expert_interleaves_gate_and_up() -> None:
+    gate, up, down = weights(40, 96, seed=1), weights(40, 96, seed=2), weights(96, 40, seed=3)
+    for name, kind in FORMATS.items():
+        blob = layout.pack_expert(name, gate, up, down)
+        assert blob.size == layout.expert_bytes(name, 96, 40)
+        start = layout.down_offset(name, 96, 40)
+        blocks = blob[:start].reshape(3, 2, -1)
+        for index, matrix in enumerate((gate, up)):
+            assert (blocks[:, index].reshape(-1) == kind.pack(matrix).reshape(-1)).all()
+        assert (blob[start:] == kind.pack(down).reshape(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", FormatMix("int8", "int8", "bf16", "bf16", "bf16")),
+        ("head=int4", FormatMix("int8", "int8", "bf16", "bf16", "int4")),
+        ("bf16", uniform("bf16")),
+        ("int8", uniform("int8")),
+        ("int4", uniform("int4")),
+        ("fp8", FormatMix("fp8", "fp8", "fp8", "fp8", "bf16")),
+        ("mxfp4", FormatMix("mxfp4", "mxfp4", "bf16", "bf16", "bf16")),
+        ("int4, head=int8, attention = bf16", FormatMix("int4", "int4", "int4", "bf16", "int8")),
+    ],
+)
+def test_a_mix_is_read(text: str, expected: FormatMix) -> None:
+    assert parse_mix(text, FormatMix("int8", "int8", "bf16", "bf16", "bf16")) == expected
+
+
+def test_a_mix_says_what_is_apart() -> None:
+    texts = [str(mix) for mix in MIXES.values()]
+    assert texts == ["bf16", "int8", "int4", "head bf16, rest fp8", "experts mxfp4, shared mxfp4, rest bf16"]
+    assert str(parse_mix("int4,head=int8", MIXES["bf16"])) == "head int8, rest int4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int3", "'int3' is unknown; allowed: auto, bf16, int8, int4, fp8, mxfp4, then overrides"),
+        ("", "'' is unknown"),
+        ("int4,int8", "'int8' is not understood.*experts, shared, dense, attention, head.*bf16, int8"),
+        ("int4,body=int8", "'body=int8' is not understood"),
+        ("int4,head=int2", "'head=int2' is not understood"),
+        ("int4,head=int8,head=bf16", "may be set once"),
+        ("int4,", "'' is not understood"),
+    ],
+)
+def test_a_mix_that_is_wrong_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_mix(text, MIXES["bf16"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="format 'int3' of experts is unknown"):
+        uniform("int3")

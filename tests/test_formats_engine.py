@@ -1,0 +1,181 @@
+"""Every weight and KV format: logits are those of the dequantised weights, and the same bits however a prompt is run.
+
+Bounds: a part of a layer may be off by 0.6 % of its output where its activations stay bf16, by 2.5 % where they are
+int8. What the parts add to the residual stream is independent, so the squares add up over the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, mxfp4_tensors, mxfp4_values, write_tensors
+from steps import greedy, in_chunks, open_engine, step
+
+from hybrid.models import model_spec
+from hybrid.models.spec import ModelSpec
+from hybrid.program import feed_forward_format
+from hybrid.weights.formats import FORMATS
+from hybrid.weights.mix import MIXES, FormatMix
+from hybrid.weights.pack import cached_store
+
+pytest.importorskip("torch")
+import oracle  # noqa: E402
+from dequantised import write_dequantised  # noqa: E402
+from oracle import Oracle  # noqa: E402
+
+TEXTS = [*MIXES, "int4,attention=fp8,head=int8,dense=mxfp4", "mxfp4,attention=int8,dense=int4,shared=fp8"]
+SHARP = {"initializer_range": 0.1}  # what layers add outweighs the embedding, so that their errors show
+FLOAT, INTEGER = 0.006, 0.025
+KV_ERRORS = {"bf16": 0.0, "int8": 0.006, "fp8": 0.025}  # of one stored value, relative to its largest neighbour
+
+
+def bound(spec: ModelSpec, mix: FormatMix, kv_format: str = "bf16") -> float:
+    parts = [mix.head]
+    for layer in spec.layers:
+        parts += [mix.attention, feed_forward_format(mix, layer)]
+        parts += [mix.shared] if layer.feed_forward.shared_intermediate else []
+    errors = [INTEGER if FORMATS[part].integer else FLOAT for part in parts]
+    return float(np.sqrt(np.square(errors).sum() + len(spec.layers) * KV_ERRORS[kv_format] ** 2))
+
+
+def all_active(family: str) -> dict[str, int]:
+    """The change that makes every expert active, so that rounding cannot send a near-tie to another one."""
+    config = CONFIGS[family]
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    return {"num_experts_per_tok": experts} if experts else {}
+
+
+def relative_error(logits: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint, and the fp32 logits of transformers for the weights that its store in some mix stands for."""
+
+    saved: Oracle
+    cache: Path
+    exact: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Reference]:
+    @functools.cache
+    def saved(family: str) -> Oracle:
+        return oracle.save(tmp_path_factory.mktemp(family) / "hf", family, **SHARP, **all_active(family))
+
+    @functools.cache
+    def make(family: str, text: str) -> Reference:
+        source, folder = saved(family), tmp_path_factory.mktemp("store")
+        with cached_store(source.path, folder, text) as store:
+            exact = oracle.logits(write_dequantised(folder / "exact", store), source.tokens, "fp32")
+        return Reference(source, folder, exact)
+
+    return make
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_are_those_of_the_dequantised_weights(reference, isa, family, text) -> None:
+    wanted = reference(family, text)
+    with open_engine(wanted.saved.path, wanted.cache, weight_format=text, isa=isa) as engine:
+        logits = step(engine, (0, 0, wanted.saved.tokens))
+        allowed = bound(engine.spec, engine.plan.formats)
+    error, cost = relative_error(logits, wanted.exact), relative_error(wanted.exact, wanted.saved.exact)
+    print(f"{family}, {text}, {isa}: {error:.2%} of {allowed:.2%}; quantising the weights costs {cost:.2%}")
+    assert 0 < error <= allowed
+    assert text != "int4" or allowed < cost  # else nothing shows that these weights were used, and not the original
+
+
+def published_pair(folder: Path) -> tuple[Path, Path]:
+    """gpt-oss as it is published, in mxfp4, and the same values in the fp32 checkpoint that transformers would save."""
+    config = {**CONFIGS["gpt_oss"], "intermediate_size": 64, **all_active("gpt_oss")}
+    tensors = mxfp4_tensors(model_spec(config), exponents=(120, 126))
+    values = {name: value.astype(np.float32) for name, value in tensors.items() if value.dtype != np.uint8}
+    for name in {name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")}:
+        values[name] = np.ascontiguousarray(mxfp4_values(tensors, name).transpose(0, 2, 1))
+    quantised = config | {"quantization_config": {"quant_method": "mxfp4"}}
+    return (
+        write_tensors(folder / "mxfp4", quantised, tensors),
+        write_tensors(folder / "exact", config | {"torch_dtype": "float32"}, values),
+    )
+
+
+def test_a_published_gpt_oss_runs_in_its_own_format(tmp_path, isa) -> None:
+    """Its experts are taken as they are, so nothing but the activations is rounded."""
+    published, dequantised = published_pair(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 131, 70).astype(np.int32)
+    exact = oracle.logits(dequantised, tokens, "fp32")
+    with open_engine(published, tmp_path / "cache", isa=isa) as engine:
+        assert engine.plan.formats == MIXES["mxfp4"]
+        error, allowed = relative_error(step(engine, (0, 0, tokens)), exact), bound(engine.spec, MIXES["mxfp4"])
+    print(f"published gpt_oss, {isa}: {error:.2%} of {allowed:.2%}")
+    assert 0 < error <= allowed
+
+
+LONG = {"length": 300, "max_position_embeddings": 512}  # two key blocks
+
+
+@pytest.fixture(scope="module")
+def long_saved(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return oracle.save(tmp_path_factory.mktemp("kv") / "hf", "qwen3_moe", **LONG, **SHARP, **all_active("qwen3_moe"))
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+def test_quantised_keys_and_values_stay_near_those_of_bf16(long_saved, isa, kv_format) -> None:
+    """Prefill in chunks, then a decoded row."""
+    logits, tokens = {}, long_saved.tokens[:291]
+    for format in ("bf16", kv_format):
+        with open_engine(long_saved.path, cache(long_saved), isa=isa, kv_format=format, chunk_size=58) as engine:
+            logits[format] = in_chunks(engine, tokens, 58)
+            allowed = bound(engine.spec, engine.plan.formats, kv_format)
+    error = relative_error(logits[kv_format], logits["bf16"])
+    print(f"{kv_format}, {isa}: {error:.2%} of {allowed:.2%}")
+    assert 0 < error <= allowed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return oracle.save(tmp_path_factory.mktemp("formats") / "hf", "qwen3_moe", **LONG)
+
+
+def cache(saved: Oracle) -> Path:
+    return saved.path.parent / "cache"
+
+
+PAIRS = [*((text, "bf16") for text in TEXTS), ("bf16", "int8"), ("bf16", "fp8"), ("int4", "int8"), ("fp8", "fp8")]
+
+
+@pytest.mark.parametrize(("text", "kv_format"), PAIRS)
+def test_logits_are_the_same_bits_on_every_path(saved, isa, text, kv_format) -> None:
+    """In one step and in chunks, alone and among others, on one thread and on three."""
+    choices = {"weight_format": text, "kv_format": kv_format, "isa": isa, "batch_invariant": True}
+    tokens = saved.tokens[:100]
+    with open_engine(saved.path, cache(saved), **choices) as engine:
+        whole = step(engine, (0, 0, tokens))
+        assert np.array_equal(whole[:40], in_chunks(engine, tokens[:40], 1, slot=1))
+        assert np.array_equal(whole, in_chunks(engine, tokens, 7, slot=2))
+        step(engine, (3, 0, tokens[:20]))
+        together = step(engine, (1, 40, tokens[40:41]), (2, 0, tokens), (3, 20, tokens[5:10]))
+        assert np.array_equal(whole[40], together[0]) and np.array_equal(whole, together[1:101])
+    for threads in (1, 3):
+        with open_engine(saved.path, cache(saved), threads=threads, **choices) as engine:
+            assert np.array_equal(whole, step(engine, (0, 0, tokens)))
+
+
+@pytest.mark.parametrize(("text", "kv_format"), PAIRS)
+def test_greedy_tokens_are_the_same_on_every_path(saved, text, kv_format) -> None:
+    """Across the end of a key block."""
+    choices = {"weight_format": text, "kv_format": kv_format, "chunk_size": 256, "batch_invariant": True}
+    prompt = saved.tokens[:245]
+    with open_engine(saved.path, cache(saved), **choices) as engine:
+        expected = greedy(engine, prompt, 245)
+        assert len(set(expected)) > 1
+        assert expected == greedy(engine, prompt, 33, slot=2)
+    with open_engine(saved.path, cache(saved), threads=1, **choices) as engine:
+        assert expected == greedy(engine, prompt, 100, slot=1)
