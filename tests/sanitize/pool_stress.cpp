@@ -1,0 +1,264 @@
+// Threads of the pool and the executor under a race detector: short jobs with barriers, two callers, steps that are
+// cancelled while they run, nodes with work of their own. Results are compared bit for bit with those of one thread.
+// Ends with 1 at the first wrong result; tests/sanitize/run.py builds and runs it.
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "executor/executor.h"
+
+namespace hybrid {
+extern const KernelTable kernels_portable;
+}
+
+namespace {
+
+using namespace hybrid;
+
+void check(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::exit(1);
+}
+
+constexpr int kRows = 24, kHidden = 128, kExperts = 5, kTopK = 2, kIntermediate = 64;
+
+// Starts on a cache line, as everything in a plan does.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(size_t count) : memory_(count * sizeof(T), false) {}
+  T* data() const { return reinterpret_cast<T*>(memory_.data()); }
+
+ private:
+  Arena memory_;
+};
+
+// Small numbers that differ from place to place: bf16 from -1 to 1.
+void fill(bf16* values, int count, int seed) {
+  for (int i = 0; i < count; ++i) {
+    const float value = float((i * 37 + seed * 101) % 65 - 32) / 32.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    values[i] = bf16(bits >> 16);
+  }
+}
+
+int64_t matrix_bytes(int columns, int inputs) { return int64_t(columns) * inputs * 2; }
+
+// A norm, a projection, routed experts split between the nodes, and the join: the ops in which threads share most.
+class Layer {
+ public:
+  explicit Layer(std::shared_ptr<ThreadPool> pool)
+      : pool_(std::move(pool)), executor_(kernels_portable, pool_, limits()) {
+    fill(weights_.data(), int(matrix_bytes(kHidden, kHidden) / 2), 1);
+    fill(experts_.data(), int(kExperts * expert_bytes() / 2), 2);
+    for (int i = 0; i < kHidden; ++i) norm_weight_.data()[i] = 1.0f;
+    for (int i = 0; i < kRows * kTopK; ++i) {
+      ids_.data()[i] = (i * 7 + i / 3) % kExperts;
+      gates_.data()[i] = 0.5f;
+    }
+    add_projection();
+    add_experts();
+  }
+
+  // The residual after a step of `rows` rows.
+  std::vector<float> run(int rows) {
+    for (int i = 0; i < kRows * kHidden; ++i) residual_.data()[i] = float((i * 13) % 29 - 14) / 14.0f;
+    step(rows);
+    return {residual_.data(), residual_.data() + size_t(rows) * kHidden};
+  }
+
+  Outcome step(int rows) {
+    std::vector<int32_t> zeros(size_t(rows), 0), positions(size_t(rows), 0);
+    for (int i = 0; i < rows; ++i) positions[size_t(i)] = i;
+    Step step{};
+    step.rows = rows;
+    step.tokens = step.slots = zeros.data();
+    step.positions = positions.data();
+    Times times;
+    return executor_.step(step, times, nullptr);
+  }
+
+  void cancel() { executor_.cancel(); }
+
+ private:
+  static Limits limits() {
+    Limits limits{};
+    limits.rows = limits.positions = kRows;
+    limits.slots = limits.vocab = 1;
+    limits.scratch_bytes = 1 << 18;
+    return limits;
+  }
+  static int64_t expert_bytes() { return 3 * matrix_bytes(kIntermediate, kHidden); }
+
+  void add_projection() {
+    NormArgs norm{};
+    norm.input = residual_.data();
+    norm.weight = norm_weight_.data();
+    norm.output = normed_.data();
+    norm.width = norm.input_stride = norm.output_stride = kHidden;
+    norm.eps = 1e-6f;
+    executor_.add(Part::other, norm);
+    GemmArgs gemm{};
+    gemm.format = Format::bf16;
+    gemm.input = reinterpret_cast<const char*>(normed_.data());
+    gemm.weight = reinterpret_cast<const char*>(weights_.data());
+    gemm.output = residual_.data();
+    gemm.columns = gemm.inputs = gemm.output_stride = kHidden;
+    gemm.input_stride = 2 * kHidden;
+    gemm.accumulate = 1;
+    executor_.add(Part::attention, gemm);
+    executor_.add(Part::other, norm);
+  }
+
+  // Every node takes all experts with the same weights, and counts for its share of the sum.
+  void add_experts() {
+    const Routing routing{offsets_.data(), rows_.data(), weights_of_rows_.data(), active_.data(), count_.data()};
+    executor_.add(Part::moe, GroupArgs{ids_.data(), gates_.data(), routing, kExperts, kTopK});
+    for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, gate_up(routing, node), node);
+    for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, down(routing, node), node);
+    JoinArgs join{};
+    join.nodes = pool_->nodes();
+    for (int node = 0; node < join.nodes; ++node) join.partials[node] = partial(node);
+    join.output = residual_.data();
+    join.width = join.output_stride = kHidden;
+    executor_.add(Part::moe, join);
+  }
+
+  static ExpertSet experts(const Routing& routing, const bf16* input, int inputs, const char* first, int columns) {
+    ExpertSet set{};
+    set.format = Format::bf16;
+    set.input = reinterpret_cast<const char*>(input);
+    set.input_stride = 2 * inputs;
+    set.routing = routing;
+    set.experts = first;
+    set.expert_stride = expert_bytes();
+    set.blocks = columns / kBlock;
+    set.inputs = inputs;
+    return set;
+  }
+
+  GateUpArgs gate_up(const Routing& routing, int node) {
+    GateUpArgs args{};
+    const char* first = reinterpret_cast<const char*>(experts_.data());
+    args.routed = experts(routing, normed_.data(), kHidden, first, kIntermediate);
+    args.output = activation(node);
+    args.output_stride = kIntermediate;
+    args.activation = Activation::silu;
+    return args;
+  }
+
+  DownArgs down(const Routing& routing, int node) {
+    DownArgs args{};
+    const char* first = reinterpret_cast<const char*>(experts_.data()) + 2 * matrix_bytes(kIntermediate, kHidden);
+    args.routed = experts(routing, activation(node), kIntermediate, first, kHidden);
+    args.output = partial(node);
+    args.output_stride = kHidden;
+    return args;
+  }
+
+  bf16* activation(int node) { return activations_.data() + int64_t(node) * kRows * kTopK * kIntermediate; }
+  float* partial(int node) { return partials_.data() + int64_t(node) * kRows * kHidden; }
+
+  std::shared_ptr<ThreadPool> pool_;
+  Executor executor_;
+  Aligned<bf16> weights_{size_t(kHidden * kHidden)}, experts_{size_t(kExperts) * 3 * kIntermediate * kHidden};
+  Aligned<bf16> normed_{size_t(kRows * kHidden)}, activations_{size_t(kMaxNodes) * kRows * kTopK * kIntermediate};
+  Aligned<float> norm_weight_{kHidden}, residual_{size_t(kRows * kHidden)};
+  Aligned<float> partials_{size_t(kMaxNodes) * kRows * kHidden}, gates_{kRows * kTopK}, weights_of_rows_{kRows * kTopK};
+  Aligned<int32_t> ids_{kRows * kTopK}, rows_{kRows * kTopK}, offsets_{kExperts + 1}, active_{kExperts}, count_{1};
+};
+
+std::shared_ptr<ThreadPool> make_pool(int threads, int nodes) {
+  return std::make_shared<ThreadPool>(threads, std::vector<int>{}, nodes);
+}
+
+// What a thread wrote before a barrier is seen by its neighbour behind it.
+void barriers(ThreadPool& pool, int jobs) {
+  std::vector<int> written(size_t(pool.size()), 0);
+  for (int done = 1; done <= jobs; ++done) {
+    auto job = [&](int thread) {
+      for (int i = 0; i < 8; ++i) {
+        written[size_t(thread)] = done * 8 + i;
+        pool.barrier();
+        check(written[size_t((thread + 1) % pool.size())] == done * 8 + i, "a neighbour's number behind a barrier");
+        pool.barrier();
+      }
+    };
+    pool.run(job);
+  }
+}
+
+void two_callers(ThreadPool& pool) {
+  std::thread other([&] { barriers(pool, 30); });
+  barriers(pool, 30);
+  other.join();
+}
+
+// The first job of a pool, the last, and one after its threads have gone to sleep.
+void lives() {
+  for (int i = 0; i < 20; ++i) {
+    ThreadPool pool(3, {});
+    if (i % 2) barriers(pool, 1);
+    if (i % 3 == 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      barriers(pool, 1);
+    }
+  }
+}
+
+void steps(int threads, int nodes) {
+  Layer alone(make_pool(nodes, nodes)), together(make_pool(threads, nodes));
+  for (int i = 0; i < 12; ++i) {
+    const int rows = 1 + i * 5 % kRows;
+    check(alone.run(rows) == together.run(rows), "a step of several threads");
+  }
+}
+
+void cancelled_steps(int threads) {
+  Layer layer(make_pool(threads, 2)), undisturbed(make_pool(2, 2));
+  std::atomic<bool> done{false};
+  std::thread other([&] {
+    while (!done.load()) {
+      layer.cancel();
+      std::this_thread::sleep_for(std::chrono::microseconds(300));
+    }
+  });
+  int cancelled = 0;
+  for (int i = 0; i < 60; ++i) cancelled += layer.step(kRows) == Outcome::cancelled;
+  done.store(true);
+  other.join();
+  layer.step(1);  // takes the last wish to cancel, if there is one
+  check(cancelled > 0, "no step was cancelled");
+  check(layer.run(kRows) == undisturbed.run(kRows), "a step after cancelled ones");
+}
+
+void two_steps_at_once() {
+  Layer layer(make_pool(3, 1)), alone(make_pool(1, 1));
+  auto run = [&] {
+    for (int i = 0; i < 10; ++i) layer.step(3);
+  };
+  std::thread other(run);
+  run();
+  other.join();
+  check(layer.run(kRows) == alone.run(kRows), "a step after two callers");
+}
+
+}  // namespace
+
+int main() {
+  auto pool = make_pool(4, 1);
+  barriers(*pool, 50);
+  two_callers(*pool);
+  lives();
+  for (int nodes = 1; nodes <= 3; ++nodes) steps(4, nodes);
+  cancelled_steps(4);
+  two_steps_at_once();
+  std::puts("threads agree");
+}

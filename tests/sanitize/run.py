@@ -1,0 +1,113 @@
+"""Run the kernels, the executor and the thread pool under the checkers of the compiler: `make sanitize`.
+
+Out-of-bounds accesses and undefined behaviour (ASan, UBSan): the extension is built with HYBRID_SANITIZE into
+build/sanitize and the tests of kernels, executor and memory run on it. Races (TSan): pool_stress.cpp, a program of its
+own, because a checked extension in an unchecked Python would be reported for what Python does.
+
+Ends with 1 if anything is found. A compiler that lacks a checker is told, and that part skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cpu_kernels
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / "sanitize"
+SOURCES = ROOT / "cpu_kernels" / "src"
+COMPILER = os.environ.get("CXX", "c++")
+TESTS = ("tests/kernels", "tests/test_executor.py", "tests/test_memory.py")
+STRESS_SOURCES = ("cpu/thread_pool.cpp", "cpu/memory.cpp", "executor/*.cpp", "instances/portable.cpp")
+ISAS = tuple(dict.fromkeys(("portable", cpu_kernels.available_isas()[0])))  # each takes a minute to compile
+# Python keeps small objects in pools of its own, in which nobody sees an overflow. What it never frees is no leak of
+# ours. Tests look at what happens beyond an arena: that signal must stay theirs.
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+    "PYTHONMALLOC": "malloc",
+}
+
+
+def main() -> int:
+    """0 if nothing was found."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    parts = {"address,undefined": check_tests, "thread": check_threads}
+    return max(check() if supported(flags) else 0 for flags, check in parts.items())
+
+
+def supported(flags: str) -> bool:
+    """Whether a program with these checks can be built and run here; says so if not."""
+    program = BUILD / "empty"
+    command = [COMPILER, f"-fsanitize={flags}", "-x", "c++", "-", "-o", str(program)]
+    built = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
+    ran = built.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+    if not ran or ("address" in flags and not library("libasan.so").is_absolute()):
+        print(f"{COMPILER} has no -fsanitize={flags} that runs here: these checks are skipped", flush=True)
+        return False
+    return True
+
+
+def library(name: str) -> Path:
+    """Where the compiler keeps it, or its bare name."""
+    found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
+    return Path(found.stdout.strip())
+
+
+def check_tests() -> int:
+    site = BUILD / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(site), "."]
+    settings = {
+        "cmake.define.HYBRID_SANITIZE": "address,undefined",
+        "cmake.define.HYBRID_SANITIZE_ISAS": ";".join(ISAS),
+        "build-dir": str(BUILD / "cmake"),
+    }
+    done = subprocess.run([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())], cwd=ROOT)
+    return done.returncode or run_tests(site)
+
+
+def run_tests(site: Path) -> int:
+    """The instruction sets side by side: checked code is slow, and a test runs on one core."""
+    runs = [
+        subprocess.Popen(
+            pytest_command(site), cwd=ROOT, env=checked_environment(site, isa), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for isa in ISAS
+    ]  # fmt: skip
+    for isa, run in zip(ISAS, runs, strict=True):
+        print(f"{isa}, ASan and UBSan:\n{run.communicate()[0]}", flush=True)
+    return max(abs(run.returncode) for run in runs)
+
+
+def pytest_command(site: Path) -> list[str]:
+    """pytest on the checked extension. Without `site` (-S): it would put the one of the environment first."""
+    paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
+    code = f"import sys; sys.path[:0] = {paths}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    # What a checker writes before it ends the process must not wait to be shown with the test.
+    arguments = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *sys.argv[1:]]
+    return [sys.executable, "-S", "-c", code, *arguments]
+
+
+def checked_environment(site: Path, isa: str) -> dict[str, str]:
+    """ASan must be there before Python, and what throws exceptions before ASan looks for it."""
+    preload = " ".join(str(library(name)) for name in ("libasan.so", "libstdc++.so"))
+    paths = {"LD_PRELOAD": preload, "PYTHONPATH": str(site), "HYBRID_TEST_ISA": isa}
+    return {**os.environ, **ENVIRONMENT, **paths}
+
+
+def check_threads() -> int:
+    sources = [path for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
+    program = BUILD / "pool_stress"
+    flags = ["-std=c++17", "-march=x86-64-v2", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
+    stress = Path(__file__).parent / "pool_stress.cpp"
+    done = subprocess.run([COMPILER, *flags, str(stress), *map(str, sources), "-o", str(program)])
+    return done.returncode or subprocess.run([program], env={**os.environ, **ENVIRONMENT}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
