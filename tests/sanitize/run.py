@@ -37,7 +37,10 @@ def main() -> int:
     """0 if nothing was found."""
     BUILD.mkdir(parents=True, exist_ok=True)
     parts = {"address,undefined": check_tests, "thread": check_threads}
-    return max(check() if supported(flags) else 0 for flags, check in parts.items())
+    failed = [flags for flags, check in parts.items() if supported(flags) and not check()]
+    if failed:
+        print(f"failed: -fsanitize={', -fsanitize='.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def supported(flags: str) -> bool:
@@ -58,7 +61,8 @@ def library(name: str) -> Path:
     return Path(found.stdout.strip())
 
 
-def check_tests() -> int:
+def check_tests() -> bool:
+    """Whether the extension could be built and all its tests pass."""
     site = BUILD / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(site), "."]
     settings = {
@@ -66,11 +70,15 @@ def check_tests() -> int:
         "cmake.define.HYBRID_SANITIZE_ISAS": ";".join(ISAS),
         "build-dir": str(BUILD / "cmake"),
     }
-    done = subprocess.run([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())], cwd=ROOT)
-    return done.returncode or run_tests(site)
+    return succeeds([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())]) and run_tests(site)
 
 
-def run_tests(site: Path) -> int:
+def succeeds(command: list[str], **more: str) -> bool:
+    """Whether it ends with 0: neither with an error nor by a signal. more: of its environment."""
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **more}).returncode == 0
+
+
+def run_tests(site: Path) -> bool:
     """The instruction sets side by side: checked code is slow, and a test runs on one core."""
     runs = [
         subprocess.Popen(
@@ -81,7 +89,7 @@ def run_tests(site: Path) -> int:
     ]  # fmt: skip
     for isa, run in zip(ISAS, runs, strict=True):
         print(f"{isa}, ASan and UBSan:\n{run.communicate()[0]}", flush=True)
-    return max(abs(run.returncode) for run in runs)
+    return all(run.returncode == 0 for run in runs)
 
 
 def pytest_command(site: Path) -> list[str]:
@@ -100,13 +108,13 @@ def checked_environment(site: Path, isa: str) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **paths}
 
 
-def check_threads() -> int:
-    sources = [path for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
-    program = BUILD / "pool_stress"
+def check_threads() -> bool:
+    """Whether the stress program can be built and finds nothing."""
+    sources = [str(path) for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
+    program = str(BUILD / "pool_stress")
     flags = ["-std=c++17", "-march=x86-64-v2", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
-    stress = Path(__file__).parent / "pool_stress.cpp"
-    done = subprocess.run([COMPILER, *flags, str(stress), *map(str, sources), "-o", str(program)])
-    return done.returncode or subprocess.run([program], env={**os.environ, **ENVIRONMENT}).returncode
+    stress = str(Path(__file__).parent / "pool_stress.cpp")
+    return succeeds([COMPILER, *flags, stress, *sources, "-o", program]) and succeeds([program], **ENVIRONMENT)
 
 
 if __name__ == "__main__":
