@@ -161,7 +161,7 @@ class Report:
 
     def add_format(self, name: str, engine: Engine, probe: MachineProbe, peer: str) -> None:
         """Describe the machine, and what was measured on it while a format was compared."""
-        facts = bench._machine(engine, probe)
+        facts = bench.describe_machine(engine, probe)
         own = {key: facts.pop(key) for key in list(facts) if key in _OF_A_FORMAT}
         self.machine |= facts
         self.machine["formats"][name] = own | {"layers": len(engine.spec.layers)}

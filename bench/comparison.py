@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import statistics
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hybrid import measure
+from hybrid.bench import to_json
 from hybrid.engine import Engine
 from hybrid.errors import ConfigError
 from hybrid.measure import MachineProbe, Test
@@ -58,25 +58,25 @@ class Ours:
 
     def touch(self) -> None:
         """Map the pages of all weights."""
-        measure._touch(self._engine)
+        measure.touch_weights(self._engine)
 
     def prepare(self, test: Test) -> None:
         for slot in range(test.batch):
             if self._filled[slot] < test.depth:
                 start = self._filled[slot]
-                measure._sequence(self._engine, slot, start, test.depth - start, logits=False)
+                measure.run_sequence(self._engine, slot, start, test.depth - start, logits=False)
                 self._filled[slot] = test.depth
-        measure._steps(self._engine, test.batch, test.depth, 1)
+        measure.decode_steps(self._engine, test.batch, test.depth, 1)
 
     def run(self, test: Test) -> None:
         if test.prompt:
-            measure._prefill(self._engine, test)
+            measure.prefill_prompt(self._engine, test)
         else:
-            measure._steps(self._engine, test.batch, test.depth, test.generate)
+            measure.decode_steps(self._engine, test.batch, test.depth, test.generate)
 
     def limit(self, probe: MachineProbe, test: Test) -> float:
         """Seconds that the machine would need for a test by the last samples of the probe."""
-        return measure._limit(self._engine, probe, test)
+        return measure.limit_seconds(self._engine, probe, test)
 
 
 def parse_tests(text: str) -> list[Test]:
@@ -175,10 +175,6 @@ def to_csv(report: dict[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(report["results"])
     return text.getvalue().rstrip("\n")
-
-
-def to_json(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=2)
 
 
 OUTPUTS: dict[str, Callable[[dict[str, Any]], str]] = {"md": to_markdown, "csv": to_csv, "json": to_json}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import platform
 import statistics
 from collections import defaultdict
@@ -28,7 +27,7 @@ from tile_counts import tile_report
 
 import cpu_kernels
 from hybrid import flags as f
-from hybrid.bench import parse_counts
+from hybrid.bench import parse_counts, to_json
 from hybrid.config import KV_FORMATS, EngineConfig, check_config
 from hybrid.console import exit_codes, progress_bar, run_app
 from hybrid.errors import ConfigError
@@ -326,10 +325,6 @@ def to_csv(report: dict[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(report["results"])
     return text.getvalue().rstrip("\n")
-
-
-def to_json(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=2)
 
 
 OUTPUTS: dict[str, Callable[[dict[str, Any]], str]] = {"md": to_markdown, "csv": to_csv, "json": to_json}

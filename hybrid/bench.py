@@ -116,10 +116,10 @@ def run(config: EngineConfig, tests: list[Test], repetitions: int) -> dict[str, 
 
     with progress_bar() as progress, Engine.open(config, progress, say) as engine:
         measurements, probe = run_tests(engine, tests, repetitions, progress)
-        return {"machine": _machine(engine, probe), "results": [_result(m) for m in measurements]}
+        return {"machine": describe_machine(engine, probe), "results": [_result(m) for m in measurements]}
 
 
-def _machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
+def describe_machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
     from hybrid.hardware import probe as probe_hardware
 
     hardware, plan = probe_hardware(engine.plan.isa), engine.plan

@@ -92,7 +92,7 @@ def run_tests(
 ) -> tuple[list[Measurement], MachineProbe]:
     """Every test `repetitions` times, all tests once before any twice, with random tokens."""
     probe = MachineProbe(engine)
-    _touch(engine)
+    touch_weights(engine)
     measurements = [Measurement(test) for test in tests]
     for repetition in range(repetitions):
         for i, measurement in enumerate(measurements):
@@ -102,30 +102,30 @@ def run_tests(
     return measurements, probe
 
 
-def _touch(engine: Engine) -> None:
+def touch_weights(engine: Engine) -> None:
     """Map the pages of all weights: with random tokens a full step reaches nearly every expert."""
-    _sequence(engine, 0, 0, min(engine.plan.max_rows, engine.plan.max_seq_len), logits=True)
+    run_sequence(engine, 0, 0, min(engine.plan.max_rows, engine.plan.max_seq_len), logits=True)
 
 
 def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement, fill: bool) -> None:
     test = measurement.test
     if fill:
         _fill(engine, test)
-    _steps(engine, test.batch, test.depth, 1)  # wake the threads and the caches
+    decode_steps(engine, test.batch, test.depth, 1)  # wake the threads and the caches
     probe.measure()
     start = time.perf_counter()
     if test.prompt:
-        _prefill(engine, test)
+        prefill_prompt(engine, test)
     else:
-        _steps(engine, test.batch, test.depth, test.generate)
+        decode_steps(engine, test.batch, test.depth, test.generate)
     seconds = time.perf_counter() - start
     probe.measure()
     tokens = test.batch * (test.prompt or test.generate)
     measurement.tokens_per_second.append(tokens / seconds)
-    measurement.limit_shares.append(_limit(engine, probe, test) / seconds)
+    measurement.limit_shares.append(limit_seconds(engine, probe, test) / seconds)
 
 
-def _limit(engine: Engine, probe: MachineProbe, test: Test) -> float:
+def limit_seconds(engine: Engine, probe: MachineProbe, test: Test) -> float:
     """Seconds that the machine would need for a test."""
     plan = engine.plan
 
@@ -144,15 +144,15 @@ def _limit(engine: Engine, probe: MachineProbe, test: Test) -> float:
 
 def _fill(engine: Engine, test: Test) -> None:
     for slot in range(test.batch):
-        _sequence(engine, slot, 0, test.depth, logits=False)
+        run_sequence(engine, slot, 0, test.depth, logits=False)
 
 
-def _prefill(engine: Engine, test: Test) -> None:
+def prefill_prompt(engine: Engine, test: Test) -> None:
     for slot in range(test.batch):
-        _sequence(engine, slot, test.depth, test.prompt, logits=True)
+        run_sequence(engine, slot, test.depth, test.prompt, logits=True)
 
 
-def _sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -> None:
+def run_sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -> None:
     """Run `count` tokens of one sequence in steps as large as the plan allows."""
     for first in range(start, start + count, engine.plan.max_rows):
         last = min(first + engine.plan.max_rows, start + count)
@@ -161,7 +161,7 @@ def _sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -
         _step(engine, np.full(rows, slot), np.arange(first, last), wanted)
 
 
-def _steps(engine: Engine, batch: int, depth: int, count: int) -> None:
+def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> None:
     """Decode `count` tokens of `batch` sequences together."""
     for position in range(depth, depth + count):
         _step(engine, np.arange(batch), np.full(batch, position), range(batch))

@@ -7,7 +7,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 struct Bf16 : FloatKind {
-  static constexpr Format name = Format::bf16;
   static constexpr int line_inputs = 2;  // inputs in a stored line
   static constexpr int steps = 1;        // operands in a stored line
   static constexpr bool chained = true;  // one chain of sums, whatever the segments

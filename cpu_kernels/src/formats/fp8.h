@@ -7,7 +7,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 struct Fp8 : FloatKind {
-  static constexpr Format name = Format::fp8;
   static constexpr int line_inputs = 4;
   static constexpr int steps = 2;
   static constexpr bool chained = false;

@@ -8,7 +8,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 struct Int4 : IntegerKind<8, kSumInputs> {
-  static constexpr Format name = Format::int4;
   static constexpr int line_inputs = 8;
   static constexpr int steps = 2;
   static constexpr bool chained = false;
@@ -23,7 +22,6 @@ struct Int4 : IntegerKind<8, kSumInputs> {
   static HYBRID_INLINE F32 group_scale(const char* header, int line) {
     return Isa::from_bf16(header + line / segment * kBlock * 2);
   }
-  static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
 };
 
 }  // namespace HYBRID_ISA

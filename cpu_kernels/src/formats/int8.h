@@ -7,7 +7,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 struct Int8 : IntegerKind<128, kScaleInputs> {
-  static constexpr Format name = Format::int8;
   static constexpr int line_inputs = 4;
   static constexpr int steps = 1;
   static constexpr bool chained = false;

@@ -33,6 +33,7 @@ struct IntegerKind {
   static constexpr int step_inputs = 4;
 
   static HYBRID_INLINE F32 widen(Sum sum) { return Isa::to_f32(sum); }
+  static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
   static HYBRID_INLINE Isa::Quad value(const char* row) { return Isa::load_quad(row); }
   static HYBRID_INLINE Sum start(const char* row, int inputs, int first) {
     const int32_t* sums = reinterpret_cast<const int32_t*>(row + inputs) + first / kSumInputs;

@@ -8,7 +8,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 struct Mxfp4 : FloatKind {
-  static constexpr Format name = Format::mxfp4;
   static constexpr int line_inputs = 8;
   static constexpr int steps = 4;
   static constexpr bool chained = true;

@@ -100,9 +100,6 @@ struct Avx2 {
   }
 
   static I32 set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-  static I32 load_int(const int32_t* p) {
-    return {load_256(reinterpret_cast<const char*>(p)), load_256(reinterpret_cast<const char*>(p + 8))};
-  }
   static F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
   static Bytes load_bytes(const char* p) { return {widen_bytes(load_256(p)), widen_bytes(load_256(p + 32))}; }
   static Bytes load_nibbles(const char* p, int high) {

@@ -60,7 +60,6 @@ struct Avx512 {
   static void store_line(char* p, Line line) { _mm512_store_si512(p, pair_bits(line.even, line.odd)); }
 
   static I32 set_int(int x) { return _mm512_set1_epi32(x); }
-  static I32 load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
   static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
   static Bytes load_bytes(const char* p) { return widen_bytes(_mm512_load_si512(p)); }
   static Bytes load_nibbles(const char* p, int high) { return widen_bytes(nibbles(p, high)); }

@@ -120,11 +120,6 @@ struct Portable {
     for (int i = 0; i < 16; ++i) out.lane[i] = x;
     return out;
   }
-  static I32 load_int(const int32_t* p) {
-    I32 out;
-    __builtin_memcpy(&out, p, sizeof out);
-    return out;
-  }
   static F32 to_f32(const I32& x) {
     return each([&](int i) { return float(x.lane[i]); });
   }
