@@ -34,7 +34,9 @@ struct Lines {
 
 constexpr int kRunBlocks = 4;       // threads share columns in multiples of this, the widest group of any Isa
 constexpr int kPanelInputs = 256;   // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
-constexpr int kStreamAhead = 3072;  // bytes: memory latency times one core's share of the bandwidth
+// Bytes of each block that are fetched ahead, into the second-level cache: it can wait for twice as many lines from
+// memory as the first.
+constexpr int kStreamAhead = 6144;
 constexpr int kPanelBytes = kPanelInputs / 2 * kLine;  // of one block, opened
 
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
@@ -48,7 +50,7 @@ static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const ch
 #pragma GCC unroll 8
     for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.block_stride, w.first + i);
 #pragma GCC unroll 8
-    for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, fetch == NB ? 3 : 2);
+    for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, 2);
 #pragma GCC unroll 4
     for (int step = 0; step < Format::steps; ++step) {
       typename Format::Line operand[NB];
@@ -223,7 +225,7 @@ static HYBRID_INLINE void fetch_header(const Blocks<Format>& w, int first, int l
   const char* next = w.header + NB * w.stride;
   const int64_t begin = int64_t(w.header_bytes) * first / w.lines, end = int64_t(w.header_bytes) * last / w.lines;
   for (int64_t i = begin; i < end; i += kLine)
-    for (int j = 0; j < NB; ++j) __builtin_prefetch(next + j * w.stride + i, 0, 3);
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(next + j * w.stride + i, 0, 2);
 }
 
 // A single tile of rows: lines stream past once, in order, fetched some way ahead. The stream runs on into the group
