@@ -1,0 +1,24 @@
+"""Minus recent score: the average of the gate's scores, recent ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_cache.policies.decayed import DecayedPolicy
+
+ALPHA = 0.5
+
+
+class Mrs(DecayedPolicy):
+    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S at each lookup of the layer; evicts the smallest S.
+
+    Here the score of an expert that is not called counts as 0; HybriMoE also counts some of the scores just below the top-k.
+    """
+
+    name = "MRS"
+    decay = 1 - ALPHA
+
+    def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
+        worth, value = ALPHA * self.age(layer), self._value
+        for key, score in zip(keys, scores or [1 / len(keys)] * len(keys), strict=True):
+            value[key] += worth * score
