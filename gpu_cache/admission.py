@@ -45,10 +45,10 @@ class Admission:
 
 
 class SecondTouch(Admission):
-    """Only what missed before, at most `WINDOW` steps ago: most experts that are asked for once are not asked for soon again.
+    """Only what missed before, at most `WINDOW` steps ago.
 
-    The rule of content delivery networks (Maggs and Sitaraman, Algorithmic nuggets in content delivery, 2015), with exact
-    memory in place of a Bloom filter.
+    The rule of content delivery networks (Maggs and Sitaraman, Algorithmic nuggets in content delivery, 2015), with an
+    exact memory in place of a Bloom filter.
     """
 
     name = "second-touch"
@@ -68,8 +68,8 @@ class SecondTouch(Admission):
 class BreakEven(Admission):
     """Only what is expected to save more time on the device than its copy takes; `docs/cache.md` derives the rule.
 
-    Calls and fills are counted with a weight that halves in `HALF_LIFE` steps. With f calls of an expert, this one included,
-    and F fills of an index of M ways, its expected calls while it is there are (f - 1) * min(1, M / F).
+    Calls and fills are counted with a weight that halves in `HALF_LIFE` steps. With f calls of an expert, this one
+    included, and F fills of an index of M ways, its expected calls while it is there are (f - 1) * min(1, M / F).
     """
 
     name = "break-even"

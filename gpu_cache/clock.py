@@ -6,7 +6,7 @@ from collections import deque
 
 
 class CopyClock:
-    """A tick is the lookup of one (step, layer). A copy issued in tick t ends before the lookup of tick t + 1 + delay."""
+    """A tick is the lookup of one (step, layer). A copy issued in tick t ends before the lookup of t + 1 + delay."""
 
     def __init__(self, delay: int) -> None:
         """delay: ticks that a copy takes beyond the next one, 0 or more."""

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-# none: copies follow misses only. next-gate: the router of the next layer, run early on the hidden state at hand, names the experts
-# that `Table.prefetch` is given (as Pre-gated MoE, ISCA 2024, and the systems after it, without a change of the model).
+# none: copies follow misses only. next-gate: the router of the next layer, run early on the hidden state at hand, names the
+# experts that `Table.prefetch` is given (Eliseev and Mazur, Fast inference of MoE language models with offloading, 2023).
 PREFETCHES = ("none", "next-gate")

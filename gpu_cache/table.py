@@ -21,7 +21,7 @@ EMPTY = -1  # in place of the key of a slot
 
 
 class Lookup(NamedTuple):
-    """The experts that a layer asked for, each in the order of the calls. hits: (expert, slot), pinned until `release`."""
+    """The experts that a layer asked for, each in the order of the calls. hits: (expert, slot), pinned until release."""
 
     hits: list[tuple[int, int]]
     loading: list[int]
@@ -50,8 +50,8 @@ class Counts(NamedTuple):
 class Table:
     """States of a slot: empty -> loading (`admit`, `prefetch`) -> ready (`publish`), pinned from a hit to `release`.
 
-    A loading or pinned slot is never a victim. One thread calls everything. policy, admission: names, in any case; quota: copies that
-    may begin in a step, None for no limit; costs: for break-even admission. Raises CacheError for unknown names.
+    A loading or pinned slot is never a victim. One thread calls everything. policy, admission: names, in any case; quota:
+    copies that may begin in a step, None for no limit; costs: for break-even admission. Raises CacheError for unknown names.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Table:
         return fills
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Fill]:
-        """The copies to make for experts that a layer will ask for, within the quota; none of them evicts another of them.
+        """The copies to make for experts that a layer will ask for, within the quota; none evicts another of them.
 
         Admission is not asked: what is wanted at once needs no second sign.
         """
@@ -159,12 +159,16 @@ class Table:
 
     def publish(self, slot: int) -> None:
         """The copy into a loading slot has ended: its expert is ready."""
-        self._where[self._loading_key(slot)] = slot
+        key = self._key_of[slot]
+        if self._where[key] != LOADING or key == EMPTY:
+            raise _not_loading(slot)
+        self._where[key] = slot
         self._blocked.discard(slot)
 
     def abandon(self, slot: int) -> None:
         """The copy into a loading slot has failed: the slot is empty."""
-        self._loading_key(slot)
+        if self._where[self._key_of[slot]] != LOADING or self._key_of[slot] == EMPTY:
+            raise _not_loading(slot)
         self._blocked.discard(slot)
         self._evict(slot)
         insort(self._free[slot // self.geometry.nways], slot, key=neg)
@@ -266,11 +270,9 @@ class Table:
             self._on_evict(slot, key)
         return key
 
-    def _loading_key(self, slot: int) -> int:
-        key = self._key_of[slot]
-        if key == EMPTY or self._where[key] != LOADING:
-            raise CacheError(f"slot {slot} is not loading: a copy ends once, and only what `admit` returned is copied")
-        return key
+
+def _not_loading(slot: int) -> CacheError:
+    return CacheError(f"slot {slot} is not loading: a copy ends once, and only what the table asked for is copied")
 
 
 _new = tuple.__new__  # makes a named tuple without a call into Python

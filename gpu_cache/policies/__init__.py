@@ -1,4 +1,4 @@
-"""Replacement policies, one file each: a file here with a `Policy` that has a name is a policy, nothing else registers it."""
+"""Replacement policies, one file each: a class here that is a `Policy` and has a name is one, nothing else registers it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in _found
 
 
 def make_policy(name: str, geometry: Geometry, seed: int = 0) -> Policy:
-    """A policy by its name in `POLICIES`, in any case. Raises CacheError for others. seed: of policies that draw lots."""
+    """A policy by its name in `POLICIES`, in any case. Raises CacheError for others. seed: of those that draw lots."""
     for known, policy in POLICIES.items():
         if known.lower() == name.lower():
             return policy(geometry, seed)

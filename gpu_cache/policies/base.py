@@ -8,10 +8,10 @@ from gpu_cache.geometry import Geometry
 
 
 class Policy:
-    """One object for the whole cache, with a state for each index. Slots and keys are numbers as `Geometry` defines them.
+    """One object for the whole cache, with a state for each index. Slots and keys are as `Geometry` numbers them.
 
-    The table leaves out calls of hooks that a policy does not override. Order within a lookup: `on_call`, `on_hit` of every hit,
-    then for each fill `victim`, `on_evict` of what it returned, `on_fill`.
+    The table leaves out hooks that a policy does not override. Order within a lookup: `on_call`, `on_hit` of every hit, then
+    for each fill `victim`, if no slot of the index is empty, `on_evict` of what it returned, `on_fill`.
     """
 
     name = ""  # as the command line spells it; without one a class is only a base of others
@@ -24,7 +24,7 @@ class Policy:
         """A step begins; layers are looked up in ascending order within it."""
 
     def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
-        """A layer asks for experts, resident or not. scores: the largest gate score of each, None where they are unknown."""
+        """A layer asks for experts, resident or not. scores: the largest gate score of each; None: unknown."""
 
     def on_hit(self, slot: int, key: int) -> None:
         """An expert that was asked for is ready in a slot."""

@@ -1,9 +1,9 @@
-"""Least-stale: what its layer has just left unused goes first, what a layer is about to ask for goes last."""
+"""Least-stale: what its layer has left unused most often goes first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
@@ -12,9 +12,8 @@ from gpu_cache.policies.base import Policy
 class LeastStale(Policy):
     """After the idea of Hoang et al., SpecMD, 2026: evict by layer position and staleness. The exact order is ours.
 
-    First the stale: experts of layers that this step has reached, not called in it; those unused for the most steps, of equal ones
-    those of the latest layer. Then what this step has called, from the latest layer back: it is needed again after nearly a whole step.
-    Last the experts of layers to come, the furthest layer first.
+    An expert is as stale as its layer was looked up often since it was called. The stalest goes; of equal ones the one whose
+    layer is furthest from its next lookup, then the one called longest ago. In an index of one layer this is LRU.
     """
 
     name = "least-stale"
@@ -23,44 +22,37 @@ class LeastStale(Policy):
         super().__init__(geometry, seed)
         self._step = 0
         self._layer = 0
-        self._used = [0] * geometry.slots  # step of the last call or fill
-        self._layer_of = [0] * geometry.slots
+        # With s = steps until the last call, stale * layers + distance to the next lookup is, but for what all have in
+        # common, layer - s * layers, and 2 * layers more if this step has reached the layer: `_use` is the first, negated.
+        self._use = [0] * geometry.slots
         # of each index, by layer, slots in the order of use, oldest first
         self._order: list[dict[int, OrderedDict[int, None]]] = [{} for _ in range(geometry.nblocks)]
 
     def on_step(self, step: int) -> None:
-        self._step += 1
+        self._step += self.geometry.layers
 
     def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
         self._layer = layer
 
     def on_hit(self, slot: int, key: int) -> None:
-        self._used[slot] = self._step
-        self._order[slot // self.nways][self._layer_of[slot]].move_to_end(slot)
+        self._use[slot] = self._step - self._layer
+        self._order[slot // self.nways][self._layer].move_to_end(slot)
 
     def on_fill(self, slot: int, key: int) -> None:
         layer = key // self.geometry.experts
-        self._used[slot] = self._step
-        self._layer_of[slot] = layer
+        self._use[slot] = self._step - layer
         self._order[slot // self.nways].setdefault(layer, OrderedDict())[slot] = None
 
     def on_evict(self, slot: int, key: int) -> None:
-        del self._order[slot // self.nways][self._layer_of[slot]][slot]
+        del self._order[slot // self.nways][key // self.geometry.experts][slot]
 
     def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        """The smallest (class, order in the class) among the oldest of each layer."""
-        best, found = (3, 0, 0), None
+        least, found, use, reached = 0, None, self._use, 2 * self.geometry.layers
         for layer, slots in self._order[index].items():
-            slot = _first(slots, blocked)
-            if slot is not None and (rank := self._rank(layer, self._used[slot])) < best:
-                best, found = rank, slot
+            for slot in slots:
+                if slot not in blocked:
+                    rank = use[slot] - reached if layer <= self._layer else use[slot]
+                    if found is None or rank < least:
+                        least, found = rank, slot
+                    break
         return found
-
-    def _rank(self, layer: int, used: int) -> tuple[int, int, int]:
-        if layer > self._layer:
-            return 2, -layer, 0
-        return (0, used, -layer) if used < self._step else (1, -layer, 0)
-
-
-def _first(slots: Iterable[int], blocked: Collection[int]) -> int | None:
-    return next((slot for slot in slots if slot not in blocked), None)

@@ -18,7 +18,10 @@ class Lfu(DecayedPolicy):
     name = "LFU"
     decay = 0.5 ** (1 / HALF_LIFE)
 
+    def on_step(self, step: int) -> None:
+        self.age(0)
+
     def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
-        worth, value = self.age(layer), self._value
+        worth, value = self._worth[0], self._value
         for key in keys:
             value[key] += worth

@@ -10,15 +10,17 @@ ALPHA = 0.5
 
 
 class Mrs(DecayedPolicy):
-    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S at each lookup of the layer; evicts the smallest S.
+    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S at each lookup of the layer; the least S goes.
 
-    Here the score of an expert that is not called counts as 0; HybriMoE also counts some of the scores just below the top-k.
+    Here the score of an expert that is not called counts as 0; HybriMoE also counts some scores just below the top-k.
+    Where scores are unknown, all that are called share 1.
     """
 
     name = "MRS"
     decay = 1 - ALPHA
+    by_layer = True
 
     def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
         worth, value = ALPHA * self.age(layer), self._value
-        for key, score in zip(keys, scores or [1 / len(keys)] * len(keys), strict=True):
+        for key, score in zip(keys, scores or [1 / len(keys)] * len(keys), strict=False):
             value[key] += worth * score

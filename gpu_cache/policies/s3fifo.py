@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from itertools import islice
 
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
@@ -21,12 +22,14 @@ class _Queues:
         self.small: OrderedDict[int, None] = OrderedDict()
         self.main: OrderedDict[int, None] = OrderedDict()
         self.ghosts: OrderedDict[int, None] = OrderedDict()
+        self.full = False  # whether it ever was
 
 
 class S3Fifo(Policy):
-    """Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023; a tenth of the ways (one at least) are small.
+    """Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023.
 
-    What is blocked is passed over and keeps its place.
+    A tenth of the ways, one at least, are small; until the first eviction what they cannot take goes to the main queue, as
+    in the authors' libCacheSim. What is blocked is passed over and keeps its place.
     """
 
     name = "S3-FIFO"
@@ -35,7 +38,7 @@ class S3Fifo(Policy):
         super().__init__(geometry, seed)
         self._queues = [_Queues() for _ in range(geometry.nblocks)]
         self._calls = bytearray(geometry.slots)
-        self._most_main = geometry.nways - max(1, int(geometry.nways * SMALL))
+        self._most_small = max(1, int(geometry.nways * SMALL))
         self._most_ghosts = int(geometry.nways * GHOSTS)
 
     def on_hit(self, slot: int, key: int) -> None:
@@ -48,8 +51,10 @@ class S3Fifo(Policy):
         if key in queues.ghosts:
             del queues.ghosts[key]
             queues.main[slot] = None
-        else:
+        elif queues.full or len(queues.small) < self._most_small:
             queues.small[slot] = None
+        else:
+            queues.main[slot] = None
         while len(queues.ghosts) > self._most_ghosts:
             queues.ghosts.popitem(last=False)
 
@@ -63,7 +68,8 @@ class S3Fifo(Policy):
 
     def victim(self, index: int, blocked: Collection[int]) -> int | None:
         queues = self._queues[index]
-        if len(queues.main) <= self._most_main:
+        queues.full = True
+        if len(queues.main) <= self.nways - self._most_small:
             slot = self._from_small(queues, blocked)
             if slot is not None:
                 return slot
@@ -72,23 +78,27 @@ class S3Fifo(Policy):
 
     def _from_small(self, queues: _Queues, blocked: Collection[int]) -> int | None:
         """The oldest that was not called often; those that were move to the main queue."""
-        while (slot := _first(queues.small, blocked)) is not None:
-            if self._calls[slot] < CALLS_TO_MOVE:
-                return slot
-            del queues.small[slot]
-            queues.main[slot] = None
-            self._calls[slot] = 0
+        calls = self._calls
+        for slot in list(queues.small):
+            if slot not in blocked:
+                if calls[slot] < CALLS_TO_MOVE:
+                    return slot
+                del queues.small[slot]
+                queues.main[slot] = None
+                calls[slot] = 0
         return None
 
     def _from_main(self, queues: _Queues, blocked: Collection[int]) -> int | None:
         """The oldest that was not called; the others go around, each time for one call less."""
-        while (slot := _first(queues.main, blocked)) is not None:
-            if not self._calls[slot]:
+        main, calls = queues.main, self._calls
+        passed = 0  # blocked slots at the front
+        while passed < len(main):
+            slot = next(iter(main)) if not passed else next(islice(main, passed, None))
+            if slot in blocked:
+                passed += 1
+            elif not calls[slot]:
                 return slot
-            self._calls[slot] -= 1
-            queues.main.move_to_end(slot)
+            else:
+                calls[slot] -= 1
+                main.move_to_end(slot)
         return None
-
-
-def _first(slots: Iterable[int], blocked: Collection[int]) -> int | None:
-    return next((slot for slot in slots if slot not in blocked), None)
