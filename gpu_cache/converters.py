@@ -69,3 +69,11 @@ def to_libcachesim(calls: Calls, path: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_expert_choices(path: Path) -> bool:
+    """Whether a file begins as `expert_choices.csv` does."""
+    if path.suffix != ".csv" or not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline().lstrip().startswith("Index,")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ _ITERATIONS = 400
 _PATIENCE = 12  # iterations without a better bound before steps are halved
 
 Reals = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def quota_bound(calls: Calls, geometry: Geometry, quota: int) -> int:
@@ -56,8 +58,8 @@ def _descend(intervals: _Intervals, ways: int, quota: int, target: int, iteratio
 
 
 class _Intervals:
-    """The time between two calls of an expert. One that is kept through is a hit; it takes a slot in every gap between groups of its
-    index, and a copy in the step where it begins, unless the interval of the same expert before it was kept.
+    """The time between two calls of an expert. One that is kept through is a hit; it takes a slot in every gap between
+    groups of its index, and a copy in the step where it begins, unless the expert's interval before it was kept too.
 
     They are stored by rounds: the first interval of every expert, then the second ones, experts with most intervals
     first.
@@ -86,7 +88,7 @@ class _Intervals:
         self._rounds = np.concatenate([[0], np.cumsum(np.bincount(turn))]).tolist()
         return np.lexsort((inverse, -number[inverse], turn))
 
-    def best_reply(self, slot: Reals, copy: Reals) -> tuple[float, Reals, Reals]:
+    def best_reply(self, slot: Reals, copy: Reals) -> tuple[float, NDArray[Any], NDArray[Any]]:
         """The best choice at these prices of a slot in a gap and of a copy in a step.
 
         Returns hits less the prices paid, slots held in each gap, copies made in each step.
@@ -113,7 +115,7 @@ class _Intervals:
             lead[start:end] = worth[start:end] + np.clip(previous, -price[start:end], 0)
         return lead
 
-    def _backward(self, lead: Reals, price: Reals) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _backward(self, lead: Reals, price: Reals) -> tuple[Flags, Flags]:
         """Which intervals are kept, and which of them begin with a copy."""
         kept, begun = lead > 0, np.zeros(self.size, bool)
         for before, start, end in reversed(self._pairs_of_rounds()):
