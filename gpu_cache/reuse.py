@@ -64,7 +64,7 @@ def _membership(trace: Trace) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     tokens = min(names.shape[1], MOST_TOKENS)
     chosen = np.zeros((tokens, trace.layers, trace.experts), bool)
     chosen[number[kept], trace.layer[kept], trace.expert[kept]] = True
-    whole = chosen.any(axis=2).all(axis=1)
+    whole = np.all(chosen.any(axis=2), axis=1)
     return chosen[whole], names[0, :tokens][whole]
 
 

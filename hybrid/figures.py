@@ -195,7 +195,8 @@ def layers_figure(shares: Reals, rows: Sequence[str], columns: tuple[str, float]
     axis.set(xlabel=name, ylabel=row_axis)
     if unit == 1 and shares.shape[1] <= 64:
         every = max(1, shares.shape[1] // 16)
-        axis.set_xticks([0.5 + at for at in range(0, shares.shape[1], every)], range(0, shares.shape[1], every))
+        ticks = range(0, shares.shape[1], every)
+        axis.set_xticks([0.5 + at for at in ticks], list(map(str, ticks)))
     figure.colorbar(image, ax=axis, label="hits, % of expert calls", pad=0.02)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
@@ -211,14 +212,13 @@ def reuse_figure(reuse: Reuse, title: str) -> Figure:
     """Reuse by distance in tokens, by layer, and of expert numbers from layer to layer."""
     figure, (near, depth, across) = new_figure(10.2, 3.3, 3, sharey=True)
     distance = np.arange(1, len(reuse.tokens) + 1)
-    for shares, label, look in (
-        (reuse.window, "by any of the last d tokens", {"color": COLOURS[1], "marker": "s"}),
-        (reuse.tokens, "by the token d before", {"color": COLOURS[0], "marker": "o"}),
+    for shares, label, colour, marker in (
+        (reuse.window, "by any of the last d tokens", COLOURS[1], "s"),
+        (reuse.tokens, "by the token d before", COLOURS[0], "o"),
     ):
-        near.plot(distance, 100 * shares.mean(axis=1), label=label, **look)
-        near.fill_between(
-            distance, 100 * shares.min(axis=1), 100 * shares.max(axis=1), color=look["color"], alpha=0.15, lw=0
-        )
+        low, middle, high = 100 * shares.min(axis=1), 100 * shares.mean(axis=1), 100 * shares.max(axis=1)
+        near.plot(distance, middle, label=label, color=colour, marker=marker)
+        near.fill_between(distance, low, high, color=colour, alpha=0.15, linewidth=0)
     near.set(xlabel="distance d, tokens", ylabel="experts chosen before, %", title="between tokens (band: layers)")
     near.set_xticks(distance)
     layers = np.arange(reuse.tokens.shape[1])
@@ -280,14 +280,15 @@ def _ink(colour: str) -> str:
 def _mean_bars(axis: Axes, bars: Mapping[str, Mapping[str, Reals]], colours: Mapping[str, str]) -> None:
     """A stacked bar each of mean times; parts that are wide enough say their share of the first bar."""
     whole = sum(float(times.mean()) for times in next(iter(bars.values())).values())
-    for name, parts in bars.items():
+    axis.set_yticks(range(len(bars)), list(bars))
+    for at, parts in enumerate(bars.values()):
         left = 0.0
         for part, times in parts.items():
             width = float(times.mean())
-            axis.barh(name, width, left=left, color=colours[part], label=f"{part}  {width:.3g} ms", height=0.5)
+            axis.barh(at, width, left=left, color=colours[part], label=f"{part}  {width:.3g} ms", height=0.5)
             if width > 0.12 * whole:
                 axis.text(
-                    left + width / 2, name, f"{width / whole:.0%}", ha="center", va="center", color=_ink(colours[part])
+                    left + width / 2, at, f"{width / whole:.0%}", ha="center", va="center", color=_ink(colours[part])
                 )
             left += width
     axis.set(

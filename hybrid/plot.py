@@ -49,10 +49,10 @@ def plot(kind: Kind, source: Source, figure: Target, title: Title = None) -> Non
         check_target(figure)
         if not source.is_file():
             raise ConfigError(f"{source}: there is no such file; give what hybrid run or hybrid simulate wrote")
+        draw = KINDS[kind](source, title)
         _check_matplotlib()
         from hybrid.figures import styled
 
-        draw = KINDS[kind](source, title)
         styled(draw, figure)
 
 
@@ -194,11 +194,11 @@ def split_times(source: Path, columns: dict[str, Reals]) -> tuple[dict[str, Real
     decoding = columns["prompt_rows"] == 0
     if not decoding.any():
         raise ConfigError(f"{source}: holds no decoding steps; run with a larger --max-tokens")
-    times = {name: values[decoding] for name, values in columns.items()}
+    times: dict[str, Reals] = {name: values[decoding] for name, values in columns.items()}
     within = {label: times[name] for name, label in WITHIN_EXPERTS.items() if name in times and times[name].any()}
     router = np.maximum(times["moe"] - sum(within.values()), 0)
     first = {"attention": times["attention"], "router and rest of MoE" if within else "MoE": router}
-    last = {name: times[name] for name in ("head", "other", "sampling") if name in times}
+    last: dict[str, Reals] = {name: times[name] for name in ("head", "other", "sampling") if name in times}
     beside = {label: times[name] for name, label in BESIDE.items() if name in times and times[name].any()}
     return {**first, **within, **last}, beside
 

@@ -22,10 +22,10 @@ HITS = """step,layer,calls,hits,loading,misses,evictions
 1,0,2,2,0,0,0
 1,1,2,0,1,1,0
 """
-TIMES = """step,rows,prompt_rows,decode_rows,attention,moe,head,other,sampling,total,cpu_experts,device_experts,copy,lookup
-0,8,8,0,9,9,9,9,9,45,1,1,1,1
-1,1,0,1,1,4,2,0.5,0.5,8,2,3,1,0.5
-2,1,0,1,1,4,2,0.5,0.5,8,2,3,1,0.5
+TIMES = """step,prompt_rows,attention,moe,head,other,sampling,total,cpu_experts,device_experts,copy,lookup
+0,8,9,9,9,9,9,45,1,1,1,1
+1,0,1,4,2,0.5,0.5,8,2,3,1,0.5
+2,0,1,4,2,0.5,0.5,8,2,3,1,0.5
 """
 
 
