@@ -21,7 +21,7 @@ EMPTY = -1  # in place of the key of a slot
 
 
 class Lookup(NamedTuple):
-    """The experts that a layer asked for, each in the order of the calls. hits: (expert, slot), pinned until release."""
+    """The experts that a layer asked for, each in the order of the calls. hits: (expert, slot), pinned till release."""
 
     hits: list[tuple[int, int]]
     loading: list[int]
@@ -50,8 +50,9 @@ class Counts(NamedTuple):
 class Table:
     """States of a slot: empty -> loading (`admit`, `prefetch`) -> ready (`publish`), pinned from a hit to `release`.
 
-    A loading or pinned slot is never a victim. One thread calls everything. policy, admission: names, in any case; quota:
-    copies that may begin in a step, None for no limit; costs: for break-even admission. Raises CacheError for unknown names.
+    A loading or pinned slot is never a victim. One thread calls everything. policy, admission: names, in any case;
+    quota: copies that may begin in a step, None for no limit; costs: for break-even admission. Raises CacheError for
+    unknown names.
     """
 
     def __init__(
@@ -124,11 +125,11 @@ class Table:
         """The copies to make of what the last lookup missed; their slots are loading from now on."""
         layer, misses = self._missed_layer, self._missed
         self._missed = []
-        base, index_of, wants, fills = layer * self._experts, self._index_of, self._wants, []
+        base, index_of, wants, fills = layer * self._experts, self._index_of, self._wants, list[Fill]()
         for expert in misses:
             key = base + expert
             index = index_of[key]
-            if index >= 0 and (wants is None or wants(index, key)) and self._left:
+            if index >= 0 and (wants is None or wants(index, key)) and self._left and self._where[key] == ABSENT:
                 fill = self._fill(index, key, layer)
                 if fill is not None:
                     fills.append(fill)

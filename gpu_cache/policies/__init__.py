@@ -1,4 +1,4 @@
-"""Replacement policies, one file each: a class here that is a `Policy` and has a name is one, nothing else registers it."""
+"""Replacement policies, one file each: every `Policy` here that has a name is one, nothing else registers it."""
 
 from __future__ import annotations
 

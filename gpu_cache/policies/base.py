@@ -10,8 +10,8 @@ from gpu_cache.geometry import Geometry
 class Policy:
     """One object for the whole cache, with a state for each index. Slots and keys are as `Geometry` numbers them.
 
-    The table leaves out hooks that a policy does not override. Order within a lookup: `on_call`, `on_hit` of every hit, then
-    for each fill `victim`, if no slot of the index is empty, `on_evict` of what it returned, `on_fill`.
+    The table leaves out hooks that a policy does not override. Order within a lookup: `on_call`, `on_hit` of every hit,
+    then for each fill `victim`, if no slot of the index is empty, `on_evict` of what it returned, `on_fill`.
     """
 
     name = ""  # as the command line spells it; without one a class is only a base of others

@@ -15,9 +15,9 @@ _RESCALE_AT = 2.0**512
 class DecayedPolicy(Policy):
     """Keeps a value of every expert, resident or not, that `age` multiplies by `decay`; evicts the least.
 
-    Instead of all values shrinking, what is added to one grows: `_worth` is what 1 is worth now. Stored values only grow
-    then, so the heap of the resident experts of an index need not be told of hits: what rose since it was pushed is pushed
-    again when it comes to the top. Values that age layer by layer have a heap for each layer.
+    Instead of all values shrinking, what is added to one grows: `_worth` is what 1 is worth now. Stored values only
+    grow then, so the heap of the resident experts of an index need not be told of hits: what rose since it was pushed
+    is pushed again when it comes to the top. Values that age layer by layer have a heap for each layer.
     """
 
     decay = 1.0

@@ -12,8 +12,8 @@ from gpu_cache.policies.base import Policy
 class LeastStale(Policy):
     """After the idea of Hoang et al., SpecMD, 2026: evict by layer position and staleness. The exact order is ours.
 
-    An expert is as stale as its layer was looked up often since it was called. The stalest goes; of equal ones the one whose
-    layer is furthest from its next lookup, then the one called longest ago. In an index of one layer this is LRU.
+    An expert is as stale as its layer was looked up often since it was called. The stalest goes; of equal ones the one
+    whose layer is furthest from its next lookup, then the one called longest ago. In an index of one layer this is LRU.
     """
 
     name = "least-stale"
@@ -22,8 +22,8 @@ class LeastStale(Policy):
         super().__init__(geometry, seed)
         self._step = 0
         self._layer = 0
-        # With s = steps until the last call, stale * layers + distance to the next lookup is, but for what all have in
-        # common, layer - s * layers, and 2 * layers more if this step has reached the layer: `_use` is the first, negated.
+        # Stale * layers + distance to the layer's next lookup, less what all experts have in common, is minus `_use`,
+        # step * layers - layer of the last call, and 2 * layers more where this step has reached the layer.
         self._use = [0] * geometry.slots
         # of each index, by layer, slots in the order of use, oldest first
         self._order: list[dict[int, OrderedDict[int, None]]] = [{} for _ in range(geometry.nblocks)]

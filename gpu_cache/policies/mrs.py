@@ -10,7 +10,7 @@ ALPHA = 0.5
 
 
 class Mrs(DecayedPolicy):
-    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S at each lookup of the layer; the least S goes.
+    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S at each lookup of a layer; the least goes.
 
     Here the score of an expert that is not called counts as 0; HybriMoE also counts some scores just below the top-k.
     Where scores are unknown, all that are called share 1.

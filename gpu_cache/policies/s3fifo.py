@@ -28,8 +28,8 @@ class _Queues:
 class S3Fifo(Policy):
     """Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023.
 
-    A tenth of the ways, one at least, are small; until the first eviction what they cannot take goes to the main queue, as
-    in the authors' libCacheSim. What is blocked is passed over and keeps its place.
+    A tenth of the ways, one at least, are small; until the first eviction what they cannot take goes to the main queue,
+    as in the authors' libCacheSim. What is blocked is passed over and keeps its place.
     """
 
     name = "S3-FIFO"
