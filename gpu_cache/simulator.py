@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -117,7 +116,7 @@ def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result
 
 def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int], int]:
     """Send the calls through a table, copies timed by the clock; returns the splits of a `Result`."""
-    splits: Counter[tuple[int, int]] = Counter()
+    counted = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]  # [calls of a group][hits]
     current = None
     lookup, admit, release, publish = table.lookup, table.admit, table.release, table.publish
     due, issue = clock.due, clock.issue
@@ -128,12 +127,14 @@ def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int],
         for slot in due():
             publish(slot)
         hits = len(lookup(layer, experts, scores)[0])
-        splits[hits, len(experts) - hits] += 1
-        if hits < len(experts):
+        size = len(experts)
+        counted[size][hits] += 1
+        if hits < size:
             for fill in admit():
-                issue(fill.slot)
-        release()
-    return dict(splits)
+                issue(fill[0])
+        if hits:
+            release()
+    return {(hits, size - hits): n for size, row in enumerate(counted) for hits, n in enumerate(row) if n}
 
 
 def _replay_schedule(calls: Calls, setting: Setting, name: str) -> Result:
