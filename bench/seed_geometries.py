@@ -67,8 +67,7 @@ PLACEMENTS = {
 def made_up_calls(experts: int, reuse: float, tokens: int, seed: int = 0) -> Calls:
     """Routing of one sequence in which an expert of a token was one of the token before with probability `reuse`."""
     random = np.random.default_rng(seed)
-    chance = TOP_K / experts
-    sticky = (reuse - chance) / (1 - chance)
+    sticky = _kept_share(experts, reuse)
     chosen = np.empty((tokens, LAYERS, TOP_K), np.int64)
     chosen[0] = random.random((LAYERS, experts)).argsort(axis=1)[:, :TOP_K]
     for token in range(1, tokens):
@@ -82,6 +81,16 @@ def made_up_calls(experts: int, reuse: float, tokens: int, seed: int = 0) -> Cal
     score = np.full(chosen.size, 1 / TOP_K, np.float32)
     start = TOP_K * np.arange(len(groups) + 1)
     return Calls(groups // LAYERS, groups % LAYERS, start, chosen.reshape(-1), score, LAYERS, experts)
+
+
+def _kept_share(experts: int, reuse: float) -> float:
+    """How often an expert of two must be kept so that, with what is drawn again by chance, `reuse` of them are the same.
+
+    Solves reuse = s * s + s * (1 - s) * (1 + 1 / (experts - 1)) + (1 - s) * (1 - s) * 2 / experts.
+    """
+    one, both = 1 / (experts - 1), 2 / experts
+    a, b, c = both - one, 1 + one - 2 * both, both - reuse
+    return (math.sqrt(b * b - 4 * a * c) - b) / (2 * a)
 
 
 def table(seed: Seed, reuses: list[float], tokens: int) -> list[str]:
