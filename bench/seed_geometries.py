@@ -84,7 +84,7 @@ def made_up_calls(experts: int, reuse: float, tokens: int, seed: int = 0) -> Cal
 
 
 def _kept_share(experts: int, reuse: float) -> float:
-    """How often an expert of two must be kept so that, with what is drawn again by chance, `reuse` of them are the same.
+    """How often one of two experts must be kept so that, with what chance draws again, `reuse` of them are the same.
 
     Solves reuse = s * s + s * (1 - s) * (1 + 1 / (experts - 1)) + (1 - s) * (1 - s) * 2 / experts.
     """

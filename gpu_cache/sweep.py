@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -125,8 +126,9 @@ def _completed(futures: dict[Future[Row], str]) -> Iterator[tuple[str, Row]]:
 
 
 def _open(folder: str, layers: int, experts: int) -> None:
-    """The workers share the columns through the page cache."""
+    """The workers share the columns through the page cache. Ctrl-C ends them without a word."""
     global _calls
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     columns = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
     _calls = Calls(**columns, layers=layers, experts=experts)
 
