@@ -50,14 +50,20 @@ class Device(Protocol):
     def poll(self) -> list[tuple[int, bool]]:
         """(slot, whether it now holds its expert) of the copies that ended since the last call."""
 
+    @property
+    def pending(self) -> int:
+        """Copies that `poll` has not told of."""
+
     def load(self, slot: int, key: int) -> None:
         """Copy at once, before steps run: returns when the slot holds its expert."""
 
     def run(self, slot_ids: SlotIds) -> Any:
-        """Ask for the experts of a layer, as `Compute` takes them; returns a ticket. slot_ids may be reused after."""
+        """Ask for the experts of a layer, as `Compute` takes them; returns a ticket, which is joined before the next
+        run. slot_ids may be reused after.
+        """
 
     def join(self, ticket: Any) -> None:
-        """Wait until the contributions of a run are there. Raises what it met."""
+        """Wait until the contributions of a run are there. Raises what it met, once; more calls do nothing."""
 
     def close(self) -> None:
         """End every thread and stream. Copies that have not ended are dropped."""

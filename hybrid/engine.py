@@ -229,12 +229,12 @@ class Engine:
     def _open_device(self) -> None:
         from hybrid.experts import DeviceExperts
 
-        assert self.routes is not None
+        assert self.routes is not None and self.plan.cache is not None
+        warm = self.plan.cache.settings.warm
+        keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
         self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
         self._placed = bind(self._new_executor(), self.plan.placed_ops, self)
-        assert self.plan.cache is not None
-        if warm := self.plan.cache.settings.warm:
-            self.experts.preload(read_warm(warm, self._model_mark(), self.plan.cache.shape))
+        self.experts.preload(keys)
 
     def save_experts(self, path: Path) -> None:
         """Write which experts the device holds, for `CacheConfig.warm`. Raises ConfigError without a device."""

@@ -28,6 +28,7 @@ from hybrid.routes import Routes, view
 from hybrid.slot_program import SlotProgram
 from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
 
+PAUSE = 0.0005  # seconds between two looks for copies that are waited for
 WARM_UP = 32  # steps that decode before `--cache auto` decides
 COUNTS = ("calls", "hits", "loading", "misses", "evictions")  # of `StepResult.cache`
 
@@ -220,16 +221,20 @@ class DeviceExperts:
 
     def reset(self) -> None:
         """Forget what the device holds, once the copies on their way have ended."""
-        self.drain()
+        while self.device.pending:
+            self.device.poll()
+            sleep(PAUSE)
+        self._on_the_way.clear()
+        self._late.clear()
         self._counts_before += self._count_table()
         self.table = self._new_table(0 if self.following == "static" else self.plan.settings.quota)
         self._placing_layer = False
 
     def drain(self) -> None:
         """Wait for the copies that are on their way."""
-        while self._on_the_way:
+        while self.device.pending:
             self._publish()
-            sleep(0.0005)
+            sleep(PAUSE)
 
     def close(self) -> None:
         self.device.close()

@@ -61,7 +61,9 @@ class SimulatedDevice:
         self._ended: deque[int] = deque()
         self._copies = self._start_copies()
         self._runs: SimpleQueue[SlotIds | None] = SimpleQueue()
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._idle = Event()
+        self._idle.set()
+        self._error: BaseException | None = None
         self._runner = Thread(target=self._run_all, name="simulated device", daemon=True)
         self._runner.start()
 
@@ -73,27 +75,34 @@ class SimulatedDevice:
         if self._poison:
             for memory in self.memory:
                 memory[slot] = POISON
-        self._asked[slot] = key
         if self._clock is not None:
-            return self._clock.issue(slot)
-        self._copies.waiting.put((slot, key))
+            self._clock.issue(slot)
+        else:
+            self._copies.waiting.put((slot, key))
+        self._asked[slot] = key  # last: what a signal keeps from being asked for is not waited for
 
     def poll(self) -> list[tuple[int, bool]]:
         if self._clock is not None:
-            return [self._end_copy(slot) for slot in self._clock.due()]
+            return [self._end_copy(slot) for slot in self._clock.due() if slot in self._asked]
         alive = self._copies.is_alive()
         ended = self._take_ended()
         return ended if alive else ended + self._replace_copies()
 
+    @property
+    def pending(self) -> int:
+        return len(self._asked)
+
     def load(self, slot: int, key: int) -> None:
         self._copy(slot, key, Event())
 
-    def run(self, slot_ids: SlotIds) -> int:
+    def run(self, slot_ids: SlotIds) -> Event:
+        self._idle.clear()
         self._runs.put(slot_ids.copy())
-        return 0
+        return self._idle
 
-    def join(self, ticket: int) -> None:
-        error = self._done.get()
+    def join(self, ticket: Event) -> None:
+        ticket.wait()
+        error, self._error = self._error, None
         if error is not None:
             raise error
 
@@ -105,13 +114,12 @@ class SimulatedDevice:
     def _run_all(self) -> None:
         while (slot_ids := self._runs.get()) is not None:
             start = perf_counter()
-            error: BaseException | None = None
             try:
                 self._compute(slot_ids)
-            except BaseException as raised:  # it belongs to who waits for the result
-                error = raised
+            except BaseException as error:  # it belongs to who waits for the result
+                self._error = error
             self.times.run += perf_counter() - start
-            self._done.put(error)
+            self._idle.set()
 
     def _replace_copies(self) -> list[tuple[int, bool]]:
         """The copies that died with their thread; those to come have a new one."""
@@ -127,7 +135,7 @@ class SimulatedDevice:
     def _take_ended(self) -> list[tuple[int, bool]]:
         slots = [self._ended.popleft() for _ in range(len(self._ended))]
         for slot in slots:
-            del self._asked[slot]
+            self._asked.pop(slot, None)
         return [(slot, True) for slot in slots]
 
     def _end_copy(self, slot: int) -> tuple[int, bool]:
