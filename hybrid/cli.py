@@ -11,6 +11,9 @@ from hybrid.errors import ConfigError
 COMMANDS = {
     "run": ("hybrid.main", "generate text from prompts, or chat"),
     "bench": ("hybrid.bench", "measure the speed of prompts and of decoding"),
+    "verify": ("hybrid.verify", "compare results with and without an expert cache"),
+    "simulate": ("hybrid.simulate", "replay a trace through expert caches of many shapes and policies"),
+    "plot": ("hybrid.plot", "draw what run and simulate wrote"),
 }
 
 

@@ -13,23 +13,47 @@ DEVICES = ("auto", "cpu", "simulated", "cuda")
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `weights.mix` has the rest
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
-CACHE_POLICIES = ("FIFO", "LRU")
+CACHE_MODES = ("auto", "on", "off")
 MAX_NODES = 16  # memory nodes; what `cpu_kernels` can join
 MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The expert cache on a device: `nblocks` indexes of `nways` slots, `quota` uploads per step (None: no limit)."""
+    """The expert cache on a device: `nblocks` indexes of `nways` slots, `quota` copies per step (None: no limit).
 
-    nblocks: int | None = None
+    mode: "auto" takes what its verdict finds fastest after a warm-up. policy, admission, prefetch and mapping are names
+    of `gpu_cache`. delay: copies end so many layers later, exactly, instead of when they are done: for tests and for
+    comparisons with the simulator. poison: what is evicted becomes garbage at once.
+    """
+
+    nblocks: int | str | None = None  # "auto" and None: as many slots as fit
     nways: int | None = None
     quota: int | None = None
     policy: str = "LRU"
+    admission: str = "always"
+    prefetch: str = "none"
+    mapping: str = "modulo"
+    mode: str = "on"
+    warm: Path | None = None  # experts that a file of `hybrid.warm` lists are there from the start
+    delay: int | None = None
+    poison: bool = False
+    seed: int = 0
 
     @property
     def requested(self) -> bool:
-        return (self.nblocks, self.nways, self.quota, self.policy) != (None, None, None, CacheConfig.policy)
+        return self != CacheConfig()
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """A simulated device; what is not said is an RTX 4090 on PCIe 4.0 x16."""
+
+    copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
+    latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
+    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts are computed
+    memory_gb: float = 24.0  # 10^9 bytes, for slots
+    jitter_us: float = 0.0  # up to so much later, at random, a copy begins
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,13 @@ class EngineConfig:
     cache_dir: Path | None = None  # packed stores made from HF directories; None: the user's cache folder
     check: bool = False  # read and verify every tensor before the first step
     cache: CacheConfig = field(default_factory=CacheConfig)
+    simulated: DeviceConfig = field(default_factory=DeviceConfig)
+    routes: bool = False  # whether `Engine.observe_routes` will be used
+
+    @property
+    def cached(self) -> bool:
+        """Whether experts may be computed on a device."""
+        return self.device == "simulated" and self.cache.mode != "off"
 
 
 def check_config(config: EngineConfig) -> None:
@@ -69,15 +100,44 @@ def check_config(config: EngineConfig) -> None:
     _check_numa(config.numa)
     _one_of("--load", config.load, LOADS)
     _none_or_within("--max-seq-len", config.max_seq_len, 1)
-    _none_or_within("--cache-nblocks", config.cache.nblocks, 1)
-    _none_or_within("--cache-nways", config.cache.nways, 1)
-    _none_or_within("--cache-quota", config.cache.quota, 0)
-    _one_of("--cache-replace-policy", config.cache.policy, CACHE_POLICIES)
+    check_cache(config.cache)
+    _check_device(config.simulated)
+    if config.cached and config.numa not in ("auto", "off", "1"):
+        raise ConfigError(f"--numa {config.numa} cannot be had with an expert cache; use --numa off or --cache off")
     if config.chunk_size < config.max_batch:
         raise ConfigError(
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "
             "a step must hold one row of every sequence; raise the one or lower the other"
         )
+
+
+def check_cache(cache: CacheConfig) -> None:
+    """Raise `ConfigError` naming the first value out of range. The names are known to `gpu_cache` alone."""
+    if cache.nblocks != "auto":
+        _none_or_within("--cache-nblocks", cache.nblocks, 1)
+    _none_or_within("--cache-nways", cache.nways, 1)
+    _none_or_within("--cache-quota", cache.quota, 0)
+    _none_or_within("--cache-delay", cache.delay, 0)
+    _one_of("--cache", cache.mode, CACHE_MODES)
+    if not cache.requested:
+        return
+    from gpu_cache.admission import ADMISSIONS
+    from gpu_cache.geometry import MAPPINGS
+    from gpu_cache.policies import POLICIES
+    from gpu_cache.prefetch import PREFETCHES
+
+    if cache.policy.lower() not in map(str.lower, POLICIES):
+        _one_of("--cache-replace-policy", cache.policy, tuple(POLICIES))
+    _one_of("--cache-admission", cache.admission, tuple(ADMISSIONS))
+    _one_of("--cache-prefetch", cache.prefetch, PREFETCHES)
+    _one_of("--cache-mapping", cache.mapping, MAPPINGS)
+
+
+def _check_device(device: DeviceConfig) -> None:
+    for name, value in vars(device).items():
+        least = 0 if name in ("latency_us", "jitter_us") else 1e-6
+        if type(value) not in (int, float) or not least <= value < math.inf:
+            raise ConfigError(f"--device-{name.replace('_', '-')} {value!r:.80} is out of range; give a number above 0")
 
 
 def _check_numa(numa: Any) -> None:

@@ -81,7 +81,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds that one step spent in each part, measured inside the executor; `sampling` is set by the scheduler."""
+    """Seconds that one step spent in each part, measured inside the executor; `sampling` is set by the scheduler.
+
+    `moe` holds what follows of the threads: cpu_experts, lookup, join and wait. The device computes and copies beside
+    them, so that device_experts and copy are part of no other time.
+    """
 
     attention: float = 0.0  # projections, norms, rope and attention itself
     moe: float = 0.0  # router, experts and dense feed-forward
@@ -89,11 +93,21 @@ class StepTimes:
     other: float = 0.0  # the rest: embedding, rope tables, waking the threads
     sampling: float = 0.0
     total: float = 0.0
+    cpu_experts: float = 0.0  # experts that the threads computed
+    device_experts: float = 0.0  # experts that the device computed
+    copy: float = 0.0  # copies to the device
+    lookup: float = 0.0  # asking the cache, starting the device and the copies
+    join: float = 0.0  # adding up what threads and device made
+    wait: float = 0.0  # for the device, with nothing left to do
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """logits: float32 [len(batch.logit_rows), vocab], in the order of `logit_rows`; valid until the next step."""
+    """logits: float32 [len(batch.logit_rows), vocab], in the order of `logit_rows`; valid until the next step.
+
+    cache: None without one, or int64 [MoE layers, 5]: calls, hits, loading, misses, evictions.
+    """
 
     logits: npt.NDArray[np.float32]
     times: StepTimes
+    cache: npt.NDArray[np.int64] | None = None

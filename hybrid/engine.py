@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
+from hybrid.binding import bind
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
@@ -22,14 +25,20 @@ from hybrid.kv import KvArena
 from hybrid.memory import MemoryGrant, NodeMemory
 from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
-from hybrid.ops import Buffer, Choice, ExpertSet, Kv, Op, RoutingTable, Weight
 from hybrid.plan import Plan, make_plan
 from hybrid.program import ropes
+from hybrid.routes import Routes, view
+from hybrid.warm import model_mark, read_warm, write_warm
 from hybrid.weights.copied import CopiedWeights
 from hybrid.weights.mix import parse_mix
 from hybrid.weights.pack import Notice, Progress, cached_store, model_config, model_formats
 from hybrid.weights.store import Store
 
+if TYPE_CHECKING:
+    from hybrid.experts import DeviceExperts
+
+PROBES = 4  # steps that tell what experts cost the threads
+USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
 
@@ -39,11 +48,17 @@ def plan_model(config: EngineConfig) -> Plan:
     Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     check_config(config)
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(f"--device {config.device} cannot be had in this version; use auto or cpu")
+    if config.device == "cuda":
+        raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
     return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
+
+
+def _missing_for_cuda() -> str:
+    if find_spec("torch") is None:
+        return "torch is not installed, and this version has no CUDA device yet"
+    return "this version has no CUDA device yet"
 
 
 class Engine:
@@ -72,8 +87,13 @@ class Engine:
         self._weights = self._load(progress)
         self.memory = self._granted()
         self._write_frequencies()
-        self._executor = self._bind()
         self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
+        self.routes = self._new_routes()
+        self._executor = bind(self._new_executor(), plan.ops, self)
+        self.experts: DeviceExperts | None = None
+        self._placed: cpu_kernels.Executor | None = None
+        if plan.cache:
+            self._open_device()
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
@@ -92,6 +112,8 @@ class Engine:
             notice(f"note: {plan.numa_note}")
         path = config.model_path or EMBEDDED_MODEL
         store = cached_store(path, config.cache_dir, config.weight_format, progress, notice, config.check)
+        if notice and plan.cache and plan.cache.warning:
+            notice(f"note: {plan.cache.warning}")
         engine = cls(store, plan, progress)
         engine.load_seconds = time.perf_counter() - start
         return engine
@@ -106,18 +128,33 @@ class Engine:
             raise KernelError("this model was opened before a fork, which its threads do not survive: open it again")
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
+        if self.routes:
+            self.routes.begin(batch)
+        if self.experts:
+            return self._forward_placed(batch, logits, self.experts)
+        return self._run(self._executor, batch, logits)
+
+    def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
         try:
-            attention, moe, head, _ = self._executor.step(
-                batch.token_ids, batch.slots, batch.positions, batch.logit_rows, logits
-            )
+            parts = executor.step(batch.token_ids, batch.slots, batch.positions, batch.logit_rows, logits)
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
             raise StepCancelled(str(error)) from None
-        total = time.perf_counter() - start
-        other = total - attention - moe - head
-        return StepResult(logits, StepTimes(attention, moe, head, other, 0.0, total))
+        return StepResult(logits, _step_times(parts, time.perf_counter() - start))
+
+    def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
+        """A step with a device, or one without while `experts` says that this is faster."""
+        if not experts.placing:
+            return self._run(self._executor, batch, logits)
+        experts.begin()
+        try:
+            result = self._run(self._placed, batch, logits)
+        except BaseException:
+            experts.recover()
+            raise
+        return experts.end(result)
 
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""
@@ -125,10 +162,15 @@ class Engine:
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread."""
-        self._executor.cancel()
+        for executor in (self._executor, self._placed):
+            if executor:
+                executor.cancel()
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
+        if self.experts:
+            self.experts.close()
+        self.experts = self.routes = self._placed = None
         del self._executor, self._kv, self._weights, self._arena, self._node_arenas, self.pool
         self.store.close()
 
@@ -159,20 +201,14 @@ class Engine:
         nodes = [NodeMemory(id, arena.placed, arena.size, arena.huge_bytes()) for id, arena in places]
         return MemoryGrant(self.plan.load, self.plan.huge_pages, tuple(nodes), self._kv.long_runs, self._kv.huge_runs)
 
-    def _address(self, name: str, node: int = -1) -> int:
-        """Of a buffer that all share, or of one of a node."""
-        if node < 0:
-            return int(self._arena.address) + self.plan.buffers[name][0]
-        return int(self._node_arenas[node].address) + self.plan.node_buffers[node][name][0]
-
     def _write_frequencies(self) -> None:
         for i, rope in enumerate(ropes(self.spec)):
             frequencies = np.ascontiguousarray(inverse_frequencies(rope)[0], np.float32)
-            ctypes.memmove(self._address(f"rope{i}.frequencies"), frequencies.ctypes.data, frequencies.nbytes)
+            ctypes.memmove(self.buffer(f"rope{i}.frequencies"), frequencies.ctypes.data, frequencies.nbytes)
 
-    def _bind(self) -> cpu_kernels.Executor:
+    def _new_executor(self) -> cpu_kernels.Executor:
         plan = self.plan
-        executor = cpu_kernels.Executor(
+        return cpu_kernels.Executor(
             isa=plan.isa,
             pool=self.pool,
             rows=plan.max_rows,
@@ -182,35 +218,77 @@ class Engine:
             scratch_bytes=plan.scratch_bytes,
             batch_invariant=plan.batch_invariant,
         )
-        for op in plan.ops:
-            self._add(executor, op)
-        return executor
 
-    def _add(self, executor: cpu_kernels.Executor, op: Op) -> None:
-        arguments = {name: self._resolve(value) for name, value in op.arguments.items()}
-        getattr(executor, op.kind)(part=getattr(cpu_kernels.Part, op.part), **arguments)
+    def _new_routes(self) -> Routes | None:
+        if not self.plan.cache and not any(op.kind == "host" for op in self.plan.ops):
+            return None
+        top_k = max(layer.feed_forward.router.top_k for layer in self.spec.layers if layer.feed_forward.router)
+        ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
+        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots)
 
-    def _resolve(self, value: Any) -> Any:
-        """A reference of the plan to what the executor takes: an address, a layout or the number itself."""
-        match value:
-            case None:
-                return 0
-            case Buffer(name, offset, node):
-                return self._address(name, node) + offset
-            case Weight(name, offset, node):
-                return self._weights.address(name, node) + offset
-            case tuple():
-                return [self._resolve(one) for one in value]
-            case Choice(kind, name):
-                return getattr(getattr(cpu_kernels, kind), name)
-            case Kv(layer):
-                return self._kv.layout(layer)
-            case ExpertSet(arguments):
-                return cpu_kernels.ExpertSet(**{name: self._resolve(inner) for name, inner in arguments.items()})
-            case RoutingTable(name):
-                parts = ("offsets", "rows", "weights", "active", "count")
-                return cpu_kernels.Routing(**{part: self._address(f"{name}.{part}") for part in parts})
-        return value
+    def _open_device(self) -> None:
+        from hybrid.experts import DeviceExperts
+
+        assert self.routes is not None and self.plan.cache is not None
+        warm = self.plan.cache.settings.warm
+        keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
+        self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
+        self._placed = bind(self._new_executor(), self.plan.placed_ops, self)
+        self.experts.preload(keys)
+
+    def save_experts(self, path: Path) -> None:
+        """Write which experts the device holds, for `CacheConfig.warm`. Raises ConfigError without a device."""
+        if not self.experts:
+            raise ConfigError("--cache-save has nothing to save: this run has no expert cache")
+        write_warm(path, self._model_mark(), self.experts.plan.shape, self.experts.table.resident())
+
+    def _model_mark(self) -> str:
+        assert self.plan.cache is not None
+        shape = self.plan.cache.shape
+        routers = {index: self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers}
+        return model_mark(
+            shape, (view(self.weight(tensor.name), tensor.shape, np.float32) for tensor in routers.values())
+        )
+
+    def _cpu_seconds(self) -> float:
+        """What one row of one expert costs the threads: the least of a few steps, or, where runs must be repeatable, a
+        guess.
+        """
+        assert self.plan.cache is not None
+        shape = self.plan.cache.shape
+        if self.plan.cache.settings.delay is not None:
+            return shape.nbytes / USUAL_BANDWIDTH
+        zero = np.zeros(1, np.int32)
+        batch, logits = Batch(zero, zero, zero, zero[:0]), self._logits[:0]
+        times = [self._run(self._executor, batch, logits).times.cpu_experts for _ in range(PROBES)]
+        self._kv.release(0)
+        return min(times[1:]) / (len(shape.layers) * shape.top_k)
+
+    # What ops refer to, see `hybrid.binding.References`.
+
+    def buffer(self, name: str, node: int = -1) -> int:
+        """Address of a buffer that all share, or of one of a node."""
+        if node < 0:
+            return int(self._arena.address) + self.plan.buffers[name][0]
+        return int(self._node_arenas[node].address) + self.plan.node_buffers[node][name][0]
+
+    def weight(self, name: str, node: int = -1) -> int:
+        return self._weights.address(name, node)
+
+    def kv(self, layer: int) -> cpu_kernels.KvLayout:
+        return self._kv.layout(layer)
+
+    def callback(self, kind: str, layer: int) -> Callable[[], None]:
+        owner = self.routes if kind == "observe" else self.experts
+        return partial(getattr(owner, kind), layer)
+
+
+def _step_times(parts: Sequence[float], total: float) -> StepTimes:
+    """parts: seconds of each `cpu_kernels.Part`."""
+    attention, moe, head, _, experts, place, join = parts
+    moe += experts + place + join
+    other = total - attention - moe - head
+    return StepTimes(attention, moe, head, other, total=total, cpu_experts=experts, lookup=place, join=join)
 
 
 def _node_arenas(plan: Plan) -> Iterator[tuple[int, bool, int]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.config import CACHE_POLICIES, DEVICES, KV_FORMATS, LOADS, WEIGHT_FORMATS
+from hybrid.config import CACHE_MODES, DEVICES, KV_FORMATS, LOADS, WEIGHT_FORMATS
 
 
 def _flag(name: str, text: str, **more: Any) -> Any:
@@ -31,6 +31,10 @@ def parse_whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r:.80} is not a whole number") from None
+
+
+def parse_blocks(text: str) -> int | str:
+    return text if text == "auto" else parse_whole(text)
 
 
 def parse_real(text: str) -> float:
@@ -75,7 +79,7 @@ HideResponse = Annotated[bool, _flag("--hide-resp", "Do not print the text.")]
 Json = Annotated[bool, _flag("--json", "Print one JSON object instead of text and summary.")]
 DryRun = Annotated[bool, _flag("--dry-run", "Print the plan of memory and threads, load nothing.")]
 BreakdownCsv = Annotated[Path | None, _path("--breakdown-csv", "Write the times of every step, in ms.")]
-CachehitCsv = Annotated[Path | None, _path("--cachehit-csv", "Write the hits of the expert cache.")]
+CachehitCsv = Annotated[Path | None, _path("--cachehit-csv", "Write the hits of the expert cache by step and layer.")]
 Version = Annotated[
     bool,
     _flag("--version", "Print the version.", callback=_print_version, is_eager=True, show_default=False),
@@ -89,7 +93,7 @@ RepetitionPenalty = Annotated[float, _real("--repetition-penalty", "Above 1 avoi
 Seed = Annotated[int | None, _whole("--seed", "Makes sampling repeatable.")]
 Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
 IgnoreEos = Annotated[bool, _flag("--ignore-eos", "Go on after the end of the text.")]
-Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}; this version runs on the CPU.")]
+Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}; auto is cpu in this version.")]
 Format = Annotated[
     str,
     _flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),
@@ -111,7 +115,29 @@ MaxBatch = Annotated[int, _whole("--max-batch", "Sequences that run together.")]
 ChunkSize = Annotated[int, _whole("--chunk-size", "Tokens computed in one step at most.")]
 CacheDir = Annotated[Path | None, _path("--cache-dir", "Where packed models are kept.", show_default="user cache")]
 Check = Annotated[bool, _flag("--check", "Verify every weight while loading.")]
-CacheBlocks = Annotated[int | None, _whole("--cache-nblocks", "Indexes of the expert cache.")]
+CacheBlocks = Annotated[
+    Any,
+    _flag("--cache-nblocks", "Indexes of the expert cache, or auto: what fits.", parser=parse_blocks, metavar="N|auto"),
+]
 CacheWays = Annotated[int | None, _whole("--cache-nways", "Experts that each index holds.")]
 CacheQuota = Annotated[int | None, _whole("--cache-quota", "Experts copied in one step at most.")]
-CachePolicy = Annotated[str, _flag("--cache-replace-policy", f"One of {', '.join(CACHE_POLICIES)}.")]
+CachePolicy = Annotated[str, _flag("--cache-replace-policy", "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.")]
+CacheAdmission = Annotated[
+    str, _flag("--cache-admission", "Which misses are copied: always, second-touch, break-even.")
+]
+CachePrefetch = Annotated[str, _flag("--cache-prefetch", "none, or next-gate: ask the next layer's router early.")]
+CacheMapping = Annotated[str, _flag("--cache-mapping", "Experts to indexes: modulo, prefix or hash.")]
+CacheMode = Annotated[str, _flag("--cache", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.")]
+CacheWarm = Annotated[Path | None, _path("--cache-warm", "Begin with the experts that this file lists.")]
+CacheSave = Annotated[Path | None, _path("--cache-save", "Write the experts that are cached at the end.")]
+CacheDelay = Annotated[
+    int | None,
+    _whole("--cache-delay", "Copies end after so many layers instead of when they are done.", show_default="as copied"),
+]
+CopyRate = Annotated[float, _real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
+Latency = Annotated[float, _real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
+ReadRate = Annotated[float, _real("--device-read-gbps", "GB/s of its memory, for modelled times.")]
+DeviceMemory = Annotated[float, _real("--device-memory-gb", "GB of its memory, for slots.")]
+TraceFile = Annotated[Path | None, _path("--trace", "Write which experts every token chose: .csv or .parquet.")]
+TokenCsv = Annotated[Path | None, _path("--token-csv", "Write the time of every token and the processors' clock.")]
+PowerCsv = Annotated[Path | None, _path("--power-csv", "Write power and energy per token.")]

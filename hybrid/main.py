@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hybrid import flags as f
-from hybrid.config import CacheConfig, EngineConfig, check_config
+from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.console import exit_codes, progress_bar, run_app, say
 from hybrid.core import Completion, SamplingParams
+from hybrid.errors import ConfigError
 from hybrid.prompts import DEFAULT_PROMPT, gather_prompts, read_stdin
 
 if TYPE_CHECKING:
+    from hybrid.cache_report import CacheReport
     from hybrid.llm import LLM
-    from hybrid.report import Recorder, Summary
+    from hybrid.report import Summary
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -37,6 +39,10 @@ class RunOptions:
     dry_run: bool
     breakdown_csv: Path | None
     cachehit_csv: Path | None
+    token_csv: Path | None
+    power_csv: Path | None
+    trace: Path | None
+    cache_save: Path | None
 
 
 @app.command()
@@ -71,8 +77,22 @@ def run(
     cache_nways: f.CacheWays = CacheConfig.nways,
     cache_quota: f.CacheQuota = CacheConfig.quota,
     cache_replace_policy: f.CachePolicy = CacheConfig.policy,
+    cache_admission: f.CacheAdmission = CacheConfig.admission,
+    cache_prefetch: f.CachePrefetch = CacheConfig.prefetch,
+    cache_mapping: f.CacheMapping = CacheConfig.mapping,
+    cache: f.CacheMode = CacheConfig.mode,
+    cache_warm: f.CacheWarm = CacheConfig.warm,
+    cache_save: f.CacheSave = None,
+    cache_delay: f.CacheDelay = CacheConfig.delay,
+    device_copy_gbps: f.CopyRate = DeviceConfig.copy_gbps,
+    device_latency_us: f.Latency = DeviceConfig.latency_us,
+    device_read_gbps: f.ReadRate = DeviceConfig.read_gbps,
+    device_memory_gb: f.DeviceMemory = DeviceConfig.memory_gb,
     breakdown_csv: f.BreakdownCsv = None,
     cachehit_csv: f.CachehitCsv = None,
+    trace: f.TraceFile = None,
+    token_csv: f.TokenCsv = None,
+    power_csv: f.PowerCsv = None,
     hide_resp: f.HideResponse = False,
     json: f.Json = False,
     dry_run: f.DryRun = False,
@@ -81,9 +101,16 @@ def run(
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
     flags = locals()
     with exit_codes():
-        cache = CacheConfig(cache_nblocks, cache_nways, cache_quota, cache_replace_policy)
-        config = _chosen(EngineConfig, flags, cache=cache)
+        chosen = _prefixed("cache_", flags) | {"policy": cache_replace_policy, "mode": cache}
+        simulated = _chosen(DeviceConfig, _prefixed("device_", flags))
+        more = {"cache": _chosen(CacheConfig, chosen), "simulated": simulated, "routes": trace is not None}
+        config = _chosen(EngineConfig, flags, **more)
         _run(config, _chosen(SamplingParams, flags, stop=tuple(stop)), _chosen(RunOptions, flags))
+
+
+def _prefixed(prefix: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags whose names begin so, without it."""
+    return {name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)}
 
 
 def _chosen(kind: type[Any], flags: Mapping[str, Any], **more: Any) -> Any:
@@ -106,21 +133,17 @@ def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> N
 
 
 def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: RunOptions) -> None:
-    from hybrid.report import Recorder
+    """Whatever ends the run, a signal too, what it measured is written."""
+    from hybrid.outputs import Outputs
 
-    recorder = Recorder()
-    llm.observe(recorder)
-    try:
+    with Outputs(options, llm, say) as outputs:
         completions = _converse(llm, params) if prompts is None else _generate(llm, prompts, params, options)
-    except KeyboardInterrupt:  # the steps that were made are worth keeping
-        _write_files(options, recorder)
-        raise
-    _write_files(options, recorder)
-    summary = recorder.summary(llm.engine.load_seconds, llm.engine.plan.isa, llm.engine.plan.threads)
+    summary = outputs.recorder.summary(llm.engine.load_seconds, llm.engine.plan.isa, llm.engine.plan.threads)
+    cache = outputs.cache_report()
     if options.json:
-        print(_json_report(llm, prompts or [], completions, summary))
+        print(_json_report(llm, prompts or [], completions, summary, cache))
     else:
-        say(f"\n{summary}\nmemory       {llm.engine.memory}")
+        say(f"\n{summary}\n" + (f"{cache}\n" if cache else "") + f"memory       {llm.engine.memory}")
 
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
@@ -132,13 +155,27 @@ def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) ->
     check_config(config)
     parse_mix(config.weight_format, uniform("bf16"))  # the words alone: what "auto" is, the model says later
     check_params(params)
-    check_csv_path("--breakdown-csv", options.breakdown_csv)
-    check_csv_path("--cachehit-csv", options.cachehit_csv)
-    if config.cache.requested or options.cachehit_csv:
+    for flag in ("breakdown-csv", "cachehit-csv", "token-csv", "power-csv", "trace", "cache-save"):
+        check_csv_path(f"--{flag}", getattr(options, flag.replace("-", "_")))
+    if options.trace:
+        _check_trace(options.trace)
+    if options.cache_save and not config.cached:
+        raise ConfigError("--cache-save has nothing to save: this run has no expert cache; use --device simulated")
+    if (config.cache.requested or options.cachehit_csv) and not config.cached:
         say(
             "note: the expert cache has no effect on this machine: the run is on the CPU, whose memory holds "
-            "every expert"
+            "every expert; --device simulated tries one"
         )
+
+
+def _check_trace(path: Path) -> None:
+    from gpu_cache.errors import CacheError
+    from gpu_cache.trace import check_suffix
+
+    try:
+        check_suffix(path)
+    except CacheError as error:
+        raise ConfigError(f"--trace {error}") from None
 
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:
@@ -210,21 +247,19 @@ def _print_prompt(prompt: str) -> None:
         print(f"\033[2m{prompt}\033[0m", end="", flush=True)
 
 
-def _write_files(options: RunOptions, recorder: Recorder) -> None:
-    from hybrid.report import BREAKDOWN_COLUMNS, CACHEHIT_COLUMNS, write_csv
-
-    if options.breakdown_csv:
-        write_csv(options.breakdown_csv, BREAKDOWN_COLUMNS, recorder.breakdown_rows())
-    if options.cachehit_csv:
-        write_csv(options.cachehit_csv, CACHEHIT_COLUMNS, [])
-
-
-def _json_report(llm: LLM, prompts: Sequence[str], completions: Sequence[Completion], summary: Summary) -> str:
+def _json_report(
+    llm: LLM,
+    prompts: Sequence[str],
+    completions: Sequence[Completion],
+    summary: Summary,
+    cache: CacheReport | None,
+) -> str:
     from hybrid.hardware import probe
 
     report = {
         "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
         "summary": asdict(summary),
+        "cache": cache.to_dict() if cache else None,
         "plan": llm.engine.plan.to_dict(),
         "memory": asdict(llm.engine.memory),
         "machine": asdict(probe()),

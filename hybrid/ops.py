@@ -33,9 +33,21 @@ class Kv:
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """The five arrays that say which rows go to which expert, `name`.offsets and so on."""
+    """The five arrays that say which rows go to which expert, `name`.offsets and so on.
+
+    rows: which array takes the place of the rows: "pairs" numbers (row, rank) pairs instead.
+    """
 
     name: str
+    rows: str = "rows"
+
+
+@dataclass(frozen=True)
+class Callback:
+    """What the engine does at this point of a step, `kind` of it, in the MoE layer `layer` (counting those alone)."""
+
+    kind: str
+    layer: int
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
+from hybrid.cache_plan import CachePlan, plan_cache
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.hardware import HardwareSpec, has_huge_pages
@@ -15,6 +16,7 @@ from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.nodes import NodeChoice, choose_nodes, node_threads
 from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
+from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers
 from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
 from hybrid.weights.layout import round_up, store_tensors
 from hybrid.weights.mix import FormatMix
@@ -60,6 +62,7 @@ class Plan:
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
+    cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
     """
 
     model_type: str
@@ -87,6 +90,8 @@ class Plan:
     memory_available: int
     parts: Parts
     ops: tuple[Op, ...]
+    placed_ops: tuple[Op, ...] = ()
+    cache: CachePlan | None = None
 
     @property
     def nodes(self) -> int:
@@ -98,6 +103,7 @@ class Plan:
         """All that is needed before the first token: weights, arena, scratch, logits, runtime."""
         arenas = self.arena_bytes + sum(self.node_arena_bytes)
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
+        planned += self.cache.nbytes if self.cache else 0
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -126,8 +132,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan for `--json`: numbers without the op list."""
         fields = asdict(self)
-        for name in ("ops", "kv", "buffers", "node_buffers", "parts"):
+        for name in ("ops", "placed_ops", "kv", "buffers", "node_buffers", "parts"):
             del fields[name]
+        fields["cache"] = self.cache.to_dict() if self.cache else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
@@ -167,9 +174,12 @@ def _sized(
     factors = [inverse_frequencies(rope)[1] for rope in ropes(spec)]
     tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
     sizes = build_buffers(spec, mix, rows, slots, length)
+    shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
+    if shape:
+        sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
     step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
-    buffers, arena_bytes = _lay_out(step.sizes)
-    own = [_lay_out(sizes) for sizes in step.node_sizes]
+    buffers, arena_bytes = lay_out(step.sizes)
+    own = [lay_out(sizes) for sizes in step.node_sizes]
     kv = kv_geometry(spec, length, config.kv_format)
     invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
@@ -197,13 +207,26 @@ def _sized(
         kv_token_budget=0,
         memory_available=hardware.memory_available,
         parts=step.parts,
-        ops=tuple(step.ops),
+        ops=tuple(observe_routes(step.ops) if config.routes else step.ops),
+        placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
     )
+    if shape:
+        plan = _with_cache(plan, shape, config)
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
-    return Plan(**{**plan.__dict__, "kv_token_budget": min(slots * length, budget)})
+    return replace(plan, kv_token_budget=min(slots * length, budget))
 
 
-def _lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
+def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig) -> Plan:
+    """Slots get what is free beside everything else and the keys and values of one sequence."""
+    if plan.nodes > 1:
+        raise ConfigError(
+            f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
+        )
+    free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
+    return replace(plan, cache=plan_cache(shape, config, free))
+
+
+def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     """Buffers one after the other, aligned; with the total."""
     buffers, offset = {}, 0
     for name, size in sizes.items():
@@ -317,6 +340,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
         (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
         ("logits", plan.logits_bytes),
+        *([("expert cache (slots of the simulated device)", plan.cache.nbytes)] if plan.cache else []),
         ("runtime", RUNTIME_BYTES),
         ("total before the first token", plan.fixed_bytes),
         (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
@@ -331,6 +355,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"formats: {plan.format_text}; keys and values {plan.kv.format}"
         + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
         f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
+        *([f"expert cache: {plan.cache}"] if plan.cache else []),
         "",
         *(f"  {name:<52}{size_text(size):>12}" for name, size in rows),
         "",

@@ -343,21 +343,22 @@ def _feed_forward(spec: ModelSpec, mix: FormatMix, index: int, layer: LayerSpec)
     yield _norm(spec, "moe", f"{prefix}.norm", index, *(experts.format for experts in groups), f32=ffn.is_moe)
     if ffn.is_moe:
         yield from _router(spec, index, layer)
-    yield _gate_up(spec, index, layer, groups)
+    part = "experts" if ffn.is_moe else "moe"
+    yield _gate_up(spec, part, index, layer, groups)
     for experts in groups:
         width = experts.intermediate
-        yield from _quantise("moe", index, experts.activation, width, experts.format, experts.rows)
-    yield _down(spec, index, groups)
+        yield from _quantise(part, index, experts.activation, width, experts.format, experts.rows)
+    yield _down(spec, part, index, groups)
 
 
-def _gate_up(spec: ModelSpec, index: int, layer: LayerSpec, groups: list[_Experts]) -> Op:
+def _gate_up(spec: ModelSpec, part: str, index: int, layer: LayerSpec, groups: list[_Experts]) -> Op:
     sets = [_expert_set(spec, index, experts, "gate_up") for experts in groups]
     arguments = sets[0] | _activations(groups[0])
     arguments["activation"] = Choice("Activation", layer.feed_forward.activation)
     if len(groups) > 1:
         arguments["shared"] = ExpertSet(sets[1])
         arguments |= {f"shared_{name}": value for name, value in _activations(groups[1]).items()}
-    return Op("gate_up", "moe", arguments, (sets[0]["blocks"], "column blocks an active expert"), index)
+    return Op("gate_up", part, arguments, (sets[0]["blocks"], "column blocks an active expert"), index)
 
 
 def _activations(experts: _Experts) -> dict[str, Any]:
@@ -365,12 +366,12 @@ def _activations(experts: _Experts) -> dict[str, Any]:
     return {"output": Buffer(_input_name(experts.activation, width, False)), "output_stride": row_stride(width)}
 
 
-def _down(spec: ModelSpec, index: int, groups: list[_Experts]) -> Op:
+def _down(spec: ModelSpec, part: str, index: int, groups: list[_Experts]) -> Op:
     sets = [_expert_set(spec, index, experts, "down") for experts in groups]
     arguments = sets[0] | {"output": Buffer("residual"), "output_stride": row_stride(spec.hidden)}
     if len(groups) > 1:
         arguments["shared"] = ExpertSet(sets[1])
-    return Op("down", "moe", arguments, (sets[0]["blocks"], "column blocks"), index)
+    return Op("down", part, arguments, (sets[0]["blocks"], "column blocks"), index)
 
 
 def _expert_set(spec: ModelSpec, index: int, experts: _Experts, matrix: str) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import ConfigError
+from hybrid.meters import Meters
 from hybrid.scheduler import StepRecord
 from hybrid.weights.files import atomic_file
 
@@ -25,8 +27,17 @@ BREAKDOWN_COLUMNS = (
     "other",
     "sampling",
     "total",
+    "cpu_experts",
+    "device_experts",
+    "copy",
+    "lookup",
+    "join",
+    "wait",
 )
 CACHEHIT_COLUMNS = ("step", "layer", "calls", "hits", "loading", "misses", "evictions")
+TOKEN_COLUMNS = ("token", "step", "seconds", "elapsed", "tokens_per_second", "cpu_mhz")
+POWER_COLUMNS = ("step", "tokens", "seconds", "package_watts", "gpu_watts", "joules_per_token")
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -61,13 +72,17 @@ class Summary:
 
 
 class Recorder:
-    """Keeps the record of every step; call it with each."""
+    """Keeps the record of every step; call it with each. meters: read with each step, if there are any."""
 
-    def __init__(self) -> None:
+    def __init__(self, meters: Meters | None = None) -> None:
         self.records: list[StepRecord] = []
+        self._meters = meters
+        self._readings = [meters.read()] if meters else []  # before the first step, and after each
 
     def __call__(self, record: StepRecord) -> None:
         self.records.append(record)
+        if self._meters:
+            self._readings.append(self._meters.read())
 
     def summary(self, load_seconds: float, isa: str, threads: int) -> Summary:
         prompt = [record for record in self.records if record.prompt_rows]
@@ -88,6 +103,41 @@ class Recorder:
     def breakdown_rows(self) -> list[list[Any]]:
         """One row per step as BREAKDOWN_COLUMNS name them; times in milliseconds."""
         return [_breakdown_row(step, record) for step, record in enumerate(self.records)]
+
+    def cachehit_rows(self) -> Iterator[list[int]]:
+        """One row per step and MoE layer as CACHEHIT_COLUMNS name them, of the steps that had a cache."""
+        for step, record in enumerate(self.records):
+            if record.cache is not None:
+                yield from ([step, layer, *counts] for layer, counts in enumerate(record.cache.tolist()))
+
+    def token_rows(self) -> Iterator[list[Any]]:
+        """One row per token that was chosen, as TOKEN_COLUMNS name them: each took as long as its step."""
+        token, elapsed = 0, 0.0
+        for step, (record, reading) in enumerate(zip(self.records, self._readings[1:], strict=False)):
+            elapsed += record.seconds
+            for _ in range(record.sampled):
+                token += 1
+                times = [f"{record.seconds:.6f}", f"{elapsed:.6f}", f"{token / elapsed:.2f}"]
+                yield [token, step, *times, _readable(reading.cpu_mhz)]
+
+    def power_rows(self) -> Iterator[list[Any]]:
+        """One row per step as POWER_COLUMNS name them; the energy per token is of what can be read."""
+        for step, (record, (before, after)) in enumerate(zip(self.records, pairwise(self._readings), strict=False)):
+            package = _spent(before.package_joules, after.package_joules)
+            gpu = _spent(before.gpu_joules, after.gpu_joules)
+            known = [joules for joules in (package, gpu) if joules is not None]
+            each = sum(known) / record.sampled if known and record.sampled else None
+            watts = [None if joules is None else joules / record.seconds for joules in (package, gpu)]
+            per_token = "" if known and not record.sampled else _readable(each)
+            yield [step, record.sampled, f"{record.seconds:.6f}", *map(_readable, watts), per_token]
+
+
+def _spent(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _readable(value: float | None) -> str:
+    return UNREADABLE if value is None else f"{value:.3f}"
 
 
 def check_csv_path(flag: str, path: Path | None) -> None:

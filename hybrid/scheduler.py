@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.core import Batch, Completion, FinishReason, SamplingParams, StepTimes, TextDelta, TokenLogprob
+from hybrid.core import Batch, Completion, FinishReason, SamplingParams, StepResult, StepTimes, TextDelta, TokenLogprob
 from hybrid.detokenizer import TextStream
 from hybrid.errors import HybridError, RequestError
 from hybrid.sampler import Sampler
@@ -27,7 +27,7 @@ class StepRecord:
     """One step: how many rows of prompts and of produced tokens it computed, and how long that took.
 
     times: as the executor measured them, with sampling. seconds: the whole step, from choosing its rows to
-    the text of its tokens.
+    the text of its tokens. cache: that of its `StepResult`.
     """
 
     prompt_rows: int
@@ -35,6 +35,7 @@ class StepRecord:
     sampled: int
     times: StepTimes
     seconds: float
+    cache: npt.NDArray[np.int64] | None = None
 
 
 class Request:
@@ -182,7 +183,8 @@ class Scheduler:
                 self._fail(request, error)
             raise
         ended = perf_counter()
-        self._report(chunks, len(sampled), _with_sampling(result.times, ended - sampling), ended - started)
+        result = replace(result, times=_with_sampling(result.times, ended - sampling))
+        self._report(chunks, len(sampled), result, ended - started)
         return touched + sampled
 
     def score(self, prompt: Tokens) -> npt.NDArray[np.float32]:
@@ -286,12 +288,13 @@ class Scheduler:
                 self._leave(request)
         return whole
 
-    def _report(self, chunks: Sequence[tuple[Request, int]], sampled: int, times: StepTimes, seconds: float) -> None:
+    def _report(self, chunks: Sequence[tuple[Request, int]], sampled: int, result: StepResult, seconds: float) -> None:
         if self.on_step is None:
             return
         rows = sum(rows for _, rows in chunks)
         prompt_rows = sum(_prompt_rows(request, rows) for request, rows in chunks)
-        self.on_step(StepRecord(prompt_rows, rows - prompt_rows, sampled, times, seconds))
+        decode_rows = rows - prompt_rows
+        self.on_step(StepRecord(prompt_rows, decode_rows, sampled, result.times, seconds, result.cache))
 
 
 def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:

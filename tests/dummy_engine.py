@@ -29,6 +29,7 @@ class DummyEngine:
 
     load_seconds = 0.5
     memory = MemoryGrant("map", "madvise", (), 0, 0)
+    experts = routes = None
 
     def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
         self.spec = SimpleNamespace(vocab=vocab)

@@ -12,9 +12,9 @@ from hybrid.core import Batch
 from hybrid.engine import Engine
 
 
-def open_engine(path: Path, cache: Path, **choices: Any) -> Engine:
+def open_engine(path: Path, packed: Path, **choices: Any) -> Engine:
     choices = {"threads": 2, "max_batch": 4, "chunk_size": 128, **choices}
-    return Engine.open(EngineConfig(model_path=path, cache_dir=cache, **choices))
+    return Engine.open(EngineConfig(model_path=path, cache_dir=packed, **choices))
 
 
 def step(engine: Engine, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:

@@ -201,10 +201,36 @@ def test_times_are_booked_under_the_part_of_the_op() -> None:
     for part in ("attention", "moe", "head"):
         rig.add("embed", part, table=rig.output, output=rig.output, hidden=0, pairs=16, output_stride=32)
     one = np.zeros(1, np.int32)
-    attention, moe, head, other = rig.executor.step(one, one, one, one[:0], np.zeros((0, rig.vocab), np.float32))
+    attention, moe, head, other, *_ = rig.executor.step(one, one, one, one[:0], np.zeros((0, rig.vocab), np.float32))
     assert attention > 0 and moe > 0 and head == 0 and other > attention + moe
-    *_, head, _ = rig.executor.step(one, one, one, one, np.zeros((1, rig.vocab), np.float32))
+    _, _, head, *_ = rig.executor.step(one, one, one, one, np.zeros((1, rig.vocab), np.float32))
     assert head > 0
+
+
+def add_one(rig: Rig, array: np.ndarray) -> None:
+    """An op that adds 1 to the first element of each row: a combination of one expert, whose contribution is left 0."""
+    ids, ones = aligned((4, 1), np.int32), aligned((4, 1), np.float32, 1)
+    sums = {"contributions": aligned((4, 64), np.float32, 1), "output": array, "top_k": 1, "width": 64}
+    rig.add("combine", ids=ids, weights=ones, **sums, stride=64, output_stride=64)
+
+
+def test_a_callback_runs_between_its_neighbours_on_the_thread_of_the_step() -> None:
+    rig, seen, array = Rig(BEST, 3), [], aligned((4, 64), np.float32)
+    add_one(rig, array)
+    rig.executor.host(cpu_kernels.Part.place, lambda: seen.append((array[0, 0], threading.get_ident())))
+    add_one(rig, array)
+    rig.run(1)
+    assert seen == [(1, threading.get_ident())] and array[0, 0] == 2
+
+
+def test_what_a_callback_raises_ends_the_step_and_is_raised_by_it() -> None:
+    rig, array = Rig(BEST, 2), aligned((4, 64), np.float32)
+    rig.executor.host(cpu_kernels.Part.place, lambda: 1 // 0)
+    add_one(rig, array)
+    for _ in range(2):  # the executor can be used again
+        with pytest.raises(ZeroDivisionError):
+            rig.run(1)
+    assert array[0, 0] == 0
 
 
 def test_unknown_instruction_sets_are_refused_with_the_known_ones() -> None:

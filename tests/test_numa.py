@@ -130,7 +130,7 @@ def test_every_node_has_its_turn_and_all_parts_make_the_whole(text, nodes) -> No
 
 def test_the_sums_of_down_are_joined_at_once_and_the_first_node_adds_the_bias() -> None:
     plan = plan_of(with_biases(spec_of(**WIDE)), numa="2", weight_format="int8")
-    kinds = [op.kind for op in plan.ops if op.layer == 0 and op.part == "moe"]
+    kinds = [op.kind for op in plan.ops if op.layer == 0 and op.part in ("moe", "experts")]
     assert kinds[-7:] == ["gate_up"] * 2 + ["quantise"] * 2 + ["down"] * 2 + ["join"]
     for first, second in per_node(plan, "down"):
         assert first.arguments["bias"] and second.arguments["bias"] is None

@@ -206,8 +206,8 @@ def test_quantising_takes_every_row_of_an_expert() -> None:
     found = [
         (op.layer, op.part, op.arguments["width"], op.arguments["multiple"]) for op in ops if op.kind == "quantise"
     ]
-    first, middle, last = ([(i, "attention", 192, 1), (i, "moe", width, count)] for i, width, count in
-                           [(0, 64, 3), (1, 128, 1), (2, 64, 3)])  # fmt: skip
+    first, middle, last = ([(i, "attention", 192, 1), (i, part, width, count)] for i, part, width, count in
+                           [(0, "experts", 64, 3), (1, "moe", 128, 1), (2, "experts", 64, 3)])  # fmt: skip
     assert found == [*first, *middle, *last]
     experts = [op for op in ops if op.kind == "quantise"][1].arguments
     assert (experts["input"], experts["output"]) == (Buffer("activation.40"), Buffer("activation8.40"))
@@ -267,7 +267,7 @@ def test_a_tied_model_has_a_head_of_its_own_once_that_is_quantised() -> None:
 )
 def test_a_shared_expert_goes_along_with_the_routed_ones(text, quantised) -> None:
     ops = program(SPECS["qwen2_moe"], mix_of(text))[1]
-    found = [op for op in ops if op.layer == 0 and op.part == "moe"]
+    found = [op for op in ops if op.layer == 0 and op.part in ("moe", "experts")]
     assert [op.kind for op in found] == ["norm", *ROUTER, "gate_up", *["quantise"] * len(quantised), "down"]
     names = [op.arguments["input"].name.split(".")[0] for op in found if op.kind == "quantise"]
     assert names == quantised

@@ -31,6 +31,14 @@ bool python_signal() {
   return PyErr_CheckSignals() != 0;
 }
 
+// On an exception the step ends and `run_step` finds it on this very thread.
+bool call_python(void* callable) {
+  nb::gil_scoped_acquire gil;
+  PyObject* result = PyObject_CallNoArgs(static_cast<PyObject*>(callable));
+  Py_XDECREF(result);
+  return result != nullptr;
+}
+
 Times run_step(Executor& executor, Ints tokens, Ints slots, Ints positions, Ints logit_rows, Logits logits) {
   const size_t rows = tokens.shape(0);
   if (slots.shape(0) != rows || positions.shape(0) != rows)
@@ -216,10 +224,12 @@ void bind_ops(nb::class_<Executor>& c) {
       "shared_weights"_a = 0);
   c.def(
       "group",
-      [](Executor& e, Part part, Address ids, Address weights, const Routing& routing, int experts, int top_k) {
-        e.add(part, GroupArgs{at<const int32_t>(ids), at<const float>(weights), routing, experts, top_k});
+      [](Executor& e, Part part, Address ids, Address weights, const Routing& routing, int experts, int top_k,
+         Address pairs) {
+        e.add(part,
+              GroupArgs{at<const int32_t>(ids), at<const float>(weights), routing, at<int32_t>(pairs), experts, top_k});
       },
-      "part"_a, "ids"_a, "weights"_a, "routing"_a, "experts"_a, "top_k"_a);
+      "part"_a, "ids"_a, "weights"_a, "routing"_a, "experts"_a, "top_k"_a, "pairs"_a = 0);
   c.def(
       "gate_up",
       [](Executor& e, Part part, Format format, Address input, const Routing& routing, Address experts, Address bias,
@@ -257,6 +267,19 @@ void bind_ops(nb::class_<Executor>& c) {
         e.add(part, args);
       },
       "part"_a, "partials"_a, "output"_a, "width"_a, "output_stride"_a);
+  c.def(
+      "combine",
+      [](Executor& e, Part part, Address ids, Address weights, Address contributions, Address output, int top_k,
+         int width, int stride, int output_stride) {
+        e.add(part, CombineArgs{at<const int32_t>(ids), at<const float>(weights), at<float>(contributions),
+                                at<float>(output), top_k, width, stride, output_stride});
+      },
+      "part"_a, "ids"_a, "weights"_a, "contributions"_a, "output"_a, "top_k"_a, "width"_a, "stride"_a,
+      "output_stride"_a);
+  c.def(
+      "host", [](Executor& e, Part part, nb::callable call) { e.add(part, HostArgs{call_python, call.ptr()}); },
+      "part"_a, "call"_a, nb::keep_alive<1, 3>(),
+      "Calls `call()` on the thread that runs the step; what it raises ends the step and is raised by it.");
 }
 
 }  // namespace
@@ -282,7 +305,10 @@ NB_MODULE(_ext, m) {
       .value("attention", Part::attention)
       .value("moe", Part::moe)
       .value("head", Part::head)
-      .value("other", Part::other);
+      .value("other", Part::other)
+      .value("experts", Part::experts)
+      .value("place", Part::place)
+      .value("join", Part::join);
 
   nb::enum_<Format>(m, "Format")
       .value("bf16", Format::bf16)
@@ -355,7 +381,7 @@ NB_MODULE(_ext, m) {
           "batch_invariant"_a = false)
       .def("step", &run_step, "token_ids"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "logit_rows"_a.noconvert(), "logits"_a.noconvert(),
-           "Run one step; returns seconds spent in (attention, moe, head, other).")
+           "Run one step; returns the seconds spent in each `Part`, in their order.")
       .def("cancel", &Executor::cancel)
       .def_prop_ro("op_count", &Executor::op_count);
   bind_ops(executor);

@@ -153,9 +153,10 @@ struct TopkArgs {
 };
 
 struct GroupArgs {
-  const int32_t* ids;  // null: one expert takes every row with weight 1
-  const float* weights;
+  const int32_t* ids;    // null: one expert takes every row; a negative id is computed elsewhere and left out
+  const float* weights;  // null: all are 1
   Routing routing;
+  int32_t* pairs;  // null, or [rows * top_k]: beside every entry of `routing` its place in ids
   int experts, top_k;
 };
 
@@ -196,6 +197,16 @@ struct JoinArgs {
   int nodes, width, output_stride;
 };
 
+// Adds what every expert made of a row to it, weighted, in ascending order of experts, as DownArgs does with experts
+// that are all at one place. Leaves the contributions cleared.
+struct CombineArgs {
+  const int32_t* ids;  // [rows, top_k]
+  const float* weights;
+  float* contributions;  // [rows * top_k, stride], in the order of ids
+  float* output;
+  int top_k, width, stride, output_stride;
+};
+
 constexpr int kBlock = 16;          // columns in a packed block, keys in a key block
 constexpr int kLine = 64;           // bytes: 16 columns x one pair of bf16
 constexpr int kInputs = 64;         // inputs of a matrix are padded to a multiple of this
@@ -224,6 +235,7 @@ struct KernelTable {
   void (*gate_up)(const GateUpArgs&, const Step&, const Work&);
   void (*down)(const DownArgs&, const Step&, const Work&);
   void (*join)(const JoinArgs&, const Step&, const Work&);
+  void (*combine)(const CombineArgs&, const Step&, const Work&);
   float (*read)(const char* data, int64_t bytes);  // streams through memory: the bandwidth probe
   double (*multiply)(int64_t rounds);              // dot products of bf16 in registers, returns operations done
   double (*multiply_int)(int64_t rounds);          // the same of int8

@@ -37,16 +37,19 @@ void group(const GroupArgs& args, const Step& step, const Work& work) {
   const int pairs = step.rows * args.top_k;
   const auto expert = [&](int pair) { return args.ids ? args.ids[pair] : 0; };
   std::fill(r.offsets, r.offsets + args.experts + 1, 0);
-  for (int pair = 0; pair < pairs; ++pair) ++r.offsets[expert(pair) + 1];
+  for (int pair = 0; pair < pairs; ++pair)
+    if (expert(pair) >= 0) ++r.offsets[expert(pair) + 1];
   *r.count = 0;
   for (int e = 0; e < args.experts; ++e) {
     if (r.offsets[e + 1] > 0) r.active[(*r.count)++] = e;
     r.offsets[e + 1] += r.offsets[e];
   }
   for (int pair = 0; pair < pairs; ++pair) {
+    if (expert(pair) < 0) continue;
     const int at = r.offsets[expert(pair)]++;
     r.rows[at] = pair / args.top_k;
     r.weights[at] = args.weights ? args.weights[pair] : 1.0f;
+    if (args.pairs) args.pairs[at] = pair;
   }
   for (int e = args.experts; e > 0; --e) r.offsets[e] = r.offsets[e - 1];
   r.offsets[0] = 0;
@@ -57,20 +60,30 @@ struct Runner {
   const Step& step;
   const Work& work;
 
-  void operator()(const EmbedArgs& a) const { kernels.embed(a, step, work); }
-  void operator()(const RopeTableArgs& a) const { rope_table(a, step, work); }
-  void operator()(const NormArgs& a) const { kernels.norm(a, step, work); }
-  void operator()(const GemmArgs& a) const { kernels.gemm[int(a.format)](a, step, work); }
-  void operator()(const QuantiseArgs& a) const { kernels.quantise(a, step, work); }
-  void operator()(const QkvArgs& a) const { kernels.qkv(a, step, work); }
-  void operator()(const AttentionArgs& a) const { kernels.attention(a, step, work); }
-  void operator()(const MergeArgs& a) const { kernels.merge(a.attention, step, work); }
-  void operator()(const RouterArgs& a) const { kernels.router(a, step, work); }
-  void operator()(const TopkArgs& a) const { kernels.topk(a, step, work); }
-  void operator()(const GroupArgs& a) const { group(a, step, work); }
-  void operator()(const GateUpArgs& a) const { kernels.gate_up(a, step, work); }
-  void operator()(const DownArgs& a) const { kernels.down(a, step, work); }
-  void operator()(const JoinArgs& a) const { kernels.join(a, step, work); }
+  // Whether the step may go on.
+  template <class Args>
+  bool operator()(const Args& args) const {
+    run(args);
+    return true;
+  }
+  bool operator()(const HostArgs& a) const { return work.thread != 0 || a.call(a.context); }
+
+ private:
+  void run(const EmbedArgs& a) const { kernels.embed(a, step, work); }
+  void run(const RopeTableArgs& a) const { rope_table(a, step, work); }
+  void run(const NormArgs& a) const { kernels.norm(a, step, work); }
+  void run(const GemmArgs& a) const { kernels.gemm[int(a.format)](a, step, work); }
+  void run(const QuantiseArgs& a) const { kernels.quantise(a, step, work); }
+  void run(const QkvArgs& a) const { kernels.qkv(a, step, work); }
+  void run(const AttentionArgs& a) const { kernels.attention(a, step, work); }
+  void run(const MergeArgs& a) const { kernels.merge(a.attention, step, work); }
+  void run(const RouterArgs& a) const { kernels.router(a, step, work); }
+  void run(const TopkArgs& a) const { kernels.topk(a, step, work); }
+  void run(const GroupArgs& a) const { group(a, step, work); }
+  void run(const GateUpArgs& a) const { kernels.gate_up(a, step, work); }
+  void run(const DownArgs& a) const { kernels.down(a, step, work); }
+  void run(const JoinArgs& a) const { kernels.join(a, step, work); }
+  void run(const CombineArgs& a) const { kernels.combine(a, step, work); }
 };
 
 }  // namespace
@@ -167,15 +180,16 @@ Outcome Executor::asked_to_stop(Interrupted interrupted) {
   return interrupted && interrupted() ? Outcome::interrupted : Outcome::done;
 }
 
-// One thread's part in an op, which it shares with all threads or with those of its node.
-void Executor::run(int index, const Step& step, int thread) {
+// One thread's part in an op, which it shares with all threads or with those of its node. false: the step must end.
+bool Executor::run(int index, const Step& step, int thread) {
   const Op& op = ops_[size_t(index)];
   const int node = op.per_node ? pool_->node_of(thread) : 0;
   const int first = op.per_node ? pool_->first_thread(node) : 0;
   const int last = op.per_node ? pool_->first_thread(node + 1) : pool_->size();
   int* counter = &counters_[size_t(node) * counter_stride() + size_t(index)];
   char* scratch = scratch_.data() + limits_.scratch_bytes * size_t(thread);
-  std::visit(Runner{kernels_, step, {thread - first, last - first, counter, scratch}}, op.nodes[size_t(node)]);
+  const Work work{thread - first, last - first, counter, scratch};
+  return std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
 }
 
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
@@ -194,9 +208,9 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
     for (int i = 0; i < int(ops_.size()); ++i) {
       const Op& op = ops_[size_t(i)];
       if (!needed(op, step)) continue;
-      run(i, step, thread);
+      const bool goes_on = run(i, step, thread);
       if (thread == 0 && may_end(size_t(i))) {
-        outcome = asked_to_stop(interrupted);
+        outcome = goes_on ? asked_to_stop(interrupted) : Outcome::interrupted;
         if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
       }
       pool_->barrier();

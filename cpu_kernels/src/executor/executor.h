@@ -19,12 +19,18 @@ struct MergeArgs {
   AttentionArgs attention;
 };
 
+// Calls back into the program that made the plan, on the thread that runs the step. false: it failed, the step ends.
+struct HostArgs {
+  bool (*call)(void* context);
+  void* context;
+};
+
 using OpArgs = std::variant<EmbedArgs, RopeTableArgs, NormArgs, GemmArgs, QkvArgs, AttentionArgs, MergeArgs, RouterArgs,
-                            TopkArgs, GroupArgs, GateUpArgs, DownArgs, QuantiseArgs, JoinArgs>;
+                            TopkArgs, GroupArgs, GateUpArgs, DownArgs, QuantiseArgs, JoinArgs, CombineArgs, HostArgs>;
 
 // What the time of an op is booked under.
-enum class Part { attention, moe, head, other };
-constexpr int kParts = 4;
+enum class Part { attention, moe, head, other, experts, place, join };
+constexpr int kParts = 7;
 using Times = std::array<double, kParts>;  // seconds
 
 constexpr int kAllNodes = -1;
@@ -35,7 +41,7 @@ struct Limits {
   bool batch_invariant;  // products of any number of rows take the same path, bit for bit
 };
 
-enum class Outcome { done, cancelled, interrupted };
+enum class Outcome { done, cancelled, interrupted };  // interrupted: or a callback failed
 
 class Executor {
  public:
@@ -73,7 +79,7 @@ class Executor {
   bool needed(const Op& op, const Step& step) const;
   bool may_end(size_t op) const;
   size_t counter_stride() const { return (ops_.size() + 31) / 16 * 16; }
-  void run(int op, const Step& step, int thread);
+  bool run(int op, const Step& step, int thread);
   Outcome asked_to_stop(Interrupted interrupted);
 
   const KernelTable& kernels_;

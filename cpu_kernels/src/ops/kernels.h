@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/attention.h"
+#include "ops/combine.h"
 #include "ops/embedding.h"
 #include "ops/gemm.h"
 #include "ops/join.h"
@@ -16,9 +17,22 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,          embed,     norm,       quantise, {gemm<Bf16>, gemm<Int8>, gemm<Int4>, gemm<Fp8>, gemm<Mxfp4>},
-          qkv,           attention, merge,      router,   topk,
-          gate_up,       down,      join_nodes, read,     multiply<Bf16>,
+  return {name,
+          embed,
+          norm,
+          quantise,
+          {gemm<Bf16>, gemm<Int8>, gemm<Int4>, gemm<Fp8>, gemm<Mxfp4>},
+          qkv,
+          attention,
+          merge,
+          router,
+          topk,
+          gate_up,
+          down,
+          join_nodes,
+          combine,
+          read,
+          multiply<Bf16>,
           multiply<Int8>};
 }
 

@@ -1,0 +1,127 @@
+"""Which misses are worth a copy. The table asks for each, and tells what is called and filled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpu_cache.errors import CacheError
+from gpu_cache.geometry import Geometry
+
+WINDOW = 64  # steps in which a second miss must follow the first
+HALF_LIFE = 64  # steps after which a call counts half
+_RESCALE_AT = 2.0**512
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for one expert: to copy it to the device, to compute it on the CPU, to compute it on the device."""
+
+    copy: float
+    cpu: float
+    device: float
+
+
+class Admission:
+    """What the table calls; this one admits every miss."""
+
+    name = "always"
+
+    def __init__(self, geometry: Geometry, costs: Costs | None = None) -> None:
+        del geometry, costs
+
+    def on_step(self) -> None:
+        """A step begins."""
+
+    def on_call(self, keys: Sequence[int]) -> None:
+        """The experts that a layer asks for."""
+
+    def on_fill(self, index: int) -> None:
+        """An expert is being copied into a slot of an index."""
+
+    def wants(self, index: int, key: int) -> bool:
+        """Whether to copy a missed expert into its index. Asked once for each miss, after `on_call`."""
+        return True
+
+
+class SecondTouch(Admission):
+    """Only what missed before, at most `WINDOW` steps ago.
+
+    The rule of content delivery networks (Maggs and Sitaraman, Algorithmic nuggets in content delivery, 2015), with an
+    exact memory in place of a Bloom filter.
+    """
+
+    name = "second-touch"
+
+    def __init__(self, geometry: Geometry, costs: Costs | None = None) -> None:
+        self._now = 0
+        self._missed = [-WINDOW - 1] * (geometry.layers * geometry.experts)  # step of the last miss of each key
+
+    def on_step(self) -> None:
+        self._now += 1
+
+    def wants(self, index: int, key: int) -> bool:
+        last, self._missed[key] = self._missed[key], self._now
+        return self._now - last <= WINDOW
+
+
+class BreakEven(Admission):
+    """Only what is expected to save more time on the device than its copy takes; `docs/cache.md` derives the rule.
+
+    Calls and fills are counted with a weight that halves in `HALF_LIFE` steps. With f calls of an expert, this one
+    included, and F fills of an index of M ways, its expected calls while it is there are (f - 1) * min(1, M / F).
+    """
+
+    name = "break-even"
+
+    def __init__(self, geometry: Geometry, costs: Costs | None = None) -> None:
+        if costs is None:
+            raise CacheError(
+                "break-even admission needs costs: seconds to copy an expert, and to compute it on CPU and device"
+            )
+        saving = costs.cpu - costs.device
+        self._reuse = costs.copy / saving if saving > 0 else float("inf")
+        self._nways = geometry.nways
+        self._calls = [0.0] * (geometry.layers * geometry.experts)
+        self._fills = [0.0] * geometry.nblocks
+        self._weight = 1.0  # of a call now; growing it ages all calls before
+
+    @property
+    def reuse(self) -> float:
+        """Calls that pay for a copy; infinite if the device saves nothing."""
+        return self._reuse
+
+    def on_step(self) -> None:
+        self._weight *= 2.0 ** (1 / HALF_LIFE)
+        if self._weight > _RESCALE_AT:
+            self._calls = [count / self._weight for count in self._calls]
+            self._fills = [count / self._weight for count in self._fills]
+            self._weight = 1.0
+
+    def on_call(self, keys: Sequence[int]) -> None:
+        calls, weight = self._calls, self._weight
+        for key in keys:
+            calls[key] += weight
+
+    def on_fill(self, index: int) -> None:
+        self._fills[index] += self._weight
+
+    def wants(self, index: int, key: int) -> bool:
+        return self.expected_reuse(index, key) > self._reuse
+
+    def expected_reuse(self, index: int, key: int) -> float:
+        """Calls of an expert, after this one, before it would be evicted."""
+        others = self._calls[key] / self._weight - 1
+        fills = self._fills[index] / self._weight
+        return others if fills <= self._nways else others * self._nways / fills
+
+
+ADMISSIONS: Mapping[str, type[Admission]] = {rule.name: rule for rule in (Admission, SecondTouch, BreakEven)}
+
+
+def make_admission(name: str, geometry: Geometry, costs: Costs | None = None) -> Admission:
+    """The rule of a name of `ADMISSIONS`, in any case. Raises CacheError for others, and where costs are missing."""
+    rule = ADMISSIONS.get(name.lower())
+    if rule is None:
+        raise CacheError(f"admission {name!r} is unknown: use one of {', '.join(ADMISSIONS)}")
+    return rule(geometry, costs)

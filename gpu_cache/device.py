@@ -1,0 +1,69 @@
+"""What a device must do for the cache. Nothing here has happened when a call returns: it has been asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+SlotIds = npt.NDArray[np.int32]
+Pieces = Sequence[Bytes]  # of an expert: its matrices, then its biases if there are any
+Source = Callable[[int], Pieces]  # the pieces of the expert with this key, where they lie in the memory of the host
+
+
+class Compute(Protocol):
+    """Runs experts on the bytes of slots: made by the program that knows models, called by the device."""
+
+    def __call__(self, slot_ids: SlotIds) -> None:
+        """slot_ids: int32 [rows, top_k], the slot whose expert takes the row at that rank, -1 for none of ours.
+
+        Returns when the contributions of these experts are written.
+        """
+
+
+@dataclass
+class DeviceTimes:
+    """Seconds and bytes since the device was opened."""
+
+    run: float = 0.0  # computing experts
+    copy: float = 0.0  # copying experts, the waiting for the configured rate included
+    copied_bytes: int = 0
+    copies: int = 0
+    failed_copies: int = 0
+
+
+class Device(Protocol):
+    """Slots that hold experts, copies into them and the computing of those that are there.
+
+    One thread calls all of it. A slot is not written while a run that uses it has not been joined: the table pins it.
+    """
+
+    times: DeviceTimes
+
+    def copy_in(self, slot: int, key: int) -> None:
+        """Ask for a copy of expert `key` into a slot; `poll` tells when it has ended. Copies end in order."""
+
+    def poll(self) -> list[tuple[int, bool]]:
+        """(slot, whether it now holds its expert) of the copies that ended since the last call."""
+
+    @property
+    def pending(self) -> int:
+        """Copies that `poll` has not told of."""
+
+    def load(self, slot: int, key: int) -> None:
+        """Copy at once, before steps run: returns when the slot holds its expert."""
+
+    def run(self, slot_ids: SlotIds) -> Any:
+        """Ask for the experts of a layer, as `Compute` takes them; returns a ticket, which is joined before the next
+        run. slot_ids may be reused after.
+        """
+
+    def join(self, ticket: Any) -> None:
+        """Wait until the contributions of a run are there. Raises what it met, once; more calls do nothing."""
+
+    def close(self) -> None:
+        """End every thread and stream. Copies that have not ended are dropped."""

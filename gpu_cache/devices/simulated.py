@@ -1,0 +1,191 @@
+"""A device in the memory of the host: the protocol, its races and its results, with no device at hand.
+
+Experts are computed from the bytes of their slot and from nothing else, by a thread of its own; another one copies at a
+configured rate, or a `CopyClock` says when a copy ends, so that a run can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from random import Random
+from threading import Event, Thread
+from time import perf_counter
+
+import numpy as np
+
+from gpu_cache.clock import CopyClock
+from gpu_cache.device import Bytes, Compute, DeviceTimes, Pieces, SlotIds, Source
+
+CHUNK_BYTES = 1 << 20  # copied at a time, so that a copy can be slowed down evenly, and ended
+ALIGNMENT = 64
+POISON = 0xFF  # as a scale or a float: not a number
+
+
+@dataclass(frozen=True)
+class CopySpeed:
+    """How fast a copy is: bytes per second, seconds before each begins, and up to how many more, at random."""
+
+    bytes_per_second: float = float("inf")
+    latency: float = 0.0
+    jitter: float = 0.0
+    seed: int = 0
+
+
+class SimulatedDevice:
+    """See `gpu_cache.device.Device`. A copy thread that dies takes the copies that wait with it; the next one has a new
+    thread.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        piece_bytes: Sequence[int],
+        source: Source,
+        bind: Callable[[Pieces], Compute],
+        speed: CopySpeed | None = None,
+        clock: CopyClock | None = None,
+        poison: bool = False,
+    ) -> None:
+        """bind: called once with the memory of the slots, an array [slots, bytes] for each piece. clock: copies end
+        when it says so, whatever `speed` is. poison: what is evicted becomes garbage at once.
+        """
+        self.times = DeviceTimes()
+        self.memory = [_aligned(slots, size) for size in piece_bytes]
+        self._source, self._speed, self._clock = source, speed or CopySpeed(), clock
+        self._poison = poison
+        self._compute = bind(self.memory)
+        self._asked: dict[int, int] = {}  # keys of the copies that `poll` has not told of, by slot
+        self._ended: deque[int] = deque()
+        self._copies = self._start_copies()
+        self._runs: SimpleQueue[SlotIds | None] = SimpleQueue()
+        self._idle = Event()
+        self._idle.set()
+        self._error: BaseException | None = None
+        self._runner = Thread(target=self._run_all, name="simulated device", daemon=True)
+        self._runner.start()
+
+    @property
+    def copy_thread(self) -> Thread:
+        return self._copies
+
+    def copy_in(self, slot: int, key: int) -> None:
+        if self._poison:
+            for memory in self.memory:
+                memory[slot] = POISON
+        if self._clock is not None:
+            self._clock.issue(slot)
+        else:
+            self._copies.waiting.put((slot, key))
+        self._asked[slot] = key  # last: what a signal keeps from being asked for is not waited for
+
+    def poll(self) -> list[tuple[int, bool]]:
+        if self._clock is not None:
+            return [self._end_copy(slot) for slot in self._clock.due() if slot in self._asked]
+        alive = self._copies.is_alive()
+        ended = self._take_ended()
+        return ended if alive else ended + self._replace_copies()
+
+    @property
+    def pending(self) -> int:
+        return len(self._asked)
+
+    def load(self, slot: int, key: int) -> None:
+        self._copy(slot, key, Event())
+
+    def run(self, slot_ids: SlotIds) -> Event:
+        self._idle.clear()
+        self._runs.put(slot_ids.copy())
+        return self._idle
+
+    def join(self, ticket: Event) -> None:
+        ticket.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        self._copies.end()
+        self._runs.put(None)
+        self._runner.join()
+
+    def _run_all(self) -> None:
+        while (slot_ids := self._runs.get()) is not None:
+            start = perf_counter()
+            try:
+                self._compute(slot_ids)
+            except BaseException as error:  # it belongs to who waits for the result
+                self._error = error
+            self.times.run += perf_counter() - start
+            self._idle.set()
+
+    def _replace_copies(self) -> list[tuple[int, bool]]:
+        """The copies that died with their thread; those to come have a new one."""
+        failed = [(slot, False) for slot in self._asked]
+        self.times.failed_copies += len(failed)
+        self._asked.clear()
+        self._copies = self._start_copies()
+        return failed
+
+    def _start_copies(self) -> _CopyThread:
+        return _CopyThread(self._copy, self._ended, self._speed)
+
+    def _take_ended(self) -> list[tuple[int, bool]]:
+        slots = [self._ended.popleft() for _ in range(len(self._ended))]
+        for slot in slots:
+            self._asked.pop(slot, None)
+        return [(slot, True) for slot in slots]
+
+    def _end_copy(self, slot: int) -> tuple[int, bool]:
+        self._copy(slot, self._asked.pop(slot), Event())
+        return slot, True
+
+    def _copy(self, slot: int, key: int, stop: Event) -> bool:
+        """Copy all pieces, at the configured rate if there is one. False if `stop` came first."""
+        start = perf_counter()
+        done = 0
+        for memory, piece in zip(self.memory, self._source(key), strict=True):
+            for first in range(0, len(piece), CHUNK_BYTES):
+                chunk = piece[first : first + CHUNK_BYTES]
+                np.copyto(memory[slot, first : first + len(chunk)], chunk)
+                done += len(chunk)
+                left = start + done / self._speed.bytes_per_second - perf_counter()
+                if self._clock is None and left > 0 and stop.wait(left):
+                    return False
+        self.times.copy += perf_counter() - start
+        self.times.copied_bytes += done
+        self.times.copies += 1
+        return True
+
+
+class _CopyThread(Thread):
+    """Copies one expert after another."""
+
+    def __init__(self, copy: Callable[[int, int, Event], bool], ended: deque[int], speed: CopySpeed) -> None:
+        super().__init__(name="simulated copies", daemon=True)
+        self.waiting: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        self._copy, self._ended, self._speed = copy, ended, speed
+        self._random = Random(speed.seed)
+        self._stop_asked = Event()
+        self.start()
+
+    def run(self) -> None:
+        for slot, key in iter(self.waiting.get, None):
+            pause = self._speed.latency + self._random.random() * self._speed.jitter
+            if (pause and self._stop_asked.wait(pause)) or not self._copy(slot, key, self._stop_asked):
+                return
+            self._ended.append(slot)
+
+    def end(self) -> None:
+        self._stop_asked.set()
+        self.waiting.put(None)
+        self.join()
+
+
+def _aligned(slots: int, size: int) -> Bytes:
+    """[slots, size], each row at a multiple of a cache line if `size` is one."""
+    memory = np.zeros(slots * size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + slots * size].reshape(slots, size)

@@ -1,0 +1,87 @@
+"""Where an expert may lie: N indexes of M ways, and the mapping of experts to indexes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_cache.errors import CacheError
+
+MAPPINGS = ("modulo", "prefix", "hash")
+NOWHERE = -1  # the index of an expert that is never cached
+_SHARED_WAYS = 8  # `auto_geometry` lets layers share an index before it makes indexes smaller than this
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """N = `nblocks` indexes of M = `nways` slots for the experts of a model: `layers` MoE layers of `experts` each.
+
+    An expert is a key, layer * experts + expert; slot = index * nways + way. mapping:
+    modulo   index = layer mod N; with more indexes than layers, each layer has N // layers of them, by expert mod that;
+    prefix   index = layer, layers from N on are not cached;
+    hash     index = a hash of the key mod N.
+    Raises CacheError for sizes that no cache of this model can have.
+    """
+
+    nblocks: int
+    nways: int
+    layers: int
+    experts: int
+    mapping: str = "modulo"
+
+    def __post_init__(self) -> None:
+        if self.mapping not in MAPPINGS:
+            raise CacheError(f"mapping {self.mapping!r} is unknown: use one of {', '.join(MAPPINGS)}")
+        _within("layers", self.layers, None)
+        _within("experts", self.experts, None)
+        most = self.layers * self.experts
+        _within("indexes (nblocks)", self.nblocks, self.layers if self.mapping == "prefix" else most)
+        _within("ways (nways)", self.nways, most)
+        if self.slots > most:
+            raise CacheError(
+                f"{self.nblocks} indexes x {self.nways} ways are {self.slots} slots, the model has {most} experts "
+                f"({self.layers} layers x {self.experts}): at most {max(1, most // self.nways)} indexes of "
+                f"{self.nways} ways, or {max(1, most // self.nblocks)} ways in {self.nblocks} indexes"
+            )
+
+    @property
+    def slots(self) -> int:
+        return self.nblocks * self.nways
+
+    def index_of(self, key: int) -> int:
+        """The index whose slots may hold an expert; -1 if none may."""
+        layer, expert = divmod(key, self.experts)
+        if self.mapping == "hash":
+            return _mixed(key) % self.nblocks
+        if self.mapping == "prefix":
+            return layer if layer < self.nblocks else NOWHERE
+        spread = self.nblocks // self.layers
+        return layer + self.layers * (expert % spread) if spread > 1 else layer % self.nblocks
+
+
+def auto_geometry(slots_that_fit: int, layers: int, experts: int, nways: int | None = None) -> Geometry:
+    """The largest cache of at most `slots_that_fit` slots: an index for each layer, if that leaves it ways enough.
+
+    Raises CacheError when not even one index fits.
+    """
+    slots = min(slots_that_fit, layers * experts)
+    if slots < (nways or 1):
+        raise CacheError(f"{nways or 1} slots are wanted for one index, {max(0, slots_that_fit)} fit the device")
+    if nways is None:
+        nblocks = min(layers, max(1, slots // _SHARED_WAYS))
+        return Geometry(nblocks, slots // nblocks, layers, experts)
+    nblocks = slots // nways
+    return Geometry(nblocks - nblocks % layers if nblocks > layers else nblocks, nways, layers, experts)
+
+
+def _within(name: str, value: int, most: int | None) -> None:
+    if value < 1 or (most is not None and value > most):
+        raise CacheError(f"{name} of the cache: {value}, must be {'at least 1' if most is None else f'1 to {most}'}")
+
+
+def _mixed(key: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): every bit of the key changes about half of the result."""
+    x = (key + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,104 @@
+"""S3-FIFO: a small queue that filters, a main queue, and the memory of what left the small one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from itertools import islice
+
+from gpu_cache.geometry import Geometry
+from gpu_cache.policies.base import Policy
+
+SMALL = 0.1  # of the ways of an index
+GHOSTS = 0.9
+MOST_CALLS = 3  # counted
+CALLS_TO_MOVE = 2  # from the small queue to the main one
+
+
+class _Queues:
+    """Of an index. small, main: slots, oldest first; ghosts: keys."""
+
+    def __init__(self) -> None:
+        self.small: OrderedDict[int, None] = OrderedDict()
+        self.main: OrderedDict[int, None] = OrderedDict()
+        self.ghosts: OrderedDict[int, None] = OrderedDict()
+        self.full = False  # whether it ever was
+
+
+class S3Fifo(Policy):
+    """Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023.
+
+    A tenth of the ways, one at least, are small; until the first eviction what they cannot take goes to the main queue,
+    as in the authors' libCacheSim. What is blocked is passed over and keeps its place.
+    """
+
+    name = "S3-FIFO"
+
+    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
+        super().__init__(geometry, seed)
+        self._queues = [_Queues() for _ in range(geometry.nblocks)]
+        self._calls = bytearray(geometry.slots)
+        self._most_small = max(1, int(geometry.nways * SMALL))
+        self._most_ghosts = int(geometry.nways * GHOSTS)
+
+    def on_hit(self, slot: int, key: int) -> None:
+        if self._calls[slot] < MOST_CALLS:
+            self._calls[slot] += 1
+
+    def on_fill(self, slot: int, key: int) -> None:
+        queues = self._queues[slot // self.nways]
+        self._calls[slot] = 0
+        if key in queues.ghosts:
+            del queues.ghosts[key]
+            queues.main[slot] = None
+        elif queues.full or len(queues.small) < self._most_small:
+            queues.small[slot] = None
+        else:
+            queues.main[slot] = None
+        while len(queues.ghosts) > self._most_ghosts:
+            queues.ghosts.popitem(last=False)
+
+    def on_evict(self, slot: int, key: int) -> None:
+        queues = self._queues[slot // self.nways]
+        if slot in queues.small:
+            del queues.small[slot]
+            queues.ghosts[key] = None  # one too many until the next fill, which may be of the oldest of them
+        else:
+            del queues.main[slot]
+
+    def victim(self, index: int, blocked: Collection[int]) -> int | None:
+        queues = self._queues[index]
+        queues.full = True
+        if len(queues.main) <= self.nways - self._most_small:
+            slot = self._from_small(queues, blocked)
+            if slot is not None:
+                return slot
+        slot = self._from_main(queues, blocked)
+        return self._from_small(queues, blocked) if slot is None else slot
+
+    def _from_small(self, queues: _Queues, blocked: Collection[int]) -> int | None:
+        """The oldest that was not called often; those that were move to the main queue."""
+        calls = self._calls
+        for slot in list(queues.small):
+            if slot not in blocked:
+                if calls[slot] < CALLS_TO_MOVE:
+                    return slot
+                del queues.small[slot]
+                queues.main[slot] = None
+                calls[slot] = 0
+        return None
+
+    def _from_main(self, queues: _Queues, blocked: Collection[int]) -> int | None:
+        """The oldest that was not called; the others go around, each time for one call less."""
+        main, calls = queues.main, self._calls
+        passed = 0  # blocked slots at the front
+        while passed < len(main):
+            slot = next(iter(main)) if not passed else next(islice(main, passed, None))
+            if slot in blocked:
+                passed += 1
+            elif not calls[slot]:
+                return slot
+            else:
+                calls[slot] -= 1
+                main.move_to_end(slot)
+        return None

@@ -1,0 +1,165 @@
+"""Replays a trace through the table and policies that the engine uses, and through those that know the future."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpu_cache import bounds
+from gpu_cache.admission import Costs
+from gpu_cache.bounds import Schedule
+from gpu_cache.clock import CopyClock
+from gpu_cache.errors import CacheError
+from gpu_cache.geometry import Geometry
+from gpu_cache.policies import POLICIES
+from gpu_cache.quota_bound import quota_bound
+from gpu_cache.table import Table
+from gpu_cache.trace import Calls, Ints
+
+SCHEDULES: Mapping[str, Callable[[Calls, Geometry, int | None], Schedule]] = {
+    "Belady": bounds.belady,
+    "bypass-Belady": bounds.bypass_belady,
+    "static-best": lambda calls, geometry, quota: bounds.static_best(calls, geometry),
+    "static-layers": lambda calls, geometry, quota: bounds.static_layers(calls, geometry),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is replayed. quota: copies a step, None: no limit. delay: lookups that a copy takes beyond the next one."""
+
+    nblocks: int
+    nways: int
+    policy: str = "LRU"
+    admission: str = "always"
+    mapping: str = "modulo"
+    quota: int | None = None
+    delay: int = 0
+    seed: int = 0
+
+    def geometry(self, calls: Calls) -> Geometry:
+        return Geometry(self.nblocks, self.nways, calls.layers, calls.experts, self.mapping)
+
+    def check(self, calls: Calls, costs: Costs | None = None) -> None:
+        """Raise CacheError for what no cache can have."""
+        if self.delay < 0:
+            raise CacheError(f"delay of copies: {self.delay}, must be 0 lookups or more")
+        policy = known_policy(self.policy)
+        policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
+        Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
+
+
+@dataclass(frozen=True)
+class Result:
+    """hits, loading, misses, fills, evictions, calls: int64 [layers]. calls = hits + loading + misses.
+
+    splits: how many groups had (hits, other calls). upper_bound: hits that nothing exceeds, where this is a bound.
+    """
+
+    setting: Setting
+    steps: int
+    calls: Ints
+    hits: Ints
+    loading: Ints
+    misses: Ints
+    fills: Ints
+    evictions: Ints
+    splits: dict[tuple[int, int], int]
+    upper_bound: int | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        return float(self.hits.sum() / self.calls.sum())
+
+
+def replay(calls: Calls, setting: Setting, costs: Costs | None = None) -> Result:
+    """Count what a cache of this setting does with the calls. costs: as `Table` takes them, for break-even admission.
+
+    Raises CacheError for a setting that no cache can have.
+    """
+    name = known_policy(setting.policy)
+    return _replay_schedule(calls, setting, name) if name in SCHEDULES else _replay_table(calls, setting, costs)
+
+
+def policy_names() -> tuple[str, ...]:
+    """Every policy that can be replayed, those that know the future last."""
+    return (*POLICIES, *SCHEDULES)
+
+
+def known_policy(name: str) -> str:
+    """The name of a policy as it is spelt here. Raises CacheError for others."""
+    for known in policy_names():
+        if known.lower() == name.lower():
+            return known
+    raise CacheError(f"replacement policy {name!r} is unknown: use one of {', '.join(policy_names())}")
+
+
+def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result:
+    geometry = setting.geometry(calls)
+    table = Table(geometry, setting.policy, setting.admission, setting.quota, setting.seed, costs)
+    splits = drive(calls, table, CopyClock(setting.delay))
+    counts = table.counts
+    return Result(
+        setting=setting,
+        steps=calls.steps,
+        calls=counts.calls,
+        hits=counts.hits,
+        loading=counts.loading,
+        misses=counts.misses,
+        fills=counts.fills,
+        evictions=counts.evictions,
+        splits=splits,
+    )
+
+
+def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int], int]:
+    """Send the calls through a table, copies timed by the clock; returns the splits of a `Result`."""
+    counted = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]  # [calls of a group][hits]
+    current = None
+    lookup, admit, release, publish = table.lookup, table.admit, table.release, table.publish
+    due, issue = clock.due, clock.issue
+    for step, layer, experts, scores in calls:
+        if step != current:
+            table.begin_step(step)
+            current = step
+        for slot in due():
+            publish(slot)
+        hits = len(lookup(layer, experts, scores)[0])
+        size = len(experts)
+        counted[size][hits] += 1
+        if hits < size:
+            for fill in admit():
+                issue(fill[0])
+        if hits:
+            release()
+    return {(hits, size - hits): n for size, row in enumerate(counted) for hits, n in enumerate(row) if n}
+
+
+def _replay_schedule(calls: Calls, setting: Setting, name: str) -> Result:
+    geometry = setting.geometry(calls)
+    schedule = SCHEDULES[name](calls, geometry, setting.quota)
+    total = np.bincount(calls.layer_of_call, minlength=calls.layers)
+    bound = int(schedule.hits.sum()) if _is_bound(calls, setting, name) else None
+    if name == "bypass-Belady" and bound is None:
+        bound = quota_bound(calls, geometry, setting.quota or 0)
+    return Result(
+        setting=setting,
+        steps=calls.steps,
+        calls=total,
+        hits=schedule.hits,
+        loading=np.zeros_like(total),
+        misses=total - schedule.hits,
+        fills=schedule.fills,
+        evictions=schedule.evictions,
+        splits=schedule.splits,
+        upper_bound=bound,
+    )
+
+
+def _is_bound(calls: Calls, setting: Setting, name: str) -> bool:
+    """bypass-Belady bounds everything; Belady what admits every miss and always has room, at once."""
+    if name == "bypass-Belady":
+        return setting.quota is None
+    return name == "Belady" and setting.quota is None and setting.delay == 0 and calls.largest <= setting.nways

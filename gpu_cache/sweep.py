@@ -1,0 +1,172 @@
+"""Many replays of one trace: in parallel processes, resumable, each with where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, astuple
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_cache.admission import Costs
+from gpu_cache.costs import Machine, cpu_only, predict
+from gpu_cache.simulator import Result, Setting, replay
+from gpu_cache.trace import Calls
+
+VERSION = (
+    1  # of what a replay counts: raise it when the same setting gives other numbers, and kept results are made anew
+)
+Row = dict[str, Any]
+Report = Callable[[int, int], None]
+
+_COLUMNS = ("step", "layer", "start", "expert", "score")
+_calls: Calls  # of a worker process
+
+
+def sweep(
+    calls: Calls,
+    settings: Sequence[Setting],
+    machine: Machine | None = None,
+    workers: int = 1,
+    kept: Path | None = None,
+    report: Report = lambda done, total: None,
+) -> list[Row]:
+    """Replay every setting; rows in the order of the settings, as `row_of` makes them.
+
+    kept: a file of results, a JSON object a line. What it has is not replayed again; what is new is appended at
+    once, so an interrupted sweep goes on where it stopped. report: called with (done, total). Raises CacheError for
+    a setting that no cache can have.
+    """
+    for setting in settings:
+        setting.check(calls, _costs(machine))
+    digest = calls.digest()
+    names = [result_name(digest, setting, machine) for setting in settings]
+    rows = _read(kept)
+    todo = {name: setting for name, setting in zip(names, settings, strict=True) if name not in rows}
+    done = len(set(names)) - len(todo)
+    report(done, done + len(todo))
+    for name, row in _run(calls, todo, machine, workers):
+        rows[name] = row
+        _append(kept, name, row, digest)
+        done += 1
+        report(done, len(set(names)))
+    return [rows[name] for name in names]
+
+
+def result_name(digest: str, setting: Setting, machine: Machine | None) -> str:
+    """A name for the result of these calls, this setting and this machine."""
+    parts = [VERSION, digest, astuple(setting), machine and astuple(machine)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def provenance(calls: Calls, version: str) -> Row:
+    """What results depend on besides their parameters. version: of the program."""
+    shape = {"layers": calls.layers, "experts": calls.experts, "steps": calls.steps, "calls": calls.total}
+    machine = {"system": platform.platform(), "python": platform.python_version(), "numpy": np.__version__}
+    return {
+        "version": version,
+        "replay_version": VERSION,
+        "trace": {"digest": calls.digest(), **shape},
+        "machine": machine,
+    }
+
+
+def row_of(result: Result, machine: Machine | None) -> Row:
+    """A result as JSON has it: parameters, totals, hits and calls by layer, and what a machine makes of them."""
+    row: Row = asdict(result.setting)
+    row["slots"] = result.setting.nblocks * result.setting.nways
+    for name in ("calls", "hits", "loading", "misses", "fills", "evictions"):
+        row[name] = int(getattr(result, name).sum())
+    row["hit_rate"] = round(result.hit_rate, 6)
+    row["upper_bound"] = result.upper_bound
+    row["layer_calls"], row["layer_hits"] = result.calls.tolist(), result.hits.tolist()
+    if machine is not None:
+        prediction = predict(result, machine)
+        row["tokens_per_second"] = round(prediction.tokens_per_second, 4)
+        row["cpu_tokens_per_second"] = round(cpu_only(result, machine).tokens_per_second, 4)
+        parts = {"layers": prediction.layers, "copy": prediction.copy, "other": prediction.other}
+        row["step_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in parts.items()}
+    return row
+
+
+def _run(calls: Calls, todo: dict[str, Setting], machine: Machine | None, workers: int) -> Iterator[tuple[str, Row]]:
+    """Replay in this process, or in as many others as are of use; results as they come."""
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        for name, setting in todo.items():
+            yield name, row_of(replay(calls, setting, _costs(machine)), machine)
+        return
+    with tempfile.TemporaryDirectory(prefix="hybrid-sweep-") as folder:
+        for column in _COLUMNS:
+            np.save(Path(folder) / f"{column}.npy", getattr(calls, column))
+        shape = (folder, calls.layers, calls.experts)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _open, shape) as pool:
+            futures = {pool.submit(_replay_one, setting, machine): name for name, setting in todo.items()}
+            try:
+                yield from _completed(futures)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _completed(futures: dict[Future[Row], str]) -> Iterator[tuple[str, Row]]:
+    waiting = set(futures)
+    while waiting:
+        ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in ended:
+            yield futures[future], future.result()
+
+
+def _open(folder: str, layers: int, experts: int) -> None:
+    """The workers share the columns through the page cache. Ctrl-C ends them without a word."""
+    global _calls
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    columns = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    _calls = Calls(**columns, layers=layers, experts=experts)
+
+
+def _costs(machine: Machine | None) -> Costs | None:
+    return None if machine is None else machine.costs
+
+
+def _replay_one(setting: Setting, machine: Machine | None) -> Row:
+    return row_of(replay(_calls, setting, _costs(machine)), machine)
+
+
+def _read(kept: Path | None) -> dict[str, Row]:
+    """Results by name; a line that was cut off by the end of a run is none."""
+    rows: dict[str, Row] = {}
+    if kept is None or not kept.exists():
+        return rows
+    with open(kept, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+                rows[entry["name"]] = entry["result"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return rows
+
+
+def _append(kept: Path | None, name: str, row: Row, digest: str) -> None:
+    if kept is None:
+        return
+    entry = {"name": name, "trace": digest, "replay_version": VERSION, "result": row}
+    with open(kept, "a+b") as file:
+        text = json.dumps(entry) + "\n"
+        if file.tell() and not _ends_a_line(file):
+            text = "\n" + text
+        file.write(text.encode())
+
+
+def _ends_a_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,151 @@
+"""Writes a trace while an engine runs: the file gets its name when it is whole, whatever ends the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpu_cache.trace import COLUMNS, Trace, check_suffix, parquet
+
+_ROWS_BUFFERED = 1 << 16
+
+
+class TraceWriter:
+    """A context manager; leaving it, by an exception too, gives the file its name with every row written so far.
+
+    When the disk fills or fails, `warn` gets one line, the unfinished file is removed and later rows are dropped: a run
+    never ends because of its trace. Raises CacheError for a suffix that is unknown or needs what is not installed.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        check_suffix(path)
+        self._path, self._warn = path, warn
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._blocks: list[NDArray[np.float64]] = []
+        self._scores: list[NDArray[np.float32]] = []
+        self._buffered = 0
+        self._sink: _CsvSink | _ParquetSink | None = None
+        self._failed = not self._try(self._open)
+
+    def write(self, step: int, layer: int, sequence: ArrayLike, position: ArrayLike, expert: Any, score: Any) -> None:
+        """Append the rows of one (step, layer). sequence, position: (tokens,); expert, score: (tokens, top_k)."""
+        if self._failed:
+            return
+        tokens, top_k = np.shape(expert)
+        block = np.empty((6, tokens, top_k), np.int64)
+        block[0], block[3], block[4] = step, layer, np.arange(top_k)
+        block[1], block[2] = np.reshape(sequence, (-1, 1)), np.reshape(position, (-1, 1))
+        block[5] = expert
+        self._blocks.append(block.reshape(6, -1))
+        self._scores.append(np.array(score, np.float32).reshape(-1))
+        self._buffered += tokens * top_k
+        if self._buffered >= _ROWS_BUFFERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        if self._blocks and not self._failed:
+            integers, scores = np.concatenate(self._blocks, axis=1), np.concatenate(self._scores)
+            self._failed = not self._try(lambda: self._write(integers, scores))
+        self._blocks, self._scores, self._buffered = [], [], 0
+
+    def close(self) -> None:
+        """Write what is left and give the file its name; more calls do nothing."""
+        self.flush()
+        if not self._failed:
+            self._failed = not self._try(self._finish)
+        self._failed = True
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        self._sink = (_ParquetSink if self._path.suffix == ".parquet" else _CsvSink)(self._temporary)
+
+    def _write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
+        assert self._sink is not None
+        self._sink.write(integers, scores)
+
+    def _finish(self) -> None:
+        assert self._sink is not None
+        self._sink.close()
+        os.replace(self._temporary, self._path)
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except OSError as error:
+            self._warn(f"{self._path}: the trace is not written ({error.strerror or error}); the run goes on without")
+            if self._sink is not None:
+                self._sink.abandon()
+            self._temporary.unlink(missing_ok=True)
+            return False
+        return True
+
+
+class _CsvSink:
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  open until the trace ends
+        self._file.write((",".join(COLUMNS) + "\n").encode())
+
+    def write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
+        """Scores are written so that reading gives the same float32."""
+        cells = zip(*integers.tolist(), scores.astype(str).tolist(), strict=True)
+        self._file.write("".join(map("%d,%d,%d,%d,%d,%d,%s\n".__mod__, cells)).encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # what is buffered cannot be written either
+            self._file.close()
+
+
+class _ParquetSink:
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        fields = [(name, pyarrow.float32() if name == "score" else pyarrow.int64()) for name in COLUMNS]
+        self._schema = pyarrow.schema(fields)
+        self._writer = parquet().ParquetWriter(path, self._schema)
+
+    def write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
+        import pyarrow
+
+        self._writer.write_table(pyarrow.table([*integers, scores], schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            self._writer.close()
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Write a whole trace. Raises CacheError for the suffix and OSError when it cannot be written."""
+    check_suffix(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        sink = (_ParquetSink if path.suffix == ".parquet" else _CsvSink)(temporary)
+        integers = np.array([getattr(trace, name) for name in COLUMNS[:-1]])
+        for first in range(0, len(trace), _ROWS_BUFFERED):
+            part = slice(first, first + _ROWS_BUFFERED)
+            sink.write(integers[:, part], trace.score[part])
+        sink.close()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

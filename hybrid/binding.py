@@ -1,0 +1,54 @@
+"""Ops of a plan onto an executor: every reference becomes the address, layout or callable that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import cpu_kernels
+from hybrid.ops import Buffer, Callback, Choice, ExpertSet, Kv, Op, RoutingTable, Weight
+
+
+class References(Protocol):
+    """Where the things are that ops refer to; addresses must live as long as the executor."""
+
+    def buffer(self, name: str, node: int = -1) -> int: ...
+
+    def weight(self, name: str, node: int = -1) -> int: ...
+
+    def kv(self, layer: int) -> cpu_kernels.KvLayout: ...
+
+    def callback(self, kind: str, layer: int) -> Callable[[], None]:
+        """The executor keeps it alive: it must not refer to the executor."""
+
+
+def bind(executor: cpu_kernels.Executor, ops: Iterable[Op], references: References) -> cpu_kernels.Executor:
+    """Add every op; returns the executor."""
+    for op in ops:
+        arguments = {name: _resolve(value, references) for name, value in op.arguments.items()}
+        getattr(executor, op.kind)(part=getattr(cpu_kernels.Part, op.part), **arguments)
+    return executor
+
+
+def _resolve(value: Any, at: References) -> Any:
+    match value:
+        case None:
+            return 0
+        case Buffer(name, offset, node):
+            return at.buffer(name, node) + offset
+        case Weight(name, offset, node):
+            return at.weight(name, node) + offset
+        case tuple():
+            return [_resolve(one, at) for one in value]
+        case Choice(kind, name):
+            return getattr(getattr(cpu_kernels, kind), name)
+        case Kv(layer):
+            return at.kv(layer)
+        case Callback(kind, layer):
+            return at.callback(kind, layer)
+        case ExpertSet(arguments):
+            return cpu_kernels.ExpertSet(**{name: _resolve(inner, at) for name, inner in arguments.items()})
+        case RoutingTable(name, rows):
+            parts = {part: part for part in ("offsets", "weights", "active", "count")} | {"rows": rows}
+            return cpu_kernels.Routing(**{part: at.buffer(f"{name}.{array}") for part, array in parts.items()})
+    return value

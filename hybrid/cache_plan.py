@@ -1,0 +1,98 @@
+"""What the plan says of an expert cache: its geometry, its slots, and whether they fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
+from hybrid.errors import ConfigError
+from hybrid.memory import size_text
+from hybrid.placement import ExpertShape
+
+if TYPE_CHECKING:
+    from gpu_cache.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The cache of a run: where experts go, and the slots that hold them on the device.
+
+    warning: one line where the geometry can be had but will disappoint.
+    """
+
+    device: str
+    geometry: Geometry
+    shape: ExpertShape
+    settings: CacheConfig
+    simulated: DeviceConfig
+    fitting: int  # slots that the device has room for
+    warning: str | None
+
+    @property
+    def next_gate(self) -> bool:
+        return self.settings.prefetch == "next-gate"
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.shape.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Of all slots, in the memory of the host as long as the device is simulated."""
+        return self.geometry.slots * self.slot_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        settings = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(self.settings).items()
+        }
+        sizes = {"slots": self.geometry.slots, "slot_bytes": self.slot_bytes, "bytes": self.nbytes}
+        geometry = {"nblocks": self.geometry.nblocks, "nways": self.geometry.nways, "mapping": self.geometry.mapping}
+        return {"device": self.device, **settings, **geometry, **sizes, "simulated": vars(self.simulated)}
+
+    def __str__(self) -> str:
+        g = self.geometry
+        experts = g.layers * g.experts
+        return (
+            f"{g.nblocks} indexes of {g.nways} slots of {size_text(self.slot_bytes)}, mapping {g.mapping}: "
+            f"{g.slots} of {experts} experts on the {self.device} device"
+        )
+
+
+def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan:
+    """free: bytes of the host that nothing else has planned. Raises ConfigError when the slots do not fit."""
+    fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+    geometry = _geometry(shape, config.cache, fitting)
+    if geometry.slots > fitting:
+        raise ConfigError(
+            f"--cache-nblocks {geometry.nblocks} x --cache-nways {geometry.nways} are {geometry.slots} slots of "
+            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
+        )
+    warning = _warning(geometry, shape)
+    return CachePlan(config.device, geometry, shape, config.cache, config.simulated, fitting, warning)
+
+
+def _geometry(shape: ExpertShape, cache: CacheConfig, fitting: int) -> Geometry:
+    from gpu_cache.errors import CacheError
+    from gpu_cache.geometry import Geometry, auto_geometry
+
+    layers = len(shape.layers)
+    try:
+        if cache.nblocks in (None, "auto"):
+            return auto_geometry(fitting, layers, shape.experts, cache.nways)
+        assert isinstance(cache.nblocks, int)
+        nways = cache.nways or max(1, min(shape.experts, fitting // cache.nblocks))
+        return Geometry(cache.nblocks, nways, layers, shape.experts, cache.mapping)
+    except CacheError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _warning(geometry: Geometry, shape: ExpertShape) -> str | None:
+    if geometry.nways >= shape.top_k:
+        return None
+    return (
+        f"--cache-nways {geometry.nways} is below the {shape.top_k} experts that a row takes: "
+        "an index cannot hold those of one step, and the rest goes to the CPU"
+    )

@@ -1,0 +1,308 @@
+"""Experts in two places while a step runs: the cache says which the device holds, both compute, and both are joined.
+
+Called back by the executor, once before the experts of a MoE layer (`place`) and once after (`join`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_cache.admission import Costs
+from gpu_cache.calls import distinct_calls
+from gpu_cache.clock import CopyClock
+from gpu_cache.device import Bytes, Device
+from gpu_cache.devices.simulated import CopySpeed, SimulatedDevice
+from gpu_cache.geometry import Geometry
+from gpu_cache.table import Table
+from hybrid.cache_plan import CachePlan
+from hybrid.core import StepResult
+from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
+from hybrid.plan import Plan
+from hybrid.routes import Routes, view
+from hybrid.slot_program import SlotProgram
+from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
+
+PAUSE = 0.0005  # seconds between two looks for copies that are waited for
+WARM_UP = 32  # steps that decode before `--cache auto` decides
+COUNTS = ("calls", "hits", "loading", "misses", "evictions")  # of `StepResult.cache`
+
+
+@dataclass
+class CacheTimes:
+    """Seconds since the engine was opened, of the threads that compute."""
+
+    lookup: float = 0.0  # in callbacks: the table, starting runs and copies
+    misses: float = 0.0
+    wait: float = 0.0
+    late_copies: int = 0  # experts that were asked for while they were on their way
+
+
+class DecodeHistory:
+    """What the cache did in the steps that decoded: the ground of the verdict."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.asked = np.zeros((geometry.layers, geometry.experts), np.int64)  # in how many steps each was called
+        self.steps = 0
+        self._geometry = geometry
+        self._counts = np.zeros((geometry.layers, len(COUNTS) + 1), np.int64)
+        self._bookkeeping = 0.0
+
+    def add(self, counts: npt.NDArray[np.int64], bookkeeping: float) -> None:
+        self.steps += 1
+        self._counts += counts
+        self._bookkeeping += bookkeeping
+
+    def most_asked(self) -> list[int]:
+        keys = range(self._geometry.layers * self._geometry.experts)
+        index_of = np.fromiter(map(self._geometry.index_of, keys), np.int64, len(keys))
+        return most_asked(self.asked.reshape(-1), index_of, self._geometry.nways)
+
+    def observed(self) -> Observed:
+        kept = np.zeros(self.asked.size, np.int64)
+        kept[self.most_asked()] = 1
+        static = (self.asked * kept.reshape(self.asked.shape)).sum(axis=1)
+        calls, hits, *_, fills = self._counts.T / self.steps
+        return Observed(
+            self.steps, calls, hits, float(fills.sum()), static / self.steps, self._bookkeeping / self.steps
+        )
+
+
+def call_costs(plan: CachePlan, cpu_seconds: float) -> CallCosts:
+    """cpu_seconds: measured. The rest is what the figures of the device say of an expert's bytes."""
+    device, size = plan.simulated, plan.slot_bytes
+    latency = device.latency_us * 1e-6
+    copy = latency + size / (device.copy_gbps * 1e9)
+    return CallCosts(cpu_seconds, size / (device.read_gbps * 1e9), latency, copy)
+
+
+class DeviceExperts:
+    """The table, the device and the buffers that they share with the step.
+
+    placing: whether steps use the device; the engine asks before each.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        routes: Routes,
+        address: Callable[[str], int],
+        weights: Callable[[str], int],
+        cpu_seconds: float,
+    ) -> None:
+        """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
+        one expert costs the threads.
+        """
+        assert plan.cache is not None
+        self.plan: CachePlan = plan.cache
+        self.placing = True
+        self.times = CacheTimes()
+        shape = self.plan.shape
+        self._routes, pairs = routes, (plan.max_rows, shape.top_k)
+        self._left_ids = view(address(LEFT_IDS), pairs, np.int32)
+        self._early_ids = view(address(NEXT + IDS), pairs, np.int32) if self.plan.next_gate else None
+        floats = plan.buffers[CONTRIBUTIONS][1] // 4
+        self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
+        self._contributions[:] = -0.0
+        self._slots = plan.slots
+        self._slot_of = np.full(shape.experts, -1, np.int32)
+        self._pieces = _expert_pieces(self.plan, weights)
+        self.costs = call_costs(self.plan, cpu_seconds)
+        self.history = DecodeHistory(self.plan.geometry)
+        self.device: Device = self._open_device(plan, address)
+        self.following: str | None = None  # what `--cache auto` chose
+        self.table = self._new_table(self.plan.settings.quota)
+        self._decoding = False
+        self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
+        self._ticket: Any = None
+        self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
+        self._late: set[int] = set()
+        self._placing_layer = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.table.begin_step(self._routes.step)
+        self._decoding = len(self._routes.ids) <= self._slots
+        self._looked_up = self.times.lookup
+        self._counts = self.count()
+        self._device_times = replace(self.device.times)
+        self._waited = self.times.wait
+
+    def place(self, layer: int) -> None:
+        """Start the hits of a layer on the device, leave the rest to the threads, and start copies."""
+        start = perf_counter()
+        self._placing_layer = True
+        routes, table = self._routes, self.table
+        self._publish()
+        experts, scores = distinct_calls(routes.ids, routes.weights)
+        found = table.lookup(layer, experts, scores)
+        if self._decoding:
+            self.history.asked[layer, experts] += 1
+        left = self._left_ids[: len(routes.ids)]
+        left[:] = routes.ids
+        if found.hits:
+            self._start(found.hits, left)
+        if found.loading:
+            self._note_late(layer, found.loading)
+        for fill in table.admit():
+            self._copy_in(fill.slot, fill.key)
+        if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
+            early, _ = distinct_calls(self._early_ids[: len(routes.ids)], routes.weights)
+            for fill in table.prefetch(layer + 1, early):
+                self._copy_in(fill.slot, fill.key)
+        routes.observe(layer)
+        self._placing_layer = False
+        self.times.lookup += perf_counter() - start
+
+    def join(self, layer: int) -> None:
+        """Wait until the device has computed its part of a layer."""
+        if self._ticket is not None:
+            start = perf_counter()
+            self.device.join(self._ticket)
+            self._ticket = None
+            self.times.wait += perf_counter() - start
+        self.table.release()
+
+    def end(self, result: StepResult) -> StepResult:
+        """The result of a step, with what the cache and the device did in it."""
+        self.times.misses += result.times.cpu_experts
+        wait = self.times.wait - self._waited
+        before, now = self._device_times, self.device.times
+        times = replace(
+            result.times,
+            device_experts=now.run - before.run,
+            copy=now.copy - before.copy,
+            wait=wait,
+            join=max(0.0, result.times.join - wait),
+        )
+        counts = self.count() - self._counts
+        if self._decoding:
+            self.history.add(counts, self.times.lookup - self._looked_up + times.join)
+            if self.plan.settings.mode == "auto" and self.history.steps == WARM_UP:
+                self._follow(self.verdict())
+        return replace(result, times=times, cache=counts[:, : len(COUNTS)])
+
+    def verdict(self) -> Verdict | None:
+        """What the steps that decoded so far say; None before the first of them."""
+        return judge(self.history.observed(), self.costs) if self.history.steps else None
+
+    def preload(self, keys: Sequence[int]) -> None:
+        """Have the device hold these experts, as many of them as their indexes have room for, before a step runs."""
+        for fill in self.table.preload(keys):
+            self.device.load(fill.slot, fill.key)
+
+    def _follow(self, verdict: Verdict | None) -> None:
+        """Go on in the way that is fastest: without the device, with fixed experts on it, or as before."""
+        if verdict is None:
+            return
+        self.following = verdict.best
+        if verdict.best == "cpu":
+            self.placing = False
+        elif verdict.best == "static":
+            self.drain()
+            self._counts_before += self._count_table()
+            self.table = self._new_table(0)
+            self.preload(self.history.most_asked())
+
+    def recover(self) -> None:
+        """A step ended before its time: what it left in the buffers and in the table is cleared."""
+        if self._ticket is not None:
+            self.device.join(self._ticket)
+            self._ticket = None
+        if self._placing_layer:  # the table may be in the middle of something
+            self.reset()
+        self.table.release()
+        self._contributions[:] = -0.0
+
+    def reset(self) -> None:
+        """Forget what the device holds, once the copies on their way have ended."""
+        while self.device.pending:
+            self.device.poll()
+            sleep(PAUSE)
+        self._on_the_way.clear()
+        self._late.clear()
+        self._counts_before += self._count_table()
+        self.table = self._new_table(0 if self.following == "static" else self.plan.settings.quota)
+        self._placing_layer = False
+
+    def drain(self) -> None:
+        """Wait for the copies that are on their way."""
+        while self.device.pending:
+            self._publish()
+            sleep(PAUSE)
+
+    def close(self) -> None:
+        self.device.close()
+
+    def _start(self, hits: Sequence[tuple[int, int]], left: npt.NDArray[np.int32]) -> None:
+        """hits: (expert, slot). Has the device compute them; the threads do not."""
+        slot_of = self._slot_of
+        for expert, slot in hits:
+            slot_of[expert] = slot
+        slots = slot_of[self._routes.ids]
+        left[slots >= 0] = -1
+        for expert, _ in hits:
+            slot_of[expert] = -1
+        self._ticket = self.device.run(slots)
+
+    def _copy_in(self, slot: int, key: int) -> None:
+        self._on_the_way[slot] = key
+        self.device.copy_in(slot, key)
+
+    def _publish(self) -> None:
+        for slot, whole in self.device.poll():
+            self._late.discard(self._on_the_way.pop(slot))
+            if whole:
+                self.table.publish(slot)
+            else:
+                self.table.abandon(slot)
+
+    def _note_late(self, layer: int, loading: Sequence[int]) -> None:
+        keys = {layer * self.plan.shape.experts + expert for expert in loading} - self._late
+        self._late |= keys
+        self.times.late_copies += len(keys)
+
+    def count(self) -> npt.NDArray[np.int64]:
+        """[MoE layers, 6]: what the table counted, in the order of COUNTS and fills, since the engine was opened."""
+        return self._counts_before + self._count_table()
+
+    def _count_table(self) -> npt.NDArray[np.int64]:
+        counts = self.table.counts
+        return np.stack([getattr(counts, name) for name in (*COUNTS, "fills")], axis=1)
+
+    def _new_table(self, quota: int | None) -> Table:
+        settings, costs = self.plan.settings, self.costs
+        prices = Costs(costs.copy, costs.cpu, costs.device)
+        return Table(self.plan.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
+
+    def _open_device(self, plan: Plan, address: Callable[[str], int]) -> Device:
+        settings, simulated = self.plan.settings, self.plan.simulated
+        return SimulatedDevice(
+            self.plan.geometry.slots,
+            [size for _, size in self.plan.shape.pieces],
+            self._source,
+            lambda memory: SlotProgram(plan, memory, address),
+            CopySpeed(
+                simulated.copy_gbps * 1e9, simulated.latency_us * 1e-6, simulated.jitter_us * 1e-6, settings.seed
+            ),
+            None if settings.delay is None else CopyClock(settings.delay),
+            settings.poison,
+        )
+
+    def _source(self, key: int) -> list[Bytes]:
+        layer, expert = divmod(key, self.plan.shape.experts)
+        return [piece[expert] for piece in self._pieces[layer]]
+
+
+def _expert_pieces(plan: CachePlan, weights: Callable[[str], int]) -> list[list[Bytes]]:
+    """The pieces of the experts of every MoE layer, each [experts, bytes], in the memory of the host."""
+    experts = plan.shape.experts
+    return [
+        [view(weights(f"layers.{layer}.ffn.{name}"), (experts, size), np.uint8) for name, size in plan.shape.pieces]
+        for layer in plan.shape.layers
+    ]

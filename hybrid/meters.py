@@ -1,0 +1,121 @@
+"""What the machine can tell while steps run: the clock of its processors, and the energy that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+_CPUS, _RAPL = Path("/sys/devices/system/cpu"), Path("/sys/class/powercap")
+_CPUINFO = Path("/proc/cpuinfo")
+_FREQUENCY_AGE = 0.1  # seconds for which a frequency is taken as current: reading it is not free
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Clock in MHz and joules so far; None where the machine does not tell."""
+
+    cpu_mhz: float | None
+    package_joules: float | None
+    gpu_joules: float | None
+
+
+class Meters:
+    """All of them together."""
+
+    def __init__(self, cpus: Sequence[int] = ()) -> None:
+        self._frequency, self._energy = FrequencyMeter(cpus), EnergyMeter()
+
+    def read(self) -> Reading:
+        energy = self._energy
+        return Reading(self._frequency.read(), energy.package_joules(), energy.gpu_joules())
+
+
+class FrequencyMeter:
+    """Mean clock of some processors in MHz, None where the machine does not tell."""
+
+    def __init__(self, cpus: Sequence[int] = ()) -> None:
+        """cpus: numbers of the processors that compute; none: all."""
+        names = [f"cpu{cpu}" for cpu in cpus] or ["cpu[0-9]*"]
+        self._files = [file for name in names for file in sorted(_CPUS.glob(f"{name}/cpufreq/scaling_cur_freq"))]
+        self._read_at = float("-inf")
+        self._value: float | None = None
+
+    def read(self) -> float | None:
+        if monotonic() - self._read_at > _FREQUENCY_AGE:
+            self._value, self._read_at = self._measure(), monotonic()
+        return self._value
+
+    def _measure(self) -> float | None:
+        try:
+            if self._files:
+                values = [int(file.read_text()) / 1000 for file in self._files]
+            else:
+                lines = _CPUINFO.read_text().splitlines()
+                values = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        except (OSError, ValueError):
+            return None
+        return sum(values) / len(values) if values else None
+
+
+class EnergyMeter:
+    """Joules since it was made, of the processor packages (RAPL) and of the GPUs (NVML), None where not readable."""
+
+    def __init__(self) -> None:
+        self._packages = [counter for path in sorted(_RAPL.glob("intel-rapl:*")) if (counter := _package(path))]
+        self._gpus = _gpu_counters()
+
+    def package_joules(self) -> float | None:
+        try:
+            return sum(counter.read() for counter in self._packages) if self._packages else None
+        except (OSError, ValueError):
+            return None
+
+    def gpu_joules(self) -> float | None:
+        try:
+            return sum(read() for read in self._gpus) if self._gpus else None
+        except Exception:  # whatever the driver's library raises
+            return None
+
+
+class _RaplCounter:
+    """A counter of microjoules that begins anew when it is full."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._range = path / "energy_uj", int((path / "max_energy_range_uj").read_text())
+        self._last, self._sum = self._value(), 0
+
+    def read(self) -> float:
+        value = self._value()
+        self._sum += (value - self._last) % (self._range + 1)
+        self._last = value
+        return self._sum / 1e6
+
+    def _value(self) -> int:
+        return int(self._file.read_text())
+
+
+def _package(path: Path) -> _RaplCounter | None:
+    with contextlib.suppress(OSError, ValueError):
+        if (path / "name").read_text().startswith("package"):
+            return _RaplCounter(path)
+    return None
+
+
+def _gpu_counters() -> list[Callable[[], float]]:
+    """For each GPU a function that reads its joules since it was made."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        starts = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+    except Exception:  # not installed, no driver, or a GPU that does not count
+        return []
+
+    def counter(handle: object, start: int) -> Callable[[], float]:
+        return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
+
+    return [counter(handle, start) for handle, start in zip(handles, starts, strict=True)]

@@ -1,0 +1,144 @@
+"""`hybrid simulate`: every combination in three forms, resumable, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from routing import random_trace
+from typer.testing import CliRunner
+
+from gpu_cache.trace import COLUMNS, read_trace
+from gpu_cache.trace_writer import write_trace
+from hybrid.simulate import app
+
+RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "trace.csv"
+    write_trace(path, random_trace(1, steps=60, layers=4, experts=8, top_k=2))
+    return path
+
+
+def simulate(trace: Path, *arguments: str) -> str:
+    result = CliRunner().invoke(app, ["--trace", str(trace), *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+GRID = ("--nblocks", "2,4", "--nways", "2,4", "--policy", "lru,SIEVE,Belady", "--admission", "always,second-touch")
+
+
+def test_json_has_a_result_for_every_combination(trace: Path) -> None:
+    report = json.loads(simulate(trace, *GRID, "--quota", "none,3", "--workers", "1", "--output", "json"))
+    found = [
+        tuple(row[name] for name in ("nblocks", "nways", "policy", "admission", "quota")) for row in report["results"]
+    ]
+    wanted = {
+        (n, m, policy, admission, quota)
+        for n in (2, 4)
+        for m in (2, 4)
+        for quota in (None, 3)
+        for policy, admission in [(p, a) for p in ("LRU", "SIEVE") for a in ("always", "second-touch")]
+        + [("Belady", "always")]
+    }
+    assert len(found) == len(set(found)) and set(found) == wanted
+    assert all(row["calls"] == row["hits"] + row["loading"] + row["misses"] == 480 for row in report["results"])
+    assert report["provenance"]["trace"]["calls"] == 480 and report["cost_model"] is None
+
+
+def test_csv_and_table_say_the_same(trace: Path) -> None:
+    grid = ("--policy", "LRU,bypass-Belady,static-layers", *RATES)
+    rows = list(csv.DictReader(simulate(trace, *grid, "--output", "csv").splitlines()))
+    assert [(row["nblocks"], row["nways"], row["policy"]) for row in rows[:3]] == [
+        ("4", "2", "LRU"),
+        ("4", "2", "bypass-Belady"),
+        ("4", "2", "static-layers"),
+    ]
+    lines = simulate(trace, *grid).splitlines()
+    assert "480 calls of 4 layers x 8 experts in 60 steps" in lines[0]
+    for row, line in zip(rows, lines[4:], strict=False):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [row["nways"], row["policy"]]
+        assert cells[2] == f"{int(row['hits']) / int(row['calls']):.1%}"
+        assert float(cells[-1]) == pytest.approx(float(row["tokens_per_second"]), abs=0.01)
+    assert lines[-1].startswith("with every expert on the CPU: 125.00 tokens/s")
+
+
+def test_results_are_kept_and_not_replayed_again(trace: Path, tmp_path: Path, monkeypatch) -> None:
+    kept = ("--results", str(tmp_path / "results.jsonl"))
+    first = simulate(trace, *GRID, *kept, "--output", "csv")
+    monkeypatch.setattr("gpu_cache.sweep.replay", pytest.fail)
+    assert simulate(trace, *GRID, *kept, "--output", "csv") == first
+
+
+def test_a_trace_is_converted(trace: Path, tmp_path: Path) -> None:
+    copy, choices = tmp_path / "copy.csv", tmp_path / "expert_choices.csv"
+    assert simulate(trace, "--convert", str(copy), "--libcachesim", str(tmp_path / "other.csv")) == ""
+    assert copy.read_text() == trace.read_text()
+    assert (tmp_path / "other.csv").read_text().count("\n") == 481
+    choices.write_text("Index,Block_0,Block_0,Block_1,Block_1\n0,1,2,0,3\n1,1,2,0,3\n")
+    assert (
+        json.loads(simulate(choices, "--nways", "2", "--policy", "LRU", "--output", "json"))["results"][0]["hits"] == 4
+    )
+    simulate(choices, "--convert", str(copy))
+    assert len(read_trace(copy)) == 8
+
+
+def test_a_profile_gives_the_bandwidth_of_the_cpu(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "bench.json"
+    profile.write_text(json.dumps({"machine": {"read_gbps": 50.0}}))
+    rates = [*RATES[:4], *RATES[6:], "--profile", str(profile), "--policy", "LRU", "--output", "json"]
+    report = json.loads(simulate(trace, *rates))
+    assert report["cost_model"]["cpu_gbps"] == 50 and report["results"][0]["cpu_tokens_per_second"] == 62.5
+
+
+def test_few_ways_are_warned_of(trace: Path) -> None:
+    result = CliRunner().invoke(app, ["--trace", str(trace), "--nways", "1,2", "--policy", "LRU"])
+    assert result.exit_code == 0 and "up to 2 experts" in result.stderr and "index of 1 ways" in result.stderr
+    assert CliRunner().invoke(app, ["--trace", str(trace), "--nways", "2", "--policy", "LRU"]).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nblocks", "0"], ["0"]),
+        (["--nblocks", "-3"], ["-3"]),
+        (["--nways", "4;8"], ["--nways", "'4;8'"]),
+        (["--nblocks", "4", "--nways", "9"], ["36 slots", "32 experts"]),
+        (["--policy", "MRU"], ["'MRU'", "LRU", "SIEVE", "bypass-Belady"]),
+        (["--policy", "LRU,,LFU"], ["--policy"]),
+        (["--admission", "never"], ["'never'", "second-touch"]),
+        (["--admission", "break-even"], ["costs"]),
+        (["--mapping", "random"], ["'random'", "modulo"]),
+        (["--quota", "-1"], ["-1"]),
+        (["--copy-delay", "-1"], ["-1"]),
+        (["--workers", "0"], ["--workers"]),
+        (["--output", "xml"], ["xml", "table, csv, json"]),
+        (["--cpu-gbps", "50"], ["--pcie-gbps, --device-gbps, --expert-mb"]),
+        ([*RATES[:7], "0"], ["expert bytes"]),
+        (["--experts", "4"], ["unknown expert"]),
+        (["--layers", "3"], ["unknown layer 3", "0 to 2"]),
+        (["--results", "/missing/results"], ["--results", "/missing"]),
+        (["--convert", "trace.txt"], [".csv or .parquet"]),
+        (["--profile", "/missing/bench.json", *RATES[:4], *RATES[6:]], ["--profile", "/missing"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_values_are_one_line_and_exit_code_2(trace: Path, arguments: list[str], words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["--trace", str(trace), *arguments])
+    assert result.exit_code == 2 and result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), result.stderr
+
+
+def test_a_trace_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    for text, word in ((",".join(COLUMNS), "no rows"), ("a,b\n1,2\n", "no column"), (None, "no such file")):
+        path.unlink(missing_ok=True) if text is None else path.write_text(text)
+        result = CliRunner().invoke(app, ["--trace", str(path)])
+        assert result.exit_code == 2 and word in result.stderr and result.stderr.count("\n") == 1
