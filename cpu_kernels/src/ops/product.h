@@ -32,8 +32,8 @@ struct Lines {
   int first;
 };
 
-constexpr int kRunBlocks = 4;       // threads share columns in multiples of this, the widest group of any Isa
-constexpr int kPanelInputs = 256;   // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kRunBlocks = 4;      // threads share columns in multiples of this, the widest group of any Isa
+constexpr int kPanelInputs = 256;  // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
 // Bytes of each block that are fetched ahead, into the second-level cache: it can wait for twice as many lines from
 // memory as the first.
 constexpr int kStreamAhead = 6144;
