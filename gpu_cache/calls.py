@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Sequence
 
 
-def distinct_calls(ids: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]) -> tuple[list[int], list[float]]:
-    """Experts in the order of their first appearance, rows in order and ranks in order within a row, and the largest
-    score of each. ids, scores: [rows, top_k].
+def distinct_calls(ids: Sequence[int], scores: Sequence[float], top_k: int) -> tuple[Sequence[int], Sequence[float]]:
+    """Experts in the order of their first appearance, and the largest score of each.
+
+    ids, scores: [rows * top_k], rows in order, ranks in order within a row; the experts of a row differ.
     """
-    if len(ids) == 1:
-        return ids[0].tolist(), scores[0].tolist()
+    if len(ids) == top_k:
+        return ids, scores
     largest: dict[int, float] = {}
-    for expert, score in zip(ids.reshape(-1).tolist(), scores.reshape(-1).tolist(), strict=True):
+    for expert, score in zip(ids, scores, strict=True):
         if expert not in largest or score > largest[expert]:
             largest[expert] = score
     return list(largest), list(largest.values())

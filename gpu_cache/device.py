@@ -59,7 +59,7 @@ class Device(Protocol):
 
     def run(self, slot_ids: SlotIds) -> Any:
         """Ask for the experts of a layer, as `Compute` takes them; returns a ticket, which is joined before the next
-        run. slot_ids may be reused after.
+        run. slot_ids belongs to the device until then.
         """
 
     def join(self, ticket: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def _geometry(shape: ExpertShape, cache: CacheConfig, fitting: int) -> Geometry:
     layers = len(shape.layers)
     try:
         if cache.nblocks in (None, "auto"):
-            return auto_geometry(fitting, layers, shape.experts, cache.nways)
+            return replace(auto_geometry(fitting, layers, shape.experts, cache.nways), mapping=cache.mapping)
         assert isinstance(cache.nblocks, int)
         nways = cache.nways or max(1, min(shape.experts, fitting // cache.nblocks))
         return Geometry(cache.nblocks, nways, layers, shape.experts, cache.mapping)

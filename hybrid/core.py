@@ -96,9 +96,9 @@ class StepTimes:
     cpu_experts: float = 0.0  # experts that the threads computed
     device_experts: float = 0.0  # experts that the device computed
     copy: float = 0.0  # copies to the device
-    lookup: float = 0.0  # asking the cache, starting the device and the copies
+    lookup: float = 0.0  # asking the cache, and for copies
     join: float = 0.0  # adding up what threads and device made
-    wait: float = 0.0  # for the device, with nothing left to do
+    wait: float = 0.0  # for the device, and for processors that a simulated one takes
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -169,7 +170,7 @@ class Engine:
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
         if self.experts:
-            self.experts.close()
+            self._close_device()
         self.experts = self.routes = self._placed = None
         del self._executor, self._kv, self._weights, self._arena, self._node_arenas, self.pool
         self.store.close()
@@ -234,6 +235,7 @@ class Engine:
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
         self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
         self._placed = bind(self._new_executor(), self.plan.placed_ops, self)
+        self._close_device = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
         self.experts.preload(keys)
 
     def save_experts(self, path: Path) -> None:

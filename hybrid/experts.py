@@ -5,8 +5,10 @@ Called back by the executor, once before the experts of a MoE layer (`place`) an
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
@@ -37,9 +39,10 @@ COUNTS = ("calls", "hits", "loading", "misses", "evictions")  # of `StepResult.c
 class CacheTimes:
     """Seconds since the engine was opened, of the threads that compute."""
 
-    lookup: float = 0.0  # in callbacks: the table, starting runs and copies
-    misses: float = 0.0
-    wait: float = 0.0
+    lookup: float = 0.0  # the table, its bookkeeping, asking for copies
+    start: float = 0.0  # asking the device to run
+    wait: float = 0.0  # for what it runs
+    misses: float = 0.0  # experts that the threads computed
     late_copies: int = 0  # experts that were asked for while they were on their way
 
 
@@ -47,30 +50,34 @@ class DecodeHistory:
     """What the cache did in the steps that decoded: the ground of the verdict."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self.asked = np.zeros((geometry.layers, geometry.experts), np.int64)  # in how many steps each was called
+        self._asked = [[0] * geometry.experts for _ in range(geometry.layers)]  # in how many steps each was called
         self.steps = 0
         self._geometry = geometry
         self._counts = np.zeros((geometry.layers, len(COUNTS) + 1), np.int64)
-        self._bookkeeping = 0.0
+        self._bookkeeping: list[float] = []
+
+    def ask(self, layer: int, experts: Sequence[int]) -> None:
+        asked = self._asked[layer]
+        for expert in experts:
+            asked[expert] += 1
 
     def add(self, counts: npt.NDArray[np.int64], bookkeeping: float) -> None:
         self.steps += 1
         self._counts += counts
-        self._bookkeeping += bookkeeping
+        self._bookkeeping.append(bookkeeping)
 
     def most_asked(self) -> list[int]:
         keys = range(self._geometry.layers * self._geometry.experts)
         index_of = np.fromiter(map(self._geometry.index_of, keys), np.int64, len(keys))
-        return most_asked(self.asked.reshape(-1), index_of, self._geometry.nways)
+        return most_asked(np.array(self._asked).reshape(-1), index_of, self._geometry.nways)
 
     def observed(self) -> Observed:
-        kept = np.zeros(self.asked.size, np.int64)
+        asked = np.array(self._asked)
+        kept = np.zeros(asked.size, np.int64)
         kept[self.most_asked()] = 1
-        static = (self.asked * kept.reshape(self.asked.shape)).sum(axis=1)
+        static = (asked * kept.reshape(asked.shape)).sum(axis=1)
         calls, hits, *_, fills = self._counts.T / self.steps
-        return Observed(
-            self.steps, calls, hits, float(fills.sum()), static / self.steps, self._bookkeeping / self.steps
-        )
+        return Observed(self.steps, calls, hits, float(fills.sum()), static / self.steps, median(self._bookkeeping))
 
 
 def call_costs(plan: CachePlan, cpu_seconds: float) -> CallCosts:
@@ -103,14 +110,16 @@ class DeviceExperts:
         self.placing = True
         self.times = CacheTimes()
         shape = self.plan.shape
-        self._routes, pairs = routes, (plan.max_rows, shape.top_k)
-        self._left_ids = view(address(LEFT_IDS), pairs, np.int32)
-        self._early_ids = view(address(NEXT + IDS), pairs, np.int32) if self.plan.next_gate else None
+        self._routes, pairs = routes, plan.max_rows * shape.top_k
+        # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
+        self._left_ids = view(address(LEFT_IDS), (pairs,), np.int32).data
+        self._early_ids = view(address(NEXT + IDS), (pairs,), np.int32).data if self.plan.next_gate else None
+        self._slot_ids = np.empty((plan.max_rows, shape.top_k), np.int32)
+        self._flat_slot_ids = self._slot_ids.reshape(-1).data
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
         self._slots = plan.slots
-        self._slot_of = np.full(shape.experts, -1, np.int32)
         self._pieces = _expert_pieces(self.plan, weights)
         self.costs = call_costs(self.plan, cpu_seconds)
         self.history = DecodeHistory(self.plan.geometry)
@@ -127,11 +136,10 @@ class DeviceExperts:
     def begin(self) -> None:
         """A step begins."""
         self.table.begin_step(self._routes.step)
-        self._decoding = len(self._routes.ids) <= self._slots
-        self._looked_up = self.times.lookup
+        self._decoding = self._routes.rows <= self._slots
         self._counts = self.count()
         self._device_times = replace(self.device.times)
-        self._waited = self.times.wait
+        self._times = replace(self.times)
 
     def place(self, layer: int) -> None:
         """Start the hits of a layer on the device, leave the rest to the threads, and start copies."""
@@ -139,25 +147,28 @@ class DeviceExperts:
         self._placing_layer = True
         routes, table = self._routes, self.table
         self._publish()
-        experts, scores = distinct_calls(routes.ids, routes.weights)
+        ids = routes.ids.tolist()
+        experts, scores = distinct_calls(ids, routes.weights.tolist(), routes.top_k)
         found = table.lookup(layer, experts, scores)
         if self._decoding:
-            self.history.asked[layer, experts] += 1
-        left = self._left_ids[: len(routes.ids)]
-        left[:] = routes.ids
-        if found.hits:
-            self._start(found.hits, left)
+            self.history.ask(layer, experts)
+        self._share_out(ids, found.hits)
         if found.loading:
             self._note_late(layer, found.loading)
-        for fill in table.admit():
-            self._copy_in(fill.slot, fill.key)
+        if found.misses:
+            for fill in table.admit():
+                self._copy_in(fill.slot, fill.key)
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
-            early, _ = distinct_calls(self._early_ids[: len(routes.ids)], routes.weights)
+            early, _ = distinct_calls(self._early_ids[: len(ids)].tolist(), routes.weights.tolist(), routes.top_k)
             for fill in table.prefetch(layer + 1, early):
                 self._copy_in(fill.slot, fill.key)
         routes.observe(layer)
+        looked_up = perf_counter()
+        self.times.lookup += looked_up - start
+        if found.hits:  # last: the device cannot begin while this thread is busy here
+            self._ticket = self.device.run(self._slot_ids[: routes.rows])
+            self.times.start += perf_counter() - looked_up
         self._placing_layer = False
-        self.times.lookup += perf_counter() - start
 
     def join(self, layer: int) -> None:
         """Wait until the device has computed its part of a layer."""
@@ -171,18 +182,19 @@ class DeviceExperts:
     def end(self, result: StepResult) -> StepResult:
         """The result of a step, with what the cache and the device did in it."""
         self.times.misses += result.times.cpu_experts
-        wait = self.times.wait - self._waited
+        lookup, wait = self.times.lookup - self._times.lookup, self.times.wait - self._times.wait
         before, now = self._device_times, self.device.times
         times = replace(
             result.times,
             device_experts=now.run - before.run,
             copy=now.copy - before.copy,
-            wait=wait,
+            lookup=lookup,
+            wait=wait + max(0.0, result.times.lookup - lookup),
             join=max(0.0, result.times.join - wait),
         )
         counts = self.count() - self._counts
         if self._decoding:
-            self.history.add(counts, self.times.lookup - self._looked_up + times.join)
+            self.history.add(counts, times.lookup + times.join)
             if self.plan.settings.mode == "auto" and self.history.steps == WARM_UP:
                 self._follow(self.verdict())
         return replace(result, times=times, cache=counts[:, : len(COUNTS)])
@@ -239,16 +251,13 @@ class DeviceExperts:
     def close(self) -> None:
         self.device.close()
 
-    def _start(self, hits: Sequence[tuple[int, int]], left: npt.NDArray[np.int32]) -> None:
-        """hits: (expert, slot). Has the device compute them; the threads do not."""
-        slot_of = self._slot_of
-        for expert, slot in hits:
-            slot_of[expert] = slot
-        slots = slot_of[self._routes.ids]
-        left[slots >= 0] = -1
-        for expert, _ in hits:
-            slot_of[expert] = -1
-        self._ticket = self.device.run(slots)
+    def _share_out(self, ids: list[int], hits: list[tuple[int, int]]) -> None:
+        """Write the ids that the threads compute, and the slots that the device computes. hits: (expert, slot)."""
+        slot_of = dict(hits)
+        self._left_ids[: len(ids)] = array("i", [-1 if expert in slot_of else expert for expert in ids])
+        if hits:
+            slot = slot_of.get
+            self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
 
     def _copy_in(self, slot: int, key: int) -> None:
         self._on_the_way[slot] = key

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.chat import ChatTemplate, Message, load_template
-from hybrid.config import CacheConfig, EngineConfig, check_config
+from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.detokenizer import TextStream
 from hybrid.engine import EMBEDDED_MODEL, Engine
@@ -51,6 +51,8 @@ class LLM:
         cache_dir: str | Path | None = None,
         check: bool = False,
         cache: CacheConfig | None = None,
+        simulated: DeviceConfig | None = None,
+        routes: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -70,6 +72,8 @@ class LLM:
             cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
             check=check,
             cache=cache or CacheConfig(),
+            simulated=simulated or DeviceConfig(),
+            routes=routes,
         )
         self._open(config, progress, notice)
 

@@ -18,8 +18,8 @@ RouteObserver = Callable[[int, int, Ints, Ints, Ints, Floats], None]
 
 
 class Routes:
-    """Reads what the router wrote. `ids` and `weights` are those of the layer at hand, [rows, top_k]; they belong to
-    the engine and change with the layer.
+    """Reads what the router wrote. `ids` and `weights` are those of the layer at hand, [rows * top_k] in rows; they
+    belong to the engine and change with the layer.
 
     A sequence is numbered when its first token comes. observer: called in every MoE layer; None: nobody is told.
     """
@@ -27,8 +27,9 @@ class Routes:
     def __init__(self, ids: int, weights: int, rows: int, top_k: int, slots: int) -> None:
         """ids, weights: addresses of the buffers."""
         self.observer: RouteObserver | None = None
-        self._all_ids: Ints = view(ids, (rows, top_k), np.int32)
-        self._all_weights: Floats = view(weights, (rows, top_k), np.float32)
+        self.top_k = top_k
+        self._all_ids = view(ids, (rows * top_k,), np.int32).data
+        self._all_weights = view(weights, (rows * top_k,), np.float32).data
         self._sequence_of = np.zeros(slots, np.int32)
         self.reset()
 
@@ -36,13 +37,15 @@ class Routes:
         """Begin counting steps and sequences anew."""
         self.step, self._sequences = -1, 0
         self._sequence_of[:] = 0
+        self.rows = 0
         self.ids, self.weights = self._all_ids[:0], self._all_weights[:0]
 
     def begin(self, batch: Batch) -> None:
         """A step begins."""
         self.step += 1
-        rows = len(batch.slots)
-        self.ids, self.weights = self._all_ids[:rows], self._all_weights[:rows]
+        self.rows = len(batch.slots)
+        pairs = self.rows * self.top_k
+        self.ids, self.weights = self._all_ids[:pairs], self._all_weights[:pairs]
         if self.observer is None:
             return
         for row in np.flatnonzero(batch.positions == 0):
@@ -53,7 +56,9 @@ class Routes:
     def observe(self, layer: int) -> None:
         """The experts of a layer are chosen."""
         if self.observer is not None:
-            self.observer(self.step, layer, self._sequence, self._positions, self.ids, self.weights)
+            shape = (self.rows, self.top_k)
+            ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)
+            self.observer(self.step, layer, self._sequence, self._positions, ids, weights)
 
 
 def view(address: int, shape: tuple[int, ...], dtype: type[Any]) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""`hybrid verify`: the same prompts without a cache and with one in every plight; tokens and logits must be equal."""
+"""`hybrid verify`: the same prompts without a cache and with one in every plight must give the same bits."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def verify_model(
     thorough: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Outcome]:
-    """The outcome of every scenario on a model. config: of a run without a cache. Raises what opening it raises."""
+    """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError."""
     scenarios = list(make_scenarios(_shape(config), thorough))
     expected, _ = _answers(config, prompts, max_tokens)
     outcomes = []

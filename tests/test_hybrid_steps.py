@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -178,8 +180,8 @@ def test_a_cancelled_step_leaves_no_trace_in_the_next(expected) -> None:
             with contextlib.suppress(StepCancelled):
                 step(engine, (0, 0, tokens))
             thread.join(PATIENCE)
-        with contextlib.suppress(StepCancelled):  # a cancellation that came too late
-            step(engine, (0, 0, tokens[:1]))
+        with contextlib.suppress(StepCancelled):
+            step(engine, (0, 0, tokens[:1]))  # a cancellation that came too late
         engine.experts.table.check_integrity()
         assert np.array_equal(all_work(engine), expected)
 
@@ -264,9 +266,6 @@ def test_auto_follows_its_verdict(expected, monkeypatch, best) -> None:
 
 
 def test_a_run_without_a_device_imports_no_cache() -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; from hybrid import LLM; LLM().generate('x'); print([m for m in sys.modules if 'gpu_cache' in m])"
     )

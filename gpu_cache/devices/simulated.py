@@ -84,6 +84,8 @@ class SimulatedDevice:
     def poll(self) -> list[tuple[int, bool]]:
         if self._clock is not None:
             return [self._end_copy(slot) for slot in self._clock.due() if slot in self._asked]
+        if not self._asked:
+            return []
         alive = self._copies.is_alive()
         ended = self._take_ended()
         return ended if alive else ended + self._replace_copies()
@@ -97,7 +99,7 @@ class SimulatedDevice:
 
     def run(self, slot_ids: SlotIds) -> Event:
         self._idle.clear()
-        self._runs.put(slot_ids.copy())
+        self._runs.put(slot_ids)
         return self._idle
 
     def join(self, ticket: Event) -> None:

@@ -3,53 +3,17 @@
 // Ends with 1 at the first wrong result; tests/sanitize/run.py builds and runs it.
 #include <atomic>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <thread>
 #include <vector>
 
-#include "executor/executor.h"
-
-namespace hybrid {
-extern const KernelTable kernels_portable;
-}
+#include "stress.h"
 
 namespace {
 
 using namespace hybrid;
-
-void check(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "wrong: %s\n", what);
-  std::exit(1);
-}
+using namespace stress;
 
 constexpr int kRows = 24, kHidden = 128, kExperts = 5, kTopK = 2, kIntermediate = 64;
-
-// Starts on a cache line, as everything in a plan does.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(size_t count) : memory_(count * sizeof(T), false) {}
-  T* data() const { return reinterpret_cast<T*>(memory_.data()); }
-
- private:
-  Arena memory_;
-};
-
-// Small numbers that differ from place to place: bf16 from -1 to 1.
-void fill(bf16* values, int count, int seed) {
-  for (int i = 0; i < count; ++i) {
-    const float value = float((i * 37 + seed * 101) % 65 - 32) / 32.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    values[i] = bf16(bits >> 16);
-  }
-}
-
-int64_t matrix_bytes(int columns, int inputs) { return int64_t(columns) * inputs * 2; }
 
 // A norm, a projection, routed experts split between the nodes, and the join: the ops in which threads share most.
 class Layer {
@@ -120,7 +84,7 @@ class Layer {
   // Every node takes all experts with the same weights, and counts for its share of the sum.
   void add_experts() {
     const Routing routing{offsets_.data(), rows_.data(), weights_of_rows_.data(), active_.data(), count_.data()};
-    executor_.add(Part::moe, GroupArgs{ids_.data(), gates_.data(), routing, kExperts, kTopK});
+    executor_.add(Part::moe, GroupArgs{ids_.data(), gates_.data(), routing, nullptr, kExperts, kTopK});
     for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, gate_up(routing, node), node);
     for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, down(routing, node), node);
     JoinArgs join{};
@@ -174,10 +138,6 @@ class Layer {
   Aligned<float> partials_{size_t(kMaxNodes) * kRows * kHidden}, gates_{kRows * kTopK}, weights_of_rows_{kRows * kTopK};
   Aligned<int32_t> ids_{kRows * kTopK}, rows_{kRows * kTopK}, offsets_{kExperts + 1}, active_{kExperts}, count_{1};
 };
-
-std::shared_ptr<ThreadPool> make_pool(int threads, int nodes) {
-  return std::make_shared<ThreadPool>(threads, std::vector<int>{}, nodes);
-}
 
 // What a thread wrote before a barrier is seen by its neighbour behind it.
 void barriers(ThreadPool& pool, int jobs) {

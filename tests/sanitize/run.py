@@ -1,8 +1,9 @@
 """Run the kernels, the executor and the thread pool under the checkers of the compiler: `make sanitize`.
 
 Out-of-bounds accesses and undefined behaviour (ASan, UBSan): the extension is built with HYBRID_SANITIZE into
-build/sanitize and the tests of kernels, executor and memory run on it. Races (TSan): pool_stress.cpp, a program of its
-own, because a checked extension in an unchecked Python would be reported for what Python does.
+build/sanitize and the tests of kernels, executor and memory run on it. Races (TSan): pool_stress.cpp and
+placed_stress.cpp, programs of their own, because a checked extension in an unchecked Python would be reported for what
+Python does.
 
 Ends with 1 if anything is found. A compiler that lacks a checker is told, and that part skipped.
 """
@@ -22,6 +23,7 @@ SOURCES = ROOT / "cpu_kernels" / "src"
 COMPILER = os.environ.get("CXX", "c++")
 TESTS = ("tests/kernels", "tests/test_executor.py", "tests/test_memory.py")
 STRESS_SOURCES = ("cpu/thread_pool.cpp", "cpu/memory.cpp", "executor/*.cpp", "instances/portable.cpp")
+STRESS_PROGRAMS = ("pool_stress", "placed_stress")
 ISAS = tuple(dict.fromkeys(("portable", cpu_kernels.available_isas()[0])))  # each takes a minute to compile
 # Python keeps small objects in pools of its own, in which nobody sees an overflow. What it never frees is no leak of
 # ours. Tests look at what happens beyond an arena: that signal must stay theirs.
@@ -109,12 +111,17 @@ def checked_environment(site: Path, isa: str) -> dict[str, str]:
 
 
 def check_threads() -> bool:
-    """Whether the stress program can be built and finds nothing."""
+    """Whether the stress programs can be built and find nothing."""
     sources = [str(path) for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
-    program = str(BUILD / "pool_stress")
     flags = ["-std=c++17", "-march=x86-64-v2", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
-    stress = str(Path(__file__).parent / "pool_stress.cpp")
-    return succeeds([COMPILER, *flags, stress, *sources, "-o", program]) and succeeds([program], **ENVIRONMENT)
+    return all(check_program(name, [COMPILER, *flags, *sources]) for name in STRESS_PROGRAMS)
+
+
+def check_program(name: str, build: list[str]) -> bool:
+    """Whether a stress program can be built and finds nothing."""
+    program = str(BUILD / name)
+    stress = str(Path(__file__).parent / f"{name}.cpp")
+    return succeeds([*build, stress, "-o", program]) and succeeds([program], **ENVIRONMENT)
 
 
 if __name__ == "__main__":

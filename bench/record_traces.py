@@ -1,0 +1,56 @@
+"""Record the traces of tests/traces/: which experts the embedded model chose for stories, chat and code-like text.
+
+    python bench/record_traces.py tests/traces
+
+Greedy, one sequence after another, on whatever processor; another instruction set may round a tie differently.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gpu_cache.trace_writer import TraceWriter
+from hybrid import LLM, SamplingParams
+
+TOKENS = 48  # of each answer
+PROMPTS = {
+    "stories": [
+        "Once upon a time, there was a little fox named",
+        "One day, a girl found a round seed in the",
+        "The old owl lived in a",
+        "It was raining in the village when",
+    ],
+    "chat": [
+        "What is the capital of France?",
+        "Who are you?",
+        "Tell me a story about a cat.",
+        "What is 2 + 3?",
+    ],
+    "code": [
+        "def add(a, b):\n",
+        "for i in range(10):\n",
+        "def largest(numbers):\n",
+        "x = [1, 2, 3]\n",
+    ],
+}
+
+
+def record(folder: Path, name: str, prompts: list[str]) -> None:
+    with LLM(routes=True, max_batch=1, threads=1) as llm, TraceWriter(folder / f"{name}.csv", print) as writer:
+        assert llm.engine.routes is not None
+        llm.engine.routes.observer = writer.write
+        chat = name == "chat"
+        inputs = [llm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts] if chat else prompts
+        llm.generate(inputs, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompts in PROMPTS.items():
+        record(folder, name, prompts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The simulated device keeps to the interface: nothing has happened when a call returns, and everything is told of."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from gpu_cache.clock import CopyClock
+from gpu_cache.devices.simulated import POISON, CopySpeed, SimulatedDevice
+
+SIZES = (192, 64)  # bytes of the pieces of an expert
+PATIENCE = 30  # seconds until a test that hangs fails
+
+
+def source(key: int) -> list[np.ndarray]:
+    return [np.full(size, key + 10 * i, np.uint8) for i, size in enumerate(SIZES)]
+
+
+class Runs:
+    """A compute that keeps what it was asked for, and can be held up or fail."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def __call__(self, slot_ids: np.ndarray) -> None:
+        assert self.gate.wait(PATIENCE)
+        self.seen.append(slot_ids.copy())
+        if self.error:
+            raise self.error
+
+
+def make(runs: Runs | None = None, **choices) -> SimulatedDevice:
+    return SimulatedDevice(4, SIZES, source, lambda memory: runs or Runs(), **choices)
+
+
+@pytest.fixture
+def runs() -> Runs:
+    return Runs()
+
+
+@pytest.fixture
+def device(runs: Runs) -> Iterator[SimulatedDevice]:
+    device = make(runs)
+    yield device
+    device.close()
+
+
+def ended(device: SimulatedDevice, count: int) -> list[tuple[int, bool]]:
+    """Polls until so many copies have ended."""
+    found, until = [], time.monotonic() + PATIENCE
+    while len(found) < count and time.monotonic() < until:
+        found += device.poll()
+    return found
+
+
+def holds(device: SimulatedDevice, slot: int, key: int) -> bool:
+    return all((memory[slot] == key + 10 * i).all() for i, memory in enumerate(device.memory))
+
+
+def test_slots_start_on_cache_lines(device) -> None:
+    assert all(memory.ctypes.data % 64 == 0 and memory.shape == (4, size) for memory, size in
+               zip(device.memory, SIZES, strict=True))  # fmt: skip
+
+
+def test_copies_end_in_order_and_hold_their_expert(device) -> None:
+    for slot, key in ((2, 7), (0, 5), (3, 9)):
+        device.copy_in(slot, key)
+    assert ended(device, 3) == [(2, True), (0, True), (3, True)]
+    assert holds(device, 2, 7) and holds(device, 0, 5) and holds(device, 3, 9) and holds(device, 1, 0) is False
+    assert device.poll() == [] and device.pending == 0
+    assert (device.times.copies, device.times.copied_bytes) == (3, 3 * sum(SIZES))
+
+
+@pytest.mark.parametrize("delay", [0, 1, 5])
+def test_a_clock_says_when_copies_end(delay) -> None:
+    device = make(clock=CopyClock(delay), poison=True)
+    device.load(1, 3)
+    assert holds(device, 1, 3)
+    device.copy_in(1, 8)
+    assert all((memory[1] == POISON).all() for memory in device.memory), "what was there is garbage at once"
+    assert [device.poll() for _ in range(delay)] == [[]] * delay and device.pending == 1
+    assert device.poll() == [(1, True)] and holds(device, 1, 8)
+    device.close()
+
+
+def test_a_run_is_joined_when_it_has_ended(device, runs) -> None:
+    runs.gate.clear()
+    ids = np.array([[0, -1], [3, 1]], np.int32)
+    ticket = device.run(ids)
+    assert runs.seen == []
+    runs.gate.set()
+    device.join(ticket)
+    assert np.array_equal(runs.seen[0], ids)
+    device.join(ticket)  # once more does nothing
+    assert len(runs.seen) == 1
+
+
+def test_what_a_run_raises_is_raised_by_its_join_once(device, runs) -> None:
+    runs.error = ValueError("no")
+    ticket = device.run(np.zeros((1, 1), np.int32))
+    with pytest.raises(ValueError, match="no"):
+        device.join(ticket)
+    device.join(ticket)
+    runs.error = None
+    device.join(device.run(np.zeros((1, 1), np.int32)))
+    assert len(runs.seen) == 2
+
+
+def test_copies_that_die_with_their_thread_are_told_of_and_the_next_have_a_new_one(monkeypatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    device = make(speed=CopySpeed(bytes_per_second=1000.0))
+    for slot in range(3):
+        device.copy_in(slot, slot)
+    thread = device.copy_thread
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    told = ended(device, 3)
+    assert sorted(slot for slot, _ in told) == [0, 1, 2] and (2, False) in told
+    device.copy_in(3, 6)
+    assert ended(device, 1) == [(3, True)] and holds(device, 3, 6)
+    assert device.times.failed_copies == sum(not whole for _, whole in told)
+    device.close()
+
+
+def test_closing_does_not_wait_for_copies() -> None:
+    device = make(speed=CopySpeed(bytes_per_second=0.001))
+    device.copy_in(0, 1)
+    device.copy_in(1, 1)
+    threads = [device.copy_thread, device._runner]
+    device.close()
+    assert not any(thread.is_alive() for thread in threads)

@@ -1,0 +1,148 @@
+"""The files of a run: what each row says, and that nothing keeps a run from ending as it should."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hybrid import main, report
+from hybrid.core import StepTimes
+from hybrid.meters import EnergyMeter, FrequencyMeter, Meters, Reading
+from hybrid.report import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, UNREADABLE, Recorder
+from hybrid.scheduler import StepRecord
+
+RUN = ["--prompt", "Once upon a time", "--max-tokens", "12", "--max-seq-len", "256", "--ignore-eos", "--hide-resp"]
+CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4"]
+
+
+class Script:
+    """Meters that read what they are told."""
+
+    def __init__(self, *readings: Reading) -> None:
+        self._readings = iter(readings)
+
+    def read(self) -> Reading:
+        return next(self._readings)
+
+
+def recorded(*readings: Reading) -> Recorder:
+    recorder = Recorder(Script(*readings))  # type: ignore[arg-type]
+    counts = np.array([[2, 1, 0, 1, 0], [3, 0, 1, 2, 1]])
+    recorder(StepRecord(4, 0, 0, StepTimes(), 0.5))
+    recorder(StepRecord(1, 1, 2, StepTimes(), 0.25, counts))
+    return recorder
+
+
+def test_a_row_for_every_token_and_every_layer() -> None:
+    rows = [Reading(None, None, None), Reading(2000.0, 1.0, None), Reading(3000.5, 3.0, None)]
+    recorder = recorded(*rows)
+    assert list(recorder.token_rows()) == [
+        [1, 1, "0.250000", "0.750000", "1.33", "3000.500"],
+        [2, 1, "0.250000", "0.750000", "2.67", "3000.500"],
+    ]
+    assert list(recorder.cachehit_rows()) == [[1, 0, 2, 1, 0, 1, 0], [1, 1, 3, 0, 1, 2, 1]]
+
+
+def test_power_is_energy_over_time_and_unreadable_where_nothing_tells() -> None:
+    recorder = recorded(Reading(None, 1.0, None), Reading(None, 2.0, None), Reading(None, 5.0, None))
+    assert list(recorder.power_rows()) == [
+        [0, 0, "0.500000", "2.000", UNREADABLE, ""],
+        [1, 2, "0.250000", "12.000", UNREADABLE, "1.500"],
+    ]
+    both = recorded(Reading(None, 1.0, 1.0), Reading(None, 2.0, 1.0), Reading(None, 5.0, 2.0))
+    assert list(both.power_rows())[1] == [1, 2, "0.250000", "12.000", "4.000", "2.000"]
+    nothing = recorded(*[Reading(None, None, None)] * 3)
+    assert list(nothing.power_rows())[1] == [1, 2, "0.250000", UNREADABLE, UNREADABLE, UNREADABLE]
+
+
+def test_rapl_counters_begin_anew_when_they_are_full(tmp_path, monkeypatch) -> None:
+    for number, name in enumerate(("package-0", "psys")):
+        zone = tmp_path / f"intel-rapl:{number}"
+        zone.mkdir()
+        for file, text in {"name": name, "max_energy_range_uj": "9999999", "energy_uj": "9000000"}.items():
+            (zone / file).write_text(text)
+    monkeypatch.setattr("hybrid.meters._RAPL", tmp_path)
+    meter = EnergyMeter()
+    assert meter.package_joules() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000")
+    assert meter.package_joules() == 2.0
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.package_joules() is None
+
+
+def test_the_clock_is_that_of_the_processors_that_compute(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hybrid.meters._CPUS", tmp_path)
+    monkeypatch.setattr("hybrid.meters._CPUINFO", tmp_path / "cpuinfo")
+    assert FrequencyMeter().read() is None
+    (tmp_path / "cpuinfo").write_text("cpu MHz\t\t: 1000.0\nflags: x\ncpu MHz\t\t: 2000.0\n")
+    assert FrequencyMeter().read() == 1500
+    for cpu, khz in ((0, 1_000_000), (1, 3_000_000)):
+        (tmp_path / f"cpu{cpu}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "cpufreq" / "scaling_cur_freq").write_text(str(khz))
+    assert FrequencyMeter().read() == 2000 and FrequencyMeter([1]).read() == 3000
+    assert Meters().read().cpu_mhz == 2000
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_one_run_writes_every_file(tmp_path) -> None:
+    names = {
+        "breakdown-csv": "b.csv", "cachehit-csv": "h.csv", "token-csv": "t.csv", "power-csv": "p.csv",
+        "trace": "trace.csv", "cache-save": "w.json",
+    }  # fmt: skip
+    files = {flag: tmp_path / name for flag, name in names.items()}
+    flags = [text for flag, path in files.items() for text in (f"--{flag}", str(path))]
+    result = CliRunner().invoke(main.app, [*RUN, *CACHE, *flags, "--json"])
+    assert result.exit_code == 0, result.output
+    cache = json.loads(result.stdout)["cache"]
+    hits, breakdown = rows(files["cachehit-csv"]), rows(files["breakdown-csv"])
+    assert tuple(hits[0]) == CACHEHIT_COLUMNS and len(hits) == 16 * len(breakdown) == 16 * 12
+    for name in ("calls", "hits", "loading", "misses", "evictions"):
+        assert sum(int(row[name]) for row in hits) == cache[name]
+    assert cache["hit_rate"] == cache["hits"] / cache["calls"] and len(cache["layer_hit_rates"]) == 16
+    assert cache["verdict"]["best"] in ("cpu", "static", "cache")
+    parts = ("cpu_experts", "device_experts", "copy", "lookup", "join", "wait")
+    assert all(float(row[part]) >= 0 for row in breakdown for part in parts)
+    assert sum(float(row["device_experts"]) for row in breakdown) > 0
+    assert tuple(rows(files["token-csv"])[0]) == TOKEN_COLUMNS and len(rows(files["token-csv"])) == 12
+    assert tuple(rows(files["power-csv"])[0]) == POWER_COLUMNS
+    assert tuple(rows(files["trace"])[0]) == ("step", "sequence", "position", "layer", "rank", "expert", "score")
+    assert {path.name for path in tmp_path.iterdir()} == set(names.values())
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch) -> None:
+    def full(path: Path, columns: object, rows: object) -> None:
+        with report.atomic_file(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hybrid.outputs.write_csv", full)
+    result = CliRunner().invoke(main.app, [*RUN, "--breakdown-csv", str(tmp_path / "b.csv")])
+    assert result.exit_code == 0 and result.stderr.count("the disk is full") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_whole_files(tmp_path, number) -> None:
+    trace, hits = tmp_path / "trace.csv", tmp_path / "h.csv"
+    flags = ["--n-prompts", "500", "--max-tokens", "200", "--trace", str(trace), "--cachehit-csv", str(hits)]
+    process = subprocess.Popen([sys.executable, "-m", "hybrid.main", *RUN, *CACHE, *flags], stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not (tmp_path / "trace.csv.tmp").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert rows(hits)[0]["step"] == "0" and rows(trace)[0]["rank"] == "0"
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.csv", "h.csv"}
