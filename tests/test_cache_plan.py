@@ -1,0 +1,125 @@
+"""The plan of a step with a device: its ops, its buffers, its slots, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_plan import plan_of, spec_of
+from test_program import SPECS, TEXTS, buffers_of, kinds
+
+from hybrid.config import CacheConfig, DeviceConfig
+from hybrid.errors import ConfigError
+from hybrid.ops import Buffer, Callback, RoutingTable, Weight
+from hybrid.placement import CONTRIBUTIONS, LEFT_IDS, device_ops, expert_shape
+from hybrid.plan import Plan
+from hybrid.weights.layout import store_tensors
+
+MOE = [name for name, spec in SPECS.items() if any(layer.feed_forward.is_moe for layer in spec.layers)]
+
+
+def cached(name: str = "qwen3_moe", memory: int = 32 << 30, device: DeviceConfig | None = None, **choices) -> Plan:
+    """A plan with a cache; choices: of the cache, and `weight_format`."""
+    more = {"weight_format": choices.pop("weight_format", "bf16"), "simulated": device or DeviceConfig()}
+    return plan_of(SPECS[name], memory, device="simulated", cache=CacheConfig(**choices), **more)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("prefetch", ["none", "next-gate"])
+def test_there_is_every_buffer_that_an_op_uses_and_no_other(name, text, prefetch) -> None:
+    plan = cached(name, weight_format=text, prefetch=prefetch)
+    used = {buffer for op in (*plan.ops, *plan.placed_ops) for buffer in buffers_of(op)}
+    used |= {"routing.pairs"}  # an argument of its own, where others are part of a routing
+    unused = set(plan.buffers) - used
+    assert used <= set(plan.buffers) and unused <= {"next_shared.weights", "next_router_logits", "next_expert_ids",
+                                                    "next_expert_weights"}  # fmt: skip
+    if prefetch == "none":
+        assert not unused
+
+
+def test_a_layer_asks_twice_and_its_sums_come_last() -> None:
+    plan = cached(weight_format="int8")
+    assert kinds(plan.placed_ops, 0)[-9:] == [
+        "router", "topk", "host", "group", "gate_up", "quantise", "down", "host", "combine",
+    ]  # fmt: skip
+    assert kinds(plan.placed_ops, 1) == kinds(plan.ops, 1), "a dense layer stays as it is"
+    calls = [op.arguments["call"] for op in plan.placed_ops if op.kind == "host"]
+    assert calls == [Callback(kind, layer) for layer in (0, 1) for kind in ("place", "join")]
+    down = next(op.arguments for op in plan.placed_ops if op.kind == "down")
+    assert (down["routing"], down["output"]) == (RoutingTable("routing", "pairs"), Buffer(CONTRIBUTIONS))
+    group = next(op.arguments for op in plan.placed_ops if op.kind == "group" and op.layer == 0)
+    assert (group["ids"], group["weights"]) == (Buffer(LEFT_IDS), None)
+
+
+def test_a_shared_expert_is_added_after_the_routed_ones() -> None:
+    plan = cached("qwen2_moe")
+    last = [op for op in plan.placed_ops if op.layer == 0][-2:]
+    assert [op.kind for op in last] == ["combine", "down"]
+    assert last[1].arguments["experts"].name == "layers.0.ffn.shared"
+    assert last[1].arguments["output"] == Buffer("residual")
+
+
+def test_the_router_of_the_next_layer_is_asked_early() -> None:
+    plan = cached("mixtral", prefetch="next-gate")
+    routers = [op for op in plan.placed_ops if op.kind == "router"]
+    assert [(op.layer, op.arguments["weight"].name) for op in routers] == [
+        (0, "layers.0.ffn.router"), (0, "layers.1.ffn.router"), (1, "layers.1.ffn.router"),
+    ]  # fmt: skip
+    assert routers[1].arguments["logits"] == Buffer("next_router_logits")
+
+
+def test_a_device_runs_the_routed_experts_of_one_layer_over_slots() -> None:
+    ops = device_ops(cached("gpt_oss", weight_format="int8").placed_ops, 9)
+    assert [op.kind for op in ops] == ["group", "gate_up", "quantise", "down"]
+    group, gate_up, _, down = (op.arguments for op in ops)
+    assert group["experts"] == 9 and gate_up["experts"] == Weight("experts") and down["bias"] == Weight("down_bias")
+
+
+def test_the_slots_are_counted() -> None:
+    """By hand: gate and up [40, 96] are 48 x 128 and down [96, 40] is 96 x 64 padded bf16 values."""
+    plan, without = cached(nblocks=2, nways=3), plan_of()
+    assert plan.cache.slot_bytes == 2 * (2 * 48 * 128 + 96 * 64) and plan.cache.nbytes == 6 * plan.cache.slot_bytes
+    more = plan.arena_bytes - without.arena_bytes
+    assert plan.fixed_bytes == without.fixed_bytes + more + plan.cache.nbytes
+    assert "2 indexes of 3 slots" in str(plan) and plan.to_dict()["cache"]["slots"] == 6
+    assert without.cache is None and without.placed_ops == () and without.to_dict()["cache"] is None
+
+
+def test_biases_are_part_of_a_slot() -> None:
+    spec = SPECS["gpt_oss"]
+    tensors = {tensor.name: tensor for tensor in store_tensors(spec, plan_of(spec).formats)}
+    shape = expert_shape(spec, tensors)
+    assert [name for name, _ in shape.pieces] == ["experts", "gate_up_bias", "down_bias"]
+    assert shape.nbytes == sum(tensors[f"layers.0.ffn.{name}"].nbytes // 6 for name, _ in shape.pieces)
+
+
+def test_auto_takes_what_fits() -> None:
+    slot = cached().cache.slot_bytes
+    assert cached().cache.geometry.slots == 20, "two MoE layers of ten experts"
+    few = cached(device=DeviceConfig(memory_gb=7.5 * slot / 1e9), nblocks="auto", mapping="hash")
+    assert few.cache.geometry.slots <= 7 and few.cache.geometry.mapping == "hash"
+
+
+def test_too_many_slots_are_refused_with_how_many_fit() -> None:
+    slot = cached().cache.slot_bytes
+    with pytest.raises(ConfigError, match=r"2 x --cache-nways 4 are 8 slots of .*; 7 fit the device"):
+        cached(nblocks=2, nways=4, device=DeviceConfig(memory_gb=7.5 * slot / 1e9))
+    with pytest.raises(ConfigError, match="6 fit the device"):  # memory of the host
+        needed = plan_of().fixed_bytes + cached().arena_bytes - plan_of().arena_bytes
+        tokens = cached(nblocks=1, nways=1).max_seq_len * plan_of().kv.token_bytes
+        cached(memory=needed + tokens + 6 * slot + 5, nblocks=2, nways=4)
+    with pytest.raises(ConfigError, match="30 slots, the model has 20 experts"):
+        cached(nblocks=2, nways=15)
+
+
+def test_what_cannot_have_a_cache_says_so() -> None:
+    with pytest.raises(ConfigError, match="no experts to cache"):
+        plan_of(spec_of("llama"), device="simulated")
+    assert "below the 3 experts" in (cached(nblocks=2, nways=2).cache.warning or "")
+    assert cached(nblocks=2, nways=3).cache.warning is None
+    spec = SPECS["mixtral"]
+    first, second = spec.layers
+    uneven = replace(spec, layers=(first, replace(second, feed_forward=replace(second.feed_forward, intermediate=8))))
+    with pytest.raises(ConfigError, match="several sizes"):
+        plan_of(uneven, device="simulated")
