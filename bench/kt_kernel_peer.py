@@ -95,7 +95,7 @@ class OurLayer:
         ctypes.memmove(self._address(op, argument), values.ctypes.data, values.nbytes)
 
     def _address(self, op: str, argument: str) -> int:
-        return self.engine._address(self._ops[op].arguments[argument].name)
+        return self.engine.buffer(self._ops[op].arguments[argument].name)
 
 
 class TheirLayer:
