@@ -13,7 +13,7 @@ from gpu_cache.bounds import Schedule
 from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
-from gpu_cache.policies import POLICIES
+from gpu_cache.policies import POLICIES, known_policy
 from gpu_cache.quota_bound import quota_bound
 from gpu_cache.table import Table
 from gpu_cache.trace import Calls, Ints
@@ -46,7 +46,7 @@ class Setting:
         """Raise CacheError for what no cache can have."""
         if self.delay < 0:
             raise CacheError(f"delay of copies: {self.delay}, must be 0 lookups or more")
-        policy = known_policy(self.policy)
+        policy = known_policy(self.policy, policy_names())
         policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
         Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
 
@@ -79,7 +79,7 @@ def replay(calls: Calls, setting: Setting, costs: Costs | None = None) -> Result
 
     Raises CacheError for a setting that no cache can have.
     """
-    name = known_policy(setting.policy)
+    name = known_policy(setting.policy, policy_names())
     return _replay_schedule(calls, setting, name) if name in SCHEDULES else _replay_table(calls, setting, costs)
 
 
@@ -88,29 +88,15 @@ def policy_names() -> tuple[str, ...]:
     return (*POLICIES, *SCHEDULES)
 
 
-def known_policy(name: str) -> str:
-    """The name of a policy as it is spelt here. Raises CacheError for others."""
-    for known in policy_names():
-        if known.lower() == name.lower():
-            return known
-    raise CacheError(f"replacement policy {name!r} is unknown: use one of {', '.join(policy_names())}")
-
-
 def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result:
     geometry = setting.geometry(calls)
     table = Table(geometry, setting.policy, setting.admission, setting.quota, setting.seed, costs)
     splits = drive(calls, table, CopyClock(setting.delay))
-    counts = table.counts
     return Result(
         setting=setting,
         steps=calls.steps,
-        calls=counts.calls,
-        hits=counts.hits,
-        loading=counts.loading,
-        misses=counts.misses,
-        fills=counts.fills,
-        evictions=counts.evictions,
         splits=splits,
+        **table.counts._asdict(),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, cache_errors
 from hybrid.memory import size_text
 from hybrid.placement import ExpertShape
 
@@ -27,7 +27,6 @@ class CachePlan:
     shape: ExpertShape
     settings: CacheConfig
     simulated: DeviceConfig
-    fitting: int  # slots that the device has room for
     warning: str | None
 
     @property
@@ -71,22 +70,19 @@ def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan
             f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
         )
     warning = _warning(geometry, shape)
-    return CachePlan(config.device, geometry, shape, config.cache, config.simulated, fitting, warning)
+    return CachePlan(config.device, geometry, shape, config.cache, config.simulated, warning)
 
 
 def _geometry(shape: ExpertShape, cache: CacheConfig, fitting: int) -> Geometry:
-    from gpu_cache.errors import CacheError
     from gpu_cache.geometry import Geometry, auto_geometry
 
     layers = len(shape.layers)
-    try:
+    with cache_errors():
         if cache.nblocks in (None, "auto"):
             return replace(auto_geometry(fitting, layers, shape.experts, cache.nways), mapping=cache.mapping)
         assert isinstance(cache.nblocks, int)
         nways = cache.nways or max(1, min(shape.experts, fitting // cache.nblocks))
         return Geometry(cache.nblocks, nways, layers, shape.experts, cache.mapping)
-    except CacheError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _warning(geometry: Geometry, shape: ExpertShape) -> str | None:

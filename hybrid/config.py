@@ -76,7 +76,7 @@ class EngineConfig:
     check: bool = False  # read and verify every tensor before the first step
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
-    routes: bool = False  # whether `Engine.observe_routes` will be used
+    routes: bool = False  # whether `Engine.routes` may get an observer
 
     @property
     def cached(self) -> bool:

@@ -247,10 +247,8 @@ class Engine:
     def _model_mark(self) -> str:
         assert self.plan.cache is not None
         shape = self.plan.cache.shape
-        routers = {index: self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers}
-        return model_mark(
-            shape, (view(self.weight(tensor.name), tensor.shape, np.float32) for tensor in routers.values())
-        )
+        routers = (self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers)
+        return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
 
     def _cpu_seconds(self) -> float:
         """What one row of one expert costs the threads: the least of a few steps, or, where runs must be repeatable, a

@@ -1,5 +1,10 @@
 """Named errors. Each message is one line: the cause, the value, what is allowed, what to change."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HybridError(Exception):
     """Base of everything this library raises on purpose; the command line turns it into exit code 2."""
@@ -27,3 +32,14 @@ class KernelError(HybridError):
 
 class StepCancelled(HybridError):
     """The running step was cancelled between two of its operations; what it wrote must be discarded."""
+
+
+@contextmanager
+def cache_errors(flag: str = "") -> Iterator[None]:
+    """What `gpu_cache` refuses is a ConfigError of ours, which names the flag if there is one."""
+    from gpu_cache.errors import CacheError
+
+    try:
+        yield
+    except CacheError as error:
+        raise ConfigError(f"{flag} {error}".strip()) from None

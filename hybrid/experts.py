@@ -159,8 +159,8 @@ class DeviceExperts:
             for fill in table.admit():
                 self._copy_in(fill.slot, fill.key)
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
-            early, _ = distinct_calls(self._early_ids[: len(ids)].tolist(), routes.weights.tolist(), routes.top_k)
-            for fill in table.prefetch(layer + 1, early):
+            early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
+            for fill in table.prefetch(layer + 1, list(early)):
                 self._copy_in(fill.slot, fill.key)
         routes.observe(layer)
         looked_up = perf_counter()

@@ -10,20 +10,20 @@ import typer
 from hybrid.config import CACHE_MODES, DEVICES, KV_FORMATS, LOADS, WEIGHT_FORMATS
 
 
-def _flag(name: str, text: str, **more: Any) -> Any:
+def flag(name: str, text: str, **more: Any) -> Any:
     return typer.Option(name, help=text, **more)
 
 
-def _whole(name: str, text: str, **more: Any) -> Any:
-    return _flag(name, text, parser=parse_whole, metavar="INTEGER", **more)
+def whole(name: str, text: str, **more: Any) -> Any:
+    return flag(name, text, parser=parse_whole, metavar="INTEGER", **more)
 
 
-def _real(name: str, text: str, **more: Any) -> Any:
-    return _flag(name, text, parser=parse_real, metavar="NUMBER", **more)
+def real(name: str, text: str, **more: Any) -> Any:
+    return flag(name, text, parser=parse_real, metavar="NUMBER", **more)
 
 
-def _path(name: str, text: str, **more: Any) -> Any:
-    return _flag(name, text, parser=parse_path, metavar="PATH", **more)
+def path(name: str, text: str, **more: Any) -> Any:
+    return flag(name, text, parser=parse_path, metavar="PATH", **more)
 
 
 def parse_whole(text: str) -> int:
@@ -56,7 +56,7 @@ def parse_path(text: str) -> Path:
 
 
 def _repeated(name: str, text: str) -> Any:
-    return _flag(name, f"{text}; may be given several times.", show_default=False, metavar="TEXT")
+    return flag(name, f"{text}; may be given several times.", show_default=False, metavar="TEXT")
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,75 +69,73 @@ def _print_version(wanted: bool) -> None:
 
 _AUTO = {"show_default": "chosen for the machine"}
 ModelPath = Annotated[
-    Path | None, _path("--model-path", "Model directory or packed store.", show_default="embedded model")
+    Path | None, path("--model-path", "Model directory or packed store.", show_default="embedded model")
 ]
 Prompts = Annotated[list[str], _repeated("--prompt", "A prompt")]
-PromptPath = Annotated[Path | None, _path("--prompt-path", 'Text file, a prompt a line, or JSON {"prompts": []}.')]
-PromptCount = Annotated[int | None, _whole("--n-prompts", "Repeat or cut the list of prompts to this many.")]
-Chat = Annotated[bool, _flag("--chat", "Prompts are questions: apply the chat template.")]
-HideResponse = Annotated[bool, _flag("--hide-resp", "Do not print the text.")]
-Json = Annotated[bool, _flag("--json", "Print one JSON object instead of text and summary.")]
-DryRun = Annotated[bool, _flag("--dry-run", "Print the plan of memory and threads, load nothing.")]
-BreakdownCsv = Annotated[Path | None, _path("--breakdown-csv", "Write the times of every step, in ms.")]
-CachehitCsv = Annotated[Path | None, _path("--cachehit-csv", "Write the hits of the expert cache by step and layer.")]
+PromptPath = Annotated[Path | None, path("--prompt-path", 'Text file, a prompt a line, or JSON {"prompts": []}.')]
+PromptCount = Annotated[int | None, whole("--n-prompts", "Repeat or cut the list of prompts to this many.")]
+Chat = Annotated[bool, flag("--chat", "Prompts are questions: apply the chat template.")]
+HideResponse = Annotated[bool, flag("--hide-resp", "Do not print the text.")]
+Json = Annotated[bool, flag("--json", "Print one JSON object instead of text and summary.")]
+DryRun = Annotated[bool, flag("--dry-run", "Print the plan of memory and threads, load nothing.")]
+BreakdownCsv = Annotated[Path | None, path("--breakdown-csv", "Write the times of every step, in ms.")]
+CachehitCsv = Annotated[Path | None, path("--cachehit-csv", "Write the hits of the expert cache by step and layer.")]
 Version = Annotated[
     bool,
-    _flag("--version", "Print the version.", callback=_print_version, is_eager=True, show_default=False),
+    flag("--version", "Print the version.", callback=_print_version, is_eager=True, show_default=False),
 ]
-MaxTokens = Annotated[int, _whole("--max-tokens", "Tokens to generate at most, for each prompt.")]
-Temperature = Annotated[float, _real("--temperature", "Randomness; 0 takes the likeliest token.")]
-TopP = Annotated[float, _real("--top-p", "Keep the likeliest tokens that reach this probability.")]
-TopK = Annotated[int, _whole("--top-k", "Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float, _real("--min-p", "Keep tokens this likely, relative to the likeliest.")]
-RepetitionPenalty = Annotated[float, _real("--repetition-penalty", "Above 1 avoids tokens seen before.")]
-Seed = Annotated[int | None, _whole("--seed", "Makes sampling repeatable.")]
+MaxTokens = Annotated[int, whole("--max-tokens", "Tokens to generate at most, for each prompt.")]
+Temperature = Annotated[float, real("--temperature", "Randomness; 0 takes the likeliest token.")]
+TopP = Annotated[float, real("--top-p", "Keep the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, whole("--top-k", "Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float, real("--min-p", "Keep tokens this likely, relative to the likeliest.")]
+RepetitionPenalty = Annotated[float, real("--repetition-penalty", "Above 1 avoids tokens seen before.")]
+Seed = Annotated[int | None, whole("--seed", "Makes sampling repeatable.")]
 Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
-IgnoreEos = Annotated[bool, _flag("--ignore-eos", "Go on after the end of the text.")]
-Device = Annotated[str, _flag("--device", f"One of {', '.join(DEVICES)}; auto is cpu in this version.")]
+IgnoreEos = Annotated[bool, flag("--ignore-eos", "Go on after the end of the text.")]
+Device = Annotated[str, flag("--device", f"One of {', '.join(DEVICES)}; auto is cpu in this version.")]
 Format = Annotated[
     str,
-    _flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),
+    flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),
 ]
-KvFormat = Annotated[str, _flag("--kv-format", f"Of keys and values: one of {', '.join(KV_FORMATS)}.")]
+KvFormat = Annotated[str, flag("--kv-format", f"Of keys and values: one of {', '.join(KV_FORMATS)}.")]
 BatchInvariant = Annotated[
     bool | None,
-    _flag(
+    flag(
         "--batch-invariant/--no-batch-invariant",
         "Results do not depend on what else runs in a step.",
         show_default="on where it costs nothing: everywhere but with amx",
     ),
 ]
-Threads = Annotated[int | None, _whole("--threads", "Threads that compute.", **_AUTO)]
-Numa = Annotated[str, _flag("--numa", "Memory nodes to split the weights over: auto, off or a number.")]
-Load = Annotated[str, _flag("--load", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.")]
-MaxSeqLen = Annotated[int | None, _whole("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
-MaxBatch = Annotated[int, _whole("--max-batch", "Sequences that run together.")]
-ChunkSize = Annotated[int, _whole("--chunk-size", "Tokens computed in one step at most.")]
-CacheDir = Annotated[Path | None, _path("--cache-dir", "Where packed models are kept.", show_default="user cache")]
-Check = Annotated[bool, _flag("--check", "Verify every weight while loading.")]
+Threads = Annotated[int | None, whole("--threads", "Threads that compute.", **_AUTO)]
+Numa = Annotated[str, flag("--numa", "Memory nodes to split the weights over: auto, off or a number.")]
+Load = Annotated[str, flag("--load", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.")]
+MaxSeqLen = Annotated[int | None, whole("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
+MaxBatch = Annotated[int, whole("--max-batch", "Sequences that run together.")]
+ChunkSize = Annotated[int, whole("--chunk-size", "Tokens computed in one step at most.")]
+CacheDir = Annotated[Path | None, path("--cache-dir", "Where packed models are kept.", show_default="user cache")]
+Check = Annotated[bool, flag("--check", "Verify every weight while loading.")]
 CacheBlocks = Annotated[
     Any,
-    _flag("--cache-nblocks", "Indexes of the expert cache, or auto: what fits.", parser=parse_blocks, metavar="N|auto"),
+    flag("--cache-nblocks", "Indexes of the expert cache, or auto: what fits.", parser=parse_blocks, metavar="N|auto"),
 ]
-CacheWays = Annotated[int | None, _whole("--cache-nways", "Experts that each index holds.")]
-CacheQuota = Annotated[int | None, _whole("--cache-quota", "Experts copied in one step at most.")]
-CachePolicy = Annotated[str, _flag("--cache-replace-policy", "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.")]
-CacheAdmission = Annotated[
-    str, _flag("--cache-admission", "Which misses are copied: always, second-touch, break-even.")
-]
-CachePrefetch = Annotated[str, _flag("--cache-prefetch", "none, or next-gate: ask the next layer's router early.")]
-CacheMapping = Annotated[str, _flag("--cache-mapping", "Experts to indexes: modulo, prefix or hash.")]
-CacheMode = Annotated[str, _flag("--cache", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.")]
-CacheWarm = Annotated[Path | None, _path("--cache-warm", "Begin with the experts that this file lists.")]
-CacheSave = Annotated[Path | None, _path("--cache-save", "Write the experts that are cached at the end.")]
+CacheWays = Annotated[int | None, whole("--cache-nways", "Experts that each index holds.")]
+CacheQuota = Annotated[int | None, whole("--cache-quota", "Experts copied in one step at most.")]
+CachePolicy = Annotated[str, flag("--cache-replace-policy", "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.")]
+CacheAdmission = Annotated[str, flag("--cache-admission", "Which misses are copied: always, second-touch, break-even.")]
+CachePrefetch = Annotated[str, flag("--cache-prefetch", "none, or next-gate: ask the next layer's router early.")]
+CacheMapping = Annotated[str, flag("--cache-mapping", "Experts to indexes: modulo, prefix or hash.")]
+CacheMode = Annotated[str, flag("--cache", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.")]
+CacheWarm = Annotated[Path | None, path("--cache-warm", "Begin with the experts that this file lists.")]
+CacheSave = Annotated[Path | None, path("--cache-save", "Write the experts that are cached at the end.")]
 CacheDelay = Annotated[
     int | None,
-    _whole("--cache-delay", "Copies end after so many layers instead of when they are done.", show_default="as copied"),
+    whole("--cache-delay", "Copies end after so many layers instead of when they are done.", show_default="as copied"),
 ]
-CopyRate = Annotated[float, _real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
-Latency = Annotated[float, _real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
-ReadRate = Annotated[float, _real("--device-read-gbps", "GB/s of its memory, for modelled times.")]
-DeviceMemory = Annotated[float, _real("--device-memory-gb", "GB of its memory, for slots.")]
-TraceFile = Annotated[Path | None, _path("--trace", "Write which experts every token chose: .csv or .parquet.")]
-TokenCsv = Annotated[Path | None, _path("--token-csv", "Write the time of every token and the processors' clock.")]
-PowerCsv = Annotated[Path | None, _path("--power-csv", "Write power and energy per token.")]
+CopyRate = Annotated[float, real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
+Latency = Annotated[float, real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
+ReadRate = Annotated[float, real("--device-read-gbps", "GB/s of its memory, for modelled times.")]
+DeviceMemory = Annotated[float, real("--device-memory-gb", "GB of its memory, for slots.")]
+TraceFile = Annotated[Path | None, path("--trace", "Write which experts every token chose: .csv or .parquet.")]
+TokenCsv = Annotated[Path | None, path("--token-csv", "Write the time of every token and the processors' clock.")]
+PowerCsv = Annotated[Path | None, path("--power-csv", "Write power and energy per token.")]

@@ -15,7 +15,7 @@ from hybrid import flags as f
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.console import exit_codes, progress_bar, run_app, say
 from hybrid.core import Completion, SamplingParams
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, cache_errors
 from hybrid.prompts import DEFAULT_PROMPT, gather_prompts, read_stdin
 
 if TYPE_CHECKING:
@@ -169,13 +169,10 @@ def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) ->
 
 
 def _check_trace(path: Path) -> None:
-    from gpu_cache.errors import CacheError
     from gpu_cache.trace import check_suffix
 
-    try:
+    with cache_errors("--trace"):
         check_suffix(path)
-    except CacheError as error:
-        raise ConfigError(f"--trace {error}") from None
 
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:

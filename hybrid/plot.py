@@ -122,8 +122,9 @@ def _label(row: Row) -> str:
 
 def reuse(source: Path, title: str | None) -> Callable[[], Figure]:
     from gpu_cache.reuse import measure_reuse
+    from hybrid.errors import cache_errors
     from hybrid.figures import reuse_figure
-    from hybrid.simulate import cache_errors, load_trace
+    from hybrid.simulate import load_trace
 
     with cache_errors():
         measured = measure_reuse(load_trace(source, None, None))

@@ -6,8 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 
 from hybrid import flags as f
 from hybrid.console import exit_codes, progress_bar, say
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, cache_errors
 
 if TYPE_CHECKING:
     from gpu_cache.costs import Machine
@@ -27,25 +26,13 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _path(name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, parser=f.parse_path, metavar="PATH", **more)
-
-
 def _list(name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, metavar="LIST", **more)
+    return f.flag(name, text, metavar="LIST", **more)
 
 
-def _real(name: str, text: str) -> Any:
-    return typer.Option(name, help=text, parser=f.parse_real, metavar="NUMBER")
-
-
-def _whole(name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, parser=f.parse_whole, metavar="INTEGER", **more)
-
-
-TracePath = Annotated[Path, _path("--trace", "CSV or parquet of `hybrid run --trace`, or expert_choices.csv.")]
-Layers = Annotated[int | None, _whole("--layers", "MoE layers of the model.", show_default="what the trace has")]
-Experts = Annotated[int | None, _whole("--experts", "Experts of a layer.", show_default="what the trace has")]
+TracePath = Annotated[Path, f.path("--trace", "CSV or parquet of `hybrid run --trace`, or expert_choices.csv.")]
+Layers = Annotated[int | None, f.whole("--layers", "MoE layers of the model.", show_default="what the trace has")]
+Experts = Annotated[int | None, f.whole("--experts", "Experts of a layer.", show_default="what the trace has")]
 Blocks = Annotated[str | None, _list("--nblocks", "Indexes, as 14,16.", show_default="the number of layers")]
 Ways = Annotated[str | None, _list("--nways", "Slots of each.", show_default="a quarter and half of the experts")]
 Policies = Annotated[str, _list("--policy", "Policies, or all: LRU,LFU,Belady,...; a wrong one lists them.")]
@@ -53,19 +40,19 @@ Admissions = Annotated[str, _list("--admission", "always, second-touch, break-ev
 Mappings = Annotated[str, _list("--mapping", "modulo, prefix, hash.")]
 Quotas = Annotated[str, _list("--quota", "Copies in a step at most; none for no limit.")]
 Delays = Annotated[str, _list("--copy-delay", "Lookups that a copy takes beyond the next one.")]
-Seed = Annotated[int, _whole("--seed", "Of policies that draw lots.")]
-Pcie = Annotated[float | None, _real("--pcie-gbps", "GB/s of copies to the device.")]
-DeviceRate = Annotated[float | None, _real("--device-gbps", "GB/s with which the device reads experts.")]
-CpuRate = Annotated[float | None, _real("--cpu-gbps", "GB/s with which the CPU reads experts.")]
-ExpertSize = Annotated[float | None, _real("--expert-mb", "MB of an expert.")]
-OtherTime = Annotated[float, _real("--other-ms", "Time of a step besides its experts.")]
-LayerTime = Annotated[float, _real("--layer-ms", "Time to begin and join a layer on the device.")]
-Profile = Annotated[Path | None, _path("--profile", "JSON of `hybrid bench`: its read bandwidth is that of the CPU.")]
-Workers = Annotated[int | None, _whole("--workers", "Processes.", show_default="one for each processor")]
-Kept = Annotated[Path | None, _path("--results", "Keep results here, and do not replay again what is there.")]
-LibCacheSim = Annotated[Path | None, _path("--libcachesim", "Write the calls as CSV for libCacheSim, replay nothing.")]
-Convert = Annotated[Path | None, _path("--convert", "Write the trace as CSV or parquet, replay nothing.")]
-Output = Annotated[str, typer.Option("--output", help="table, csv or json.")]
+Seed = Annotated[int, f.whole("--seed", "Of policies that draw lots.")]
+Pcie = Annotated[float | None, f.real("--pcie-gbps", "GB/s of copies to the device.")]
+DeviceRate = Annotated[float | None, f.real("--device-gbps", "GB/s with which the device reads experts.")]
+CpuRate = Annotated[float | None, f.real("--cpu-gbps", "GB/s with which the CPU reads experts.")]
+ExpertSize = Annotated[float | None, f.real("--expert-mb", "MB of an expert.")]
+OtherTime = Annotated[float, f.real("--other-ms", "Time of a step besides its experts.")]
+LayerTime = Annotated[float, f.real("--layer-ms", "Time to begin and join a layer on the device.")]
+Profile = Annotated[Path | None, f.path("--profile", "JSON of `hybrid bench`: its read bandwidth is that of the CPU.")]
+Workers = Annotated[int | None, f.whole("--workers", "Processes.", show_default="one for each processor")]
+Kept = Annotated[Path | None, f.path("--results", "Keep results here, and do not replay again what is there.")]
+LibCacheSim = Annotated[Path | None, f.path("--libcachesim", "Write the calls as CSV for libCacheSim, replay nothing.")]
+Convert = Annotated[Path | None, f.path("--convert", "Write the trace as CSV or parquet, replay nothing.")]
+Output = Annotated[str, f.flag("--output", "table, csv or json.")]
 
 
 @app.command()
@@ -116,17 +103,6 @@ def simulate(
         print(FORMATS[output](run(grouped, settings, machine, worker_count(workers), results)))
 
 
-@contextmanager
-def cache_errors() -> Iterator[None]:
-    """What the cache refuses is a ConfigError of ours."""
-    from gpu_cache.errors import CacheError
-
-    try:
-        yield
-    except CacheError as error:
-        raise ConfigError(str(error)) from None
-
-
 def load_trace(path: Path, layers: int | None, experts: int | None) -> Trace:
     """A trace, or the seed's list of expert choices, which its first line tells apart."""
     from gpu_cache.converters import from_expert_choices, is_expert_choices
@@ -161,12 +137,12 @@ def make_settings(
     seed: int,
 ) -> list[Setting]:
     """Every combination, each once. Raises ConfigError for a list that is none."""
-    from gpu_cache.simulator import SCHEDULES, Setting, known_policy, policy_names
+    from gpu_cache.policies import known_policy
+    from gpu_cache.simulator import SCHEDULES, Setting, policy_names
 
     ways = sorted({max(1, calls.experts // 4), max(1, calls.experts // 2)})
-    policies = (
-        policy_names() if policy.lower() == "all" else [known_policy(name) for name in _words("--policy", policy)]
-    )
+    words = policy_names() if policy.lower() == "all" else _words("--policy", policy)
+    policies = [known_policy(word, policy_names()) for word in words]
     grid = product(
         [calls.layers] if nblocks is None else _counts("--nblocks", nblocks),
         ways if nways is None else _counts("--nways", nways),

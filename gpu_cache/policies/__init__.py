@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -23,7 +23,12 @@ POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in _found
 
 def make_policy(name: str, geometry: Geometry, seed: int = 0) -> Policy:
     """A policy by its name in `POLICIES`, in any case. Raises CacheError for others. seed: of those that draw lots."""
-    for known, policy in POLICIES.items():
+    return POLICIES[known_policy(name)](geometry, seed)
+
+
+def known_policy(name: str, policies: Collection[str] = POLICIES.keys()) -> str:
+    """The one of some policies that is meant, as it is spelt there. Raises CacheError if it is none of them."""
+    for known in policies:
         if known.lower() == name.lower():
-            return policy(geometry, seed)
-    raise CacheError(f"replacement policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
+            return known
+    raise CacheError(f"replacement policy {name!r} is unknown: use one of {', '.join(policies)}")

@@ -56,7 +56,8 @@ class Worker {
 // The experts of one place: group, gate and up, down by pair, on an executor of its own.
 class Place {
  public:
-  Place(int threads, const char* experts, int count) : executor_(kernels_portable, make_pool(threads, 1), limits()) {
+  Place(int threads, const char* experts, int count)
+      : executor_(kernels_portable, make_pool(threads, 1), limits_of(kRows)) {
     experts_ = experts;
     count_experts_ = count;
   }
@@ -80,25 +81,9 @@ class Place {
   }
   void add(Part part, const OpArgs& args) { executor_.add(part, args); }
 
-  void step() {
-    std::vector<int32_t> zeros(kRows, 0), positions(kRows, 0);
-    for (int i = 0; i < kRows; ++i) positions[size_t(i)] = i;
-    Step step{};
-    step.rows = kRows;
-    step.tokens = step.slots = zeros.data();
-    step.positions = positions.data();
-    Times times;
-    executor_.step(step, times, nullptr);
-  }
+  void step() { run_step(executor_, kRows); }
 
  private:
-  static Limits limits() {
-    Limits limits{};
-    limits.rows = limits.positions = kRows;
-    limits.slots = limits.vocab = 1;
-    limits.scratch_bytes = 1 << 18;
-    return limits;
-  }
   ExpertSet set(const Routing& routing, const bf16* input, int inputs, int64_t first, int columns) {
     ExpertSet set{};
     set.format = Format::bf16;

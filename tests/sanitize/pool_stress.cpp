@@ -19,7 +19,7 @@ constexpr int kRows = 24, kHidden = 128, kExperts = 5, kTopK = 2, kIntermediate 
 class Layer {
  public:
   explicit Layer(std::shared_ptr<ThreadPool> pool)
-      : pool_(std::move(pool)), executor_(kernels_portable, pool_, limits()) {
+      : pool_(std::move(pool)), executor_(kernels_portable, pool_, limits_of(kRows)) {
     fill(weights_.data(), int(matrix_bytes(kHidden, kHidden) / 2), 1);
     fill(experts_.data(), int(kExperts * expert_bytes() / 2), 2);
     for (int i = 0; i < kHidden; ++i) norm_weight_.data()[i] = 1.0f;
@@ -38,27 +38,11 @@ class Layer {
     return {residual_.data(), residual_.data() + size_t(rows) * kHidden};
   }
 
-  Outcome step(int rows) {
-    std::vector<int32_t> zeros(size_t(rows), 0), positions(size_t(rows), 0);
-    for (int i = 0; i < rows; ++i) positions[size_t(i)] = i;
-    Step step{};
-    step.rows = rows;
-    step.tokens = step.slots = zeros.data();
-    step.positions = positions.data();
-    Times times;
-    return executor_.step(step, times, nullptr);
-  }
+  Outcome step(int rows) { return run_step(executor_, rows); }
 
   void cancel() { executor_.cancel(); }
 
  private:
-  static Limits limits() {
-    Limits limits{};
-    limits.rows = limits.positions = kRows;
-    limits.slots = limits.vocab = 1;
-    limits.scratch_bytes = 1 << 18;
-    return limits;
-  }
   static int64_t expert_bytes() { return 3 * matrix_bytes(kIntermediate, kHidden); }
 
   void add_projection() {

@@ -50,4 +50,24 @@ inline std::shared_ptr<ThreadPool> make_pool(int threads, int nodes) {
   return std::make_shared<ThreadPool>(threads, std::vector<int>{}, nodes);
 }
 
+// For steps of at most `rows` rows of one sequence.
+inline Limits limits_of(int rows) {
+  Limits limits{};
+  limits.rows = limits.positions = rows;
+  limits.slots = limits.vocab = 1;
+  limits.scratch_bytes = 1 << 18;
+  return limits;
+}
+
+inline Outcome run_step(Executor& executor, int rows) {
+  std::vector<int32_t> zeros(size_t(rows), 0), positions(size_t(rows), 0);
+  for (int i = 0; i < rows; ++i) positions[size_t(i)] = i;
+  Step step{};
+  step.rows = rows;
+  step.tokens = step.slots = zeros.data();
+  step.positions = positions.data();
+  Times times;
+  return executor.step(step, times, nullptr);
+}
+
 }  // namespace stress
