@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,24 @@ def test_the_processor_is_recognised(cpu) -> None:
     assert python("-c", "import cpu_kernels; print(*cpu_kernels.available_isas())", cpu=cpu).split() == CPUS[cpu]
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-def test_the_kernels_pass_their_tests(cpu) -> None:
-    """Every kernel in every format; accuracy and random sizes are tried where the processor is not emulated."""
+def run_kernel_tests(cpu: str) -> str:
+    """Accuracy and random sizes are tried where the processor is not emulated."""
     best = CPUS[cpu][0]
     select = ("-k", best, "--ignore", "tests/kernels/test_accuracy.py", "tests/kernels")
-    report = python("-m", "pytest", "-p", "no:cacheprovider", "-vv", *select, cpu=cpu, HYBRID_TEST_ISA=best)
+    return python("-m", "pytest", "-p", "no:cacheprovider", "-vv", *select, cpu=cpu, HYBRID_TEST_ISA=best)
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[dict[str, Future[str]]]:
+    """What the tests of the kernels print on each processor, side by side: each takes minutes, on one core."""
+    with ThreadPoolExecutor() as pool:
+        yield {cpu: pool.submit(run_kernel_tests, cpu) for cpu in CPUS}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_kernels_pass_their_tests(reports, cpu) -> None:
+    """Every kernel in every format."""
+    best, report = CPUS[cpu][0], reports[cpu].result()
     for format in FORMATS:
         assert f"test_moe.py::test_random_routing[{best}-{format}-1] PASSED" in report
     assert "SKIPPED" not in report
