@@ -39,8 +39,13 @@ class CachePlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots, in the memory of the host as long as the device is simulated."""
+        """Of all slots."""
         return self.geometry.slots * self.slot_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the slots in the memory of the host: all, as long as the device is simulated."""
+        return self.nbytes if self.device == "simulated" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,9 +65,13 @@ class CachePlan:
         )
 
 
-def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan:
-    """free: bytes of the host that nothing else has planned. Raises ConfigError when the slots do not fit."""
-    fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+def plan_cache(shape: ExpertShape, config: EngineConfig, device_free: int, host_free: int) -> CachePlan:
+    """device_free, host_free: bytes that nothing else has planned; a simulated device needs both.
+
+    Raises ConfigError when the slots do not fit.
+    """
+    free = min(device_free, host_free) if config.device == "simulated" else device_free
+    fitting = max(0, free) // shape.nbytes
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:
         raise ConfigError(

@@ -20,6 +20,7 @@ import cpu_kernels
 from hybrid.binding import bind
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.device_step import CALLS
 from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
@@ -37,7 +38,9 @@ from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
     from hybrid.experts import DeviceExperts
+    from hybrid.gpu.step import DeviceStep
 
+CANCELLED = "the step was cancelled"  # what the executor raises then
 PROBES = 4  # steps that tell what experts cost the threads
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
@@ -51,6 +54,8 @@ def plan_model(config: EngineConfig) -> Plan:
     check_config(config)
     if config.device == "cuda":
         raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
+    if config.step_device and find_spec("torch") is None:
+        raise ConfigError(f"--step-on {config.step_on} needs torch, which is not installed: pip install '.[gpu]'")
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
     return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
@@ -92,7 +97,11 @@ class Engine:
         self.routes = self._new_routes()
         self._executor = bind(self._new_executor(), plan.ops, self)
         self.experts: DeviceExperts | None = None
+        self.device_step: DeviceStep | None = None
+        self._plain = self._executor  # of steps whose experts are all the threads'
         self._placed: cpu_kernels.Executor | None = None
+        if plan.device:
+            self._open_step()
         if plan.cache:
             self._open_device()
         self.load_seconds = time.perf_counter() - start
@@ -117,6 +126,8 @@ class Engine:
             notice(f"note: {plan.cache.warning}")
         engine = cls(store, plan, progress)
         engine.load_seconds = time.perf_counter() - start
+        if notice and engine.device_step and engine.device_step.note:
+            notice(f"note: {engine.device_step.note}")
         return engine
 
     def forward(self, batch: Batch) -> StepResult:
@@ -131,9 +142,14 @@ class Engine:
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         if self.routes:
             self.routes.begin(batch)
-        if self.experts:
-            return self._forward_placed(batch, logits, self.experts)
-        return self._run(self._executor, batch, logits)
+        try:
+            if self.device_step:
+                self.device_step.begin(batch, logits)
+            if self.experts and self.experts.placing:
+                return self._forward_placed(batch, logits, self.experts)
+            return self._run(self._plain, batch, logits)
+        except RuntimeError as error:
+            raise self._lost(error) from error
 
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
@@ -142,13 +158,12 @@ class Engine:
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
-            raise StepCancelled(str(error)) from None
+            if type(error) is RuntimeError and str(error) == CANCELLED:
+                raise StepCancelled(str(error)) from None
+            raise
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
-        """A step with a device, or one without while `experts` says that this is faster."""
-        if not experts.placing:
-            return self._run(self._executor, batch, logits)
         experts.begin()
         try:
             result = self._run(self._placed, batch, logits)
@@ -157,13 +172,25 @@ class Engine:
             raise
         return experts.end(result)
 
+    def _lost(self, error: RuntimeError) -> KernelError:
+        """The device failed: what was running is lost; steps to come are the threads' alone, and miss no token, for the
+        home of keys and values is theirs.
+        """
+        if self.experts:
+            self.experts.placing = False
+        self.device_step, self._plain = None, self._executor
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return KernelError(f"the device failed ({reason}); this step is lost, those to come run on the CPU")
+
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""
         self._kv.release(slot)
+        if self.device_step:
+            self.device_step.forget(slot)
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread."""
-        for executor in (self._executor, self._placed):
+        for executor in {self._executor, self._plain, self._placed}:
             if executor:
                 executor.cancel()
 
@@ -171,8 +198,10 @@ class Engine:
         """Give everything back; the engine cannot be used afterwards."""
         if self.experts:
             self._close_device()
-        self.experts = self.routes = self._placed = None
-        del self._executor, self._kv, self._weights, self._arena, self._node_arenas, self.pool
+        if self.device_step:
+            self.device_step.close()
+        self.experts = self.routes = self._placed = self.device_step = None
+        del self._executor, self._plain, self._kv, self._weights, self._arena, self._node_arenas, self.pool
         self.store.close()
 
     def __enter__(self) -> Engine:
@@ -227,6 +256,15 @@ class Engine:
         ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
         return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots)
 
+    def _open_step(self) -> None:
+        from hybrid.gpu.opening import open_step
+
+        assert self.plan.device is not None
+        self.device_step = open_step(
+            self.plan, self.store, self.weight, self.buffer, (self._arena.address, self._arena.size)
+        )
+        self._plain = bind(self._new_executor(), self.plan.device_ops, self)
+
     def _open_device(self) -> None:
         from hybrid.experts import DeviceExperts
 
@@ -234,7 +272,7 @@ class Engine:
         warm = self.plan.cache.settings.warm
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
         self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
-        self._placed = bind(self._new_executor(), self.plan.placed_ops, self)
+        self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
         self._close_device = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
         self.experts.preload(keys)
 
@@ -279,7 +317,7 @@ class Engine:
         return self._kv.layout(layer)
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
-        owner = self.routes if kind == "observe" else self.experts
+        owner = self.routes if kind == "observe" else self.device_step if kind in CALLS else self.experts
         return partial(getattr(owner, kind), layer)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
 from hybrid.cache_plan import CachePlan, plan_cache
 from hybrid.config import EngineConfig, check_config
+from hybrid.device_memory import DeviceMemory, StepSizes, plan_device
+from hybrid.device_step import device_step_buffers, device_step_ops
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.hardware import HardwareSpec, has_huge_pages
 from hybrid.memory import size_text
@@ -18,6 +20,7 @@ from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
 from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers
 from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
+from hybrid.supported import check_supported
 from hybrid.weights.layout import round_up, store_tensors
 from hybrid.weights.mix import FormatMix
 from hybrid.weights.split import Parts, held_bytes
@@ -63,6 +66,8 @@ class Plan:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
     cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
+    device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
+    lists for a step with it.
     """
 
     model_type: str
@@ -92,6 +97,9 @@ class Plan:
     ops: tuple[Op, ...]
     placed_ops: tuple[Op, ...] = ()
     cache: CachePlan | None = None
+    device: DeviceMemory | None = None
+    device_ops: tuple[Op, ...] = ()
+    device_placed_ops: tuple[Op, ...] = ()
 
     @property
     def nodes(self) -> int:
@@ -103,7 +111,8 @@ class Plan:
         """All that is needed before the first token: weights, arena, scratch, logits, runtime."""
         arenas = self.arena_bytes + sum(self.node_arena_bytes)
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
-        planned += self.cache.nbytes if self.cache else 0
+        planned += self.cache.host_bytes if self.cache else 0
+        planned += self.device.stand_in_bytes if self.device else 0
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -132,7 +141,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan for `--json`: numbers without the op list."""
         fields = asdict(self)
-        for name in ("ops", "placed_ops", "kv", "buffers", "node_buffers", "parts"):
+        for name in ("ops", "placed_ops", "device_ops", "device_placed_ops", "kv", "buffers", "node_buffers", "parts"):
             del fields[name]
         fields["cache"] = self.cache.to_dict() if self.cache else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
@@ -177,6 +186,8 @@ def _sized(
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
+    if config.step_device:
+        sizes |= device_step_buffers(spec, rows)
     step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
     buffers, arena_bytes = lay_out(step.sizes)
     own = [lay_out(sizes) for sizes in step.node_sizes]
@@ -210,20 +221,35 @@ def _sized(
         ops=tuple(observe_routes(step.ops) if config.routes else step.ops),
         placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
     )
+    if config.step_device:
+        plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
         plan = _with_cache(plan, shape, config)
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
     return replace(plan, kv_token_budget=min(slots * length, budget))
 
 
+def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:
+    """name: torch's, of the device."""
+    if plan.nodes > 1:
+        raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
+    free = hardware.device_free if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
+    sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
+    memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
+    plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
+    return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed)
+
+
 def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig) -> Plan:
-    """Slots get what is free beside everything else and the keys and values of one sequence."""
+    """Slots get what is free beside everything else, and on the host beside the keys and values of one sequence."""
     if plan.nodes > 1:
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
-    free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
-    return replace(plan, cache=plan_cache(shape, config, free))
+    host_free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
+    device_free = plan.device.left if plan.device else int(config.simulated.memory_gb * 1e9)
+    cache = plan_cache(shape, config, device_free, host_free)
+    return replace(plan, cache=cache, device=plan.device and replace(plan.device, slots=cache.nbytes))
 
 
 def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -312,35 +338,13 @@ def _part(spec: ModelSpec, name: str) -> str:
     return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"
 
 
-def check_supported(spec: ModelSpec) -> None:
-    """Raise ConfigError naming the first part of the model that no kernel implements."""
-    for layer in spec.layers:
-        attention, ffn = layer.attention, layer.feed_forward
-        checks = {
-            f"attention of kind {attention.kind!r}": attention.kind == "gqa" and attention.mla is None,
-            "values of another size than keys": attention.v_head_dim in (None, attention.head_dim),
-            f"norm {attention.qk_norm!r} on queries and keys": attention.qk_norm in ("none", "head"),
-            "gated attention": not attention.output_gate,
-            f"activation {ffn.activation!r}": ffn.activation in ("silu", "swiglu_clamped"),
-            f"norm of kind {spec.norm.kind!r}": spec.norm.kind == "rms" and not spec.norm.zero_centred,
-            "a bias on the output head": not spec.head_bias,
-        }
-        if router := ffn.router:
-            known = router.kind in ("softmax", "topk_softmax") and not router.correction_bias and router.groups == 1
-            checks[f"router of kind {router.kind!r}"] = known
-            checks[f"a bias on a router of kind {router.kind!r}"] = not router.bias or router.kind == "topk_softmax"
-        for what, supported in checks.items():
-            if not supported:
-                raise ConfigError(f"model_type {spec.model_type!r} uses {what}, which this version cannot run")
-
-
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [(f"weights: {part}", size) for part, size in plan.weight_bytes.items()]
     rows += [
         ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
         (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
         ("logits", plan.logits_bytes),
-        *([("expert cache (slots of the simulated device)", plan.cache.nbytes)] if plan.cache else []),
+        *([("expert cache (slots of the simulated device)", plan.cache.host_bytes)] if plan.cache else []),
         ("runtime", RUNTIME_BYTES),
         ("total before the first token", plan.fixed_bytes),
         (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
