@@ -11,6 +11,7 @@ from hybrid.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
 STEPS = ("auto", "threads", "torch-cpu")
+OVERLAPS = {"none": "none", "next": "next-gate"}  # what is copied while misses run: names of prefetches
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `weights.mix` has the rest
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
@@ -53,7 +54,7 @@ class DeviceConfig:
     copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
     latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
     read_gbps: float = 1008.0  # of its own memory, which decides how fast experts are computed
-    memory_gb: float = 24.0  # 10^9 bytes, for slots
+    memory_gb: float = 24.0  # 10^9 bytes, for slots, and for a step's other parts if they are there
     jitter_us: float = 0.0  # up to so much later, at random, a copy begins
 
 

@@ -46,15 +46,15 @@ class DeviceMemory:
         """What the host must have for it; its slots are counted elsewhere."""
         return self.weights + self.workspace + self.kv if self.torch_device == "cpu" else 0
 
-    def lines(self) -> list[tuple[str, int]]:
-        """What `--dry-run` shows."""
+    def rows(self) -> list[tuple[str, int]]:
+        """What `--dry-run` shows: names and bytes."""
         return [
-            ("device: weights but the experts, bf16", self.weights),
-            (f"device: mirror of {self.kv_tokens} tokens a sequence", self.kv),
-            ("device: workspace of a step, at most", self.workspace),
-            ("device: slots of experts", self.slots),
-            ("device: left", self.left),
-            ("device: free before", self.free),
+            ("weights but those of experts, in bf16", self.weights),
+            ("workspace of a step, at most", self.workspace),
+            (f"mirrored keys and values, {self.kv_tokens} tokens a sequence", self.kv),
+            ("slots of experts", self.slots),
+            ("left", self.left),
+            ("free before", self.free),
         ]
 
 

@@ -54,8 +54,6 @@ def plan_model(config: EngineConfig) -> Plan:
     check_config(config)
     if config.device == "cuda":
         raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
-    if config.step_device and find_spec("torch") is None:
-        raise ConfigError(f"--step-on {config.step_on} needs torch, which is not installed: pip install '.[gpu]'")
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
     return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
@@ -116,6 +114,8 @@ class Engine:
         start = time.perf_counter()
         plan = plan_model(config)
         plan.require_fit()
+        if plan.device and find_spec("torch") is None:
+            raise ConfigError(f"--step-on {config.step_on} needs torch, which is not installed: pip install '.[gpu]'")
         if notice and not plan.cpus:
             notice(f"note: {plan.threads} threads are more than the cores of this machine; fewer would be faster")
         if notice and plan.numa_note:

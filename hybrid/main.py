@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hybrid import flags as f
-from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
+from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.console import exit_codes, progress_bar, run_app, say
 from hybrid.core import Completion, SamplingParams
 from hybrid.errors import ConfigError, cache_errors
@@ -84,6 +84,9 @@ def run(
     cache_warm: f.CacheWarm = CacheConfig.warm,
     cache_save: f.CacheSave = None,
     cache_delay: f.CacheDelay = CacheConfig.delay,
+    step_on: f.StepOn = EngineConfig.step_on,
+    gpu_kv_tokens: f.GpuKvTokens = EngineConfig.gpu_kv_tokens,
+    overlap: f.Overlap = "none",
     device_copy_gbps: f.CopyRate = DeviceConfig.copy_gbps,
     device_latency_us: f.Latency = DeviceConfig.latency_us,
     device_read_gbps: f.ReadRate = DeviceConfig.read_gbps,
@@ -102,10 +105,18 @@ def run(
     flags = locals()
     with exit_codes():
         chosen = _prefixed("cache_", flags) | {"policy": cache_replace_policy, "mode": cache}
+        chosen |= _overlapped(overlap, cache_prefetch)
         simulated = _chosen(DeviceConfig, _prefixed("device_", flags))
         more = {"cache": _chosen(CacheConfig, chosen), "simulated": simulated, "routes": trace is not None}
         config = _chosen(EngineConfig, flags, **more)
         _run(config, _chosen(SamplingParams, flags, stop=tuple(stop)), _chosen(RunOptions, flags))
+
+
+def _overlapped(overlap: str, prefetch: str) -> dict[str, str]:
+    """`--overlap next` is the prefetch that runs while the misses do."""
+    if overlap not in OVERLAPS:
+        raise ConfigError(f"--overlap {overlap!r} is unknown; allowed: {', '.join(OVERLAPS)}")
+    return {"prefetch": prefetch if overlap == "none" else OVERLAPS[overlap]}
 
 
 def _prefixed(prefix: str, flags: Mapping[str, Any]) -> dict[str, Any]:

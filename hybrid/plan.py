@@ -11,11 +11,11 @@ from hybrid.config import EngineConfig, check_config
 from hybrid.device_memory import DeviceMemory, StepSizes, plan_device
 from hybrid.device_step import device_step_buffers, device_step_ops
 from hybrid.errors import CapacityError, ConfigError
-from hybrid.hardware import HardwareSpec, has_huge_pages
+from hybrid.hardware import HardwareSpec
 from hybrid.memory import size_text
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.nodes import NodeChoice, choose_nodes, node_threads
+from hybrid.nodes import NodeChoice, choose_nodes
 from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
 from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers
@@ -32,7 +32,6 @@ PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multi
 PANEL_COLUMNS = 64
 TILE = 16  # rows of a matrix tile of AMX
 MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
-_LOADS = {"map": "mapped from the store's files", "copy": "copied"}
 _SCALE = 4  # bytes of the scale of a key or a value
 
 
@@ -148,7 +147,9 @@ class Plan:
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
     def __str__(self) -> str:
-        return "\n".join([*_memory_lines(self), "", *_op_lines(self)])
+        from hybrid.plan_text import plan_text
+
+        return plan_text(self)
 
 
 def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:
@@ -233,7 +234,7 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    free = hardware.device_free if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
+    free = hardware.device_memory if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
     sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
     memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
     plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
@@ -336,61 +337,3 @@ def _part(spec: ModelSpec, name: str) -> str:
     if last.startswith("router"):
         return "router"
     return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    rows = [(f"weights: {part}", size) for part, size in plan.weight_bytes.items()]
-    rows += [
-        ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
-        (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
-        ("logits", plan.logits_bytes),
-        *([("expert cache (slots of the simulated device)", plan.cache.host_bytes)] if plan.cache else []),
-        ("runtime", RUNTIME_BYTES),
-        ("total before the first token", plan.fixed_bytes),
-        (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
-        (f"KV reserved for {plan.slots} sequences (address space)", plan.slots * plan.kv.slot_stride),
-        ("memory free", plan.memory_available),
-    ]
-    verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.slots} sequences"
-    return [
-        f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
-        + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
-        + f", steps of up to {plan.max_rows} rows",
-        f"formats: {plan.format_text}; keys and values {plan.kv.format}"
-        + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
-        f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
-        *([f"expert cache: {plan.cache}"] if plan.cache else []),
-        "",
-        *(f"  {name:<52}{size_text(size):>12}" for name, size in rows),
-        "",
-        f"  {verdict}",
-    ]
-
-
-def _nodes_text(plan: Plan) -> str:
-    if plan.nodes == 1:
-        return plan.numa_note or "one node"
-    real = [str(id) for id in plan.node_ids if id >= 0]
-    return f"{plan.nodes} nodes, {'numbers ' + ', '.join(real) if real else 'simulated'}"
-
-
-def _huge_text(plan: Plan) -> str:
-    """What is asked for; what was granted is known once it is there."""
-    wanted = [*["weights"] * (plan.load == "copy"), "buffers", "long keys and values"]
-    asked = f"for {', '.join(wanted)}" if has_huge_pages(plan.huge_pages) else "cannot be had"
-    return f"{asked} (system: {plan.huge_pages})"
-
-
-def _op_lines(plan: Plan) -> list[str]:
-    """The ops of the first layer and those outside, with each thread's share."""
-    shown = [op for op in plan.ops if op.layer in (None, 0)]
-    layers = len(plan.kv.layer_offsets)
-    lines = [f"  {len(plan.ops)} ops a step; those of layer 0 (of {layers}) and around the layers:"]
-    for op in shown:
-        units, what = op.split
-        node = op.arguments.get("node", -1)
-        threads = plan.threads if node < 0 else node_threads(plan.threads, plan.nodes, node)
-        share = f"{units} {what}, {-(-units // threads)} a thread" if units > 1 else f"shared by {what}"
-        place = f", node {node}" if node >= 0 else ""
-        lines.append(f"    {op.kind:<12}{op.part:<11}{share if units != 1 else 'one thread'}{place}")
-    return lines

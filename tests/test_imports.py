@@ -15,7 +15,7 @@ LEVELS = (
     ("config", "hardware"),
     ("models", "weights"),
     ("ops", "program", "nodes", "partition", "placement", "memory", "device_step", "device_memory", "supported")
-    + ("cache_plan", "plan"),
+    + ("cache_plan", "plan", "plan_text"),
     ("binding", "routes", "slot_program", "verdict", "warm", "experts", "gpu"),
     ("kv", "sampler", "tokenizer", "detokenizer", "chat", "engine"),
     ("scheduler",),
