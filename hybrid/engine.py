@@ -19,7 +19,7 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.binding import bind
 from hybrid.config import EngineConfig, check_config
-from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.device_step import CALLS
 from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
 from hybrid.hardware import probe
@@ -181,6 +181,15 @@ class Engine:
         self.device_step, self._plain = None, self._executor
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return KernelError(f"the device failed ({reason}); this step is lost, those to come run on the CPU")
+
+    def watch(self, observer: SpanObserver | None) -> None:
+        """From the next step on have it told, by several threads, of what a device, its copies and the threads beside
+        them do; None ends it.
+        """
+        if self.device_step:
+            self.device_step.observer = observer
+        if self.experts:
+            self.experts.observer = self.experts.device.observer = observer
 
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""

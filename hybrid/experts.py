@@ -23,7 +23,7 @@ from gpu_cache.devices.simulated import CopySpeed, SimulatedDevice
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.cache_plan import CachePlan
-from hybrid.core import StepResult
+from hybrid.core import SpanObserver, StepResult
 from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
@@ -109,6 +109,7 @@ class DeviceExperts:
         self.plan: CachePlan = plan.cache
         self.placing = True
         self.times = CacheTimes()
+        self.observer: SpanObserver | None = None  # told of lookups, misses and waits
         shape = self.plan.shape
         self._routes, pairs = routes, plan.max_rows * shape.top_k
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
@@ -127,6 +128,7 @@ class DeviceExperts:
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
+        self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
         self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
         self._ticket: Any = None
         self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
@@ -169,15 +171,28 @@ class DeviceExperts:
             self._ticket = self.device.run(self._slot_ids[: routes.rows])
             self.times.start += perf_counter() - looked_up
         self._placing_layer = False
+        if self.observer is not None:
+            self.observer("lookup", start, looked_up)
+            self._left = (perf_counter(), len(found.hits) < len(experts))
 
     def join(self, layer: int) -> None:
         """Wait until the device has computed its part of a layer."""
+        start = perf_counter()
         if self._ticket is not None:
-            start = perf_counter()
             self.device.join(self._ticket)
             self._ticket = None
             self.times.wait += perf_counter() - start
         self.table.release()
+        if self.observer is not None:
+            self._tell(start)
+
+    def _tell(self, joined: float) -> None:
+        """joined: when the threads were done with what was left to them."""
+        assert self.observer is not None
+        began, some = self._left
+        if some:
+            self.observer("misses", began, joined)
+        self.observer("wait", joined, perf_counter())
 
     def end(self, result: StepResult) -> StepResult:
         """The result of a step, with what the cache and the device did in it."""

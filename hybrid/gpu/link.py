@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,14 @@ class Link:
         if mark is not None:
             mark.synchronize()
 
+    def time(self) -> Any:
+        """The time at which the device has done all that it was asked for, for `Clock`."""
+        if self.device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def pin(self, address: int, size: int) -> str | None:
         """Let the device read and write this memory by itself, until `unpin`. Returns why it may not: then every copy
         waits for those before it.
@@ -60,6 +69,20 @@ class Link:
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._pinned)
             self._pinned = 0
+
+
+class Clock:
+    """Turns times of a link into seconds of time.perf_counter, once the device has done what they belong to."""
+
+    def __init__(self, link: Link) -> None:
+        """Waits for the device."""
+        self._zero = link.time()
+        if link.device.type == "cuda":
+            self._zero.synchronize()
+        self._seconds = perf_counter()
+
+    def seconds(self, time: Any) -> float:
+        return time if isinstance(time, float) else self._seconds + self._zero.elapsed_time(time) / 1e3
 
 
 def host_tensor(address: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hybrid.core import Batch
+from hybrid.core import Batch, SpanObserver
 from hybrid.device_step import ENDS, EXPERT_SUM, NEW_KV, STATES, kv_width, state_floats
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join, read_states
-from hybrid.gpu.link import Link, host_tensor, phase
+from hybrid.gpu.link import Clock, Link, host_tensor, phase
 from hybrid.gpu.mirror import KvMirror, Run, seen_places
 from hybrid.gpu.parts import Routed, gated, rms_norm, rope_table, rotate, route, softmax_scale
 from hybrid.gpu.products import linear
@@ -73,6 +76,9 @@ class DeviceStep:
         self.hit_sum: HitSum = lambda: None  # set by who computes experts on this device
         self.mirror = mirror
         self.note: str | None = None  # why copies are slower than they could be
+        self.observer: SpanObserver | None = None  # told of the phases of a step at its end
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._left = 0.0  # when `attend` was left
         self.normed = self.residual = torch.empty(0)
         self.routed: Routed | None = None
         self._spec, self._plan, self._weights, self._link = spec, plan, weights, link
@@ -112,11 +118,12 @@ class DeviceStep:
             self._buffers.ends[run.row : run.row + run.rows] = run.start
         self.residual = self._weights.embedding[tokens].float()
         self._owes_experts, self._pending = False, None
+        self._clock, self._spans = Clock(self._link) if self.observer else None, []
 
     @torch.inference_mode()
     def attend(self, layer: int) -> None:
         """Up to attention over what is mirrored, which goes on while the threads attend to older tokens."""
-        with phase("attention"):
+        with self._phase("attention"):
             self._add_experts()
             spec, weights, step = self._spec.layers[layer], self._weights.attention[layer], self._step
             rows = rms_norm(self.residual, weights.norm, self._spec.norm.eps).bfloat16()
@@ -130,11 +137,14 @@ class DeviceStep:
             self._attend_mirrored(layer, q.bfloat16(), older)
             if older:
                 self._link.wait(sent)
+        self._left = perf_counter()
 
     @torch.inference_mode()
     def route(self, layer: int) -> None:
         """The rest of attention, and the feed-forward up to what its experts read; dense ones whole."""
-        with phase("route"):
+        if self.observer is not None and self._step.older[self._spec.layers[layer].attention.window]:
+            self.observer("older tokens", self._left, perf_counter())
+        with self._phase("route"):
             spec, weights = self._spec.layers[layer], self._weights.attention[layer]
             attended = self._join_older(layer).flatten(1).bfloat16()
             self.residual = self.residual + linear(attended, weights.out, weights.out_bias)
@@ -154,11 +164,12 @@ class DeviceStep:
     @torch.inference_mode()
     def finish(self, _: int = 0) -> None:
         """The head, for the rows whose logits are wanted."""
-        with phase("head"):
+        with self._phase("head"):
             self._add_experts()
             rows = rms_norm(self.residual[self._step.logit_rows], self._weights.final_norm, self._spec.norm.eps)
             logits = linear(rows.bfloat16(), self._weights.head)
             torch.from_numpy(self._step.logits).copy_(logits)
+        self._tell()
 
     def forget(self, slot: int) -> None:
         """The keys and values of a slot were released, or written by others."""
@@ -167,6 +178,20 @@ class DeviceStep:
     def close(self) -> None:
         """The buffers of the engine are about to go."""
         self._link.unpin()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = self._link.time() if self.observer else None
+        with phase(name):
+            yield
+        if start is not None:
+            self._spans.append((name, start, self._link.time()))
+
+    def _tell(self) -> None:
+        """When the device was busy with what."""
+        if self.observer is not None and self._clock is not None:
+            for name, start, end in self._spans:
+                self.observer(name, self._clock.seconds(start), self._clock.seconds(end))
 
     def _run(self, slot: int, row: int, rows: int, position: int) -> Run:
         return Run(slot, row, rows, position, *self.mirror.extend(slot, position, rows))
@@ -257,7 +282,7 @@ class DeviceStep:
         """What threads and device made of the last layer's experts, once."""
         if not self._owes_experts:
             return
-        with phase("join"):
+        with self._phase("join"):
             hits = self.hit_sum()
             made = self._link.to_device(self._buffers.expert_sum[: self._step.rows])[:, : self._spec.hidden]
             for part in (hits, self._pending):
