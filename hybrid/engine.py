@@ -24,6 +24,7 @@ from hybrid.device_step import CALLS
 from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
+from hybrid.machine_profile import ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
 from hybrid.memory import MemoryGrant, NodeMemory
 from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
@@ -33,7 +34,7 @@ from hybrid.routes import Routes, view
 from hybrid.warm import model_mark, read_warm, write_warm
 from hybrid.weights.copied import CopiedWeights
 from hybrid.weights.mix import parse_mix
-from hybrid.weights.pack import Notice, Progress, cached_store, model_config, model_formats
+from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir, model_config, model_formats
 from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from hybrid.gpu.step import DeviceStep
 
 CANCELLED = "the step was cancelled"  # what the executor raises then
-PROBES = 4  # steps that tell what experts cost the threads
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
@@ -68,9 +68,13 @@ def _missing_for_cuda() -> str:
 class Engine:
     """Runs steps of one model. One step at a time; `cancel` may come from any thread."""
 
-    def __init__(self, store: Store, plan: Plan, progress: Progress | None = None) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, progress: Progress | None = None, profiles: Path | None = None
+    ) -> None:
         """Allocate what the plan says and bind its ops to addresses. Raises CapacityError if it does not fit,
         ConfigError if the store has other formats than the plan. A store whose weights were copied is closed.
+
+        profiles: where what was measured of this machine is kept; None: nowhere.
         """
         start = time.perf_counter()
         plan.require_fit()
@@ -98,6 +102,8 @@ class Engine:
         self.device_step: DeviceStep | None = None
         self._plain = self._executor  # of steps whose experts are all the threads'
         self._placed: cpu_kernels.Executor | None = None
+        self.profile: MachineProfile | None = None  # what experts cost here, if it was measured
+        self._profiles = profiles
         if plan.device:
             self._open_step()
         if plan.cache:
@@ -124,7 +130,8 @@ class Engine:
         store = cached_store(path, config.cache_dir, config.weight_format, progress, notice, config.check)
         if notice and plan.cache and plan.cache.warning:
             notice(f"note: {plan.cache.warning}")
-        engine = cls(store, plan, progress)
+        profiles = (config.cache_dir or default_cache_dir()) if plan.cache else None
+        engine = cls(store, plan, progress, profiles)
         engine.load_seconds = time.perf_counter() - start
         if notice and engine.device_step and engine.device_step.note:
             notice(f"note: {engine.device_step.note}")
@@ -282,6 +289,8 @@ class Engine:
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
         self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
         self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
+        if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
+            self._price_device(self.experts)
         self._close_device = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
         self.experts.preload(keys)
 
@@ -298,18 +307,37 @@ class Engine:
         return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
 
     def _cpu_seconds(self) -> float:
-        """What one row of one expert costs the threads: the least of a few steps, or, where runs must be repeatable, a
-        guess.
-        """
+        """What one row of one expert costs the threads: measured, or, where runs must be repeatable, a guess."""
         assert self.plan.cache is not None
         shape = self.plan.cache.shape
         if self.plan.cache.settings.delay is not None:
             return shape.nbytes / USUAL_BANDWIDTH
-        zero = np.zeros(1, np.int32)
-        batch, logits = Batch(zero, zero, zero, zero[:0]), self._logits[:0]
-        times = [self._run(self._executor, batch, logits).times.cpu_experts for _ in range(PROBES)]
-        self._kv.release(0)
-        return min(times[1:]) / (len(shape.layers) * shape.top_k)
+        mark = machine_mark(probe(self.plan.isa), self.plan.threads)
+        key = expert_key(shape, self.plan.formats.experts)
+        self.profile = cached_profile(self._profiles, mark, key, self._measure_experts)
+        return self.profile.experts[key].on_threads(1)
+
+    def _measure_experts(self) -> tuple[ExpertTimes, None]:
+        from hybrid.profiling import measured_rows, time_threads
+
+        threads = time_threads(self.plan, self.pool, self.weight, self.buffer)
+        return ExpertTimes(measured_rows(self.plan), threads), None
+
+    def _price_device(self, experts: DeviceExperts) -> None:
+        """Measured costs of a GPU in place of the figures of a simulated device."""
+        from hybrid.gpu.pricing import device_mark, measure_device
+
+        assert self.profile is not None
+        shape, place = experts.plan.shape, "cuda"
+        key = expert_key(shape, self.plan.formats.experts)
+        threads = self.profile.experts[key].threads
+        largest = max(self.store.tensors.values(), key=lambda tensor: tensor.nbytes)
+        read = partial(cpu_kernels.read_bandwidth, self.pool, self.plan.isa, self.weight(largest.name), largest.nbytes)
+        measure = partial(measure_device, self.plan, experts.device, place, threads, read)
+        mark = machine_mark(probe(self.plan.isa), self.plan.threads, device_mark(place))
+        self.profile = cached_profile(self._profiles, mark, key, measure)
+        if self.profile.link:
+            experts.reprice(measured_costs(self.profile.experts[key], self.profile.link, shape.nbytes))
 
     # What ops refer to, see `hybrid.binding.References`.
 

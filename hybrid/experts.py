@@ -214,6 +214,12 @@ class DeviceExperts:
                 self._follow(self.verdict())
         return replace(result, times=times, cache=counts[:, : len(COUNTS)])
 
+    def reprice(self, costs: CallCosts) -> None:
+        """Take costs that were measured on the device, before a step has run."""
+        self.costs = costs
+        self._contributions[:] = -0.0  # measuring left some
+        self.table = self._new_table(self.plan.settings.quota)
+
     def verdict(self) -> Verdict | None:
         """What the steps that decoded so far say; None before the first of them."""
         return judge(self.history.observed(), self.costs) if self.history.steps else None

@@ -16,7 +16,7 @@ LEVELS = (
     ("models", "weights"),
     ("ops", "program", "nodes", "partition", "placement", "memory", "device_step", "device_memory", "supported")
     + ("cache_plan", "plan", "plan_text"),
-    ("binding", "routes", "slot_program", "verdict", "warm", "experts", "gpu"),
+    ("binding", "routes", "slot_program", "verdict", "warm", "machine_profile", "profiling", "experts", "gpu"),
     ("kv", "sampler", "tokenizer", "detokenizer", "chat", "engine"),
     ("scheduler",),
     ("llm",),
