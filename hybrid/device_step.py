@@ -1,8 +1,8 @@
 """A step whose residual stream lives on a device: the threads keep experts, the home of the KV and its older tokens.
 
-The op list of a step without such a device is turned into one in which `hybrid.gpu.step` is called back, three times at
-most a layer, and does there what is left out here: norms, projections, rope, attention over the tokens that it mirrors,
-dense and shared experts, the router and the head. In each layer:
+The op list of a step without such a device is turned into one in which `hybrid.gpu.step` is called back: to start,
+twice a layer, and to finish. It does what is left out here: embedding, norms, projections, rope, attention over the
+tokens that it mirrors, dense and shared experts, the router and the head. In each layer:
 
     attend       callback: residual, norm, projections, rope; attention over mirrored tokens begins
     attention    of older tokens, if any: states, which the device joins with its own
@@ -26,12 +26,16 @@ NEW_KV = "device.kv"  # keys, then values of a layer for the rows of a step: flo
 ENDS = "device.ends"  # int32 [rows]: tokens from there on are mirrored by the device
 STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads, value_dim + 16]
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
-CALLS = ("attend", "route", "finish")  # kinds of callbacks
+CALLS = ("start", "attend", "route", "finish")  # kinds of callbacks
 
 
 def device_step_ops(ops: Iterable[Op]) -> list[Op]:
     """ops: of a step on the threads alone, or of one whose experts are placed."""
-    return [*_layers(list(ops)), Op("host", "head", {"call": Callback("finish", 0)}, (1, "thread"))]
+    start, finish = (
+        Op("host", part, {"call": Callback(kind, 0)}, (1, "thread"))
+        for kind, part in (("start", "other"), ("finish", "head"))
+    )
+    return [start, *_layers(list(ops)), finish]
 
 
 def device_step_buffers(spec: ModelSpec, rows: int) -> dict[str, int]:

@@ -221,6 +221,22 @@ def test_a_device_that_fails_costs_one_step(monkeypatch, cache) -> None:
         assert distance(step(engine, (0, 40, tokens[40:])), wanted[40:]) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ((0, 0, np.array([10**6])), "token id 1000000 is outside the vocabulary"),
+        ((4, 0, np.array([1])), "slot 4 of 4"),
+        ((0, 512, np.array([1])), "position 512 of 512"),
+        ((0, 0, np.zeros(65, int)), "a step of 65 rows"),
+    ],
+)
+def test_a_step_beyond_the_plan_is_refused_before_the_device_sees_it(part, words) -> None:
+    with embedded(**STEP) as engine:
+        with pytest.raises(KernelError, match=words):
+            step(engine, part)
+        assert engine.device_step is not None
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     with pytest.raises(ConfigError, match="--step-on 'gpu' is unknown"):
         embedded(step_on="gpu")

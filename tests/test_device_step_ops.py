@@ -37,7 +37,7 @@ def test_every_layer_crosses_to_the_device_and_back_in_turn(name, text, placed) 
             wanted += [("place", moe), ("join", moe)]
             moe += 1
     ops = ops_of(spec, mix_of(text), placed)
-    assert calls(ops) == [*wanted, ("finish", 0)]
+    assert calls(ops) == [("start", 0), *wanted, ("finish", 0)]
 
 
 @pytest.mark.parametrize("placed", [False, True])
@@ -68,5 +68,5 @@ def test_observers_are_told_after_the_router() -> None:
     spec, mix = SPECS["qwen3_moe"], mix_of("bf16")
     ops = device_step_ops(observe_routes(build_ops(spec, mix, [1.0])))
     kinds = [kind for kind, _ in calls(ops)]
-    assert kinds == ["attend", "route", "observe", "attend", "route", "attend", "route", "observe", "finish"]
+    assert kinds == ["start", "attend", "route", "observe", "attend", "route", "attend", "route", "observe", "finish"]
     assert {kind for kind in kinds if kind != "observe"} == set(CALLS)

@@ -95,9 +95,14 @@ class DeviceStep:
         self._mirrored: State | None = None
         self._attended = torch.empty(0)
 
-    @torch.inference_mode()
     def begin(self, batch: Batch, logits: npt.NDArray[np.float32]) -> None:
-        """A step begins. logits: float32 [len(batch.logit_rows), vocab], written by `finish`."""
+        """The step to come. logits: float32 [len(batch.logit_rows), vocab], written by `finish`."""
+        self._asked = batch, logits
+
+    @torch.inference_mode()
+    def start(self, _: int = 0) -> None:
+        """The step begins: the executor has found it within the plan."""
+        batch, logits = self._asked
         runs = [self._run(*run) for run in _runs(batch)]
         device = self._link.device
         tokens, slots, positions, logit_rows = (
