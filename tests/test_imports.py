@@ -56,7 +56,10 @@ def test_a_module_imports_its_own_level_or_lower_ones(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_imports_torch(path: Path) -> None:
+def test_nothing_but_the_code_for_a_gpu_imports_torch(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith(("gpu_cache/kernels/", "hybrid/gpu/")) or name == "gpu_cache/devices/torch_streams.py":
+        return
     assert not [name for name in imported(path) if name.split(".")[0] in ("torch", "triton", "xformers")]
 
 
@@ -78,7 +81,7 @@ def test_the_flags_of_run_need_no_model_library() -> None:
 
 
 def test_the_library_never_imports_torch() -> None:
-    assert "torch" not in modules_after("import hybrid.llm, hybrid.report, hybrid.conversation")
+    assert "torch" not in modules_after("import hybrid.llm, hybrid.report, hybrid.conversation, hybrid.experts")
 
 
 def test_the_package_offers_its_names_lazily() -> None:
