@@ -13,5 +13,5 @@ class PinningRefused(MemoryError):
     """The system pins no more memory of the host: one line, with the size that was asked."""
 
 
-class DeviceLost(RuntimeError):
+class DeviceLost(Exception):
     """The device does not answer any more, for the reason that is said; nothing it still owed will come."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gpu_cache.geometry import Geometry
 
 
+SLOT_SHARE = 0.9  # of the free memory of a GPU; the rest is for rows, and for torch
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """The cache of a run: where experts go, and the slots that hold them on the device.
@@ -39,8 +42,13 @@ class CachePlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots, in the memory of the host as long as the device is simulated."""
+        """Of all slots."""
         return self.geometry.slots * self.slot_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """What the slots take of the memory of the host: all, where the device is simulated."""
+        return self.nbytes if self.device == "simulated" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,14 +68,21 @@ class CachePlan:
         )
 
 
-def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan:
-    """free: bytes of the host that nothing else has planned. Raises ConfigError when the slots do not fit."""
-    fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int = 0) -> CachePlan:
+    """free: bytes of the host that nothing else has planned. device_memory: bytes that are free on the GPU, if there is
+    one. Raises ConfigError when the slots do not fit.
+    """
+    if config.device == "cuda":
+        fitting = int(device_memory * SLOT_SHARE) // shape.nbytes
+        room = f"the {size_text(device_memory)} that others have left free on the GPU"
+    else:
+        fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+        room = "the device and the memory that is free"
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:
         raise ConfigError(
             f"--cache-nblocks {geometry.nblocks} x --cache-nways {geometry.nways} are {geometry.slots} slots of "
-            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
+            f"{size_text(shape.nbytes)}; {fitting} fit {room}: lower one of them"
         )
     warning = _warning(geometry, shape)
     return CachePlan(config.device, geometry, shape, config.cache, config.simulated, warning)

@@ -39,6 +39,8 @@ class CacheConfig:
     delay: int | None = None
     poison: bool = False
     seed: int = 0
+    pin_weights: bool = False  # all weights of the experts, so that a GPU copies them from where they lie
+    strict_placement: bool = False  # results depend on where each expert ran, and on nothing else of the cache
 
     @property
     def requested(self) -> bool:
@@ -81,7 +83,7 @@ class EngineConfig:
     @property
     def cached(self) -> bool:
         """Whether experts may be computed on a device."""
-        return self.device == "simulated" and self.cache.mode != "off"
+        return self.device in ("simulated", "cuda") and self.cache.mode != "off"
 
 
 def check_config(config: EngineConfig) -> None:

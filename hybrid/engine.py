@@ -7,8 +7,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -49,17 +49,21 @@ def plan_model(config: EngineConfig) -> Plan:
     Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     check_config(config)
+    hardware = probe(config.isa)
     if config.device == "cuda":
-        raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
+        hardware = replace(hardware, device_memory=_device_memory())
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
-    return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
+    return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
 
 
-def _missing_for_cuda() -> str:
-    if find_spec("torch") is None:
-        return "torch is not installed, and this version has no CUDA device yet"
-    return "this version has no CUDA device yet"
+def _device_memory() -> int:
+    """Bytes that are free on the GPU. Raises ConfigError if there is none that can be used."""
+    from hybrid.gpu.usable import free_bytes, why_unusable
+
+    if problem := why_unusable():
+        raise ConfigError(f"--device cuda cannot be had: {problem}; use auto, cpu or simulated")
+    return free_bytes()
 
 
 class Engine:
@@ -116,6 +120,9 @@ class Engine:
         if notice and plan.cache and plan.cache.warning:
             notice(f"note: {plan.cache.warning}")
         engine = cls(store, plan, progress)
+        if notice and engine.experts:
+            for note in engine.experts.notes:
+                notice(f"note: {note}")
         engine.load_seconds = time.perf_counter() - start
         return engine
 
@@ -146,16 +153,15 @@ class Engine:
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
-        """A step with a device, or one without while `experts` says that this is faster."""
-        if not experts.placing:
-            return self._run(self._executor, batch, logits)
-        experts.begin()
-        try:
-            result = self._run(self._placed, batch, logits)
-        except BaseException:
-            experts.recover()
-            raise
-        return experts.end(result)
+        """A step with a device, or one without while `experts` says so. A step may be run again: it writes the same."""
+        while experts.placing:
+            experts.begin()
+            try:
+                return experts.end(self._run(self._placed, batch, logits))
+            except BaseException as error:
+                if not experts.recover(error):
+                    raise
+        return self._run(self._executor, batch, logits)
 
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""

@@ -84,6 +84,8 @@ def run(
     cache_warm: f.CacheWarm = CacheConfig.warm,
     cache_save: f.CacheSave = None,
     cache_delay: f.CacheDelay = CacheConfig.delay,
+    pin_weights: f.PinWeights = CacheConfig.pin_weights,
+    strict_placement: f.StrictPlacement = CacheConfig.strict_placement,
     device_copy_gbps: f.CopyRate = DeviceConfig.copy_gbps,
     device_latency_us: f.Latency = DeviceConfig.latency_us,
     device_read_gbps: f.ReadRate = DeviceConfig.read_gbps,
@@ -101,7 +103,8 @@ def run(
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
     flags = locals()
     with exit_codes():
-        chosen = _prefixed("cache_", flags) | {"policy": cache_replace_policy, "mode": cache}
+        named = {"policy": cache_replace_policy, "mode": cache, "pin_weights": pin_weights}
+        chosen = _prefixed("cache_", flags) | named | {"strict_placement": strict_placement}
         simulated = _chosen(DeviceConfig, _prefixed("device_", flags))
         more = {"cache": _chosen(CacheConfig, chosen), "simulated": simulated, "routes": trace is not None}
         config = _chosen(EngineConfig, flags, **more)

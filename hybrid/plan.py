@@ -103,7 +103,7 @@ class Plan:
         """All that is needed before the first token: weights, arena, scratch, logits, runtime."""
         arenas = self.arena_bytes + sum(self.node_arena_bytes)
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
-        planned += self.cache.nbytes if self.cache else 0
+        planned += self.cache.host_bytes if self.cache else 0
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -211,19 +211,19 @@ def _sized(
         placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
     )
     if shape:
-        plan = _with_cache(plan, shape, config)
+        plan = _with_cache(plan, shape, config, hardware.device_memory)
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
     return replace(plan, kv_token_budget=min(slots * length, budget))
 
 
-def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig) -> Plan:
+def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig, device_memory: int) -> Plan:
     """Slots get what is free beside everything else and the keys and values of one sequence."""
     if plan.nodes > 1:
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
     free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
-    return replace(plan, cache=plan_cache(shape, config, free))
+    return replace(plan, cache=plan_cache(shape, config, free, device_memory))
 
 
 def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -340,7 +340,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
         (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
         ("logits", plan.logits_bytes),
-        *([("expert cache (slots of the simulated device)", plan.cache.nbytes)] if plan.cache else []),
+        *_slot_rows(plan.cache),
         ("runtime", RUNTIME_BYTES),
         ("total before the first token", plan.fixed_bytes),
         (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
@@ -361,6 +361,10 @@ def _memory_lines(plan: Plan) -> list[str]:
         "",
         f"  {verdict}",
     ]
+
+
+def _slot_rows(cache: CachePlan | None) -> list[tuple[str, int]]:
+    return [("expert cache (slots of the simulated device)", cache.host_bytes)] if cache and cache.host_bytes else []
 
 
 def _nodes_text(plan: Plan) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused
 
 GARBAGE = 0xA5
-AT_ONCE = 3  # things that may happen between two calls
 CHANGES = 0.05  # how often, a call, the streams get other speeds
 
 
@@ -30,6 +29,7 @@ class StandIn:
     """
 
     copy, compute, host = "copy", "compute", "host"
+    at_once = 3  # things that may happen between two calls
 
     def __init__(self, seed: int = 0, capacity: float = np.inf, pinnable: float = np.inf, lost_after: float = np.inf):
         self.random = Random(seed)
@@ -112,7 +112,7 @@ class StandIn:
             raise DeviceLost("an illegal memory access was encountered")
         if self.random.random() < CHANGES:
             self._speeds = [self.random.random() ** 3 + 1e-3 for _ in self.queues]
-        for name in self.random.choices(list(self.queues), self._speeds, k=AT_ONCE):
+        for name in self.random.choices(list(self.queues), self._speeds, k=self.at_once):
             if self._able(name):
                 self._step(name)
 

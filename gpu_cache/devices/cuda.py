@@ -102,7 +102,7 @@ class CudaDevice:
         self._next_buffer = 0
         self._key_of: list[int | None] = [None] * slots
         self._asked: deque[_Copy] = deque()
-        self._lost: DeviceLost | None = None
+        self._lost: str | None = None  # why; an error itself would keep the frames of whoever it went through
         self._closing = False
         self._worker = streams.worker()
 
@@ -127,7 +127,7 @@ class CudaDevice:
         self._ask(slot, key)
         self._finish(1)
         if not self._tell()[1]:
-            raise self._lost or DeviceLost("a copy failed")
+            self._require()
 
     def run(self, slot_ids: SlotIds) -> _Run:
         self._require()
@@ -145,6 +145,8 @@ class CudaDevice:
         self._compute.collect()
 
     def close(self) -> None:
+        if self._closing:
+            return
         self._closing = True
         self._worker.close()
         self._streams.close()
@@ -192,10 +194,9 @@ class CudaDevice:
             self._copy_chunk(copy, *self._chunks[number])
             if number == len(self._chunks) - 1:
                 self._end(copy)
-        except DeviceLost as error:
-            self._lost, copy.failed = error, True
         except Exception as error:  # it must be told of: a slot that nobody fills would be loading for ever
-            self._lost, copy.failed = DeviceLost(f"a copy failed: {error}"), True
+            reason = str(error) if isinstance(error, DeviceLost) else f"a copy failed: {error}"
+            self._lost, copy.failed = reason, True
 
     def _copy_chunk(self, copy: _Copy, piece: int, first: int, last: int) -> None:
         """(2) A staging buffer is written again when the copy from it has ended."""
@@ -241,7 +242,7 @@ class CudaDevice:
 
     def _require(self) -> None:
         if self._lost is not None:
-            raise self._lost
+            raise DeviceLost(self._lost)
 
     def _pin(self, regions: Sequence[Bytes]) -> bool:
         try:
