@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gpu_cache.geometry import Geometry
 
 
+SLOT_SHARE = 0.9  # of the free memory of a GPU; the rest is for rows, and for torch
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """The cache of a run: where experts go, and the slots that hold them on the device.
@@ -44,7 +47,7 @@ class CachePlan:
 
     @property
     def host_bytes(self) -> int:
-        """Of the slots in the memory of the host: all, as long as the device is simulated."""
+        """What the slots take of the memory of the host: all, where the device is simulated."""
         return self.nbytes if self.device == "simulated" else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,18 +68,21 @@ class CachePlan:
         )
 
 
-def plan_cache(shape: ExpertShape, config: EngineConfig, device_free: int, host_free: int) -> CachePlan:
-    """device_free, host_free: bytes that nothing else has planned; a simulated device needs both.
-
-    Raises ConfigError when the slots do not fit.
+def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int) -> CachePlan:
+    """free: bytes of the host that nothing else has planned. device_memory: the same of the device. Raises ConfigError
+    when the slots do not fit.
     """
-    free = min(device_free, host_free) if config.device == "simulated" else device_free
-    fitting = max(0, free) // shape.nbytes
+    if config.device == "cuda":
+        fitting = int(max(0, device_memory) * SLOT_SHARE) // shape.nbytes
+        room = f"the {size_text(device_memory)} that others have left free on the GPU"
+    else:
+        fitting = max(0, min(device_memory, free)) // shape.nbytes
+        room = "the device and the memory that is free"
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:
         raise ConfigError(
             f"--cache-nblocks {geometry.nblocks} x --cache-nways {geometry.nways} are {geometry.slots} slots of "
-            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
+            f"{size_text(shape.nbytes)}; {fitting} fit {room}: lower one of them"
         )
     warning = _warning(geometry, shape)
     return CachePlan(config.device, geometry, shape, config.cache, config.simulated, warning)

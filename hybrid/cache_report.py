@@ -64,7 +64,7 @@ def report(experts: DeviceExperts) -> CacheReport:
     counts, plan, times, device = experts.count(), experts.plan, experts.times, experts.device.times
     totals = dict(zip((*COUNTS, "fills"), map(int, counts.sum(axis=0)), strict=True))
     rates = counts[:, 1] / counts[:, 0].clip(1)
-    geometry, settings = plan.geometry, plan.settings
+    geometry, settings = experts.geometry, plan.settings
     return CacheReport(
         geometry=f"{geometry.nblocks} x {geometry.nways} slots, {geometry.mapping}",
         policy=settings.policy,

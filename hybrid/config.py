@@ -41,6 +41,8 @@ class CacheConfig:
     delay: int | None = None
     poison: bool = False
     seed: int = 0
+    pin_weights: bool = False  # all weights of the experts, so that a GPU copies them from where they lie
+    strict_placement: bool = False  # results depend on where each expert ran, and on nothing else of the cache
 
     @property
     def requested(self) -> bool:

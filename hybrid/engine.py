@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,17 +53,21 @@ def plan_model(config: EngineConfig) -> Plan:
     Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     check_config(config)
+    hardware = probe(config.isa)
     if config.device == "cuda":
-        raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
+        hardware = replace(hardware, device_memory=_device_memory())
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
-    return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
+    return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
 
 
-def _missing_for_cuda() -> str:
-    if find_spec("torch") is None:
-        return "torch is not installed, and this version has no CUDA device yet"
-    return "this version has no CUDA device yet"
+def _device_memory() -> int:
+    """Bytes that are free on the GPU. Raises ConfigError if there is none that can be used."""
+    from hybrid.gpu.usable import free_bytes, why_unusable
+
+    if problem := why_unusable():
+        raise ConfigError(f"--device cuda cannot be had: {problem}; use auto, cpu or simulated")
+    return free_bytes()
 
 
 class Engine:
@@ -132,9 +137,10 @@ class Engine:
             notice(f"note: {plan.cache.warning}")
         profiles = (config.cache_dir or default_cache_dir()) if plan.cache else None
         engine = cls(store, plan, progress, profiles)
+        if notice:
+            for note in engine.notes:
+                notice(f"note: {note}")
         engine.load_seconds = time.perf_counter() - start
-        if notice and engine.device_step and engine.device_step.note:
-            notice(f"note: {engine.device_step.note}")
         return engine
 
     def forward(self, batch: Batch) -> StepResult:
@@ -171,13 +177,15 @@ class Engine:
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
-        experts.begin()
-        try:
-            result = self._run(self._placed, batch, logits)
-        except BaseException:
-            experts.recover()
-            raise
-        return experts.end(result)
+        """A step with a device, or one without while `experts` says so. A step may be run again: it writes the same."""
+        while experts.placing:
+            experts.begin()
+            try:
+                return experts.end(self._run(self._placed, batch, logits))
+            except BaseException as error:
+                if not experts.recover(error):
+                    raise
+        return self._run(self._plain, batch, logits)
 
     def _lost(self, error: RuntimeError) -> KernelError:
         """The device failed: what was running is lost; steps to come are the threads' alone, and miss no token, for the
@@ -197,6 +205,12 @@ class Engine:
             self.device_step.observer = observer
         if self.experts:
             self.experts.observer = self.experts.device.observer = observer
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be had as asked, a line each."""
+        of_step = [self.device_step.note] if self.device_step and self.device_step.note else []
+        return of_step + (self.experts.notes if self.experts else [])
 
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""

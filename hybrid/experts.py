@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any
@@ -17,17 +18,17 @@ import numpy.typing as npt
 
 from gpu_cache.admission import Costs
 from gpu_cache.calls import distinct_calls
-from gpu_cache.clock import CopyClock
-from gpu_cache.device import Bytes, Device
-from gpu_cache.devices.simulated import CopySpeed, SimulatedDevice
+from gpu_cache.device import Bytes
+from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.cache_plan import CachePlan
 from hybrid.core import SpanObserver, StepResult
+from hybrid.devices import fewer_slots, open_device
+from hybrid.errors import KernelError
 from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
-from hybrid.slot_program import SlotProgram
 from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
 
 PAUSE = 0.0005  # seconds between two looks for copies that are waited for
@@ -91,7 +92,8 @@ def call_costs(plan: CachePlan, cpu_seconds: float) -> CallCosts:
 class DeviceExperts:
     """The table, the device and the buffers that they share with the step.
 
-    placing: whether steps use the device; the engine asks before each.
+    placing: whether steps use the device; the engine asks before each. notes: what could not be had as asked, a line
+    each. geometry: of the slots that there are, which may be fewer than planned.
     """
 
     def __init__(
@@ -121,10 +123,13 @@ class DeviceExperts:
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
         self._slots = plan.slots
-        self._pieces = _expert_pieces(self.plan, weights)
+        pieces = _expert_pieces(self.plan, weights)
+        self._source = partial(_pieces_of, pieces, shape.experts)
         self.costs = call_costs(self.plan, cpu_seconds)
-        self.history = DecodeHistory(self.plan.geometry)
-        self.device: Device = self._open_device(plan, address)
+        self.notes: list[str] = []
+        places = {name: address(name) for name in plan.buffers}  # not `address`, which belongs to who owns this
+        self._open = partial(open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__)
+        self._open_device(self.plan.geometry)
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
@@ -242,15 +247,49 @@ class DeviceExperts:
             self.table = self._new_table(0)
             self.preload(self.history.most_asked())
 
-    def recover(self) -> None:
-        """A step ended before its time: what it left in the buffers and in the table is cleared."""
+    def recover(self, error: BaseException) -> bool:
+        """A step ended before its time: what it left in the buffers and in the table is cleared. Returns whether the
+        step may be run again, because the device has got room by giving slots back.
+
+        Raises KernelError if the device is lost; the next steps run without it.
+        """
+        try:
+            self._clear(error)
+        except DeviceLost as lost:
+            self.placing = False
+            self.device.close()
+            raise KernelError(
+                f"the device is lost: {lost}; requests that ran have failed, the next ones run on the CPU alone"
+            ) from error
+        finally:
+            self._contributions[:] = -0.0
+        return isinstance(error, DeviceFull)
+
+    def _clear(self, error: BaseException) -> None:
+        if isinstance(error, DeviceLost):
+            raise error
         if self._ticket is not None:
-            self.device.join(self._ticket)
-            self._ticket = None
+            ticket, self._ticket = self._ticket, None
+            self.device.join(ticket)
+        if isinstance(error, DeviceFull):
+            return self._give_back()
         if self._placing_layer:  # the table may be in the middle of something
             self.reset()
         self.table.release()
-        self._contributions[:] = -0.0
+
+    def _give_back(self) -> None:
+        """The device needs its memory for other things: the cache starts anew with fewer slots, or not at all."""
+        fewer = fewer_slots(self.geometry)
+        self.device.close()
+        self._on_the_way.clear()
+        self._late.clear()
+        self._counts_before += self._count_table()
+        self._placing_layer = False
+        if fewer is None:
+            self.placing = False
+            return
+        self._open_device(fewer)
+        self.table = self._new_table(self.plan.settings.quota)
 
     def reset(self) -> None:
         """Forget what the device holds, once the copies on their way have ended."""
@@ -308,25 +347,21 @@ class DeviceExperts:
     def _new_table(self, quota: int | None) -> Table:
         settings, costs = self.plan.settings, self.costs
         prices = Costs(costs.copy, costs.cpu, costs.device)
-        return Table(self.plan.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
+        return Table(self.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
 
-    def _open_device(self, plan: Plan, address: Callable[[str], int]) -> Device:
-        settings, simulated = self.plan.settings, self.plan.simulated
-        return SimulatedDevice(
-            self.plan.geometry.slots,
-            [size for _, size in self.plan.shape.pieces],
-            self._source,
-            lambda memory: SlotProgram(plan, memory, address),
-            CopySpeed(
-                simulated.copy_gbps * 1e9, simulated.latency_us * 1e-6, simulated.jitter_us * 1e-6, settings.seed
-            ),
-            None if settings.delay is None else CopyClock(settings.delay),
-            settings.poison,
-        )
+    def _open_device(self, geometry: Geometry) -> None:
+        self.device, self.geometry, notes = self._open(geometry)
+        self.history = DecodeHistory(self.geometry)
+        self.notes += notes
 
-    def _source(self, key: int) -> list[Bytes]:
-        layer, expert = divmod(key, self.plan.shape.experts)
-        return [piece[expert] for piece in self._pieces[layer]]
+
+def _pieces_of(pieces: list[list[Bytes]], experts: int, key: int) -> list[Bytes]:
+    layer, expert = divmod(key, experts)
+    return [piece[expert] for piece in pieces[layer]]
+
+
+def _whole(pieces: list[list[Bytes]]) -> list[Bytes]:
+    return [piece.reshape(-1) for layer in pieces for piece in layer]
 
 
 def _expert_pieces(plan: CachePlan, weights: Callable[[str], int]) -> list[list[Bytes]]:

@@ -143,6 +143,11 @@ GpuKvTokens = Annotated[
 Overlap = Annotated[
     str, flag("--overlap", f"With misses: one of {', '.join(OVERLAPS)}; next copies for the next layer.")
 ]
+PinWeights = Annotated[bool, flag("--pin-weights", "Pin the weights of all experts, for faster copies to a GPU.")]
+StrictPlacement = Annotated[
+    bool,
+    flag("--strict-placement", "With a GPU: the same bits whenever the same experts ran on it; slower prompts."),
+]
 CopyRate = Annotated[float, real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
 Latency = Annotated[float, real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
 ReadRate = Annotated[float, real("--device-read-gbps", "GB/s of its memory, for modelled times.")]

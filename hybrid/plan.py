@@ -225,7 +225,7 @@ def _sized(
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
-        plan = _with_cache(plan, shape, config)
+        plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
     return replace(plan, kv_token_budget=min(slots * length, budget))
 
@@ -234,22 +234,25 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    free = hardware.device_memory if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
     sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
+    free = _device_memory(hardware, config)
     memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
     plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
     return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed)
 
 
-def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig) -> Plan:
+def _device_memory(hardware: HardwareSpec, config: EngineConfig) -> int:
+    return hardware.device_memory if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
+
+
+def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig, device_memory: int) -> Plan:
     """Slots get what is free beside everything else, and on the host beside the keys and values of one sequence."""
     if plan.nodes > 1:
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
-    host_free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
-    device_free = plan.device.left if plan.device else int(config.simulated.memory_gb * 1e9)
-    cache = plan_cache(shape, config, device_free, host_free)
+    free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
+    cache = plan_cache(shape, config, free, plan.device.left if plan.device else device_memory)
     return replace(plan, cache=cache, device=plan.device and replace(plan.device, slots=cache.nbytes))
 
 

@@ -102,22 +102,31 @@ def verify_model(
     max_tokens: int,
     thorough: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "simulated",
 ) -> list[Outcome]:
-    """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError."""
+    """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError.
+
+    device: one that computes experts with the bits of the CPU, as a GPU does not.
+    """
     scenarios = list(make_scenarios(_shape(config), thorough))
     expected, _ = _answers(config, prompts, max_tokens)
     outcomes = []
     for done, scenario in enumerate(scenarios):
-        outcomes.append(try_scenario(config, scenario, expected, prompts, max_tokens))
+        outcomes.append(try_scenario(config, scenario, expected, prompts, max_tokens, device))
         progress(done + 1, len(scenarios))
     return outcomes
 
 
 def try_scenario(
-    config: EngineConfig, scenario: Scenario, expected: Answers, prompts: Sequence[str], max_tokens: int
+    config: EngineConfig,
+    scenario: Scenario,
+    expected: Answers,
+    prompts: Sequence[str],
+    max_tokens: int,
+    device: str = "simulated",
 ) -> Outcome:
     """Run the prompts in a scenario and compare."""
-    cached = replace(config, device="simulated", cache=scenario.cache, simulated=scenario.device)
+    cached = replace(config, device=device, cache=scenario.cache, simulated=scenario.device)
     found, report = _answers(cached, prompts, max_tokens)
     return Outcome(
         scenario.name, report["calls"], report["hit_rate"], report["fills"], report["late_copies"],

@@ -1,0 +1,105 @@
+"""The experts of a layer on a GPU, between the buffers of the engine: rows go there, sums come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_cache.kernels.experts import ExpertKernels, ExpertLayout
+from gpu_cache.kernels.sums import weighted_sums
+from hybrid.ops import Op, RoutingTable
+from hybrid.placement import CONTRIBUTIONS, IDS, ROUTED, WEIGHTS
+from hybrid.plan import Plan
+from hybrid.routes import view
+from hybrid.weights.layout import BLOCK
+
+NORMED, RESIDUAL = "normed_f32", "residual"  # buffers of the engine: what experts read, what they are added to
+
+
+class SlotExperts:
+    """See `gpu_cache.devices.cuda.QueuedCompute`. One run at a time: it is collected before the next is queued.
+
+    The rows of a step go to the device as bf16, once a layer. Back comes the weighted sum of each row, which is added
+    to the residual stream before the threads' experts are; with `--strict-placement` what each expert made of each row
+    comes back instead, and is added with the threads' in the order of experts.
+    """
+
+    def __init__(self, plan: Plan, memory: Sequence[torch.Tensor], address: Callable[[str], int]) -> None:
+        """memory: uint8 [slots, bytes] of every piece of an expert. address: of the engine's buffers."""
+        assert plan.cache is not None
+        rows, top_k = plan.max_rows, plan.cache.shape.top_k
+        self._strict = plan.cache.settings.strict_placement
+        self._kernels = ExpertKernels(expert_layout(plan), memory, rows, top_k)
+        width = self._kernels.layout.hidden_stride
+        self._normed, self._residual = (view(address(name), (rows, width), np.float32) for name in (NORMED, RESIDUAL))
+        self._ids = view(address(IDS), (rows * top_k,), np.int32)
+        self._weights = view(address(WEIGHTS), (rows * top_k,), np.float32)
+        self._contributions = view(address(CONTRIBUTIONS), (rows * top_k, width), np.float32)
+        device = memory[0].device
+        self._x = _Mirror(rows, width, torch.bfloat16, device)
+        self._slot_ids = _Mirror(rows, top_k, torch.int32, device)
+        self._expert_ids = _Mirror(rows, top_k, torch.int32, device)
+        self._gates = _Mirror(rows, top_k, torch.float32, device)
+        self._result = _Mirror(rows * (top_k if self._strict else 1), width, torch.float32, device)
+        self._rows = 0
+
+    def queue(self, slot_ids: npt.NDArray[np.int32]) -> None:
+        rows, top_k = slot_ids.shape
+        x = self._x.upload(self._normed[:rows])
+        slots = self._slot_ids.upload(slot_ids)
+        contributions = self._kernels.run(x, slots)
+        self._rows = rows
+        if self._strict:
+            self._result.device[: rows * top_k].copy_(contributions)
+            return self._result.download(rows * top_k)
+        ids = self._expert_ids.upload(self._ids[: rows * top_k].reshape(rows, top_k))
+        weights = self._gates.upload(self._weights[: rows * top_k].reshape(rows, top_k))
+        weighted_sums(contributions, ids, weights, slots, self._result.device[:rows])
+        self._result.download(rows)
+
+    def collect(self) -> None:
+        rows = self._rows
+        if not self._strict:
+            self._residual[:rows] += self._result.host[:rows].numpy()
+            return
+        ours = np.flatnonzero(self._slot_ids.host[:rows].numpy().reshape(-1) >= 0)
+        self._contributions[ours] = self._result.host.numpy()[ours]
+
+
+class _Mirror:
+    """The same rows in pinned memory of the host and on the device."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.host = torch.zeros((rows, width), dtype=dtype, pin_memory=device.type == "cuda")
+        self.device = torch.zeros((rows, width), dtype=dtype, device=device)
+
+    def upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """Queue a copy of values [rows, width], which may change once this returns; returns them on the device."""
+        rows = len(values)
+        self.host[:rows].copy_(torch.from_numpy(values))
+        self.device[:rows].copy_(self.host[:rows], non_blocking=True)
+        return self.device[:rows]
+
+    def download(self, rows: int) -> None:
+        self.host[:rows].copy_(self.device[:rows], non_blocking=True)
+
+
+def expert_layout(plan: Plan) -> ExpertLayout:
+    """That of the routed experts. Widths are padded to whole blocks, whose padding has no weight."""
+    gate_up, down = (next(op for op in plan.placed_ops if _is(op, kind)) for kind in ("gate_up", "down"))
+    return ExpertLayout(
+        format=plan.formats.experts,
+        hidden=down.arguments["blocks"] * BLOCK,
+        intermediate=gate_up.arguments["blocks"] * BLOCK,
+        activation=gate_up.arguments["activation"].name,
+        bias=gate_up.arguments["bias"] is not None,
+    )
+
+
+def _is(op: Op, kind: str) -> bool:
+    routing = op.arguments.get("routing")
+    return op.kind == kind and isinstance(routing, RoutingTable) and routing.name == ROUTED

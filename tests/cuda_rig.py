@@ -1,0 +1,44 @@
+"""A GPU that is none: stand-ins in its place, for engines that ask for `--device cuda`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stream_standin import StandIn
+
+from hybrid import devices
+from hybrid.config import EngineConfig
+from hybrid.engine import Engine
+from hybrid.gpu import usable
+from hybrid.slot_program import SlotProgram
+
+ROOM = 10**9  # bytes of the device
+
+
+class SlotCompute:
+    """The kernels of the CPU behind the interface of a GPU."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._program = SlotProgram(*arguments)
+
+    def queue(self, slot_ids) -> None:
+        self._program(slot_ids)
+
+    def collect(self) -> None:
+        pass
+
+
+def put(monkeypatch, kind=StandIn, room: int = ROOM, seed: int = 0, compute=SlotCompute, **limits) -> list[StandIn]:
+    """Puts stand-ins in the place of a GPU, each with the next seed; returns those that will be made."""
+    made: list[StandIn] = []
+
+    def make() -> StandIn:
+        made.append(kind(seed + len(made), **limits))
+        return made[-1]
+
+    monkeypatch.setattr(EngineConfig, "step_device", None)  # nor is there one for the rest of a step
+    monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
+    monkeypatch.setattr(devices, "cuda_parts", lambda: (make, compute))
+    monkeypatch.setattr(usable, "why_unusable", lambda: None)
+    monkeypatch.setattr(usable, "free_bytes", lambda: room)
+    return made

@@ -1,0 +1,90 @@
+"""Whole steps whose hits the Triton kernels compute, in the interpreter, over the memory of the stand-in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from cuda_rig import put
+from steps import greedy, open_engine, step
+
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+
+from hybrid.config import CacheConfig  # noqa: E402
+from hybrid.engine import Engine  # noqa: E402
+from hybrid.gpu.slot_experts import SlotExperts  # noqa: E402
+
+if torch.cuda.is_available():
+    pytest.skip("tests of the interpreter: here is a GPU", allow_module_level=True)
+
+FULL = CacheConfig("auto", delay=0, poison=True)  # room for every expert
+TOKENS = np.arange(20) * 7 % 131
+
+
+class OnStandIn(SlotExperts):
+    """Takes the stand-in's memory for a GPU's."""
+
+    def __init__(self, plan, memory, address) -> None:
+        super().__init__(plan, [torch.from_numpy(piece) for piece in memory], address)
+
+
+def logits(engine: Engine) -> np.ndarray:
+    """Of few rows and of many, twice: the second time with hits alone where every expert fits."""
+    found = [step(engine, (0, 0, TOKENS[:3])), step(engine, (1, 0, TOKENS)), step(engine, (0, 0, TOKENS[:3]))]
+    for slot in (0, 1):
+        engine.release(slot)
+    return np.concatenate(found)
+
+
+def run(path: Path, tmp_path: Path, cache: CacheConfig | None, **choices) -> tuple[np.ndarray, float]:
+    """Logits, and the hit rate."""
+    device = {} if cache is None else {"device": "cuda", "cache": cache}
+    with open_engine(path, tmp_path / "cache", **device, **choices) as engine:
+        found = logits(engine)
+        counts = engine.experts.count().sum(axis=0) if engine.experts else np.ones(2)
+        return found, counts[1] / counts[0]
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_hits_on_the_kernels_are_near_the_cpu(tmp_path, monkeypatch, family, strict) -> None:
+    put(monkeypatch, compute=OnStandIn)
+    path = write_checkpoint(tmp_path / "hf", family)
+    wanted, _ = run(path, tmp_path, None)
+    found, hits = run(path, tmp_path, replace(FULL, strict_placement=strict))
+    assert 0.3 < hits < 1
+    assert error(found, wanted) < 0.02  # activations that the interpreter cuts off to bf16
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4"])
+def test_every_format_is_computed_on_the_device(tmp_path, monkeypatch, format) -> None:
+    put(monkeypatch, compute=OnStandIn)
+    path = write_checkpoint(tmp_path / "hf", "qwen3_moe")
+    wanted, _ = run(path, tmp_path, None, weight_format=format)
+    found, hits = run(path, tmp_path, FULL, weight_format=format)
+    assert hits > 0.3
+    assert error(found, wanted) < 0.06  # int8 activations on the CPU, bf16 on the device
+
+
+def test_the_same_places_give_the_same_bits_whatever_the_geometry(tmp_path, monkeypatch) -> None:
+    """Strictly: a fixed set of experts on the device, in other slots, indexes and orders of copies."""
+    path = write_checkpoint(tmp_path / "hf", "qwen3_moe")
+    warm = tmp_path / "warm.json"
+    put(monkeypatch, compute=OnStandIn)
+    with open_engine(path, tmp_path / "cache", device="cuda", cache=CacheConfig(2, 6, delay=0)) as engine:
+        greedy(engine, TOKENS[:5], 5, count=4)
+        engine.save_experts(warm)
+    strict = CacheConfig(1, 20, quota=0, warm=warm, strict_placement=True)
+    one, hits = run(path, tmp_path, strict)
+    put(monkeypatch, compute=OnStandIn, seed=9)
+    other, same_hits = run(path, tmp_path, replace(strict, nblocks=2, nways=10, policy="LFU"))
+    assert 0.1 < hits == same_hits < 1
+    assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
