@@ -301,7 +301,9 @@ class Engine:
         assert self.routes is not None and self.plan.cache is not None
         warm = self.plan.cache.settings.warm
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
-        self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
+        self.experts = DeviceExperts(
+            self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds(), self.device_step
+        )
         self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
         if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
             self._price_device(self.experts)

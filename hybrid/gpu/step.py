@@ -31,8 +31,6 @@ from hybrid.plan import Plan
 from hybrid.program import key_dim, ropes
 from hybrid.weights.formats import FORMATS
 
-HitSum = Callable[[], Tensor | None]  # of the layer at hand: float32 [rows, hidden] of what the device computed, if any
-
 
 @dataclass(frozen=True)
 class _Group:
@@ -60,7 +58,8 @@ class _Step:
 
 class DeviceStep:
     """Holds the residual stream of a step. `normed`, float32 [rows, hidden], are the rows that experts of the layer at
-    hand get, and `routed` where they go: for who computes some of them on the device.
+    hand get, and `routed` where they go: for who computes some of them on the device, and leaves their weighted sum,
+    float32 [rows, hidden or more], in `hits` until the layer after takes it.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class DeviceStep:
         address: Callable[[str], int],
     ) -> None:
         """address: of the buffers of the engine."""
-        self.hit_sum: HitSum = lambda: None  # set by who computes experts on this device
         self.mirror = mirror
         self.note: str | None = None  # why copies are slower than they could be
         self.observer: SpanObserver | None = None  # told of the phases of a step at its end
@@ -81,6 +79,7 @@ class DeviceStep:
         self._left = 0.0  # when `attend` was left
         self.normed = self.residual = torch.empty(0)
         self.routed: Routed | None = None
+        self.hits: Tensor | None = None
         self._spec, self._plan, self._weights, self._link = spec, plan, weights, link
         self._ropes = [
             (torch.from_numpy(frequencies).to(link.device), factor)
@@ -90,7 +89,7 @@ class DeviceStep:
         self._rope_of = [known.index(layer.attention.rope) if layer.attention.rope else None for layer in spec.layers]
         self._windows = {layer.attention.window for layer in spec.layers}
         self._buffers = _Buffers(spec, plan, link, address)
-        self._pending: Tensor | None = None  # what the device adds to the sum of the threads: hits and shared expert
+        self._pending: Tensor | None = None  # what the shared expert made
         self._owes_experts = False
         self._mirrored: State | None = None
         self._attended = torch.empty(0)
@@ -122,7 +121,7 @@ class DeviceStep:
         for run in runs:
             self._buffers.ends[run.row : run.row + run.rows] = run.start
         self.residual = self._weights.embedding[tokens].float()
-        self._owes_experts, self._pending = False, None
+        self._owes_experts, self.hits, self._pending = False, None, None
         self._clock, self._spans = Clock(self._link) if self.observer else None, []
 
     @torch.inference_mode()
@@ -288,12 +287,12 @@ class DeviceStep:
         if not self._owes_experts:
             return
         with self._phase("join"):
-            hits = self.hit_sum()
-            made = self._link.to_device(self._buffers.expert_sum[: self._step.rows])[:, : self._spec.hidden]
-            for part in (hits, self._pending):
-                made = made if part is None else made + part
+            hidden = self._spec.hidden
+            made = self._link.to_device(self._buffers.expert_sum[: self._step.rows])[:, :hidden]
+            for part in (self.hits, self._pending):
+                made = made if part is None else made + part[:, :hidden]
             self.residual = self.residual + made
-            self._owes_experts, self._pending = False, None
+            self._owes_experts, self.hits, self._pending = False, None, None
 
     def _is_moe(self, layer: int) -> bool:
         return self._spec.layers[layer].feed_forward.is_moe
