@@ -138,6 +138,8 @@ def _device_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceFull(_first_line(error)) from None
     except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise
         raise DeviceLost(_first_line(error)) from None
 
 
