@@ -95,5 +95,6 @@ def test_copies_of_a_real_thread_hold_their_experts() -> None:
     while device.pending:
         assert all(whole for _, whole in device.poll()) and time.monotonic() < until
     assert all((memory[slot] == key).all() for slot, key in holds.items() for memory in device.memory)
-    assert device.slot_of.tolist() == [next((s for s, k in holds.items() if k == key), -1) for key in range(256)]
+    table = device.slot_of.tolist()
     device.close()
+    assert table == [next((s for s, k in holds.items() if k == key), -1) for key in range(256)]
