@@ -12,6 +12,7 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 SlotIds = npt.NDArray[np.int32]
 Pieces = Sequence[Bytes]  # of an expert: its matrices, then its biases if there are any
+Observer = Callable[[str, float, float], None]  # "hits" or "copy", from when to when: seconds of time.perf_counter
 Source = Callable[[int], Pieces]  # the pieces of the expert with this key, where they lie in the memory of the host
 
 
@@ -43,6 +44,7 @@ class Device(Protocol):
     """
 
     times: DeviceTimes
+    observer: Observer | None  # told, by any thread, of every run and copy once it has ended
 
     def copy_in(self, slot: int, key: int) -> None:
         """Ask for a copy of expert `key` into a slot; `poll` tells when it has ended. Copies end in order."""

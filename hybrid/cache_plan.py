@@ -68,15 +68,15 @@ class CachePlan:
         )
 
 
-def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int = 0) -> CachePlan:
-    """free: bytes of the host that nothing else has planned. device_memory: bytes that are free on the GPU, if there is
-    one. Raises ConfigError when the slots do not fit.
+def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int) -> CachePlan:
+    """free: bytes of the host that nothing else has planned. device_memory: the same of the device. Raises ConfigError
+    when the slots do not fit.
     """
     if config.device == "cuda":
-        fitting = int(device_memory * SLOT_SHARE) // shape.nbytes
+        fitting = int(max(0, device_memory) * SLOT_SHARE) // shape.nbytes
         room = f"the {size_text(device_memory)} that others have left free on the GPU"
     else:
-        fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+        fitting = max(0, min(device_memory, free)) // shape.nbytes
         room = "the device and the memory that is free"
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:

@@ -10,6 +10,8 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
+STEPS = ("auto", "threads", "torch-cpu")
+OVERLAPS = {"none": "none", "next": "next-gate"}  # what is copied while misses run: names of prefetches
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `weights.mix` has the rest
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
@@ -54,7 +56,7 @@ class DeviceConfig:
     copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
     latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
     read_gbps: float = 1008.0  # of its own memory, which decides how fast experts are computed
-    memory_gb: float = 24.0  # 10^9 bytes, for slots
+    memory_gb: float = 24.0  # 10^9 bytes, for slots, and for a step's other parts if they are there
     jitter_us: float = 0.0  # up to so much later, at random, a copy begins
 
 
@@ -79,11 +81,22 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
     routes: bool = False  # whether `Engine.routes` may get an observer
+    # Where all but the experts is computed: auto is the GPU with --device cuda, else the threads. torch-cpu is the same
+    # code on torch's CPU device, in place of a GPU: for tests, and for looking at plans.
+    step_on: str = "auto"
+    gpu_kv_tokens: int | None = None  # most recent tokens of every sequence that the device mirrors; None: what fits
 
     @property
     def cached(self) -> bool:
         """Whether experts may be computed on a device."""
         return self.device in ("simulated", "cuda") and self.cache.mode != "off"
+
+    @property
+    def step_device(self) -> str | None:
+        """torch's name of the device that computes all but the experts; None: the threads do."""
+        if self.step_on == "torch-cpu":
+            return "cpu"
+        return "cuda" if self.device == "cuda" and self.step_on == "auto" else None
 
 
 def check_config(config: EngineConfig) -> None:
@@ -106,6 +119,10 @@ def check_config(config: EngineConfig) -> None:
     _check_device(config.simulated)
     if config.cached and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with an expert cache; use --numa off or --cache off")
+    _one_of("--step-on", config.step_on, STEPS)
+    _none_or_within("--gpu-kv-tokens", config.gpu_kv_tokens, config.chunk_size)
+    if config.step_device and config.numa not in ("auto", "off", "1"):
+        raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
     if config.chunk_size < config.max_batch:
         raise ConfigError(
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "

@@ -24,7 +24,7 @@ from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.cache_plan import CachePlan
-from hybrid.core import StepResult
+from hybrid.core import SpanObserver, StepResult
 from hybrid.devices import fewer_slots, open_device
 from hybrid.errors import KernelError
 from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
@@ -112,6 +112,7 @@ class DeviceExperts:
         self.plan: CachePlan = plan.cache
         self.placing = True
         self.times = CacheTimes()
+        self.observer: SpanObserver | None = None  # told of lookups, misses and waits
         shape = self.plan.shape
         self._routes, pairs = routes, plan.max_rows * shape.top_k
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
@@ -133,6 +134,7 @@ class DeviceExperts:
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
+        self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
         self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
         self._ticket: Any = None
         self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
@@ -175,15 +177,28 @@ class DeviceExperts:
             self._ticket = self.device.run(self._slot_ids[: routes.rows])
             self.times.start += perf_counter() - looked_up
         self._placing_layer = False
+        if self.observer is not None:
+            self.observer("lookup", start, looked_up)
+            self._left = (perf_counter(), len(found.hits) < len(experts))
 
     def join(self, layer: int) -> None:
         """Wait until the device has computed its part of a layer."""
+        start = perf_counter()
         if self._ticket is not None:
-            start = perf_counter()
             self.device.join(self._ticket)
             self._ticket = None
             self.times.wait += perf_counter() - start
         self.table.release()
+        if self.observer is not None:
+            self._tell(start)
+
+    def _tell(self, joined: float) -> None:
+        """joined: when the threads were done with what was left to them."""
+        assert self.observer is not None
+        began, some = self._left
+        if some:
+            self.observer("misses", began, joined)
+        self.observer("wait", joined, perf_counter())
 
     def end(self, result: StepResult) -> StepResult:
         """The result of a step, with what the cache and the device did in it."""
@@ -204,6 +219,12 @@ class DeviceExperts:
             if self.plan.settings.mode == "auto" and self.history.steps == WARM_UP:
                 self._follow(self.verdict())
         return replace(result, times=times, cache=counts[:, : len(COUNTS)])
+
+    def reprice(self, costs: CallCosts) -> None:
+        """Take costs that were measured on the device, before a step has run."""
+        self.costs = costs
+        self._contributions[:] = -0.0  # measuring left some
+        self.table = self._new_table(self.plan.settings.quota)
 
     def verdict(self) -> Verdict | None:
         """What the steps that decoded so far say; None before the first of them."""

@@ -153,7 +153,7 @@ def device_ops(placed: Iterable[Op], slots: int) -> list[Op]:
     """
     placed = list(placed)
     layer = next(op.layer for op in placed if _is_routed(op))
-    return [_on_slots(op, slots) for op in placed if op.layer == layer and (_is_routed(op) or _is_activation(op))]
+    return [_on_slots(op, slots) for op in placed if op.layer == layer and (_is_routed(op) or is_activation(op))]
 
 
 def _is_routed(op: Op) -> bool:
@@ -161,7 +161,8 @@ def _is_routed(op: Op) -> bool:
     return isinstance(routing, RoutingTable) and routing.name == ROUTED
 
 
-def _is_activation(op: Op) -> bool:
+def is_activation(op: Op) -> bool:
+    """Whether it quantises what experts other than the shared one made."""
     return op.kind == "quantise" and str(op.arguments["input"].name).startswith("activation.")
 
 

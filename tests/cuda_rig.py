@@ -7,6 +7,8 @@ from typing import Any
 from stream_standin import StandIn
 
 from hybrid import devices
+from hybrid.config import EngineConfig
+from hybrid.engine import Engine
 from hybrid.gpu import usable
 from hybrid.slot_program import SlotProgram
 
@@ -34,6 +36,8 @@ def put(monkeypatch, kind=StandIn, room: int = ROOM, seed: int = 0, compute=Slot
         made.append(kind(seed + len(made), **limits))
         return made[-1]
 
+    monkeypatch.setattr(EngineConfig, "step_device", None)  # nor is there one for the rest of a step
+    monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
     monkeypatch.setattr(devices, "cuda_parts", lambda: (make, compute))
     monkeypatch.setattr(usable, "why_unusable", lambda: None)
     monkeypatch.setattr(usable, "free_bytes", lambda: room)

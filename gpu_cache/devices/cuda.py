@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
 
 from gpu_cache.clock import CopyClock
-from gpu_cache.device import Bytes, DeviceTimes, SlotIds, Source
+from gpu_cache.device import Bytes, DeviceTimes, Observer, SlotIds, Source
 from gpu_cache.devices.streams import Event, Memory, Streams
 from gpu_cache.errors import DeviceLost, PinningRefused
 
@@ -90,6 +91,7 @@ class CudaDevice:
         """
         self.times = DeviceTimes()
         self.notes: list[str] = []
+        self.observer: Observer | None = None  # told when the host learns of an end, which is a little late
         self._streams, self._source, self._clock, self._poison = streams, source, clock, poison
         self.memory = [streams.allocate((slots, size)) for size in piece_bytes]
         self.slot_of = streams.allocate((keys,), np.int32) if keys else None
@@ -141,7 +143,7 @@ class CudaDevice:
             return
         ticket.joined = True
         self._streams.synchronise(ticket.event)
-        self.times.run += self._streams.seconds(ticket.first, ticket.event)
+        self.times.run += self._observe("hits", ticket.first, ticket.event)
         self._compute.collect()
 
     def close(self) -> None:
@@ -227,7 +229,7 @@ class CudaDevice:
 
     def _tell(self) -> tuple[int, bool]:
         """(3) An expert is found, here and on the device, once its last byte is known to be there."""
-        copy, streams = self._asked.popleft(), self._streams
+        copy = self._asked.popleft()
         if copy.failed:
             self.times.failed_copies += 1
             return copy.slot, False
@@ -235,8 +237,16 @@ class CudaDevice:
         self._set_slot(copy.key, copy.slot)
         self.times.copies += 1
         self.times.copied_bytes += sum(last - first for _, first, last in self._chunks)
-        self.times.copy += streams.seconds(copy.first, copy.event)
+        self.times.copy += self._observe("copy", copy.first, copy.event)
         return copy.slot, True
+
+    def _observe(self, what: str, first: Event, last: Event) -> float:
+        """Returns the seconds between two events that have happened."""
+        seconds = self._streams.seconds(first, last)
+        if self.observer is not None:
+            now = perf_counter()
+            self.observer(what, now - seconds, now)
+        return seconds
 
     def _set_slot(self, key: int, slot: int) -> None:
         """(4) Kernels find what the host knew when it queued them: both tables change in the order of that stream."""

@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from gpu_cache.clock import CopyClock
-from gpu_cache.device import Bytes, Compute, DeviceTimes, Pieces, SlotIds, Source
+from gpu_cache.device import Bytes, Compute, DeviceTimes, Observer, Pieces, SlotIds, Source
 
 CHUNK_BYTES = 1 << 20  # copied at a time, so that a copy can be slowed down evenly, and ended
 ALIGNMENT = 64
@@ -53,6 +53,7 @@ class SimulatedDevice:
         when it says so, whatever `speed` is. poison: what is evicted becomes garbage at once.
         """
         self.times = DeviceTimes()
+        self.observer: Observer | None = None
         self.memory = [_aligned(slots, size) for size in piece_bytes]
         self._source, self._speed, self._clock = source, speed or CopySpeed(), clock
         self._poison = poison
@@ -120,8 +121,15 @@ class SimulatedDevice:
                 self._compute(slot_ids)
             except BaseException as error:  # it belongs to who waits for the result
                 self._error = error
-            self.times.run += perf_counter() - start
+            self.times.run += self._tell("hits", start)
             self._idle.set()
+
+    def _tell(self, what: str, start: float) -> float:
+        """Returns the seconds since `start`, which end something."""
+        end = perf_counter()
+        if self.observer is not None:
+            self.observer(what, start, end)
+        return end - start
 
     def _replace_copies(self) -> list[tuple[int, bool]]:
         """The copies that died with their thread; those to come have a new one."""
@@ -156,7 +164,7 @@ class SimulatedDevice:
                 left = start + done / self._speed.bytes_per_second - perf_counter()
                 if self._clock is None and left > 0 and stop.wait(left):
                     return False
-        self.times.copy += perf_counter() - start
+        self.times.copy += self._tell("copy", start)
         self.times.copied_bytes += done
         self.times.copies += 1
         return True
