@@ -259,8 +259,7 @@ class CudaDevice:
 
     def _pin(self, regions: Sequence[Bytes]) -> bool:
         try:
-            for region in regions:
-                self._streams.pin(region)
+            self._streams.pin(regions)
         except PinningRefused as error:
             self.notes.append(f"{error}; copies go through staging buffers instead")
             return False

@@ -12,7 +12,14 @@ from stream_standin import Event, StandIn
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
 from gpu_cache.devices.cuda import CudaDevice  # noqa: E402
-from gpu_cache.devices.torch_streams import HostWorker, _as_tensor, _device_errors, _torch_dtype  # noqa: E402
+from gpu_cache.devices.torch_streams import (  # noqa: E402
+    PAGE,
+    HostWorker,
+    _as_tensor,
+    _device_errors,
+    _torch_dtype,
+    page_ranges,
+)
 from gpu_cache.errors import DeviceFull, DeviceLost  # noqa: E402
 
 PATIENCE = 30  # seconds until a test that hangs fails
@@ -59,6 +66,17 @@ def test_weights_that_may_not_be_written_can_be_copied_from() -> None:
     weights.flags.writeable = False
     assert np.array_equal(_as_tensor(weights).numpy(), weights)
     assert _torch_dtype(np.int32) is torch.int32
+
+
+def test_pages_are_pinned_once() -> None:
+    memory = np.zeros(10 * PAGE, np.uint8)
+    base = -memory.ctypes.data % PAGE
+    start = memory.ctypes.data + base
+    parts = [memory[base + first : base + last] for first, last in ((6 * PAGE, 7 * PAGE), (100, 200), (300, PAGE + 1))]
+    assert page_ranges(parts) == [(start, start + 2 * PAGE), (start + 6 * PAGE, start + 7 * PAGE)]
+    touching = [memory[base : base + PAGE], memory[base + PAGE : base + 2 * PAGE]]
+    assert page_ranges(touching) == [(start, start + PAGE), (start + PAGE, start + 2 * PAGE)]
+    assert page_ranges([]) == []
 
 
 class WithThread(StandIn):
