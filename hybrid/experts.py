@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from time import perf_counter, sleep
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -278,6 +279,7 @@ class DeviceExperts:
             ticket, self._ticket = self._ticket, None
             self.device.join(ticket)
         if isinstance(error, DeviceFull):
+            clear_frames(error.__traceback__)  # they may hold memory of the device
             return self._give_back()
         if self._placing_layer:  # the table may be in the middle of something
             self.reset()

@@ -146,7 +146,7 @@ Overlap = Annotated[
 PinWeights = Annotated[bool, flag("--pin-weights", "Pin the weights of all experts, for faster copies to a GPU.")]
 StrictPlacement = Annotated[
     bool,
-    flag("--strict-placement", "With a GPU: the same bits whenever the same experts ran on it; slower prompts."),
+    flag("--strict-placement", "With a GPU: experts are added in one order wherever they ran; slower."),
 ]
 CopyRate = Annotated[float, real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
 Latency = Annotated[float, real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]

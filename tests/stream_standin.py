@@ -53,8 +53,9 @@ class StandIn:
         self._pin(nbytes)
         return np.full(nbytes, GARBAGE, np.uint8)
 
-    def pin(self, memory: np.ndarray) -> None:
-        self._pin(memory.nbytes)
+    def pin(self, regions: Sequence[np.ndarray]) -> None:
+        for region in regions:
+            self._pin(region.nbytes)
 
     def _pin(self, nbytes: int) -> None:
         if nbytes > self.pinnable:

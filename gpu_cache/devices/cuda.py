@@ -153,6 +153,9 @@ class CudaDevice:
         self._worker.close()
         self._streams.close()
         self._asked.clear()
+        self.memory.clear()  # at once, not when nobody holds this any more: the next device may need the room
+        self.slot_of = None
+        del self._compute
 
     def _ask(self, slot: int, key: int) -> None:
         """(1) The old expert is forgotten on the compute stream, and the copy waits for that: whoever could still find
@@ -256,8 +259,7 @@ class CudaDevice:
 
     def _pin(self, regions: Sequence[Bytes]) -> bool:
         try:
-            for region in regions:
-                self._streams.pin(region)
+            self._streams.pin(regions)
         except PinningRefused as error:
             self.notes.append(f"{error}; copies go through staging buffers instead")
             return False

@@ -48,7 +48,7 @@ class Streams(Protocol):
     def staging(self, nbytes: int) -> Bytes:
         """Pinned memory of the host. Raises PinningRefused."""
 
-    def pin(self, memory: Bytes) -> None:
+    def pin(self, regions: Sequence[Bytes]) -> None:
         """Pin memory that is there already, until `close`. Raises PinningRefused."""
 
     def fill(self, stream: Stream, target: Memory, value: int) -> None:

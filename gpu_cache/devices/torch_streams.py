@@ -20,7 +20,6 @@ from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused
 
 PAGE = 4096
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: what a mapped file of a store is
-_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
 class TorchStreams:
@@ -44,17 +43,17 @@ class TorchStreams:
             raise _refused(nbytes, error) from None
         return memory
 
-    def pin(self, memory: Bytes) -> None:
-        """Whole pages: what shares the first and the last one is pinned with it."""
-        first = memory.ctypes.data // PAGE * PAGE
-        size = -(-(memory.ctypes.data + memory.nbytes - first) // PAGE) * PAGE
+    def pin(self, regions: Sequence[Bytes]) -> None:
+        for first, last in page_ranges(regions):
+            self._register(first, last - first)
+
+    def _register(self, address: int, size: int) -> None:
+        code = 0
         for flags in (0, _READ_ONLY):
-            code = int(torch.cuda.cudart().cudaHostRegister(first, size, flags))
+            code = int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
             if code == 0:
-                self._pinned.append(first)
-            if code in (0, _ALREADY):
-                return
-        raise _refused(memory.nbytes, f"cudaHostRegister returned {code}")
+                return self._pinned.append(address)
+        raise _refused(size, f"cudaHostRegister returned {code}")
 
     def fill(self, stream: torch.cuda.Stream, target: Memory, value: int) -> None:
         with _device_errors(), torch.cuda.stream(stream):
@@ -130,6 +129,20 @@ class HostWorker:
             task()
 
 
+def page_ranges(regions: Sequence[Bytes]) -> list[tuple[int, int]]:
+    """[first, last) addresses of whole pages that hold the regions, ascending; those that share a page are one, because
+    a page is pinned once.
+    """
+    ranges: list[tuple[int, int]] = []
+    for start, end in sorted((region.ctypes.data, region.ctypes.data + region.nbytes) for region in regions):
+        first, last = start // PAGE * PAGE, -(-end // PAGE) * PAGE
+        if ranges and first < ranges[-1][1]:
+            first, last = ranges[-1][0], max(last, ranges[-1][1])
+            ranges.pop()
+        ranges.append((first, last))
+    return ranges
+
+
 @contextmanager
 def _device_errors() -> Iterator[None]:
     """What torch raises as one of our errors, in one line."""
@@ -138,6 +151,8 @@ def _device_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceFull(_first_line(error)) from None
     except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise
         raise DeviceLost(_first_line(error)) from None
 
 

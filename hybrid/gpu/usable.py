@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from importlib.util import find_spec
 
-from hybrid.memory import size_text
-
 LEAST_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 INSTALL = "pip install 'hybrid-moe[gpu]'"
 
@@ -33,14 +31,6 @@ def free_bytes() -> int:
 
     free, _ = torch.cuda.mem_get_info()
     return int(free)
-
-
-def memory_text() -> str:
-    """'20.1 GB of 24.0 GB are free on NVIDIA GeForce RTX 4090'. Only where `why_unusable` is None."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return f"{size_text(free)} of {size_text(total)} are free on {torch.cuda.get_device_name()}"
 
 
 def _driver_problem(wanted: str) -> str | None:

@@ -6,6 +6,7 @@ stand-in would find a rule broken is shown by breaking each.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from random import Random
 
@@ -189,8 +190,9 @@ def test_the_table_on_the_device_says_where_experts_are() -> None:
     device.load(2, 7)
     device.load(1, 3)
     device.load(2, 4)  # in the place of 7
+    table = device.slot_of
     device.close()
-    assert device.slot_of.tolist() == [-1, -1, -1, 1, 2, -1, -1, -1, -1]
+    assert table.tolist() == [-1, -1, -1, 1, 2, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 5])
@@ -288,3 +290,12 @@ def test_closing_drops_the_copies_that_wait() -> None:
         device.copy_in(slot, slot)
     device.close()
     assert device.pending == 0
+
+
+def test_closing_gives_the_memory_back_though_the_device_is_still_held() -> None:
+    device, reader = make(StandIn(0))
+    slots = weakref.ref(device.memory[0])
+    del reader
+    device.close()
+    device.close()  # once more does nothing
+    assert slots() is None
