@@ -1,4 +1,4 @@
-"""A step on a real GPU: the logits of the threads, a mirror that leaves tokens behind, costs that a machine could have."""
+"""A step on a real GPU: the logits of the threads, a mirror that leaves tokens behind, costs that can be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine import Engine  # noqa: E402
-from hybrid.timeline import LANES, Timeline, busy_seconds  # noqa: E402
+from hybrid.timeline import Timeline, busy_seconds  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +52,7 @@ def test_spans_of_a_step_are_those_of_the_device() -> None:
         engine.watch(None)
     spans = timeline.between(min(s.start for s in timeline.spans), max(s.end for s in timeline.spans))
     assert {span.what for span in spans} >= {"attention", "route", "join", "head"}
-    assert 0 < busy_seconds(spans, "device") and set(LANES) >= {"device", "threads"}
+    assert busy_seconds(spans, "device") > 0 and busy_seconds(spans, "threads") > 0
 
 
 def test_costs_are_measured(tmp_path) -> None:
