@@ -164,6 +164,8 @@ class Engine:
             self._leave_device()
             raise
         except MemoryError as error:  # slots, if there are any, have been given back before
+            if not self.device_step:
+                raise
             self._leave_device()
             raise DeviceFailed(
                 f"the device has no memory left ({error}); steps to come run on the CPU alone"
