@@ -42,10 +42,10 @@ def main(capability: int) -> None:
                 show(kernel, target, {**choices, **shape}, {"x": "*bf16", "out": out})
     show(sums._sum, target, {"TOP_K": 8, "RANKS": 8, "COLUMNS": 256}, {"out": "*fp32"})
     show(lookup._look_up, target, {"PAIRS": 256}, {"out": "*i32"})
-    for kind, groups in (("softmax", 1), ("topk_softmax", 1), ("sigmoid", 8)):
+    for kind, groups in (("softmax", 1), ("topk_softmax", 1), ("sigmoid", 8), ("sparsemixer", 1)):
         routing = {"KIND": kind, "GROUPS": groups, "TOP_GROUPS": max(1, groups // 2), "CORRECTED": kind == "sigmoid"}
         size = {"EXPERTS": 128, "WIDTH": 128, "TOP_K": 8, "RANKS": 8, "RENORMALISE": True}
-        show(router._choose, target, {**routing, **size}, {"scale": "fp32"})
+        show(router._choose, target, {**routing, **size}, {"scale": "fp32", "margin": "fp32"})
 
 
 def show(kernel, target, choices, types) -> None:
