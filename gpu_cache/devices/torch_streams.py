@@ -58,7 +58,7 @@ class TorchStreams:
         raise _refused(size, f"cudaHostRegister returned {code}")
 
     def _clear_error(self) -> None:
-        """CUDA keeps an error for whoever looks next, and torch looks after a kernel: better one that is for nothing."""
+        """CUDA keeps an error for whoever looks next, and torch looks after a kernel: best after one for nothing."""
         with suppress(RuntimeError):
             torch.zeros(1, device=self._device)
 
