@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from gpu_cache.clock import CopyClock
 from gpu_cache.device import Bytes, Device, Source
@@ -19,29 +20,39 @@ from hybrid.memory import size_text
 from hybrid.plan import Plan
 from hybrid.slot_program import SlotProgram
 
+if TYPE_CHECKING:
+    from hybrid.gpu.step import DeviceStep
+
 Address = Callable[[str], int]  # of a buffer of the engine
 MakeCompute = Callable[[Plan, Sequence[Any], Address], QueuedCompute]
+CudaParts = tuple[Callable[[], Streams], MakeCompute]
 
 
 def open_device(
-    plan: Plan, geometry: Geometry, source: Source, weights: Sequence[Bytes], address: Address
+    plan: Plan,
+    geometry: Geometry,
+    source: Source,
+    weights: Sequence[Bytes],
+    address: Address,
+    step: DeviceStep | None = None,
 ) -> tuple[Device, Geometry, list[str]]:
     """The device, the geometry that it has room for, and a line for each thing that could not be had as asked.
 
-    source: see `gpu_cache.device`. weights: all memory that it names. Raises CapacityError, DeviceLost.
+    source: see `gpu_cache.device`. weights: all memory that it names. step: the rest of a step, if that is on a device
+    too. Raises CapacityError, DeviceLost.
     """
     assert plan.cache is not None
     if plan.cache.device == "cuda":
-        return _open_cuda(plan, plan.cache, geometry, source, weights, address)
+        return _open_cuda(plan, plan.cache, geometry, source, weights, address, cuda_parts(step))
     return _simulated(plan, plan.cache, geometry, source, address), geometry, []
 
 
-def cuda_parts() -> tuple[Callable[[], Streams], MakeCompute]:
+def cuda_parts(step: DeviceStep | None) -> CudaParts:
     """What a device is made of where there is a GPU; tests put others in their place."""
     from gpu_cache.devices.torch_streams import TorchStreams
-    from hybrid.gpu.slot_experts import SlotExperts
+    from hybrid.gpu.slot_experts import SlotExperts, StepExperts
 
-    return TorchStreams, SlotExperts
+    return TorchStreams, SlotExperts if step is None else partial(StepExperts, step=step)
 
 
 def fewer_slots(geometry: Geometry) -> Geometry | None:
@@ -67,10 +78,16 @@ def _simulated(plan: Plan, cache: CachePlan, geometry: Geometry, source: Source,
 
 
 def _open_cuda(
-    plan: Plan, cache: CachePlan, asked: Geometry, source: Source, weights: Sequence[Bytes], address: Address
+    plan: Plan,
+    cache: CachePlan,
+    asked: Geometry,
+    source: Source,
+    weights: Sequence[Bytes],
+    address: Address,
+    parts: CudaParts,
 ) -> tuple[CudaDevice, Geometry, list[str]]:
     """With fewer slots where those that were planned do not fit: somebody else may have taken the memory since."""
-    make_streams, make_compute = cuda_parts()
+    make_streams, make_compute = parts
     settings, geometry = cache.settings, asked
     while True:
         streams = make_streams()

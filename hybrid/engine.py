@@ -22,7 +22,7 @@ from hybrid.binding import bind
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.device_step import CALLS
-from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
+from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
 from hybrid.machine_profile import ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from hybrid.experts import DeviceExperts
     from hybrid.gpu.step import DeviceStep
 
-CANCELLED = "the step was cancelled"  # what the executor raises then
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
@@ -161,8 +160,14 @@ class Engine:
             if self.experts and self.experts.placing:
                 return self._forward_placed(batch, logits, self.experts)
             return self._run(self._plain, batch, logits)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        except DeviceFailed:
+            self._leave_device()
+            raise
+        except MemoryError as error:  # slots, if there are any, have been given back before
+            self._leave_device()
+            raise DeviceFailed(
+                f"the device has no memory left ({error}); steps to come run on the CPU alone"
+            ) from error
 
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
@@ -171,9 +176,7 @@ class Engine:
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
-            if type(error) is RuntimeError and str(error) == CANCELLED:
-                raise StepCancelled(str(error)) from None
-            raise
+            raise StepCancelled(str(error)) from None
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
@@ -183,19 +186,25 @@ class Engine:
             try:
                 return experts.end(self._run(self._placed, batch, logits))
             except BaseException as error:
-                if not experts.recover(error):
+                if not self._recover(experts, error):
                     raise
         return self._run(self._plain, batch, logits)
 
-    def _lost(self, error: RuntimeError) -> KernelError:
-        """The device failed: what was running is lost; steps to come are the threads' alone, and miss no token, for the
-        home of keys and values is theirs.
-        """
+    def _recover(self, experts: DeviceExperts, error: BaseException) -> bool:
+        """Whether the step may be run again."""
+        try:
+            return experts.recover(error)
+        except KernelError:
+            self._leave_device()
+            raise
+
+    def _leave_device(self) -> None:
+        """Steps to come are the threads' alone; they miss no token, for the home of keys and values is theirs."""
         if self.experts:
             self.experts.placing = False
+        if self.device_step:
+            self.device_step.close()
         self.device_step, self._plain = None, self._executor
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return KernelError(f"the device failed ({reason}); this step is lost, those to come run on the CPU")
 
     def watch(self, observer: SpanObserver | None) -> None:
         """From the next step on have it told, by several threads, of what a device, its copies and the threads beside
@@ -301,7 +310,9 @@ class Engine:
         assert self.routes is not None and self.plan.cache is not None
         warm = self.plan.cache.settings.warm
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
-        self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
+        self.experts = DeviceExperts(
+            self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds(), self.device_step
+        )
         self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
         if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
             self._price_device(self.experts)

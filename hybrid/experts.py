@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 from time import perf_counter, sleep
 from traceback import clear_frames
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
 from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
+
+if TYPE_CHECKING:
+    from hybrid.gpu.step import DeviceStep
 
 PAUSE = 0.0005  # seconds between two looks for copies that are waited for
 WARM_UP = 32  # steps that decode before `--cache auto` decides
@@ -104,9 +107,10 @@ class DeviceExperts:
         address: Callable[[str], int],
         weights: Callable[[str], int],
         cpu_seconds: float,
+        step: DeviceStep | None = None,
     ) -> None:
         """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
-        one expert costs the threads.
+        one expert costs the threads. step: the rest of a step, if a device computes that.
         """
         assert plan.cache is not None
         self.plan: CachePlan = plan.cache
@@ -129,7 +133,9 @@ class DeviceExperts:
         self.costs = call_costs(self.plan, cpu_seconds)
         self.notes: list[str] = []
         places = {name: address(name) for name in plan.buffers}  # not `address`, which belongs to who owns this
-        self._open = partial(open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__)
+        self._open = partial(
+            open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__, step=step
+        )
         self._open_device(self.plan.geometry)
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)

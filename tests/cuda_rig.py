@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from stream_standin import StandIn
@@ -28,17 +29,22 @@ class SlotCompute:
         pass
 
 
-def put(monkeypatch, kind=StandIn, room: int = ROOM, seed: int = 0, compute=SlotCompute, **limits) -> list[StandIn]:
-    """Puts stand-ins in the place of a GPU, each with the next seed; returns those that will be made."""
+def put(
+    monkeypatch, kind=StandIn, room: int = ROOM, seed: int = 0, compute=SlotCompute, step_device=None, **limits
+) -> list[StandIn]:
+    """Puts stand-ins in the place of a GPU, each with the next seed; returns those that will be made.
+
+    step_device: torch's, where the rest of a step runs; None: on the threads.
+    """
     made: list[StandIn] = []
 
     def make() -> StandIn:
         made.append(kind(seed + len(made), **limits))
         return made[-1]
 
-    monkeypatch.setattr(EngineConfig, "step_device", None)  # nor is there one for the rest of a step
+    monkeypatch.setattr(EngineConfig, "step_device", step_device)
     monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
-    monkeypatch.setattr(devices, "cuda_parts", lambda: (make, compute))
+    monkeypatch.setattr(devices, "cuda_parts", lambda step: (make, partial(compute, step=step) if step else compute))
     monkeypatch.setattr(usable, "why_unusable", lambda: None)
     monkeypatch.setattr(usable, "free_bytes", lambda: room)
     return made

@@ -221,6 +221,35 @@ def test_a_device_that_fails_costs_one_step(monkeypatch, cache) -> None:
         assert distance(step(engine, (0, 40, tokens[40:])), wanted[40:]) < 0.02
 
 
+def test_a_device_without_memory_gives_slots_back_and_goes_on(monkeypatch) -> None:
+    """The step is run again with fewer slots; only when none is left is the CPU alone."""
+    from hybrid.gpu import step as device
+
+    attend, tokens = device.attend_whole, np.arange(20)
+    with embedded(**STEP) as engine:
+        wanted = step(engine, (0, 0, tokens))
+    with embedded(**STEP, device="simulated", cache=CacheConfig(14, 4)) as engine:
+        slots = engine.experts.geometry.slots
+
+        def full(*arguments: Any) -> Any:
+            if engine.experts.geometry.slots > slots // 2:
+                _no_memory()
+            return attend(*arguments)
+
+        monkeypatch.setattr(device, "attend_whole", full)
+        assert np.array_equal(step(engine, (0, 0, tokens)), wanted)
+        assert 0 < engine.experts.geometry.slots <= slots // 2 and engine.device_step is not None
+        monkeypatch.setattr(device, "attend_whole", lambda *_: _no_memory())
+        with pytest.raises(KernelError, match="the device has no memory left .CUDA out of memory"):
+            step(engine, (0, 0, tokens))
+        assert engine.device_step is None
+        assert distance(step(engine, (0, 0, tokens)), wanted) < 0.05
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [

@@ -11,6 +11,8 @@ import torch
 
 from gpu_cache.kernels.experts import ExpertKernels, ExpertLayout
 from gpu_cache.kernels.sums import weighted_sums
+from hybrid.gpu.rows import expert_rows
+from hybrid.gpu.step import DeviceStep
 from hybrid.ops import Op, RoutingTable
 from hybrid.placement import CONTRIBUTIONS, IDS, ROUTED, WEIGHTS
 from hybrid.plan import Plan
@@ -49,7 +51,7 @@ class SlotExperts:
 
     def queue(self, slot_ids: npt.NDArray[np.int32]) -> None:
         rows, top_k = slot_ids.shape
-        x = self._x.upload(self._normed[:rows])
+        x = self._input(rows)
         slots = self._slot_ids.upload(slot_ids)
         contributions = self._kernels.run(x, slots)
         self._rows = rows
@@ -59,13 +61,23 @@ class SlotExperts:
         ids = self._expert_ids.upload(self._ids[: rows * top_k].reshape(rows, top_k))
         weights = self._gates.upload(self._weights[: rows * top_k].reshape(rows, top_k))
         weighted_sums(contributions, ids, weights, slots, self._result.device[:rows])
+        self._leave_sums(rows)
+
+    def _input(self, rows: int) -> torch.Tensor:
+        """bf16 [rows, hidden_stride] on the device."""
+        return self._x.upload(self._normed[:rows])
+
+    def _leave_sums(self, rows: int) -> None:
+        """Queue what must happen to the sums beside their making."""
         self._result.download(rows)
+
+    def _collect_sums(self, rows: int) -> None:
+        self._residual[:rows] += self._result.host[:rows].numpy()
 
     def collect(self) -> None:
         rows = self._rows
         if not self._strict:
-            self._residual[:rows] += self._result.host[:rows].numpy()
-            return
+            return self._collect_sums(rows)
         ours = np.flatnonzero(self._slot_ids.host[:rows].numpy().reshape(-1) >= 0)
         self._contributions[ours] = self._result.host.numpy()[ours]
 
@@ -103,3 +115,26 @@ def expert_layout(plan: Plan) -> ExpertLayout:
 def _is(op: Op, kind: str) -> bool:
     routing = op.arguments.get("routing")
     return op.kind == kind and isinstance(routing, RoutingTable) and routing.name == ROUTED
+
+
+class StepExperts(SlotExperts):
+    """The same where the rest of the step is on the device too: rows are there, and sums stay.
+
+    No stream waits for another here: the host has waited for the router before it asks for experts, and for the experts
+    before the step goes on.
+    """
+
+    def __init__(
+        self, plan: Plan, memory: Sequence[torch.Tensor], address: Callable[[str], int], step: DeviceStep
+    ) -> None:
+        super().__init__(plan, memory, address)
+        self._step = step
+
+    def _input(self, rows: int) -> torch.Tensor:
+        return expert_rows(self._step.normed, integer=False)
+
+    def _leave_sums(self, rows: int) -> None:
+        pass
+
+    def _collect_sums(self, rows: int) -> None:
+        self._step.hits = self._result.device[:rows]

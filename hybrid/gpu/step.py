@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from itertools import groupby
 from time import perf_counter
 from typing import Any
@@ -15,23 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gpu_cache.errors import DeviceFull
 from hybrid.core import Batch, SpanObserver
-from hybrid.device_step import ENDS, EXPERT_SUM, NEW_KV, STATES, kv_width, state_floats
+from hybrid.errors import DeviceFailed
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join, read_states
-from hybrid.gpu.link import Clock, Link, host_tensor, phase
+from hybrid.gpu.buffers import SharedBuffers
+from hybrid.gpu.link import Clock, Link, phase
 from hybrid.gpu.mirror import KvMirror, Run, seen_places
 from hybrid.gpu.parts import Routed, gated, rms_norm, rope_table, rotate, route, softmax_scale
 from hybrid.gpu.products import linear
-from hybrid.gpu.rows import expert_rows
 from hybrid.gpu.weights import DeviceWeights
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.placement import IDS, NEXT, WEIGHTS
+from hybrid.placement import NEXT
 from hybrid.plan import Plan
 from hybrid.program import key_dim, ropes
-from hybrid.weights.formats import FORMATS
-
-HitSum = Callable[[], Tensor | None]  # of the layer at hand: float32 [rows, hidden] of what the device computed, if any
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,32 @@ class _Step:
     older: dict[int | None, bool]
 
 
+def _on_device(method: Callable[..., None]) -> Callable[..., None]:
+    """What torch raises there as one of our errors, in one line."""
+
+    @wraps(method)
+    def call(*arguments: Any) -> None:
+        try:
+            with torch.inference_mode():
+                method(*arguments)
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(_first_line(error)) from error
+        except RuntimeError as error:
+            raise DeviceFailed(
+                f"the device failed ({_first_line(error)}); this step is lost, those to come run on the CPU alone"
+            ) from error
+
+    return call
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class DeviceStep:
     """Holds the residual stream of a step. `normed`, float32 [rows, hidden], are the rows that experts of the layer at
-    hand get, and `routed` where they go: for who computes some of them on the device.
+    hand get, and `routed` where they go: for who computes some of them on the device, and leaves their weighted sum,
+    float32 [rows, hidden or more], in `hits` until the layer after takes it.
     """
 
     def __init__(
@@ -73,7 +95,6 @@ class DeviceStep:
         address: Callable[[str], int],
     ) -> None:
         """address: of the buffers of the engine."""
-        self.hit_sum: HitSum = lambda: None  # set by who computes experts on this device
         self.mirror = mirror
         self.note: str | None = None  # why copies are slower than they could be
         self.observer: SpanObserver | None = None  # told of the phases of a step at its end
@@ -81,6 +102,7 @@ class DeviceStep:
         self._left = 0.0  # when `attend` was left
         self.normed = self.residual = torch.empty(0)
         self.routed: Routed | None = None
+        self.hits: Tensor | None = None
         self._spec, self._plan, self._weights, self._link = spec, plan, weights, link
         self._ropes = [
             (torch.from_numpy(frequencies).to(link.device), factor)
@@ -89,8 +111,8 @@ class DeviceStep:
         known = ropes(spec)
         self._rope_of = [known.index(layer.attention.rope) if layer.attention.rope else None for layer in spec.layers]
         self._windows = {layer.attention.window for layer in spec.layers}
-        self._buffers = _Buffers(spec, plan, link, address)
-        self._pending: Tensor | None = None  # what the device adds to the sum of the threads: hits and shared expert
+        self._buffers = SharedBuffers(spec, plan, link, address)
+        self._pending: Tensor | None = None  # what the shared expert made
         self._owes_experts = False
         self._mirrored: State | None = None
         self._attended = torch.empty(0)
@@ -99,7 +121,7 @@ class DeviceStep:
         """The step to come. logits: float32 [len(batch.logit_rows), vocab], written by `finish`."""
         self._asked = batch, logits
 
-    @torch.inference_mode()
+    @_on_device
     def start(self, _: int = 0) -> None:
         """The step begins: the executor has found it within the plan."""
         batch, logits = self._asked
@@ -122,10 +144,10 @@ class DeviceStep:
         for run in runs:
             self._buffers.ends[run.row : run.row + run.rows] = run.start
         self.residual = self._weights.embedding[tokens].float()
-        self._owes_experts, self._pending = False, None
+        self._owes_experts, self.hits, self._pending = False, None, None
         self._clock, self._spans = Clock(self._link) if self.observer else None, []
 
-    @torch.inference_mode()
+    @_on_device
     def attend(self, layer: int) -> None:
         """Up to attention over what is mirrored, which goes on while the threads attend to older tokens."""
         with self._phase("attention"):
@@ -144,7 +166,7 @@ class DeviceStep:
                 self._link.wait(sent)
         self._left = perf_counter()
 
-    @torch.inference_mode()
+    @_on_device
     def route(self, layer: int) -> None:
         """The rest of attention, and the feed-forward up to what its experts read; dense ones whole."""
         if self.observer is not None and self._step.older[self._spec.layers[layer].attention.window]:
@@ -166,7 +188,7 @@ class DeviceStep:
                 self._buffers.expert_sum[: self._step.rows] = 0
                 self._owes_experts = True
 
-    @torch.inference_mode()
+    @_on_device
     def finish(self, _: int = 0) -> None:
         """The head, for the rows whose logits are wanted."""
         with self._phase("head"):
@@ -288,66 +310,15 @@ class DeviceStep:
         if not self._owes_experts:
             return
         with self._phase("join"):
-            hits = self.hit_sum()
-            made = self._link.to_device(self._buffers.expert_sum[: self._step.rows])[:, : self._spec.hidden]
-            for part in (hits, self._pending):
-                made = made if part is None else made + part
+            hidden = self._spec.hidden
+            made = self._link.to_device(self._buffers.expert_sum[: self._step.rows])[:, :hidden]
+            for part in (self.hits, self._pending):
+                made = made if part is None else made + part[:, :hidden]
             self.residual = self.residual + made
-            self._owes_experts, self._pending = False, None
+            self._owes_experts, self.hits, self._pending = False, None, None
 
     def _is_moe(self, layer: int) -> bool:
         return self._spec.layers[layer].feed_forward.is_moe
-
-
-class _Buffers:
-    """The engine's buffers that a device step shares with the threads."""
-
-    def __init__(self, spec: ModelSpec, plan: Plan, link: Link, address: Callable[[str], int]) -> None:
-        self._spec, self._link = spec, link
-        self.integer = FORMATS[plan.formats.experts].integer
-
-        def floats(name: str) -> Tensor:
-            return host_tensor(address(name), plan.buffers[name][1], torch.float32)
-
-        self.ends = host_tensor(address(ENDS), plan.buffers[ENDS][1], torch.int32)
-        self._new_kv, self._states = floats(NEW_KV), floats(STATES)
-        self._queries = host_tensor(address("q"), plan.buffers["q"][1], torch.bfloat16)
-        self.expert_sum = floats(EXPERT_SUM).view(plan.max_rows, -1)
-        if any(layer.feed_forward.is_moe for layer in spec.layers):
-            self._open_routes(plan, address)
-
-    def _open_routes(self, plan: Plan, address: Callable[[str], int]) -> None:
-        rows, dtype = f"normed8.{self._spec.hidden}", torch.uint8
-        if not self.integer:
-            rows, dtype = f"normed.{self._spec.hidden}", torch.bfloat16
-        self._expert_rows = host_tensor(address(rows), plan.buffers[rows][1], dtype).view(plan.max_rows, -1)
-        kinds = {IDS: torch.int32, WEIGHTS: torch.float32}
-        names = [prefix + name for prefix in ("", NEXT) for name in kinds if prefix + name in plan.buffers]
-        self._routes = {
-            name: host_tensor(address(name), plan.buffers[name][1], kinds[name.removeprefix(NEXT)]) for name in names
-        }
-
-    def new_kv(self, layer: int, rows: int) -> Tensor:
-        return _rows(self._new_kv, rows, kv_width(self._spec.layers[layer]))
-
-    def queries(self, layer: int, rows: int) -> Tensor:
-        spec = self._spec.layers[layer]
-        return _rows(self._queries, rows, spec.attention.heads * key_dim(spec))
-
-    def states(self, layer: int, rows: int) -> Tensor:
-        return _rows(self._states, rows, state_floats(self._spec.layers[layer]))
-
-    def send_rows(self, normed: Tensor) -> None:
-        self._link.to_host(self._expert_rows[: len(normed)], expert_rows(normed, self.integer))
-
-    def send_routes(self, prefix: str, routed: Routed) -> None:
-        for name, tensor in ((IDS, routed.ids), (WEIGHTS, routed.weights)):
-            self._link.to_host(_rows(self._routes[prefix + name], *tensor.shape), tensor)
-
-
-def _rows(buffer: Tensor, rows: int, width: int) -> Tensor:
-    """The first rows of a buffer that layers of several widths share."""
-    return buffer[: rows * width].view(rows, width)
 
 
 def _padded_queries(q: Tensor, spec: LayerSpec) -> Tensor:
