@@ -129,7 +129,7 @@ class CudaDevice:
         self._ask(slot, key)
         self._finish(1)
         if not self._tell()[1]:
-            self._require()
+            raise DeviceLost(self._lost or f"expert {key} cannot be read from the memory of the host")
 
     def run(self, slot_ids: SlotIds) -> _Run:
         self._require()
@@ -199,9 +199,10 @@ class CudaDevice:
             self._copy_chunk(copy, *self._chunks[number])
             if number == len(self._chunks) - 1:
                 self._end(copy)
-        except Exception as error:  # it must be told of: a slot that nobody fills would be loading for ever
-            reason = str(error) if isinstance(error, DeviceLost) else f"a copy failed: {error}"
-            self._lost, copy.failed = reason, True
+        except DeviceLost as error:
+            self._lost, copy.failed = str(error), True
+        except Exception:  # of the host: it is told of with the copy, and the next may go well
+            copy.failed = True
 
     def _copy_chunk(self, copy: _Copy, piece: int, first: int, last: int) -> None:
         """(2) A staging buffer is written again when the copy from it has ended."""

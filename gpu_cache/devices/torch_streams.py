@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Event as Flag
 from threading import Thread
@@ -48,12 +48,19 @@ class TorchStreams:
             self._register(first, last - first)
 
     def _register(self, address: int, size: int) -> None:
+        """As read-only first: a mapped store is, and copies only read."""
         code = 0
-        for flags in (0, _READ_ONLY):
+        for flags in (_READ_ONLY, 0):
             code = int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
             if code == 0:
                 return self._pinned.append(address)
+            self._clear_error()
         raise _refused(size, f"cudaHostRegister returned {code}")
+
+    def _clear_error(self) -> None:
+        """CUDA keeps an error for whoever looks next, and torch looks after a kernel: best after one for nothing."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
 
     def fill(self, stream: torch.cuda.Stream, target: Memory, value: int) -> None:
         with _device_errors(), torch.cuda.stream(stream):

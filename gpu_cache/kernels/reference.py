@@ -80,6 +80,8 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gpu_cache.kernels.router.choose`."""
     logits = logits[:, : top.experts]
+    if top.kind == "sparsemixer":
+        return _sparsemixer(logits, top)
     scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid()}.get(top.kind, logits)
     keys = scores if correction is None else scores + correction
     if top.groups > 1:
@@ -94,3 +96,14 @@ def choose(
     elif top.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids.int(), weights * top.scale
+
+
+def _sparsemixer(logits: torch.Tensor, top: TopK) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, weights, left = [], [], logits
+    for _ in range(top.top_k):
+        best, expert = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * top.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, expert))
+        ids.append(expert)
+        left = left.scatter(1, expert, -torch.inf)
+    return torch.cat(ids, 1).int(), torch.cat(weights, 1) * top.scale

@@ -1,4 +1,4 @@
-"""From router logits to the experts of a row and their weights, for every kind but sparsemixer."""
+"""From router logits to the experts of a row and their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import triton.language as tl
 class TopK:
     """How a row chooses. kind: "softmax" over all, then the largest; "topk_softmax": softmax over the chosen;
     "sigmoid": sigmoid scores, chosen by score + correction among the `top_groups` of `groups` groups of experts whose
-    two best such sums are largest together. renormalise: weights sum to `scale`; for topk_softmax they always do.
+    two best such sums are largest together; "sparsemixer" (Phi-3.5-MoE): one after the other the largest logit, its
+    weight by a softmax over those left that are within 2 * jitter of it, relative to their size. renormalise: weights
+    sum to `scale`; for topk_softmax they always do, for sparsemixer never.
     """
 
     kind: str
@@ -23,6 +25,7 @@ class TopK:
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    jitter: float = 0.0
 
 
 def choose(
@@ -37,7 +40,8 @@ def choose(
     ids = torch.empty((rows, top.top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((rows, top.top_k), dtype=torch.float32, device=logits.device)
     _choose[(rows,)](
-        logits, logits.stride(0), correction if correction is not None else logits, ids, weights, top.scale,
+        logits, logits.stride(0), logits if correction is None else correction, ids, weights, top.scale,
+        2 * top.jitter,
         KIND=top.kind, EXPERTS=top.experts, WIDTH=triton.next_power_of_2(top.experts), TOP_K=top.top_k,
         RANKS=triton.next_power_of_2(top.top_k), RENORMALISE=top.renormalise, CORRECTED=correction is not None,
         GROUPS=top.groups, TOP_GROUPS=top.top_groups,
@@ -47,9 +51,9 @@ def choose(
 
 @triton.jit
 def _choose(
-    logits, stride, correction, ids, weights, scale, KIND: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr, RANKS: tl.constexpr, RENORMALISE: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
+    logits, stride, correction, ids, weights, scale, margin, KIND: tl.constexpr, EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr, RENORMALISE: tl.constexpr, CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
 ):  # fmt: skip
     row, expert = tl.program_id(0), tl.arange(0, WIDTH)
     there = expert < EXPERTS
@@ -72,15 +76,24 @@ def _choose(
     for i in range(TOP_K):
         best = tl.min(tl.where(keys == tl.max(keys, axis=0), expert, WIDTH), axis=0)
         score = tl.sum(tl.where(expert == best, scores, 0.0), axis=0)
+        if KIND == "sparsemixer":
+            score = _sparse_share(x, keys, score, margin)
         chosen, values = tl.where(rank == i, best, chosen), tl.where(rank == i, score, values)
         keys = tl.where(expert == best, -float("inf"), keys)
     if KIND == "topk_softmax":
         values = tl.exp(values - tl.max(values, axis=0))
         values = values / tl.sum(values, axis=0)
-    elif RENORMALISE:
+    elif RENORMALISE and KIND != "sparsemixer":
         values = values / tl.sum(tl.where(rank < TOP_K, values, 0.0), axis=0)
     tl.store(ids + row * TOP_K + rank, chosen, mask=rank < TOP_K)
     tl.store(weights + row * TOP_K + rank, values * scale, mask=rank < TOP_K)
+
+
+@triton.jit
+def _sparse_share(x, left, top, margin):
+    """The share of the logit `top`, the largest of those left, among those of them that are close to it."""
+    far = (top - x) / tl.maximum(tl.abs(x), top) > margin
+    return 1.0 / tl.sum(tl.where(far, 0.0, tl.exp(left - top)), axis=0)
 
 
 @triton.jit

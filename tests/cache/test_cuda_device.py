@@ -272,15 +272,19 @@ def test_a_device_that_is_lost_says_so_and_can_be_closed(calls) -> None:
     assert not reader.wrong
 
 
-def test_what_a_source_raises_is_told_of_as_a_failed_copy() -> None:
+def test_what_a_source_raises_is_told_of_as_a_failed_copy_and_the_next_goes_well() -> None:
     def broken(key: int) -> list[np.ndarray]:
-        raise OSError("the file is gone")
+        if key == 1:
+            raise OSError("the file is gone")
+        return source(key)
 
     device = CudaDevice(StandIn(0), SLOTS, SIZES, broken, Reader, staging_bytes=STAGING)
     device.copy_in(0, 1)
-    assert ended(device, 1) == [(0, False)] and device.times.failed_copies == 1
-    with pytest.raises(DeviceLost, match="the file is gone"):
-        device.copy_in(1, 1)
+    device.copy_in(0, 2)
+    assert ended(device, 2) == [(0, False), (0, True)] and device.times.failed_copies == 1
+    assert held(device.memory, 0) == 2
+    with pytest.raises(DeviceLost, match="expert 1 cannot be read"):
+        device.load(1, 1)
     device.close()
 
 

@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, and prints what came out as JSON lines.
 
-Usage: compile_kernels.py CAPABILITY, for example 80. Without TRITON_INTERPRET, which would define them otherwise.
+Usage: compile_kernels.py CAPABILITY FORMAT..., for example 80 bf16. Without TRITON_INTERPRET, which would define them
+otherwise.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ FLOATS = {"contributions", "weights", "logits", "correction"}
 EVEN = INTS | FLOATS | {"x", "experts", "bias", "out", "x_stride", "slot_bytes", "block_bytes", "header", "inputs"}
 
 
-def main(capability: int) -> None:
+def main(capability: int, formats: list[str]) -> None:
     target = GPUTarget("cuda", capability, 32)
-    for format, module in FORMATS.items():
+    for format in formats:
         for few, kernels in (
             (True, (tiles.few_gate_up, tiles.few_down)),
             (False, (tiles.many_gate_up, tiles.many_down)),
@@ -31,7 +32,7 @@ def main(capability: int) -> None:
             shape = {"ROWS": 16, "BLOCKS": 1} if few else {"ROWS": 64, "BLOCKS": 4}
             choices = {
                 "FORMAT": format,
-                "CHUNK": module.CHUNK,
+                "CHUNK": FORMATS[format].CHUNK,
                 "ACTIVATION": "silu",
                 "BIAS": True,
                 "TOP_K": 8,
@@ -42,10 +43,10 @@ def main(capability: int) -> None:
                 show(kernel, target, {**choices, **shape}, {"x": "*bf16", "out": out})
     show(sums._sum, target, {"TOP_K": 8, "RANKS": 8, "COLUMNS": 256}, {"out": "*fp32"})
     show(lookup._look_up, target, {"PAIRS": 256}, {"out": "*i32"})
-    for kind, groups in (("softmax", 1), ("topk_softmax", 1), ("sigmoid", 8)):
+    for kind, groups in (("softmax", 1), ("topk_softmax", 1), ("sigmoid", 8), ("sparsemixer", 1)):
         routing = {"KIND": kind, "GROUPS": groups, "TOP_GROUPS": max(1, groups // 2), "CORRECTED": kind == "sigmoid"}
         size = {"EXPERTS": 128, "WIDTH": 128, "TOP_K": 8, "RANKS": 8, "RENORMALISE": True}
-        show(router._choose, target, {**routing, **size}, {"scale": "fp32"})
+        show(router._choose, target, {**routing, **size}, {"scale": "fp32", "margin": "fp32"})
 
 
 def show(kernel, target, choices, types) -> None:
@@ -67,4 +68,4 @@ def guess(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -166,6 +166,8 @@ def test_sums_in_the_order_of_experts(top_k, width) -> None:
         TopK("sigmoid", 16, 4, renormalise=False),
         TopK("sigmoid", 64, 6, scale=2.5, groups=8, top_groups=3),
         TopK("sigmoid", 24, 3, groups=4, top_groups=2),
+        TopK("sparsemixer", 16, 2, jitter=0.3),
+        TopK("sparsemixer", 16, 2, jitter=0.01),
     ],
     ids=str,
 )
@@ -186,3 +188,13 @@ def test_experts_are_looked_up_on_the_device() -> None:
     assert found.tolist() == [[2, 0], [-1, -1], [0, 2]]
     many = torch.arange(9, dtype=torch.int32).repeat(100).to(DEVICE)
     assert torch.equal(slots_of(many, slot_of.to(DEVICE), 0, torch.empty_like(many)).cpu(), slot_of.repeat(100))
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.1, 0.5])
+def test_the_reference_of_sparsemixer_is_that_of_transformers(jitter) -> None:
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    logits = torch.randn((40, 16), generator=torch.Generator().manual_seed(1))
+    wanted_weights, wanted = sparsemixer(logits, jitter_eps=jitter, training=False)
+    ids, weights = reference.choose(logits, TopK("sparsemixer", 16, 2, jitter=jitter))
+    assert torch.equal(ids.long(), wanted) and torch.allclose(weights, wanted_weights)

@@ -17,6 +17,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from hybrid.config import CacheConfig  # noqa: E402
 from hybrid.engine import Engine  # noqa: E402
 from hybrid.gpu.slot_experts import SlotExperts  # noqa: E402
+from hybrid.program import row_stride  # noqa: E402
+from hybrid.routes import view  # noqa: E402
+from hybrid.slot_program import SlotProgram  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests of the interpreter: here is a GPU", allow_module_level=True)
@@ -88,3 +91,38 @@ def test_the_same_places_give_the_same_bits_whatever_the_geometry(tmp_path, monk
     other, same_hits = run(path, tmp_path, replace(strict, nblocks=2, nways=10, policy="LFU"))
     assert 0.1 < hits == same_hits < 1
     assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+class Exact(OnStandIn):
+    """Experts with the bits of the CPU, so that only the order of sums can make a difference."""
+
+    def __init__(self, plan, memory, address) -> None:
+        super().__init__(plan, memory, address)
+        self._program = SlotProgram(plan, memory, address)
+        self._kernels = self
+
+    def run(self, x, slot_ids):
+        self._program(slot_ids.numpy())
+        ours = np.flatnonzero(slot_ids.numpy().reshape(-1) >= 0)
+        made = torch.from_numpy(self._contributions[: slot_ids.numel()].copy())
+        self._contributions[ours] = -0.0
+        return made
+
+
+def residual(path: Path, tmp_path: Path, cache: CacheConfig | None) -> np.ndarray:
+    """The residual stream of the last rows, before rounding to bf16 hides the last bits."""
+    device = {} if cache is None else {"device": "cuda", "cache": cache, "step_on": "threads"}
+    with open_engine(path, tmp_path / "cache", **device) as engine:
+        logits(engine)
+        assert cache is None or 0.1 < engine.experts.count()[:, 1].sum() / engine.experts.count()[:, 0].sum() < 0.9
+        return view(engine.buffer("residual"), (3, row_stride(engine.spec.hidden)), np.uint32).copy()
+
+
+def test_strictly_the_order_of_a_sum_does_not_depend_on_places(tmp_path, monkeypatch) -> None:
+    put(monkeypatch, compute=Exact)
+    path = write_checkpoint(tmp_path / "hf", "qwen3_moe")
+    few = CacheConfig(2, 4, delay=0, poison=True)
+    wanted, usual = (residual(path, tmp_path, cache) for cache in (None, few))
+    assert np.array_equal(residual(path, tmp_path, replace(few, strict_placement=True)), wanted)
+    assert not np.array_equal(usual, wanted)
+    assert error(usual.view(np.float32), wanted.view(np.float32)) < 1e-6
