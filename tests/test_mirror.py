@@ -12,7 +12,7 @@ from hybrid.models import model_spec
 
 torch = pytest.importorskip("torch")
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join  # noqa: E402
-from hybrid.gpu.mirror import KvMirror, Run, seen_places  # noqa: E402
+from hybrid.gpu.mirror import KvMirror, Run, extents_of, seen_places  # noqa: E402
 
 SPEC = model_spec(CONFIGS["qwen3"])
 CPU = torch.device("cpu")
@@ -44,7 +44,8 @@ def test_rows_see_what_the_mirror_says_and_nothing_else(plan, window) -> None:
         ends[slot] = end
         keys = min(CAPACITY, end)
         k, v = mirror.read(1, [slot], keys)
-        seen = seen_places([Run(slot, 0, rows, position, start, end)], keys, CAPACITY, window, CPU)[0]
+        extents = extents_of([Run(slot, 0, rows, position, start, end)], CPU)
+        seen = seen_places(extents, rows, keys, CAPACITY, window)[0]
         for row in range(rows):
             last = position + row
             first = start if window is None else max(start, last - window + 1)

@@ -82,13 +82,17 @@ def _selection(slots: Sequence[int]) -> slice | list[int]:
     return list(slots)
 
 
-def seen_places(runs: Sequence[Run], keys: int, capacity: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [runs, rows, keys]: which places of their rings the rows of runs of equal length see."""
-    ends = torch.tensor([run.end for run in runs], device=device)[:, None]
-    starts = torch.tensor([run.start for run in runs], device=device)[:, None]
-    last = torch.tensor([run.position for run in runs], device=device)[:, None]
-    last = (last + torch.arange(runs[0].rows, device=device))[..., None]
+def extents_of(runs: Sequence[Run], device: torch.device) -> Tensor:
+    """int64 [runs, 3]: the start and end of what is mirrored, and the position of the first row."""
+    extents = torch.tensor([[run.start, run.end, run.position] for run in runs])
+    return extents.to(device, non_blocking=True)
+
+
+def seen_places(extents: Tensor, rows: int, keys: int, capacity: int, window: int | None) -> Tensor:
+    """bool [runs, rows, keys]: which of the first `keys` places of their rings the rows of runs of equal length see."""
+    starts, ends, first = extents[:, :1], extents[:, 1:2], extents[:, 2:]
+    last = (first + torch.arange(rows, device=extents.device))[..., None]
     newest = ends - 1
-    held = newest - (newest - torch.arange(keys, device=device)) % capacity  # the position that a place holds
+    held = newest - (newest - torch.arange(keys, device=extents.device)) % capacity  # the position that a place holds
     seen = (held >= starts)[:, None] & (held[:, None] <= last)
     return seen if window is None else seen & (held[:, None] > last - window)

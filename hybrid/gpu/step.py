@@ -22,7 +22,7 @@ from hybrid.errors import DeviceFailed
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join, read_states
 from hybrid.gpu.buffers import SharedBuffers
 from hybrid.gpu.link import Clock, Link, phase
-from hybrid.gpu.mirror import KvMirror, Run, seen_places
+from hybrid.gpu.mirror import KvMirror, Run, extents_of, seen_places
 from hybrid.gpu.parts import Routed, gated, rms_norm, rope_table, rotate, route, softmax_scale
 from hybrid.gpu.products import linear
 from hybrid.gpu.weights import DeviceWeights
@@ -226,9 +226,8 @@ class DeviceStep:
     def _group(self, runs: Sequence[Run]) -> _Group:
         rows = torch.cat([torch.arange(run.row, run.row + run.rows) for run in runs]).to(self._link.device)
         keys = min(self.mirror.capacity, max(run.end for run in runs))
-        seen = {
-            window: seen_places(runs, keys, self.mirror.capacity, window, self._link.device) for window in self._windows
-        }
+        extents, capacity = extents_of(runs, self._link.device), self.mirror.capacity
+        seen = {window: seen_places(extents, runs[0].rows, keys, capacity, window) for window in self._windows}
         return _Group(tuple(runs), rows, keys, seen)
 
     def _heads(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
