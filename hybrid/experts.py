@@ -67,9 +67,7 @@ class DecodeHistory:
         self._bookkeeping.append(bookkeeping)
 
     def most_asked(self) -> list[int]:
-        keys = range(self._geometry.layers * self._geometry.experts)
-        index_of = np.fromiter(map(self._geometry.index_of, keys), np.int64, len(keys))
-        return most_asked(np.array(self._asked).reshape(-1), index_of, self._geometry.nways)
+        return most_asked(np.array(self._asked).reshape(-1), self._geometry.indexes(), self._geometry.nways)
 
     def observed(self) -> Observed:
         asked = np.array(self._asked)

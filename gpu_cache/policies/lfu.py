@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from gpu_cache.policies.decayed import DecayedPolicy
+from gpu_cache.geometry import Geometry
+from gpu_cache.policies.decayed import NOBODY, DecayedPolicy
 
 HALF_LIFE = 64  # steps
 
@@ -12,16 +13,53 @@ HALF_LIFE = 64  # steps
 class Lfu(DecayedPolicy):
     """Evicts the fewest calls, each of which counts half after `HALF_LIFE` steps, those before the fill included.
 
-    The frequency of LRFU (Lee et al., IEEE Transactions on Computers, 2001), with time in steps.
+    The frequency of LRFU (Lee et al., IEEE Transactions on Computers, 2001), with time in steps. Of equal ones the
+    lowest slot goes.
     """
 
     name = "LFU"
     decay = 0.5 ** (1 / HALF_LIFE)
 
-    def on_step(self, step: int) -> None:
-        self.age(0)
+    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
+        super().__init__(geometry, geometry.slots, seed)
+        self._least = [values.argmin for values in self._values.reshape(geometry.nblocks, geometry.nways)]
+        self._key_of = [0] * geometry.slots
 
-    def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
-        worth, value = self._worth[0], self._value
-        for key in keys:
-            value[key] += worth
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        value, worth, base, standing = self._value, self._worth, layer * self._experts, self._standing
+        for expert in experts:
+            value[base + expert] += worth
+        for slot in slots:
+            standing[slot] += worth
+
+    def on_fill(self, slot: int, key: int) -> None:
+        self._key_of[slot] = key
+        self._standing[slot] = self._value[key]
+
+    def on_evict(self, slot: int, key: int) -> None:
+        self._standing[slot] = NOBODY
+
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
+        standing, value, key_of, passed = self._standing, self._value, self._key_of, list[int]()
+        least, first = self._least[index], index * self.nways
+        found = first + int(least())
+        while standing[found] != NOBODY:
+            old = key_of[found]
+            if standing[found] != value[old]:  # it was called while it was loading
+                standing[found] = value[old]
+            elif found in blocked:
+                standing[found] = NOBODY
+                passed.append(found)
+            else:
+                break
+            found = first + int(least())
+        else:
+            found = -1
+        for slot in passed:
+            standing[slot] = value[key_of[slot]]
+        if found < 0:
+            return None
+        key_of[found], standing[found] = key, value[key]
+        return found
