@@ -40,7 +40,12 @@ class CachePlan:
     @property
     def nbytes(self) -> int:
         """Of all slots, in the memory of the host as long as the device is simulated."""
-        return self.geometry.slots * self.slot_bytes
+        return (self.geometry.slots + self.staging) * self.slot_bytes
+
+    @property
+    def staging(self) -> int:
+        """Slots that streamed experts pass through, beside those of the table."""
+        return staging_slots(self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,14 +65,23 @@ class CachePlan:
         )
 
 
+def staging_slots(cache: CacheConfig) -> int:
+    from gpu_cache.device import STAGING
+
+    return STAGING if cache.stream != "off" else 0
+
+
 def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan:
     """free: bytes of the host that nothing else has planned. Raises ConfigError when the slots do not fit."""
-    fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+    staging = staging_slots(config.cache)
+    fitting = max(0, min(int(config.simulated.memory_gb * 1e9), free) // shape.nbytes - staging)
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:
         raise ConfigError(
             f"--cache-nblocks {geometry.nblocks} x --cache-nways {geometry.nways} are {geometry.slots} slots of "
-            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
+            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free"
+            + (f", beside the {staging} of --cache-stream {config.cache.stream}" if staging else "")
+            + ": lower one of them"
         )
     warning = _warning(geometry, shape)
     return CachePlan(config.device, geometry, shape, config.cache, config.simulated, warning)

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from hybrid.experts import DeviceExperts
 
 PROBES = 4  # steps that tell what experts cost the threads
+PROBE_ROWS = 64  # of a step in which reading the experts no longer counts
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
+USUAL_SPEED = 1e12  # operations a second of threads, likewise
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
 
@@ -250,19 +252,26 @@ class Engine:
         routers = (self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers)
         return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
 
-    def _cpu_seconds(self) -> float:
-        """What one row of one expert costs the threads: the least of a few steps, or, where runs must be repeatable, a
-        guess.
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """What one expert costs the threads on one row, and on each of many: the least of a few steps of one token, or,
+        where runs must be repeatable, a guess.
         """
         assert self.plan.cache is not None
-        shape = self.plan.cache.shape
-        if self.plan.cache.settings.delay is not None:
-            return shape.nbytes / USUAL_BANDWIDTH
-        zero = np.zeros(1, np.int32)
-        batch, logits = Batch(zero, zero, zero, zero[:0]), self._logits[:0]
+        shape, settings = self.plan.cache.shape, self.plan.cache.settings
+        if settings.delay is not None:
+            return shape.nbytes / USUAL_BANDWIDTH, 2 * shape.weights / USUAL_SPEED
+        one, many = 1, min(PROBE_ROWS, self.plan.max_rows, self.plan.max_seq_len)
+        seconds = [self._probe(rows) / rows for rows in ((one, many) if settings.stream == "auto" else (one,))]
+        calls = len(shape.layers) * shape.top_k
+        return seconds[0] / calls, seconds[-1] / calls
+
+    def _probe(self, rows: int) -> float:
+        """Seconds that experts take in a step of so many rows."""
+        zeros, logits = np.zeros(rows, np.int32), self._logits[:0]
+        batch = Batch(zeros, zeros, np.arange(rows, dtype=np.int32), zeros[:0])
         times = [self._run(self._executor, batch, logits).times.cpu_experts for _ in range(PROBES)]
         self._kv.release(0)
-        return min(times[1:]) / (len(shape.layers) * shape.top_k)
+        return min(times[1:])
 
     # What ops refer to, see `hybrid.binding.References`.
 

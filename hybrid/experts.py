@@ -6,6 +6,7 @@ Called back by the executor, once before the experts of a MoE layer (`place`) an
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -28,6 +29,7 @@ from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
 from hybrid.slot_program import SlotProgram
+from hybrid.streaming import streaming_pays
 from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
 
 PAUSE = 0.0005  # seconds between two looks for copies that are waited for
@@ -44,6 +46,7 @@ class CacheTimes:
     wait: float = 0.0  # for what it runs
     misses: float = 0.0  # experts that the threads computed
     late_copies: int = 0  # experts that were asked for while they were on their way
+    streamed_layers: int = 0  # layers of steps whose misses went to the device
 
 
 class DecodeHistory:
@@ -78,12 +81,13 @@ class DecodeHistory:
         return Observed(self.steps, calls, hits, float(fills.sum()), static / self.steps, median(self._bookkeeping))
 
 
-def call_costs(plan: CachePlan, cpu_seconds: float) -> CallCosts:
-    """cpu_seconds: measured. The rest is what the figures of the device say of an expert's bytes."""
+def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
+    """cpu, cpu_row: measured. The rest is what the figures of the device say of an expert's bytes and operations."""
     device, size = plan.simulated, plan.slot_bytes
     latency = device.latency_us * 1e-6
     copy = latency + size / (device.copy_gbps * 1e9)
-    return CallCosts(cpu_seconds, size / (device.read_gbps * 1e9), latency, copy)
+    device_row = 2 * plan.shape.weights / (device.tflops * 1e12)
+    return CallCosts(cpu, size / (device.read_gbps * 1e9), latency, copy, cpu_row, device_row)
 
 
 class DeviceExperts:
@@ -98,10 +102,10 @@ class DeviceExperts:
         routes: Routes,
         address: Callable[[str], int],
         weights: Callable[[str], int],
-        cpu_seconds: float,
+        cpu_seconds: tuple[float, float],
     ) -> None:
         """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
-        one expert costs the threads.
+        one expert costs the threads, and what each of many does.
         """
         assert plan.cache is not None
         self.plan: CachePlan = plan.cache
@@ -117,9 +121,10 @@ class DeviceExperts:
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
-        self._slots = plan.slots
+        self._sequences = plan.slots
+        self._first_staged = self.plan.geometry.slots
         self._pieces = _expert_pieces(self.plan, weights)
-        self.costs = call_costs(self.plan, cpu_seconds)
+        self.costs = call_costs(self.plan, *cpu_seconds)
         self.history = DecodeHistory(self.plan.geometry)
         self.device: Device = self._open_device(plan, address)
         self.following: str | None = None  # what `--cache auto` chose
@@ -134,7 +139,7 @@ class DeviceExperts:
     def begin(self) -> None:
         """A step begins."""
         self.table.begin_step(self._routes.step)
-        self._decoding = self._routes.rows <= self._slots
+        self._decoding = self._routes.rows <= self._sequences
         self._counts = self.count()
         self._device_times = replace(self.device.times)
         self._times = replace(self.times)
@@ -150,12 +155,14 @@ class DeviceExperts:
         found = table.lookup(layer, experts, scores)
         if self._decoding:
             self.history.ask(layer, experts)
-        self._share_out(ids, found.hits)
         if found.loading:
             self._note_late(layer, found.loading)
-        if found.misses:
-            for fill in table.admit():
-                self._copy_in(fill.slot, fill.key)
+        fills = table.admit() if found.misses else []
+        for fill in fills:
+            self._copy_in(fill.slot, fill.key)
+        slot_of = dict(found.hits)
+        streamed = self._to_stream(ids, experts, slot_of, len(fills))
+        self._share_out(ids, slot_of | {expert: slot for slot, expert in enumerate(streamed, self._first_staged)})
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
             early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
             for fill in table.prefetch(layer + 1, list(early)):
@@ -163,8 +170,9 @@ class DeviceExperts:
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
-        if found.hits:  # last: the device cannot begin while this thread is busy here
-            self._ticket = self.device.run(self._slot_ids[: routes.rows])
+        if found.hits or streamed:  # last: the device cannot begin while this thread is busy here
+            base = layer * self.plan.shape.experts
+            self._ticket = self.device.run(self._slot_ids[: routes.rows], [base + expert for expert in streamed])
             self.times.start += perf_counter() - looked_up
         self._placing_layer = False
 
@@ -249,11 +257,23 @@ class DeviceExperts:
     def close(self) -> None:
         self.device.close()
 
-    def _share_out(self, ids: list[int], hits: list[tuple[int, int]]) -> None:
-        """Write the ids that the threads compute, and the slots that the device computes. hits: (expert, slot)."""
-        slot_of = dict(hits)
+    def _to_stream(self, ids: list[int], experts: Sequence[int], held: dict[int, int], copies: int) -> list[int]:
+        """The experts that go to the device although no slot holds them: all others of a layer, or none."""
+        mode = self.plan.settings.stream
+        if self._decoding or mode == "off" or len(held) == len(experts):
+            return []
+        missed = [expert for expert in experts if expert not in held]
+        if mode == "auto":
+            rows = Counter(ids)
+            if not streaming_pays([rows[e] for e in held], [rows[e] for e in missed], copies, self.costs):
+                return []
+        self.times.streamed_layers += 1
+        return missed
+
+    def _share_out(self, ids: list[int], slot_of: dict[int, int]) -> None:
+        """Write the ids that the threads compute, and the slots that the device computes."""
         self._left_ids[: len(ids)] = array("i", [-1 if expert in slot_of else expert for expert in ids])
-        if hits:
+        if slot_of:
             slot = slot_of.get
             self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
 
@@ -299,6 +319,7 @@ class DeviceExperts:
             ),
             None if settings.delay is None else CopyClock(settings.delay),
             settings.poison,
+            self.plan.staging > 0,
         )
 
     def _source(self, key: int) -> list[Bytes]:

@@ -15,7 +15,7 @@ LEVELS = (
     ("config", "hardware"),
     ("models", "weights"),
     ("ops", "program", "nodes", "partition", "placement", "memory", "cache_plan", "plan"),
-    ("binding", "routes", "slot_program", "verdict", "warm", "experts"),
+    ("binding", "routes", "slot_program", "verdict", "streaming", "warm", "experts"),
     ("kv", "sampler", "tokenizer", "detokenizer", "chat", "engine"),
     ("scheduler",),
     ("llm",),
