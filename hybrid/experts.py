@@ -161,8 +161,8 @@ class DeviceExperts:
         for fill in fills:
             self._copy_in(fill.slot, fill.key)
         slot_of = dict(found.hits)
-        streamed = self._to_stream(ids, experts, slot_of, len(fills))
-        self._share_out(ids, slot_of | {expert: slot for slot, expert in enumerate(streamed, self._first_staged)})
+        streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
+        self._share_out(ids, slot_of)
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
             early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
             for fill in table.prefetch(layer + 1, list(early)):
@@ -170,9 +170,8 @@ class DeviceExperts:
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
-        if found.hits or streamed:  # last: the device cannot begin while this thread is busy here
-            base = layer * self.plan.shape.experts
-            self._ticket = self.device.run(self._slot_ids[: routes.rows], [base + expert for expert in streamed])
+        if slot_of:  # last: the device cannot begin while this thread is busy here
+            self._ticket = self.device.run(self._slot_ids[: routes.rows], streamed)
             self.times.start += perf_counter() - looked_up
         self._placing_layer = False
 
@@ -257,18 +256,23 @@ class DeviceExperts:
     def close(self) -> None:
         self.device.close()
 
-    def _to_stream(self, ids: list[int], experts: Sequence[int], held: dict[int, int], copies: int) -> list[int]:
-        """The experts that go to the device although no slot holds them: all others of a layer, or none."""
+    def _to_stream(
+        self, layer: int, ids: list[int], experts: Sequence[int], slot_of: dict[int, int], copies: int
+    ) -> list[int]:
+        """Keys of the experts that go to the device although no slot holds them: all such of a layer, or none. They get
+        the ids that follow those of the slots in `slot_of`.
+        """
         mode = self.plan.settings.stream
-        if self._decoding or mode == "off" or len(held) == len(experts):
+        missed = [expert for expert in experts if expert not in slot_of]
+        if mode == "off" or not missed:
             return []
-        missed = [expert for expert in experts if expert not in held]
         if mode == "auto":
             rows = Counter(ids)
-            if not streaming_pays([rows[e] for e in held], [rows[e] for e in missed], copies, self.costs):
+            if not streaming_pays([rows[e] for e in slot_of], [rows[e] for e in missed], copies, self.costs):
                 return []
         self.times.streamed_layers += 1
-        return missed
+        slot_of.update((expert, slot) for slot, expert in enumerate(missed, self._first_staged))
+        return [layer * self.plan.shape.experts + expert for expert in missed]
 
     def _share_out(self, ids: list[int], slot_of: dict[int, int]) -> None:
         """Write the ids that the threads compute, and the slots that the device computes."""
