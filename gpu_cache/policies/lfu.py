@@ -42,24 +42,29 @@ class Lfu(DecayedPolicy):
         self._standing[slot] = NOBODY
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
-        standing, value, key_of, passed = self._standing, self._value, self._key_of, list[int]()
-        least, first = self._least[index], index * self.nways
-        found = first + int(least())
-        while standing[found] != NOBODY:
-            old = key_of[found]
-            if standing[found] != value[old]:  # it was called while it was loading
-                standing[found] = value[old]
-            elif found in blocked:
-                standing[found] = NOBODY
-                passed.append(found)
-            else:
+        standing, value, key_of = self._standing, self._value, self._key_of
+        least = index * self.nways + int(self._least[index]())
+        fresh = standing[least] == value[key_of[least]] and least not in blocked
+        slot = least if fresh else self._search(index, blocked)
+        if slot is not None:
+            key_of[slot], standing[slot] = key, value[key]
+        return slot
+
+    def _search(self, index: int, blocked: Collection[int]) -> int | None:
+        """The least of those that may go, where the least of all may not or was called while it was loading."""
+        standing, passed, found = self._standing, [], None
+        while found is None:
+            slot = index * self.nways + int(self._least[index]())
+            value = self._value[self._key_of[slot]]
+            if standing[slot] == NOBODY:  # all were passed over
                 break
-            found = first + int(least())
-        else:
-            found = -1
+            if slot in blocked:
+                passed.append(slot)
+                standing[slot] = NOBODY
+            elif standing[slot] != value:
+                standing[slot] = value
+            else:
+                found = slot
         for slot in passed:
-            standing[slot] = value[key_of[slot]]
-        if found < 0:
-            return None
-        key_of[found], standing[found] = key, value[key]
+            standing[slot] = self._value[self._key_of[slot]]
         return found

@@ -58,35 +58,44 @@ class Mrs(DecayedPolicy):
         self._standing[self._place_of[key]] = NOBODY
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
-        standing, value, slot_of, key_at = self._standing, self._value, self._slot_of, self._key_at
-        passed = []
-        slot, place = None, self._least(index)
-        while standing[place] != NOBODY:
-            old = key_at[place]
-            if standing[place] != value[old]:  # it was called while it was loading
-                standing[place] = value[old]
-            else:
-                standing[place] = NOBODY
-                if slot_of[old] not in blocked:
-                    slot = slot_of[old]
-                    break
-                passed.append(place)
-            place = self._least(index)
-        for place in passed:
-            standing[place] = value[key_at[place]]
+        place = self._least(index)
+        old = self._key_at[place]
+        least = self._slot_of[old]
+        fresh = self._standing[place] == self._value[old] and least not in blocked
+        slot = least if fresh else self._search(index, blocked)
         if slot is not None:
+            self._standing[self._place_of[self._key_of[slot]]] = NOBODY
             self.on_fill(slot, key)
         return slot
 
+    def _search(self, index: int, blocked: Collection[int]) -> int | None:
+        """The slot of the least of those that may go, where the least may not or was called while it was loading."""
+        standing, passed, found = self._standing, [], None
+        while found is None:
+            place = self._least(index)
+            old = self._key_at[place]
+            if standing[place] == NOBODY:  # all were passed over
+                break
+            if self._slot_of[old] in blocked:
+                passed.append(place)
+                standing[place] = NOBODY
+            elif standing[place] != self._value[old]:
+                standing[place] = self._value[old]
+            else:
+                found = self._slot_of[old]
+        for place in passed:
+            standing[place] = self._value[self._key_at[place]]
+        return found
+
     def _least(self, index: int) -> int:
         """The place of the least value. Layers whose turn in this step has not come have not decayed in it yet."""
-        standing, values, ends = self._standing, self._values, self._ends[index]
+        ends, standing = self._ends[index], self._standing
         first, turn, last = ends[0], ends[self._layer + 1], ends[-1]
-        found, other = first, first
+        if turn == last:
+            return first + int(self._values[first:last].argmin())
+        other = turn + int(self._values[turn:last].argmin())
         if first < turn:
-            found = first + int(values[first:turn].argmin())
-        if turn < last:
-            other = turn + int(values[turn:last].argmin())
-            if first == turn or standing[other] / self.decay < standing[found]:
-                return other
-        return found
+            found = first + int(self._values[first:turn].argmin())
+            if standing[other] / self.decay >= standing[found]:
+                return found
+        return other
