@@ -14,10 +14,11 @@ _NOBODY = 1 << 62  # the use of nobody
 
 
 class LeastStale(Policy):
-    """After the idea of Hoang et al., SpecMD, 2026: evict by layer position and staleness. The exact order is ours.
+    """After the idea of Hoang et al., SpecMD, 2026 (arXiv 2602.03921): evict by layer position and staleness.
 
-    An expert is as stale as its layer was looked up often since it was called. The stalest goes; of equal ones the one
-    whose layer is furthest from its next lookup, then the one called longest ago. In an index of one layer this is LRU.
+    The exact order is ours. An expert is as stale as its layer was looked up often since it was called. The stalest
+    goes; of equal ones the one whose layer is furthest from its next lookup, then the one called longest ago. In an
+    index of one layer this is LRU.
     """
 
     name = "least-stale"

@@ -16,8 +16,9 @@ _MOST = 1 << (CLASSES - 1)  # calls that make a difference
 class Lfru(Policy):
     """Evicts the smallest calls / age: calls since the fill, which counts as one, and lookups since the last of them.
 
-    The frequency-weighted LRU that is proposed for the expert caches of vLLM and llama.cpp. Calls are rounded down to a
-    power of two, of which there are `CLASSES`: a victim is the oldest of a class, whatever the number of ways.
+    The frequency-weighted LRU that was proposed for the expert caches of vLLM (pull request 37190, 2026) and llama.cpp
+    (21609, withdrawn). Ours alone: calls are rounded down to a power of two, of which there are `CLASSES`, so that a
+    victim is the oldest of a class, whatever the number of ways.
     """
 
     name = "LFRU"

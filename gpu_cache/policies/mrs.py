@@ -13,11 +13,11 @@ ALPHA = 0.5
 
 
 class Mrs(DecayedPolicy):
-    """Zhong et al., HybriMoE, DAC 2025: S = ALPHA * score + (1 - ALPHA) * S in each step; the least goes.
+    """Zhong et al., HybriMoE, DAC 2025 (arXiv 2504.05897): the least S goes.
 
-    A layer's turn comes when it is looked up. Here the score of an expert that is not called counts as 0; HybriMoE also
-    counts some scores just below the top-k. Where scores are unknown, all that are called share 1. Of equal ones the
-    lowest key goes.
+    S = ALPHA * score + (1 - ALPHA) * S in each step; a layer's turn comes when it is looked up. Here the score of an
+    expert that is not called counts as 0; HybriMoE also counts some scores just below the top-k. Where scores are
+    unknown, all that are called share 1. Of equal ones the lowest key goes.
     """
 
     name = "MRS"
