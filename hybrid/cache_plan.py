@@ -52,7 +52,8 @@ class CachePlan:
         settings = {
             name: str(value) if isinstance(value, Path) else value for name, value in vars(self.settings).items()
         }
-        sizes = {"slots": self.geometry.slots, "slot_bytes": self.slot_bytes, "bytes": self.nbytes}
+        slots = {"slots": self.geometry.slots, "staging": self.staging}
+        sizes = slots | {"slot_bytes": self.slot_bytes, "bytes": self.nbytes}
         geometry = {"nblocks": self.geometry.nblocks, "nways": self.geometry.nways, "mapping": self.geometry.mapping}
         return {"device": self.device, **settings, **geometry, **sizes, "simulated": vars(self.simulated)}
 
@@ -62,10 +63,12 @@ class CachePlan:
         return (
             f"{g.nblocks} indexes of {g.nways} slots of {size_text(self.slot_bytes)}, mapping {g.mapping}: "
             f"{g.slots} of {experts} experts on the {self.device} device"
+            + (f", {self.staging} slots more for streams" if self.staging else "")
         )
 
 
 def staging_slots(cache: CacheConfig) -> int:
+    """Slots that a device needs beside those of the table, to stream experts through."""
     from gpu_cache.device import STAGING
 
     return STAGING if cache.stream != "off" else 0

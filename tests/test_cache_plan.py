@@ -89,6 +89,8 @@ def test_the_slots_are_counted() -> None:
 def test_a_stream_has_two_slots_of_its_own() -> None:
     still, streaming = (cached(nblocks=2, nways=3, stream=mode).cache for mode in ("off", "on"))
     assert streaming.nbytes == still.nbytes + 2 * still.slot_bytes and streaming.geometry == still.geometry
+    assert "2 slots more for streams" in str(streaming) and "streams" not in str(still)
+    assert [cache.to_dict()["staging"] for cache in (still, streaming)] == [0, 2]
     with pytest.raises(ConfigError, match="are 8 slots of .*; 7 fit the device .*, beside the 2 of --cache-stream on"):
         cached(nblocks=2, nways=4, stream="on", device=DeviceConfig(memory_gb=9.5 * still.slot_bytes / 1e9))
 
