@@ -16,6 +16,7 @@ WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word 
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
 CACHE_MODES = ("auto", "on", "off")
+STREAM_MODES = ("auto", "on", "off")
 MAX_NODES = 16  # memory nodes; what `cpu_kernels` can join
 MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
 
@@ -24,9 +25,10 @@ MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of
 class CacheConfig:
     """The expert cache on a device: `nblocks` indexes of `nways` slots, `quota` copies per step (None: no limit).
 
-    mode: "auto" takes what its verdict finds fastest after a warm-up. policy, admission, prefetch and mapping are names
-    of `gpu_cache`. delay: copies end so many layers later, exactly, instead of when they are done: for tests and for
-    comparisons with the simulator. poison: what is evicted becomes garbage at once.
+    mode: "auto" takes what its verdict finds fastest after a warm-up. stream: whether steps that read prompts bring
+    what a layer misses to the device instead of leaving it to the CPU; "auto" where costs say so. policy, admission,
+    prefetch and mapping are names of `gpu_cache`. delay: copies end so many layers later, exactly, instead of when they
+    are done: for tests and for comparisons with the simulator. poison: what is evicted becomes garbage at once.
     """
 
     nblocks: int | str | None = None  # "auto" and None: as many slots as fit
@@ -37,6 +39,7 @@ class CacheConfig:
     prefetch: str = "none"
     mapping: str = "modulo"
     mode: str = "on"
+    stream: str = "auto"
     warm: Path | None = None  # experts that a file of `hybrid.warm` lists are there from the start
     delay: int | None = None
     poison: bool = False
@@ -55,7 +58,8 @@ class DeviceConfig:
 
     copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
     latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
-    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts are computed
+    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts of few rows are computed
+    tflops: float = 165.0  # 10^12 operations per second, which decides it for many rows
     memory_gb: float = 24.0  # 10^9 bytes, for slots, and for a step's other parts if they are there
     jitter_us: float = 0.0  # up to so much later, at random, a copy begins
 
@@ -138,6 +142,7 @@ def check_cache(cache: CacheConfig) -> None:
     _none_or_within("--cache-quota", cache.quota, 0)
     _none_or_within("--cache-delay", cache.delay, 0)
     _one_of("--cache", cache.mode, CACHE_MODES)
+    _one_of("--cache-stream", cache.stream, STREAM_MODES)
     if not cache.requested:
         return
     from gpu_cache.admission import ADMISSIONS
@@ -156,7 +161,10 @@ def _check_device(device: DeviceConfig) -> None:
     for name, value in vars(device).items():
         least = 0 if name in ("latency_us", "jitter_us") else 1e-6
         if type(value) not in (int, float) or not least <= value < math.inf:
-            raise ConfigError(f"--device-{name.replace('_', '-')} {value!r:.80} is out of range; give a number above 0")
+            said = "DeviceConfig.jitter_us" if name == "jitter_us" else f"--device-{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{said} {value!r:.80} is out of range; give a number {'from' if not least else 'above'} 0"
+            )
 
 
 def _check_numa(numa: Any) -> None:

@@ -74,6 +74,7 @@ def _simulated(plan: Plan, cache: CachePlan, geometry: Geometry, source: Source,
         CopySpeed(simulated.copy_gbps * 1e9, simulated.latency_us * 1e-6, simulated.jitter_us * 1e-6, settings.seed),
         None if settings.delay is None else CopyClock(settings.delay),
         settings.poison,
+        cache.staging > 0,
     )
 
 
@@ -101,13 +102,16 @@ def _open_cuda(
                 clock=None if settings.delay is None else CopyClock(settings.delay),
                 poison=settings.poison,
                 pinned=weights if settings.pin_weights else (),
+                streaming=cache.staging > 0,
             )
         except DeviceFull as error:
             streams.close()
             fewer = fewer_slots(geometry)
             if fewer is None:
                 raise CapacityError(
-                    f"not even one slot of {size_text(cache.slot_bytes)} fits the device: {error}"
+                    f"not even one slot of {size_text(cache.slot_bytes)} fits the device"
+                    + (f" beside the {cache.staging} of --cache-stream {settings.stream}" if cache.staging else "")
+                    + f": {error}"
                 ) from None
             geometry = fewer
             continue

@@ -25,7 +25,7 @@ from hybrid.device_step import CALLS
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
-from hybrid.machine_profile import ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
+from hybrid.machine_profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
 from hybrid.memory import MemoryGrant, NodeMemory
 from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hybrid.gpu.step import DeviceStep
 
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
+USUAL_SPEED = 1e12  # operations a second of threads, likewise
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
 
@@ -333,22 +334,19 @@ class Engine:
         routers = (self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers)
         return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
 
-    def _cpu_seconds(self) -> float:
-        """What one row of one expert costs the threads: measured, or, where runs must be repeatable, a guess."""
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """What one expert costs the threads on one row, and on each of many: measured, or, where runs must be
+        repeatable, a guess.
+        """
         assert self.plan.cache is not None
         shape = self.plan.cache.shape
         if self.plan.cache.settings.delay is not None:
-            return shape.nbytes / USUAL_BANDWIDTH
-        mark = machine_mark(probe(self.plan.isa), self.plan.threads)
-        key = expert_key(shape, self.plan.formats.experts)
-        self.profile = cached_profile(self._profiles, mark, key, self._measure_experts)
-        return self.profile.experts[key].on_threads(1)
+            return shape.nbytes / USUAL_BANDWIDTH, 2 * shape.weights / USUAL_SPEED
+        from hybrid.profiling import thread_profile
 
-    def _measure_experts(self) -> tuple[ExpertTimes, None]:
-        from hybrid.profiling import measured_rows, time_threads
-
-        threads = time_threads(self.plan, self.pool, self.weight, self.buffer)
-        return ExpertTimes(measured_rows(self.plan), threads), None
+        self.profile = thread_profile(self.plan, self.pool, self.weight, self.buffer, self._profiles)
+        times = self.profile.experts[expert_key(shape, self.plan.formats.experts)]
+        return times.on_threads(1), times.row_on_threads
 
     def _price_device(self, experts: DeviceExperts) -> None:
         """Measured costs of a GPU in place of the figures of a simulated device."""

@@ -33,6 +33,16 @@ class ExpertTimes:
     def on_threads(self, rows: int) -> float:
         return _between(self.rows, self.threads, rows)
 
+    @property
+    def row_on_threads(self) -> float:
+        """Of an expert with many rows, each of them."""
+        return self.threads[-1] / self.rows[-1]
+
+    @property
+    def row_on_device(self) -> float:
+        """The same there, only where it was measured."""
+        return self.on_device(self.rows[-1]) / self.rows[-1]
+
     def on_device(self, rows: int) -> float:
         """Only where it was measured."""
         assert self.device is not None, "the device was not measured"
@@ -97,9 +107,10 @@ def cached_profile(
 
 
 def measured_costs(times: ExpertTimes, link: LinkSpeed, slot_bytes: int) -> CallCosts:
-    """Of a token: one row an expert, and copies that run while the threads read."""
+    """Of a token, one row an expert, and of prompts; copies run while the threads read."""
     copy = link.latency + slot_bytes / link.to_device_beside
-    return CallCosts(times.on_threads(1), times.on_device(1), times.device_start, copy)
+    rows = times.row_on_threads, times.row_on_device
+    return CallCosts(times.on_threads(1), times.on_device(1), times.device_start, copy, *rows)
 
 
 def _between(rows: tuple[int, ...], seconds: tuple[float, ...], count: int) -> float:

@@ -28,13 +28,14 @@ NEXT = "next_"  # before the buffers of the router of the next layer, which is a
 class ExpertShape:
     """What the experts of all MoE layers have in common: how many there are, how many a row takes, and their bytes.
 
-    pieces: (last word of the tensor, bytes of one expert), the matrices first.
+    pieces: (last word of the tensor, bytes of one expert), the matrices first. weights: numbers in its matrices.
     """
 
     layers: tuple[int, ...]  # those of the model that have experts
     experts: int
     top_k: int
     pieces: tuple[tuple[str, int], ...]
+    weights: int
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +60,7 @@ def _layer_shape(spec: ModelSpec, index: int, tensors: dict[str, StoreTensor]) -
     names = ["experts", "gate_up_bias", "down_bias"]
     found = [(name, tensors.get(f"layers.{index}.ffn.{name}")) for name in names]
     pieces = tuple((name, tensor.nbytes // ffn.experts) for name, tensor in found if tensor)
-    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces)
+    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces, 3 * spec.hidden * ffn.intermediate)
 
 
 def observe_routes(ops: Iterable[Op]) -> Iterator[Op]:

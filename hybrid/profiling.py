@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 import cpu_kernels
 from gpu_cache.device import Device
-from hybrid.machine_profile import ROWS
+from hybrid.hardware import probe
+from hybrid.machine_profile import ROWS, ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark
 from hybrid.plan import Plan
 from hybrid.routes import view
 from hybrid.slot_program import SlotProgram
@@ -21,6 +23,25 @@ LEAST_SECONDS = 0.3  # beyond which no more rounds are made
 def measured_rows(plan: Plan) -> tuple[int, ...]:
     """Those of `ROWS` that a step may have."""
     return tuple(rows for rows in ROWS if rows <= plan.max_rows)
+
+
+def thread_profile(
+    plan: Plan,
+    pool: cpu_kernels.ThreadPool,
+    weights: Callable[[str], int],
+    address: Callable[[str], int],
+    folder: Path | None,
+) -> MachineProfile:
+    """With what the experts of a plan cost the threads: from the file of this machine in `folder`, or measured by
+    `time_threads`. folder: None keeps nothing.
+    """
+    assert plan.cache is not None
+
+    def measure() -> tuple[ExpertTimes, None]:
+        return ExpertTimes(measured_rows(plan), time_threads(plan, pool, weights, address)), None
+
+    mark = machine_mark(probe(plan.isa), plan.threads)
+    return cached_profile(folder, mark, expert_key(plan.cache.shape, plan.formats.experts), measure)
 
 
 def time_threads(

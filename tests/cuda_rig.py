@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 from stream_standin import StandIn
 
 from hybrid import devices
@@ -22,8 +23,15 @@ class SlotCompute:
     def __init__(self, *arguments: Any) -> None:
         self._program = SlotProgram(*arguments)
 
-    def queue(self, slot_ids) -> None:
-        self._program(slot_ids)
+    def begin(self, slot_ids) -> None:
+        self._slot_ids = slot_ids
+
+    def experts(self, ids: range, slot: int) -> None:
+        ours = (self._slot_ids >= ids.start) & (self._slot_ids < ids.stop)
+        self._program(np.where(ours, self._slot_ids - ids.start + slot, -1).astype(np.int32))
+
+    def end(self) -> None:
+        pass
 
     def collect(self) -> None:
         pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -37,6 +38,7 @@ class StandIn:
         self.queues: dict[str, deque[Any]] = {name: deque() for name in (self.copy, self.compute, self.host)}
         self.closed = False
         self._working = False
+        self._failure: DeviceFull | None = None  # of work that happened in the middle of a task of the host
         self._speeds = [1.0] * len(self.queues)
 
     def allocate(self, shape: Sequence[int], dtype: Any = np.uint8) -> np.ndarray:
@@ -98,7 +100,8 @@ class StandIn:
 
     def close(self) -> None:
         self.queues[self.host].clear()
-        self._advance(lambda: not any(self.queues.values()))
+        with suppress(DeviceFull):
+            self._advance(lambda: not any(self.queues.values()))
         self.closed = True
 
     def _queue(self, stream: str, what: Any) -> None:
@@ -116,12 +119,20 @@ class StandIn:
         for name in self.random.choices(list(self.queues), self._speeds, k=self.at_once):
             if self._able(name):
                 self._step(name)
+        self._tell_failure()
 
     def _advance(self, until: Callable[[], bool]) -> None:
         while not until():
             able = [name for name in self.queues if self._able(name)]
             assert able, "nothing can happen any more: they wait for each other"
             self._step(self.random.choice(able))
+        self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        """To who asked for work; a task of the host takes all errors for its own."""
+        if self._failure and not self._working:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _able(self, name: str) -> bool:
         """Whether the next of a stream may happen."""
@@ -138,6 +149,10 @@ class StandIn:
         working, self._working = self._working, self._working or name == self.host
         try:
             what()
+        except DeviceFull as error:
+            if not working:
+                raise
+            self._failure = error
         finally:
             self._working = working
 

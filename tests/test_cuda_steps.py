@@ -53,6 +53,10 @@ def test_no_order_of_completions_changes_a_bit(expected, monkeypatch, seed) -> N
         CacheConfig(16, 8, prefetch="next-gate", poison=True),
         CacheConfig(14, 4, poison=True, pin_weights=True),
         CacheConfig("auto", poison=True, delay=3, strict_placement=True),
+        CacheConfig(14, 4, stream="off", poison=True),
+        CacheConfig(14, 4, stream="on", poison=True),
+        CacheConfig(1, 2, stream="on", poison=True, delay=0, pin_weights=True),
+        CacheConfig(16, 8, stream="on", prefetch="next-gate", poison=True, delay=2, quota=9),
     ],
     ids=str,
 )
@@ -166,10 +170,10 @@ class Greedy(SlotCompute):
 
     asked = itertools.count(1)
 
-    def queue(self, slot_ids) -> None:
+    def begin(self, slot_ids) -> None:
         if next(self.asked) in (5, 100):
             raise DeviceFull("out of memory")
-        super().queue(slot_ids)
+        super().begin(slot_ids)
 
 
 def test_slots_are_given_back_when_the_device_runs_out_of_memory(expected, monkeypatch) -> None:

@@ -92,6 +92,7 @@ def test_costs_of_a_token_are_those_of_a_row_and_of_copies_beside_reads() -> Non
     costs = measured_costs(TIMES, LINK, 10**9)
     assert (costs.cpu, costs.device, costs.start) == (1.0, 0.1, 0.05)
     assert costs.copy == pytest.approx(1e-5 + 1 / 20)
+    assert costs.cpu_row == TIMES.threads[-1] / TIMES.rows[-1] and costs.device_row == TIMES.device[-1] / TIMES.rows[-1]
 
 
 def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
@@ -100,7 +101,7 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
         times = engine.profile.experts[key]
         assert times.rows == (1, 2, 4, 8, 32) and times.device is None
         assert 0 < times.threads[0] < times.threads[-1] < 0.01
-        assert engine.experts.costs.cpu == times.threads[0]
+        assert engine.experts.costs.cpu == times.threads[0] and engine.experts.costs.cpu_row == times.threads[-1] / 32
     (file,) = tmp_path.glob("machine-*.json")
     monkeypatch.setattr("hybrid.profiling.time_threads", times_out)
     with embedded(tmp_path) as engine:

@@ -1,7 +1,7 @@
 """A device behind streams: slots in its memory, copies on a stream of their own, events that publish.
 
 A slot holds the very bytes that the host has of its expert: one copy is enough, nothing is packed again, and a slot can
-be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (4) are its
+be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (6) are its
 rules.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Protocol
@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 
 from gpu_cache.clock import CopyClock
-from gpu_cache.device import Bytes, DeviceTimes, Observer, SlotIds, Source
+from gpu_cache.device import STAGING, Bytes, DeviceTimes, Observer, SlotIds, Source
 from gpu_cache.devices.streams import Event, Memory, Streams
-from gpu_cache.errors import DeviceLost, PinningRefused
+from gpu_cache.errors import CacheError, DeviceLost, PinningRefused
 
 NOWHERE = -1  # in the table on the device: no slot
 POISON = 0xFF  # as a scale or a float: not a number
@@ -28,10 +28,19 @@ STAGING_BUFFERS = 4  # one is filled, one is copied from, and two even out the d
 
 
 class QueuedCompute(Protocol):
-    """Runs experts on the bytes of slots, in two parts."""
+    """Runs the experts of a layer on the bytes of slots: each call but the last queues on the stream at hand.
 
-    def queue(self, slot_ids: SlotIds) -> None:
-        """Queue the experts of a layer on the stream at hand, as `gpu_cache.device.Compute` takes them."""
+    One layer at a time. `begin` is called by who asks for it, `experts` and `end` by that thread or by the worker.
+    """
+
+    def begin(self, slot_ids: SlotIds) -> None:
+        """What comes first. slot_ids: of `gpu_cache.device.Device.run`; they stay until the layer is collected."""
+
+    def experts(self, ids: range, slot: int) -> None:
+        """The experts with these ids: the first lies in `slot`, the others in those that follow."""
+
+    def end(self) -> None:
+        """What comes after all experts."""
 
     def collect(self) -> None:
         """What is left to the host once all of it has happened."""
@@ -39,11 +48,15 @@ class QueuedCompute(Protocol):
 
 @dataclass(eq=False)
 class _Copy:
-    """An expert on its way. event: that its last byte is there, None until that is queued."""
+    """An expert on its way. event: that its last byte is there, None until that is queued. run: for which it is
+    streamed, and where its id is `id`; None for a slot of the table.
+    """
 
     slot: int
     key: int
-    after: Event
+    after: Event = None
+    run: _Run | None = None
+    id: int = 0
     first: Event = None
     event: Event = None
     failed: bool = False
@@ -51,8 +64,12 @@ class _Copy:
 
 @dataclass(eq=False)
 class _Run:
+    """A layer. event: that all of it has happened, None until that is queued. error: what kept it from that."""
+
     first: Event
-    event: Event
+    event: Event = None
+    streamed: list[_Copy] = field(default_factory=list)
+    error: Exception | None = None
     joined: bool = False
 
 
@@ -67,9 +84,9 @@ class _Buffer:
 class CudaDevice:
     """See `gpu_cache.device.Device`; here a slot may be written even while a run that uses it has not been joined.
 
-    memory: an array uint8 [slots, bytes] for each piece. slot_of: int32 [keys] on the device, the slot of every expert
-    or -1, for kernels on the compute stream that look experts up themselves; None where none does. notes: what was
-    asked and could not be had.
+    memory: an array uint8 [slots, bytes] for each piece, the slots of streams last. slot_of: int32 [keys] on the
+    device, the slot of every expert or -1, for kernels on the compute stream that look experts up themselves; None
+    where none does. notes: what was asked and could not be had.
     """
 
     def __init__(
@@ -84,21 +101,25 @@ class CudaDevice:
         poison: bool = False,
         pinned: Sequence[Bytes] = (),
         staging_bytes: int = STAGING_BYTES,
+        streaming: bool = False,
     ) -> None:
         """bind: called once with `memory`. keys: experts of all layers, where kernels look them up. pinned: all memory
         that `source` may name, to be pinned and copied from directly. clock, poison: as for the simulated device.
-        Raises DeviceFull.
+        streaming: have `STAGING` slots more. Raises DeviceFull.
         """
         self.times = DeviceTimes()
         self.notes: list[str] = []
         self.observer: Observer | None = None  # told when the host learns of an end, which is a little late
         self._streams, self._source, self._clock, self._poison = streams, source, clock, poison
-        self.memory = [streams.allocate((slots, size)) for size in piece_bytes]
+        self._slots = slots
+        self.memory = [streams.allocate((slots + STAGING * streaming, size)) for size in piece_bytes]
+        self._passed = [streams.record(streams.compute) for _ in range(STAGING * streaming)]
         self.slot_of = streams.allocate((keys,), np.int32) if keys else None
         if keys:
             streams.fill(streams.compute, self.slot_of, NOWHERE)
         self._compute = bind(self.memory)
         self._direct = bool(pinned) and self._pin(pinned)
+        self._expert_bytes = sum(piece_bytes)
         self._chunks = list(_chunks(piece_bytes, staging_bytes))
         self._ring = [] if self._direct else self._make_ring(min(staging_bytes, max(piece_bytes)))
         self._next_buffer = 0
@@ -131,19 +152,31 @@ class CudaDevice:
         if not self._tell()[1]:
             raise DeviceLost(self._lost or f"expert {key} cannot be read from the memory of the host")
 
-    def run(self, slot_ids: SlotIds) -> _Run:
+    def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> _Run:
         self._require()
         streams = self._streams
-        first = streams.record(streams.compute)
-        streams.launch(streams.compute, partial(self._compute.queue, slot_ids))
-        return _Run(first, streams.record(streams.compute))
+        run = _Run(streams.record(streams.compute))
+        streams.launch(streams.compute, partial(_queue_held, self._compute, slot_ids, self._slots, not streamed))
+        if not streamed:
+            run.event = streams.record(streams.compute)
+        for number, key in enumerate(streamed):
+            run.streamed.append(_Copy(self._slots + number % STAGING, key, run=run, id=self._slots + number))
+        for copy in run.streamed:
+            self._send(copy)
+        return run
 
     def join(self, ticket: _Run) -> None:
         if ticket.joined:
             return
         ticket.joined = True
+        if ticket.streamed:
+            self._require_queued(ticket)
         self._streams.synchronise(ticket.event)
         self.times.run += self._observe("hits", ticket.first, ticket.event)
+        for copy in ticket.streamed:
+            self.times.streamed += 1
+            self.times.streamed_bytes += self._expert_bytes
+            self.times.copy += self._observe("copy", copy.first, copy.event)
         self._compute.collect()
 
     def close(self) -> None:
@@ -168,19 +201,23 @@ class CudaDevice:
             self._set_slot(old, NOWHERE)
         self._key_of[slot] = None
         copy = _Copy(slot, key, streams.record(streams.compute))
+        self._send(copy)
+        self._asked.append(copy)
+
+    def _send(self, copy: _Copy) -> None:
         if self._direct:
             self._begin(copy)
-            for piece, host in enumerate(self._source(key)):
-                streams.upload(streams.copy, self.memory[piece][slot], host)
+            for piece, host in enumerate(self._source(copy.key)):
+                self._streams.upload(self._streams.copy, self.memory[piece][copy.slot], host)
             self._end(copy)
         else:
             for number in range(len(self._chunks)):
                 self._worker.submit(partial(self._stage, copy, number))
-        self._asked.append(copy)
 
     def _begin(self, copy: _Copy) -> None:
+        """(5) The slot of a stream is written again when the expert before has been computed from it."""
         streams = self._streams
-        streams.wait(streams.copy, copy.after)
+        streams.wait(streams.copy, copy.after if copy.run is None else self._passed[copy.slot - self._slots])
         copy.first = streams.record(streams.copy)
         if self._poison:
             for memory in self.memory:
@@ -188,10 +225,34 @@ class CudaDevice:
 
     def _end(self, copy: _Copy) -> None:
         copy.event = self._streams.record(self._streams.copy)
+        if copy.run is not None:
+            self._queue_streamed(copy, copy.run)
+
+    def _queue_streamed(self, copy: _Copy, run: _Run) -> None:
+        """(6) A streamed expert is computed when its last byte is there, which the host does not wait for."""
+        streams = self._streams
+        streams.wait(streams.compute, copy.event)
+        streams.launch(streams.compute, partial(self._compute.experts, range(copy.id, copy.id + 1), copy.slot))
+        self._passed[copy.slot - self._slots] = streams.record(streams.compute)
+        if copy is run.streamed[-1]:
+            streams.launch(streams.compute, self._compute.end)
+            run.event = streams.record(streams.compute)
+
+    def _require_queued(self, run: _Run) -> None:
+        """Wait until all of a run is queued. Raises what came in between, once what was queued has happened."""
+        if not self._closing:
+            self._worker.drain()
+        error, run.error = run.error, None
+        if error is not None:
+            if self._lost is None:
+                self._streams.synchronise(self._streams.record(self._streams.compute))
+            raise error
+        if run.event is None:
+            raise CacheError("the device was closed in the middle of a run")
 
     def _stage(self, copy: _Copy, number: int) -> None:
         """Copy one chunk through the ring. Runs on the worker."""
-        if self._closing or copy.failed:
+        if self._closing or copy.failed or (copy.run is not None and copy.run.error is not None):
             return
         try:
             if number == 0:
@@ -200,9 +261,15 @@ class CudaDevice:
             if number == len(self._chunks) - 1:
                 self._end(copy)
         except DeviceLost as error:
-            self._lost, copy.failed = str(error), True
-        except Exception:  # of the host: it is told of with the copy, and the next may go well
-            copy.failed = True
+            self._lost = str(error)
+            self._fail(copy, error)
+        except Exception as error:  # of the host: it is told of with the copy or the run, and the next may go well
+            self._fail(copy, error)
+
+    def _fail(self, copy: _Copy, error: Exception) -> None:
+        copy.failed = True
+        if copy.run is not None:
+            copy.run.error = error
 
     def _copy_chunk(self, copy: _Copy, piece: int, first: int, last: int) -> None:
         """(2) A staging buffer is written again when the copy from it has ended."""
@@ -237,7 +304,7 @@ class CudaDevice:
         self._key_of[copy.slot] = copy.key
         self._set_slot(copy.key, copy.slot)
         self.times.copies += 1
-        self.times.copied_bytes += sum(last - first for _, first, last in self._chunks)
+        self.times.copied_bytes += self._expert_bytes
         self.times.copy += self._observe("copy", copy.first, copy.event)
         return copy.slot, True
 
@@ -273,6 +340,14 @@ class CudaDevice:
         except PinningRefused as error:
             self.notes.append(f"{error}; copies are slower, from memory that is not pinned")
             return [_Buffer(np.empty(size, np.uint8)) for _ in range(STAGING_BUFFERS)]
+
+
+def _queue_held(compute: QueuedCompute, slot_ids: SlotIds, slots: int, alone: bool) -> None:
+    """alone: nothing is streamed."""
+    compute.begin(slot_ids)
+    compute.experts(range(slots), 0)
+    if alone:
+        compute.end()
 
 
 def _chunks(piece_bytes: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:

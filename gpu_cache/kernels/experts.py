@@ -70,7 +70,7 @@ class ExpertKernels:
         """memory: uint8 [slots, bytes] of the matrices, then of the biases of gate and up and of down if there are any.
         rows: of a step at most.
         """
-        self.layout, self._top_k = layout, top_k
+        self.layout, self.top_k = layout, top_k
         self._experts, self._biases = memory[0], list(memory[1:3]) if layout.bias else [memory[0], memory[0]]
         pairs, device = rows * top_k, memory[0].device
         self.activation = torch.zeros((pairs, layout.intermediate_stride), dtype=torch.bfloat16, device=device)
@@ -88,7 +88,7 @@ class ExpertKernels:
             self._few(x, slot_ids)
         else:
             self._many(x, slot_ids)
-        return self.contributions[: rows * self._top_k]
+        return self.contributions[: rows * self.top_k]
 
     def _few(self, x: torch.Tensor, slot_ids: torch.Tensor) -> None:
         rows, top_k = slot_ids.shape
@@ -103,7 +103,7 @@ class ExpertKernels:
         tiles = tiles_of(slot_ids, len(self._experts), MANY_ROWS)
         shape = {**self._shape(MANY_BLOCKS), "ROWS": MANY_ROWS}
         gate_up, down = self._gate_up(x), self._down()
-        activation = {"ACTIVATION": self.layout.activation, "TOP_K": self._top_k}
+        activation = {"ACTIVATION": self.layout.activation, "TOP_K": self.top_k}
         many_gate_up[self._grid(len(tiles.slot), gate_up, MANY_BLOCKS)](*tiles, *gate_up, **activation, **shape)
         many_down[self._grid(len(tiles.slot), down, MANY_BLOCKS)](*tiles, *down, **shape)
 

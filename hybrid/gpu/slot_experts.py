@@ -23,7 +23,7 @@ NORMED, RESIDUAL = "normed_f32", "residual"  # buffers of the engine: what exper
 
 
 class SlotExperts:
-    """See `gpu_cache.devices.cuda.QueuedCompute`. One run at a time: it is collected before the next is queued.
+    """See `gpu_cache.devices.cuda.QueuedCompute`.
 
     The rows of a step go to the device as bf16, once a layer. Back comes the weighted sum of each row, which is added
     to the residual stream before the threads' experts are; with `--strict-placement` what each expert made of each row
@@ -47,20 +47,33 @@ class SlotExperts:
         self._expert_ids = _Mirror(rows, top_k, torch.int32, device)
         self._gates = _Mirror(rows, top_k, torch.float32, device)
         self._result = _Mirror(rows * (top_k if self._strict else 1), width, torch.float32, device)
-        self._rows = 0
+        self._rows, self._highest = 0, -1  # of the layer that is queued: its rows and the highest of its slot ids
+        self._queued = self._x.device, self._slot_ids.device  # its input and slot ids
 
-    def queue(self, slot_ids: npt.NDArray[np.int32]) -> None:
+    def begin(self, slot_ids: npt.NDArray[np.int32]) -> None:
         rows, top_k = slot_ids.shape
-        x = self._input(rows)
-        slots = self._slot_ids.upload(slot_ids)
-        contributions = self._kernels.run(x, slots)
-        self._rows = rows
+        self._rows, self._highest = rows, int(slot_ids.max())
+        self._queued = self._input(rows), self._slot_ids.upload(slot_ids)
+        if not self._strict:
+            self._expert_ids.upload(self._ids[: rows * top_k].reshape(rows, top_k))
+            self._gates.upload(self._weights[: rows * top_k].reshape(rows, top_k))
+
+    def experts(self, ids: range, slot: int) -> None:
+        x, slots = self._queued
+        if slot != ids.start or self._highest >= ids.stop:
+            ours = (slots >= ids.start) & (slots < ids.stop)
+            slots = torch.where(ours, slots + (slot - ids.start), -1)
+        self._kernels.run(x, slots)
+
+    def end(self) -> None:
+        """Experts are added in one order, whichever were streamed."""
+        rows, top_k = self._rows, self._kernels.top_k
+        contributions = self._kernels.contributions[: rows * top_k]
         if self._strict:
             self._result.device[: rows * top_k].copy_(contributions)
             return self._result.download(rows * top_k)
-        ids = self._expert_ids.upload(self._ids[: rows * top_k].reshape(rows, top_k))
-        weights = self._gates.upload(self._weights[: rows * top_k].reshape(rows, top_k))
-        weighted_sums(contributions, ids, weights, slots, self._result.device[:rows])
+        ids, weights = self._expert_ids.device[:rows], self._gates.device[:rows]
+        weighted_sums(contributions, ids, weights, self._queued[1], self._result.device[:rows])
         self._leave_sums(rows)
 
     def _input(self, rows: int) -> torch.Tensor:

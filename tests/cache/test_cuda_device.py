@@ -7,20 +7,23 @@ stand-in would find a rule broken is shown by breaking each.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from stream_standin import StandIn
 
 from gpu_cache.clock import CopyClock
+from gpu_cache.device import STAGING
 from gpu_cache.devices.cuda import POISON, CudaDevice
-from gpu_cache.errors import DeviceFull, DeviceLost
+from gpu_cache.errors import CacheError, DeviceFull, DeviceLost
 
 SIZES = (192, 64)  # bytes of the pieces of an expert
 SLOTS, KEYS = 4, 9
-STAGING = 80  # an expert is four chunks, and a ring of four buffers is used again at once
+STAGING_BYTES = 80  # an expert is four chunks, and a ring of four buffers is used again at once
 SEEDS = 60
 
 
@@ -38,21 +41,26 @@ def held(memory: list[np.ndarray], slot: int) -> int | None:
 
 
 class Reader:
-    """A compute that looks what its slots hold when it happens. expected: what they had to hold, by slot."""
+    """A compute that looks what its slots hold when it happens. expected: what they had to hold, by id."""
 
     def __init__(self, memory: list[np.ndarray]) -> None:
         self.memory = memory
         self.expected: dict[int, int] = {}
         self.wrong: list[tuple[int, int, int | None]] = []
-        self.runs = self.collected = 0
-        self.error: Exception | None = None
+        self.runs = self.ended = self.collected = 0
+        self.computed: list[int] = []  # ids, in order
 
-    def queue(self, slot_ids: np.ndarray) -> None:
+    def begin(self, slot_ids: np.ndarray) -> None:
         self.runs += 1
-        if self.error:
-            raise self.error
-        for slot in set(slot_ids.reshape(-1).tolist()) - {-1}:
-            self.check(int(slot), self.expected[slot])
+        self.slot_ids = slot_ids
+
+    def experts(self, ids: range, slot: int) -> None:
+        for id in sorted(set(self.slot_ids.reshape(-1).tolist()) & set(ids)):
+            self.check(id - ids.start + slot, self.expected[id])
+            self.computed.append(id)
+
+    def end(self) -> None:
+        self.ended += 1
 
     def check(self, slot: int, key: int) -> None:
         found = held(self.memory, slot)
@@ -70,7 +78,7 @@ def make(streams: StandIn, slots: int = SLOTS, **choices) -> tuple[CudaDevice, R
         readers.append(Reader(memory))
         return readers[0]
 
-    choices = {"keys": KEYS, "staging_bytes": STAGING, **choices}
+    choices = {"keys": KEYS, "staging_bytes": STAGING_BYTES, "streaming": True, **choices}
     return CudaDevice(streams, slots, SIZES, source, bind, **choices), readers[0]
 
 
@@ -88,10 +96,14 @@ def find(device: CudaDevice, reader: Reader, key: int, expected: int) -> None:
 def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple[int, int, int | None]]:
     """Random copies, runs, lookups on the device and joins; returns what a reader met that it must not."""
     device, reader = make(streams, poison=True, **choices)
-    random, ready, loading, tickets = Random(seed), {}, {}, []
+    random, ready, loading, tickets, stream = Random(seed), {}, {}, [], None
     for _ in range(steps):
         key, slot = random.randrange(KEYS), random.randrange(SLOTS)
-        match random.randrange(5):
+        action = random.randrange(6)
+        if stream and action in (2, 5):
+            device.join(stream)  # before the next run, but copies and lookups may come in between
+            stream = None
+        match action:
             case 0 if slot not in loading and key not in {**ready, **loading}.values():
                 ready.pop(slot, None)
                 loading[slot] = key
@@ -101,17 +113,44 @@ def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple
                     assert whole
                     ready[ended] = loading.pop(ended)
             case 2 if ready:
-                expected = dict(ready)
-                run_reader = Reader(reader.memory)
-                run_reader.expected, run_reader.wrong = expected, reader.wrong
-                device._compute = run_reader  # every run has expectations of its own
-                slots = np.array([sorted(expected)], np.int32)
-                tickets.append(device.run(slots))
+                tickets.append(run(device, reader, dict(ready)))
             case 3:
                 expected_slot = next((slot for slot, held_key in ready.items() if held_key == key), -1)
                 streams.launch(streams.compute, partial(find, device, reader, key, expected_slot))
             case 4 if tickets and random.random() < 0.3:
                 device.join(tickets.pop(0))
+            case 5:
+                stream = run(device, reader, dict(ready), missed(random, ready))
+    if stream:
+        device.join(stream)
+    device.close()
+    return reader.wrong
+
+
+def run(device: CudaDevice, reader: Reader, expected: dict[int, int], streamed: Sequence[int] = ()) -> Any:
+    """A run on what slots must hold, and on experts that it brings; it has a reader of its own."""
+    device._compute = Reader(reader.memory)
+    device._compute.expected = expected | dict(enumerate(streamed, SLOTS))
+    device._compute.wrong = reader.wrong
+    return device.run(np.array([sorted(device._compute.expected)], np.int32), streamed)
+
+
+def missed(random: Random, ready: dict[int, int]) -> list[int]:
+    """One or more experts that no slot holds."""
+    others = sorted(set(range(KEYS)) - set(ready.values()))
+    return random.sample(others, random.randint(1, len(others)))
+
+
+def stream_alone(streams: StandIn, seed: int, **choices) -> list[tuple[int, int, int | None]]:
+    """Runs that stream, and nothing else on either stream."""
+    device, reader = make(streams, poison=True, **choices)
+    random = Random(seed)
+    for _ in range(6):
+        keys = missed(random, {})
+        device.join(run(device, reader, {}, keys))
+        compute = device._compute
+        assert compute.computed == list(range(SLOTS, SLOTS + len(keys))), "each once, in order"
+        assert (compute.runs, compute.ended, compute.collected) == (1, 1, 1)
     device.close()
     return reader.wrong
 
@@ -122,17 +161,24 @@ def test_no_order_of_completions_lets_a_reader_meet_wrong_bytes(seed) -> None:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS // 3))
-def test_nor_does_it_with_all_weights_pinned_or_none(seed) -> None:
+@pytest.mark.parametrize("work", [walk, stream_alone])
+def test_nor_does_it_with_all_weights_pinned_or_none(seed, work) -> None:
     experts = np.stack([np.concatenate(source(key)) for key in range(KEYS)])
-    assert walk(StandIn(seed), seed, pinned=[experts]) == []
-    assert walk(StandIn(seed, pinnable=0), seed) == []
+    assert work(StandIn(seed), seed, pinned=[experts]) == []
+    assert work(StandIn(seed, pinnable=0), seed) == []
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_nor_does_it_where_experts_are_streamed_alone(seed) -> None:
+    assert stream_alone(StandIn(seed), seed) == []
 
 
 class WithoutWaits(StandIn):
-    """Rule (1) broken: copies do not wait for those that read the slot before."""
+    """Rules (1) and (5) broken: copies do not wait for those that read the slot before."""
 
     def wait(self, stream, event) -> None:
-        pass
+        if stream != self.copy:
+            super().wait(stream, event)
 
 
 class WithoutRing(StandIn):
@@ -160,9 +206,27 @@ class OutOfTurn(StandIn):
         target.fill(value) if target.dtype == np.int32 else super().fill(stream, target, value)
 
 
-@pytest.mark.parametrize("broken", [WithoutWaits, WithoutRing, Hasty, OutOfTurn])
+class Early(StandIn):
+    """Rule (6) broken: streamed experts are computed before they are there."""
+
+    def wait(self, stream, event) -> None:
+        if stream != self.compute:
+            super().wait(stream, event)
+
+    def seconds(self, first, last) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("broken", [WithoutWaits, WithoutRing, Hasty, OutOfTurn, Early])
 def test_a_broken_rule_is_found(broken) -> None:
     assert any(walk(broken(seed), seed) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize("pinned", [[], [np.zeros(1, np.uint8)]])
+@pytest.mark.parametrize("broken", [WithoutWaits, Early])
+def test_a_broken_rule_of_streams_is_found(broken, pinned) -> None:
+    """(5) and (6), by themselves: a slot is written before it was read, or read before it was written."""
+    assert any(stream_alone(broken(seed), seed, pinned=pinned) for seed in range(SEEDS))
 
 
 def ended(device: CudaDevice, count: int) -> list[tuple[int, bool]]:
@@ -232,17 +296,17 @@ def test_a_run_is_joined_once() -> None:
 
 def test_too_little_memory_is_told_of_at_the_start() -> None:
     with pytest.raises(DeviceFull, match="do not fit"):
-        make(StandIn(0, capacity=SLOTS * sum(SIZES) - 1))
+        make(StandIn(0, capacity=(SLOTS + STAGING) * sum(SIZES) - 1))
 
 
 def test_pinning_that_is_refused_costs_speed_alone() -> None:
-    device, _ = make(StandIn(0, pinnable=STAGING * 4 - 1))
+    device, _ = make(StandIn(0, pinnable=STAGING_BYTES * 4 - 1))
     assert "copies are slower" in device.notes[0]
     device.load(1, 3)
     assert held(device.memory, 1) == 3
     device.close()
     experts = np.zeros(10**6, np.uint8)
-    device, _ = make(StandIn(0, pinnable=STAGING * 4), pinned=[experts])
+    device, _ = make(StandIn(0, pinnable=STAGING_BYTES * 4), pinned=[experts])
     assert "staging buffers instead" in device.notes[0] and len(device.notes) == 1
     device.close()
 
@@ -278,7 +342,7 @@ def test_what_a_source_raises_is_told_of_as_a_failed_copy_and_the_next_goes_well
             raise OSError("the file is gone")
         return source(key)
 
-    device = CudaDevice(StandIn(0), SLOTS, SIZES, broken, Reader, staging_bytes=STAGING)
+    device = CudaDevice(StandIn(0), SLOTS, SIZES, broken, Reader, staging_bytes=STAGING_BYTES)
     device.copy_in(0, 1)
     device.copy_in(0, 2)
     assert ended(device, 2) == [(0, False), (0, True)] and device.times.failed_copies == 1
@@ -286,6 +350,62 @@ def test_what_a_source_raises_is_told_of_as_a_failed_copy_and_the_next_goes_well
     with pytest.raises(DeviceLost, match="expert 1 cannot be read"):
         device.load(1, 1)
     device.close()
+
+
+def test_a_stream_leaves_the_table_alone_and_counts_for_itself() -> None:
+    device, reader = make(StandIn(2), clock=CopyClock(3), poison=True)
+    device.load(0, 3)
+    device.copy_in(1, 8)
+    device.join(run(device, reader, {0: 3}, [5, 6, 7]))
+    assert device._compute.computed == [0, 4, 5, 6] and reader.wrong == []
+    assert (device.times.streamed, device.times.streamed_bytes) == (3, 3 * sum(SIZES))
+    assert device.times.copies == 1 and device.slot_of.tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, -1]
+    assert [told for _ in range(5) for told in device.poll()] == [(1, True)], "nothing is told of the others"
+    assert len(device.memory[0]) == SLOTS + STAGING and held(device.memory, 0) == 3
+    device.close()
+
+
+def test_what_a_source_raises_in_a_stream_is_raised_by_its_join_and_the_next_goes_well() -> None:
+    gone = {6}
+
+    def broken(key: int) -> list[np.ndarray]:
+        if key in gone:
+            raise OSError("the file is gone")
+        return source(key)
+
+    streams = StandIn(5)
+    device = CudaDevice(streams, SLOTS, SIZES, broken, Reader, staging_bytes=STAGING_BYTES, streaming=True)
+    reader = device._compute
+    ticket = run(device, reader, {}, [5, 6, 7, 8])
+    with pytest.raises(OSError, match="the file is gone"):
+        device.join(ticket)
+    device.join(ticket)  # once more does nothing
+    assert device._compute.computed == [SLOTS] and device._compute.collected == 0
+    gone.clear()
+    device.join(run(device, reader, {}, [5, 6, 7, 8]))
+    assert reader.wrong == [] and device._compute.collected == 1
+    device.close()
+
+
+@pytest.mark.parametrize("calls", range(20, 140, 7))
+@pytest.mark.parametrize("pinned", [[], [np.zeros(1, np.uint8)]])
+def test_a_device_that_is_lost_in_a_stream_says_so(calls, pinned) -> None:
+    streams = StandIn(calls, lost_after=calls)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        device, reader = make(streams, pinned=pinned)
+        while True:
+            device.join(run(device, reader, {}, [1, 2, 3, 4]))
+    streams.lost_after = np.inf
+    device.close()
+    assert not reader.wrong
+
+
+def test_a_device_that_is_closed_in_the_middle_of_a_stream_says_so() -> None:
+    device, reader = make(StandIn(0))
+    ticket = run(device, reader, {}, list(range(KEYS)))
+    device.close()
+    with pytest.raises(CacheError, match="closed in the middle"):
+        device.join(ticket)
 
 
 def test_closing_drops_the_copies_that_wait() -> None:

@@ -93,20 +93,41 @@ def test_the_same_places_give_the_same_bits_whatever_the_geometry(tmp_path, monk
     assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_streamed_expert_has_the_bits_of_a_hit(tmp_path, monkeypatch, family, strict) -> None:
+    """A prompt with every expert in a slot of its own, with one there and the others streamed, and with all streamed
+    from pinned memory.
+    """
+    put(monkeypatch, compute=OnStandIn)
+    path = write_checkpoint(tmp_path / "hf", family)
+    full = replace(FULL, stream="off", strict_placement=strict)
+    with open_engine(path, tmp_path / "cache", device="cuda", cache=full) as engine:
+        logits(engine)
+        wanted = step(engine, (1, 0, TOKENS))
+        assert engine.experts.device.times.streamed == 0
+    for quota, pinned in ((None, False), (0, True)):
+        one = CacheConfig(1, 1, quota, stream="on", delay=0, poison=True, pin_weights=pinned, strict_placement=strict)
+        with open_engine(path, tmp_path / "cache", device="cuda", cache=one) as engine:
+            found = step(engine, (1, 0, TOKENS)), step(engine, (2, 0, TOKENS))
+            assert engine.experts.device.times.streamed > 10
+        assert all(np.array_equal(logits.view(np.uint32), wanted.view(np.uint32)) for logits in found)
+
+
 class Exact(OnStandIn):
     """Experts with the bits of the CPU, so that only the order of sums can make a difference."""
 
     def __init__(self, plan, memory, address) -> None:
         super().__init__(plan, memory, address)
         self._program = SlotProgram(plan, memory, address)
+        self.top_k, self.contributions = self._kernels.top_k, torch.zeros_like(self._kernels.contributions)
         self._kernels = self
 
-    def run(self, x, slot_ids):
+    def run(self, x, slot_ids) -> None:
         self._program(slot_ids.numpy())
         ours = np.flatnonzero(slot_ids.numpy().reshape(-1) >= 0)
-        made = torch.from_numpy(self._contributions[: slot_ids.numel()].copy())
+        self.contributions[ours] = torch.from_numpy(self._contributions[ours])
         self._contributions[ours] = -0.0
-        return made
 
 
 def residual(path: Path, tmp_path: Path, cache: CacheConfig | None) -> np.ndarray:

@@ -44,6 +44,7 @@ def one_torch_thread() -> Iterator[None]:
         ("qwen3_moe", "bf16", FULL),
         ("qwen3_moe", "bf16", replace(FULL, strict_placement=True)),
         ("qwen3_moe", "int8", CacheConfig(2, 6, delay=0, poison=True)),
+        ("qwen3_moe", "bf16", CacheConfig(2, 6, stream="on", delay=0, poison=True)),
         ("qwen2_moe", "bf16", FULL),
         ("gpt_oss", "bf16", FULL),
     ],
