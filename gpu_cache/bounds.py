@@ -84,7 +84,7 @@ class _Sets:
     def __init__(self, calls: Calls, geometry: Geometry) -> None:
         self.ranks = next_ranks(calls)
         self.owners = _owners(calls, self.ranks)
-        self.index_of = [geometry.index_of(key) for key in range(calls.layers * calls.experts)]
+        self.index_of = geometry.indexes().tolist()
         self.resident = bytearray(len(self.index_of))
         self.free = [geometry.nways] * geometry.nblocks
         self.heaps: list[list[int]] = [[] for _ in self.free]
@@ -149,7 +149,7 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
 def static_best(calls: Calls, geometry: Geometry) -> Schedule:
     """In each index the experts that the trace asks for most, there from the start and for ever."""
     count = np.bincount(calls.key, minlength=calls.layers * calls.experts)
-    index = np.array([geometry.index_of(key) for key in range(len(count))])
+    index = geometry.indexes()
     order = np.lexsort((-count, index))
     _, begin = np.unique(index[order], return_index=True)
     place = np.arange(len(order)) - np.repeat(begin, np.diff(np.append(begin, len(order))))

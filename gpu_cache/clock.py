@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 
 class CopyClock:
@@ -12,16 +13,19 @@ class CopyClock:
         """delay: ticks that a copy takes beyond the next one, 0 or more."""
         self._delay = delay
         self._tick = 0
-        self._copies: deque[tuple[int, int]] = deque()  # (tick, slot), in order
+        self._copies: deque[tuple[int, tuple[int, ...]]] = deque()  # (tick, slots), in order
 
-    def issue(self, slot: int) -> None:
-        """A copy into a slot begins."""
-        self._copies.append((self._tick + 1 + self._delay, slot))
+    def issue(self, *slots: int) -> None:
+        """Copies into slots begin, in this order."""
+        self._copies.append((self._tick + 1 + self._delay, slots))
 
-    def due(self) -> list[int]:
+    def due(self) -> Sequence[int]:
         """Begin a tick: the slots whose copies end now, in the order in which they were issued."""
-        self._tick += 1
-        copies, slots = self._copies, []
-        while copies and copies[0][0] <= self._tick:
-            slots.append(copies.popleft()[1])
+        tick = self._tick = self._tick + 1
+        copies = self._copies
+        if not copies or copies[0][0] > tick:
+            return ()
+        slots = copies.popleft()[1]
+        while copies and copies[0][0] <= tick:
+            slots += copies.popleft()[1]
         return slots

@@ -12,6 +12,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 SlotIds = npt.NDArray[np.int32]
 Pieces = Sequence[Bytes]  # of an expert: its matrices, then its biases if there are any
+Observer = Callable[[str, float, float], None]  # "hits" or "copy", from when to when: seconds of time.perf_counter
+STAGING = 2  # slots of a device that streams, besides those of the table: one is copied into, one computed from
 Source = Callable[[int], Pieces]  # the pieces of the expert with this key, where they lie in the memory of the host
 
 
@@ -34,6 +36,8 @@ class DeviceTimes:
     copied_bytes: int = 0
     copies: int = 0
     failed_copies: int = 0
+    streamed_bytes: int = 0
+    streamed: int = 0  # experts that a run brought with it
 
 
 class Device(Protocol):
@@ -43,6 +47,7 @@ class Device(Protocol):
     """
 
     times: DeviceTimes
+    observer: Observer | None  # told, by any thread, of every run and copy once it has ended
 
     def copy_in(self, slot: int, key: int) -> None:
         """Ask for a copy of expert `key` into a slot; `poll` tells when it has ended. Copies end in order."""
@@ -57,9 +62,12 @@ class Device(Protocol):
     def load(self, slot: int, key: int) -> None:
         """Copy at once, before steps run: returns when the slot holds its expert."""
 
-    def run(self, slot_ids: SlotIds) -> Any:
+    def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> Any:
         """Ask for the experts of a layer, as `Compute` takes them; returns a ticket, which is joined before the next
         run. slot_ids belongs to the device until then.
+
+        streamed: keys of experts that no slot holds. Their ids follow those of the table's slots, in this order; the
+        device copies each into a slot of its own, computes it, and forgets it. `poll` does not tell of these copies.
         """
 
     def join(self, ticket: Any) -> None:

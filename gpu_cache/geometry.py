@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpu_cache.errors import CacheError
 
 MAPPINGS = ("modulo", "prefix", "hash")
@@ -57,6 +60,19 @@ class Geometry:
             return layer if layer < self.nblocks else NOWHERE
         spread = self.nblocks // self.layers
         return layer + self.layers * (expert % spread) if spread > 1 else layer % self.nblocks
+
+    def indexes(self) -> NDArray[np.int64]:
+        """[layers * experts]: `index_of` every key."""
+        keys = range(self.layers * self.experts)
+        return np.fromiter(map(self.index_of, keys), np.int64, len(keys))
+
+    def spread(self) -> NDArray[np.int64]:
+        """[nblocks, layers]: how many experts of a layer belong to an index."""
+        index = self.indexes()
+        layer = np.arange(len(index)) // self.experts
+        cached = index != NOWHERE
+        counts = np.bincount(index[cached] * self.layers + layer[cached], minlength=self.nblocks * self.layers)
+        return counts.reshape(self.nblocks, self.layers)
 
 
 def auto_geometry(slots_that_fit: int, layers: int, experts: int, nways: int | None = None) -> Geometry:

@@ -66,7 +66,7 @@ class _Intervals:
     """
 
     def __init__(self, calls: Calls, geometry: Geometry) -> None:
-        index = np.array([geometry.index_of(key) for key in range(calls.layers * calls.experts)])
+        index = geometry.indexes()
         group = np.repeat(np.arange(len(calls)), np.diff(calls.start))
         cached = np.flatnonzero(index[calls.key] >= 0)
         key, group = calls.key[cached], group[cached]

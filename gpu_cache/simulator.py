@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -105,19 +106,21 @@ def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int],
     counted = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]  # [calls of a group][hits]
     current = None
     lookup, admit, release, publish = table.lookup, table.admit, table.release, table.publish
-    due, issue = clock.due, clock.issue
+    due, issue, slot_of = clock.due, clock.issue, itemgetter(0)
     for step, layer, experts, scores in calls:
         if step != current:
             table.begin_step(step)
             current = step
-        for slot in due():
-            publish(slot)
+        ended = due()
+        if ended:
+            publish(*ended)
         hits = len(lookup(layer, experts, scores)[0])
         size = len(experts)
         counted[size][hits] += 1
         if hits < size:
-            for fill in admit():
-                issue(fill[0])
+            fills = admit()
+            if fills:
+                issue(*map(slot_of, fills))
         if hits:
             release()
     return {(hits, size - hits): n for size, row in enumerate(counted) for hits, n in enumerate(row) if n}

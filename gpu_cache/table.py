@@ -70,8 +70,8 @@ class Table:
         self.quota = quota
         keys = geometry.layers * geometry.experts
         self._experts = geometry.experts
-        self._index_of = [geometry.index_of(key) for key in range(keys)]
-        self._where = [ABSENT] * keys
+        self._index_of = geometry.indexes().tolist()
+        self._where = [ABSENT] * (keys + 1)  # the last is that of EMPTY
         self._key_of = [EMPTY] * geometry.slots
         self._blocked: set[int] = set()  # loading or pinned
         self._pinned: list[int] = []  # may name a slot twice
@@ -96,28 +96,31 @@ class Table:
         scores: the largest gate score of each expert. Experts are not checked: 0 <= expert < geometry.experts.
         """
         base, where = layer * self._experts, self._where
-        if self._observers:
-            self._observe(layer, [base + expert for expert in experts], scores)
-        hits, loading, misses = [], [], []
-        on_hit = self._on_hit
+        if self._on_call is not None:
+            self._on_call([base + expert for expert in experts])
+        hits: list[tuple[int, int]] = []
+        slots: list[int] = []
+        loading: list[int] = []
+        misses: list[int] = []
         for expert in experts:
             slot = where[base + expert]
             if slot >= 0:
                 hits.append((expert, slot))
-                if on_hit is not None:
-                    on_hit(slot, base + expert)
+                slots.append(slot)
             elif slot == ABSENT:
                 misses.append(expert)
             else:
                 loading.append(expert)
-        if hits:
-            slots = [slot for _, slot in hits]
+        if self._on_lookup is not None:
+            self._on_lookup(layer, experts, scores, slots)
+        if slots:
             self._pinned += slots
             self._blocked.update(slots)
-            self._hits[layer] += len(hits)
+            self._hits[layer] += len(slots)
         if loading:
             self._loading[layer] += len(loading)
-        self._misses[layer] += len(misses)
+        if misses:
+            self._misses[layer] += len(misses)
         self._missed_layer, self._missed = layer, misses
         return _new(Lookup, (hits, loading, misses))
 
@@ -125,15 +128,7 @@ class Table:
         """The copies to make of what the last lookup missed; their slots are loading from now on."""
         layer, misses = self._missed_layer, self._missed
         self._missed = []
-        base, index_of, wants, fills = layer * self._experts, self._index_of, self._wants, list[Fill]()
-        for expert in misses:
-            key = base + expert
-            index = index_of[key]
-            if index >= 0 and (wants is None or wants(index, key)) and self._left and self._where[key] == ABSENT:
-                fill = self._fill(index, key, layer)
-                if fill is not None:
-                    fills.append(fill)
-        return fills
+        return self._fill(layer, misses, self._wants)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Fill]:
         """The copies to make for experts that a layer will ask for, within the quota; none evicts another of them.
@@ -143,13 +138,7 @@ class Table:
         keys = [layer * self._experts + expert for expert in experts]
         kept = {slot for slot in (self._where[key] for key in keys) if slot >= 0} - self._blocked
         self._blocked |= kept
-        fills = []
-        for key in keys:
-            index = self._index_of[key]
-            if index >= 0 and self._where[key] == ABSENT and self._left:
-                fill = self._fill(index, key, layer)
-                if fill is not None:
-                    fills.append(fill)
+        fills = self._fill(layer, experts, None)
         self._blocked -= kept
         return fills
 
@@ -158,20 +147,25 @@ class Table:
         self._blocked.difference_update(self._pinned)
         self._pinned.clear()
 
-    def publish(self, slot: int) -> None:
-        """The copy into a loading slot has ended: its expert is ready."""
-        key = self._key_of[slot]
-        if self._where[key] != LOADING or key == EMPTY:
-            raise _not_loading(slot)
-        self._where[key] = slot
-        self._blocked.discard(slot)
+    def publish(self, *slots: int) -> None:
+        """The copies into loading slots have ended: their experts are ready."""
+        where, key_of = self._where, self._key_of
+        for slot in slots:
+            key = key_of[slot]
+            if where[key] != LOADING:
+                raise _not_loading(slot)
+            where[key] = slot
+        self._blocked.difference_update(slots)
 
     def abandon(self, slot: int) -> None:
         """The copy into a loading slot has failed: the slot is empty."""
-        if self._where[self._key_of[slot]] != LOADING or self._key_of[slot] == EMPTY:
+        key = self._key_of[slot]
+        if self._where[key] != LOADING:
             raise _not_loading(slot)
         self._blocked.discard(slot)
-        self._evict(slot)
+        self._key_of[slot], self._where[key] = EMPTY, ABSENT
+        if self._on_evict is not None:
+            self._on_evict(slot, key)
         insort(self._free[slot // self.geometry.nways], slot, key=neg)
 
     def preload(self, keys: Iterable[int]) -> list[Fill]:
@@ -182,13 +176,13 @@ class Table:
         """
         fills = []
         for key in keys:
-            if not 0 <= key < len(self._where):
-                raise CacheError(f"expert {key} is not of this model: it has {len(self._where)}, numbered from 0")
+            if not 0 <= key < len(self._index_of):
+                raise CacheError(f"expert {key} is not of this model: it has {len(self._index_of)}, numbered from 0")
             index = self._index_of[key]
             if index != NOWHERE and self._free[index] and self._where[key] == ABSENT:
                 slot = self._free[index].pop()
-                self._occupy(slot, key)
-                self.publish(slot)
+                self._key_of[slot], self._where[key] = key, slot
+                self._tell_of_fill(index, slot, key)
                 fills.append(Fill(slot, key, None))
         return fills
 
@@ -204,11 +198,12 @@ class Table:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the states of slots and experts contradict each other."""
+        assert self._where[EMPTY] == ABSENT, "an empty slot is somewhere"
         key_of, where, nways = self._key_of, self._where, self.geometry.nways
         held = {slot: key for slot, key in enumerate(key_of) if key != EMPTY}
         loading = {slot for slot, key in held.items() if where[key] == LOADING}
         assert all(where[key] == slot for slot, key in held.items() if slot not in loading), "a slot that nobody finds"
-        assert len(where) - where.count(ABSENT) == len(held), "an expert in two slots, or in none"
+        assert sum(slot != ABSENT for slot in where) == len(held), "an expert in two slots, or in none"
         assert all(self._index_of[key] == slot // nways for slot, key in held.items()), "an expert in a foreign index"
         assert loading.isdisjoint(self._pinned), "a loading slot is pinned"
         assert held.keys() >= set(self._pinned), "an empty slot is pinned"
@@ -221,55 +216,49 @@ class Table:
     def _bind(self, policy: Policy, admission: Admission) -> None:
         """Keep the hooks that do something; the others cost nothing."""
         self.policy, self.admission = policy, admission
-        self._victim = policy.victim
-        self._on_hit = _hook(policy.on_hit, Policy.on_hit)
+        self._replace = policy.replace
+        self._on_lookup = _hook(policy.on_lookup, Policy.on_lookup)
         self._on_fill = _hook(policy.on_fill, Policy.on_fill)
         self._on_evict = _hook(policy.on_evict, Policy.on_evict)
-        self._on_call = _hook(policy.on_call, Policy.on_call)
         self._wants = _hook(admission.wants, Admission.wants)
-        self._admission_on_call = _hook(admission.on_call, Admission.on_call)
-        self._admission_on_fill = _hook(admission.on_fill, Admission.on_fill)
-        self._observers = self._on_call is not None or self._admission_on_call is not None
+        self._on_call = _hook(admission.on_call, Admission.on_call)
+        self._on_admitted = _hook(admission.on_fill, Admission.on_fill)
 
-    def _observe(self, layer: int, keys: list[int], scores: Sequence[float] | None) -> None:
-        if self._on_call is not None:
-            self._on_call(layer, keys, scores)
-        if self._admission_on_call is not None:
-            self._admission_on_call(keys)
+    def _fill(self, layer: int, experts: Iterable[int], wants: Callable[[int, int], bool] | None) -> list[Fill]:
+        """Give experts that are wanted slots of their indexes, while the quota lasts and where not all are blocked."""
+        where, key_of, index_of, blocked, fills = self._where, self._key_of, self._index_of, self._blocked, list[Fill]()
+        base = layer * self._experts
+        for expert in experts:
+            key = base + expert
+            index = index_of[key]
+            if index < 0 or (wants is not None and not wants(index, key)) or not self._left or where[key] != ABSENT:
+                continue
+            evicted = None
+            if self._free[index]:
+                slot = self._free[index].pop()
+                self._tell_of_fill(index, slot, key)
+            else:
+                chosen = self._replace(index, key, blocked)
+                if chosen is None:
+                    continue
+                slot, evicted = chosen, key_of[chosen]
+                where[evicted] = ABSENT
+                self._evictions[layer] += 1
+                if self._on_admitted is not None:
+                    self._on_admitted(index)
+            key_of[slot], where[key] = key, LOADING
+            blocked.add(slot)
+            self._left -= 1
+            fills.append(_new(Fill, (slot, key, evicted)))
+        self._fills[layer] += len(fills)
+        return fills
 
-    def _fill(self, index: int, key: int, layer: int) -> Fill | None:
-        """Give an expert a slot of its index; None if every one is pinned or loading."""
-        evicted = None
-        if self._free[index]:
-            slot = self._free[index].pop()
-        else:
-            victim = self._victim(index, self._blocked)
-            if victim is None:
-                return None
-            slot, evicted = victim, self._evict(victim)
-            self._evictions[layer] += 1
-        self._occupy(slot, key)
-        self._fills[layer] += 1
-        self._left -= 1
-        return _new(Fill, (slot, key, evicted))
-
-    def _occupy(self, slot: int, key: int) -> None:
-        self._key_of[slot] = key
-        self._where[key] = LOADING
-        self._blocked.add(slot)
+    def _tell_of_fill(self, index: int, slot: int, key: int) -> None:
+        """An empty slot is taken."""
         if self._on_fill is not None:
             self._on_fill(slot, key)
-        if self._admission_on_fill is not None:
-            self._admission_on_fill(slot // self.geometry.nways)
-
-    def _evict(self, slot: int) -> int:
-        """Take the expert out of a slot, which the caller fills or frees; returns its key."""
-        key = self._key_of[slot]
-        self._key_of[slot] = EMPTY
-        self._where[key] = ABSENT
-        if self._on_evict is not None:
-            self._on_evict(slot, key)
-        return key
+        if self._on_admitted is not None:
+            self._on_admitted(index)
 
 
 def _not_loading(slot: int) -> CacheError:

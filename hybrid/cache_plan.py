@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gpu_cache.geometry import Geometry
 
 
+SLOT_SHARE = 0.9  # of the free memory of a GPU; the rest is for rows, and for torch
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """The cache of a run: where experts go, and the slots that hold them on the device.
@@ -39,15 +42,26 @@ class CachePlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots, in the memory of the host as long as the device is simulated."""
-        return self.geometry.slots * self.slot_bytes
+        """Of all slots, those for streams included."""
+        return (self.geometry.slots + self.staging) * self.slot_bytes
+
+    @property
+    def staging(self) -> int:
+        """Slots that streamed experts pass through, beside those of the table."""
+        return staging_slots(self.settings)
+
+    @property
+    def host_bytes(self) -> int:
+        """What the slots take of the memory of the host: all, where the device is simulated."""
+        return self.nbytes if self.device == "simulated" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         settings = {
             name: str(value) if isinstance(value, Path) else value for name, value in vars(self.settings).items()
         }
-        sizes = {"slots": self.geometry.slots, "slot_bytes": self.slot_bytes, "bytes": self.nbytes}
+        slots = {"slots": self.geometry.slots, "staging": self.staging}
+        sizes = slots | {"slot_bytes": self.slot_bytes, "bytes": self.nbytes}
         geometry = {"nblocks": self.geometry.nblocks, "nways": self.geometry.nways, "mapping": self.geometry.mapping}
         return {"device": self.device, **settings, **geometry, **sizes, "simulated": vars(self.simulated)}
 
@@ -57,17 +71,36 @@ class CachePlan:
         return (
             f"{g.nblocks} indexes of {g.nways} slots of {size_text(self.slot_bytes)}, mapping {g.mapping}: "
             f"{g.slots} of {experts} experts on the {self.device} device"
+            + (f", {self.staging} slots more for streams" if self.staging else "")
         )
 
 
-def plan_cache(shape: ExpertShape, config: EngineConfig, free: int) -> CachePlan:
-    """free: bytes of the host that nothing else has planned. Raises ConfigError when the slots do not fit."""
-    fitting = min(int(config.simulated.memory_gb * 1e9), max(0, free)) // shape.nbytes
+def staging_slots(cache: CacheConfig) -> int:
+    """Slots that a device needs beside those of the table, to stream experts through."""
+    from gpu_cache.device import STAGING
+
+    return STAGING if cache.stream != "off" else 0
+
+
+def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int) -> CachePlan:
+    """free: bytes of the host that nothing else has planned. device_memory: the same of the device. Raises ConfigError
+    when the slots do not fit.
+    """
+    if config.device == "cuda":
+        fitting = int(max(0, device_memory) * SLOT_SHARE) // shape.nbytes
+        room = f"the {size_text(device_memory)} that others have left free on the GPU"
+    else:
+        fitting = max(0, min(device_memory, free)) // shape.nbytes
+        room = "the device and the memory that is free"
+    staging = staging_slots(config.cache)
+    fitting = max(0, fitting - staging)
     geometry = _geometry(shape, config.cache, fitting)
     if geometry.slots > fitting:
         raise ConfigError(
             f"--cache-nblocks {geometry.nblocks} x --cache-nways {geometry.nways} are {geometry.slots} slots of "
-            f"{size_text(shape.nbytes)}; {fitting} fit the device and the memory that is free: lower one of them"
+            f"{size_text(shape.nbytes)}; {fitting} fit {room}"
+            + (f", beside the {staging} of --cache-stream {config.cache.stream}" if staging else "")
+            + ": lower one of them"
         )
     warning = _warning(geometry, shape)
     return CachePlan(config.device, geometry, shape, config.cache, config.simulated, warning)

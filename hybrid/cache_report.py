@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hybrid.experts import COUNTS, DeviceExperts
+from hybrid.decode_history import COUNTS
+from hybrid.experts import DeviceExperts
 from hybrid.memory import size_text
 from hybrid.verdict import Verdict
 
@@ -14,7 +15,8 @@ from hybrid.verdict import Verdict
 class CacheReport:
     """Hit rates are over all expert calls: every distinct expert that a layer asks for in a step, uncached layers too.
 
-    late_copies: experts that were asked for while they were on their way. miss_seconds: what the threads took for
+    late_copies: experts that were asked for while they were on their way. streamed: experts brought to the device for
+    one layer of a prompt, which count as misses, in streamed_layers layers. miss_seconds: what the threads took for
     experts in steps with the device. modelled_seconds: what the figures of the device make of its hits. following: what
     `--cache auto` chose, None without.
     """
@@ -33,6 +35,9 @@ class CacheReport:
     copied_bytes: int
     late_copies: int
     failed_copies: int
+    streamed_layers: int
+    streamed: int
+    streamed_bytes: int
     miss_seconds: float
     lookup_seconds: float
     wait_seconds: float
@@ -54,6 +59,12 @@ class CacheReport:
             f"misses       {self.miss_seconds:.3f} s of the threads; lookups {self.lookup_seconds:.3f} s",
             f"verdict      {self.verdict or 'none: no step decoded'}",
         ]
+        if self.streamed_layers:
+            lines.insert(
+                3,
+                f"streamed     {self.streamed} experts of {self.streamed_layers} layers of prompts, "
+                f"{size_text(self.streamed_bytes)}",
+            )
         if self.following:
             lines.append(f"followed     {self.following}, from the end of the warm-up")
         return "\n".join(lines)
@@ -64,7 +75,7 @@ def report(experts: DeviceExperts) -> CacheReport:
     counts, plan, times, device = experts.count(), experts.plan, experts.times, experts.device.times
     totals = dict(zip((*COUNTS, "fills"), map(int, counts.sum(axis=0)), strict=True))
     rates = counts[:, 1] / counts[:, 0].clip(1)
-    geometry, settings = plan.geometry, plan.settings
+    geometry, settings = experts.geometry, plan.settings
     return CacheReport(
         geometry=f"{geometry.nblocks} x {geometry.nways} slots, {geometry.mapping}",
         policy=settings.policy,
@@ -74,6 +85,9 @@ def report(experts: DeviceExperts) -> CacheReport:
         copied_bytes=device.copied_bytes,
         late_copies=times.late_copies,
         failed_copies=device.failed_copies,
+        streamed_layers=times.streamed_layers,
+        streamed=device.streamed,
+        streamed_bytes=device.streamed_bytes,
         miss_seconds=times.misses,
         lookup_seconds=times.lookup,
         wait_seconds=times.wait,

@@ -10,10 +10,13 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
+STEPS = ("auto", "threads", "torch-cpu")
+OVERLAPS = {"none": "none", "next": "next-gate"}  # what is copied while misses run: names of prefetches
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `weights.mix` has the rest
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
 CACHE_MODES = ("auto", "on", "off")
+STREAM_MODES = ("auto", "on", "off")
 MAX_NODES = 16  # memory nodes; what `cpu_kernels` can join
 MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
 
@@ -22,9 +25,10 @@ MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of
 class CacheConfig:
     """The expert cache on a device: `nblocks` indexes of `nways` slots, `quota` copies per step (None: no limit).
 
-    mode: "auto" takes what its verdict finds fastest after a warm-up. policy, admission, prefetch and mapping are names
-    of `gpu_cache`. delay: copies end so many layers later, exactly, instead of when they are done: for tests and for
-    comparisons with the simulator. poison: what is evicted becomes garbage at once.
+    mode: "auto" takes what its verdict finds fastest after a warm-up. stream: whether steps that read prompts bring
+    what a layer misses to the device instead of leaving it to the CPU; "auto" where costs say so. policy, admission,
+    prefetch and mapping are names of `gpu_cache`. delay: copies end so many layers later, exactly, instead of when they
+    are done: for tests and for comparisons with the simulator. poison: what is evicted becomes garbage at once.
     """
 
     nblocks: int | str | None = None  # "auto" and None: as many slots as fit
@@ -35,10 +39,13 @@ class CacheConfig:
     prefetch: str = "none"
     mapping: str = "modulo"
     mode: str = "on"
+    stream: str = "auto"
     warm: Path | None = None  # experts that a file of `hybrid.warm` lists are there from the start
     delay: int | None = None
     poison: bool = False
     seed: int = 0
+    pin_weights: bool = False  # all weights of the experts, so that a GPU copies them from where they lie
+    strict_placement: bool = False  # results depend on where each expert ran, and on nothing else of the cache
 
     @property
     def requested(self) -> bool:
@@ -51,8 +58,9 @@ class DeviceConfig:
 
     copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
     latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
-    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts are computed
-    memory_gb: float = 24.0  # 10^9 bytes, for slots
+    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts of few rows are computed
+    tflops: float = 165.0  # 10^12 operations per second, which decides it for many rows
+    memory_gb: float = 24.0  # 10^9 bytes, for slots, and for a step's other parts if they are there
     jitter_us: float = 0.0  # up to so much later, at random, a copy begins
 
 
@@ -77,11 +85,22 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
     routes: bool = False  # whether `Engine.routes` may get an observer
+    # Where all but the experts is computed: auto is the GPU with --device cuda, else the threads. torch-cpu is the same
+    # code on torch's CPU device, in place of a GPU: for tests, and for looking at plans.
+    step_on: str = "auto"
+    gpu_kv_tokens: int | None = None  # most recent tokens of every sequence that the device mirrors; None: what fits
 
     @property
     def cached(self) -> bool:
         """Whether experts may be computed on a device."""
-        return self.device == "simulated" and self.cache.mode != "off"
+        return self.device in ("simulated", "cuda") and self.cache.mode != "off"
+
+    @property
+    def step_device(self) -> str | None:
+        """torch's name of the device that computes all but the experts; None: the threads do."""
+        if self.step_on == "torch-cpu":
+            return "cpu"
+        return "cuda" if self.device == "cuda" and self.step_on == "auto" else None
 
 
 def check_config(config: EngineConfig) -> None:
@@ -104,6 +123,10 @@ def check_config(config: EngineConfig) -> None:
     _check_device(config.simulated)
     if config.cached and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with an expert cache; use --numa off or --cache off")
+    _one_of("--step-on", config.step_on, STEPS)
+    _none_or_within("--gpu-kv-tokens", config.gpu_kv_tokens, config.chunk_size)
+    if config.step_device and config.numa not in ("auto", "off", "1"):
+        raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
     if config.chunk_size < config.max_batch:
         raise ConfigError(
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "
@@ -119,6 +142,7 @@ def check_cache(cache: CacheConfig) -> None:
     _none_or_within("--cache-quota", cache.quota, 0)
     _none_or_within("--cache-delay", cache.delay, 0)
     _one_of("--cache", cache.mode, CACHE_MODES)
+    _one_of("--cache-stream", cache.stream, STREAM_MODES)
     if not cache.requested:
         return
     from gpu_cache.admission import ADMISSIONS
@@ -137,7 +161,10 @@ def _check_device(device: DeviceConfig) -> None:
     for name, value in vars(device).items():
         least = 0 if name in ("latency_us", "jitter_us") else 1e-6
         if type(value) not in (int, float) or not least <= value < math.inf:
-            raise ConfigError(f"--device-{name.replace('_', '-')} {value!r:.80} is out of range; give a number above 0")
+            said = "DeviceConfig.jitter_us" if name == "jitter_us" else f"--device-{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{said} {value!r:.80} is out of range; give a number {'from' if not least else 'above'} 0"
+            )
 
 
 def _check_numa(numa: Any) -> None:

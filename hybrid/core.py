@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+SpanObserver = Callable[[str, float, float], None]  # what happened, from when to when: seconds of time.perf_counter
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,12 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.binding import bind
 from hybrid.config import EngineConfig, check_config
-from hybrid.core import Batch, StepResult, StepTimes
-from hybrid.errors import CapacityError, ConfigError, KernelError, StepCancelled
+from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
+from hybrid.device_step import CALLS
+from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
 from hybrid.hardware import probe
 from hybrid.kv import KvArena
+from hybrid.machine_profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
 from hybrid.memory import MemoryGrant, NodeMemory
 from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
@@ -32,14 +35,15 @@ from hybrid.routes import Routes, view
 from hybrid.warm import model_mark, read_warm, write_warm
 from hybrid.weights.copied import CopiedWeights
 from hybrid.weights.mix import parse_mix
-from hybrid.weights.pack import Notice, Progress, cached_store, model_config, model_formats
+from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir, model_config, model_formats
 from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
     from hybrid.experts import DeviceExperts
+    from hybrid.gpu.step import DeviceStep
 
-PROBES = 4  # steps that tell what experts cost the threads
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
+USUAL_SPEED = 1e12  # operations a second of threads, likewise
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 
 
@@ -49,25 +53,33 @@ def plan_model(config: EngineConfig) -> Plan:
     Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     check_config(config)
+    hardware = probe(config.isa)
     if config.device == "cuda":
-        raise ConfigError(f"--device cuda cannot be had: {_missing_for_cuda()}; use auto, cpu or simulated")
+        hardware = replace(hardware, device_memory=_device_memory())
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
-    return make_plan(spec, probe(config.isa), config, parse_mix(config.weight_format, model_formats(path)))
+    return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
 
 
-def _missing_for_cuda() -> str:
-    if find_spec("torch") is None:
-        return "torch is not installed, and this version has no CUDA device yet"
-    return "this version has no CUDA device yet"
+def _device_memory() -> int:
+    """Bytes that are free on the GPU. Raises ConfigError if there is none that can be used."""
+    from hybrid.gpu.usable import free_bytes, why_unusable
+
+    if problem := why_unusable():
+        raise ConfigError(f"--device cuda cannot be had: {problem}; use auto, cpu or simulated")
+    return free_bytes()
 
 
 class Engine:
     """Runs steps of one model. One step at a time; `cancel` may come from any thread."""
 
-    def __init__(self, store: Store, plan: Plan, progress: Progress | None = None) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, progress: Progress | None = None, profiles: Path | None = None
+    ) -> None:
         """Allocate what the plan says and bind its ops to addresses. Raises CapacityError if it does not fit,
         ConfigError if the store has other formats than the plan. A store whose weights were copied is closed.
+
+        profiles: where what was measured of this machine is kept; None: nowhere.
         """
         start = time.perf_counter()
         plan.require_fit()
@@ -92,7 +104,13 @@ class Engine:
         self.routes = self._new_routes()
         self._executor = bind(self._new_executor(), plan.ops, self)
         self.experts: DeviceExperts | None = None
+        self.device_step: DeviceStep | None = None
+        self._plain = self._executor  # of steps whose experts are all the threads'
         self._placed: cpu_kernels.Executor | None = None
+        self.profile: MachineProfile | None = None  # what experts cost here, if it was measured
+        self._profiles = profiles
+        if plan.device:
+            self._open_step()
         if plan.cache:
             self._open_device()
         self.load_seconds = time.perf_counter() - start
@@ -107,6 +125,8 @@ class Engine:
         start = time.perf_counter()
         plan = plan_model(config)
         plan.require_fit()
+        if plan.device and find_spec("torch") is None:
+            raise ConfigError(f"--step-on {config.step_on} needs torch, which is not installed: pip install '.[gpu]'")
         if notice and not plan.cpus:
             notice(f"note: {plan.threads} threads are more than the cores of this machine; fewer would be faster")
         if notice and plan.numa_note:
@@ -115,7 +135,11 @@ class Engine:
         store = cached_store(path, config.cache_dir, config.weight_format, progress, notice, config.check)
         if notice and plan.cache and plan.cache.warning:
             notice(f"note: {plan.cache.warning}")
-        engine = cls(store, plan, progress)
+        profiles = (config.cache_dir or default_cache_dir()) if plan.cache else None
+        engine = cls(store, plan, progress, profiles)
+        if notice:
+            for note in engine.notes:
+                notice(f"note: {note}")
         engine.load_seconds = time.perf_counter() - start
         return engine
 
@@ -131,9 +155,22 @@ class Engine:
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         if self.routes:
             self.routes.begin(batch)
-        if self.experts:
-            return self._forward_placed(batch, logits, self.experts)
-        return self._run(self._executor, batch, logits)
+        try:
+            if self.device_step:
+                self.device_step.begin(batch, logits)
+            if self.experts and self.experts.placing:
+                return self._forward_placed(batch, logits, self.experts)
+            return self._run(self._plain, batch, logits)
+        except DeviceFailed:
+            self._leave_device()
+            raise
+        except MemoryError as error:  # slots, if there are any, have been given back before
+            if not self.device_step:
+                raise
+            self._leave_device()
+            raise DeviceFailed(
+                f"the device has no memory left ({error}); steps to come run on the CPU alone"
+            ) from error
 
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
@@ -146,24 +183,56 @@ class Engine:
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
-        """A step with a device, or one without while `experts` says that this is faster."""
-        if not experts.placing:
-            return self._run(self._executor, batch, logits)
-        experts.begin()
+        """A step with a device, or one without while `experts` says so. A step may be run again: it writes the same."""
+        while experts.placing:
+            experts.begin()
+            try:
+                return experts.end(self._run(self._placed, batch, logits))
+            except BaseException as error:
+                if not self._recover(experts, error):
+                    raise
+        return self._run(self._plain, batch, logits)
+
+    def _recover(self, experts: DeviceExperts, error: BaseException) -> bool:
+        """Whether the step may be run again."""
         try:
-            result = self._run(self._placed, batch, logits)
-        except BaseException:
-            experts.recover()
+            return experts.recover(error)
+        except KernelError:
+            self._leave_device()
             raise
-        return experts.end(result)
+
+    def _leave_device(self) -> None:
+        """Steps to come are the threads' alone; they miss no token, for the home of keys and values is theirs."""
+        if self.experts:
+            self.experts.placing = False
+        if self.device_step:
+            self.device_step.close()
+        self.device_step, self._plain = None, self._executor
+
+    def watch(self, observer: SpanObserver | None) -> None:
+        """From the next step on have it told, by several threads, of what a device, its copies and the threads beside
+        them do; None ends it.
+        """
+        if self.device_step:
+            self.device_step.observer = observer
+        if self.experts:
+            self.experts.observer = self.experts.device.observer = observer
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be had as asked, a line each."""
+        of_step = [self.device_step.note] if self.device_step and self.device_step.note else []
+        return of_step + (self.experts.notes if self.experts else [])
 
     def release(self, slot: int) -> None:
         """Free and zero a slot's keys and values."""
         self._kv.release(slot)
+        if self.device_step:
+            self.device_step.forget(slot)
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread."""
-        for executor in (self._executor, self._placed):
+        for executor in {self._executor, self._plain, self._placed}:
             if executor:
                 executor.cancel()
 
@@ -171,8 +240,10 @@ class Engine:
         """Give everything back; the engine cannot be used afterwards."""
         if self.experts:
             self._close_device()
-        self.experts = self.routes = self._placed = None
-        del self._executor, self._kv, self._weights, self._arena, self._node_arenas, self.pool
+        if self.device_step:
+            self.device_step.close()
+        self.experts = self.routes = self._placed = self.device_step = None
+        del self._executor, self._plain, self._kv, self._weights, self._arena, self._node_arenas, self.pool
         self.store.close()
 
     def __enter__(self) -> Engine:
@@ -227,14 +298,27 @@ class Engine:
         ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
         return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots)
 
+    def _open_step(self) -> None:
+        from hybrid.gpu.opening import open_step
+
+        assert self.plan.device is not None
+        self.device_step = open_step(
+            self.plan, self.store, self.weight, self.buffer, (self._arena.address, self._arena.size)
+        )
+        self._plain = bind(self._new_executor(), self.plan.device_ops, self)
+
     def _open_device(self) -> None:
         from hybrid.experts import DeviceExperts
 
         assert self.routes is not None and self.plan.cache is not None
         warm = self.plan.cache.settings.warm
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
-        self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds())
-        self._placed = bind(self._new_executor(), self.plan.placed_ops, self)
+        self.experts = DeviceExperts(
+            self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds(), self.device_step
+        )
+        self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
+        if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
+            self._price_device(self.experts)
         self._close_device = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
         self.experts.preload(keys)
 
@@ -250,19 +334,35 @@ class Engine:
         routers = (self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers)
         return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
 
-    def _cpu_seconds(self) -> float:
-        """What one row of one expert costs the threads: the least of a few steps, or, where runs must be repeatable, a
-        guess.
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """What one expert costs the threads on one row, and on each of many: measured, or, where runs must be
+        repeatable, a guess.
         """
         assert self.plan.cache is not None
         shape = self.plan.cache.shape
         if self.plan.cache.settings.delay is not None:
-            return shape.nbytes / USUAL_BANDWIDTH
-        zero = np.zeros(1, np.int32)
-        batch, logits = Batch(zero, zero, zero, zero[:0]), self._logits[:0]
-        times = [self._run(self._executor, batch, logits).times.cpu_experts for _ in range(PROBES)]
-        self._kv.release(0)
-        return min(times[1:]) / (len(shape.layers) * shape.top_k)
+            return shape.nbytes / USUAL_BANDWIDTH, 2 * shape.weights / USUAL_SPEED
+        from hybrid.profiling import thread_profile
+
+        self.profile = thread_profile(self.plan, self.pool, self.weight, self.buffer, self._profiles)
+        times = self.profile.experts[expert_key(shape, self.plan.formats.experts)]
+        return times.on_threads(1), times.row_on_threads
+
+    def _price_device(self, experts: DeviceExperts) -> None:
+        """Measured costs of a GPU in place of the figures of a simulated device."""
+        from hybrid.gpu.pricing import device_mark, measure_device
+
+        assert self.profile is not None
+        shape, place = experts.plan.shape, "cuda"
+        key = expert_key(shape, self.plan.formats.experts)
+        threads = self.profile.experts[key].threads
+        largest = max(self.store.tensors.values(), key=lambda tensor: tensor.nbytes)
+        read = partial(cpu_kernels.read_bandwidth, self.pool, self.plan.isa, self.weight(largest.name), largest.nbytes)
+        measure = partial(measure_device, self.plan, experts.device, place, threads, read)
+        mark = machine_mark(probe(self.plan.isa), self.plan.threads, device_mark(place))
+        self.profile = cached_profile(self._profiles, mark, key, measure)
+        if self.profile.link:
+            experts.reprice(measured_costs(self.profile.experts[key], self.profile.link, shape.nbytes))
 
     # What ops refer to, see `hybrid.binding.References`.
 
@@ -279,7 +379,7 @@ class Engine:
         return self._kv.layout(layer)
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
-        owner = self.routes if kind == "observe" else self.experts
+        owner = self.routes if kind == "observe" else self.device_step if kind in CALLS else self.experts
         return partial(getattr(owner, kind), layer)
 
 

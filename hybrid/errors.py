@@ -30,6 +30,10 @@ class KernelError(HybridError):
     """The compiled kernels refuse: an instruction set that this machine lacks, a step out of the planned extents."""
 
 
+class DeviceFailed(KernelError):
+    """A device failed in the middle of a step, which is lost; the next ones run on the CPU alone."""
+
+
 class StepCancelled(HybridError):
     """The running step was cancelled between two of its operations; what it wrote must be discarded."""
 

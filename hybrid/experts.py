@@ -6,33 +6,39 @@ Called back by the executor, once before the experts of a MoE layer (`place`) an
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from functools import partial
 from time import perf_counter, sleep
-from typing import Any
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu_cache.admission import Costs
 from gpu_cache.calls import distinct_calls
-from gpu_cache.clock import CopyClock
-from gpu_cache.device import Bytes, Device
-from gpu_cache.devices.simulated import CopySpeed, SimulatedDevice
+from gpu_cache.device import Bytes
+from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.cache_plan import CachePlan
-from hybrid.core import StepResult
+from hybrid.core import SpanObserver, StepResult
+from hybrid.decode_history import COUNTS, DecodeHistory
+from hybrid.devices import fewer_slots, open_device
+from hybrid.errors import KernelError
 from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
-from hybrid.slot_program import SlotProgram
-from hybrid.verdict import CallCosts, Observed, Verdict, judge, most_asked
+from hybrid.streaming import streaming_pays
+from hybrid.verdict import CallCosts, Verdict, judge
+
+if TYPE_CHECKING:
+    from hybrid.gpu.step import DeviceStep
 
 PAUSE = 0.0005  # seconds between two looks for copies that are waited for
 WARM_UP = 32  # steps that decode before `--cache auto` decides
-COUNTS = ("calls", "hits", "loading", "misses", "evictions")  # of `StepResult.cache`
 
 
 @dataclass
@@ -44,54 +50,23 @@ class CacheTimes:
     wait: float = 0.0  # for what it runs
     misses: float = 0.0  # experts that the threads computed
     late_copies: int = 0  # experts that were asked for while they were on their way
+    streamed_layers: int = 0  # layers of steps whose misses went to the device
 
 
-class DecodeHistory:
-    """What the cache did in the steps that decoded: the ground of the verdict."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        self._asked = [[0] * geometry.experts for _ in range(geometry.layers)]  # in how many steps each was called
-        self.steps = 0
-        self._geometry = geometry
-        self._counts = np.zeros((geometry.layers, len(COUNTS) + 1), np.int64)
-        self._bookkeeping: list[float] = []
-
-    def ask(self, layer: int, experts: Sequence[int]) -> None:
-        asked = self._asked[layer]
-        for expert in experts:
-            asked[expert] += 1
-
-    def add(self, counts: npt.NDArray[np.int64], bookkeeping: float) -> None:
-        self.steps += 1
-        self._counts += counts
-        self._bookkeeping.append(bookkeeping)
-
-    def most_asked(self) -> list[int]:
-        keys = range(self._geometry.layers * self._geometry.experts)
-        index_of = np.fromiter(map(self._geometry.index_of, keys), np.int64, len(keys))
-        return most_asked(np.array(self._asked).reshape(-1), index_of, self._geometry.nways)
-
-    def observed(self) -> Observed:
-        asked = np.array(self._asked)
-        kept = np.zeros(asked.size, np.int64)
-        kept[self.most_asked()] = 1
-        static = (asked * kept.reshape(asked.shape)).sum(axis=1)
-        calls, hits, *_, fills = self._counts.T / self.steps
-        return Observed(self.steps, calls, hits, float(fills.sum()), static / self.steps, median(self._bookkeeping))
-
-
-def call_costs(plan: CachePlan, cpu_seconds: float) -> CallCosts:
-    """cpu_seconds: measured. The rest is what the figures of the device say of an expert's bytes."""
+def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
+    """cpu, cpu_row: measured. The rest is what the figures of the device say of an expert's bytes and operations."""
     device, size = plan.simulated, plan.slot_bytes
     latency = device.latency_us * 1e-6
     copy = latency + size / (device.copy_gbps * 1e9)
-    return CallCosts(cpu_seconds, size / (device.read_gbps * 1e9), latency, copy)
+    device_row = 2 * plan.shape.weights / (device.tflops * 1e12)
+    return CallCosts(cpu, size / (device.read_gbps * 1e9), latency, copy, cpu_row, device_row)
 
 
 class DeviceExperts:
     """The table, the device and the buffers that they share with the step.
 
-    placing: whether steps use the device; the engine asks before each.
+    placing: whether steps use the device; the engine asks before each. notes: what could not be had as asked, a line
+    each. geometry: of the slots that there are, which may be fewer than planned.
     """
 
     def __init__(
@@ -100,15 +75,17 @@ class DeviceExperts:
         routes: Routes,
         address: Callable[[str], int],
         weights: Callable[[str], int],
-        cpu_seconds: float,
+        cpu_seconds: tuple[float, float],
+        step: DeviceStep | None = None,
     ) -> None:
         """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
-        one expert costs the threads.
+        one expert costs the threads, and what each of many does. step: the rest of a step, if a device computes that.
         """
         assert plan.cache is not None
         self.plan: CachePlan = plan.cache
         self.placing = True
         self.times = CacheTimes()
+        self.observer: SpanObserver | None = None  # told of lookups, misses and waits
         shape = self.plan.shape
         self._routes, pairs = routes, plan.max_rows * shape.top_k
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
@@ -119,14 +96,20 @@ class DeviceExperts:
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
-        self._slots = plan.slots
-        self._pieces = _expert_pieces(self.plan, weights)
-        self.costs = call_costs(self.plan, cpu_seconds)
-        self.history = DecodeHistory(self.plan.geometry)
-        self.device: Device = self._open_device(plan, address)
+        self._sequences = plan.slots
+        pieces = _expert_pieces(self.plan, weights)
+        self._source = partial(_pieces_of, pieces, shape.experts)
+        self.costs = call_costs(self.plan, *cpu_seconds)
+        self.notes: list[str] = []
+        places = {name: address(name) for name in plan.buffers}  # not `address`, which belongs to who owns this
+        self._open = partial(
+            open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__, step=step
+        )
+        self._open_device(self.plan.geometry)
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
+        self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
         self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
         self._ticket: Any = None
         self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
@@ -136,7 +119,7 @@ class DeviceExperts:
     def begin(self) -> None:
         """A step begins."""
         self.table.begin_step(self._routes.step)
-        self._decoding = self._routes.rows <= self._slots
+        self._decoding = self._routes.rows <= self._sequences
         self._counts = self.count()
         self._device_times = replace(self.device.times)
         self._times = replace(self.times)
@@ -152,12 +135,14 @@ class DeviceExperts:
         found = table.lookup(layer, experts, scores)
         if self._decoding:
             self.history.ask(layer, experts)
-        self._share_out(ids, found.hits)
         if found.loading:
             self._note_late(layer, found.loading)
-        if found.misses:
-            for fill in table.admit():
-                self._copy_in(fill.slot, fill.key)
+        fills = table.admit() if found.misses else []
+        for fill in fills:
+            self._copy_in(fill.slot, fill.key)
+        slot_of = dict(found.hits)
+        streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
+        self._share_out(ids, slot_of)
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
             early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
             for fill in table.prefetch(layer + 1, list(early)):
@@ -165,19 +150,32 @@ class DeviceExperts:
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
-        if found.hits:  # last: the device cannot begin while this thread is busy here
-            self._ticket = self.device.run(self._slot_ids[: routes.rows])
+        if slot_of:  # last: the device cannot begin while this thread is busy here
+            self._ticket = self.device.run(self._slot_ids[: routes.rows], streamed)
             self.times.start += perf_counter() - looked_up
         self._placing_layer = False
+        if self.observer is not None:
+            self.observer("lookup", start, looked_up)
+            self._left = (perf_counter(), len(slot_of) < len(experts))
 
     def join(self, layer: int) -> None:
         """Wait until the device has computed its part of a layer."""
+        start = perf_counter()
         if self._ticket is not None:
-            start = perf_counter()
             self.device.join(self._ticket)
             self._ticket = None
             self.times.wait += perf_counter() - start
         self.table.release()
+        if self.observer is not None:
+            self._tell(start)
+
+    def _tell(self, joined: float) -> None:
+        """joined: when the threads were done with what was left to them."""
+        assert self.observer is not None
+        began, some = self._left
+        if some:
+            self.observer("misses", began, joined)
+        self.observer("wait", joined, perf_counter())
 
     def end(self, result: StepResult) -> StepResult:
         """The result of a step, with what the cache and the device did in it."""
@@ -198,6 +196,12 @@ class DeviceExperts:
             if self.plan.settings.mode == "auto" and self.history.steps == WARM_UP:
                 self._follow(self.verdict())
         return replace(result, times=times, cache=counts[:, : len(COUNTS)])
+
+    def reprice(self, costs: CallCosts) -> None:
+        """Take costs that were measured on the device, before a step has run."""
+        self.costs = costs
+        self._contributions[:] = -0.0  # measuring left some
+        self.table = self._new_table(self.plan.settings.quota)
 
     def verdict(self) -> Verdict | None:
         """What the steps that decoded so far say; None before the first of them."""
@@ -221,15 +225,50 @@ class DeviceExperts:
             self.table = self._new_table(0)
             self.preload(self.history.most_asked())
 
-    def recover(self) -> None:
-        """A step ended before its time: what it left in the buffers and in the table is cleared."""
+    def recover(self, error: BaseException) -> bool:
+        """A step ended before its time: what it left in the buffers and in the table is cleared. Returns whether the
+        step may be run again, because the device has got room by giving slots back.
+
+        Raises KernelError if the device is lost; the next steps run without it.
+        """
+        try:
+            self._clear(error)
+        except DeviceLost as lost:
+            self.placing = False
+            self.device.close()
+            raise KernelError(
+                f"the device is lost: {lost}; requests that ran have failed, the next ones run on the CPU alone"
+            ) from error
+        finally:
+            self._contributions[:] = -0.0
+        return isinstance(error, DeviceFull)
+
+    def _clear(self, error: BaseException) -> None:
+        if isinstance(error, DeviceLost):
+            raise error
         if self._ticket is not None:
-            self.device.join(self._ticket)
-            self._ticket = None
+            ticket, self._ticket = self._ticket, None
+            self.device.join(ticket)
+        if isinstance(error, DeviceFull):
+            clear_frames(error.__traceback__)  # they may hold memory of the device
+            return self._give_back()
         if self._placing_layer:  # the table may be in the middle of something
             self.reset()
         self.table.release()
-        self._contributions[:] = -0.0
+
+    def _give_back(self) -> None:
+        """The device needs its memory for other things: the cache starts anew with fewer slots, or not at all."""
+        fewer = fewer_slots(self.geometry)
+        self.device.close()
+        self._on_the_way.clear()
+        self._late.clear()
+        self._counts_before += self._count_table()
+        self._placing_layer = False
+        if fewer is None:
+            self.placing = False
+            return
+        self._open_device(fewer)
+        self.table = self._new_table(self.plan.settings.quota)
 
     def reset(self) -> None:
         """Forget what the device holds, once the copies on their way have ended."""
@@ -251,11 +290,28 @@ class DeviceExperts:
     def close(self) -> None:
         self.device.close()
 
-    def _share_out(self, ids: list[int], hits: list[tuple[int, int]]) -> None:
-        """Write the ids that the threads compute, and the slots that the device computes. hits: (expert, slot)."""
-        slot_of = dict(hits)
+    def _to_stream(
+        self, layer: int, ids: list[int], experts: Sequence[int], slot_of: dict[int, int], copies: int
+    ) -> list[int]:
+        """Keys of the experts that go to the device although no slot holds them: all such of a layer, or none. They get
+        the ids that follow those of the slots in `slot_of`.
+        """
+        mode = self.plan.settings.stream
+        missed = [expert for expert in experts if expert not in slot_of]
+        if mode == "off" or not missed:
+            return []
+        if mode == "auto":
+            rows = Counter(ids)
+            if not streaming_pays([rows[e] for e in slot_of], [rows[e] for e in missed], copies, self.costs):
+                return []
+        self.times.streamed_layers += 1
+        slot_of.update((expert, slot) for slot, expert in enumerate(missed, self.geometry.slots))
+        return [layer * self.plan.shape.experts + expert for expert in missed]
+
+    def _share_out(self, ids: list[int], slot_of: dict[int, int]) -> None:
+        """Write the ids that the threads compute, and the slots that the device computes."""
         self._left_ids[: len(ids)] = array("i", [-1 if expert in slot_of else expert for expert in ids])
-        if hits:
+        if slot_of:
             slot = slot_of.get
             self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
 
@@ -287,25 +343,21 @@ class DeviceExperts:
     def _new_table(self, quota: int | None) -> Table:
         settings, costs = self.plan.settings, self.costs
         prices = Costs(costs.copy, costs.cpu, costs.device)
-        return Table(self.plan.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
+        return Table(self.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
 
-    def _open_device(self, plan: Plan, address: Callable[[str], int]) -> Device:
-        settings, simulated = self.plan.settings, self.plan.simulated
-        return SimulatedDevice(
-            self.plan.geometry.slots,
-            [size for _, size in self.plan.shape.pieces],
-            self._source,
-            lambda memory: SlotProgram(plan, memory, address),
-            CopySpeed(
-                simulated.copy_gbps * 1e9, simulated.latency_us * 1e-6, simulated.jitter_us * 1e-6, settings.seed
-            ),
-            None if settings.delay is None else CopyClock(settings.delay),
-            settings.poison,
-        )
+    def _open_device(self, geometry: Geometry) -> None:
+        self.device, self.geometry, notes = self._open(geometry)
+        self.history = DecodeHistory(self.geometry)
+        self.notes += notes
 
-    def _source(self, key: int) -> list[Bytes]:
-        layer, expert = divmod(key, self.plan.shape.experts)
-        return [piece[expert] for piece in self._pieces[layer]]
+
+def _pieces_of(pieces: list[list[Bytes]], experts: int, key: int) -> list[Bytes]:
+    layer, expert = divmod(key, experts)
+    return [piece[expert] for piece in pieces[layer]]
+
+
+def _whole(pieces: list[list[Bytes]]) -> list[Bytes]:
+    return [piece.reshape(-1) for layer in pieces for piece in layer]
 
 
 def _expert_pieces(plan: CachePlan, weights: Callable[[str], int]) -> list[list[Bytes]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.config import CACHE_MODES, DEVICES, KV_FORMATS, LOADS, WEIGHT_FORMATS
+from hybrid.config import CACHE_MODES, DEVICES, KV_FORMATS, LOADS, OVERLAPS, STEPS, STREAM_MODES, WEIGHT_FORMATS
 
 
 def flag(name: str, text: str, **more: Any) -> Any:
@@ -126,16 +126,37 @@ CacheAdmission = Annotated[str, flag("--cache-admission", "Which misses are copi
 CachePrefetch = Annotated[str, flag("--cache-prefetch", "none, or next-gate: ask the next layer's router early.")]
 CacheMapping = Annotated[str, flag("--cache-mapping", "Experts to indexes: modulo, prefix or hash.")]
 CacheMode = Annotated[str, flag("--cache", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.")]
+CacheStream = Annotated[
+    str,
+    flag("--cache-stream", f"Prompts bring missed experts to the device: one of {', '.join(STREAM_MODES)}, by costs."),
+]
 CacheWarm = Annotated[Path | None, path("--cache-warm", "Begin with the experts that this file lists.")]
 CacheSave = Annotated[Path | None, path("--cache-save", "Write the experts that are cached at the end.")]
 CacheDelay = Annotated[
     int | None,
     whole("--cache-delay", "Copies end after so many layers instead of when they are done.", show_default="as copied"),
 ]
+StepOn = Annotated[
+    str,
+    flag("--step-on", f"Where all but the experts runs: one of {', '.join(STEPS)}; torch-cpu stands in for a GPU."),
+]
+GpuKvTokens = Annotated[
+    int | None,
+    whole("--gpu-kv-tokens", "Most recent tokens of a sequence that the GPU mirrors.", show_default="what fits"),
+]
+Overlap = Annotated[
+    str, flag("--overlap", f"With misses: one of {', '.join(OVERLAPS)}; next copies for the next layer.")
+]
+PinWeights = Annotated[bool, flag("--pin-weights", "Pin the weights of all experts, for faster copies to a GPU.")]
+StrictPlacement = Annotated[
+    bool,
+    flag("--strict-placement", "With a GPU: experts are added in one order wherever they ran; slower."),
+]
 CopyRate = Annotated[float, real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
 Latency = Annotated[float, real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
 ReadRate = Annotated[float, real("--device-read-gbps", "GB/s of its memory, for modelled times.")]
-DeviceMemory = Annotated[float, real("--device-memory-gb", "GB of its memory, for slots.")]
+ComputeRate = Annotated[float, real("--device-tflops", "10^12 operations a second there, for modelled times.")]
+DeviceMemory = Annotated[float, real("--device-memory-gb", "GB of its memory: slots, and with --step-on all else.")]
 TraceFile = Annotated[Path | None, path("--trace", "Write which experts every token chose: .csv or .parquet.")]
 TokenCsv = Annotated[Path | None, path("--token-csv", "Write the time of every token and the processors' clock.")]
 PowerCsv = Annotated[Path | None, path("--power-csv", "Write power and energy per token.")]

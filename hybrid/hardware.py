@@ -31,6 +31,7 @@ class HardwareSpec:
 
     default_threads: cores, less what a cgroup quota or OMP_NUM_THREADS takes away. isas: usable, best first.
     nodes: the same cpus by memory node, ascending by id. huge_pages: who gets them, as `huge_pages` says.
+    device_memory: what is free on a GPU that is asked for, else 0.
     """
 
     cpu_model: str
@@ -42,6 +43,7 @@ class HardwareSpec:
     isas: tuple[str, ...]
     nodes: tuple[MemoryNode, ...] = ()
     huge_pages: str = "unsupported"
+    device_memory: int = 0
 
 
 def probe(isa: str | None = None) -> HardwareSpec:

@@ -53,6 +53,8 @@ class LLM:
         cache: CacheConfig | None = None,
         simulated: DeviceConfig | None = None,
         routes: bool = False,
+        step_on: str = EngineConfig.step_on,
+        gpu_kv_tokens: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -74,6 +76,8 @@ class LLM:
             cache=cache or CacheConfig(),
             simulated=simulated or DeviceConfig(),
             routes=routes,
+            step_on=step_on,
+            gpu_kv_tokens=gpu_kv_tokens,
         )
         self._open(config, progress, notice)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hybrid import flags as f
-from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
+from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.console import exit_codes, progress_bar, run_app, say
 from hybrid.core import Completion, SamplingParams
 from hybrid.errors import ConfigError, cache_errors
@@ -81,12 +81,19 @@ def run(
     cache_prefetch: f.CachePrefetch = CacheConfig.prefetch,
     cache_mapping: f.CacheMapping = CacheConfig.mapping,
     cache: f.CacheMode = CacheConfig.mode,
+    cache_stream: f.CacheStream = CacheConfig.stream,
     cache_warm: f.CacheWarm = CacheConfig.warm,
     cache_save: f.CacheSave = None,
     cache_delay: f.CacheDelay = CacheConfig.delay,
+    step_on: f.StepOn = EngineConfig.step_on,
+    gpu_kv_tokens: f.GpuKvTokens = EngineConfig.gpu_kv_tokens,
+    overlap: f.Overlap = "none",
+    pin_weights: f.PinWeights = CacheConfig.pin_weights,
+    strict_placement: f.StrictPlacement = CacheConfig.strict_placement,
     device_copy_gbps: f.CopyRate = DeviceConfig.copy_gbps,
     device_latency_us: f.Latency = DeviceConfig.latency_us,
     device_read_gbps: f.ReadRate = DeviceConfig.read_gbps,
+    device_tflops: f.ComputeRate = DeviceConfig.tflops,
     device_memory_gb: f.DeviceMemory = DeviceConfig.memory_gb,
     breakdown_csv: f.BreakdownCsv = None,
     cachehit_csv: f.CachehitCsv = None,
@@ -101,11 +108,20 @@ def run(
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
     flags = locals()
     with exit_codes():
-        chosen = _prefixed("cache_", flags) | {"policy": cache_replace_policy, "mode": cache}
+        named = {"policy": cache_replace_policy, "mode": cache, "prefetch": _overlapped(overlap, cache_prefetch)}
+        placement = {"pin_weights": pin_weights, "strict_placement": strict_placement}
+        chosen = _prefixed("cache_", flags) | named | placement
         simulated = _chosen(DeviceConfig, _prefixed("device_", flags))
         more = {"cache": _chosen(CacheConfig, chosen), "simulated": simulated, "routes": trace is not None}
         config = _chosen(EngineConfig, flags, **more)
         _run(config, _chosen(SamplingParams, flags, stop=tuple(stop)), _chosen(RunOptions, flags))
+
+
+def _overlapped(overlap: str, prefetch: str) -> str:
+    """`--overlap next` is the prefetch that runs while the misses do."""
+    if overlap not in OVERLAPS:
+        raise ConfigError(f"--overlap {overlap!r} is unknown; allowed: {', '.join(OVERLAPS)}")
+    return prefetch if overlap == "none" else OVERLAPS[overlap]
 
 
 def _prefixed(prefix: str, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,10 @@ class RoutingTable:
 
 @dataclass(frozen=True)
 class Callback:
-    """What the engine does at this point of a step, `kind` of it, in the MoE layer `layer` (counting those alone)."""
+    """What the engine does at this point of a step, `kind` of it, in a layer.
+
+    layer: of those with experts, counting them alone; with a kind of `hybrid.device_step`, of all.
+    """
 
     kind: str
     layer: int

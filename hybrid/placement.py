@@ -28,13 +28,14 @@ NEXT = "next_"  # before the buffers of the router of the next layer, which is a
 class ExpertShape:
     """What the experts of all MoE layers have in common: how many there are, how many a row takes, and their bytes.
 
-    pieces: (last word of the tensor, bytes of one expert), the matrices first.
+    pieces: (last word of the tensor, bytes of one expert), the matrices first. weights: numbers in its matrices.
     """
 
     layers: tuple[int, ...]  # those of the model that have experts
     experts: int
     top_k: int
     pieces: tuple[tuple[str, int], ...]
+    weights: int
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +60,7 @@ def _layer_shape(spec: ModelSpec, index: int, tensors: dict[str, StoreTensor]) -
     names = ["experts", "gate_up_bias", "down_bias"]
     found = [(name, tensors.get(f"layers.{index}.ffn.{name}")) for name in names]
     pieces = tuple((name, tensor.nbytes // ffn.experts) for name, tensor in found if tensor)
-    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces)
+    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces, 3 * spec.hidden * ffn.intermediate)
 
 
 def observe_routes(ops: Iterable[Op]) -> Iterator[Op]:
@@ -153,7 +154,7 @@ def device_ops(placed: Iterable[Op], slots: int) -> list[Op]:
     """
     placed = list(placed)
     layer = next(op.layer for op in placed if _is_routed(op))
-    return [_on_slots(op, slots) for op in placed if op.layer == layer and (_is_routed(op) or _is_activation(op))]
+    return [_on_slots(op, slots) for op in placed if op.layer == layer and (_is_routed(op) or is_activation(op))]
 
 
 def _is_routed(op: Op) -> bool:
@@ -161,7 +162,8 @@ def _is_routed(op: Op) -> bool:
     return isinstance(routing, RoutingTable) and routing.name == ROUTED
 
 
-def _is_activation(op: Op) -> bool:
+def is_activation(op: Op) -> bool:
+    """Whether it quantises what experts other than the shared one made."""
     return op.kind == "quantise" and str(op.arguments["input"].name).startswith("activation.")
 
 

@@ -8,16 +8,19 @@ from typing import Any
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
 from hybrid.cache_plan import CachePlan, plan_cache
 from hybrid.config import EngineConfig, check_config
+from hybrid.device_memory import DeviceMemory, StepSizes, plan_device
+from hybrid.device_step import device_step_buffers, device_step_ops
 from hybrid.errors import CapacityError, ConfigError
-from hybrid.hardware import HardwareSpec, has_huge_pages
+from hybrid.hardware import HardwareSpec
 from hybrid.memory import size_text
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.nodes import NodeChoice, choose_nodes, node_threads
+from hybrid.nodes import NodeChoice, choose_nodes
 from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
 from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers
 from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
+from hybrid.supported import check_supported
 from hybrid.weights.layout import round_up, store_tensors
 from hybrid.weights.mix import FormatMix
 from hybrid.weights.split import Parts, held_bytes
@@ -29,7 +32,6 @@ PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multi
 PANEL_COLUMNS = 64
 TILE = 16  # rows of a matrix tile of AMX
 MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
-_LOADS = {"map": "mapped from the store's files", "copy": "copied"}
 _SCALE = 4  # bytes of the scale of a key or a value
 
 
@@ -63,6 +65,8 @@ class Plan:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
     cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
+    device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
+    lists for a step with it.
     """
 
     model_type: str
@@ -92,6 +96,9 @@ class Plan:
     ops: tuple[Op, ...]
     placed_ops: tuple[Op, ...] = ()
     cache: CachePlan | None = None
+    device: DeviceMemory | None = None
+    device_ops: tuple[Op, ...] = ()
+    device_placed_ops: tuple[Op, ...] = ()
 
     @property
     def nodes(self) -> int:
@@ -103,7 +110,8 @@ class Plan:
         """All that is needed before the first token: weights, arena, scratch, logits, runtime."""
         arenas = self.arena_bytes + sum(self.node_arena_bytes)
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
-        planned += self.cache.nbytes if self.cache else 0
+        planned += self.cache.host_bytes if self.cache else 0
+        planned += self.device.stand_in_bytes if self.device else 0
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -132,14 +140,16 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan for `--json`: numbers without the op list."""
         fields = asdict(self)
-        for name in ("ops", "placed_ops", "kv", "buffers", "node_buffers", "parts"):
+        for name in ("ops", "placed_ops", "device_ops", "device_placed_ops", "kv", "buffers", "node_buffers", "parts"):
             del fields[name]
         fields["cache"] = self.cache.to_dict() if self.cache else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
     def __str__(self) -> str:
-        return "\n".join([*_memory_lines(self), "", *_op_lines(self)])
+        from hybrid.plan_text import plan_text
+
+        return plan_text(self)
 
 
 def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:
@@ -177,6 +187,8 @@ def _sized(
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
+    if config.step_device:
+        sizes |= device_step_buffers(spec, rows)
     step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
     buffers, arena_bytes = lay_out(step.sizes)
     own = [lay_out(sizes) for sizes in step.node_sizes]
@@ -210,20 +222,38 @@ def _sized(
         ops=tuple(observe_routes(step.ops) if config.routes else step.ops),
         placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
     )
+    if config.step_device:
+        plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
-        plan = _with_cache(plan, shape, config)
+        plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
     return replace(plan, kv_token_budget=min(slots * length, budget))
 
 
-def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig) -> Plan:
-    """Slots get what is free beside everything else and the keys and values of one sequence."""
+def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:
+    """name: torch's, of the device."""
+    if plan.nodes > 1:
+        raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
+    sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
+    free = _device_memory(hardware, config)
+    memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
+    plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
+    return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed)
+
+
+def _device_memory(hardware: HardwareSpec, config: EngineConfig) -> int:
+    return hardware.device_memory if config.device == "cuda" else int(config.simulated.memory_gb * 1e9)
+
+
+def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig, device_memory: int) -> Plan:
+    """Slots get what is free beside everything else, and on the host beside the keys and values of one sequence."""
     if plan.nodes > 1:
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
     free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
-    return replace(plan, cache=plan_cache(shape, config, free))
+    cache = plan_cache(shape, config, free, plan.device.left if plan.device else device_memory)
+    return replace(plan, cache=cache, device=plan.device and replace(plan.device, slots=cache.nbytes))
 
 
 def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -310,83 +340,3 @@ def _part(spec: ModelSpec, name: str) -> str:
     if last.startswith("router"):
         return "router"
     return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"
-
-
-def check_supported(spec: ModelSpec) -> None:
-    """Raise ConfigError naming the first part of the model that no kernel implements."""
-    for layer in spec.layers:
-        attention, ffn = layer.attention, layer.feed_forward
-        checks = {
-            f"attention of kind {attention.kind!r}": attention.kind == "gqa" and attention.mla is None,
-            "values of another size than keys": attention.v_head_dim in (None, attention.head_dim),
-            f"norm {attention.qk_norm!r} on queries and keys": attention.qk_norm in ("none", "head"),
-            "gated attention": not attention.output_gate,
-            f"activation {ffn.activation!r}": ffn.activation in ("silu", "swiglu_clamped"),
-            f"norm of kind {spec.norm.kind!r}": spec.norm.kind == "rms" and not spec.norm.zero_centred,
-            "a bias on the output head": not spec.head_bias,
-        }
-        if router := ffn.router:
-            known = router.kind in ("softmax", "topk_softmax") and not router.correction_bias and router.groups == 1
-            checks[f"router of kind {router.kind!r}"] = known
-            checks[f"a bias on a router of kind {router.kind!r}"] = not router.bias or router.kind == "topk_softmax"
-        for what, supported in checks.items():
-            if not supported:
-                raise ConfigError(f"model_type {spec.model_type!r} uses {what}, which this version cannot run")
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    rows = [(f"weights: {part}", size) for part, size in plan.weight_bytes.items()]
-    rows += [
-        ("arena (shared by all layers)", plan.arena_bytes + sum(plan.node_arena_bytes)),
-        (f"scratch ({plan.threads} threads)", plan.scratch_bytes * plan.threads),
-        ("logits", plan.logits_bytes),
-        *([("expert cache (slots of the simulated device)", plan.cache.nbytes)] if plan.cache else []),
-        ("runtime", RUNTIME_BYTES),
-        ("total before the first token", plan.fixed_bytes),
-        (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
-        (f"KV reserved for {plan.slots} sequences (address space)", plan.slots * plan.kv.slot_stride),
-        ("memory free", plan.memory_available),
-    ]
-    verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.slots} sequences"
-    return [
-        f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
-        + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
-        + f", steps of up to {plan.max_rows} rows",
-        f"formats: {plan.format_text}; keys and values {plan.kv.format}"
-        + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
-        f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
-        *([f"expert cache: {plan.cache}"] if plan.cache else []),
-        "",
-        *(f"  {name:<52}{size_text(size):>12}" for name, size in rows),
-        "",
-        f"  {verdict}",
-    ]
-
-
-def _nodes_text(plan: Plan) -> str:
-    if plan.nodes == 1:
-        return plan.numa_note or "one node"
-    real = [str(id) for id in plan.node_ids if id >= 0]
-    return f"{plan.nodes} nodes, {'numbers ' + ', '.join(real) if real else 'simulated'}"
-
-
-def _huge_text(plan: Plan) -> str:
-    """What is asked for; what was granted is known once it is there."""
-    wanted = [*["weights"] * (plan.load == "copy"), "buffers", "long keys and values"]
-    asked = f"for {', '.join(wanted)}" if has_huge_pages(plan.huge_pages) else "cannot be had"
-    return f"{asked} (system: {plan.huge_pages})"
-
-
-def _op_lines(plan: Plan) -> list[str]:
-    """The ops of the first layer and those outside, with each thread's share."""
-    shown = [op for op in plan.ops if op.layer in (None, 0)]
-    layers = len(plan.kv.layer_offsets)
-    lines = [f"  {len(plan.ops)} ops a step; those of layer 0 (of {layers}) and around the layers:"]
-    for op in shown:
-        units, what = op.split
-        node = op.arguments.get("node", -1)
-        threads = plan.threads if node < 0 else node_threads(plan.threads, plan.nodes, node)
-        share = f"{units} {what}, {-(-units // threads)} a thread" if units > 1 else f"shared by {what}"
-        place = f", node {node}" if node >= 0 else ""
-        lines.append(f"    {op.kind:<12}{op.part:<11}{share if units != 1 else 'one thread'}{place}")
-    return lines

@@ -37,9 +37,9 @@ Title = Annotated[str | None, typer.Option("--title", help="Above the figure.", 
 def plot(kind: Kind, source: Source, figure: Target, title: Title = None) -> None:
     """Draw a figure.
 
-    hit-rate: hits against slots by policy, with the bound, from CSV or JSON of hybrid simulate.
+    hit-rate: hits against slots by policy, with the bound, from CSV, JSON or --results of hybrid simulate.
     speed: predicted tokens/s against N x M at equal slots, from the same with rates.
-    layers: a map of hit rates by layer, over steps from --cachehit-csv, or by policy from JSON of hybrid simulate.
+    layers: a map of hit rates by layer, over steps from --cachehit-csv, or by policy from JSON or --results.
     reuse: how often tokens and layers choose the same experts, from a trace.
     breakdown: where the time of decoding steps goes, from --breakdown-csv.
     """
@@ -92,7 +92,7 @@ def speed(source: Path, title: str | None) -> Callable[[], Figure]:
 def layers(source: Path, title: str | None) -> Callable[[], Figure]:
     from hybrid.figures import layers_figure
 
-    if source.suffix == ".json":
+    if _is_json(source.read_text(encoding="utf-8", errors="replace")):
         shares, names, shape = layers_of_policies(read_results(source))
         return lambda: layers_figure(
             shares, names, ("MoE layer", 1.0), "", title or f"Hit rate by layer, {shape} slots"
@@ -151,13 +151,46 @@ def read_results(source: Path) -> list[Row]:
     """The results of `hybrid simulate`. Raises ConfigError for another file."""
     try:
         text = source.read_text(encoding="utf-8")
-        rows = json.loads(text)["results"] if source.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        rows = _json_rows(source, text) if _is_json(text) else list(csv.DictReader(text.splitlines()))
         usable = bool(rows) and all(name in rows[0] for name in RESULT_COLUMNS)
         if usable:
             return [{**row, **{name: int(row[name]) for name in ("nblocks", "nways", "slots")}} for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error):
         usable = False
-    raise ConfigError(f"{source}: is not what `hybrid simulate --output csv` or json wrote; write it again")
+    raise ConfigError(
+        f"{source}: is not what `hybrid simulate` wrote with --output csv, --output json or --results; write it again"
+    )
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def _json_rows(source: Path, text: str) -> list[Row]:
+    """The results of --output json, one object, or of --results, an object a line, whose last may be cut off."""
+    try:
+        whole = json.loads(text)
+        if "results" in whole:
+            return list(whole["results"])
+    except ValueError:
+        pass
+    entries = [entry for entry in map(_entry, text.splitlines()) if entry is not None]
+    traces = {entry["trace"] for entry in entries}
+    if len(traces) > 1:
+        raise ConfigError(
+            f"{source}: holds results of {len(traces)} traces, which one figure cannot compare; "
+            "give hybrid simulate a --results file for each"
+        )
+    return list({entry["name"]: entry["result"] for entry in entries}.values())
+
+
+def _entry(line: str) -> Row | None:
+    """A line of --results."""
+    try:
+        entry: Row = json.loads(line)
+    except ValueError:
+        return None
+    return entry
 
 
 def read_columns(source: Path, needed: tuple[str, ...]) -> dict[str, Reals]:

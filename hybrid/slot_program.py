@@ -21,8 +21,16 @@ class SlotProgram:
     It reads the normed rows of the engine and writes contributions beside those of the threads; all else is its own.
     """
 
-    def __init__(self, plan: Plan, memory: Sequence[npt.NDArray[np.uint8]], shared: Callable[[str], int]) -> None:
-        """memory: [slots, bytes] of every piece of an expert. shared: addresses of the engine's buffers."""
+    def __init__(
+        self,
+        plan: Plan,
+        memory: Sequence[npt.NDArray[np.uint8]],
+        shared: Callable[[str], int],
+        pool: cpu_kernels.ThreadPool | None = None,
+    ) -> None:
+        """memory: [slots, bytes] of every piece of an expert. shared: addresses of the engine's buffers. pool: the
+        threads that compute; None: the one that calls.
+        """
         assert plan.cache is not None
         self._memory = {name: array for (name, _), array in zip(plan.cache.shape.pieces, memory, strict=True)}
         self._shared = shared
@@ -33,7 +41,7 @@ class SlotProgram:
         self._ids = view(self.buffer(LEFT_IDS), (plan.max_rows, self._top_k), np.int32)
         executor = cpu_kernels.Executor(
             isa=plan.isa,
-            pool=cpu_kernels.ThreadPool(1, []),
+            pool=pool or cpu_kernels.ThreadPool(1, []),
             rows=plan.max_rows,
             slots=1,
             positions=plan.max_rows,
@@ -47,10 +55,22 @@ class SlotProgram:
         self._no_rows, self._no_logits = np.zeros(0, np.int32), np.zeros((0, 1), np.float32)
 
     def __call__(self, slot_ids: npt.NDArray[np.int32]) -> None:
+        self._step(slot_ids)
+
+    def seconds(self, slot_ids: npt.NDArray[np.int32]) -> float:
+        """The same; returns how long the experts took."""
+        attention, moe, head, other, experts, *_ = self._step(slot_ids)
+        return experts
+
+    def _step(self, slot_ids: npt.NDArray[np.int32]) -> Sequence[float]:
+        """Returns the seconds of each `cpu_kernels.Part`."""
         rows = len(slot_ids)
         self._ids[:rows] = slot_ids
         zeros = self._zeros[:rows]
-        self._executor.step(zeros, zeros, self._positions[:rows], self._no_rows, self._no_logits)
+        parts: Sequence[float] = self._executor.step(
+            zeros, zeros, self._positions[:rows], self._no_rows, self._no_logits
+        )
+        return parts
 
     def buffer(self, name: str, node: int = -1) -> int:
         if name in self._places:

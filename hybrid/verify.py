@@ -53,6 +53,7 @@ class Outcome:
     hit_rate: float
     fills: int
     late_copies: int
+    streamed: int
     difference: str | None
 
 
@@ -102,26 +103,35 @@ def verify_model(
     max_tokens: int,
     thorough: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "simulated",
 ) -> list[Outcome]:
-    """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError."""
+    """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError.
+
+    device: one that computes experts with the bits of the CPU, as a GPU does not.
+    """
     scenarios = list(make_scenarios(_shape(config), thorough))
     expected, _ = _answers(config, prompts, max_tokens)
     outcomes = []
     for done, scenario in enumerate(scenarios):
-        outcomes.append(try_scenario(config, scenario, expected, prompts, max_tokens))
+        outcomes.append(try_scenario(config, scenario, expected, prompts, max_tokens, device))
         progress(done + 1, len(scenarios))
     return outcomes
 
 
 def try_scenario(
-    config: EngineConfig, scenario: Scenario, expected: Answers, prompts: Sequence[str], max_tokens: int
+    config: EngineConfig,
+    scenario: Scenario,
+    expected: Answers,
+    prompts: Sequence[str],
+    max_tokens: int,
+    device: str = "simulated",
 ) -> Outcome:
     """Run the prompts in a scenario and compare."""
-    cached = replace(config, device="simulated", cache=scenario.cache, simulated=scenario.device)
+    cached = replace(config, device=device, cache=scenario.cache, simulated=scenario.device)
     found, report = _answers(cached, prompts, max_tokens)
     return Outcome(
         scenario.name, report["calls"], report["hit_rate"], report["fills"], report["late_copies"],
-        first_difference(expected, found),
+        report["streamed"], first_difference(expected, found),
     )  # fmt: skip
 
 
@@ -133,12 +143,14 @@ def make_scenarios(shape: ExpertShape, thorough: bool = False) -> Iterator[Scena
 
     layers = len(shape.layers)
     nways = min(shape.experts, max(shape.top_k, shape.experts // 4))
-    on = CacheConfig(layers, nways, poison=True)
+    on = CacheConfig(layers, nways, stream="off", poison=True)
     yield Scenario("on", on)
     yield Scenario("thrashing", replace(on, nblocks=1, nways=shape.top_k, delay=0))
     yield Scenario("starved", replace(on, quota=0))
     yield Scenario("quota 1", replace(on, quota=1, delay=0))
     yield Scenario("random delays", replace(on, nways=max(1, nways // 2)), SLOW)
+    yield Scenario("streamed", replace(on, stream="on", delay=1))
+    yield Scenario("streamed, random delays", replace(on, stream="on", quota=2), SLOW)
     for delay in (0, 1, 3, 2 * layers + 1):
         yield Scenario(f"delay {delay}", replace(on, delay=delay))
     yield Scenario("next-gate", replace(on, prefetch="next-gate", delay=0))
@@ -201,10 +213,10 @@ def _shape(config: EngineConfig) -> ExpertShape:
 
 def _to_text(outcomes: Sequence[Outcome]) -> str:
     width = max(len(outcome.scenario) for outcome in outcomes)
-    lines = [f"{'scenario':<{width}}  {'calls':>7}  hits   copies  late  result"]
+    lines = [f"{'scenario':<{width}}  {'calls':>7}  hits   copies  late  streamed  result"]
     for o in outcomes:
         result = "different" if o.difference else "same"
-        counts = f"{o.calls:>7}  {o.hit_rate:>4.0%}  {o.fills:>7}  {o.late_copies:>4}"
+        counts = f"{o.calls:>7}  {o.hit_rate:>4.0%}  {o.fills:>7}  {o.late_copies:>4}  {o.streamed:>8}"
         lines.append(f"{o.scenario:<{width}}  {counts}  {result}")
     same = sum(not outcome.difference for outcome in outcomes)
     return "\n".join([*lines, f"{same} of {len(outcomes)} scenarios give the same tokens and logits as no cache"])

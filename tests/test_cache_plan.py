@@ -78,12 +78,21 @@ def test_a_device_runs_the_routed_experts_of_one_layer_over_slots() -> None:
 
 def test_the_slots_are_counted() -> None:
     """By hand: gate and up [40, 96] are 48 x 128 and down [96, 40] is 96 x 64 padded bf16 values."""
-    plan, without = cached(nblocks=2, nways=3), plan_of()
+    plan, without = cached(nblocks=2, nways=3, stream="off"), plan_of()
     assert plan.cache.slot_bytes == 2 * (2 * 48 * 128 + 96 * 64) and plan.cache.nbytes == 6 * plan.cache.slot_bytes
     more = plan.arena_bytes - without.arena_bytes
     assert plan.fixed_bytes == without.fixed_bytes + more + plan.cache.nbytes
     assert "2 indexes of 3 slots" in str(plan) and plan.to_dict()["cache"]["slots"] == 6
     assert without.cache is None and without.placed_ops == () and without.to_dict()["cache"] is None
+
+
+def test_a_stream_has_two_slots_of_its_own() -> None:
+    still, streaming = (cached(nblocks=2, nways=3, stream=mode).cache for mode in ("off", "on"))
+    assert streaming.nbytes == still.nbytes + 2 * still.slot_bytes and streaming.geometry == still.geometry
+    assert "2 slots more for streams" in str(streaming) and "streams" not in str(still)
+    assert [cache.to_dict()["staging"] for cache in (still, streaming)] == [0, 2]
+    with pytest.raises(ConfigError, match="are 8 slots of .*; 7 fit the device .*, beside the 2 of --cache-stream on"):
+        cached(nblocks=2, nways=4, stream="on", device=DeviceConfig(memory_gb=9.5 * still.slot_bytes / 1e9))
 
 
 def test_biases_are_part_of_a_slot() -> None:
@@ -97,18 +106,18 @@ def test_biases_are_part_of_a_slot() -> None:
 def test_auto_takes_what_fits() -> None:
     slot = cached().cache.slot_bytes
     assert cached().cache.geometry.slots == 20, "two MoE layers of ten experts"
-    few = cached(device=DeviceConfig(memory_gb=7.5 * slot / 1e9), nblocks="auto", mapping="hash")
+    few = cached(device=DeviceConfig(memory_gb=9.5 * slot / 1e9), nblocks="auto", mapping="hash")
     assert few.cache.geometry.slots <= 7 and few.cache.geometry.mapping == "hash"
 
 
 def test_too_many_slots_are_refused_with_how_many_fit() -> None:
     slot = cached().cache.slot_bytes
     with pytest.raises(ConfigError, match=r"2 x --cache-nways 4 are 8 slots of .*; 7 fit the device"):
-        cached(nblocks=2, nways=4, device=DeviceConfig(memory_gb=7.5 * slot / 1e9))
+        cached(nblocks=2, nways=4, stream="off", device=DeviceConfig(memory_gb=7.5 * slot / 1e9))
     with pytest.raises(ConfigError, match="6 fit the device"):  # memory of the host
         needed = plan_of().fixed_bytes + cached().arena_bytes - plan_of().arena_bytes
         tokens = cached(nblocks=1, nways=1).max_seq_len * plan_of().kv.token_bytes
-        cached(memory=needed + tokens + 6 * slot + 5, nblocks=2, nways=4)
+        cached(memory=needed + tokens + 6 * slot + 5, nblocks=2, nways=4, stream="off")
     with pytest.raises(ConfigError, match="30 slots, the model has 20 experts"):
         cached(nblocks=2, nways=15)
 
@@ -123,3 +132,13 @@ def test_what_cannot_have_a_cache_says_so() -> None:
     uneven = replace(spec, layers=(first, replace(second, feed_forward=replace(second.feed_forward, intermediate=8))))
     with pytest.raises(ConfigError, match="several sizes"):
         plan_of(uneven, device="simulated")
+
+
+def test_figures_of_a_device_that_cannot_be_are_named_as_they_are_given() -> None:
+    for name, said in (("latency_us", "--device-latency-us -1"), ("jitter_us", "DeviceConfig.jitter_us -1")):
+        with pytest.raises(ConfigError, match=f"^{said} is out of range; give a number from 0$"):
+            cached(device=DeviceConfig(**{name: -1}))
+    with pytest.raises(ConfigError, match="^--device-tflops 0 is out of range; give a number above 0$"):
+        cached(device=DeviceConfig(tflops=0))
+    with pytest.raises(ConfigError, match="--cache-stream 'some' is unknown; allowed: auto, on, off"):
+        cached(stream="some")

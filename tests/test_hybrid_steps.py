@@ -78,6 +78,9 @@ def expected() -> np.ndarray:
         CacheConfig(16, 8, prefetch="next-gate", poison=True),
         CacheConfig(16, 8, prefetch="next-gate", poison=True, delay=2, quota=9),
         CacheConfig("auto", poison=True, delay=0),
+        CacheConfig(14, 4, stream="on", poison=True),
+        CacheConfig(1, 2, stream="on", poison=True, delay=0),
+        CacheConfig(16, 8, stream="on", prefetch="next-gate", poison=True, delay=2, quota=9),
     ],
     ids=str,
 )
@@ -99,22 +102,23 @@ def test_every_policy_mapping_and_admission_gives_the_same_bits(expected, policy
 @pytest.mark.parametrize("jitter", [0, 3000])
 def test_copies_of_a_real_thread_may_take_as_long_as_they_like(expected, jitter) -> None:
     device = DeviceConfig(copy_gbps=0.1, latency_us=0.0, jitter_us=jitter)
-    with embedded(CacheConfig(14, 4, poison=True), simulated=device) as engine:
-        assert np.array_equal(all_work(engine), expected)
+    for stream in ("off", "on"):
+        with embedded(CacheConfig(14, 4, stream=stream, poison=True), simulated=device) as engine:
+            assert np.array_equal(all_work(engine), expected)
 
 
 @pytest.mark.parametrize("text", [*FORMATS, "int8,shared=bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_experts_biases_and_dense_layers_work(tmp_path, family, text) -> None:
     path = write_checkpoint(tmp_path / "hf", family)
-    cache = CacheConfig("auto", poison=True, delay=0)
+    cache = CacheConfig("auto", stream="on", poison=True, delay=0)
     with open_engine(path, tmp_path / "cache", weight_format=text) as engine:
         wanted = bits(np.concatenate(list(work(engine, 3))))
     with open_engine(path, tmp_path / "cache", weight_format=text, device="simulated", cache=cache) as engine:
         for _ in range(2):  # the second time with a full cache
             assert np.array_equal(bits(np.concatenate(list(work(engine, 3)))), wanted)
         hits = engine.experts.count()[:, 1]
-        assert (hits > 0).all()
+        assert (hits > 0).all() and engine.experts.device.times.streamed > 0
 
 
 def traced(engine: Engine, path: Path) -> np.ndarray:
@@ -129,7 +133,7 @@ def traced(engine: Engine, path: Path) -> np.ndarray:
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, admission) -> None:
-    cache = CacheConfig(13, 4, 20, policy, admission, mapping=mapping, delay=3, seed=5)
+    cache = CacheConfig(13, 4, 20, policy, admission, mapping=mapping, stream="on", delay=3, seed=5)
     with embedded(cache, routes=True) as engine:
         counts = traced(engine, tmp_path / "trace.csv")
         costs = engine.experts.costs
@@ -154,7 +158,7 @@ def test_a_trace_needs_no_cache_and_changes_nothing(tmp_path, expected) -> None:
 def test_a_copy_thread_that_is_killed_costs_nothing_but_speed(expected, monkeypatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     device = DeviceConfig(copy_gbps=0.02, latency_us=0.0)
-    with embedded(CacheConfig(14, 4, poison=True), simulated=device) as engine:
+    with embedded(CacheConfig(14, 4, stream="off", poison=True), simulated=device) as engine:
         killed = 0
         for sequences in (1, 2, 5, 8):
             for _ in work(engine, sequences, seed=sequences):
@@ -164,6 +168,46 @@ def test_a_copy_thread_that_is_killed_costs_nothing_but_speed(expected, monkeypa
         assert killed > 3 and engine.experts.device.times.failed_copies > 0
         engine.experts.drain()
         engine.experts.table.check_integrity()
+
+
+def test_a_copy_thread_that_is_killed_in_the_middle_of_a_stream_costs_nothing_but_speed(expected, monkeypatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    with embedded(CacheConfig(14, 4, quota=0, stream="on", poison=True)) as engine:
+        device, ended = engine.experts.device, threading.Event()
+
+        def kill_often() -> None:
+            while not ended.wait(0.002):
+                kill(device.copy_thread)
+
+        killer = threading.Thread(target=kill_often)
+        killer.start()
+        try:
+            assert np.array_equal(all_work(engine), expected)
+        finally:
+            ended.set()
+            killer.join(PATIENCE)
+        assert device.times.streamed > 100
+
+
+def test_what_is_streamed_leaves_no_trace_in_the_table() -> None:
+    """Hits, fills and what the device holds are those of a run without; only the threads have less to do."""
+    counts, streamed = [], []
+    for stream in ("off", "on"):
+        with embedded(CacheConfig(14, 4, stream=stream, delay=1)) as engine:
+            list(work(engine, 3))
+            counts.append((engine.experts.count().tolist(), engine.experts.table.resident()))
+            streamed.append((engine.experts.times.streamed_layers, engine.experts.device.times.streamed))
+    assert counts[0] == counts[1] and streamed[0] == (0, 0)
+    missed = np.array(counts[1][0])
+    assert streamed[1][0] == 16 and 0 < streamed[1][1] <= missed[:, 2:4].sum(), "one step of the prompt, every layer"
+
+
+@pytest.mark.parametrize(("cpu_row", "streams"), [(1.0, True), (0.0, False)])
+def test_auto_streams_where_the_threads_would_take_longer(expected, cpu_row, streams) -> None:
+    with embedded(CacheConfig(14, 4, stream="auto", poison=True)) as engine:
+        engine.experts.costs = replace(engine.experts.costs, cpu=0.0, cpu_row=cpu_row)
+        assert np.array_equal(all_work(engine), expected)
+        assert (engine.experts.times.streamed_layers > 0) == streams
 
 
 def kill(thread: threading.Thread) -> int:

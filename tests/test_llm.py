@@ -281,10 +281,9 @@ def test_every_engine_option_is_a_keyword_with_the_default_of_its_field() -> Non
         LLM(thread_count=3)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu"])
-def test_devices_that_this_version_lacks_are_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match=f"--device '?{device}'? .*cpu"):
-        LLM(device=device)
+def test_a_device_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device 'tpu' .*cpu"):
+        LLM(device="tpu")
 
 
 @pytest.fixture(scope="module")

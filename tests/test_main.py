@@ -386,3 +386,10 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing() -> None:
     assert result.exit_code == 0 and "KV" in result.stdout
     too_long = invoke("--dry-run", "--max-seq-len", 10**9)
     assert too_long.exit_code == 2 and "1000000000" in too_long.stderr
+
+
+def test_overlap_is_the_prefetch_that_runs_beside_misses() -> None:
+    flags = ["--device", "simulated", "--dry-run", "--json", "--max-seq-len", "256"]
+    for more, prefetch in (([], "none"), (["--overlap", "next"], "next-gate")):
+        assert json.loads(invoke(*flags, *more).stdout)["cache"]["prefetch"] == prefetch
+    assert "--overlap 'all' is unknown; allowed: none, next" in refused(*flags, "--overlap", "all")

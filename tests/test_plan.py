@@ -14,6 +14,7 @@ from kv_pages import KvPages
 from hybrid.config import KV_FORMATS, WEIGHT_FORMATS, EngineConfig
 from hybrid.engine import Engine, plan_model
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.gpu import usable
 from hybrid.hardware import HardwareSpec
 from hybrid.models import model_spec
 from hybrid.models.spec import MlaSpec, ModelSpec
@@ -203,8 +204,9 @@ def test_values_out_of_range_are_refused(choices, message) -> None:
         plan_of(**choices)
 
 
-def test_a_device_of_a_later_version_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="--device cuda .*no CUDA device yet; use auto, cpu or simulated"):
+def test_a_gpu_that_is_not_there_is_refused_with_what_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(usable, "why_unusable", lambda: "no NVIDIA driver is installed")
+    with pytest.raises(ConfigError, match="--device cuda .*: no NVIDIA driver is installed; use auto, cpu or sim"):
         plan_model(EngineConfig(device="cuda"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,23 @@ def folder(tmp_path_factory) -> Path:
         shapes = ["--nblocks", "2,4", "--nways", "2,4,8", "--policy", "all", "--output", form]
         result = CliRunner().invoke(simulate.app, ["--trace", str(folder / "trace.csv"), *shapes, *RATES])
         (folder / f"results.{form}").write_text(result.stdout)
+    kept = ["--results", str(folder / "kept.jsonl"), "--nblocks", "2,4", "--nways", "2,4,8", "--policy", "LRU,Belady"]
+    CliRunner().invoke(simulate.app, ["--trace", str(folder / "trace.csv"), *kept, *RATES])
+    with open(folder / "kept.jsonl", "a") as file:
+        file.write('{"name": "cut o')
+    line = (folder / "kept.jsonl").read_text().splitlines()[0]
+    trace = json.loads(line)["trace"]
+    (folder / "two.jsonl").write_text(f"{line}\n{line.replace(trace, 'another')}\n")
+    (folder / "cut.jsonl").write_text(line[:50])
     return folder
 
 
 FIGURES = [
     ("hit-rate", "results.csv", ["bypass-Belady (bound)", "expert slots", "S3-FIFO"]),
     ("hit-rate", "results.json", ["N = 2 indexes", "N = 4 indexes"]),
+    ("hit-rate", "kept.jsonl", ["N = 2 indexes", "Belady"]),
+    ("layers", "kept.jsonl", ["LRU", "MoE layer"]),
+    ("speed", "kept.jsonl", ["16 slots", "tokens/s"]),
     ("speed", "results.csv", ["16 slots", "CPU alone", "tokens/s"]),
     ("layers", "results.json", ["static-layers", "MoE layer"]),
     ("layers", "hits.csv", ["MoE layer", "step"]),
@@ -78,7 +90,9 @@ def test_every_figure_is_drawn_in_both_formats(folder: Path, tmp_path: Path, kin
         (["layers", "hits.csv", "f.pdf"], [".png or .svg"]),
         (["layers", "missing.csv", "f.png"], ["missing.csv", "no such file"]),
         (["layers", "hits.csv", "no/f.png"], ["no directory"]),
-        (["hit-rate", "hits.csv", "f.png"], ["hybrid simulate --output csv"]),
+        (["hit-rate", "hits.csv", "f.png"], ["hybrid simulate", "--output csv, --output json or --results"]),
+        (["layers", "two.jsonl", "f.png"], ["two.jsonl", "2 traces"]),
+        (["hit-rate", "cut.jsonl", "f.png"], ["cut.jsonl", "--results"]),
         (["layers", "trace.csv", "f.png"], ["no column calls, hits"]),
         (["breakdown", "hits.csv", "f.png"], ["no column total"]),
         (["reuse", "hits.csv", "f.png"], ["no column sequence"]),

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid.verdict import CallCosts, Observed, judge, most_asked
 
-COSTS = CallCosts(cpu=100e-6, device=10e-6, start=5e-6, copy=200e-6)
+COSTS = CallCosts(cpu=100e-6, device=10e-6, start=5e-6, copy=200e-6, cpu_row=20e-6, device_row=1e-6)
 SEEN = Observed(
     steps=7,
     calls=np.array([8.0, 8.0]),

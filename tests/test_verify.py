@@ -17,7 +17,7 @@ from hybrid.placement import ExpertShape
 from hybrid.verify import Answers, first_difference, make_scenarios, verify_model
 
 CONFIG = EngineConfig(max_seq_len=256)
-SHAPE = ExpertShape(tuple(range(16)), 16, 2, (("experts", 1000),))
+SHAPE = ExpertShape(tuple(range(16)), 16, 2, (("experts", 1000),), 500)
 
 
 def test_the_embedded_model_gives_the_same_in_every_scenario() -> None:
@@ -25,6 +25,8 @@ def test_the_embedded_model_gives_the_same_in_every_scenario() -> None:
     assert result.exit_code == 0, result.output
     scenarios = len(list(make_scenarios(SHAPE)))
     assert f"{scenarios} of {scenarios} scenarios give the same" in result.stdout
+    streamed = {line.split("  ")[0]: line.split()[-2] for line in result.stdout.splitlines()[1:-1]}
+    assert int(streamed["streamed"]) > 100 and streamed["starved"] == "0"
 
 
 def test_a_wrong_expert_is_found_and_ends_with_1(monkeypatch) -> None:
@@ -35,7 +37,7 @@ def test_a_wrong_expert_is_found_and_ends_with_1(monkeypatch) -> None:
     result = CliRunner().invoke(verify.app, ["--max-tokens", "8", "--max-seq-len", "256", "--json"])
     assert result.exit_code == 1
     outcomes = {outcome["scenario"]: outcome["difference"] for outcome in json.loads(result.stdout)["results"]}
-    assert outcomes["delay 0"] and outcomes["starved"] is None
+    assert outcomes["delay 0"] and outcomes["streamed"] and outcomes["starved"] is None
     assert result.stderr.startswith("different: ")
 
 
@@ -62,7 +64,8 @@ def test_scenarios_name_every_policy_mapping_and_admission() -> None:
         assert {cache.admission for cache in caches} == set(ADMISSIONS)
         assert any(cache.quota == 0 for cache in caches) and any(cache.nways == SHAPE.top_k for cache in caches)
     assert len(caches) >= len(POLICIES) * len(MAPPINGS) * len(ADMISSIONS)
-    assert all(cache.poison for cache in caches) and CacheConfig(16, 4, poison=True) in caches
+    assert all(cache.poison for cache in caches) and any(cache.stream == "on" for cache in caches)
+    assert CacheConfig(16, 4, stream="off", poison=True) in caches
 
 
 def test_a_model_without_experts_is_refused(tmp_path) -> None:

@@ -188,7 +188,8 @@ void bind_ops(nb::class_<Executor>& c) {
   c.def(
       "attention",
       [](Executor& e, Part part, Address q, Address output, Address states, Address sinks, const KvLayout& kv,
-         int heads, int kv_heads, int head_dim, int output_stride, int window, float scale) {
+         int heads, int kv_heads, int head_dim, int output_stride, int window, float scale, Address ends,
+         Address partials) {
         const AttentionArgs args{at<const bf16>(q),
                                  at<bf16>(output),
                                  at<float>(states),
@@ -199,12 +200,14 @@ void bind_ops(nb::class_<Executor>& c) {
                                  head_dim,
                                  output_stride,
                                  window,
-                                 scale};
+                                 scale,
+                                 at<const int32_t>(ends),
+                                 at<float>(partials)};
         e.add(part, args);
         e.add(part, MergeArgs{args});
       },
       "part"_a, "q"_a, "output"_a, "states"_a, "sinks"_a, "kv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-      "output_stride"_a, "window"_a, "scale"_a);
+      "output_stride"_a, "window"_a, "scale"_a, "ends"_a = 0, "partials"_a = 0);
   c.def(
       "router",
       [](Executor& e, Part part, Address input, Address weight, Address bias, Address logits, int experts, int hidden,

@@ -10,8 +10,8 @@ from gpu_cache.geometry import Geometry
 class Policy:
     """One object for the whole cache, with a state for each index. Slots and keys are as `Geometry` numbers them.
 
-    The table leaves out hooks that a policy does not override. Order within a lookup: `on_call`, `on_hit` of every hit,
-    then for each fill `victim`, if no slot of the index is empty, `on_evict` of what it returned, `on_fill`.
+    Few calls that do much, because calls are what costs: the table leaves out hooks that a policy does not override.
+    Order within a lookup: `on_lookup`, then for each fill `on_fill` or `replace`.
     """
 
     name = ""  # as the command line spells it; without one a class is only a base of others
@@ -23,21 +23,24 @@ class Policy:
     def on_step(self, step: int) -> None:
         """A step begins; layers are looked up in ascending order within it."""
 
-    def on_call(self, layer: int, keys: Sequence[int], scores: Sequence[float] | None) -> None:
-        """A layer asks for experts, resident or not. scores: the largest gate score of each; None: unknown."""
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        """A layer asks for experts, resident or not. scores: the largest gate score of each; None: unknown.
 
-    def on_hit(self, slot: int, key: int) -> None:
-        """An expert that was asked for is ready in a slot."""
+        slots: of those that are ready, in the order of the experts.
+        """
 
     def on_fill(self, slot: int, key: int) -> None:
-        """An expert is given a slot, which was empty, and its copy begins."""
+        """An expert is given a slot that was empty, and its copy begins."""
 
     def on_evict(self, slot: int, key: int) -> None:
-        """An expert leaves its slot: `victim` chose it, or its copy failed."""
+        """An expert leaves its slot, which stays empty: its copy failed."""
 
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        """The slot of an index to evict, never one of `blocked` (pinned or loading); None if there is no other.
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
+        """Evict an expert of an index and give its slot to `key`, whose copy begins; returns the slot.
 
-        Every slot of the index holds an expert. What is returned is evicted at once.
+        It is never one of `blocked` (pinned or loading); None if there is no other, and nothing is evicted. Every slot
+        of the index holds an expert.
         """
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 
 from gpu_cache.geometry import Geometry
@@ -15,16 +16,19 @@ class Fifo(Policy):
 
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
         super().__init__(geometry, seed)
-        self._order: list[list[int]] = [[] for _ in range(geometry.nblocks)]  # oldest first
+        # slots of each index, the next victim first
+        self._order: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(geometry.nblocks)]
 
     def on_fill(self, slot: int, key: int) -> None:
-        self._order[slot // self.nways].append(slot)
+        self._order[slot // self.nways][slot] = None
 
     def on_evict(self, slot: int, key: int) -> None:
-        self._order[slot // self.nways].remove(slot)
+        del self._order[slot // self.nways][slot]
 
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        for slot in self._order[index]:
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
+        order = self._order[index]
+        for slot in order:
             if slot not in blocked:
+                order.move_to_end(slot)
                 return slot
         return None

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Sequence
 
-from gpu_cache.geometry import Geometry
-from gpu_cache.policies.base import Policy
+from gpu_cache.policies.fifo import Fifo
 
 
-class Lru(Policy):
+class Lru(Fifo):
     """Evicts what was called longest ago. Calls of one lookup count in their order."""
 
     name = "LRU"
 
-    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
-        super().__init__(geometry, seed)
-        self._order: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(geometry.nblocks)]  # oldest first
-
-    def on_hit(self, slot: int, key: int) -> None:
-        self._order[slot // self.nways].move_to_end(slot)
-
-    def on_fill(self, slot: int, key: int) -> None:
-        self._order[slot // self.nways][slot] = None
-
-    def on_evict(self, slot: int, key: int) -> None:
-        del self._order[slot // self.nways][slot]
-
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        for slot in self._order[index]:
-            if slot not in blocked:
-                return slot
-        return None
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        order, nways = self._order, self.nways
+        for slot in slots:
+            order[slot // nways].move_to_end(slot)

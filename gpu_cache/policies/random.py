@@ -18,7 +18,7 @@ class Random(Policy):
         super().__init__(geometry, seed)
         self._random = Generator(seed).random
 
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         first = index * self.nways
         slot = first + int(self._random() * self.nways)
         if slot not in blocked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 from gpu_cache.geometry import Geometry
@@ -38,16 +38,42 @@ class S3Fifo(Policy):
         super().__init__(geometry, seed)
         self._queues = [_Queues() for _ in range(geometry.nblocks)]
         self._calls = bytearray(geometry.slots)
+        self._key_of = [0] * geometry.slots
         self._most_small = max(1, int(geometry.nways * SMALL))
         self._most_ghosts = int(geometry.nways * GHOSTS)
 
-    def on_hit(self, slot: int, key: int) -> None:
-        if self._calls[slot] < MOST_CALLS:
-            self._calls[slot] += 1
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        calls = self._calls
+        for slot in slots:
+            if calls[slot] < MOST_CALLS:
+                calls[slot] += 1
 
     def on_fill(self, slot: int, key: int) -> None:
-        queues = self._queues[slot // self.nways]
+        self._enter(self._queues[slot // self.nways], slot, key)
+
+    def on_evict(self, slot: int, key: int) -> None:
+        self._leave(self._queues[slot // self.nways], slot)
+
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
+        queues = self._queues[index]
+        queues.full = True
+        slot = None
+        if len(queues.main) <= self.nways - self._most_small:
+            slot = self._from_small(queues, blocked)
+        if slot is None:
+            slot = self._from_main(queues, blocked)
+        if slot is None:
+            slot = self._from_small(queues, blocked)
+        if slot is not None:
+            self._leave(queues, slot)
+            self._enter(queues, slot, key)
+        return slot
+
+    def _enter(self, queues: _Queues, slot: int, key: int) -> None:
         self._calls[slot] = 0
+        self._key_of[slot] = key
         if key in queues.ghosts:
             del queues.ghosts[key]
             queues.main[slot] = None
@@ -58,35 +84,27 @@ class S3Fifo(Policy):
         while len(queues.ghosts) > self._most_ghosts:
             queues.ghosts.popitem(last=False)
 
-    def on_evict(self, slot: int, key: int) -> None:
-        queues = self._queues[slot // self.nways]
+    def _leave(self, queues: _Queues, slot: int) -> None:
         if slot in queues.small:
             del queues.small[slot]
-            queues.ghosts[key] = None  # one too many until the next fill, which may be of the oldest of them
+            queues.ghosts[self._key_of[slot]] = None  # one too many until the next fill, of the oldest perhaps
         else:
             del queues.main[slot]
 
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        queues = self._queues[index]
-        queues.full = True
-        if len(queues.main) <= self.nways - self._most_small:
-            slot = self._from_small(queues, blocked)
-            if slot is not None:
-                return slot
-        slot = self._from_main(queues, blocked)
-        return self._from_small(queues, blocked) if slot is None else slot
-
     def _from_small(self, queues: _Queues, blocked: Collection[int]) -> int | None:
         """The oldest that was not called often; those that were move to the main queue."""
-        calls = self._calls
-        for slot in list(queues.small):
+        calls, found, moved = self._calls, None, []
+        for slot in queues.small:
             if slot not in blocked:
                 if calls[slot] < CALLS_TO_MOVE:
-                    return slot
-                del queues.small[slot]
-                queues.main[slot] = None
-                calls[slot] = 0
-        return None
+                    found = slot
+                    break
+                moved.append(slot)
+        for slot in moved:
+            del queues.small[slot]
+            queues.main[slot] = None
+            calls[slot] = 0
+        return found
 
     def _from_main(self, queues: _Queues, blocked: Collection[int]) -> int | None:
         """The oldest that was not called; the others go around, each time for one call less."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
@@ -19,37 +19,51 @@ class Sieve(Policy):
 
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
         super().__init__(geometry, seed)
-        self._called = bytearray(geometry.slots)
         # The queue of an index is a ring of its slots and of its end, numbered slots + index: the end's newer neighbour
         # is the oldest slot.
         ends = range(geometry.slots, geometry.slots + geometry.nblocks)
-        self._newer = [*range(geometry.slots), *ends]
-        self._older = [*range(geometry.slots), *ends]
+        self._called = bytearray(geometry.slots + geometry.nblocks)
+        self._newer: list[int] = [*range(geometry.slots), *ends]
+        self._older: list[int] = [*range(geometry.slots), *ends]
         self._hand = list(ends)
 
-    def on_hit(self, slot: int, key: int) -> None:
-        self._called[slot] = 1
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        called = self._called
+        for slot in slots:
+            called[slot] = 1
 
     def on_fill(self, slot: int, key: int) -> None:
-        end = self.geometry.slots + slot // self.nways
+        self._enter(slot, self.geometry.slots + slot // self.nways)
+
+    def on_evict(self, slot: int, key: int) -> None:
+        newer, index = self._leave(slot), slot // self.nways
+        if self._hand[index] == slot:
+            self._hand[index] = newer
+
+    def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
+        slot, end, newer, called = self._hand[index], self.geometry.slots + index, self._newer, self._called
+        for _ in range(2 * self.nways + 3):  # once around clears every mark
+            if called[slot]:
+                if slot not in blocked:
+                    called[slot] = 0
+            elif slot not in blocked and slot != end:
+                self._hand[index] = self._leave(slot)
+                self._enter(slot, end)
+                return slot
+            slot = newer[slot]
+        return None
+
+    def _enter(self, slot: int, end: int) -> None:
+        """Put a slot into the queue, as the newest."""
         newest = self._older[end]
         self._newer[newest] = self._older[end] = slot
         self._newer[slot], self._older[slot] = end, newest
         self._called[slot] = 0
 
-    def on_evict(self, slot: int, key: int) -> None:
-        newer, older, index = self._newer[slot], self._older[slot], slot // self.nways
+    def _leave(self, slot: int) -> int:
+        """Take a slot out of the queue; returns its newer neighbour."""
+        newer, older = self._newer[slot], self._older[slot]
         self._newer[older], self._older[newer] = newer, older
-        if self._hand[index] == slot:
-            self._hand[index] = newer
-
-    def victim(self, index: int, blocked: Collection[int]) -> int | None:
-        slot, end, newer, called = self._hand[index], self.geometry.slots + index, self._newer, self._called
-        for _ in range(2 * self.nways + 3):  # once around clears every mark
-            if slot != end and slot not in blocked:
-                if not called[slot]:
-                    self._hand[index] = slot
-                    return slot
-                called[slot] = 0
-            slot = newer[slot]
-        return None
+        return newer

@@ -47,6 +47,15 @@ def test_every_index_is_within_the_cache(mapping: str) -> None:
         assert (-1 in indexes) == (mapping == "prefix" and nblocks < 5)
 
 
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_spread_counts_the_experts_of_a_layer_in_an_index(mapping: str) -> None:
+    for nblocks in (1, 2, 5):
+        geometry = Geometry(nblocks, 3, 5, 7, mapping)
+        assert geometry.indexes().tolist() == [geometry.index_of(key) for key in range(35)]
+        counts = Counter((geometry.index_of(key), key // 7) for key in range(35))
+        assert geometry.spread().tolist() == [[counts[index, layer] for layer in range(5)] for index in range(nblocks)]
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -103,10 +112,10 @@ def test_auto_says_when_nothing_fits() -> None:
 @pytest.mark.parametrize("delay", [0, 1, 5])
 def test_a_copy_ends_before_the_lookup_after_its_delay(delay: int) -> None:
     clock = CopyClock(delay)
-    assert clock.due() == []
+    assert not clock.due()
     clock.issue(7)
     clock.issue(3)
-    assert [clock.due() for _ in range(delay)] == [[]] * delay
+    assert not any(clock.due() for _ in range(delay))
     clock.issue(5)
-    assert clock.due() == [7, 3] + [5] * (delay == 0)
-    assert [clock.due() for _ in range(delay)] == [[]] * max(0, delay - 1) + [[5]] * (delay > 0)
+    assert [*clock.due()] == [7, 3] + [5] * (delay == 0)
+    assert [[*clock.due()] for _ in range(delay)] == [[]] * max(0, delay - 1) + [[5]] * (delay > 0)

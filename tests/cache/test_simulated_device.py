@@ -12,6 +12,7 @@ import pytest
 
 from gpu_cache.clock import CopyClock
 from gpu_cache.devices.simulated import POISON, CopySpeed, SimulatedDevice
+from gpu_cache.errors import CacheError
 
 SIZES = (192, 64)  # bytes of the pieces of an expert
 PATIENCE = 30  # seconds until a test that hangs fails
@@ -101,6 +102,66 @@ def test_a_run_is_joined_when_it_has_ended(device, runs) -> None:
     assert np.array_equal(runs.seen[0], ids)
     device.join(ticket)  # once more does nothing
     assert len(runs.seen) == 1
+
+
+class Reader:
+    """A compute that reads what lies in the slots that it is asked for: keys by (row, rank)."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[tuple[int, int], int]] = []
+
+    def bind(self, memory: list[np.ndarray]) -> Reader:
+        self.memory = memory
+        return self
+
+    def __call__(self, slot_ids: np.ndarray) -> None:
+        assert all((piece[slot] == piece[slot, 0]).all() for piece in self.memory for slot in slot_ids[slot_ids >= 0])
+        places = zip(*np.nonzero(slot_ids >= 0), strict=True)
+        self.seen.append({(int(r), int(c)): int(self.memory[0][slot_ids[r, c], 0]) for r, c in places})
+
+
+STREAMED = np.array([[0, 4, 6], [5, 4, -1], [8, 7, 5]], np.int32)  # slots 4 to 8 are the streamed 14 to 18
+WHOSE = {(0, 0): 3, (0, 1): 14, (0, 2): 16, (1, 0): 15, (1, 1): 14, (2, 0): 18, (2, 1): 17, (2, 2): 15}
+
+
+@pytest.mark.parametrize("clock", [None, CopyClock(3)])
+def test_streamed_experts_pass_through_two_slots_and_every_pair_is_computed_once(clock) -> None:
+    reader = Reader()
+    device = SimulatedDevice(4, SIZES, source, reader.bind, clock=clock, poison=True, streams=True)
+    device.load(0, 3)
+    device.copy_in(1, 9)
+    device.join(device.run(STREAMED, [14, 15, 16, 17, 18]))
+    assert [len(seen) for seen in reader.seen] == [1, 2, 2, 1, 1, 1]  # what a slot holds first, then one by one
+    assert {place: key for seen in reader.seen for place, key in seen.items()} == WHOSE
+    assert len(device.memory[0]) == 6 and holds(device, 0, 3)
+    assert (device.times.streamed, device.times.streamed_bytes) == (5, 5 * sum(SIZES))
+    polls = [told for _ in range(5) for told in device.poll()] if clock else ended(device, 1)
+    assert polls == [(1, True)] and device.poll() == [] and holds(device, 1, 9), "nothing is told of the others"
+    device.close()
+
+
+def test_a_run_ends_a_copy_whose_thread_has_died(monkeypatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    reader = Reader()
+    device = SimulatedDevice(4, SIZES, source, reader.bind, CopySpeed(latency=PATIENCE), streams=True)
+    ticket = device.run(np.array([[4, 5]], np.int32), [7, 8])
+    thread = device.copy_thread
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    thread.stop_asked.set()  # or it would die at the end of its pause only
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    thread.stop_asked.clear()
+    device.join(ticket)
+    assert reader.seen == [{(0, 0): 7}, {(0, 1): 8}]
+    device.close()
+
+
+def test_a_device_that_is_closed_in_the_middle_of_a_stream_says_so() -> None:
+    device = SimulatedDevice(4, SIZES, source, Reader().bind, CopySpeed(bytes_per_second=0.001), streams=True)
+    ticket = device.run(np.array([[4]], np.int32), [7])
+    device.close()
+    with pytest.raises(CacheError, match="closed in the middle"):
+        device.join(ticket)
 
 
 def test_what_a_run_raises_is_raised_by_its_join_once(device, runs) -> None:

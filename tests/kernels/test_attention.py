@@ -54,9 +54,18 @@ class Sequences:
             self.pages.write(slot, self.k[slot, :, :length], self.v[slot, :, :length])
 
     def run(
-        self, isa: str, places: list[Place], *, window: int = 0, threads: int = 1, invariant: bool = False
+        self,
+        isa: str,
+        places: list[Place],
+        *,
+        window: int = 0,
+        threads: int = 1,
+        invariant: bool = False,
+        **more: np.ndarray,
     ) -> np.ndarray:
-        """Outputs [rows, heads, head_dim] of one step. invariant: by kernels whose bits do not depend on its rows."""
+        """Outputs [rows, heads, head_dim] of one step. invariant: by kernels whose bits do not depend on its rows. more:
+        arguments of the op.
+        """
         heads, kv_heads, dim = self.shape
         rows, slots, stride = len(places), len(self.q) + 1, row_stride(heads * dim)
         q = aligned((rows, heads, self.pages.key_dim), BF16)
@@ -78,6 +87,7 @@ class Sequences:
             output_stride=stride,
             window=window,
             scale=dim**-0.5,
+            **more,
         )
         rig.step(places)
         assert (output[rows:] == -7).all() and (output[:, heads * dim :] == -7).all()
@@ -224,3 +234,42 @@ def test_a_sink_far_below_all_scores_changes_no_bit(isa, kv_format) -> None:
     for low in (-1e4, -np.inf):
         sequences.sinks = placed(np.full(6, low, np.float32))
         assert np.array_equal(plain, sequences.run(isa, places))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [0, 16, 300])
+@pytest.mark.parametrize("split", [0, 1, 250, 256, 257, 490])
+def test_states_of_the_keys_up_to_a_split_join_those_behind_it(isa, kv_format, shape, window, split) -> None:
+    """What a split leaves is a softmax of its own: with that of the other keys, by hand, it gives the whole."""
+    sequences = Sequences.make(shape, kv_format)
+    sequences.sinks = sinks_of(shape)
+    places = [(0, 699), *chunk(1, 490, 500), (2, 0)]
+    ends = placed(np.array([split] * (len(places) - 1) + [0], np.int32))
+    states = aligned((len(places), shape[0], sequences.pages.value_dim + STATE_EXTRA), np.float32, fill=np.nan)
+    output = sequences.run(isa, places, window=window, threads=2, ends=ends, partials=states)
+    assert (output == -7).all()  # nothing but states
+    joined = np.stack([join_rest(sequences, *row, window) for row in zip(places, ends, states, strict=True)])
+    sequences.check(joined.astype(BF16), places, window)
+
+
+def join_rest(sequences: Sequences, place: Place, end: int, states: np.ndarray, window: int) -> np.ndarray:
+    """The result of a row, [heads, head_dim], of the states [heads, ..] of its keys before `end`."""
+    (slot, position), (heads, kv_heads, dim) = place, sequences.shape
+    first = max(end, position - window + 1 if window else 0)
+    keys, values = (
+        part[:, first : position + 1, :dim] for part in (sequences.pages.keys(slot), sequences.pages.values(slot))
+    )
+    found = []
+    for head in range(heads):
+        values_before, (top, total) = states[head, :dim], states[head, sequences.pages.value_dim :][:2]
+        if not end or (window and position - window + 1 >= end):
+            assert (top, total) == (-np.inf, 0)
+            values_before = np.zeros(dim)
+        group = head * kv_heads // heads
+        scores = keys[group].astype(np.float64) @ sequences.q[slot, head, position].astype(np.float64) * dim**-0.5
+        sink = float(sequences.sinks[head])
+        highest = max(top, sink, *scores)
+        weights, before = np.exp(scores - highest), np.exp(float(top) - highest)
+        summed = before * values_before + weights @ values[group].astype(np.float64)
+        found.append(summed / (before * total + weights.sum() + np.exp(sink - highest)))
+    return np.array(found)

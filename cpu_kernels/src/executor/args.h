@@ -133,6 +133,8 @@ struct AttentionArgs {
   int heads, kv_heads, head_dim, output_stride;
   int window;  // 0: none
   float scale;
+  const int32_t* ends;  // null, or [rows], the same for the rows of a slot: keys from there on are attended elsewhere
+  float* partials;      // null, or [rows, heads, value_dim + 16]: where states are left, for others to join, not output
 };
 
 struct RouterArgs {

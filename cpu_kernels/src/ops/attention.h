@@ -33,10 +33,16 @@ static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int hea
     store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), least(kBlock, head_dim - i));
 }
 
-// The keys of block `block` that the query at `position` sees, counted from the block's first.
-static HYBRID_INLINE Range visible(const AttentionArgs& args, int position, int block) {
-  const int first = args.window ? most(0, position - args.window + 1 - block * kKeys) : 0;
-  return {least(first, kKeys), least(position + 1 - block * kKeys, kKeys)};
+// One past the last key that row `row` of a tile may see here.
+static HYBRID_INLINE int end_of(const AttentionArgs& args, const AttentionTile& tile, int row) {
+  const int end = tile.position + row + 1;
+  return args.ends ? least(end, args.ends[tile.row]) : end;
+}
+
+// The keys of block `block` that row `row` of a tile sees, counted from the block's first.
+static HYBRID_INLINE Range visible(const AttentionArgs& args, const AttentionTile& tile, int row, int block) {
+  const int first = args.window ? most(0, tile.position + row - args.window + 1 - block * kKeys) : 0;
+  return {least(first, kKeys), least(end_of(args, tile, row) - block * kKeys, kKeys)};
 }
 
 // The first key block of which the query at `position` sees anything.
@@ -139,7 +145,7 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const AttentionTile& tile = *at.tile;
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, key0 = at.block * kKeys;
   const KvLayout& kv = args.kv;
-  const int end = least(kKeys, tile.position + tile.rows - key0);  // keys that the last query sees
+  const int end = least(kKeys, end_of(args, tile, tile.rows - 1) - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
   const char* const first_key = keys_of<Kv>(args, at);
   const char* const first_value = value_at<Kv>(kv, tile.slot, at.kv_head, key0);
@@ -163,9 +169,8 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
         Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, factor));
       });
   for (int i = 0; i < rows; ++i)
-    seen[i] =
-        softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
-                s.current + i * s.state_stride, kv.value_dim, visible(args, tile.position + i / group, at.block), used);
+    seen[i] = softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
+                      s.current + i * s.state_stride, kv.value_dim, visible(args, tile, i / group, at.block), used);
   small_product<Kv>(
       tiles, [&](int i) { return s.weights + i * kKeys; }, rows, values, used / Kv::line_inputs, kv.value_dim / kBlock,
       keys_of<Kv>(args, next), s.opened,
@@ -176,6 +181,19 @@ static HYBRID_INLINE void copy_state(float* into, const float* from, int dim) {
   __builtin_memcpy(into, from, (dim + 2) * sizeof(float));
 }
 
+// The end of a row and head: its result, or its state. state: null if it saw no key; then no values are left.
+static HYBRID_INLINE void leave(const AttentionArgs& args, int row, int head, const float* state) {
+  const int dim = args.kv.value_dim;
+  if (!args.partials) {
+    bf16* out = args.output + int64_t(row) * args.output_stride + head * args.head_dim;
+    return finish(out, state, dim, args.head_dim, args.sinks ? args.sinks + head : nullptr);
+  }
+  float* into = args.partials + (int64_t(row) * args.heads + head) * (dim + kBlock);
+  if (state) return copy_state(into, state, dim);
+  into[dim] = -__builtin_inff();
+  into[dim + 1] = 0.0f;
+}
+
 // All visible blocks of a tile, joined as they come; `next` is what this thread does afterwards.
 template <class Kv>
 static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionArgs& args, Place at, const Place& next,
@@ -184,9 +202,9 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, dim = args.kv.value_dim;
   const AttentionScratch s = carve(scratch, rows, dim);
   bool started[kMaxTileRows] = {}, seen[kMaxTileRows];
-  const int last = (tile.position + tile.rows - 1) / kKeys;
-  for (; at.block <= last; ++at.block) {
-    attend_block<Kv>(tiles, args, at, at.block < last ? Place{at.tile, at.kv_head, at.block + 1} : next, s, seen);
+  const int blocks = (end_of(args, tile, tile.rows - 1) + kKeys - 1) / kKeys;
+  for (; at.block < blocks; ++at.block) {
+    attend_block<Kv>(tiles, args, at, at.block + 1 < blocks ? Place{at.tile, at.kv_head, at.block + 1} : next, s, seen);
     for (int i = 0; i < rows; ++i) {
       if (!seen[i]) continue;
       float* joined = s.joined + i * s.state_stride;
@@ -199,9 +217,8 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
     }
   }
   for (int i = 0; i < rows; ++i) {
-    const int head = at.kv_head * group + i % group;
-    bf16* out = args.output + int64_t(tile.row + i / group) * args.output_stride + head * args.head_dim;
-    finish(out, s.joined + i * s.state_stride, dim, args.head_dim, args.sinks ? args.sinks + head : nullptr);
+    const float* state = started[i] ? s.joined + i * s.state_stride : nullptr;
+    leave(args, tile.row + i / group, at.kv_head * group + i % group, state);
   }
 }
 
@@ -216,7 +233,7 @@ template <class Kv>
 static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
                                       const Place& next, char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
-  if (at.block < first_block(args, at.tile->position)) return;
+  if (at.block < first_block(args, at.tile->position) || at.block * kKeys >= end_of(args, *at.tile, 0)) return;
   const AttentionScratch s = carve(scratch, group, dim);
   bool seen[kMaxTileRows];
   attend_block<Kv>(tiles, args, at, next, s, seen);
@@ -264,12 +281,10 @@ static void merge(const AttentionArgs& args, const Step& step, const Work& work)
     const int wanted = task / args.heads, head = task % args.heads;
     while (found < wanted) found += step.tiles[++index].split;
     const AttentionTile& tile = step.tiles[index];
-    const int first = first_block(args, tile.position);
-    float* state = partial(args, tile, head, first);
-    for (int block = first + 1; block * kKeys <= tile.position; ++block)
-      join(state, partial(args, tile, head, block), dim);
-    finish(args.output + int64_t(tile.row) * args.output_stride + head * args.head_dim, state, dim, args.head_dim,
-           args.sinks ? args.sinks + head : nullptr);
+    const int first = first_block(args, tile.position), end = end_of(args, tile, 0);
+    float* state = first * kKeys < end ? partial(args, tile, head, first) : nullptr;
+    for (int block = first + 1; block * kKeys < end; ++block) join(state, partial(args, tile, head, block), dim);
+    leave(args, tile.row, head, state);
   }
 }
 

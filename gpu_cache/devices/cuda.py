@@ -1,0 +1,357 @@
+"""A device behind streams: slots in its memory, copies on a stream of their own, events that publish.
+
+A slot holds the very bytes that the host has of its expert: one copy is enough, nothing is packed again, and a slot can
+be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (6) are its
+rules.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from gpu_cache.clock import CopyClock
+from gpu_cache.device import STAGING, Bytes, DeviceTimes, Observer, SlotIds, Source
+from gpu_cache.devices.streams import Event, Memory, Streams
+from gpu_cache.errors import CacheError, DeviceLost, PinningRefused
+
+NOWHERE = -1  # in the table on the device: no slot
+POISON = 0xFF  # as a scale or a float: not a number
+STAGING_BYTES = 8 << 20  # of one buffer of the ring: a copy of so much takes 0.3 ms at 25 GB/s, a launch 0.01
+STAGING_BUFFERS = 4  # one is filled, one is copied from, and two even out the difference
+
+
+class QueuedCompute(Protocol):
+    """Runs the experts of a layer on the bytes of slots: each call but the last queues on the stream at hand.
+
+    One layer at a time. `begin` is called by who asks for it, `experts` and `end` by that thread or by the worker.
+    """
+
+    def begin(self, slot_ids: SlotIds) -> None:
+        """What comes first. slot_ids: of `gpu_cache.device.Device.run`; they stay until the layer is collected."""
+
+    def experts(self, ids: range, slot: int) -> None:
+        """The experts with these ids: the first lies in `slot`, the others in those that follow."""
+
+    def end(self) -> None:
+        """What comes after all experts."""
+
+    def collect(self) -> None:
+        """What is left to the host once all of it has happened."""
+
+
+@dataclass(eq=False)
+class _Copy:
+    """An expert on its way. event: that its last byte is there, None until that is queued. run: for which it is
+    streamed, and where its id is `id`; None for a slot of the table.
+    """
+
+    slot: int
+    key: int
+    after: Event = None
+    run: _Run | None = None
+    id: int = 0
+    first: Event = None
+    event: Event = None
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """A layer. event: that all of it has happened, None until that is queued. error: what kept it from that."""
+
+    first: Event
+    event: Event = None
+    streamed: list[_Copy] = field(default_factory=list)
+    error: Exception | None = None
+    joined: bool = False
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Staging memory, and the event that it may be written again."""
+
+    memory: Bytes
+    free: Event = None
+
+
+class CudaDevice:
+    """See `gpu_cache.device.Device`; here a slot may be written even while a run that uses it has not been joined.
+
+    memory: an array uint8 [slots, bytes] for each piece, the slots of streams last. slot_of: int32 [keys] on the
+    device, the slot of every expert or -1, for kernels on the compute stream that look experts up themselves; None
+    where none does. notes: what was asked and could not be had.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        slots: int,
+        piece_bytes: Sequence[int],
+        source: Source,
+        bind: Callable[[Sequence[Memory]], QueuedCompute],
+        keys: int = 0,
+        clock: CopyClock | None = None,
+        poison: bool = False,
+        pinned: Sequence[Bytes] = (),
+        staging_bytes: int = STAGING_BYTES,
+        streaming: bool = False,
+    ) -> None:
+        """bind: called once with `memory`. keys: experts of all layers, where kernels look them up. pinned: all memory
+        that `source` may name, to be pinned and copied from directly. clock, poison: as for the simulated device.
+        streaming: have `STAGING` slots more. Raises DeviceFull.
+        """
+        self.times = DeviceTimes()
+        self.notes: list[str] = []
+        self.observer: Observer | None = None  # told when the host learns of an end, which is a little late
+        self._streams, self._source, self._clock, self._poison = streams, source, clock, poison
+        self._slots = slots
+        self.memory = [streams.allocate((slots + STAGING * streaming, size)) for size in piece_bytes]
+        self._passed = [streams.record(streams.compute) for _ in range(STAGING * streaming)]
+        self.slot_of = streams.allocate((keys,), np.int32) if keys else None
+        if keys:
+            streams.fill(streams.compute, self.slot_of, NOWHERE)
+        self._compute = bind(self.memory)
+        self._direct = bool(pinned) and self._pin(pinned)
+        self._expert_bytes = sum(piece_bytes)
+        self._chunks = list(_chunks(piece_bytes, staging_bytes))
+        self._ring = [] if self._direct else self._make_ring(min(staging_bytes, max(piece_bytes)))
+        self._next_buffer = 0
+        self._key_of: list[int | None] = [None] * slots
+        self._asked: deque[_Copy] = deque()
+        self._lost: str | None = None  # why; an error itself would keep the frames of whoever it went through
+        self._closing = False
+        self._worker = streams.worker()
+
+    def copy_in(self, slot: int, key: int) -> None:
+        self._ask(slot, key)
+        if self._clock is not None:
+            self._clock.issue(slot)
+
+    def poll(self) -> list[tuple[int, bool]]:
+        if self._clock is not None:
+            count = len([slot for slot in self._clock.due() if any(copy.slot == slot for copy in self._asked)])
+            self._finish(count)
+            return [self._tell() for _ in range(count)]
+        return [self._tell() for _ in iter(self._next_ended, False)]
+
+    @property
+    def pending(self) -> int:
+        return len(self._asked)
+
+    def load(self, slot: int, key: int) -> None:
+        """Before steps run there is nothing else on its way."""
+        self._ask(slot, key)
+        self._finish(1)
+        if not self._tell()[1]:
+            raise DeviceLost(self._lost or f"expert {key} cannot be read from the memory of the host")
+
+    def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> _Run:
+        self._require()
+        streams = self._streams
+        run = _Run(streams.record(streams.compute))
+        streams.launch(streams.compute, partial(_queue_held, self._compute, slot_ids, self._slots, not streamed))
+        if not streamed:
+            run.event = streams.record(streams.compute)
+        for number, key in enumerate(streamed):
+            run.streamed.append(_Copy(self._slots + number % STAGING, key, run=run, id=self._slots + number))
+        for copy in run.streamed:
+            self._send(copy)
+        return run
+
+    def join(self, ticket: _Run) -> None:
+        if ticket.joined:
+            return
+        ticket.joined = True
+        if ticket.streamed:
+            self._require_queued(ticket)
+        self._streams.synchronise(ticket.event)
+        self.times.run += self._observe("hits", ticket.first, ticket.event)
+        for copy in ticket.streamed:
+            self.times.streamed += 1
+            self.times.streamed_bytes += self._expert_bytes
+            self.times.copy += self._observe("copy", copy.first, copy.event)
+        self._compute.collect()
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._worker.close()
+        self._streams.close()
+        self._asked.clear()
+        self.memory.clear()  # at once, not when nobody holds this any more: the next device may need the room
+        self.slot_of = None
+        del self._compute
+
+    def _ask(self, slot: int, key: int) -> None:
+        """(1) The old expert is forgotten on the compute stream, and the copy waits for that: whoever could still find
+        it there has read it by then.
+        """
+        self._require()
+        streams = self._streams
+        old = self._key_of[slot]
+        if old is not None:
+            self._set_slot(old, NOWHERE)
+        self._key_of[slot] = None
+        copy = _Copy(slot, key, streams.record(streams.compute))
+        self._send(copy)
+        self._asked.append(copy)
+
+    def _send(self, copy: _Copy) -> None:
+        if self._direct:
+            self._begin(copy)
+            for piece, host in enumerate(self._source(copy.key)):
+                self._streams.upload(self._streams.copy, self.memory[piece][copy.slot], host)
+            self._end(copy)
+        else:
+            for number in range(len(self._chunks)):
+                self._worker.submit(partial(self._stage, copy, number))
+
+    def _begin(self, copy: _Copy) -> None:
+        """(5) The slot of a stream is written again when the expert before has been computed from it."""
+        streams = self._streams
+        streams.wait(streams.copy, copy.after if copy.run is None else self._passed[copy.slot - self._slots])
+        copy.first = streams.record(streams.copy)
+        if self._poison:
+            for memory in self.memory:
+                streams.fill(streams.copy, memory[copy.slot], POISON)
+
+    def _end(self, copy: _Copy) -> None:
+        copy.event = self._streams.record(self._streams.copy)
+        if copy.run is not None:
+            self._queue_streamed(copy, copy.run)
+
+    def _queue_streamed(self, copy: _Copy, run: _Run) -> None:
+        """(6) A streamed expert is computed when its last byte is there, which the host does not wait for."""
+        streams = self._streams
+        streams.wait(streams.compute, copy.event)
+        streams.launch(streams.compute, partial(self._compute.experts, range(copy.id, copy.id + 1), copy.slot))
+        self._passed[copy.slot - self._slots] = streams.record(streams.compute)
+        if copy is run.streamed[-1]:
+            streams.launch(streams.compute, self._compute.end)
+            run.event = streams.record(streams.compute)
+
+    def _require_queued(self, run: _Run) -> None:
+        """Wait until all of a run is queued. Raises what came in between, once what was queued has happened."""
+        if not self._closing:
+            self._worker.drain()
+        error, run.error = run.error, None
+        if error is not None:
+            if self._lost is None:
+                self._streams.synchronise(self._streams.record(self._streams.compute))
+            raise error
+        if run.event is None:
+            raise CacheError("the device was closed in the middle of a run")
+
+    def _stage(self, copy: _Copy, number: int) -> None:
+        """Copy one chunk through the ring. Runs on the worker."""
+        if self._closing or copy.failed or (copy.run is not None and copy.run.error is not None):
+            return
+        try:
+            if number == 0:
+                self._begin(copy)
+            self._copy_chunk(copy, *self._chunks[number])
+            if number == len(self._chunks) - 1:
+                self._end(copy)
+        except DeviceLost as error:
+            self._lost = str(error)
+            self._fail(copy, error)
+        except Exception as error:  # of the host: it is told of with the copy or the run, and the next may go well
+            self._fail(copy, error)
+
+    def _fail(self, copy: _Copy, error: Exception) -> None:
+        copy.failed = True
+        if copy.run is not None:
+            copy.run.error = error
+
+    def _copy_chunk(self, copy: _Copy, piece: int, first: int, last: int) -> None:
+        """(2) A staging buffer is written again when the copy from it has ended."""
+        streams, buffer = self._streams, self._ring[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % len(self._ring)
+        if buffer.free is not None:
+            streams.synchronise(buffer.free)
+        staged = buffer.memory[: last - first]
+        np.copyto(staged, self._source(copy.key)[piece][first:last])
+        streams.upload(streams.copy, self.memory[piece][copy.slot, first:last], staged)
+        buffer.free = streams.record(streams.copy)
+
+    def _next_ended(self) -> bool:
+        if not self._asked:
+            return False
+        copy, done = self._asked[0], self._streams.done
+        return copy.failed or (done(copy.after) and copy.event is not None and done(copy.event))
+
+    def _finish(self, count: int) -> None:
+        """Wait for the next copies to end."""
+        self._worker.drain()
+        for copy in list(self._asked)[:count]:
+            if not copy.failed:
+                self._streams.synchronise(copy.event)
+
+    def _tell(self) -> tuple[int, bool]:
+        """(3) An expert is found, here and on the device, once its last byte is known to be there."""
+        copy = self._asked.popleft()
+        if copy.failed:
+            self.times.failed_copies += 1
+            return copy.slot, False
+        self._key_of[copy.slot] = copy.key
+        self._set_slot(copy.key, copy.slot)
+        self.times.copies += 1
+        self.times.copied_bytes += self._expert_bytes
+        self.times.copy += self._observe("copy", copy.first, copy.event)
+        return copy.slot, True
+
+    def _observe(self, what: str, first: Event, last: Event) -> float:
+        """Returns the seconds between two events that have happened."""
+        seconds = self._streams.seconds(first, last)
+        if self.observer is not None:
+            now = perf_counter()
+            self.observer(what, now - seconds, now)
+        return seconds
+
+    def _set_slot(self, key: int, slot: int) -> None:
+        """(4) Kernels find what the host knew when it queued them: both tables change in the order of that stream."""
+        if self.slot_of is not None:
+            self._streams.fill(self._streams.compute, self.slot_of[key : key + 1], slot)
+
+    def _require(self) -> None:
+        if self._lost is not None:
+            raise DeviceLost(self._lost)
+
+    def _pin(self, regions: Sequence[Bytes]) -> bool:
+        try:
+            self._streams.pin(regions)
+        except PinningRefused as error:
+            self.notes.append(f"{error}; copies go through staging buffers instead")
+            return False
+        return True
+
+    def _make_ring(self, size: int) -> list[_Buffer]:
+        """Memory that is not pinned serves as well: a copy from it ends before the call does, and is slower."""
+        try:
+            return [_Buffer(self._streams.staging(size)) for _ in range(STAGING_BUFFERS)]
+        except PinningRefused as error:
+            self.notes.append(f"{error}; copies are slower, from memory that is not pinned")
+            return [_Buffer(np.empty(size, np.uint8)) for _ in range(STAGING_BUFFERS)]
+
+
+def _queue_held(compute: QueuedCompute, slot_ids: SlotIds, slots: int, alone: bool) -> None:
+    """alone: nothing is streamed."""
+    compute.begin(slot_ids)
+    compute.experts(range(slots), 0)
+    if alone:
+        compute.end()
+
+
+def _chunks(piece_bytes: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
+    """(piece, first byte, last byte): an expert in parts of at most `most` bytes."""
+    for piece, size in enumerate(piece_bytes):
+        for first in range(0, size, most):
+            yield piece, first, min(size, first + most)

@@ -1,0 +1,98 @@
+"""The keys and values of the most recent tokens of every sequence, on the device. Their home is in the CPU's memory.
+
+Each slot has a ring: the token at position p lies at p modulo `capacity`. Evicting is overwriting: nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid.models.spec import ModelSpec
+
+
+class KvMirror:
+    """bf16 rings of `capacity` tokens for `slots` sequences, whatever the format of the home.
+
+    A step's rows of a slot must all fit: at most `capacity` of them.
+    """
+
+    def __init__(self, spec: ModelSpec, slots: int, capacity: int, device: torch.device) -> None:
+        self.capacity, self._device = capacity, device
+        self._keys, self._values = (
+            [self._ring(slots, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
+            for _ in range(2)
+        )
+        self._starts, self._ends = [0] * slots, [0] * slots
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ring.nbytes for ring in (*self._keys, *self._values))
+
+    def extend(self, slot: int, position: int, rows: int) -> tuple[int, int]:
+        """`rows` tokens from `position` on will be written; returns which positions [start, end) are then mirrored.
+
+        What the mirror has not seen, before a gap or a rewind, is left to the home.
+        """
+        start = self._starts[slot]
+        if not start <= position <= self._ends[slot]:
+            start = position
+        end = position + rows
+        self._starts[slot], self._ends[slot] = max(start, end - self.capacity), end
+        return self._starts[slot], end
+
+    def forget(self, slot: int) -> None:
+        """What is mirrored of a slot means nothing any more."""
+        self._starts[slot] = self._ends[slot] = 0
+
+    def write(self, layer: int, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """keys, values [rows, kv_heads, dim]; slots [rows]; places [rows]: positions modulo the capacity."""
+        self._keys[layer][slots, :, places] = keys.bfloat16()
+        self._values[layer][slots, :, places] = values.bfloat16()
+
+    def read(self, layer: int, slots: Sequence[int], keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values bf16 [slots, kv_heads, keys, dim] of the first places of the rings, if possible a view."""
+        chosen = _selection(slots)
+        return self._keys[layer][chosen, :, :keys], self._values[layer][chosen, :, :keys]
+
+    def _ring(self, slots: int, heads: int, dim: int) -> Tensor:
+        # zeros: a weight of 0 times what memory happened to hold could be NaN
+        return torch.zeros(slots, heads, self.capacity, dim, dtype=torch.bfloat16, device=self._device)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of one slot in a step: the first of them, how many, the position of the first, what is mirrored then."""
+
+    slot: int
+    row: int
+    rows: int
+    position: int
+    start: int
+    end: int
+
+
+def _selection(slots: Sequence[int]) -> slice | list[int]:
+    first = slots[0]
+    if list(slots) == list(range(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return list(slots)
+
+
+def extents_of(runs: Sequence[Run], device: torch.device) -> Tensor:
+    """int64 [runs, 3]: the start and end of what is mirrored, and the position of the first row."""
+    extents = torch.tensor([[run.start, run.end, run.position] for run in runs])
+    return extents.to(device, non_blocking=True)
+
+
+def seen_places(extents: Tensor, rows: int, keys: int, capacity: int, window: int | None) -> Tensor:
+    """bool [runs, rows, keys]: which of the first `keys` places of their rings the rows of runs of equal length see."""
+    starts, ends, first = extents[:, :1], extents[:, 1:2], extents[:, 2:]
+    last = (first + torch.arange(rows, device=extents.device))[..., None]
+    newest = ends - 1
+    held = newest - (newest - torch.arange(keys, device=extents.device)) % capacity  # the position that a place holds
+    seen = (held >= starts)[:, None] & (held[:, None] <= last)
+    return seen if window is None else seen & (held[:, None] > last - window)

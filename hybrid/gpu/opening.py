@@ -1,0 +1,52 @@
+"""Opens the device's part of a step: its weights, its mirror, and the buffers that it shares with the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrid.errors import CapacityError
+from hybrid.gpu.link import Link
+from hybrid.gpu.mirror import KvMirror
+from hybrid.gpu.step import DeviceStep
+from hybrid.gpu.weights import load_weights
+from hybrid.memory import size_text
+from hybrid.plan import Plan
+from hybrid.routes import view
+from hybrid.weights.store import Store
+
+
+def open_step(
+    plan: Plan,
+    store: Store,
+    weight: Callable[[str], int],
+    buffer: Callable[[str], int],
+    arena: tuple[int, int],
+) -> DeviceStep:
+    """weight, buffer: addresses of tensors of the store, and of buffers of the engine, which lie in `arena`, (address,
+    bytes), and must live as long as the step.
+
+    Raises CapacityError when the device has less memory than was planned.
+    """
+    assert plan.device is not None
+    device = torch.device(plan.device.torch_device)
+
+    def read(name: str) -> npt.NDArray[np.generic]:
+        tensor = store.tensors[name]
+        return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
+
+    try:
+        weights = load_weights(store.spec, store.tensors, read, device)
+        mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"the device has no room for {size_text(plan.device.weights)} of weights and {size_text(plan.device.kv)} "
+            "of keys and values any more: free its memory, lower --gpu-kv-tokens or use --device cpu"
+        ) from None
+    link = Link(device)
+    step = DeviceStep(store.spec, plan, weights, mirror, link, buffer)
+    step.note = link.pin(*arena)
+    return step

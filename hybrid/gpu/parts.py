@@ -1,0 +1,98 @@
+"""What the layers of every family are made of, on a device: norm, rope, gated feed-forward, router.
+
+The arithmetic is that of the CPU kernels: the residual stream, norms, rope and router in fp32, products of bf16 rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from hybrid.gpu.products import linear
+from hybrid.models.spec import Activation, AttentionSpec, RopeSpec, RouterSpec
+
+
+@dataclass(frozen=True)
+class GatedWeights:
+    """A feed-forward without a router: gate, up bf16 [intermediate, hidden], down bf16 [hidden, intermediate].
+
+    Biases are float32 or None.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a router chose for rows: ids int32 and weights float32 [rows, top_k], in order of falling score.
+
+    shared: float32 [rows], the weight of the shared expert, or None where it has none.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    shared: Tensor | None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float32, over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rope_table(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [rows, 1, dim / 2], of int positions [rows] and float32 frequencies [dim / 2].
+
+    Angles are rounded to fp32, as the kernels and reference implementations do.
+    """
+    angles = (positions[:, None].float() * frequencies).double()[:, None]
+    return angles.cos().float() * factor, angles.sin().float() * factor
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], rope: RopeSpec) -> Tensor:
+    """Heads float32 [rows, heads, head_dim] with their first `rope.dim` dimensions turned."""
+    cos, sin = table
+    turned, rest = x[..., : rope.dim], x[..., rope.dim :]
+    pairs = turned.unflatten(-1, (-1, 2) if rope.interleaved else (2, -1))
+    a, b = pairs.unbind(-1 if rope.interleaved else -2)
+    both = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if rope.interleaved else -2)
+    return torch.cat([both.flatten(-2), rest], -1)
+
+
+def gated(rows: Tensor, weights: GatedWeights, activation: Activation) -> Tensor:
+    """float32 [rows, hidden] of bf16 rows."""
+    gate = linear(rows, weights.gate, weights.gate_bias)
+    up = linear(rows, weights.up, weights.up_bias)
+    return linear(_activate(gate, up, activation).bfloat16(), weights.down, weights.down_bias)
+
+
+def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+    if kind == "silu":
+        return silu(gate) * up
+    assert kind == "swiglu_clamped", f"activation {kind} is refused by the plan"
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def route(rows: Tensor, weight: Tensor, bias: Tensor | None, router: RouterSpec, shared_gate: bool) -> Routed:
+    """rows float32 [rows, hidden], weight float32 [experts, hidden], behind them the gate of a shared expert if any."""
+    scores = torch.nn.functional.linear(rows, weight, bias)
+    shared = torch.sigmoid(scores[:, -1]) if shared_gate else None
+    scores = scores[:, :-1] if shared_gate else scores
+    after = router.kind == "topk_softmax"
+    chosen = torch.topk(scores if after else scores.softmax(-1), router.top_k)
+    weights = chosen.values.softmax(-1) if after else chosen.values
+    if router.renormalise and not after:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routed(chosen.indices.int(), weights * router.scale, shared)
+
+
+def softmax_scale(attention: AttentionSpec) -> float:
+    return attention.head_dim**-0.5 if attention.scale is None else attention.scale

@@ -1,0 +1,58 @@
+"""A GPU that is none: stand-ins in its place, for engines that ask for `--device cuda`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from stream_standin import StandIn
+
+from hybrid import devices
+from hybrid.config import EngineConfig
+from hybrid.engine import Engine
+from hybrid.gpu import usable
+from hybrid.slot_program import SlotProgram
+
+ROOM = 10**9  # bytes of the device
+
+
+class SlotCompute:
+    """The kernels of the CPU behind the interface of a GPU."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._program = SlotProgram(*arguments)
+
+    def begin(self, slot_ids) -> None:
+        self._slot_ids = slot_ids
+
+    def experts(self, ids: range, slot: int) -> None:
+        ours = (self._slot_ids >= ids.start) & (self._slot_ids < ids.stop)
+        self._program(np.where(ours, self._slot_ids - ids.start + slot, -1).astype(np.int32))
+
+    def end(self) -> None:
+        pass
+
+    def collect(self) -> None:
+        pass
+
+
+def put(
+    monkeypatch, kind=StandIn, room: int = ROOM, seed: int = 0, compute=SlotCompute, step_device=None, **limits
+) -> list[StandIn]:
+    """Puts stand-ins in the place of a GPU, each with the next seed; returns those that will be made.
+
+    step_device: torch's, where the rest of a step runs; None: on the threads.
+    """
+    made: list[StandIn] = []
+
+    def make() -> StandIn:
+        made.append(kind(seed + len(made), **limits))
+        return made[-1]
+
+    monkeypatch.setattr(EngineConfig, "step_device", step_device)
+    monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
+    monkeypatch.setattr(devices, "cuda_parts", lambda step: (make, partial(compute, step=step) if step else compute))
+    monkeypatch.setattr(usable, "why_unusable", lambda: None)
+    monkeypatch.setattr(usable, "free_bytes", lambda: room)
+    return made

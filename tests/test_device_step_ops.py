@@ -1,0 +1,72 @@
+"""The op list of a step with a device: what is left to the threads, in which order, and nothing twice."""
+
+from __future__ import annotations
+
+import pytest
+from test_program import SPECS, TEXTS, mix_of
+
+from hybrid.device_step import CALLS, ENDS, EXPERT_SUM, NEW_KV, STATES, device_step_buffers, device_step_ops
+from hybrid.models.spec import ModelSpec
+from hybrid.ops import Buffer, Op, RoutingTable, Weight
+from hybrid.placement import observe_routes, place_experts
+from hybrid.program import build_ops, ropes
+from hybrid.weights.mix import FormatMix
+
+
+def ops_of(spec: ModelSpec, mix: FormatMix, placed: bool) -> list[Op]:
+    ops = build_ops(spec, mix, [1.0] * len(ropes(spec)))
+    return device_step_ops(place_experts(ops) if placed else ops)
+
+
+def calls(ops: list[Op]) -> list[tuple[str, int]]:
+    return [(op.arguments["call"].kind, op.arguments["call"].layer) for op in ops if op.kind == "host"]
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_layer_crosses_to_the_device_and_back_in_turn(name, text, placed) -> None:
+    spec = SPECS[name]
+    has_experts = any(layer.feed_forward.is_moe for layer in spec.layers)
+    if placed and not has_experts:
+        pytest.skip("no experts to place")
+    wanted, moe = [], 0
+    for index, layer in enumerate(spec.layers):
+        wanted += [("attend", index), ("route", index)]
+        if placed and layer.feed_forward.is_moe:
+            wanted += [("place", moe), ("join", moe)]
+            moe += 1
+    ops = ops_of(spec, mix_of(text), placed)
+    assert calls(ops) == [("start", 0), *wanted, ("finish", 0)]
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "gpt_oss", "with biases", "ungated shared"])
+def test_the_threads_keep_older_tokens_the_home_and_routed_experts(name, text, placed) -> None:
+    spec = SPECS[name]
+    for index, layer in enumerate(spec.layers):
+        ops = [op for op in ops_of(spec, mix_of(text), placed) if op.layer == index and op.kind != "host"]
+        kinds = [op.kind for op in ops if op.kind != "quantise"]
+        experts = ["group", "gate_up", "down"] + ["combine"] * placed
+        assert kinds == ["attention", "qkv", *(experts if layer.feed_forward.is_moe else [])]
+        assert not [op for op in ops if any(key.startswith("shared") for key in op.arguments)]
+        weights = {value.name for op in ops for value in op.arguments.values() if isinstance(value, Weight)}
+        assert weights <= {f"layers.{index}.ffn.{piece}" for piece in ("experts", "gate_up_bias", "down_bias")}
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_sums_go_to_a_buffer_of_their_own(placed) -> None:
+    ops = ops_of(SPECS["qwen2_moe"], mix_of("int8"), placed)
+    used = {value.name for op in ops for value in op.arguments.values() if isinstance(value, Buffer)}
+    assert {NEW_KV, ENDS, STATES, EXPERT_SUM} <= used and "residual" not in used
+    assert set(device_step_buffers(SPECS["qwen2_moe"], 8)) == {NEW_KV, ENDS, STATES, EXPERT_SUM}
+    assert not [op for op in ops if isinstance(op.arguments.get("routing"), RoutingTable) and op.layer is None]
+
+
+def test_observers_are_told_after_the_router() -> None:
+    spec, mix = SPECS["qwen3_moe"], mix_of("bf16")
+    ops = device_step_ops(observe_routes(build_ops(spec, mix, [1.0])))
+    kinds = [kind for kind, _ in calls(ops)]
+    assert kinds == ["start", "attend", "route", "observe", "attend", "route", "attend", "route", "observe", "finish"]
+    assert {kind for kind in kinds if kind != "observe"} == set(CALLS)
