@@ -63,8 +63,9 @@ class Sequences:
         invariant: bool = False,
         **more: np.ndarray,
     ) -> np.ndarray:
-        """Outputs [rows, heads, head_dim] of one step. invariant: by kernels whose bits do not depend on its rows. more:
-        arguments of the op.
+        """Outputs [rows, heads, head_dim] of one step. more: arguments of the op.
+
+        invariant: by kernels whose bits do not depend on the number of rows.
         """
         heads, kv_heads, dim = self.shape
         rows, slots, stride = len(places), len(self.q) + 1, row_stride(heads * dim)
