@@ -18,7 +18,7 @@ from hybrid.weights.formats import FORMATS
 from hybrid.weights.layout import BLOCK, K_ALIGN, packed_bytes, round_up
 
 TILE_ROWS = 16  # of the left operand
-FEW_ROWS = 6  # up to so many rows AVX-512 multiplies, without tiles
+FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 3}  # with fewer AVX-512 multiplies, without tiles
 MAX_BLOCKS = 4  # multiplied together, by 16 rows; by 32 rows half as many
 PANEL_INPUTS = 256
 LINE = 64  # bytes
@@ -58,7 +58,7 @@ class Counts:
 def count(format: str, rows: int, columns: int, inputs: int) -> Counts:
     """Of one thread with all columns; nothing where the rows are too few for tiles."""
     counts = Counts()
-    if rows <= FEW_ROWS:
+    if rows < FIRST_ROWS[format]:
         return counts
     padded = round_up(inputs, K_ALIGN)
     for width, times in _groups(-(-columns // BLOCK)).items():

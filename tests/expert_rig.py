@@ -158,15 +158,16 @@ class Part:
         return cpu_kernels.Routing(weights=self.gates.ctypes.data, **addresses)
 
 
-def run(isa, experts: Experts, x, ids, weights, onto, *, shared=None, gate=None, threads=1) -> Routed:
+def run(isa, experts: Experts, x, ids, weights, onto, *, shared=None, gate=None, threads=1, invariant=False) -> Routed:
     """ids and weights [rows, top_k], or None: one expert takes every row.
 
-    shared: an expert that takes every row too, with weight 1 or `gate` [rows].
+    shared: an expert that takes every row too, with weight 1 or `gate` [rows]. invariant: by kernels whose bits do not
+    depend on the number of rows.
     """
     hidden = experts.hidden
     output = aligned((len(x), row_stride(hidden)), np.float32)
     output[:, :hidden] = onto
-    rig, parts = Rig(isa, threads), [Part(experts, x, ids, weights)]
+    rig, parts = Rig(isa, threads, batch_invariant=invariant), [Part(experts, x, ids, weights)]
     if shared is not None:
         parts.append(Part(shared, x, None, gate))
     for part in parts:

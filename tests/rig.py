@@ -116,6 +116,7 @@ class Rig:
         slots: int = 4,
         positions: int = 1024,
         vocab: int = 256,
+        batch_invariant: bool = False,
     ) -> None:
         self.vocab = vocab
         self.executor = cpu_kernels.Executor(
@@ -126,6 +127,7 @@ class Rig:
             positions=positions,
             vocab=vocab,
             scratch_bytes=1 << 20,
+            batch_invariant=batch_invariant,
         )
         self._arrays: list[dict[str, Any]] = []
 

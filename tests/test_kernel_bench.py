@@ -202,7 +202,8 @@ def test_the_counts_are_those_of_the_kernels() -> None:
 
     assert constant("ops/tiles.h", "kTileRows") == tile_counts.TILE_ROWS
     assert constant("ops/product.h", "kPanelInputs") == tile_counts.PANEL_INPUTS
-    assert constant("isa/avx512_bf16.h", "max_rows") == tile_counts.FEW_ROWS
+    for format, rows in tile_counts.FIRST_ROWS.items():
+        assert constant(f"formats/{format}.h", "tile_rows") == rows
     assert constant("isa/avx512_bf16.h", "max_blocks") == tile_counts.MAX_BLOCKS
     assert constant("executor/args.h", "kScaleInputs") == tile_counts.SEGMENTS["int8"]
     assert constant("executor/args.h", "kSumInputs") == tile_counts.SEGMENTS["int4"]

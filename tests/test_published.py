@@ -167,10 +167,11 @@ def test_scales_that_are_not_finite_are_always_refused(tmp_path: Path, kind: str
     assert not (tmp_path / "hf-store/manifest.json").exists()
 
 
-def test_mxfp4_scales_that_are_no_number_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exponent", [253, 255])  # 6 * 2^126, and what stands for no number
+def test_mxfp4_scales_that_are_not_finite_are_refused(tmp_path: Path, exponent: int) -> None:
     tensors = mxfp4_tensors(model_spec(MXFP4_CONFIGS["gpt_oss"]))
     name = "model.layers.0.mlp.experts.down_proj"
-    tensors[f"{name}_scales"][3, 1, 0] = 255
+    tensors[f"{name}_scales"][3, 1, 0] = exponent
     with pytest.raises(WeightsError, match=f"the scales of tensor {name} hold NaN"):
         packed(write_tensors(tmp_path / "hf", MXFP4_CONFIGS["gpt_oss"], tensors))
 

@@ -73,11 +73,13 @@ bool require(bool holds, const Parts&... parts) {
   return holds;
 }
 
+constexpr int kIntegerTileRows = 17;  // as in formats/int8.h and int4.h
+
 // An integer format: with the kernels of `with`, as on tiles.
 bool check_integers(const char* name, const Kernels& with, const Format& format, const Shape& shape, int rows) {
   const long before = integer_tile_products;
   bool passed = work(with, format, shape, rows, others);
-  const bool takes_tiles = with.tile_rows == 1 || (&with == &many && rows > 6);
+  const bool takes_tiles = with.tile_rows == 1 || (&with == &many && rows >= kIntegerTileRows);
   passed &= require((integer_tile_products > before) == takes_tiles, name, " ", format.name, " ", rows,
                     takes_tiles ? ": no tiles" : ": tiles");
   return passed & require(same(on_tiles, others, rows, shape), name, " ", format.name, " ", rows, " x ", shape.inputs,

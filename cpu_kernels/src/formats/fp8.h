@@ -12,6 +12,7 @@ struct Fp8 : FloatKind {
   static constexpr bool chained = false;
   static constexpr int segment = 128 / line_inputs;
   static constexpr bool opened = false;
+  static constexpr int tile_rows = 3;
   struct Scale {};
 
   static constexpr int header(int inputs) { return ((inputs + 127) / 128 * 4 + kLine - 1) / kLine * kLine; }

@@ -13,6 +13,7 @@ struct Int4 : IntegerKind<8, kSumInputs> {
   static constexpr bool chained = false;
   static constexpr int segment = 32 / line_inputs;
   static constexpr bool opened = false;
+  static constexpr int tile_rows = 17;
   struct Scale {};
 
   static constexpr int header(int inputs) { return inputs; }

@@ -13,16 +13,16 @@ struct Mxfp4 : FloatKind {
   static constexpr bool chained = true;
   static constexpr int segment = 16;  // lines whose scales fill one line of the header
   static constexpr bool opened = false;
-  using Scale = F32;
+  static constexpr int tile_rows = 3;
+  using Scale = Isa::Fp4::Scale;
+  static constexpr int scale_lines = 32 / line_inputs;  // that one scale of every column is for
 
   static constexpr int header(int inputs) { return (inputs / 2 + kLine - 1) / kLine * kLine; }
   static HYBRID_INLINE Scale scale(const char* header, int line) {
-    return Isa::mul(Isa::from_e8m0(header + line / 4 * kBlock), Isa::set(0.5f));  // from_fp4 gives twice the value
+    return Isa::Fp4::scale(header + line / scale_lines * kBlock);
   }
   static HYBRID_INLINE Line operand(const char* line, int step, Scale scale) {
-    F32 even, odd;
-    Isa::from_fp4(line + step * kBlock, even, odd);
-    return Isa::make_line(Isa::mul(even, scale), Isa::mul(odd, scale));
+    return Isa::Fp4::open(line + step * kBlock, scale);
   }
   static HYBRID_INLINE void open(const char* line, int step, Scale scale, char* out) {
     Isa::store_line(out, operand(line, step, scale));

@@ -12,9 +12,7 @@ namespace HYBRID_ISA {
 // Assembly instead of intrinsics: those take no template parameter for the number of a tile, and gcc's do not say which
 // memory they read, so that stores before them could come too late.
 struct Amx : Avx512Bf16 {
-  // Products of at least this many rows multiply tiles. Chosen on paper (docs/kernels.md), to be measured: up to
-  // max_rows rows AVX-512 multiplies weights as fast as they come from memory, with nothing to copy or to open.
-  static constexpr int tile_rows = max_rows + 1;
+  static constexpr bool has_tiles = true;
 
   // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) `lines` lines of the right one.
   static void load_tiles(int lines) {

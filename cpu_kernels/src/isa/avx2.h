@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "executor/args.h"
+#include "isa/widened_fp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -29,11 +29,12 @@ struct Avx2 {
     Half lo, hi;
   };
   using Quad = Half;
+  using Fp4 = WidenedFp4<Avx2>;
   // More sums than registers: they are added to where they lie in L1, which measured twice as fast as fewer rows that
   // fit, since every line is widened once for all of them.
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 2;
-  static constexpr int tile_rows = 0;
+  static constexpr bool has_tiles = false;
 
   static F32 zero() { return set(0.0f); }
   static F32 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "executor/args.h"
+#include "isa/widened_fp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -20,9 +20,10 @@ struct Avx512 {
     __m512i even, odd;
   };
   using Quad = Bytes;
+  using Fp4 = WidenedFp4<Avx512>;
   static constexpr int max_rows = 8;
   static constexpr int max_blocks = 2;
-  static constexpr int tile_rows = 0;
+  static constexpr bool has_tiles = false;
 
   static F32 zero() { return _mm512_setzero_ps(); }
   static F32 set(float x) { return _mm512_set1_ps(x); }

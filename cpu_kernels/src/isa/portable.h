@@ -6,7 +6,7 @@
 // its value.
 #pragma once
 
-#include "executor/args.h"
+#include "isa/widened_fp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -30,9 +30,10 @@ struct Portable {
   struct Quad {
     int8_t input[4];
   };
+  using Fp4 = WidenedFp4<Portable>;
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
-  static constexpr int tile_rows = 0;  // rows from which products multiply matrix tiles; 0: there are none
+  static constexpr bool has_tiles = false;  // matrix tiles
 
   template <class Function>
   static F32 each(Function function) {

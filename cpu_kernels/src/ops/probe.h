@@ -25,7 +25,7 @@ static float read(const char* data, int64_t bytes) {
 // operations done.
 template <class Format>
 static double multiply(int64_t rounds) {
-  if constexpr (Isa::tile_rows > 0) return multiply_in_tiles<Format>(rounds);
+  if constexpr (Isa::has_tiles) return multiply_in_tiles<Format>(rounds);
   constexpr int kRows = 6, kBlocks = Isa::max_rows * Isa::max_blocks > 12 ? 2 : 1;
   alignas(64) char lines[kBlocks][kLine] = {}, rows[kRows][kLine] = {};
   typename Format::Sum acc[kRows][kBlocks];

@@ -45,26 +45,28 @@ template <class Format, int fetch, int MR, int NB>
 static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR], const Lines& w,
                                    int count, const char* next) {
   const char* line = w.data;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count;) {
     typename Format::Scale scale[NB];
 #pragma GCC unroll 8
     for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.block_stride, w.first + i);
+    for (const int end = i + Format::scale_lines; i < end; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, 2);
+      for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, 2);
 #pragma GCC unroll 4
-    for (int step = 0; step < Format::steps; ++step) {
-      typename Format::Line operand[NB];
+      for (int step = 0; step < Format::steps; ++step) {
+        typename Format::Line operand[NB];
 #pragma GCC unroll 8
-      for (int j = 0; j < NB; ++j) operand[j] = Format::operand(line + j * w.block_stride, step, scale[j]);
+        for (int j = 0; j < NB; ++j) operand[j] = Format::operand(line + j * w.block_stride, step, scale[j]);
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        const auto value = Format::value(a[r] + 4 * (Format::steps * i + step));
+        for (int r = 0; r < MR; ++r) {
+          const auto value = Format::value(a[r] + 4 * (Format::steps * i + step));
 #pragma GCC unroll 8
-        for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], operand[j], value);
+          for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], operand[j], value);
+        }
       }
+      line += w.line_stride;
+      next += w.line_stride;
     }
-    line += w.line_stride;
-    next += w.line_stride;
   }
 }
 
@@ -259,14 +261,17 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
 // Done once for all rows that pass over the panel.
 template <class Format, int NB>
 static HYBRID_KERNEL void open_panel(const Blocks<Format>& w, int first, int last, const char* next, char* out) {
-  for (int i = 0; i < last - first; ++i) {
-    for (int j = 0; j < NB; ++j) {
-      __builtin_prefetch(next + j * w.stride + i * kLine, 0, 2);
-      const auto scale = Format::scale(w.header + j * w.stride, first + i);
-      const char* line = w.line(first + i) + j * w.stride;
+  for (int i = 0; i < last - first;) {
+    typename Format::Scale scale[NB];
+    for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.stride, first + i);
+    for (const int end = i + Format::scale_lines; i < end; ++i) {
+      for (int j = 0; j < NB; ++j) {
+        __builtin_prefetch(next + j * w.stride + i * kLine, 0, 2);
+        const char* line = w.line(first + i) + j * w.stride;
 #pragma GCC unroll 4
-      for (int step = 0; step < Format::steps; ++step)
-        Format::open(line, step, scale, out + j * kPanelBytes + (i * Format::steps + step) * kLine);
+        for (int step = 0; step < Format::steps; ++step)
+          Format::open(line, step, scale[j], out + j * kPanelBytes + (i * Format::steps + step) * kLine);
+      }
     }
   }
 }
@@ -334,7 +339,7 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
 template <class Format, class Epilogue>
 static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
                                   int inputs, Range blocks, char* scratch, Epilogue epilogue) {
-  if constexpr (Isa::tile_rows > 0) {
+  if constexpr (Isa::has_tiles) {
     if (tiles.multiply(rows)) return tile_product<Format>(left, rows, matrix, inputs, blocks, scratch, epilogue);
   }
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {

@@ -73,7 +73,7 @@ static HYBRID_INLINE void opened_product(const Tiles<Bf16>& tiles, RowAt row_at,
     Lines lines = from_block(w, block);
     const char* ahead = next + block * (Format::opened ? w.block_stride : int64_t(count) * kLine);
     if constexpr (!Format::opened) lines = open_small<Format, NB>(lines, count, opened);
-    if constexpr (Isa::tile_rows > 0) {
+    if constexpr (Isa::has_tiles) {
       const auto shifted = [&](F32 sums, int row, int j) { epilogue(sums, row, block + j); };
       if (tiles.multiply(rows)) return small_tile_product(row_at, rows, lines, pairs, NB, ahead, shifted);
     }
@@ -91,7 +91,7 @@ static HYBRID_INLINE void opened_product(const Tiles<Bf16>& tiles, RowAt row_at,
 template <class Format, class RowAt, class Epilogue>
 static HYBRID_INLINE void small_product(const Tiles<Bf16>& tiles, RowAt row_at, int rows, const Lines& w, int count,
                                         int blocks, const char* next, char* opened, Epilogue epilogue) {
-  if constexpr (Format::opened && Isa::tile_rows > 0) {
+  if constexpr (Format::opened && Isa::has_tiles) {
     if (tiles.multiply(rows)) return small_tile_product(row_at, rows, w, count, blocks, next, epilogue);
   }
   if constexpr (!Format::opened) {

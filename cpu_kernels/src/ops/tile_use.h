@@ -29,13 +29,13 @@ template <class Format>
 class Tiles {
  public:
   HYBRID_INLINE Tiles(const Step& step, int rows)
-      : from_(step.tile_rows ? step.tile_rows : Isa::tile_rows), ready_(Isa::tile_rows && rows >= from_) {
-    if constexpr (Isa::tile_rows > 0) {
+      : from_(step.tile_rows ? step.tile_rows : Format::tile_rows), ready_(Isa::has_tiles && rows >= from_) {
+    if constexpr (Isa::has_tiles) {
       if (ready_) load_tiles<Format>();
     }
   }
   HYBRID_INLINE ~Tiles() {
-    if constexpr (Isa::tile_rows > 0) {
+    if constexpr (Isa::has_tiles) {
       if (ready_) release_tiles<Format>();
     }
   }

@@ -22,8 +22,8 @@ from hybrid.weights.formats.block import (
 
 VALUES: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 BIAS = 127
-NAN = 255  # the exponent that stands for no number
 LARGEST_EXPONENT = 125  # 6 * 2^126 is more than float32 holds
+HIGHEST = BIAS + LARGEST_EXPONENT  # above come infinite weights, and the exponent that stands for no number
 _TOP = 2  # exponent of the largest e2m1 value, 6 = 1.5 * 2^2
 
 
@@ -78,7 +78,7 @@ class Mxfp4:
         return joined(header, cut_lines(blocks, self.header_bytes(inputs), inputs, first, last))
 
     def all_finite(self, blocks: Bytes, inputs: int) -> bool:
-        return not (blocks[:, : self.header_bytes(inputs)] == NAN).any()
+        return not (blocks[:, : self.header_bytes(inputs)] > HIGHEST).any()
 
     def _join(self, exponents: Bytes, lines: Bytes) -> Bytes:
         """Blocks of exponents [blocks, K / 32, 16] and lines [blocks, ...]."""
