@@ -68,8 +68,8 @@ def test_the_mirror_holds_the_rows_of_a_step_however_little_is_left() -> None:
 
 def with_slots(memory: float) -> Plan:
     return plan_of(
-        device="simulated", simulated=DeviceConfig(memory_gb=memory / 1e9), cache=CacheConfig("auto"), chunk_size=64,
-        max_batch=4, max_seq_len=256, gpu_kv_tokens=64, **STEP,
+        device="simulated", simulated=DeviceConfig(memory_gb=memory / 1e9), cache=CacheConfig("auto", stream="off"),
+        chunk_size=64, max_batch=4, max_seq_len=256, gpu_kv_tokens=64, **STEP,
     )  # fmt: skip
 
 
