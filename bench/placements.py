@@ -26,7 +26,7 @@ import numpy as np
 from gpu_cache.admission import ADMISSIONS
 from gpu_cache.policies import POLICIES
 from hybrid import LLM, SamplingParams
-from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
+from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig
 from hybrid.console import exit_codes, say
 from hybrid.core import Completion
 from hybrid.errors import ConfigError
@@ -250,7 +250,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
     parser.add_argument("--cache-nways", type=int, default=4)
     parser.add_argument("--policies", default="LRU,LFU,SIEVE", help="or all")
     parser.add_argument("--admissions", default="always,break-even", help="or all")
-    parser.add_argument("--overlap", default="none", choices=("none", "next"))
+    parser.add_argument("--overlap", default="none", choices=OVERLAPS)
     parser.add_argument("--gpu-kv-tokens", type=int)
     parser.add_argument("--device-memory-gb", type=float, default=DeviceConfig.memory_gb)
     parser.add_argument("--rounds", type=int, default=3)
@@ -273,8 +273,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
     )
     if base.device not in ("simulated", "cuda"):
         raise ConfigError(f"--device {base.device!r} has no slots to compare; allowed: simulated, cuda")
-    prefetch = "next-gate" if found.overlap == "next" else "none"
-    cache = CacheConfig(found.cache_nblocks, found.cache_nways, prefetch=prefetch)
+    cache = CacheConfig(found.cache_nblocks, found.cache_nways, prefetch=OVERLAPS[found.overlap])
     policies, admissions = _names(found.policies, tuple(POLICIES)), _names(found.admissions, tuple(ADMISSIONS))
     for target in found.timeline:
         check_target(target)

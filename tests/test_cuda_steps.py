@@ -14,7 +14,14 @@ from checkpoints import write_checkpoint
 from cuda_rig import SlotCompute, put
 from steps import open_engine
 from stream_standin import StandIn
-from test_hybrid_steps import EMBEDDED, FAMILIES, all_work, bits, work
+from test_hybrid_steps import (
+    EMBEDDED,
+    FAMILIES,
+    all_work,
+    assert_a_failure_in_a_lookup_is_forgotten,
+    bits,
+    work,
+)
 
 from gpu_cache.errors import DeviceFull
 from gpu_cache.policies import POLICIES
@@ -209,16 +216,10 @@ def test_a_lost_device_fails_the_step_and_the_cpu_takes_over(expected, monkeypat
         assert np.array_equal(all_work(engine), expected)
 
 
-def test_a_cancelled_step_leaves_no_trace_in_the_next(expected, monkeypatch) -> None:
+def test_a_failure_in_the_middle_of_a_lookup_is_raised_and_forgotten(expected, monkeypatch) -> None:
     put(monkeypatch, seed=3)
     with on_cuda() as engine:
-        list(work(engine, 2))
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.experts.device, "copy_in", lambda slot, key: 1 // 0)
-            with pytest.raises(ZeroDivisionError):
-                list(work(engine, 3))
-        assert np.array_equal(all_work(engine), expected)
-        engine.experts.table.check_integrity()
+        assert_a_failure_in_a_lookup_is_forgotten(engine, expected, monkeypatch)
 
 
 def test_pinning_that_is_refused_is_said(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,3 +40,30 @@ class DecayedPolicy(Policy):
             self._value = [value / self._worth for value in self._value]
             self._values /= self._worth
             self._worth = 1.0
+
+    def _search(self, index: int, blocked: Collection[int]) -> int | None:
+        """The slot of the least of those that may go, where the least of all may not or was called while loading."""
+        standing, passed, found = self._standing, [], None
+        while found is None:
+            place = self._least(index)
+            if standing[place] == NOBODY:  # all were passed over
+                break
+            slot, key = self._resident(place)
+            if slot in blocked:
+                passed.append(place)
+                standing[place] = NOBODY
+            elif standing[place] != self._value[key]:
+                standing[place] = self._value[key]
+            else:
+                found = slot
+        for place in passed:
+            standing[place] = self._value[self._resident(place)[1]]
+        return found
+
+    def _least(self, index: int) -> int:
+        """The place in `_standing` of the least value of an index."""
+        raise NotImplementedError
+
+    def _resident(self, place: int) -> tuple[int, int]:
+        """The slot and the key of the expert whose value stands there."""
+        raise NotImplementedError

@@ -22,7 +22,7 @@ class Lfu(DecayedPolicy):
 
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
         super().__init__(geometry, geometry.slots, seed)
-        self._least = [values.argmin for values in self._values.reshape(geometry.nblocks, geometry.nways)]
+        self._argmin = [values.argmin for values in self._values.reshape(geometry.nblocks, geometry.nways)]
         self._key_of = [0] * geometry.slots
 
     def on_lookup(
@@ -43,28 +43,15 @@ class Lfu(DecayedPolicy):
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         standing, value, key_of = self._standing, self._value, self._key_of
-        least = index * self.nways + int(self._least[index]())
+        least = self._least(index)
         fresh = standing[least] == value[key_of[least]] and least not in blocked
         slot = least if fresh else self._search(index, blocked)
         if slot is not None:
             key_of[slot], standing[slot] = key, value[key]
         return slot
 
-    def _search(self, index: int, blocked: Collection[int]) -> int | None:
-        """The least of those that may go, where the least of all may not or was called while it was loading."""
-        standing, passed, found = self._standing, [], None
-        while found is None:
-            slot = index * self.nways + int(self._least[index]())
-            value = self._value[self._key_of[slot]]
-            if standing[slot] == NOBODY:  # all were passed over
-                break
-            if slot in blocked:
-                passed.append(slot)
-                standing[slot] = NOBODY
-            elif standing[slot] != value:
-                standing[slot] = value
-            else:
-                found = slot
-        for slot in passed:
-            standing[slot] = self._value[self._key_of[slot]]
-        return found
+    def _least(self, index: int) -> int:
+        return index * self.nways + int(self._argmin[index]())
+
+    def _resident(self, place: int) -> tuple[int, int]:
+        return place, self._key_of[place]

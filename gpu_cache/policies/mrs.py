@@ -68,25 +68,6 @@ class Mrs(DecayedPolicy):
             self.on_fill(slot, key)
         return slot
 
-    def _search(self, index: int, blocked: Collection[int]) -> int | None:
-        """The slot of the least of those that may go, where the least may not or was called while it was loading."""
-        standing, passed, found = self._standing, [], None
-        while found is None:
-            place = self._least(index)
-            old = self._key_at[place]
-            if standing[place] == NOBODY:  # all were passed over
-                break
-            if self._slot_of[old] in blocked:
-                passed.append(place)
-                standing[place] = NOBODY
-            elif standing[place] != self._value[old]:
-                standing[place] = self._value[old]
-            else:
-                found = self._slot_of[old]
-        for place in passed:
-            standing[place] = self._value[self._key_at[place]]
-        return found
-
     def _least(self, index: int) -> int:
         """The place of the least value. Layers whose turn in this step has not come have not decayed in it yet."""
         ends, standing = self._ends[index], self._standing
@@ -99,3 +80,7 @@ class Mrs(DecayedPolicy):
             if standing[other] / self.decay >= standing[found]:
                 return found
         return other
+
+    def _resident(self, place: int) -> tuple[int, int]:
+        key = self._key_at[place]
+        return self._slot_of[key], key
