@@ -194,7 +194,10 @@ def _joules(recorder: Recorder, tokens: int) -> list[float]:
 
 
 def one_token(options: Options, title: str) -> tuple[Any, dict[str, float]]:
-    """A picture of one step that decoded, the fastest of the last, and the share of it for which each lane was busy."""
+    """A picture of one step that decoded, and the share of it for which each lane was busy.
+
+    Of the last steps it is the fastest of those in which the most kinds of work went on.
+    """
     timeline, ends = Timeline(), []
 
     def mark(_: Any) -> None:
@@ -204,10 +207,11 @@ def one_token(options: Options, title: str) -> tuple[Any, dict[str, float]]:
         llm.engine.watch(timeline)
         llm.observe(mark)
         _generate(llm, PROMPTS[:1], WATCHED[-1] + 2)
-    last = min(WATCHED, key=lambda token: ends[token + 1] - ends[token])
-    start, end = ends[last], ends[last + 1]
-    spans = timeline.between(start, end)
-    busy = {lane: busy_seconds(spans, lane) / (end - start) for lane in LANES}
+    steps = [timeline.between(ends[token], ends[token + 1]) for token in WATCHED]
+    seconds = [ends[token + 1] - ends[token] for token in WATCHED]
+    chosen = max(range(len(steps)), key=lambda step: (len({span.what for span in steps[step]}), -seconds[step]))
+    spans = steps[chosen]
+    busy = {lane: busy_seconds(spans, lane) / seconds[chosen] for lane in LANES}
     return lambda: timeline_figure(spans, title), busy
 
 

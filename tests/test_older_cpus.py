@@ -41,10 +41,11 @@ def test_the_processor_is_recognised(cpu) -> None:
 
 
 def run_kernel_tests(cpu: str) -> str:
-    """Accuracy and random sizes are tried where the processor is not emulated."""
+    """One case of each test in each format: accuracy and all sizes are tried where the processor is not emulated."""
     best = CPUS[cpu][0]
     select = ("-k", best, "--ignore", "tests/kernels/test_accuracy.py", "tests/kernels")
-    return python("-m", "pytest", "-p", "no:cacheprovider", "-vv", *select, cpu=cpu, HYBRID_TEST_ISA=best)
+    few = {"HYBRID_TEST_ISA": best, "HYBRID_TEST_BRIEF": "1"}
+    return python("-m", "pytest", "-p", "no:cacheprovider", "-vv", *select, cpu=cpu, **few)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""Every weight format in turn."""
+"""Every weight format in turn; and a choice of cases for processors on which each takes seconds."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -10,3 +12,20 @@ from hybrid.weights.formats import FORMATS
 @pytest.fixture(params=FORMATS)
 def format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """HYBRID_TEST_BRIEF keeps the first case of each test in each format."""
+    if "HYBRID_TEST_BRIEF" not in os.environ:
+        return
+    first: dict[object, pytest.Item] = {}
+    for item in items:
+        first.setdefault((item.location[0], item.originalname, *_formats(item)), item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _formats(item: pytest.Item) -> tuple[object, ...]:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("format"), params.get("kv_format")

@@ -1,9 +1,9 @@
 """Run the kernels, the executor and the thread pool under the checkers of the compiler: `make sanitize`.
 
 Out-of-bounds accesses and undefined behaviour (ASan, UBSan): the extension is built with HYBRID_SANITIZE into
-build/sanitize and the tests of kernels, executor and memory run on it. Races (TSan): pool_stress.cpp and
-placed_stress.cpp, programs of their own, because a checked extension in an unchecked Python would be reported for what
-Python does.
+build/sanitize; there planted.py, a mistake, must be found, and then the tests of kernels, executor and memory pass.
+Races (TSan): pool_stress.cpp and placed_stress.cpp, programs of their own, because a checked extension in an unchecked
+Python would be reported for what Python does.
 
 Ends with 1 if anything is found. A compiler that lacks a checker is told, and that part skipped.
 """
@@ -22,6 +22,7 @@ BUILD = ROOT / "build" / "sanitize"
 SOURCES = ROOT / "cpu_kernels" / "src"
 COMPILER = os.environ.get("CXX", "c++")
 TESTS = ("tests/kernels", "tests/test_executor.py", "tests/test_memory.py")
+PLANTED = Path(__file__).parent / "planted.py"
 STRESS_SOURCES = ("cpu/thread_pool.cpp", "cpu/memory.cpp", "executor/*.cpp", "instances/portable.cpp")
 STRESS_PROGRAMS = ("pool_stress", "placed_stress")
 ISAS = tuple(dict.fromkeys(("portable", cpu_kernels.available_isas()[0])))  # each takes a minute to compile
@@ -72,7 +73,17 @@ def check_tests() -> bool:
         "cmake.define.HYBRID_SANITIZE_ISAS": ";".join(ISAS),
         "build-dir": str(BUILD / "cmake"),
     }
-    return succeeds([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())]) and run_tests(site)
+    built = succeeds([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())])
+    return built and all(finds_mistake(site, isa) for isa in ISAS) and run_tests(site)
+
+
+def finds_mistake(site: Path, isa: str) -> bool:
+    """Whether a planted one is reported: else the checks do not reach the kernels."""
+    command = python_command(site, f"import runpy; runpy.run_path({str(PLANTED)!r}, run_name='__main__')")
+    run = subprocess.run(command, cwd=ROOT, env=checked_environment(site, isa), capture_output=True, text=True)
+    found = run.returncode != 0 and "heap-buffer-overflow" in run.stderr
+    print(f"{isa}: a planted overflow is {'found' if found else 'missed'}", flush=True)
+    return found
 
 
 def succeeds(command: list[str], **more: str) -> bool:
@@ -94,13 +105,16 @@ def run_tests(site: Path) -> bool:
     return all(run.returncode == 0 for run in runs)
 
 
-def pytest_command(site: Path) -> list[str]:
-    """pytest on the checked extension. Without `site` (-S): it would put the one of the environment first."""
+def python_command(site: Path, code: str) -> list[str]:
+    """Python on the checked extension. Without `site` (-S): it would put the one of the environment first."""
     paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
-    code = f"import sys; sys.path[:0] = {paths}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    return [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths}; {code}"]
+
+
+def pytest_command(site: Path) -> list[str]:
     # What a checker writes before it ends the process must not wait to be shown with the test.
     arguments = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *sys.argv[1:]]
-    return [sys.executable, "-S", "-c", code, *arguments]
+    return [*python_command(site, "import pytest; sys.exit(pytest.main(sys.argv[1:]))"), *arguments]
 
 
 def checked_environment(site: Path, isa: str) -> dict[str, str]:
