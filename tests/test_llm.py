@@ -155,7 +155,7 @@ def test_chat_renders_the_template_once() -> None:
         [{"role": "boss", "content": "x"}],
         [{"content": "x"}],
     ],
-    ids=str,
+    ids=lambda messages: "generator" if inspect.isgenerator(messages) else str(messages),
 )
 def test_messages_that_are_none_are_refused(messages) -> None:
     with pytest.raises(RequestError):
