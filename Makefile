@@ -11,7 +11,7 @@ EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
-	@echo "make test     install the test extra and run the tests; ARGS=\"-k plan\" picks some"
+	@echo "make test     install the test extra and run the tests, two files at a time; ARGS=\"-k plan\" picks some"
 	@echo "make lint     check style and types of Python and C++"
 	@echo "make format   apply the style"
 	@echo "make bench    speed of the embedded model; ARGS=\"--model-path DIR\" for another"
@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(RUN) -m hybrid.main --prompt "Once upon a time, there was a little fox named" --max-tokens 256 $(ARGS)
 
 test: $(VENV)/test $(VENV)/oracle
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/lint
 	$(RUN) -m ruff check
