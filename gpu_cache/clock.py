@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 
@@ -11,21 +10,16 @@ class CopyClock:
 
     def __init__(self, delay: int) -> None:
         """delay: ticks that a copy takes beyond the next one, 0 or more."""
-        self._delay = delay
+        self._until = 1 + delay
         self._tick = 0
-        self._copies: deque[tuple[int, tuple[int, ...]]] = deque()  # (tick, slots), in order
+        self._copies: dict[int, tuple[int, ...]] = {}  # by the tick in which they end, slots in order
 
     def issue(self, *slots: int) -> None:
         """Copies into slots begin, in this order."""
-        self._copies.append((self._tick + 1 + self._delay, slots))
+        end = self._tick + self._until
+        self._copies[end] = self._copies[end] + slots if end in self._copies else slots
 
     def due(self) -> Sequence[int]:
         """Begin a tick: the slots whose copies end now, in the order in which they were issued."""
-        tick = self._tick = self._tick + 1
-        copies = self._copies
-        if not copies or copies[0][0] > tick:
-            return ()
-        slots = copies.popleft()[1]
-        while copies and copies[0][0] <= tick:
-            slots += copies.popleft()[1]
-        return slots
+        self._tick += 1
+        return self._copies.pop(self._tick, ())

@@ -73,7 +73,7 @@ class Table:
         self._index_of = geometry.indexes().tolist()
         self._where = [ABSENT] * (keys + 1)  # the last is that of EMPTY
         self._key_of = [EMPTY] * geometry.slots
-        self._blocked: set[int] = set()  # loading or pinned
+        self._blocked: set[int] = set()  # loading; `_fill` adds the pinned ones while it looks for victims
         self._pinned: list[int] = []  # may name a slot twice
         self._free = [
             list(range(first + geometry.nways - 1, first - 1, -1)) for first in range(0, geometry.slots, geometry.nways)
@@ -115,7 +115,6 @@ class Table:
             self._on_lookup(layer, experts, scores, slots)
         if slots:
             self._pinned += slots
-            self._blocked.update(slots)
             self._hits[layer] += len(slots)
         if loading:
             self._loading[layer] += len(loading)
@@ -128,23 +127,19 @@ class Table:
         """The copies to make of what the last lookup missed; their slots are loading from now on."""
         layer, misses = self._missed_layer, self._missed
         self._missed = []
-        return self._fill(layer, misses, self._wants)
+        return self._fill(layer, misses, self._wants, self._pinned)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Fill]:
         """The copies to make for experts that a layer will ask for, within the quota; none evicts another of them.
 
         Admission is not asked: what is wanted at once needs no second sign.
         """
-        keys = [layer * self._experts + expert for expert in experts]
-        kept = {slot for slot in (self._where[key] for key in keys) if slot >= 0} - self._blocked
-        self._blocked |= kept
-        fills = self._fill(layer, experts, None)
-        self._blocked -= kept
-        return fills
+        base, where = layer * self._experts, self._where
+        ready = [where[base + expert] for expert in experts if where[base + expert] >= 0]
+        return self._fill(layer, experts, None, self._pinned + ready)
 
     def release(self) -> None:
         """Unpin everything: the layer has been joined."""
-        self._blocked.difference_update(self._pinned)
         self._pinned.clear()
 
     def publish(self, *slots: int) -> None:
@@ -207,7 +202,7 @@ class Table:
         assert all(self._index_of[key] == slot // nways for slot, key in held.items()), "an expert in a foreign index"
         assert loading.isdisjoint(self._pinned), "a loading slot is pinned"
         assert held.keys() >= set(self._pinned), "an empty slot is pinned"
-        assert self._blocked == loading.union(self._pinned), "blocked slots are not the loading and pinned ones"
+        assert self._blocked == loading, "blocked slots are not the loading ones"
         assert [slot for free in self._free for slot in sorted(free)] == [
             slot for slot, key in enumerate(key_of) if key == EMPTY
         ], "free slots are not the empty ones"
@@ -224,33 +219,42 @@ class Table:
         self._on_call = _hook(admission.on_call, Admission.on_call)
         self._on_admitted = _hook(admission.on_fill, Admission.on_fill)
 
-    def _fill(self, layer: int, experts: Iterable[int], wants: Callable[[int, int], bool] | None) -> list[Fill]:
-        """Give experts that are wanted slots of their indexes, while the quota lasts and where not all are blocked."""
+    def _fill(
+        self, layer: int, experts: Iterable[int], wants: Callable[[int, int], bool] | None, kept: Sequence[int]
+    ) -> list[Fill]:
+        """Give experts that are wanted slots of their indexes, while the quota lasts and where not all are blocked.
+
+        kept: ready slots that are not taken.
+        """
         where, key_of, index_of, blocked, fills = self._where, self._key_of, self._index_of, self._blocked, list[Fill]()
-        base = layer * self._experts
+        free, replace, base, left, evictions = self._free, self._replace, layer * self._experts, self._left, 0
+        blocked.update(kept)
         for expert in experts:
             key = base + expert
             index = index_of[key]
-            if index < 0 or (wants is not None and not wants(index, key)) or not self._left or where[key] != ABSENT:
+            if index < 0 or (wants is not None and not wants(index, key)) or not left or where[key] != ABSENT:
                 continue
             evicted = None
-            if self._free[index]:
-                slot = self._free[index].pop()
+            if free[index]:
+                slot = free[index].pop()
                 self._tell_of_fill(index, slot, key)
             else:
-                chosen = self._replace(index, key, blocked)
+                chosen = replace(index, key, blocked)
                 if chosen is None:
                     continue
                 slot, evicted = chosen, key_of[chosen]
                 where[evicted] = ABSENT
-                self._evictions[layer] += 1
+                evictions += 1
                 if self._on_admitted is not None:
                     self._on_admitted(index)
             key_of[slot], where[key] = key, LOADING
             blocked.add(slot)
-            self._left -= 1
+            left -= 1
             fills.append(_new(Fill, (slot, key, evicted)))
+        blocked.difference_update(kept)
+        self._left = left
         self._fills[layer] += len(fills)
+        self._evictions[layer] += evictions
         return fills
 
     def _tell_of_fill(self, index: int, slot: int, key: int) -> None:

@@ -32,6 +32,7 @@ class Lfru(Policy):
         self._classes: list[list[OrderedDict[int, None]]] = [
             [OrderedDict() for _ in range(CLASSES)] for _ in range(geometry.nblocks)
         ]
+        self._weighted = [list(zip(_WEIGHTS, classes, strict=True)) for classes in self._classes]
         self._class = [OrderedDict[int, None]()] * geometry.slots  # of each slot
 
     def on_lookup(
@@ -57,14 +58,13 @@ class Lfru(Policy):
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         best, found, last, now = -1.0, None, self._last, self._now
-        for weight, slots in zip(_WEIGHTS, self._classes[index], strict=True):
-            if slots:
-                for slot in slots:
-                    if slot not in blocked:
-                        age = (now - last[slot]) * weight
-                        if age > best:
-                            best, found = age, slot
-                        break
+        for weight, slots in self._weighted[index]:
+            for slot in slots:
+                if slot not in blocked:
+                    age = (now - last[slot]) * weight
+                    if age > best:
+                        best, found = age, slot
+                    break
         if found is not None:
             del self._class[found][found]
             self._calls[found], last[found] = 1, now
