@@ -10,14 +10,14 @@ class CopyClock:
 
     def __init__(self, delay: int) -> None:
         """delay: ticks that a copy takes beyond the next one, 0 or more."""
-        self._until = 1 + delay
+        self._duration = 1 + delay
         self._tick = 0
         self._copies: dict[int, tuple[int, ...]] = {}  # by the tick in which they end, slots in order
 
     def issue(self, *slots: int) -> None:
         """Copies into slots begin, in this order."""
-        end = self._tick + self._until
-        self._copies[end] = self._copies[end] + slots if end in self._copies else slots
+        end = self._tick + self._duration
+        self._copies[end] = self._copies.get(end, ()) + slots
 
     def due(self) -> Sequence[int]:
         """Begin a tick: the slots whose copies end now, in the order in which they were issued."""

@@ -28,11 +28,8 @@ class Lfru(Policy):
         self._now = 0  # lookups
         self._calls = [0] * geometry.slots
         self._last = [0] * geometry.slots
-        # of each index, slots with 2**class calls or more, oldest first
-        self._classes: list[list[OrderedDict[int, None]]] = [
-            [OrderedDict() for _ in range(CLASSES)] for _ in range(geometry.nblocks)
-        ]
-        self._weighted = [list(zip(_WEIGHTS, classes, strict=True)) for classes in self._classes]
+        # of each index: the weight of a class, and slots with 2**class calls or more, oldest first
+        self._classes = [[(weight, OrderedDict[int, None]()) for weight in _WEIGHTS] for _ in range(geometry.nblocks)]
         self._class = [OrderedDict[int, None]()] * geometry.slots  # of each slot
 
     def on_lookup(
@@ -58,7 +55,7 @@ class Lfru(Policy):
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         best, found, last, now = -1.0, None, self._last, self._now
-        for weight, slots in self._weighted[index]:
+        for weight, slots in self._classes[index]:
             for slot in slots:
                 if slot not in blocked:
                     age = (now - last[slot]) * weight
@@ -68,10 +65,10 @@ class Lfru(Policy):
         if found is not None:
             del self._class[found][found]
             self._calls[found], last[found] = 1, now
-            slots = self._class[found] = self._classes[index][0]
+            slots = self._class[found] = self._classes[index][0][1]
             slots[found] = None
         return found
 
     def _enter(self, slot: int, index: int, number: int) -> None:
-        slots = self._class[slot] = self._classes[index][number]
+        slots = self._class[slot] = self._classes[index][number][1]
         slots[slot] = None

@@ -207,6 +207,7 @@ def test_names_and_numbers_are_checked() -> None:
         (lambda t: t._where.__setitem__(3, 1), "an expert in two slots"),
         (lambda t: t._blocked.add(0), "blocked slots"),
         (lambda t: t._pinned.append(1), "an empty slot is pinned"),
+        (lambda t: (t.lookup(0, [1]), t.admit(), t._pinned.append(1)), "a loading slot is pinned"),
         (lambda t: t._free[0].clear(), "free slots"),
         (lambda t: t._index_of.__setitem__(0, 5), "a foreign index"),
         (lambda t: setattr(t, "_left", -1), "the quota is overdrawn"),

@@ -82,7 +82,7 @@ def finds_mistake(site: Path, isa: str) -> bool:
     command = python_command(site, f"import runpy; runpy.run_path({str(PLANTED)!r}, run_name='__main__')")
     run = subprocess.run(command, cwd=ROOT, env=checked_environment(site, isa), capture_output=True, text=True)
     found = run.returncode != 0 and "heap-buffer-overflow" in run.stderr
-    print(f"{isa}: a planted overflow is {'found' if found else 'missed'}", flush=True)
+    print(f"{isa}: a planted overflow is " + ("found" if found else f"missed\n{run.stderr}"), flush=True)
     return found
 
 
