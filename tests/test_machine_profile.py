@@ -100,7 +100,7 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
         key = expert_key(engine.experts.plan.shape, "bf16")
         times = engine.profile.experts[key]
         assert times.rows == (1, 2, 4, 8, 32) and times.device is None
-        assert 0 < times.threads[0] < times.threads[-1] < 0.01
+        assert all(0 < seconds < 1 for seconds in times.threads)
         assert engine.experts.costs.cpu == times.threads[0] and engine.experts.costs.cpu_row == times.threads[-1] / 32
     (file,) = tmp_path.glob("machine-*.json")
     monkeypatch.setattr("hybrid.profiling.time_threads", times_out)
@@ -114,16 +114,32 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
 def test_the_threads_are_timed_on_experts_that_a_step_could_have(tmp_path) -> None:
     with embedded(tmp_path) as engine:
         times = time_threads(engine.plan, engine.pool, engine.weight, engine.buffer)
-        assert len(times) == len(measured_rows(engine.plan)) and all(0 < seconds < 0.01 for seconds in times)
+        assert len(times) == len(measured_rows(engine.plan)) and all(0 < seconds < 1 for seconds in times)
 
 
-def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path) -> None:
+class Clocked:
+    """A device on whose clock beginning a layer takes 1 s, and a row of an expert 0.25 s more."""
+
+    def __init__(self, device) -> None:
+        self.device, self.now = device, 0.0
+
+    def load(self, slot: int, expert: int) -> None:
+        self.device.load(slot, expert)
+
+    def run(self, ids: np.ndarray):
+        self.now += 1 + (ids >= 0).sum() / 4
+        return self.device.run(ids)
+
+    def join(self, launch) -> None:
+        self.device.join(launch)
+
+
+def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path, monkeypatch) -> None:
     with embedded(tmp_path) as engine:
-        experts = engine.experts
-        before = experts.device.times.run
-        start, times = time_device(engine.plan, experts.device)
-        assert 0 < start < 0.1 and len(times) == len(measured_rows(engine.plan))
-        assert times[-1] > 0 and experts.device.times.run > before
+        device = Clocked(engine.experts.device)
+        monkeypatch.setattr("hybrid.profiling.perf_counter", lambda: device.now)
+        start, times = time_device(engine.plan, device)
+        assert start == 1 and times == tuple(rows / 4 for rows in measured_rows(engine.plan))
 
 
 def test_a_device_and_its_link_are_priced_together(tmp_path) -> None:
