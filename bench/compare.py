@@ -260,6 +260,7 @@ def _config(settings: Settings, path: Path, name: str) -> EngineConfig:
     batch = max(test.batch for test in settings.tests)
     return EngineConfig(
         model_path=path,
+        device="cpu",
         weight_format=name,
         kv_format=settings.kv_format or KV_FORMATS[name],
         threads=settings.threads,

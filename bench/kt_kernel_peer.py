@@ -26,9 +26,10 @@ from kt_kernel import kt_kernel_ext
 from hybrid import bench
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import Engine, plan_model
+from hybrid.engine import Engine
 from hybrid.errors import KernelError
 from hybrid.measure import MachineProbe
+from hybrid.planning import plan_model
 from hybrid.roofline import Cost
 from hybrid.weights.checkpoint import Checkpoint
 from hybrid.weights.pack import cached_store
@@ -63,8 +64,8 @@ class OurLayer:
 
     def __init__(self, path: Path, threads: int | None, cache_dir: Path, rows: int) -> None:
         config = EngineConfig(
-            model_path=path, weight_format="bf16", threads=threads, cache_dir=cache_dir, max_seq_len=rows,
-            max_batch=1, chunk_size=rows,
+            model_path=path, device="cpu", weight_format="bf16", threads=threads, cache_dir=cache_dir,
+            max_seq_len=rows, max_batch=1, chunk_size=rows,
         )  # fmt: skip
         plan = plan_model(config)
         self._ops = {op.kind: op for op in plan.ops if op.layer == 0 and op.kind in MOE_OPS}

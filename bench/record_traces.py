@@ -37,7 +37,10 @@ PROMPTS = {
 
 
 def record(folder: Path, name: str, prompts: list[str]) -> None:
-    with LLM(routes=True, max_batch=1, threads=1) as llm, TraceWriter(folder / f"{name}.csv", print) as writer:
+    with (
+        LLM(device="cpu", routes=True, max_batch=1, threads=1) as llm,
+        TraceWriter(folder / f"{name}.csv", print) as writer,
+    ):
         assert llm.engine.routes is not None
         llm.engine.routes.observer = writer.write
         chat = name == "chat"

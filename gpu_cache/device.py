@@ -46,8 +46,10 @@ class Device(Protocol):
     One thread calls all of it. A slot is not written while a run that uses it has not been joined: the table pins it.
     """
 
-    times: DeviceTimes
     observer: Observer | None  # told, by any thread, of every run and copy once it has ended
+
+    @property
+    def times(self) -> DeviceTimes: ...
 
     def copy_in(self, slot: int, key: int) -> None:
         """Ask for a copy of expert `key` into a slot; `poll` tells when it has ended. Copies end in order."""
@@ -70,8 +72,22 @@ class Device(Protocol):
         device copies each into a slot of its own, computes it, and forgets it. `poll` does not tell of these copies.
         """
 
+    @property
+    def run_found(self) -> Callable[[int, int], Any] | None:
+        """Like `run`, for rows whose experts are known on the device alone: (key of the layer's expert 0, rows). It
+        finds those that slots hold by itself: exactly those that `load` and `poll` have told of. None where it cannot.
+        """
+
     def join(self, ticket: Any) -> None:
-        """Wait until the contributions of a run are there. Raises what it met, once; more calls do nothing."""
+        """What a run contributes may be used: by the host, once this returns, or by what is queued on the device after
+        it. Raises what it met, once; more calls do nothing.
+        """
+
+    def wait(self, ticket: Any) -> None:
+        """Return when a joined run has ended: for who times it."""
+
+    def forget(self) -> None:
+        """No slot holds an expert any more. There are no copies on their way."""
 
     def close(self) -> None:
         """End every thread and stream. Copies that have not ended are dropped."""

@@ -41,6 +41,7 @@ def bench(
     depth: Depths = "0",
     batch: Batches = "1",
     repetitions: Repetitions = 3,
+    device: f.Device = EngineConfig.device,
     threads: f.Threads = EngineConfig.threads,
     numa: f.Numa = EngineConfig.numa,
     load: f.Load = EngineConfig.load,
@@ -49,7 +50,8 @@ def bench(
 ) -> None:
     """Time prompts and decoding with random tokens; print tokens per second and the share of the machine's limit.
 
-    The limit of a test is the slower of reading its bytes and multiplying, at the rates measured beside it.
+    The limit of a test is the slower of reading its bytes and multiplying, at the rates measured beside it: of the
+    processors and their memory, whatever the device.
     """
     with exit_codes():
         if output not in FORMATS:
@@ -60,6 +62,7 @@ def bench(
         largest_batch = max(test.batch for test in tests)
         config = EngineConfig(
             model_path=model_path,
+            device=device,
             weight_format=weight_format,
             kv_format=kv_format,
             threads=threads,
@@ -96,8 +99,8 @@ def make_tests(prompts: list[int], generates: list[int], depths: list[int], batc
 
 def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
     """Raise ConfigError naming the first test that is longer than the model's context."""
-    from hybrid.engine import EMBEDDED_MODEL
     from hybrid.models import model_spec
+    from hybrid.planning import EMBEDDED_MODEL
     from hybrid.weights.pack import model_config
 
     limit = model_spec(model_config(config.model_path or EMBEDDED_MODEL)).max_position
@@ -130,6 +133,7 @@ def describe_machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
         "system": platform.platform(),
         "isa": plan.isa,
         "threads": plan.threads,
+        "device": plan.device_name,
         "model": engine.spec.model_type,
         "weights_gb": round(engine.store.nbytes / 1e9, 2),
         "format": str(plan.formats),
@@ -155,7 +159,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     units = {"bf16": "GFLOP/s", "int8": "GOP/s"}
     peaks = ", ".join(f"{peak} {units[kind]} ({kind})" for kind, peak in machine["peak_gflops"].items())
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; {machine['model']}, "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, device {machine['device']}; "
+        f"{machine['model']}, "
         f"{machine['weights_gb']} GB ({machine['format']}), keys and values {machine['kv_format']}; "
         f"reads {machine['read_gbps']} GB/s, multiplies {peaks}",
         "",

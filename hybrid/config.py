@@ -69,7 +69,7 @@ class EngineConfig:
     """None means: chosen by `hybrid.plan` from the model and the machine."""
 
     model_path: Path | None = None  # None: the embedded model
-    device: str = "auto"
+    device: str = "auto"  # what that is on a machine, `hybrid.planning` decides
     weight_format: str = "auto"  # one format, or a mix: "int4,head=int8"; `hybrid.weights.mix.parse_mix` checks it
     kv_format: str = "bf16"
     threads: int | None = None

@@ -43,7 +43,7 @@ def open_device(
     """
     assert plan.cache is not None
     if plan.cache.device == "cuda":
-        return _open_cuda(plan, plan.cache, geometry, source, weights, address, cuda_parts(step))
+        return _open_cuda(plan, plan.cache, geometry, source, weights, address, step)
     return _simulated(plan, plan.cache, geometry, source, address), geometry, []
 
 
@@ -52,7 +52,9 @@ def cuda_parts(step: DeviceStep | None) -> CudaParts:
     from gpu_cache.devices.torch_streams import TorchStreams
     from hybrid.gpu.slot_experts import SlotExperts, StepExperts
 
-    return TorchStreams, SlotExperts if step is None else partial(StepExperts, step=step)
+    if step is None:
+        return TorchStreams, SlotExperts
+    return partial(TorchStreams, compute=step.link.stream), partial(StepExperts, step=step)
 
 
 def fewer_slots(geometry: Geometry) -> Geometry | None:
@@ -85,10 +87,10 @@ def _open_cuda(
     source: Source,
     weights: Sequence[Bytes],
     address: Address,
-    parts: CudaParts,
+    step: DeviceStep | None,
 ) -> tuple[CudaDevice, Geometry, list[str]]:
     """With fewer slots where those that were planned do not fit: somebody else may have taken the memory since."""
-    make_streams, make_compute = parts
+    make_streams, make_compute = cuda_parts(step)
     settings, geometry = cache.settings, asked
     while True:
         streams = make_streams()
@@ -99,6 +101,7 @@ def _open_cuda(
                 [size for _, size in cache.shape.pieces],
                 source,
                 lambda memory: make_compute(plan, memory, address),
+                keys=len(cache.shape.layers) * cache.shape.experts if step else 0,
                 clock=None if settings.delay is None else CopyClock(settings.delay),
                 poison=settings.poison,
                 pinned=weights if settings.pin_weights else (),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.binding import bind
-from hybrid.config import EngineConfig, check_config
+from hybrid.config import EngineConfig
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.device_step import CALLS
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
@@ -27,15 +27,14 @@ from hybrid.hardware import probe
 from hybrid.kv import KvArena
 from hybrid.machine_profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
 from hybrid.memory import MemoryGrant, NodeMemory
-from hybrid.models import model_spec
 from hybrid.models.rope import inverse_frequencies
-from hybrid.plan import Plan, make_plan
+from hybrid.plan import Plan
+from hybrid.planning import EMBEDDED_MODEL, plan_model
 from hybrid.program import ropes
 from hybrid.routes import Routes, view
 from hybrid.warm import model_mark, read_warm, write_warm
 from hybrid.weights.copied import CopiedWeights
-from hybrid.weights.mix import parse_mix
-from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir, model_config, model_formats
+from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir
 from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
@@ -44,30 +43,6 @@ if TYPE_CHECKING:
 
 USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
 USUAL_SPEED = 1e12  # operations a second of threads, likewise
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
-
-
-def plan_model(config: EngineConfig) -> Plan:
-    """The plan of the configured model on this machine, from its config.json alone: no weight is read or packed.
-
-    Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
-    """
-    check_config(config)
-    hardware = probe(config.isa)
-    if config.device == "cuda":
-        hardware = replace(hardware, device_memory=_device_memory())
-    path = config.model_path or EMBEDDED_MODEL
-    spec = model_spec(model_config(path))
-    return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
-
-
-def _device_memory() -> int:
-    """Bytes that are free on the GPU. Raises ConfigError if there is none that can be used."""
-    from hybrid.gpu.usable import free_bytes, why_unusable
-
-    if problem := why_unusable():
-        raise ConfigError(f"--device cuda cannot be had: {problem}; use auto, cpu or simulated")
-    return free_bytes()
 
 
 class Engine:
@@ -120,10 +95,21 @@ class Engine:
         """Plan, refuse what does not fit, map the store (packing a Hugging Face directory the first time), bind.
 
         progress and notice are those of `hybrid.weights.pack.cached_store`; progress also tells of the weights that
-        are copied, notice of too many threads and of memory nodes that are not used.
+        are copied, notice of too many threads, of memory nodes and of a GPU that are not used.
         """
+        plan = plan_model(config, notice)
+        try:
+            return cls._open(config, plan, progress, notice)
+        except (CapacityError, DeviceFailed) as error:
+            if config.device != "auto" or plan.device_name != "cuda":
+                raise
+            if notice:
+                notice(f"note: a GPU is here but {error}; going on with the CPU")
+            return cls.open(replace(config, device="cpu"), progress, notice)
+
+    @classmethod
+    def _open(cls, config: EngineConfig, plan: Plan, progress: Progress | None, notice: Notice | None) -> Engine:
         start = time.perf_counter()
-        plan = plan_model(config)
         plan.require_fit()
         if plan.device and find_spec("torch") is None:
             raise ConfigError(f"--step-on {config.step_on} needs torch, which is not installed: pip install '.[gpu]'")
@@ -136,7 +122,11 @@ class Engine:
         if notice and plan.cache and plan.cache.warning:
             notice(f"note: {plan.cache.warning}")
         profiles = (config.cache_dir or default_cache_dir()) if plan.cache else None
-        engine = cls(store, plan, progress, profiles)
+        try:
+            engine = cls(store, plan, progress, profiles)
+        except BaseException:
+            store.close()
+            raise
         if notice:
             for note in engine.notes:
                 notice(f"note: {note}")
@@ -221,7 +211,7 @@ class Engine:
     @property
     def notes(self) -> list[str]:
         """What could not be had as asked, a line each."""
-        of_step = [self.device_step.note] if self.device_step and self.device_step.note else []
+        of_step = self.device_step.notes if self.device_step else []
         return of_step + (self.experts.notes if self.experts else [])
 
     def release(self, slot: int) -> None:
@@ -308,14 +298,17 @@ class Engine:
         self._plain = bind(self._new_executor(), self.plan.device_ops, self)
 
     def _open_device(self) -> None:
+        from gpu_cache.errors import DeviceLost
         from hybrid.experts import DeviceExperts
 
         assert self.routes is not None and self.plan.cache is not None
         warm = self.plan.cache.settings.warm
         keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
-        self.experts = DeviceExperts(
-            self.plan, self.routes, self.buffer, self.weight, self._cpu_seconds(), self.device_step
-        )
+        costs = self._cpu_seconds()
+        try:
+            self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, costs, self.device_step)
+        except DeviceLost as error:
+            raise DeviceFailed(f"the device is lost: {error}") from error
         self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
         if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
             self._price_device(self.experts)

@@ -106,9 +106,12 @@ class DeviceExperts:
             open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__, step=step
         )
         self._open_device(self.plan.geometry)
+        if step:
+            step.finder = self
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
+        self._found = False  # whether the device has been asked for the hits of the layer at hand
         self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
         self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
         self._ticket: Any = None
@@ -124,12 +127,30 @@ class DeviceExperts:
         self._device_times = replace(self.device.times)
         self._times = replace(self.times)
 
+    @property
+    def finds(self) -> bool:
+        """See `hybrid.gpu.step.Finder`. Not where many rows may have experts streamed: that is the host's to decide."""
+        return self.placing and self._decoding and self.device.run_found is not None
+
+    def find(self, layer: int) -> None:
+        """Have the device compute its hits of a layer: those that the lookup in `place` will find, because nothing is
+        published in between.
+        """
+        start = perf_counter()
+        self._placing_layer = True
+        self._publish()
+        assert self.device.run_found is not None
+        self._ticket = self.device.run_found(layer * self.plan.shape.experts, self._routes.rows)
+        self._found = True
+        self.times.start += perf_counter() - start
+
     def place(self, layer: int) -> None:
         """Start the hits of a layer on the device, leave the rest to the threads, and start copies."""
         start = perf_counter()
         self._placing_layer = True
         routes, table = self._routes, self.table
-        self._publish()
+        if not self._found:
+            self._publish()
         ids = routes.ids.tolist()
         experts, scores = distinct_calls(ids, routes.weights.tolist(), routes.top_k)
         found = table.lookup(layer, experts, scores)
@@ -150,10 +171,10 @@ class DeviceExperts:
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
-        if slot_of:  # last: the device cannot begin while this thread is busy here
+        if slot_of and not self._found:  # last: the device cannot begin while this thread is busy here
             self._ticket = self.device.run(self._slot_ids[: routes.rows], streamed)
             self.times.start += perf_counter() - looked_up
-        self._placing_layer = False
+        self._placing_layer = self._found = False
         if self.observer is not None:
             self.observer("lookup", start, looked_up)
             self._left = (perf_counter(), len(slot_of) < len(experts))
@@ -201,6 +222,7 @@ class DeviceExperts:
         """Take costs that were measured on the device, before a step has run."""
         self.costs = costs
         self._contributions[:] = -0.0  # measuring left some
+        self.device.forget()
         self.table = self._new_table(self.plan.settings.quota)
 
     def verdict(self) -> Verdict | None:
@@ -222,6 +244,7 @@ class DeviceExperts:
         elif verdict.best == "static":
             self.drain()
             self._counts_before += self._count_table()
+            self.device.forget()
             self.table = self._new_table(0)
             self.preload(self.history.most_asked())
 
@@ -246,6 +269,7 @@ class DeviceExperts:
     def _clear(self, error: BaseException) -> None:
         if isinstance(error, DeviceLost):
             raise error
+        self._found = False
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
             self.device.join(ticket)
@@ -278,6 +302,7 @@ class DeviceExperts:
         self._on_the_way.clear()
         self._late.clear()
         self._counts_before += self._count_table()
+        self.device.forget()
         self.table = self._new_table(0 if self.following == "static" else self.plan.settings.quota)
         self._placing_layer = False
 

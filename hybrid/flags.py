@@ -93,7 +93,7 @@ RepetitionPenalty = Annotated[float, real("--repetition-penalty", "Above 1 avoid
 Seed = Annotated[int | None, whole("--seed", "Makes sampling repeatable.")]
 Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
 IgnoreEos = Annotated[bool, flag("--ignore-eos", "Go on after the end of the text.")]
-Device = Annotated[str, flag("--device", f"One of {', '.join(DEVICES)}; auto is cpu in this version.")]
+Device = Annotated[str, flag("--device", f"One of {', '.join(DEVICES)}; auto is cuda where a GPU can be used, or cpu.")]
 Format = Annotated[
     str,
     flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),

@@ -16,8 +16,9 @@ from hybrid.chat import ChatTemplate, Message, load_template
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.detokenizer import TextStream
-from hybrid.engine import EMBEDDED_MODEL, Engine
+from hybrid.engine import Engine
 from hybrid.errors import RequestError
+from hybrid.planning import EMBEDDED_MODEL
 from hybrid.sampler import check_params
 from hybrid.scheduler import Request, Scheduler, StepRecord
 from hybrid.tokenizer import Tokenizer, load_tokenizer, read_eos_ids

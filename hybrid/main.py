@@ -137,6 +137,9 @@ def _chosen(kind: type[Any], flags: Mapping[str, Any], **more: Any) -> Any:
 
 def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     _check(config, params, options)
+    from hybrid.planning import resolve_device
+
+    _check_cache(resolve_device(config), options)
     if options.dry_run:
         return _print_plan(config, options.json)
     prompts = _prompts(options)
@@ -175,6 +178,10 @@ def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) ->
         check_csv_path(f"--{flag}", getattr(options, flag.replace("-", "_")))
     if options.trace:
         _check_trace(options.trace)
+
+
+def _check_cache(config: EngineConfig, options: RunOptions) -> None:
+    """What is asked of an expert cache, once it is known whether there can be one."""
     if options.cache_save and not config.cached:
         raise ConfigError("--cache-save has nothing to save: this run has no expert cache; use --device simulated")
     if (config.cache.requested or options.cachehit_csv) and not config.cached:
@@ -192,9 +199,9 @@ def _check_trace(path: Path) -> None:
 
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:
-    from hybrid.engine import plan_model
+    from hybrid.planning import plan_model
 
-    plan = plan_model(config)
+    plan = plan_model(config, say)
     print(json.dumps(plan.to_dict()) if as_json else plan)
     plan.require_fit()
 

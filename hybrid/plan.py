@@ -61,6 +61,7 @@ class KvGeometry:
 class Plan:
     """Everything the engine needs to allocate and run; `str()` is what `--dry-run` prints.
 
+    device_name: of EngineConfig, without "auto".
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
@@ -96,6 +97,7 @@ class Plan:
     ops: tuple[Op, ...]
     placed_ops: tuple[Op, ...] = ()
     cache: CachePlan | None = None
+    device_name: str = "cpu"
     device: DeviceMemory | None = None
     device_ops: tuple[Op, ...] = ()
     device_placed_ops: tuple[Op, ...] = ()
@@ -221,6 +223,7 @@ def _sized(
         parts=step.parts,
         ops=tuple(observe_routes(step.ops) if config.routes else step.ops),
         placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
+        device_name="cpu" if config.device == "auto" else config.device,
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)

@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 import cpu_kernels
-from gpu_cache.device import Device
+from gpu_cache.device import Device, SlotIds
 from hybrid.hardware import probe
 from hybrid.machine_profile import ROWS, ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark
 from hybrid.plan import Plan
@@ -74,15 +74,21 @@ def time_device(plan: Plan, device: Device) -> tuple[float, tuple[float, ...]]:
     ids = np.full((plan.max_rows, shape.top_k), -1, np.int32)
 
     def start(round: int, rows: int) -> float:
-        return _seconds(lambda: device.join(device.run(ids[:rows])))
+        return _seconds(lambda: _run(device, ids[:rows]))
 
     def run(round: int, rows: int) -> float:
         used = ids[:rows].copy()
         used[:, :together] = np.arange(together)
-        return _seconds(lambda: device.join(device.run(used)))
+        return _seconds(lambda: _run(device, used))
 
     begin = _fastest(start, 1)
     return begin, tuple(max(0.0, _fastest(run, rows) - begin) / together for rows in measured_rows(plan))
+
+
+def _run(device: Device, slot_ids: SlotIds) -> None:
+    ticket = device.run(slot_ids)
+    device.join(ticket)
+    device.wait(ticket)
 
 
 def _fastest(run: Callable[[int, int], float], rows: int) -> float:

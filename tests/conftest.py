@@ -1,4 +1,6 @@
-"""Tests see the machine as it is, whatever the shell says, and never touch the user's files."""
+"""Tests see the machine as it is, whatever the shell says, and never touch the user's files. They run on its CPU if
+they do not name a device.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from rig import ISAS
 
 for name in ("HYBRID_ISA", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
+os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if not os.path.exists("/dev/nvidiactl"):

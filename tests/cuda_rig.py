@@ -20,6 +20,8 @@ ROOM = 10**9  # bytes of the device
 class SlotCompute:
     """The kernels of the CPU behind the interface of a GPU."""
 
+    stays = False
+
     def __init__(self, *arguments: Any) -> None:
         self._program = SlotProgram(*arguments)
 

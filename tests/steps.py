@@ -32,6 +32,15 @@ def in_chunks(engine: Engine, tokens: np.ndarray, size: int, slot: int = 0) -> n
     return np.concatenate([step(engine, (slot, first, tokens[first : first + size])) for first in chunks])
 
 
+def agreement(engine: Engine, tokens: np.ndarray, first: int, slot: int = 0) -> float:
+    """How many of `tokens` from the first on are the most likely ones, each in a step of its own: of a text that others
+    wrote, because one near-tie of two experts would be enough to write another.
+    """
+    logits = [in_chunks(engine, tokens[:first], first, slot)[-1:]]
+    logits += [step(engine, (slot, i, tokens[i : i + 1])) for i in range(first, len(tokens) - 1)]
+    return float(np.mean(np.concatenate(logits).argmax(1) == tokens[first:]))
+
+
 def greedy(engine: Engine, prompt: np.ndarray, chunk: int, slot: int = 0, count: int = 24) -> list[int]:
     logits = in_chunks(engine, prompt, chunk, slot)[-1]
     tokens: list[int] = []

@@ -42,6 +42,7 @@ def test_json_has_the_machine_and_a_result_for_every_test(cache) -> None:
     assert set(report) == {"machine", "results"}
     machine = report["machine"]
     assert machine["read_gbps"] > 0 and machine["peak_gflops"]["bf16"] > 0 and machine["threads"] == 2
+    assert machine["device"] == "cpu"
     assert {"cpu", "isa", "memory_gb", "model", "weights_gb"} <= set(machine)
     assert (machine["format"], machine["kv_format"], set(machine["peak_gflops"])) == ("bf16", "bf16", {"bf16"})
     keys = {"test", "depth", "batch", "tokens_per_second", "stddev", "limit_share"}

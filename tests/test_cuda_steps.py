@@ -26,8 +26,10 @@ from test_hybrid_steps import (
 from gpu_cache.errors import DeviceFull
 from gpu_cache.policies import POLICIES
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine import Engine, plan_model
+from hybrid.engine import Engine
 from hybrid.errors import CapacityError, ConfigError, KernelError
+from hybrid.gpu import usable
+from hybrid.planning import plan_model
 from hybrid.verify import PROMPTS, verify_model
 
 CACHE = CacheConfig(14, 4, poison=True)
@@ -134,8 +136,18 @@ def test_verify_passes(monkeypatch) -> None:
     put(monkeypatch)
     outcomes = verify_model(EngineConfig(**EMBEDDED), PROMPTS[:1], 6, device="cuda")
     assert len(outcomes) >= len(POLICIES) + 8
-    assert [outcome for outcome in outcomes if outcome.difference] == []
+    same = {"median_error": 0.0, "far_tokens": 0.0, "agreeing_tokens": 1.0}
+    assert all(outcome.difference is None and outcome.more == same for outcome in outcomes)
     assert sum(outcome.hit_rate > 0 for outcome in outcomes) > len(POLICIES)
+
+
+def test_a_gpu_is_used_without_asking_for_it(expected, monkeypatch) -> None:
+    put(monkeypatch)
+    monkeypatch.delenv("HYBRID_DEVICE")
+    monkeypatch.setattr(usable, "gpu_is_here", lambda: True)
+    with Engine.open(EngineConfig(**EMBEDDED, cache=CACHE)) as engine:
+        assert engine.plan.device_name == "cuda"
+        assert np.array_equal(all_work(engine), expected)
 
 
 def test_memory_that_others_took_since_the_plan_lowers_the_slots_with_a_line(expected, monkeypatch) -> None:
@@ -153,6 +165,23 @@ def test_a_device_without_room_for_one_slot_is_refused(monkeypatch) -> None:
     put(monkeypatch, capacity=100)
     with pytest.raises(CapacityError, match="not even one slot of .* fits the device"):
         on_cuda()
+
+
+def test_a_device_that_is_lost_before_it_is_open_says_so(monkeypatch) -> None:
+    put(monkeypatch, lost_after=1)
+    with pytest.raises(KernelError, match="the device is lost: an illegal memory access"):
+        on_cuda()
+
+
+def test_auto_goes_on_with_the_cpu_where_the_gpu_cannot_be_opened(monkeypatch) -> None:
+    notes: list[str] = []
+    put(monkeypatch, capacity=100)
+    monkeypatch.setattr(usable, "gpu_is_here", lambda: True)
+    monkeypatch.delenv("HYBRID_DEVICE")
+    with Engine.open(EngineConfig(**EMBEDDED, cache=CACHE), notice=notes.append) as engine:
+        assert engine.plan.device_name == "cpu" and engine.experts is None
+    (note,) = notes
+    assert note.startswith("note: a GPU is here but not even one slot of") and note.endswith("going on with the CPU")
 
 
 def test_more_slots_than_fit_are_refused_with_what_is_free(monkeypatch) -> None:

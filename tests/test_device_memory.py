@@ -15,7 +15,7 @@ from test_plan import plan_of, spec_of
 
 from hybrid.config import CacheConfig, DeviceConfig
 from hybrid.device_memory import KV_SHARE, StepSizes, device_weight_bytes, plan_device, token_bytes
-from hybrid.errors import ConfigError
+from hybrid.errors import CapacityError, ConfigError, DeviceFailed
 from hybrid.plan import Plan
 from hybrid.weights.mix import parse_mix, uniform
 
@@ -36,6 +36,26 @@ def test_weights_are_those_that_the_device_gets(tmp_path, family, text) -> None:
         weights = engine.device_step._weights
         assert engine.plan.device.weights == sum(tensor.nbytes for tensor in tensors(weights))
         assert engine.plan.device.kv == engine.device_step.mirror.nbytes
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "words"),
+    [
+        ("OutOfMemoryError", CapacityError, r"the device has no room for .*B of weights and .*B of keys"),
+        ("RuntimeError", DeviceFailed, r"the device cannot be used \(CUDA error: busy\); use --device cpu"),
+    ],
+)
+def test_a_device_that_cannot_be_opened_says_why(tmp_path, monkeypatch, raised, kind, words) -> None:
+    torch = pytest.importorskip("torch")
+    errors = {"OutOfMemoryError": torch.OutOfMemoryError, "RuntimeError": RuntimeError}
+
+    def fail(*_: Any) -> None:
+        raise errors[raised]("CUDA error: busy\nmore lines")
+
+    monkeypatch.setattr("hybrid.gpu.opening.load_weights", fail)
+    path = write_checkpoint(tmp_path / "hf", "llama")
+    with pytest.raises(kind, match=words), open_engine(path, tmp_path / "cache", **STEP):
+        pass
 
 
 def tensors(found: Any) -> list[Any]:

@@ -12,8 +12,9 @@ from steps import greedy, in_chunks, open_engine, step
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import EMBEDDED_MODEL, Engine
+from hybrid.engine import Engine
 from hybrid.errors import KernelError, StepCancelled
+from hybrid.planning import EMBEDDED_MODEL
 from hybrid.tokenizer import load_tokenizer
 
 pytest.importorskip("torch")

@@ -30,7 +30,7 @@ LEVELS = (
         "decode_history",
         "experts",
     ),
-    ("kv", "sampler", "tokenizer", "detokenizer", "chat", "engine"),
+    ("kv", "sampler", "tokenizer", "detokenizer", "chat", "planning", "engine"),
     ("scheduler",),
     ("llm",),
 )

@@ -130,8 +130,11 @@ class Clocked:
         self.now += 1 + (ids >= 0).sum() / 4
         return self.device.run(ids)
 
-    def join(self, launch) -> None:
-        self.device.join(launch)
+    def join(self, ticket) -> None:
+        self.device.join(ticket)
+
+    def wait(self, ticket) -> None:
+        self.device.wait(ticket)
 
 
 def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path, monkeypatch) -> None:

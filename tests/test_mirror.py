@@ -12,7 +12,7 @@ from hybrid.models import model_spec
 
 torch = pytest.importorskip("torch")
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join  # noqa: E402
-from hybrid.gpu.mirror import KvMirror, Run, extents_of, seen_places  # noqa: E402
+from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places  # noqa: E402
 
 SPEC = model_spec(CONFIGS["qwen3"])
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_rows_see_what_the_mirror_says_and_nothing_else(plan, window) -> None:
         written[slot] |= {position + i: int(tokens[i]) for i in range(rows)}
         ends[slot] = end
         keys = min(CAPACITY, end)
-        k, v = mirror.read(1, [slot], keys)
+        k, v = mirror.read(1, rings_of([slot], CPU), keys)
         extents = extents_of([Run(slot, 0, rows, position, start, end)], CPU)
         seen = seen_places(extents, rows, keys, CAPACITY, window)[0]
         for row in range(rows):
@@ -58,8 +58,8 @@ def test_other_slots_and_layers_are_left_alone() -> None:
     mirror = KvMirror(SPEC, SLOTS, CAPACITY, CPU)
     mirror.write(0, torch.tensor([2]), torch.tensor([3]), torch.ones(1, 2, 24), torch.ones(1, 2, 24))
     for layer, slot in ((0, 0), (0, 1), (1, 2)):
-        assert not any(part.any() for part in mirror.read(layer, [slot], CAPACITY))
-    keys, _ = mirror.read(0, [2, 0], CAPACITY)  # not in order: a copy
+        assert not any(part.any() for part in mirror.read(layer, rings_of([slot], CPU), CAPACITY))
+    keys, _ = mirror.read(0, rings_of([2, 0], CPU), CAPACITY)  # not in order: a copy
     assert keys[0, :, 3].all() and not keys[1].any()
     assert mirror.nbytes == 2 * 2 * SLOTS * CAPACITY * 2 * 24 * 2
 

@@ -16,7 +16,7 @@ from test_plan import MACHINE, plan_of, spec_of
 
 import cpu_kernels
 from hybrid.config import MAX_NODES, EngineConfig, check_config
-from hybrid.engine import Engine, plan_model
+from hybrid.engine import Engine
 from hybrid.errors import CapacityError, ConfigError, StepCancelled
 from hybrid.hardware import MemoryNode, has_huge_pages, probe
 from hybrid.kv import HUGE_BEHIND, KvArena
@@ -26,6 +26,7 @@ from hybrid.nodes import choose_nodes, node_threads
 from hybrid.ops import Buffer, Op, Weight
 from hybrid.partition import PARTIAL, split_over_nodes
 from hybrid.plan import Plan, make_plan
+from hybrid.planning import plan_model
 from hybrid.program import build_buffers, build_ops, row_bytes
 from hybrid.weights.copied import CopiedWeights, lay_out
 from hybrid.weights.formats import FORMATS

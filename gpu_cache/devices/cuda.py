@@ -1,14 +1,14 @@
 """A device behind streams: slots in its memory, copies on a stream of their own, events that publish.
 
 A slot holds the very bytes that the host has of its expert: one copy is enough, nothing is packed again, and a slot can
-be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (6) are its
+be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (7) are its
 rules.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -18,13 +18,12 @@ import numpy as np
 
 from gpu_cache.clock import CopyClock
 from gpu_cache.device import STAGING, Bytes, DeviceTimes, Observer, SlotIds, Source
+from gpu_cache.devices.staging import BUFFER_BYTES, StagingRing
 from gpu_cache.devices.streams import Event, Memory, Streams
 from gpu_cache.errors import CacheError, DeviceLost, PinningRefused
 
 NOWHERE = -1  # in the table on the device: no slot
 POISON = 0xFF  # as a scale or a float: not a number
-STAGING_BYTES = 8 << 20  # of one buffer of the ring: a copy of so much takes 0.3 ms at 25 GB/s, a launch 0.01
-STAGING_BUFFERS = 4  # one is filled, one is copied from, and two even out the difference
 
 
 class QueuedCompute(Protocol):
@@ -42,8 +41,15 @@ class QueuedCompute(Protocol):
     def end(self) -> None:
         """What comes after all experts."""
 
+    def found(self, slot_of: Memory, first: int, rows: int) -> None:
+        """All of it, for rows whose experts and their slots the device alone knows: see `CudaDevice.run_found`."""
+
     def collect(self) -> None:
-        """What is left to the host once all of it has happened."""
+        """What is left to the host once all of it has happened, or, if it `stays`, once all of it is queued."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether what it makes stays on the device, for what is queued on the compute stream after it."""
 
 
 @dataclass(eq=False)
@@ -73,14 +79,6 @@ class _Run:
     joined: bool = False
 
 
-@dataclass(eq=False)
-class _Buffer:
-    """Staging memory, and the event that it may be written again."""
-
-    memory: Bytes
-    free: Event = None
-
-
 class CudaDevice:
     """See `gpu_cache.device.Device`; here a slot may be written even while a run that uses it has not been joined.
 
@@ -100,14 +98,15 @@ class CudaDevice:
         clock: CopyClock | None = None,
         poison: bool = False,
         pinned: Sequence[Bytes] = (),
-        staging_bytes: int = STAGING_BYTES,
+        staging_bytes: int = BUFFER_BYTES,
         streaming: bool = False,
     ) -> None:
         """bind: called once with `memory`. keys: experts of all layers, where kernels look them up. pinned: all memory
         that `source` may name, to be pinned and copied from directly. clock, poison: as for the simulated device.
         streaming: have `STAGING` slots more. Raises DeviceFull.
         """
-        self.times = DeviceTimes()
+        self._times = DeviceTimes()
+        self._joined: deque[_Run] = deque()  # runs whose times are not known yet
         self.notes: list[str] = []
         self.observer: Observer | None = None  # told when the host learns of an end, which is a little late
         self._streams, self._source, self._clock, self._poison = streams, source, clock, poison
@@ -118,16 +117,21 @@ class CudaDevice:
         if keys:
             streams.fill(streams.compute, self.slot_of, NOWHERE)
         self._compute = bind(self.memory)
-        self._direct = bool(pinned) and self._pin(pinned)
         self._expert_bytes = sum(piece_bytes)
-        self._chunks = list(_chunks(piece_bytes, staging_bytes))
-        self._ring = [] if self._direct else self._make_ring(min(staging_bytes, max(piece_bytes)))
-        self._next_buffer = 0
+        direct = bool(pinned) and self._pin(pinned)
+        self._ring = None if direct else StagingRing(streams, piece_bytes, staging_bytes, self.notes.append)
         self._key_of: list[int | None] = [None] * slots
         self._asked: deque[_Copy] = deque()
         self._lost: str | None = None  # why; an error itself would keep the frames of whoever it went through
         self._closing = False
         self._worker = streams.worker()
+
+    @property
+    def times(self) -> DeviceTimes:
+        """Of runs and copies that are known to have ended."""
+        while self._joined and self._streams.done(self._joined[0].event):
+            self._account(self._joined.popleft())
+        return self._times
 
     def copy_in(self, slot: int, key: int) -> None:
         self._ask(slot, key)
@@ -165,19 +169,47 @@ class CudaDevice:
             self._send(copy)
         return run
 
+    @property
+    def run_found(self) -> Callable[[int, int], _Run] | None:
+        return None if self.slot_of is None else self._run_found
+
+    def _run_found(self, first: int, rows: int) -> _Run:
+        """(7) It is queued behind what makes its rows and all changes of the table, and before those that follow."""
+        self._require()
+        streams = self._streams
+        run = _Run(streams.record(streams.compute))
+        streams.launch(streams.compute, partial(self._compute.found, self.slot_of, first, rows))
+        run.event = streams.record(streams.compute)
+        return run
+
     def join(self, ticket: _Run) -> None:
         if ticket.joined:
             return
         ticket.joined = True
         if ticket.streamed:
             self._require_queued(ticket)
-        self._streams.synchronise(ticket.event)
-        self.times.run += self._observe("hits", ticket.first, ticket.event)
-        for copy in ticket.streamed:
-            self.times.streamed += 1
-            self.times.streamed_bytes += self._expert_bytes
-            self.times.copy += self._observe("copy", copy.first, copy.event)
+        if self.observer is None and self._compute.stays:
+            self._joined.append(ticket)
+        else:
+            self._streams.synchronise(ticket.event)
+            self._account(ticket)
         self._compute.collect()
+
+    def wait(self, ticket: _Run) -> None:
+        self._streams.synchronise(ticket.event)
+
+    def forget(self) -> None:
+        self._key_of = [None] * self._slots
+        if self.slot_of is not None:
+            self._streams.fill(self._streams.compute, self.slot_of, NOWHERE)
+
+    def _account(self, run: _Run) -> None:
+        """It has happened."""
+        self._times.run += self._observe("hits", run.first, run.event)
+        for copy in run.streamed:
+            self._times.streamed += 1
+            self._times.streamed_bytes += self._expert_bytes
+            self._times.copy += self._observe("copy", copy.first, copy.event)
 
     def close(self) -> None:
         if self._closing:
@@ -186,6 +218,7 @@ class CudaDevice:
         self._worker.close()
         self._streams.close()
         self._asked.clear()
+        self._joined.clear()
         self.memory.clear()  # at once, not when nobody holds this any more: the next device may need the room
         self.slot_of = None
         del self._compute
@@ -205,14 +238,14 @@ class CudaDevice:
         self._asked.append(copy)
 
     def _send(self, copy: _Copy) -> None:
-        if self._direct:
+        if self._ring is None:
             self._begin(copy)
             for piece, host in enumerate(self._source(copy.key)):
                 self._streams.upload(self._streams.copy, self.memory[piece][copy.slot], host)
             self._end(copy)
         else:
-            for number in range(len(self._chunks)):
-                self._worker.submit(partial(self._stage, copy, number))
+            for number in range(len(self._ring.chunks)):
+                self._worker.submit(partial(self._stage, self._ring, copy, number))
 
     def _begin(self, copy: _Copy) -> None:
         """(5) The slot of a stream is written again when the expert before has been computed from it."""
@@ -250,15 +283,16 @@ class CudaDevice:
         if run.event is None:
             raise CacheError("the device was closed in the middle of a run")
 
-    def _stage(self, copy: _Copy, number: int) -> None:
-        """Copy one chunk through the ring. Runs on the worker."""
+    def _stage(self, ring: StagingRing, copy: _Copy, number: int) -> None:
+        """Copy one chunk. Runs on the worker."""
         if self._closing or copy.failed or (copy.run is not None and copy.run.error is not None):
             return
         try:
             if number == 0:
                 self._begin(copy)
-            self._copy_chunk(copy, *self._chunks[number])
-            if number == len(self._chunks) - 1:
+            piece, first, last = ring.chunks[number]
+            ring.copy(self.memory[piece][copy.slot, first:last], self._source(copy.key)[piece][first:last])
+            if number == len(ring.chunks) - 1:
                 self._end(copy)
         except DeviceLost as error:
             self._lost = str(error)
@@ -270,17 +304,6 @@ class CudaDevice:
         copy.failed = True
         if copy.run is not None:
             copy.run.error = error
-
-    def _copy_chunk(self, copy: _Copy, piece: int, first: int, last: int) -> None:
-        """(2) A staging buffer is written again when the copy from it has ended."""
-        streams, buffer = self._streams, self._ring[self._next_buffer]
-        self._next_buffer = (self._next_buffer + 1) % len(self._ring)
-        if buffer.free is not None:
-            streams.synchronise(buffer.free)
-        staged = buffer.memory[: last - first]
-        np.copyto(staged, self._source(copy.key)[piece][first:last])
-        streams.upload(streams.copy, self.memory[piece][copy.slot, first:last], staged)
-        buffer.free = streams.record(streams.copy)
 
     def _next_ended(self) -> bool:
         if not self._asked:
@@ -299,13 +322,13 @@ class CudaDevice:
         """(3) An expert is found, here and on the device, once its last byte is known to be there."""
         copy = self._asked.popleft()
         if copy.failed:
-            self.times.failed_copies += 1
+            self._times.failed_copies += 1
             return copy.slot, False
         self._key_of[copy.slot] = copy.key
         self._set_slot(copy.key, copy.slot)
-        self.times.copies += 1
-        self.times.copied_bytes += self._expert_bytes
-        self.times.copy += self._observe("copy", copy.first, copy.event)
+        self._times.copies += 1
+        self._times.copied_bytes += self._expert_bytes
+        self._times.copy += self._observe("copy", copy.first, copy.event)
         return copy.slot, True
 
     def _observe(self, what: str, first: Event, last: Event) -> float:
@@ -333,14 +356,6 @@ class CudaDevice:
             return False
         return True
 
-    def _make_ring(self, size: int) -> list[_Buffer]:
-        """Memory that is not pinned serves as well: a copy from it ends before the call does, and is slower."""
-        try:
-            return [_Buffer(self._streams.staging(size)) for _ in range(STAGING_BUFFERS)]
-        except PinningRefused as error:
-            self.notes.append(f"{error}; copies are slower, from memory that is not pinned")
-            return [_Buffer(np.empty(size, np.uint8)) for _ in range(STAGING_BUFFERS)]
-
 
 def _queue_held(compute: QueuedCompute, slot_ids: SlotIds, slots: int, alone: bool) -> None:
     """alone: nothing is streamed."""
@@ -348,10 +363,3 @@ def _queue_held(compute: QueuedCompute, slot_ids: SlotIds, slots: int, alone: bo
     compute.experts(range(slots), 0)
     if alone:
         compute.end()
-
-
-def _chunks(piece_bytes: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
-    """(piece, first byte, last byte): an expert in parts of at most `most` bytes."""
-    for piece, size in enumerate(piece_bytes):
-        for first in range(0, size, most):
-            yield piece, first, min(size, first + most)

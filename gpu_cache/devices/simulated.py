@@ -106,11 +106,21 @@ class SimulatedDevice:
         self._runs.put((slot_ids, streamed))
         return self._idle
 
+    run_found = None  # its rows are known to the host first
+
     def join(self, ticket: Event) -> None:
         ticket.wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def wait(self, ticket: Event) -> None:
+        """It has ended when it is joined."""
+
+    def forget(self) -> None:
+        if self._poison:
+            for memory in self.memory:
+                memory[: self._slots] = POISON
 
     def close(self) -> None:
         self._copies.end()

@@ -23,14 +23,16 @@ _READ_ONLY = 8  # cudaHostRegisterReadOnly: what a mapped file of a store is
 
 
 class TorchStreams:
-    """See `gpu_cache.devices.streams.Streams`. device: number of the GPU, as torch counts."""
+    """See `gpu_cache.devices.streams.Streams`. device: number of the GPU, as torch counts. compute: the stream of a
+    step whose rows are on the device; None: one of its own.
+    """
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, device: int = 0, compute: torch.cuda.Stream | None = None) -> None:
         self._device = torch.device("cuda", device)
         self._pinned: list[int] = []
         with _device_errors():
             self.copy = torch.cuda.Stream(self._device)
-            self.compute = torch.cuda.Stream(self._device)
+            self.compute = compute or torch.cuda.Stream(self._device)
 
     def allocate(self, shape: Sequence[int], dtype: npt.DTypeLike = np.uint8) -> Memory:
         with _device_errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ from hybrid.device_memory import SCORES
 from hybrid.gpu.products import product
 
 LEAST_KEYS = 256  # of one part
+_ALIGNED = 8  # elements of bf16: kernels read the rows of a mask 16 bytes at a time
+
+# of folded queries: (q, k, v, bias, scale) to bf16 as q
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,21 +45,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:
-    batch, rows, heads, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    group = heads // kv_heads
-    by_head = q.reshape(batch, rows, kv_heads, group, dim).permute(0, 2, 1, 3, 4).reshape(-1, rows * group, dim)
+    kv_heads, keys, dim = k.shape[1:]
+    group = q.shape[2] // kv_heads
+    by_head = _fold(q, kv_heads).flatten(0, 1)
     scores = product(by_head, k.reshape(-1, keys, dim).transpose(1, 2)) * scale
-    scores = scores.view(batch, kv_heads, rows, group, keys).masked_fill(~seen[:, None, :, None], -torch.inf)
+    scores = scores.view(len(q), kv_heads, -1, group, keys).masked_fill(~seen[:, None, :, None], -torch.inf)
     top = scores.amax(-1)
     weights = torch.exp(scores - top.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    values = product(weights.bfloat16().view(-1, rows * group, keys), v.reshape(-1, keys, dim))
-    values = values.view(batch, kv_heads, rows, group, dim)
+    values = product(weights.bfloat16().view(len(by_head), -1, keys), v.reshape(-1, keys, dim))
+    return State(_by_row(values.view(*top.shape, dim)), _by_row(top), _by_row(weights.sum(-1)))
 
-    def by_row(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2, 3)
 
-    return State(by_row(values), by_row(top), by_row(weights.sum(-1)))
+def _fold(q: Tensor, kv_heads: int) -> Tensor:
+    """[batch, kv_heads, rows * group, dim] of [batch, rows, heads, dim]: the heads that share keys become rows."""
+    by_head: Tensor = q.unflatten(2, (kv_heads, -1)).transpose(1, 2)
+    return by_head.flatten(2, 3)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """[batch, rows, heads, ..] of [batch, kv_heads, rows, group, ..]."""
+    return x.transpose(1, 2).flatten(2, 3)
 
 
 def join(a: State, b: State) -> State:
@@ -89,10 +99,35 @@ def read_states(rows: Tensor, heads: int, dim: int) -> State:
 
 def attend_whole(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
     """The same as `finish(attend(...), None)` by torch's own attention, where nothing is to be joined: float32
-    [batch, rows, heads, dim], rounded to bf16.
+    [batch, rows, heads, dim], rounded to bf16. Every row must see a key.
     """
-    grouped = q.shape[2] != k.shape[1]
-    made = scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped
-    )
-    return made.transpose(1, 2).float()
+    return attend_folded(_torch, q, k, v, seen, scale)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def attend_folded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """`attend_whole` by a kernel that needs as many heads of queries as of keys, and so reads every key but once.
+
+    It gets q bf16 [batch, kv_heads, rows * group, dim], k and v as they are, and a bias to add to the scores, bf16
+    [batch, 1, rows * group, keys]; as many rows at a time as leave the bias within the workspace.
+    """
+    kv_heads, keys = k.shape[1:3]
+    group = q.shape[2] // kv_heads
+    step = max(1, SCORES // (len(q) * group * keys))
+    made = [
+        kernel(_fold(rows, kv_heads), k, v, _bias(seen_by, group), scale).unflatten(2, (-1, group))
+        for rows, seen_by in zip(q.split(step, 1), seen.split(step, 1), strict=True)
+    ]
+    return _by_row(made[0] if len(made) == 1 else torch.cat(made, 2)).float()
+
+
+def _bias(seen: Tensor, group: int) -> Tensor:
+    """bf16 [batch, 1, rows * group, keys] of bool [batch, rows, keys]: 0 where a key is seen, else -inf."""
+    batch, rows, keys = seen.shape
+    padded = -(-keys // _ALIGNED) * _ALIGNED
+    bias = torch.full((batch, rows, group, padded), -torch.inf, dtype=torch.bfloat16, device=seen.device)
+    bias[..., :keys].masked_fill_(seen[:, :, None], 0.0)
+    return bias.view(batch, 1, rows * group, padded)[..., :keys]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,17 @@ from hybrid.routes import view
 class Link:
     """Copies between buffers of the engine and tensors of a device, in the order in which they are asked for.
 
-    On the CPU device a copy has happened when the call returns, and there is nothing to wait for.
+    On the CPU device a copy has happened when the call returns, and there is nothing to wait for. stream: of all that
+    a step asks of a GPU, None on the CPU device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._pinned = device, 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def queue(self) -> AbstractContextManager[object]:
+        """What is asked for inside goes to the stream."""
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def to_host(self, buffer: Tensor, tensor: Tensor) -> None:
         """What is in the buffer means nothing before `wait`."""
@@ -83,6 +89,10 @@ class Clock:
 
     def seconds(self, time: Any) -> float:
         return time if isinstance(time, float) else self._seconds + self._zero.elapsed_time(time) / 1e3
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def host_tensor(address: int, size: int, dtype: torch.dtype) -> Tensor:

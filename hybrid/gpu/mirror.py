@@ -53,10 +53,12 @@ class KvMirror:
         self._keys[layer][slots, :, places] = keys.bfloat16()
         self._values[layer][slots, :, places] = values.bfloat16()
 
-    def read(self, layer: int, slots: Sequence[int], keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values bf16 [slots, kv_heads, keys, dim] of the first places of the rings, if possible a view."""
-        chosen = _selection(slots)
-        return self._keys[layer][chosen, :, :keys], self._values[layer][chosen, :, :keys]
+    def read(self, layer: int, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values bf16 [rings, kv_heads, keys, dim] of the first places of those rings; see `rings_of`."""
+        k, v = (x[layer][:, :, :keys] for x in (self._keys, self._values))
+        if isinstance(rings, slice):
+            return k[rings], v[rings]
+        return k.index_select(0, rings), v.index_select(0, rings)
 
     def _ring(self, slots: int, heads: int, dim: int) -> Tensor:
         # zeros: a weight of 0 times what memory happened to hold could be NaN
@@ -75,11 +77,11 @@ class Run:
     end: int
 
 
-def _selection(slots: Sequence[int]) -> slice | list[int]:
-    first = slots[0]
-    if list(slots) == list(range(first, first + len(slots))):
-        return slice(first, first + len(slots))
-    return list(slots)
+def rings_of(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What `KvMirror.read` takes for them: adjacent ones are viewed, others gathered by number, int64 [slots]."""
+    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)
 
 
 def extents_of(runs: Sequence[Run], device: torch.device) -> Tensor:

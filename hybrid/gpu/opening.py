@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid.errors import CapacityError
-from hybrid.gpu.link import Link
+from hybrid.errors import CapacityError, DeviceFailed
+from hybrid.gpu.attention_choice import choose_for_steps
+from hybrid.gpu.graphs import capture_on
+from hybrid.gpu.link import Link, first_line
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.step import DeviceStep
 from hybrid.gpu.weights import load_weights
@@ -29,24 +31,42 @@ def open_step(
     """weight, buffer: addresses of tensors of the store, and of buffers of the engine, which lie in `arena`, (address,
     bytes), and must live as long as the step.
 
-    Raises CapacityError when the device has less memory than was planned.
+    Raises CapacityError when the device has less memory than was planned, DeviceFailed where it does not work.
     """
     assert plan.device is not None
-    device = torch.device(plan.device.torch_device)
-
-    def read(name: str) -> npt.NDArray[np.generic]:
-        tensor = store.tensors[name]
-        return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
-
     try:
-        weights = load_weights(store.spec, store.tensors, read, device)
-        mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
+        return _open(plan, store, weight, buffer, arena, torch.device(plan.device.torch_device))
     except torch.OutOfMemoryError:
         raise CapacityError(
             f"the device has no room for {size_text(plan.device.weights)} of weights and {size_text(plan.device.kv)} "
             "of keys and values any more: free its memory, lower --gpu-kv-tokens or use --device cpu"
         ) from None
+    except RuntimeError as error:
+        raise DeviceFailed(f"the device cannot be used ({first_line(error)}); use --device cpu") from error
+
+
+def _open(
+    plan: Plan,
+    store: Store,
+    weight: Callable[[str], int],
+    buffer: Callable[[str], int],
+    arena: tuple[int, int],
+    device: torch.device,
+) -> DeviceStep:
+    assert plan.device is not None
+
+    def read(name: str) -> npt.NDArray[np.generic]:
+        tensor = store.tensors[name]
+        return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
+
+    weights = load_weights(store.spec, store.tensors, read, device)
+    mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
     link = Link(device)
-    step = DeviceStep(store.spec, plan, weights, mirror, link, buffer)
-    step.note = link.pin(*arena)
-    return step
+    problem = link.pin(*arena)
+    capture = None if problem else capture_on(device)  # a copy that waits cannot be captured
+    if link.stream:
+        torch.cuda.synchronize(device)  # weights came by another stream
+    graphs = capture and capture_on(device)  # with memory that is given back
+    with link.queue():
+        attention = choose_for_steps(store.spec, plan.slots, plan.max_rows, mirror.capacity, device, graphs)
+    return DeviceStep(store.spec, plan, weights, mirror, attention, link, buffer, capture, problem)

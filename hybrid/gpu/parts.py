@@ -5,6 +5,7 @@ The arithmetic is that of the CPU kernels: the residual stream, norms, rope and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class GatedWeights:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+
+# From scores float32 [rows, experts], which may be part of wider rows: ids int32 and weights float32 [rows, top_k].
+Choose = Callable[[Tensor, RouterSpec], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,33 @@ def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def route(rows: Tensor, weight: Tensor, bias: Tensor | None, router: RouterSpec, shared_gate: bool) -> Routed:
+def route(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, router: RouterSpec, shared_gate: bool, choose: Choose
+) -> Routed:
     """rows float32 [rows, hidden], weight float32 [experts, hidden], behind them the gate of a shared expert if any."""
     scores = torch.nn.functional.linear(rows, weight, bias)
     shared = torch.sigmoid(scores[:, -1]) if shared_gate else None
-    scores = scores[:, :-1] if shared_gate else scores
+    return Routed(*choose(scores[:, :-1] if shared_gate else scores, router), shared)
+
+
+def chooser(device: torch.device) -> Choose:
+    return choose_by_kernel if device.type == "cuda" else choose_by_torch
+
+
+def choose_by_kernel(scores: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
+    """One kernel, where what torch does is up to seven."""
+    from gpu_cache.kernels.router import TopK, choose
+
+    return choose(scores, TopK(router.kind, scores.shape[1], router.top_k, router.renormalise, router.scale))
+
+
+def choose_by_torch(scores: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
     after = router.kind == "topk_softmax"
     chosen = torch.topk(scores if after else scores.softmax(-1), router.top_k)
     weights = chosen.values.softmax(-1) if after else chosen.values
     if router.renormalise and not after:
         weights = weights / weights.sum(-1, keepdim=True)
-    return Routed(chosen.indices.int(), weights * router.scale, shared)
+    return chosen.indices.int(), weights * router.scale
 
 
 def softmax_scale(attention: AttentionSpec) -> float:

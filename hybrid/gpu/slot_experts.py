@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_cache.kernels.experts import ExpertKernels, ExpertLayout
+from gpu_cache.kernels.lookup import slots_of
 from gpu_cache.kernels.sums import weighted_sums
 from hybrid.gpu.rows import expert_rows
 from hybrid.gpu.step import DeviceStep
@@ -49,14 +51,16 @@ class SlotExperts:
         self._result = _Mirror(rows * (top_k if self._strict else 1), width, torch.float32, device)
         self._rows, self._highest = 0, -1  # of the layer that is queued: its rows and the highest of its slot ids
         self._queued = self._x.device, self._slot_ids.device  # its input and slot ids
+        self._calls = self._expert_ids.device, self._gates.device  # its experts and their weights
+
+    @property
+    def stays(self) -> bool:
+        return False
 
     def begin(self, slot_ids: npt.NDArray[np.int32]) -> None:
-        rows, top_k = slot_ids.shape
-        self._rows, self._highest = rows, int(slot_ids.max())
-        self._queued = self._input(rows), self._slot_ids.upload(slot_ids)
-        if not self._strict:
-            self._expert_ids.upload(self._ids[: rows * top_k].reshape(rows, top_k))
-            self._gates.upload(self._weights[: rows * top_k].reshape(rows, top_k))
+        self._rows, self._highest = len(slot_ids), int(slot_ids.max())
+        self._queued = self._input(self._rows), self._slot_ids.upload(slot_ids)
+        self._calls = self._routes(self._rows)
 
     def experts(self, ids: range, slot: int) -> None:
         x, slots = self._queued
@@ -65,6 +69,16 @@ class SlotExperts:
             slots = torch.where(ours, slots + (slot - ids.start), -1)
         self._kernels.run(x, slots)
 
+    def found(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
+        self._rows, self._highest = rows, -1
+        self._calls = self._routes(rows)
+        slots = slots_of(self._calls[0], slot_of, first, self._slot_ids.device[:rows])
+        self._queued = self._input(rows), slots
+        self._kernels.run(*self._queued)
+        self.end()
+        if self._strict:
+            self._slot_ids.download(rows)
+
     def end(self) -> None:
         """Experts are added in one order, whichever were streamed."""
         rows, top_k = self._rows, self._kernels.top_k
@@ -72,13 +86,18 @@ class SlotExperts:
         if self._strict:
             self._result.device[: rows * top_k].copy_(contributions)
             return self._result.download(rows * top_k)
-        ids, weights = self._expert_ids.device[:rows], self._gates.device[:rows]
-        weighted_sums(contributions, ids, weights, self._queued[1], self._result.device[:rows])
+        weighted_sums(contributions, *self._calls, self._queued[1], self._result.device[:rows])
         self._leave_sums(rows)
 
     def _input(self, rows: int) -> torch.Tensor:
         """bf16 [rows, hidden_stride] on the device."""
         return self._x.upload(self._normed[:rows])
+
+    def _routes(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts int32 and their weights float32, [rows, top_k] on the device."""
+        pairs, shape = rows * self._kernels.top_k, (rows, self._kernels.top_k)
+        ids, weights = self._ids[:pairs].reshape(shape), self._weights[:pairs].reshape(shape)
+        return self._expert_ids.upload(ids), self._gates.upload(weights)
 
     def _leave_sums(self, rows: int) -> None:
         """Queue what must happen to the sums beside their making."""
@@ -131,10 +150,8 @@ def _is(op: Op, kind: str) -> bool:
 
 
 class StepExperts(SlotExperts):
-    """The same where the rest of the step is on the device too: rows are there, and sums stay.
-
-    No stream waits for another here: the host has waited for the router before it asks for experts, and for the experts
-    before the step goes on.
+    """The same where the rest of the step is on the device too, on the same stream: rows and routes are there, and sums
+    stay.
     """
 
     def __init__(
@@ -142,9 +159,22 @@ class StepExperts(SlotExperts):
     ) -> None:
         super().__init__(plan, memory, address)
         self._step = step
+        step.graphs.clear()  # they may know slots that are gone
+
+    @property
+    def stays(self) -> bool:
+        return not self._strict
+
+    def found(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
+        self._rows = rows  # a graph tells the device alone
+        self._step.graphs.run(("experts", first), partial(super().found, slot_of, first, rows))
 
     def _input(self, rows: int) -> torch.Tensor:
-        return expert_rows(self._step.normed, integer=False)
+        return expert_rows(self._step.normed[:rows], integer=False)
+
+    def _routes(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        routed = self._step.routed
+        return routed.ids[:rows], routed.weights[:rows]
 
     def _leave_sums(self, rows: int) -> None:
         pass

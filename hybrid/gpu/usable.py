@@ -1,12 +1,35 @@
-"""Whether there is a GPU that `--device cuda` can use, and if not, what is missing."""
+"""Whether there is a GPU, whether `--device cuda` can use it, and if not, what is missing."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 LEAST_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 INSTALL = "pip install 'hybrid-moe[gpu]'"
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+DRIVER_MARKS = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version"))
+WINDOWS_GPU = Path("/dev/dxg")  # where Linux runs in Windows: a GPU of any maker
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # a vendor; what the classes of its GPUs begin with
+
+
+def gpu_is_here() -> bool:
+    """Whether there is hardware of NVIDIA that is not hidden. It takes no torch, and no time."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if any(mark.exists() for mark in DRIVER_MARKS) or any(map(_is_nvidia_gpu, PCI_DEVICES.glob("*"))):
+        return True
+    return WINDOWS_GPU.exists() and driver_version() is not None
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor == _NVIDIA and kind.startswith(_DISPLAY)
 
 
 def why_unusable() -> str | None:
@@ -22,7 +45,11 @@ def why_unusable() -> str | None:
         return problem
     if not torch.cuda.is_available():
         return "the NVIDIA driver is there but finds no GPU (see nvidia-smi, and CUDA_VISIBLE_DEVICES)"
-    return _capability_problem(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    try:
+        free_bytes()  # the first that needs the GPU itself
+        return _capability_problem(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    except RuntimeError as error:
+        return f"the GPU cannot be opened ({str(error).partition(chr(10))[0]}; see nvidia-smi)"
 
 
 def free_bytes() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -43,8 +42,8 @@ def held(memory: list[np.ndarray], slot: int) -> int | None:
 class Reader:
     """A compute that looks what its slots hold when it happens. expected: what they had to hold, by id."""
 
-    def __init__(self, memory: list[np.ndarray]) -> None:
-        self.memory = memory
+    def __init__(self, memory: list[np.ndarray], stays: bool = False) -> None:
+        self.memory, self.stays = memory, stays
         self.expected: dict[int, int] = {}
         self.wrong: list[tuple[int, int, int | None]] = []
         self.runs = self.ended = self.collected = 0
@@ -62,6 +61,18 @@ class Reader:
     def end(self) -> None:
         self.ended += 1
 
+    def found(self, slot_of: np.ndarray, first: int, rows: int) -> None:
+        """What a kernel does that looks experts up by itself: it must find what the host knew when it was queued, or
+        an expert would be computed in two places or in none.
+        """
+        known = {key: slot for slot, key in self.expected.items()}
+        for key in range(first, len(slot_of)):
+            if int(slot_of[key]) != known.get(key, -1):
+                self.wrong.append((int(slot_of[key]), key, None))
+        for slot, key in self.expected.items():
+            self.check(slot, key)
+        self.runs += 1
+
     def check(self, slot: int, key: int) -> None:
         found = held(self.memory, slot)
         if found != key:
@@ -71,26 +82,15 @@ class Reader:
         self.collected += 1
 
 
-def make(streams: StandIn, slots: int = SLOTS, **choices) -> tuple[CudaDevice, Reader]:
+def make(streams: StandIn, slots: int = SLOTS, stays: bool = False, **choices) -> tuple[CudaDevice, Reader]:
     readers: list[Reader] = []
 
     def bind(memory):
-        readers.append(Reader(memory))
+        readers.append(Reader(memory, stays))
         return readers[0]
 
     choices = {"keys": KEYS, "staging_bytes": STAGING_BYTES, "streaming": True, **choices}
     return CudaDevice(streams, slots, SIZES, source, bind, **choices), readers[0]
-
-
-def find(device: CudaDevice, reader: Reader, key: int, expected: int) -> None:
-    """What a kernel does that looks an expert up by itself: it must find what the host knew when it was queued, or an
-    expert would be computed in two places or in none.
-    """
-    slot = int(device.slot_of[key])
-    if slot != expected:
-        reader.wrong.append((slot, key, None))
-    elif slot >= 0:
-        reader.check(slot, key)
 
 
 def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple[int, int, int | None]]:
@@ -100,8 +100,8 @@ def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple
     for _ in range(steps):
         key, slot = random.randrange(KEYS), random.randrange(SLOTS)
         action = random.randrange(6)
-        if stream and action in (2, 5):
-            device.join(stream)  # before the next run, but copies and lookups may come in between
+        if stream and action in (2, 3, 5):
+            device.join(stream)  # before the next run, but copies may come in between
             stream = None
         match action:
             case 0 if slot not in loading and key not in {**ready, **loading}.values():
@@ -115,8 +115,8 @@ def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple
             case 2 if ready:
                 tickets.append(run(device, reader, dict(ready)))
             case 3:
-                expected_slot = next((slot for slot, held_key in ready.items() if held_key == key), -1)
-                streams.launch(streams.compute, partial(find, device, reader, key, expected_slot))
+                expect(device, reader, dict(ready))
+                tickets.append(device.run_found(0, 1))
             case 4 if tickets and random.random() < 0.3:
                 device.join(tickets.pop(0))
             case 5:
@@ -129,10 +129,14 @@ def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple
 
 def run(device: CudaDevice, reader: Reader, expected: dict[int, int], streamed: Sequence[int] = ()) -> Any:
     """A run on what slots must hold, and on experts that it brings; it has a reader of its own."""
-    device._compute = Reader(reader.memory)
-    device._compute.expected = expected | dict(enumerate(streamed, SLOTS))
-    device._compute.wrong = reader.wrong
+    expect(device, reader, expected | dict(enumerate(streamed, SLOTS)))
     return device.run(np.array([sorted(device._compute.expected)], np.int32), streamed)
+
+
+def expect(device: CudaDevice, reader: Reader, expected: dict[int, int]) -> None:
+    """Of the run to come."""
+    device._compute = Reader(reader.memory, reader.stays)
+    device._compute.expected, device._compute.wrong = expected, reader.wrong
 
 
 def missed(random: Random, ready: dict[int, int]) -> list[int]:
@@ -166,6 +170,11 @@ def test_nor_does_it_with_all_weights_pinned_or_none(seed, work) -> None:
     experts = np.stack([np.concatenate(source(key)) for key in range(KEYS)])
     assert work(StandIn(seed), seed, pinned=[experts]) == []
     assert work(StandIn(seed, pinnable=0), seed) == []
+
+
+@pytest.mark.parametrize("seed", range(SEEDS // 3))
+def test_nor_does_it_where_what_is_computed_stays(seed) -> None:
+    assert walk(StandIn(seed), seed, stays=True) == []
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -292,6 +301,49 @@ def test_a_run_is_joined_once() -> None:
     device.join(ticket)
     assert (reader.runs, reader.collected, reader.wrong) == (1, 1, [])
     device.close()
+
+
+class Ticking(StandIn):
+    """Every run takes a second."""
+
+    def seconds(self, first, last) -> float:
+        super().seconds(first, last)
+        return 1.0
+
+
+def test_a_run_whose_results_stay_is_not_waited_for_but_its_time_is_known_once_it_has_ended() -> None:
+    streams = Ticking(0)
+    device, _ = make(streams, stays=True)
+    streams.at_once = 0
+    ticket = device.run_found(0, 1)
+    device.join(ticket)
+    assert device._compute.runs == 0 and device._compute.collected == 1 and device.times.run == 0
+    device.wait(ticket)
+    assert device._compute.runs == 1 and device.times.run == device.times.run == 1
+    device.observer = lambda *_: None  # who is told of a run is told when it ends
+    device.join(device.run_found(0, 1))
+    assert device._compute.runs == 2 and device.times.run == 2
+    device.close()
+
+
+def test_without_a_table_on_the_device_it_finds_nothing_itself() -> None:
+    device, _ = make(StandIn(0), keys=0)
+    assert device.run_found is None
+    device.forget()
+    device.close()
+
+
+def test_what_is_forgotten_is_found_no_more() -> None:
+    device, reader = make(StandIn(3))
+    device.load(2, 7)
+    device.forget()
+    expect(device, reader, {})
+    device.join(device.run_found(0, 1))
+    device.load(2, 4)
+    expect(device, reader, {2: 4})
+    device.join(device.run_found(0, 1))
+    device.close()
+    assert reader.wrong == []
 
 
 def test_too_little_memory_is_told_of_at_the_start() -> None:

@@ -20,6 +20,8 @@ from gpu_cache.kernels.grouping import tiles_of  # noqa: E402
 from gpu_cache.kernels.lookup import slots_of  # noqa: E402
 from gpu_cache.kernels.router import TopK, choose  # noqa: E402
 from gpu_cache.kernels.sums import weighted_sums  # noqa: E402
+from hybrid.gpu.parts import choose_by_kernel, choose_by_torch, route  # noqa: E402
+from hybrid.models.spec import RouterSpec  # noqa: E402
 from hybrid.weights.formats import FORMATS as PACKED  # noqa: E402
 from hybrid.weights.layout import down_offset, expert_bytes, round_up  # noqa: E402
 
@@ -179,6 +181,23 @@ def test_rows_choose_their_experts(top) -> None:
     right_ids, right_weights = reference.choose(logits, top, correction)
     assert torch.equal(ids.cpu(), right_ids)
     assert torch.allclose(weights.cpu(), right_weights, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterSpec(4),
+        RouterSpec(3, renormalise=False, scale=2.5),
+        RouterSpec(2, kind="topk_softmax", scale=0.5),
+    ],
+    ids=str,
+)
+def test_a_step_chooses_the_same_by_the_kernel_and_by_torch(router) -> None:
+    rows = torch.randn((5, 32), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    weight = torch.randn((13, 32), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    by_kernel, by_torch = (route(rows, weight, None, router, True, by) for by in (choose_by_kernel, choose_by_torch))
+    assert torch.equal(by_kernel.ids, by_torch.ids) and by_kernel.ids.dtype == by_torch.ids.dtype
+    assert torch.allclose(by_kernel.weights, by_torch.weights, rtol=1e-5, atol=1e-7)
 
 
 def test_experts_are_looked_up_on_the_device() -> None:

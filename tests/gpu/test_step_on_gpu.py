@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from steps import greedy, in_chunks, step
+from steps import agreement, greedy, in_chunks, step
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine import Engine  # noqa: E402
+from hybrid.nearness import nearness  # noqa: E402
 from hybrid.timeline import Timeline, busy_seconds  # noqa: E402
 
 pytestmark = [
@@ -31,16 +32,16 @@ def test_logits_are_near_those_of_the_threads(kv_tokens, mode) -> None:
         wanted = in_chunks(engine, TOKENS, 64)
     with on_gpu(gpu_kv_tokens=kv_tokens, cache=CacheConfig(14, 4, mode=mode)) as engine:
         found = in_chunks(engine, TOKENS, 64)
-    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert np.median(errors) < 0.02 and np.mean(errors > 0.1) < 0.1  # near-ties of experts
+    assert nearness(found, wanted).problem is None
 
 
 def test_text_is_that_of_the_threads() -> None:
     prompt = np.arange(3, 40)
     with Engine.open(EngineConfig(**SIZES)) as engine:
-        wanted = greedy(engine, prompt, 16)
+        text = np.concatenate([prompt, greedy(engine, prompt, 16, count=60)])
     with on_gpu(cache=CacheConfig(14, 4)) as engine:
-        assert greedy(engine, prompt, 16) == wanted
+        assert agreement(engine, text, len(prompt)) > 0.9
+        assert engine.device_step.graphs.replayed > 0 and not engine.notes
 
 
 def test_spans_of_a_step_are_those_of_the_device() -> None:

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid.config import EngineConfig
-from hybrid.engine import plan_model
 from hybrid.errors import ConfigError
 from hybrid.gpu import usable
+from hybrid.planning import plan_model
 
 
 class Driver:
@@ -26,12 +26,21 @@ class Driver:
         return self.code
 
 
-def fake_torch(cuda: str | None = "12.8", available: bool = True, capability: tuple[int, int] = (8, 9)):
+def refuse():
+    raise RuntimeError("CUDA error: all devices are busy\nSee the manual.")
+
+
+def fake_torch(
+    cuda: str | None = "12.8",
+    available: bool = True,
+    capability: tuple[int, int] = (8, 9),
+    memory=lambda: (3 * 10**9, 24 * 10**9),
+):
     gpu = SimpleNamespace(
         is_available=lambda: available,
         get_device_name=lambda: "GPU X",
         get_device_capability=lambda: capability,
-        mem_get_info=lambda: (3 * 10**9, 24 * 10**9),
+        mem_get_info=memory,
     )
     return SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=gpu, __version__="2.9.0")
 
@@ -69,6 +78,10 @@ def machine(monkeypatch):
             {"driver": Driver(13010), "torch": fake_torch(capability=(7, 5))},
             "GPU X has compute capability 7.5, at least 8",
         ),
+        (
+            {"driver": Driver(13010), "torch": fake_torch(memory=refuse)},
+            r"the GPU cannot be opened \(CUDA error: all devices are busy; see nvidia-smi\)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -95,6 +108,10 @@ def test_the_command_ends_with_one_line_and_code_2(machine) -> None:
     assert "torch is not installed" in result.output and result.output.count("\n") == 1
 
 
-def test_auto_goes_on_with_the_cpu(machine) -> None:
+def test_auto_goes_on_with_the_cpu(machine, monkeypatch) -> None:
+    monkeypatch.delenv("HYBRID_DEVICE")
+    monkeypatch.setattr(usable, "gpu_is_here", lambda: True)
     machine(packages=())
     assert plan_model(EngineConfig()).cache is None
+    machine(driver=Driver(12090))
+    assert plan_model(EngineConfig()).cache.device == "cuda"

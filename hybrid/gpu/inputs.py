@@ -1,0 +1,133 @@
+"""What a step on the device is about: its rows, where their keys and values go, and what they see of the mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from hybrid.core import Batch
+from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
+from hybrid.gpu.parts import rope_table
+from hybrid.weights.layout import round_up
+
+KEYS = 256  # rings are read in multiples of so many places: tokens come one by one, and shapes should not
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of equal length that are attended together. rows: int64 [rows], indexes into the step. rings: of the mirror.
+    keys: places of the rings that are looked at. seen: by window, bool [runs, rows of a run, keys].
+    """
+
+    slots: tuple[int, ...]
+    rows: Tensor
+    rings: slice | Tensor
+    keys: int
+    seen: dict[int | None, Tensor]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """embedded: float32 [rows, hidden]. slots, places: int64 [rows], where in the mirror keys and values go. tables:
+    of every rope. older: by window, whether a row sees what is not mirrored.
+    """
+
+    embedded: Tensor
+    logit_rows: Tensor
+    slots: Tensor
+    places: Tensor
+    tables: tuple[tuple[Tensor, Tensor], ...]
+    groups: tuple[Group, ...]
+    older: dict[int | None, bool]
+
+    @property
+    def rows(self) -> int:
+        return len(self.slots)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that its rows see is mirrored."""
+        return not any(self.older.values())
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Steps of equal shape ask the device for the same, but for what their tensors hold. None for a step that is
+        more than one token of some sequences, all of which is mirrored.
+        """
+        if len(self.groups) != 1 or len(self.groups[0].slots) != self.rows or not self.whole:
+            return None
+        (group,) = self.groups
+        return (group.keys, len(self.logit_rows), *group.slots)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.embedded, self.logit_rows, self.slots, self.places)
+        for table in self.tables:
+            yield from table
+        for group in self.groups:
+            yield group.rows
+            if isinstance(group.rings, Tensor):
+                yield group.rings
+            yield from group.seen.values()
+
+    def take(self, other: StepInputs) -> StepInputs:
+        """These tensors, where they are, with what those of another step of equal shape hold."""
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(its)
+        return self
+
+
+def runs_of(batch: Batch, mirror: KvMirror) -> list[Run]:
+    """Adjacent rows of one slot each; the mirror is told that they will be written."""
+    found, row = [], 0
+    for slot, same in groupby(batch.slots.tolist()):
+        rows, position = len(list(same)), int(batch.positions[row])
+        found.append(Run(slot, row, rows, position, *mirror.extend(slot, position, rows)))
+        row += rows
+    return found
+
+
+def make_inputs(
+    batch: Batch,
+    runs: Sequence[Run],
+    embedding: Tensor,
+    ropes: Sequence[tuple[Tensor, float]],
+    windows: set[int | None],
+    capacity: int,
+) -> StepInputs:
+    """embedding: [vocab, hidden], on the device. ropes: frequencies there, and factors. capacity: of the rings."""
+    device = embedding.device
+    tokens, slots, positions, logit_rows = (
+        torch.from_numpy(array).to(device, torch.int64, copy=True)
+        for array in (batch.token_ids, batch.slots, batch.positions, batch.logit_rows)
+    )
+    return StepInputs(
+        embedded=embedding[tokens].float(),
+        logit_rows=logit_rows,
+        slots=slots,
+        places=positions % capacity,
+        tables=tuple(rope_table(positions, frequencies, factor) for frequencies, factor in ropes),
+        groups=tuple(_group(group, windows, capacity, device) for group in _together(runs)),
+        older={window: any(_sees_older(run, window) for run in runs) for window in windows},
+    )
+
+
+def _group(runs: Sequence[Run], windows: set[int | None], capacity: int, device: torch.device) -> Group:
+    rows = torch.cat([torch.arange(run.row, run.row + run.rows) for run in runs]).to(device)
+    slots, keys = tuple(run.slot for run in runs), min(capacity, round_up(max(run.end for run in runs), KEYS))
+    extents = extents_of(runs, device)
+    seen = {window: seen_places(extents, runs[0].rows, keys, capacity, window) for window in windows}
+    return Group(slots, rows, rings_of(slots, device), keys, seen)
+
+
+def _together(runs: Sequence[Run]) -> list[list[Run]]:
+    """Rows that decode are attended together, prompts each alone."""
+    decoding = [run for run in runs if run.rows == 1]
+    return [*([decoding] if decoding else []), *([run] for run in runs if run.rows > 1)]
+
+
+def _sees_older(run: Run, window: int | None) -> bool:
+    return run.start > (0 if window is None else max(0, run.position - window + 1))
