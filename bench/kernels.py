@@ -45,7 +45,7 @@ ALL_FORMATS, ALL_KV_FORMATS = ",".join(FORMATS), ",".join(KV_FORMATS)
 ROWS = "1,2,4,8,16,32,128,512"
 DECODE_ROWS = 32  # sequences that decode together at most; more rows are measured as prompts
 HEADS = {"gbps": "GB/s", "gops": "G(FL)OP/s", "limit_share": "share of limit", "issue_share": "share of issue limit"}
-WORDS = ("op", "routing", "format", "isa")  # columns of text
+WORDS = ("op", "shape", "routing", "format", "isa")  # columns of text
 
 Progress = Callable[[str, int, int], None]
 _COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
@@ -103,10 +103,10 @@ def kernels(
 ) -> None:
     """Time MoE layers, GEMMs and attention by format, instruction set and rows; print speeds and share of the limit."""
     with exit_codes():
-        (form,) = _chosen("--output", output, OUTPUTS)
+        (form,) = chosen("--output", output, OUTPUTS)
         shape = Shape(hidden, experts, top_k, intermediate, columns, heads, kv_heads, head_dim, depth)
         check_shape(shape)
-        counts, names = parse_rows(rows), _chosen("--formats", formats, FORMATS)
+        counts, names = parse_rows(rows), chosen("--formats", formats, FORMATS)
         if count_tiles:
             print(OUTPUTS[form](tile_report(shape, names, counts)))
             return
@@ -114,8 +114,8 @@ def kernels(
         if repetitions < 1:
             raise ConfigError(f"--repetitions {repetitions} is out of range; it must be at least 1")
         settings = Settings(
-            _chosen("--ops", ops, OPS), names, _chosen("--kv-format", kv_format, KV_FORMATS),
-            _chosen("--routing", routing, ROUTINGS), choose_isas(isa), counts, repetitions, shape,
+            chosen("--ops", ops, OPS), names, chosen("--kv-format", kv_format, KV_FORMATS),
+            chosen("--routing", routing, ROUTINGS), choose_isas(isa), counts, repetitions, shape,
         )  # fmt: skip
         with progress_bar() as progress:
             report = run(settings, probe(settings.isas[0]), threads, progress)
@@ -149,7 +149,7 @@ def check_shape(shape: Shape) -> None:
         raise ConfigError(f"--heads {shape.heads} is not a multiple of --kv-heads {shape.kv_heads}; change one")
 
 
-def _chosen(flag: str, text: str, allowed: Iterable[str]) -> list[str]:
+def chosen(flag: str, text: str, allowed: Iterable[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in allowed:

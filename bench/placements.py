@@ -5,6 +5,8 @@
 One model and set of prompts; every round opens each way in turn, so that all meet the same minutes. Placed once are
 whole layers, or the experts that other prompts called most. A simulated device takes its processors from the threads:
 look at its hits and bytes, and at what the cost model makes of them, not at its speed.
+With --route-trace all ways take the experts of a trace: a sequence of it for the warm-up and for each prompt, in turn,
+and the sequences that follow for the other prompts; give it as many as there are.
 (The file is not called hybrid.py: scripts beside it would then import it in place of the package.)
 """
 
@@ -50,6 +52,7 @@ PROFILE_PROMPTS = (
     "Who are you?",
 )
 WARM_UP = "The quick brown fox"
+TIMED = 1 + len(PROMPTS)  # sequences of a run: the first is that of the warm-up
 WATCHED = range(72, 96)  # tokens of an answer, one of which is drawn: late enough that a small mirror is full
 
 
@@ -123,6 +126,7 @@ def measure(options: Options) -> tuple[list[Outcome], dict[str, Any]]:
             expected = expected or tokens
             outcomes[way.name].same_tokens &= tokens == expected
     machine |= {"device": options.base.device, "step_on": options.base.step_on, "cpu": platform.processor()}
+    machine |= {"route_trace": str(options.base.route_trace) if options.base.route_trace else None}
     machine |= {"nblocks": geometry.nblocks, "nways": geometry.nways, "slot_bytes": shape.nbytes}
     return list(outcomes.values()), machine | {"simulated": asdict(options.base.simulated)}
 
@@ -153,6 +157,10 @@ def _profile(options: Options, slots: int, keys: int, experts: int) -> list[int]
     config = replace(options.base, device="cpu", step_on="threads", routes=True, cache=CacheConfig())
     with LLM.from_config(config) as llm:
         assert llm.engine.routes is not None
+        llm.engine.routes.reset(TIMED)  # those of a trace are other sequences too
+        trace, wanted = llm.engine.routes.trace, TIMED + len(PROFILE_PROMPTS)
+        if trace and trace.sequences < wanted:
+            say(f"note: the trace has {trace.sequences} of {wanted} sequences: some prompts are profiled and timed")
         llm.engine.routes.observer = count
         _generate(llm, PROFILE_PROMPTS, options.max_tokens)
     return most_asked(asked, np.zeros(keys, np.int64), slots)
@@ -257,6 +265,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
     parser.add_argument("--overlap", default="none", choices=OVERLAPS)
     parser.add_argument("--gpu-kv-tokens", type=int)
     parser.add_argument("--device-memory-gb", type=float, default=DeviceConfig.memory_gb)
+    parser.add_argument("--route-trace", type=Path, help="experts of every token: .csv or .parquet")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--output", type=Path, help="results as JSON")
@@ -270,6 +279,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
         weight_format=found.weight_format,
         threads=found.threads,
         gpu_kv_tokens=found.gpu_kv_tokens,
+        route_trace=found.route_trace,
         max_seq_len=512,
         max_batch=1,
         chunk_size=64,

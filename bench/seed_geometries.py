@@ -4,22 +4,51 @@ An RTX 4090 (PCIe 4.0 x16) beside 24 cores; bf16 experts; 14 x 4 slots for Mixtr
 the first layers only. Their traces are not published: routing is made up so that a token shares the stated part of its
 experts with the token before it (they report 40 to 60 %), and is even otherwise. The CPU's rate is that of their own
 CPU-only mode, so that it holds all that their CPU path costs.
+
+    python bench/seed_geometries.py --write-trace routes.csv --model mixtral
+
+writes such routing instead, for `hybrid run --route-trace` with any checkpoint of that shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_cache.costs import Machine, cpu_only, predict
 from gpu_cache.simulator import Setting, replay
-from gpu_cache.trace import Calls
+from gpu_cache.trace import Calls, Trace, make_trace
+from gpu_cache.trace_writer import write_trace
+from hybrid.console import exit_codes
+from hybrid.errors import ConfigError, cache_errors
 
 PCIE_GBPS, DEVICE_GBPS = 25.0, 1008.0  # PCIe 4.0 x16 as it is reached; GDDR6X of the RTX 4090
 LAYERS, TOP_K, BYTES_PER_WEIGHT = 32, 2, 2
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """MoE layers, routed experts of each, and how many a token takes."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "mixtral": Shape(32, 8, 2),
+    "phi-3.5-moe": Shape(32, 16, 2),
+    "qwen3-30b-a3b": Shape(48, 128, 8),
+    "gpt-oss-20b": Shape(24, 32, 4),
+    "embedded": Shape(16, 16, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -65,32 +94,61 @@ PLACEMENTS = {
 
 
 def made_up_calls(experts: int, reuse: float, tokens: int, seed: int = 0) -> Calls:
-    """Routing of one sequence in which an expert of a token was one of the token before with probability `reuse`."""
-    random = np.random.default_rng(seed)
-    sticky = _kept_share(experts, reuse)
-    chosen = np.empty((tokens, LAYERS, TOP_K), np.int64)
-    chosen[0] = random.random((LAYERS, experts)).argsort(axis=1)[:, :TOP_K]
-    for token in range(1, tokens):
-        order = random.random((LAYERS, experts))
-        kept = random.random((LAYERS, TOP_K)) < sticky
-        np.put_along_axis(
-            order, chosen[token - 1], np.where(kept, -1.0, np.take_along_axis(order, chosen[token - 1], 1)), 1
-        )
-        chosen[token] = order.argsort(axis=1)[:, :TOP_K]
+    """Routing of one sequence of a seed's model."""
+    chosen = made_up_routes(Shape(LAYERS, experts, TOP_K), reuse, tokens, seed)
     groups = np.arange(tokens * LAYERS)
     score = np.full(chosen.size, 1 / TOP_K, np.float32)
     start = TOP_K * np.arange(len(groups) + 1)
     return Calls(groups // LAYERS, groups % LAYERS, start, chosen.reshape(-1), score, LAYERS, experts)
 
 
-def _kept_share(experts: int, reuse: float) -> float:
-    """How often one of two experts must be kept so that, with what chance draws again, `reuse` of them are the same.
+def made_up_routes(shape: Shape, reuse: float, tokens: int, seed: int = 0) -> Ints:
+    """int64 [tokens, layers, top_k]: an expert of a token was one of the token before with probability `reuse`."""
+    random = np.random.default_rng(seed)
+    sticky, places = _kept_share(shape, reuse), (shape.layers, shape.top_k)
+    chosen = np.empty((tokens, *places), np.int64)
+    chosen[0] = random.random((shape.layers, shape.experts)).argsort(axis=1)[:, : shape.top_k]
+    for token in range(1, tokens):
+        order = random.random((shape.layers, shape.experts))
+        kept = random.random(places) < sticky
+        np.put_along_axis(
+            order, chosen[token - 1], np.where(kept, -1.0, np.take_along_axis(order, chosen[token - 1], 1)), 1
+        )
+        chosen[token] = order.argsort(axis=1)[:, : shape.top_k]
+    return chosen
 
-    Solves reuse = s * s + s * (1 - s) * (1 + 1 / (experts - 1)) + (1 - s) * (1 - s) * 2 / experts.
+
+def _kept_share(shape: Shape, reuse: float) -> float:
+    """How often an expert must be kept so that, with what chance draws again, `reuse` of them are the same: found by
+    halving. Raises ConfigError for less than chance alone makes.
     """
-    one, both = 1 / (experts - 1), 2 / experts
-    a, b, c = both - one, 1 + one - 2 * both, both - reuse
-    return (math.sqrt(b * b - 4 * a * c) - b) / (2 * a)
+    low, high = 0.0, 1.0
+    if not _shared(shape, low) <= reuse <= high:
+        raise ConfigError(f"--reuse {reuse} is out of range; with these experts it is {_shared(shape, low):.3f} to 1")
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _shared(shape, middle) < reuse else (low, middle)
+    return high
+
+
+def _shared(shape: Shape, kept: float) -> float:
+    """The share of experts that are the same if each is kept so often: those, and of the rest, which are drawn among
+    all that were not kept, those that were there before.
+    """
+    n, total = shape.top_k, 0.0
+    for count in range(n + 1):
+        chance = math.comb(n, count) * kept**count * (1 - kept) ** (n - count)
+        total += chance * (count + (n - count) ** 2 / max(1, shape.experts - count))
+    return total / n
+
+
+def made_up_trace(shape: Shape, reuse: float, sequences: int, tokens: int) -> Trace:
+    """Sequences of so many tokens, one after the other, each token a step; scores are equal."""
+    chosen = np.stack([made_up_routes(shape, reuse, tokens, seed) for seed in range(sequences)])
+    sequence, position, layer, rank = (axis.reshape(-1) for axis in np.indices(chosen.shape))
+    columns = {"step": sequence * tokens + position, "sequence": sequence, "position": position, "layer": layer}
+    columns |= {"rank": rank, "expert": chosen.reshape(-1), "score": np.full(chosen.size, 1 / shape.top_k)}
+    return make_trace(columns, shape.layers, shape.experts)
 
 
 def table(seed: Seed, reuses: list[float], tokens: int) -> list[str]:
@@ -106,11 +164,39 @@ def table(seed: Seed, reuses: list[float], tokens: int) -> list[str]:
     return [*lines, f"| CPU alone | {' | '.join([f'{alone:.1f}'] * len(reuses))} |"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def shape_of(text: str) -> Shape:
+    """A name of SHAPES, or LAYERSxEXPERTSxTOPK."""
+    words = text.split("x")
+    if len(words) == 3 and all(word.isdecimal() for word in words):
+        shape = Shape(*map(int, words))
+        if 0 < shape.top_k <= shape.experts and shape.layers:
+            return shape
+    if text not in SHAPES:
+        raise ConfigError(f"--model {text!r} is unknown; allowed: {', '.join(SHAPES)}, or LAYERSxEXPERTSxTOPK")
+    return SHAPES[text]
+
+
+def _write(options: argparse.Namespace) -> None:
+    trace = made_up_trace(shape_of(options.model), options.reuse[0], options.sequences, options.tokens)
+    with cache_errors("--write-trace"):
+        write_trace(options.write_trace, trace)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2000, help="length of the made-up traces")
     parser.add_argument("--reuse", type=float, nargs="+", default=[0.4, 0.5, 0.6], help="shares of experts used again")
-    options = parser.parse_args()
+    parser.add_argument("--write-trace", type=Path, help="write made-up routing, of the first --reuse, to this file")
+    parser.add_argument("--model", default="mixtral", help="its shape: a name, or LAYERSxEXPERTSxTOPK")
+    parser.add_argument("--sequences", type=int, default=16, help="of the file, of --tokens each")
+    options = parser.parse_args(arguments)
+    with exit_codes():
+        if options.write_trace:
+            return _write(options)
+        _print_tables(options)
+
+
+def _print_tables(options: argparse.Namespace) -> None:
     for seed in SEEDS:
         machine = seed.machine
         print(

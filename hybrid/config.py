@@ -85,9 +85,11 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
     routes: bool = False  # whether `Engine.routes` may get an observer
+    route_trace: Path | None = None  # whose experts rows take, instead of those that the model's routers choose
     # Where all but the experts is computed: auto is the GPU with --device cuda, else the threads. torch-cpu is the same
     # code on torch's CPU device, in place of a GPU: for tests, and for looking at plans.
     step_on: str = "auto"
+    cuda_graphs: bool = True  # steps that decode on a GPU are captured
     gpu_kv_tokens: int | None = None  # most recent tokens of every sequence that the device mirrors; None: what fits
 
     @property
@@ -127,6 +129,11 @@ def check_config(config: EngineConfig) -> None:
     _none_or_within("--gpu-kv-tokens", config.gpu_kv_tokens, config.chunk_size)
     if config.step_device and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
+    if config.route_trace and config.cache.prefetch != "none":
+        raise ConfigError(
+            "--route-trace cannot be had with the prefetch next-gate: a trace does not hold what a router says one "
+            "layer early; use --cache-prefetch none and --overlap none"
+        )
     if config.chunk_size < config.max_batch:
         raise ConfigError(
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "

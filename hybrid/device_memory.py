@@ -13,7 +13,9 @@ from hybrid.weights.mix import FormatMix
 KV_SHARE = 4  # the mirror gets a fourth of what weights and workspace leave if it can choose, slots the rest
 KV_STEP = 64  # tokens
 SCORES = 1 << 24  # of attention that are there at a time
+SHAPES = 8  # of steps whose CUDA graphs are kept
 _SCORE_COPIES = 4  # scaled, masked, weights, and those in bf16 with what is seen
+_FLOW = 3  # times the residual stream: itself, its normed rows, and those of a shared expert
 _BF16, _FP32 = 2, 4
 
 
@@ -106,10 +108,14 @@ def token_bytes(spec: ModelSpec) -> int:
 
 
 def workspace_bytes(spec: ModelSpec, sizes: StepSizes) -> int:
-    """An upper bound of what a step has beside weights and mirror: intermediates of its largest layer, and logits."""
+    """An upper bound of what a step has beside weights and mirror: intermediates of its largest layer, and logits; and
+    what the graphs of steps that decode leave from layer to layer.
+    """
     widest = max(_row_floats(spec.hidden, layer) for layer in spec.layers)
-    scores = min(SCORES, max(sizes.rows * layer.attention.heads * sizes.length for layer in spec.layers))
-    return (sizes.rows * widest + _SCORE_COPIES * scores + 2 * sizes.slots * spec.vocab) * _FP32
+    keys = round_up(sizes.length, KV_STEP)
+    scores = min(SCORES, max(sizes.rows * layer.attention.heads * keys for layer in spec.layers))
+    kept = SHAPES * len(spec.layers) * _FLOW * sizes.slots * spec.hidden
+    return (sizes.rows * widest + _SCORE_COPIES * scores + 2 * sizes.slots * spec.vocab + kept) * _FP32
 
 
 def _layer_weights(hidden: int, layer: LayerSpec) -> int:

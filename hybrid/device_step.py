@@ -19,7 +19,7 @@ from typing import Any
 
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.ops import Buffer, Callback, Op, RoutingTable
-from hybrid.placement import ROUTED, is_activation
+from hybrid.placement import ROUTED, TAKE, is_activation
 from hybrid.program import STATE_EXTRA, row_stride, value_dim
 
 NEW_KV = "device.kv"  # keys, then values of a layer for the rows of a step: float32 [rows, 2 * kv_heads * head_dim]
@@ -68,8 +68,13 @@ def _layers(ops: list[Op]) -> Iterator[Op]:
             yield _older_tokens(op)
             yield _call("route", op)
             yield _store(qkv[op.layer])
-        elif op.kind in ("host", "combine") or _is_routed(op) or (is_activation(op) and op.layer in routed):
+        elif _is_told(op) or op.kind == "combine" or _is_routed(op) or (is_activation(op) and op.layer in routed):
             yield _expert_op(op)
+
+
+def _is_told(op: Op) -> bool:
+    """Whether it is a callback that the threads still need: `route` has the experts of a trace already."""
+    return op.kind == "host" and op.arguments["call"].kind != TAKE
 
 
 def _is_routed(op: Op) -> bool:

@@ -28,9 +28,11 @@ from hybrid.kv import KvArena
 from hybrid.machine_profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
 from hybrid.memory import MemoryGrant, NodeMemory
 from hybrid.models.rope import inverse_frequencies
+from hybrid.placement import TAKE
 from hybrid.plan import Plan
 from hybrid.planning import EMBEDDED_MODEL, plan_model
 from hybrid.program import ropes
+from hybrid.route_trace import read_route_trace
 from hybrid.routes import Routes, view
 from hybrid.warm import model_mark, read_warm, write_warm
 from hybrid.weights.copied import CopiedWeights
@@ -38,6 +40,7 @@ from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_di
 from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
+    from hybrid.device_report import DeviceReport
     from hybrid.experts import DeviceExperts
     from hybrid.gpu.step import DeviceStep
 
@@ -147,7 +150,7 @@ class Engine:
             self.routes.begin(batch)
         try:
             if self.device_step:
-                self.device_step.begin(batch, logits)
+                self.device_step.begin(batch, logits, self.routes.taken if self.routes else None)
             if self.experts and self.experts.placing:
                 return self._forward_placed(batch, logits, self.experts)
             return self._run(self._plain, batch, logits)
@@ -207,6 +210,10 @@ class Engine:
             self.device_step.observer = observer
         if self.experts:
             self.experts.observer = self.experts.device.observer = observer
+
+    def device_report(self) -> DeviceReport | None:
+        """How a device computes steps; None if the threads do."""
+        return self.device_step.report() if self.device_step else None
 
     @property
     def notes(self) -> list[str]:
@@ -286,7 +293,8 @@ class Engine:
             return None
         top_k = max(layer.feed_forward.router.top_k for layer in self.spec.layers if layer.feed_forward.router)
         ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
-        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots)
+        trace = read_route_trace(self.plan.route_trace, self.spec) if self.plan.route_trace else None
+        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots, trace)
 
     def _open_step(self) -> None:
         from hybrid.gpu.opening import open_step
@@ -372,7 +380,7 @@ class Engine:
         return self._kv.layout(layer)
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
-        owner = self.routes if kind == "observe" else self.device_step if kind in CALLS else self.experts
+        owner = self.routes if kind in ("observe", TAKE) else self.device_step if kind in CALLS else self.experts
         return partial(getattr(owner, kind), layer)
 
 

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from gpu_cache.admission import Costs
 from gpu_cache.calls import distinct_calls
-from gpu_cache.device import Bytes
 from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
@@ -28,6 +27,8 @@ from hybrid.core import SpanObserver, StepResult
 from hybrid.decode_history import COUNTS, DecodeHistory
 from hybrid.devices import fewer_slots, open_device
 from hybrid.errors import KernelError
+from hybrid.expert_pieces import expert_pieces, pieces_of, whole_memory
+from hybrid.phases import phased
 from hybrid.placement import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
 from hybrid.plan import Plan
 from hybrid.routes import Routes, view
@@ -97,13 +98,13 @@ class DeviceExperts:
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
         self._sequences = plan.slots
-        pieces = _expert_pieces(self.plan, weights)
-        self._source = partial(_pieces_of, pieces, shape.experts)
+        pieces = expert_pieces(self.plan, weights)
+        self._source = partial(pieces_of, pieces, shape.experts)
         self.costs = call_costs(self.plan, *cpu_seconds)
         self.notes: list[str] = []
         places = {name: address(name) for name in plan.buffers}  # not `address`, which belongs to who owns this
         self._open = partial(
-            open_device, plan, source=self._source, weights=_whole(pieces), address=places.__getitem__, step=step
+            open_device, plan, source=self._source, weights=whole_memory(pieces), address=places.__getitem__, step=step
         )
         self._open_device(self.plan.geometry)
         if step:
@@ -132,6 +133,7 @@ class DeviceExperts:
         """See `hybrid.gpu.step.Finder`. Not where many rows may have experts streamed: that is the host's to decide."""
         return self.placing and self._decoding and self.device.run_found is not None
 
+    @phased("hits")
     def find(self, layer: int) -> None:
         """Have the device compute its hits of a layer: those that the lookup in `place` will find, because nothing is
         published in between.
@@ -144,6 +146,7 @@ class DeviceExperts:
         self._found = True
         self.times.start += perf_counter() - start
 
+    @phased("lookup")
     def place(self, layer: int) -> None:
         """Start the hits of a layer on the device, leave the rest to the threads, and start copies."""
         start = perf_counter()
@@ -179,6 +182,7 @@ class DeviceExperts:
             self.observer("lookup", start, looked_up)
             self._left = (perf_counter(), len(slot_of) < len(experts))
 
+    @phased("wait")
     def join(self, layer: int) -> None:
         """Wait until the device has computed its part of a layer."""
         start = perf_counter()
@@ -374,21 +378,3 @@ class DeviceExperts:
         self.device, self.geometry, notes = self._open(geometry)
         self.history = DecodeHistory(self.geometry)
         self.notes += notes
-
-
-def _pieces_of(pieces: list[list[Bytes]], experts: int, key: int) -> list[Bytes]:
-    layer, expert = divmod(key, experts)
-    return [piece[expert] for piece in pieces[layer]]
-
-
-def _whole(pieces: list[list[Bytes]]) -> list[Bytes]:
-    return [piece.reshape(-1) for layer in pieces for piece in layer]
-
-
-def _expert_pieces(plan: CachePlan, weights: Callable[[str], int]) -> list[list[Bytes]]:
-    """The pieces of the experts of every MoE layer, each [experts, bytes], in the memory of the host."""
-    experts = plan.shape.experts
-    return [
-        [view(weights(f"layers.{layer}.ffn.{name}"), (experts, size), np.uint8) for name, size in plan.shape.pieces]
-        for layer in plan.shape.layers
-    ]

@@ -144,6 +144,9 @@ GpuKvTokens = Annotated[
     int | None,
     whole("--gpu-kv-tokens", "Most recent tokens of a sequence that the GPU mirrors.", show_default="what fits"),
 ]
+CudaGraphs = Annotated[
+    bool, flag("--cuda-graphs/--no-cuda-graphs", "Ask a GPU for a whole layer at once in steps that decode.")
+]
 Overlap = Annotated[
     str, flag("--overlap", f"With misses: one of {', '.join(OVERLAPS)}; next copies for the next layer.")
 ]
@@ -158,5 +161,8 @@ ReadRate = Annotated[float, real("--device-read-gbps", "GB/s of its memory, for 
 ComputeRate = Annotated[float, real("--device-tflops", "10^12 operations a second there, for modelled times.")]
 DeviceMemory = Annotated[float, real("--device-memory-gb", "GB of its memory: slots, and with --step-on all else.")]
 TraceFile = Annotated[Path | None, path("--trace", "Write which experts every token chose: .csv or .parquet.")]
+RouteTrace = Annotated[
+    Path | None, path("--route-trace", "Tokens take the experts of this trace, not of the model's routers.")
+]
 TokenCsv = Annotated[Path | None, path("--token-csv", "Write the time of every token and the processors' clock.")]
 PowerCsv = Annotated[Path | None, path("--power-csv", "Write power and energy per token.")]

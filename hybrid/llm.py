@@ -54,8 +54,10 @@ class LLM:
         cache: CacheConfig | None = None,
         simulated: DeviceConfig | None = None,
         routes: bool = False,
+        route_trace: str | Path | None = None,
         step_on: str = EngineConfig.step_on,
         gpu_kv_tokens: int | None = None,
+        cuda_graphs: bool = EngineConfig.cuda_graphs,
         progress: Callable[[str, int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -77,8 +79,10 @@ class LLM:
             cache=cache or CacheConfig(),
             simulated=simulated or DeviceConfig(),
             routes=routes,
+            route_trace=None if route_trace is None else Path(route_trace).expanduser(),
             step_on=step_on,
             gpu_kv_tokens=gpu_kv_tokens,
+            cuda_graphs=cuda_graphs,
         )
         self._open(config, progress, notice)
 

@@ -87,6 +87,7 @@ def run(
     cache_delay: f.CacheDelay = CacheConfig.delay,
     step_on: f.StepOn = EngineConfig.step_on,
     gpu_kv_tokens: f.GpuKvTokens = EngineConfig.gpu_kv_tokens,
+    cuda_graphs: f.CudaGraphs = EngineConfig.cuda_graphs,
     overlap: f.Overlap = "none",
     pin_weights: f.PinWeights = CacheConfig.pin_weights,
     strict_placement: f.StrictPlacement = CacheConfig.strict_placement,
@@ -98,6 +99,7 @@ def run(
     breakdown_csv: f.BreakdownCsv = None,
     cachehit_csv: f.CachehitCsv = None,
     trace: f.TraceFile = None,
+    route_trace: f.RouteTrace = EngineConfig.route_trace,
     token_csv: f.TokenCsv = None,
     power_csv: f.PowerCsv = None,
     hide_resp: f.HideResponse = False,
@@ -162,7 +164,8 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
     if options.json:
         print(_json_report(llm, prompts or [], completions, summary, cache))
     else:
-        say(f"\n{summary}\n" + (f"{cache}\n" if cache else "") + f"memory       {llm.engine.memory}")
+        parts = (summary, cache, llm.engine.device_report(), f"memory       {llm.engine.memory}")
+        say("\n" + "\n".join(str(part) for part in parts if part))
 
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
@@ -276,10 +279,12 @@ def _json_report(
 ) -> str:
     from hybrid.hardware import probe
 
+    device = llm.engine.device_report()
     report = {
         "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
         "summary": asdict(summary),
         "cache": cache.to_dict() if cache else None,
+        "device": device.to_dict() if device else None,
         "plan": llm.engine.plan.to_dict(),
         "memory": asdict(llm.engine.memory),
         "machine": asdict(probe()),

@@ -21,6 +21,7 @@ ROUTED = "routing"  # of the experts that a row chooses among
 IDS, WEIGHTS = "expert_ids", "expert_weights"
 LEFT_IDS = "left_ids"  # the ids of the experts that the threads compute, -1 for those of the device
 CONTRIBUTIONS = "contributions"  # what an expert made of a row, for each (row, rank); -0 between two layers
+TAKE = "take"  # the kind of the callback that replaces what a router chose
 NEXT = "next_"  # before the buffers of the router of the next layer, which is asked early
 
 
@@ -65,11 +66,20 @@ def _layer_shape(spec: ModelSpec, index: int, tensors: dict[str, StoreTensor]) -
 
 def observe_routes(ops: Iterable[Op]) -> Iterator[Op]:
     """The ops of a step that calls `observe` once the experts of a MoE layer are chosen, and changes nothing."""
+    return _after_choice(ops, "observe")
+
+
+def take_routes(ops: Iterable[Op]) -> Iterator[Op]:
+    """The ops of a step that calls `take` there, before all others: to have other experts in the place of those."""
+    return _after_choice(ops, TAKE)
+
+
+def _after_choice(ops: Iterable[Op], kind: str) -> Iterator[Op]:
     moe = 0
     for op in ops:
         yield op
         if op.kind == "topk":
-            yield Op("host", "other", {"call": Callback("observe", moe)}, (1, "thread"), op.layer)
+            yield Op("host", "other", {"call": Callback(kind, moe)}, (1, "thread"), op.layer)
             moe += 1
 
 

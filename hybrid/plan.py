@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
@@ -18,7 +19,7 @@ from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.nodes import NodeChoice, choose_nodes
 from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
-from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers
+from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers, take_routes
 from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
 from hybrid.supported import check_supported
 from hybrid.weights.layout import round_up, store_tensors
@@ -67,7 +68,8 @@ class Plan:
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
     cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
-    lists for a step with it.
+    lists for a step with it, by CUDA graphs if wanted.
+    route_trace: whose experts rows take in place of those of the model's routers.
     """
 
     model_type: str
@@ -101,6 +103,8 @@ class Plan:
     device: DeviceMemory | None = None
     device_ops: tuple[Op, ...] = ()
     device_placed_ops: tuple[Op, ...] = ()
+    cuda_graphs: bool = True
+    route_trace: Path | None = None
 
     @property
     def nodes(self) -> int:
@@ -145,6 +149,7 @@ class Plan:
         for name in ("ops", "placed_ops", "device_ops", "device_placed_ops", "kv", "buffers", "node_buffers", "parts"):
             del fields[name]
         fields["cache"] = self.cache.to_dict() if self.cache else None
+        fields["route_trace"] = str(self.route_trace) if self.route_trace else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
@@ -195,6 +200,7 @@ def _sized(
     buffers, arena_bytes = lay_out(step.sizes)
     own = [lay_out(sizes) for sizes in step.node_sizes]
     kv = kv_geometry(spec, length, config.kv_format)
+    driven = take_routes if config.route_trace else tuple
     invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
         model_type=spec.model_type,
@@ -221,9 +227,10 @@ def _sized(
         kv_token_budget=0,
         memory_available=hardware.memory_available,
         parts=step.parts,
-        ops=tuple(observe_routes(step.ops) if config.routes else step.ops),
-        placed_ops=tuple(place_experts(step.ops, next_gate)) if shape else (),
+        ops=tuple(driven(observe_routes(step.ops) if config.routes else step.ops)),
+        placed_ops=tuple(place_experts(driven(step.ops), next_gate)) if shape else (),
         device_name="cpu" if config.device == "auto" else config.device,
+        route_trace=config.route_trace,
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)
@@ -241,7 +248,8 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     free = _device_memory(hardware, config)
     memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
     plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
-    return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed)
+    graphs = config.cuda_graphs
+    return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed, cuda_graphs=graphs)
 
 
 def _device_memory(hardware: HardwareSpec, config: EngineConfig) -> int:

@@ -40,6 +40,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
         f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
         *([f"expert cache: {plan.cache}"] if plan.cache else []),
+        *([f"routes: those of {plan.route_trace}, not of the model's routers"] if plan.route_trace else []),
         "",
         *_size_lines(rows),
         *(["", "memory of the device:", *_size_lines(plan.device.rows())] if plan.device else []),

@@ -12,6 +12,7 @@ from hybrid.gpu import usable
 from hybrid.hardware import probe
 from hybrid.models import model_spec
 from hybrid.plan import Plan, make_plan
+from hybrid.route_trace import read_route_trace
 from hybrid.weights.mix import parse_mix
 from hybrid.weights.pack import Notice, model_config, model_formats
 
@@ -21,8 +22,8 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny_moe"
 def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
     """The plan of the configured model on this machine, from its config.json alone: no weight is read or packed.
 
-    notice: that of `resolve_device`. Raises ConfigError, WeightsError or KernelError; a plan that does not fit comes
-    back with `problem` set.
+    notice: that of `resolve_device`, and called with a line if a trace routes in place of the model. Raises
+    ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     config = resolve_device(config, notice)
     hardware = probe(config.isa)
@@ -30,6 +31,10 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
         hardware = replace(hardware, device_memory=_device_memory())
     path = config.model_path or EMBEDDED_MODEL
     spec = model_spec(model_config(path))
+    if config.route_trace:
+        read_route_trace(config.route_trace, spec)
+        if notice:
+            notice(f"note: experts are those of {config.route_trace}, not of the model's routers: texts mean nothing")
     return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
 
 

@@ -67,6 +67,9 @@ class DummyEngine:
         logits[self._next(tokens)] = 4.0
         return logits
 
+    def device_report(self) -> None:
+        """There is no device."""
+
     def _check(self, batch: Batch) -> None:
         arrays = (batch.token_ids, batch.slots, batch.positions, batch.logit_rows)
         assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (
-    ("core", "errors"),
+    ("core", "errors", "phases"),
     ("config", "hardware"),
     ("models", "weights"),
     ("ops", "program", "nodes", "partition", "placement", "memory", "device_step", "device_memory", "supported")
     + ("cache_plan", "plan", "plan_text"),
     (
         "binding",
+        "route_trace",
         "routes",
         "slot_program",
         "gpu",
@@ -28,6 +29,8 @@ LEVELS = (
         "machine_profile",
         "profiling",
         "decode_history",
+        "device_report",
+        "expert_pieces",
         "experts",
     ),
     ("kv", "sampler", "tokenizer", "detokenizer", "chat", "planning", "engine"),

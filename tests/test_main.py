@@ -126,7 +126,7 @@ def test_chat_applies_the_template_to_every_prompt(loaded) -> None:
 def test_json_is_one_object_on_stdout(loaded) -> None:
     result = invoke("--prompt", "Say.", "--json")
     report = json.loads(result.stdout)
-    assert set(report) == {"completions", "summary", "cache", "plan", "memory", "machine"}
+    assert set(report) == {"completions", "summary", "cache", "device", "plan", "memory", "machine"}
     assert report["cache"] is None
     assert report["completions"][0]["finish_reason"] == "stop"
     summary = report["summary"]

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import placements  # noqa: E402
 
+from gpu_cache.trace import make_trace  # noqa: E402
+from gpu_cache.trace_writer import write_trace  # noqa: E402
 from hybrid.timeline import LANES, Span, Timeline, busy_seconds  # noqa: E402
 
 
@@ -31,6 +34,25 @@ def test_all_ways_choose_the_same_tokens_and_none_has_more_slots(tmp_path, capsy
     assert found["LRU, always"]["copied_bytes_per_token"][0] > 0 and found["CPU only"]["hit_rate"] == []
     assert capsys.readouterr().out.count("\n| ") == len(found)
     assert all(word in picture.read_text() for word in ("misses", "copy", "simulated device"))
+
+
+def test_a_trace_routes_in_all_ways_and_other_sequences_of_it_are_profiled(tmp_path, capsys) -> None:
+    """Those that are timed ask for experts 0 and 1, those behind them for 2 and 3."""
+    sequences = placements.TIMED + len(placements.PROFILE_PROMPTS)
+    sequence, layer, rank = (axis.reshape(-1) for axis in np.indices((sequences, 16, 2)))
+    columns = {"step": sequence, "sequence": sequence, "position": 0 * sequence, "layer": layer, "rank": rank}
+    columns |= {"expert": rank + 2 * (sequence >= placements.TIMED), "score": rank * 0 + 0.5}
+    write_trace(tmp_path / "trace.csv", make_trace(columns, 16, 16))
+    output = tmp_path / "results.json"
+    flags = ["--rounds", "1", "--max-tokens", "4", "--policies", "LRU", "--admissions", "always", "--threads", "1"]
+    flags += ["--cache-nways", "2", "--route-trace", str(tmp_path / "trace.csv"), "--output", str(output)]
+    placements.main(flags)
+    report = json.loads(output.read_text())
+    found = {result["way"]: result["hit_rate"] for result in report["results"]}
+    assert found["static, most called experts"] == [0.0] and found["static, 2 whole layers"] == [2 / 16]
+    assert found["LRU, always"][0] > 0.8 and report["machine"]["route_trace"] == str(tmp_path / "trace.csv")
+    assert all(result["same_tokens"] for result in report["results"])
+    assert "some prompts are profiled" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,42 @@ def test_rapl_counters_begin_anew_when_they_are_full(tmp_path, monkeypatch) -> N
     assert meter.package_joules() is None
 
 
+class FakeNvml:
+    """Two GPUs, whose counters of millijoules do not begin at zero; once it is `gone`, as the driver is."""
+
+    gone = False
+
+    def __init__(self, *millijoules: int) -> None:
+        self.millijoules = list(millijoules)
+
+    def nvmlInit(self) -> None:  # noqa: N802  the library's name
+        if self.gone:
+            raise RuntimeError("NVML Shared Library Not Found")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.millijoules)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        self.nvmlInit()
+        return self.millijoules[handle]
+
+
+def test_the_energy_of_gpus_is_counted_from_the_start_and_told_as_unreadable_once_it_is(monkeypatch) -> None:
+    nvml = FakeNvml(5000, 70)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = EnergyMeter()
+    assert meter.gpu_joules() == 0
+    nvml.millijoules = [8000, 570]
+    assert meter.gpu_joules() == 3.5
+    nvml.gone = True
+    assert meter.gpu_joules() is None and EnergyMeter().gpu_joules() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert EnergyMeter().gpu_joules() is None
+
+
 def test_the_clock_is_that_of_the_processors_that_compute(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("hybrid.meters._CPUS", tmp_path)
     monkeypatch.setattr("hybrid.meters._CPUINFO", tmp_path / "cpuinfo")

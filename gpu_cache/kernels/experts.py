@@ -14,8 +14,29 @@ from gpu_cache.kernels.tiles import few_down, few_gate_up, many_down, many_gate_
 
 BLOCK = 16  # output columns
 FEW_ROWS = 16  # a step of at most so many rows streams weights; also the least that tensor cores multiply
-MANY_ROWS = 64  # of a tile when there are more
-FEW_BLOCKS, MANY_BLOCKS = 1, 4  # of output columns in a program: many programs stream, wide ones multiply
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a program of a kernel has: a tile of `rows` rows and `blocks` blocks of output columns, both powers of two.
+
+    warps, stages: of its loop, None for Triton's choice. A sum is one chain over the inputs in every tiling, but the
+    compiler may multiply in other instructions, which add up in another order: bits compare within one tiling.
+    """
+
+    blocks: int
+    rows: int
+    warps: int | None = None
+    stages: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of a launch."""
+        named = {"num_warps": self.warps, "num_stages": self.stages}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+FEW, MANY = Tiling(blocks=1, rows=FEW_ROWS), Tiling(blocks=4, rows=64)  # many programs stream, wide ones multiply
 
 
 @dataclass(frozen=True)
@@ -66,11 +87,21 @@ class ExpertKernels:
     they had.
     """
 
-    def __init__(self, layout: ExpertLayout, memory: Sequence[torch.Tensor], rows: int, top_k: int) -> None:
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        memory: Sequence[torch.Tensor],
+        rows: int,
+        top_k: int,
+        few: Tiling = FEW,
+        many: Tiling = MANY,
+    ) -> None:
         """memory: uint8 [slots, bytes] of the matrices, then of the biases of gate and up and of down if there are any.
-        rows: of a step at most.
+        rows: of a step at most. few, many: for steps of at most `FEW_ROWS` rows, all of which its tile holds, and of
+        more.
         """
-        self.layout, self.top_k = layout, top_k
+        assert few.rows >= FEW_ROWS
+        self.layout, self.top_k, self._few_tiling, self._many_tiling = layout, top_k, few, many
         self._experts, self._biases = memory[0], list(memory[1:3]) if layout.bias else [memory[0], memory[0]]
         pairs, device = rows * top_k, memory[0].device
         self.activation = torch.zeros((pairs, layout.intermediate_stride), dtype=torch.bfloat16, device=device)
@@ -91,30 +122,31 @@ class ExpertKernels:
         return self.contributions[: rows * self.top_k]
 
     def _few(self, x: torch.Tensor, slot_ids: torch.Tensor) -> None:
-        rows, top_k = slot_ids.shape
-        tile = {"TOP_K": top_k, "RANKS": triton.next_power_of_2(top_k), "ROWS": FEW_ROWS}
-        shape = {**self._shape(FEW_BLOCKS), **tile}
+        (rows, top_k), tiling = slot_ids.shape, self._few_tiling
+        shape = {**self._shape(tiling), "TOP_K": top_k, "RANKS": triton.next_power_of_2(top_k)}
         gate_up, down = self._gate_up(x), self._down()
         activation = {"ACTIVATION": self.layout.activation}
-        few_gate_up[self._grid(rows * top_k, gate_up, FEW_BLOCKS)](slot_ids, rows, *gate_up, **activation, **shape)
-        few_down[self._grid(rows * top_k, down, FEW_BLOCKS)](slot_ids, rows, *down, **shape)
+        few_gate_up[self._grid(rows * top_k, gate_up, tiling)](slot_ids, rows, *gate_up, **activation, **shape)
+        few_down[self._grid(rows * top_k, down, tiling)](slot_ids, rows, *down, **shape)
 
     def _many(self, x: torch.Tensor, slot_ids: torch.Tensor) -> None:
-        tiles = tiles_of(slot_ids, len(self._experts), MANY_ROWS)
-        shape = {**self._shape(MANY_BLOCKS), "ROWS": MANY_ROWS}
+        tiling = self._many_tiling
+        tiles, shape = tiles_of(slot_ids, len(self._experts), tiling.rows), self._shape(tiling)
         gate_up, down = self._gate_up(x), self._down()
         activation = {"ACTIVATION": self.layout.activation, "TOP_K": self.top_k}
-        many_gate_up[self._grid(len(tiles.slot), gate_up, MANY_BLOCKS)](*tiles, *gate_up, **activation, **shape)
-        many_down[self._grid(len(tiles.slot), down, MANY_BLOCKS)](*tiles, *down, **shape)
+        many_gate_up[self._grid(len(tiles.slot), gate_up, tiling)](*tiles, *gate_up, **activation, **shape)
+        many_down[self._grid(len(tiles.slot), down, tiling)](*tiles, *down, **shape)
 
-    def _grid(self, tiles: int, arguments: tuple[object, ...], blocks: int) -> tuple[int, int]:
+    def _grid(self, tiles: int, arguments: tuple[object, ...], tiling: Tiling) -> tuple[int, int]:
         columns = arguments[4]
         assert isinstance(columns, int)
-        return tiles, -(-columns // blocks)
+        return tiles, -(-columns // tiling.blocks)
 
-    def _shape(self, blocks: int) -> dict[str, object]:
+    def _shape(self, tiling: Tiling) -> dict[str, object]:
+        """Constants and options of a launch."""
         format = self.layout.format
-        return {"FORMAT": format, "BIAS": self.layout.bias, "BLOCKS": blocks, "CHUNK": FORMATS[format].CHUNK}
+        of_format = {"FORMAT": format, "BIAS": self.layout.bias, "CHUNK": FORMATS[format].CHUNK}
+        return {**of_format, "BLOCKS": tiling.blocks, "ROWS": tiling.rows, **tiling.options}
 
     def _gate_up(self, x: torch.Tensor) -> tuple[object, ...]:
         return self._matrix(x, 0, self.layout.gate_up_blocks, self.layout.hidden_stride, 0, self.activation)

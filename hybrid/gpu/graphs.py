@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from hybrid.device_memory import SHAPES
 from hybrid.gpu.inputs import StepInputs
 from hybrid.gpu.link import first_line
 
-MOST_SHAPES = 8  # of steps, whose graphs are kept; the one that was not seen for longest goes
 Made = TypeVar("Made")
 
 
@@ -66,7 +66,8 @@ class _Kept:
 
 
 class Graphs:
-    """Runs the works of steps: the first time plainly, the second captured, and from then on by their graphs.
+    """Runs the works of steps: the first time plainly, the second captured, and from then on by their graphs. Of shapes
+    the last `SHAPES` are kept.
 
     problem: why capturing was given up, if it was. replayed: how many works ran by their graphs.
     """
@@ -89,7 +90,7 @@ class Graphs:
         kept = self._kept.pop(shape, None)
         kept = _Kept(inputs, {}) if kept is None else _Kept(kept.inputs.take(inputs), kept.works)
         self._kept[shape] = kept
-        if len(self._kept) > MOST_SHAPES:
+        if len(self._kept) > SHAPES:
             self._kept.popitem(last=False)
         self._works = kept.works
         return kept.inputs

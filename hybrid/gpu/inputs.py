@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ class Group:
 @dataclass(frozen=True)
 class StepInputs:
     """embedded: float32 [rows, hidden]. slots, places: int64 [rows], where in the mirror keys and values go. tables:
-    of every rope. older: by window, whether a row sees what is not mirrored.
+    of every rope. older: by window, whether a row sees what is not mirrored. taken: int32 [MoE layers, rows, top_k],
+    experts in place of those that the routers choose, or None.
     """
 
     embedded: Tensor
@@ -43,6 +46,7 @@ class StepInputs:
     tables: tuple[tuple[Tensor, Tensor], ...]
     groups: tuple[Group, ...]
     older: dict[int | None, bool]
+    taken: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -65,6 +69,8 @@ class StepInputs:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.embedded, self.logit_rows, self.slots, self.places)
+        if self.taken is not None:
+            yield self.taken
         for table in self.tables:
             yield from table
         for group in self.groups:
@@ -97,8 +103,11 @@ def make_inputs(
     ropes: Sequence[tuple[Tensor, float]],
     windows: set[int | None],
     capacity: int,
+    taken: npt.NDArray[np.int32] | None = None,
 ) -> StepInputs:
-    """embedding: [vocab, hidden], on the device. ropes: frequencies there, and factors. capacity: of the rings."""
+    """embedding: [vocab, hidden], on the device. ropes: frequencies there, and factors. capacity: of the rings. taken:
+    of StepInputs, on the host.
+    """
     device = embedding.device
     tokens, slots, positions, logit_rows = (
         torch.from_numpy(array).to(device, torch.int64, copy=True)
@@ -112,6 +121,7 @@ def make_inputs(
         tables=tuple(rope_table(positions, frequencies, factor) for frequencies, factor in ropes),
         groups=tuple(_group(group, windows, capacity, device) for group in _together(runs)),
         older={window: any(_sees_older(run, window) for run in runs) for window in windows},
+        taken=None if taken is None else torch.from_numpy(taken).to(device, copy=True),
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -98,24 +96,3 @@ def first_line(error: BaseException) -> str:
 def host_tensor(address: int, size: int, dtype: torch.dtype) -> Tensor:
     """`size` bytes of a buffer of the engine, which must outlive the tensor: [elements]."""
     return torch.from_numpy(view(address, (size,), np.uint8)).view(dtype)
-
-
-def _nvtx() -> Any:
-    if find_spec("nvtx") is None:
-        return None
-    import nvtx
-
-    return nvtx
-
-
-_NVTX = _nvtx()
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Marks what runs inside for profilers, if nvtx is installed."""
-    if _NVTX is None:
-        yield
-        return
-    with _NVTX.annotate(name, domain="hybrid"):
-        yield

@@ -63,10 +63,11 @@ def _open(
     mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
     link = Link(device)
     problem = link.pin(*arena)
-    capture = None if problem else capture_on(device)  # a copy that waits cannot be captured
+    wanted = plan.cuda_graphs and not problem  # a copy that waits cannot be captured
+    capture = capture_on(device) if wanted else None
     if link.stream:
         torch.cuda.synchronize(device)  # weights came by another stream
     graphs = capture and capture_on(device)  # with memory that is given back
     with link.queue():
         attention = choose_for_steps(store.spec, plan.slots, plan.max_rows, mirror.capacity, device, graphs)
-    return DeviceStep(store.spec, plan, weights, mirror, attention, link, buffer, capture, problem)
+        return DeviceStep(store.spec, plan, weights, mirror, attention, link, buffer, capture, problem)

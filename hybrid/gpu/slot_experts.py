@@ -52,6 +52,8 @@ class SlotExperts:
         self._rows, self._highest = 0, -1  # of the layer that is queued: its rows and the highest of its slot ids
         self._queued = self._x.device, self._slot_ids.device  # its input and slot ids
         self._calls = self._expert_ids.device, self._gates.device  # its experts and their weights
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # zeros were written on another stream than the one that reads them
 
     @property
     def stays(self) -> bool:

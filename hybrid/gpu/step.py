@@ -17,20 +17,22 @@ from torch.nn.functional import pad
 
 from gpu_cache.errors import DeviceFull
 from hybrid.core import Batch, SpanObserver
+from hybrid.device_report import DeviceReport
 from hybrid.errors import DeviceFailed
 from hybrid.gpu.attention import State, finish, join, read_states
 from hybrid.gpu.attention_choice import WholeAttention
 from hybrid.gpu.buffers import SharedBuffers
 from hybrid.gpu.graphs import Capture, Graphs
 from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
-from hybrid.gpu.link import Clock, Link, first_line, phase
+from hybrid.gpu.link import Clock, Link, first_line
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.mirrored_attention import MirroredAttention
-from hybrid.gpu.parts import Routed, chooser, gated, rms_norm, route
+from hybrid.gpu.parts import GatedWeights, Routed, chooser, gated, rms_norm, route
 from hybrid.gpu.products import linear
 from hybrid.gpu.weights import DeviceWeights
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.phases import phase
 from hybrid.placement import NEXT
 from hybrid.plan import Plan
 from hybrid.program import key_dim, ropes
@@ -122,6 +124,11 @@ class DeviceStep:
         """What makes it slower than it could be."""
         return [note for note in (self._pinning, self.graphs.problem) if note]
 
+    def report(self) -> DeviceReport:
+        decoding, prompts = self.attention.decoding, self.attention.prompts
+        graphs = self.graphs.replayed
+        return DeviceReport(decoding.name, decoding.seconds, prompts.name, prompts.seconds, graphs, tuple(self.notes))
+
     @property
     def normed(self) -> Tensor:
         return self._flow.normed
@@ -131,17 +138,19 @@ class DeviceStep:
         assert self._flow.routed is not None
         return self._flow.routed
 
-    def begin(self, batch: Batch, logits: npt.NDArray[np.float32]) -> None:
-        """The step to come. logits: float32 [len(batch.logit_rows), vocab], written by `finish`."""
-        self._asked = batch, logits
+    def begin(self, batch: Batch, logits: npt.NDArray[np.float32], taken: npt.NDArray[np.int32] | None = None) -> None:
+        """The step to come. logits: float32 [len(batch.logit_rows), vocab], written by `finish`. taken: int32 [MoE
+        layers, rows, top_k], the experts of its rows where a trace names them.
+        """
+        self._asked = batch, logits, taken
 
     @_on_device
     def start(self, _: int = 0) -> None:
         """The step begins: the executor has found it within the plan."""
-        batch, self._logits = self._asked
+        batch, self._logits, taken = self._asked
         runs = runs_of(batch, self.mirror)
         embedding, capacity = self._weights.embedding, self.mirror.capacity
-        inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity)
+        inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken)
         for run in runs:
             self._buffers.ends[run.row : run.row + run.rows] = run.start
         self._finding = self.finder is not None and self.finder.finds
@@ -182,8 +191,10 @@ class DeviceStep:
         if is_moe and self._finding:
             assert self.finder is not None
             self.finder.find(self._moe.index(layer))
-        if is_moe:
-            self._flow = replace(self._flow, shared=self.graphs.run(("shared", layer), partial(self._shared, layer)))
+        shared = self._weights.feed_forward[layer].shared
+        if shared is not None:
+            made = self.graphs.run(("shared", layer), partial(self._shared, shared))
+            self._flow = replace(self._flow, shared=made)
         self.link.wait(sent)  # keys and values too
         self._owes_experts, self.hits = is_moe, None
         if is_moe:
@@ -268,13 +279,12 @@ class DeviceStep:
     def _route(self, layer: int, normed: Tensor) -> Routed:
         ffn, weights = self._spec.layers[layer].feed_forward, self._weights.feed_forward[layer]
         assert ffn.router is not None and weights.router is not None
-        return route(normed, weights.router, weights.router_bias, ffn.router, ffn.shared_gate, self._choose)
+        routed = route(normed, weights.router, weights.router_bias, ffn.router, ffn.shared_gate, self._choose)
+        taken = self._inputs.taken
+        return routed if taken is None else replace(routed, ids=taken[self._moe.index(layer)])
 
-    def _shared(self, layer: int) -> Tensor | None:
+    def _shared(self, shared: GatedWeights) -> Tensor:
         """What the shared expert makes, while the host already has the rows."""
-        shared = self._weights.feed_forward[layer].shared
-        if shared is None:
-            return None
         made, weight = gated(self.normed.bfloat16(), shared, "silu"), self.routed.shared
         return made if weight is None else made * weight[:, None]
 

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gpu_cache.kernels import lookup, router, sums, tiles
+from gpu_cache.kernels.experts import FEW, MANY
 from gpu_cache.kernels.formats import FORMATS
 
 INTS = {"slot_ids", "tile_slot", "tile_first", "tile_last", "order", "ids", "slot_of"}
@@ -25,11 +26,11 @@ EVEN = INTS | FLOATS | {"x", "experts", "bias", "out", "x_stride", "slot_bytes",
 def main(capability: int, formats: list[str]) -> None:
     target = GPUTarget("cuda", capability, 32)
     for format in formats:
-        for few, kernels in (
-            (True, (tiles.few_gate_up, tiles.few_down)),
-            (False, (tiles.many_gate_up, tiles.many_down)),
+        for tiling, kernels in (
+            (FEW, (tiles.few_gate_up, tiles.few_down)),
+            (MANY, (tiles.many_gate_up, tiles.many_down)),
         ):
-            shape = {"ROWS": 16, "BLOCKS": 1} if few else {"ROWS": 64, "BLOCKS": 4}
+            shape = {"ROWS": tiling.rows, "BLOCKS": tiling.blocks}
             choices = {
                 "FORMAT": format,
                 "CHUNK": FORMATS[format].CHUNK,

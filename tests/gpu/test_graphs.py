@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,24 @@ def test_experts_that_the_device_finds_are_captured_too(tmp_path, monkeypatch, c
         assert engine.experts.count()[:, 1].sum() == hits > 10
 
 
+def test_without_graphs_every_step_is_plain(tmp_path, monkeypatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("hybrid.gpu.opening.capture_on", asked.append)
+    with opened(tmp_path, **STEP, cuda_graphs=False) as engine:
+        assert not engine.plan.cuda_graphs and not asked
+
+
+def test_a_run_says_how_a_device_computed_it(tmp_path, capture) -> None:
+    with opened(tmp_path, **STEP) as engine:
+        work(engine)
+        report = engine.device_report()
+    assert str(report).startswith("device       attention by torch to decode, by torch for prompts; ")
+    assert str(report).endswith(f"; {report.replayed} works by CUDA graphs") and report.replayed > 30
+    told = replace(report, decoding_seconds={"split": 3e-5, "torch": 1e-5}, replayed=0, notes=("no graphs",))
+    assert "attention by torch (us: torch 10, split 30) to decode" in str(told)
+    assert str(told).endswith("; no CUDA graphs\n             no graphs") and told.to_dict()["decoding"] == "torch"
+
+
 def test_inputs_that_are_not_renewed_are_found_out(tmp_path, capture, monkeypatch) -> None:
     with opened(tmp_path, **STEP) as engine:
         wanted = work(engine)
@@ -149,7 +168,7 @@ def test_what_cannot_be_captured_is_done_plainly_and_said(tmp_path, capture, mon
 
 
 def test_shapes_that_were_not_seen_for_longest_go(tmp_path, capture, monkeypatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_SHAPES", 2)
+    monkeypatch.setattr(graphs, "SHAPES", 2)
     with opened(tmp_path, **STEP) as engine:
         for _ in range(3):
             for slot in range(3):
