@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hybrid.cache_plan import CachePlan
     from hybrid.llm import LLM
     from hybrid.placement import ExpertShape
 
@@ -134,7 +135,12 @@ def verify_model(
     """The outcome of every scenario on a model. config: of a run without a cache. Raises HybridError."""
     if device not in COMPARISONS:
         raise ConfigError(f"--device {device!r} has no slots to compare; allowed: {', '.join(DEVICES)}")
-    scenarios = [s for s in make_scenarios(_shape(config, device), thorough) if device == "simulated" or not s.slow]
+    plan = _cache_plan(config, device)
+    scenarios = [
+        scenario
+        for scenario in make_scenarios(plan.shape, thorough, plan.geometry.slots)
+        if device == "simulated" or not scenario.slow
+    ]
     expected, _ = _answers(replace(config, device="cpu"), prompts, max_tokens)
     outcomes = []
     for done, scenario in enumerate(scenarios):
@@ -160,17 +166,22 @@ def try_scenario(
     )  # fmt: skip
 
 
-def make_scenarios(shape: ExpertShape, thorough: bool = False) -> Iterator[Scenario]:
-    """Every plight with LRU, then every policy, mapping and admission: each once, or `thorough`ly all together."""
+def make_scenarios(shape: ExpertShape, thorough: bool = False, slots: int | None = None) -> Iterator[Scenario]:
+    """Every plight with LRU, then every policy, mapping and admission: each once, or `thorough`ly all together.
+
+    slots: that fit the device; None: as many as are wanted.
+    """
     from gpu_cache.admission import ADMISSIONS
     from gpu_cache.geometry import MAPPINGS
     from gpu_cache.policies import POLICIES
 
     layers = len(shape.layers)
-    nways = min(shape.experts, max(shape.top_k, shape.experts // 4))
-    on = CacheConfig(layers, nways, stream="off", poison=True)
+    slots = slots or layers * shape.experts
+    nblocks = min(layers, slots)
+    nways = min(shape.experts, max(shape.top_k, shape.experts // 4), slots // nblocks)
+    on = CacheConfig(nblocks, nways, stream="off", poison=True)
     yield Scenario("on", on)
-    yield Scenario("thrashing", replace(on, nblocks=1, nways=shape.top_k, delay=0))
+    yield Scenario("thrashing", replace(on, nblocks=1, nways=min(shape.top_k, slots), delay=0))
     yield Scenario("starved", replace(on, quota=0))
     yield Scenario("quota 1", replace(on, quota=1, delay=0))
     yield Scenario("random delays", replace(on, nways=max(1, nways // 2)), SLOW)
@@ -280,14 +291,14 @@ def _quantised(llm: LLM) -> bool:
     return plan.kv.format != "bf16" or uses_integers(llm.engine.spec, plan.formats)
 
 
-def _shape(config: EngineConfig, device: str) -> ExpertShape:
-    """Of the experts of the model; raises ConfigError for one that has none."""
+def _cache_plan(config: EngineConfig, device: str) -> CachePlan:
+    """With as many slots as fit; raises ConfigError for a model that has no experts."""
     from hybrid.planning import plan_model
 
     plan = plan_model(replace(config, device=device))
     if plan.cache is None:
         raise ConfigError("this model has no experts to cache")
-    return plan.cache.shape
+    return plan.cache
 
 
 def _to_text(outcomes: Sequence[Outcome]) -> str:

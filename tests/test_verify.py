@@ -146,6 +146,13 @@ def test_scenarios_name_every_policy_mapping_and_admission() -> None:
     assert CacheConfig(16, 4, stream="off", poison=True) in caches
 
 
+@pytest.mark.parametrize("slots", [1, 2, 20, 40])
+def test_scenarios_have_no_more_slots_than_the_device(slots) -> None:
+    caches = [scenario.cache for scenario in make_scenarios(SHAPE, True, slots)]
+    assert 0 < max(cache.nblocks * cache.nways for cache in caches) <= slots
+    assert len(caches) == len(list(make_scenarios(SHAPE, True)))
+
+
 def test_a_model_without_experts_is_refused(tmp_path) -> None:
     from checkpoints import write_checkpoint
 
