@@ -2,11 +2,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <optional>
+#include <utility>
 
 #include "cpu/features.h"
 #include "executor/executor.h"
@@ -290,7 +293,13 @@ void bind_ops(nb::class_<Executor>& c) {
 
 NB_MODULE(_ext, m) {
   using namespace hybrid;
+  fetch_near = should_fetch_near();
   m.def("available_isas", &available_isas, "Instruction sets that run on this machine, best first.");
+  m.def(
+      "fetches_near", [](std::optional<bool> wanted) { return std::exchange(fetch_near, wanted.value_or(fetch_near)); },
+      "wanted"_a = nb::none(),
+      "Whether weights are fetched into the first-level cache, a little ahead, or far ahead into the second, as suits\n"
+      "this processor. wanted: what to do from now on, for measurements and tests; results are the same.");
   m.def("missing_features", &missing_features, "isa"_a, "CPU features that `isa` needs and this machine lacks.");
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
   m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");

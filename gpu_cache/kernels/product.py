@@ -28,7 +28,7 @@ def product(
     one scale a column, so sums are one chain over chunks in ascending order, whatever other rows there are.
     """
     sums = tl.zeros((x.shape[0], BLOCKS * 16), tl.float32)
-    bytes_of_input: tl.constexpr = 32 if FORMAT == "bf16" else 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 16
+    bytes_of_input: tl.constexpr = 32 if FORMAT == "bf16" else 8 if FORMAT == "mxfp4" else 16
     for first in range(0, inputs, CHUNK):
         rows = tl.load(x + first + tl.arange(0, CHUNK)[None, :], mask=mine[:, None], other=0.0)
         lines = blocks + header + first * bytes_of_input
@@ -39,7 +39,7 @@ def product(
         else:
             nothing = tl.zeros((x.shape[0], BLOCKS * 16), tl.float32)
             if FORMAT == "int4":
-                part = _dot(rows, int4_codes(lines, stride, count, BLOCKS, CHUNK), nothing)
+                part = _dot(rows, int4_codes(blocks, stride, count, first, BLOCKS, CHUNK), nothing)
                 sums += part * int4_scales(blocks, stride, count, first, BLOCKS)[None, :]
             elif FORMAT == "fp8":
                 part = _dot(rows, fp8_codes(lines, stride, count, BLOCKS, CHUNK), nothing)

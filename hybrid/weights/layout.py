@@ -22,7 +22,7 @@ from hybrid.weights.formats.block import Array, Bytes
 from hybrid.weights.formats.block import round_up as round_up
 from hybrid.weights.mix import FormatMix
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 StoreDtype = Literal["U8", "F32"]
 

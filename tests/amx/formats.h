@@ -50,16 +50,20 @@ inline void fill_int8(const Block& block, Random& random, char* to) {
 }
 
 inline void fill_int4(const Block& block, Random& random, char* to) {
-  auto* scales = reinterpret_cast<uint16_t (*)[kBlock]>(to);
-  auto* lines = reinterpret_cast<uint8_t (*)[kBlock][4]>(to + block.inputs);
+  struct Part {  // of 64 inputs
+    uint16_t scales[2][kBlock];
+    uint8_t lines[8][kBlock][4];
+  };
+  auto* parts = reinterpret_cast<Part*>(to);
   for (int g = 0; g < block.inputs / 32; ++g)
     for (int c = 0; c < kBlock; ++c)
-      scales[g][c] = block.inside(c, g * 32) ? reference::to_bf16(random_scale(random)) : uint16_t(0);
+      parts[g / 2].scales[g % 2][c] = block.inside(c, g * 32) ? reference::to_bf16(random_scale(random)) : uint16_t(0);
   block.fill([&](int c, int i, bool inside) {
     const int q = inside ? random.below(16) - 8 : 0, shift = i % 8 / 4 * 4;
-    uint8_t& byte = lines[i / 8][c][i % 4];
+    Part& part = parts[i / 64];
+    uint8_t& byte = part.lines[i % 64 / 8][c][i % 4];
     byte = uint8_t((byte & ~(15 << shift)) | (q + 8) << shift);
-    return double(q) * reference::from_bf16(scales[i / 32][c]);
+    return double(q) * reference::from_bf16(part.scales[i % 64 / 32][c]);
   });
 }
 

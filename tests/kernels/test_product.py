@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from rig import (
     rows_of,
 )
 
+import cpu_kernels
 from hybrid.weights.formats import FORMATS
 
 ROWS = [1, 2, 5, 6, 7, 13, 17, 33, 100]
@@ -69,6 +71,22 @@ def test_a_product_is_within_rounding(isa, format, n, k) -> None:
     x, weight, expected = operands(format, max(ROWS), n, k)
     for rows in ROWS:
         assert_near(multiply(isa, format, x[:rows], weight, n), expected[:rows])
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_where_weights_are_fetched_to_changes_no_bit(isa, format, near) -> None:
+    """Of few rows, for which they stream past once."""
+    before = cpu_kernels.fetches_near()
+    try:
+        for (n, k), rows in itertools.product(SIZES, (1, 3, 6)):
+            x, weight, expected = operands(format, rows, n, k)
+            cpu_kernels.fetches_near(near)
+            found = multiply(isa, format, x, weight, n)
+            assert_near(found, expected)
+            assert cpu_kernels.fetches_near(not near) == near
+            assert np.array_equal(multiply(isa, format, x, weight, n), found)
+    finally:
+        cpu_kernels.fetches_near(before)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -110,6 +110,15 @@ std::vector<std::string> missing_features(const std::string& name) {
   return missing;
 }
 
+// Zen 5, whose first-level cache waits for enough lines; Zen 4 and Intel's are slower so. See docs/kernels.md.
+bool should_fetch_near() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
+  return family >= 0x1a;
+}
+
 const KernelTable& table_of(const std::string& name) {
   std::string missing;
   for (const std::string& feature : missing_features(name)) missing += " " + feature;

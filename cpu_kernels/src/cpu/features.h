@@ -17,6 +17,9 @@ std::vector<const KernelTable*> available_tables();
 // none of them.
 std::vector<std::string> missing_features(const std::string& isa);
 
+// What `fetch_near` is best set to.
+bool should_fetch_near();
+
 // The table of `isa`. Throws std::invalid_argument that names what is missing.
 const KernelTable& table_of(const std::string& isa);
 

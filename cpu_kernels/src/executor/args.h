@@ -12,6 +12,10 @@ using bf16 = uint16_t;  // bit pattern
 enum class Format { bf16, int8, int4, fp8, mxfp4 };
 constexpr int kFormats = 5;
 
+// Whether weights that are read once are fetched into the first-level cache, a little ahead, or into the second, far
+// ahead. The processor decides, when the module is loaded; results are the same.
+inline bool fetch_near = false;
+
 enum class Activation { silu, swiglu_clamped };
 
 // A run of adjacent rows of one sequence that attention treats together.

@@ -1,5 +1,5 @@
 // int4: two nibbles a byte, low ones of the first four inputs of a line, high ones of the next four; a bf16 scale per
-// column and 32 inputs.
+// column and 32 inputs. Before every eight lines is one of their scales, so that a core reads one stream.
 #pragma once
 
 #include "formats/kinds.h"
@@ -12,6 +12,7 @@ struct Int4 : IntegerKind<8, kSumInputs> {
   static constexpr int steps = 2;
   static constexpr bool chained = false;
   static constexpr int segment = 32 / line_inputs;
+  static constexpr int scaled_lines = 2 * segment;
   static constexpr bool opened = false;
   static constexpr int tile_rows = 17;
   struct Scale {};
@@ -21,7 +22,7 @@ struct Int4 : IntegerKind<8, kSumInputs> {
   static HYBRID_INLINE Line operand(const char* line, int step, Scale) { return Isa::load_nibbles(line, step); }
   static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) { Isa::store_nibbles(out, line, step); }
   static HYBRID_INLINE F32 group_scale(const char* header, int line) {
-    return Isa::from_bf16(header + line / segment * kBlock * 2);
+    return Isa::from_bf16(header + line / scaled_lines * (scaled_lines + 1) * kLine + line / segment % 2 * kBlock * 2);
   }
 };
 

@@ -14,7 +14,8 @@ struct FloatKind {
   using Sum = F32;
   static constexpr bool integer = false;
   static constexpr int step_inputs = 2;
-  static constexpr int scale_lines = 1;  // stored lines for which one scale() is asked
+  static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
+  static constexpr int scaled_lines = 0;  // stored lines behind each line of scales; 0: all scales are in front
 
   static HYBRID_INLINE Isa::Pair value(const char* row) { return Isa::load_pair(reinterpret_cast<const bf16*>(row)); }
   static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::zero(); }
@@ -33,6 +34,7 @@ struct IntegerKind {
   static constexpr bool integer = true;
   static constexpr int step_inputs = 4;
   static constexpr int scale_lines = 1;
+  static constexpr int scaled_lines = 0;
 
   static HYBRID_INLINE F32 widen(Sum sum) { return Isa::to_f32(sum); }
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }

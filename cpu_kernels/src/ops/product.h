@@ -34,14 +34,21 @@ struct Lines {
 
 constexpr int kRunBlocks = 4;      // threads share columns in multiples of this, the widest group of any Isa
 constexpr int kPanelInputs = 256;  // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
-// Bytes of each block that are fetched ahead, into the second-level cache: it can wait for twice as many lines from
-// memory as the first.
-constexpr int kStreamAhead = 6144;
+
+// Where lines that are read once are fetched to (the last argument of __builtin_prefetch), and how many bytes of each
+// block ahead; `fetch_near` says which suits the processor. On most the second-level cache can wait for more lines from
+// memory than the first.
+struct Far {
+  static constexpr int level = 2, ahead = 6144;
+};
+struct Near {
+  static constexpr int level = 3, ahead = 2048;
+};
 constexpr int kPanelBytes = kPanelInputs / 2 * kLine;  // of one block, opened
 
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
-template <class Format, int fetch, int MR, int NB>
+template <class Format, int fetch, int level = Far::level, int MR, int NB>
 static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR], const Lines& w,
                                    int count, const char* next) {
   const char* line = w.data;
@@ -51,7 +58,7 @@ static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const ch
     for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.block_stride, w.first + i);
     for (const int end = i + Format::scale_lines; i < end; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, 2);
+      for (int j = 0; j < fetch; ++j) __builtin_prefetch(next + j * w.block_stride, 0, level);
 #pragma GCC unroll 4
       for (int step = 0; step < Format::steps; ++step) {
         typename Format::Line operand[NB];
@@ -116,7 +123,14 @@ static HYBRID_INLINE void for_block_groups(Range blocks, Function function) {
   if (block < blocks.last) function(Int<1>{}, block);
 }
 
-// Adjacent blocks of a packed matrix from block `block` on, each a header and lines.
+// Bytes from a line to the one that lies `count` after it; where scales lie among lines, from the first behind some.
+template <class Format>
+static HYBRID_INLINE int64_t lines_bytes(int count) {
+  if constexpr (Format::scaled_lines) count += count / Format::scaled_lines;
+  return int64_t(count) * kLine;
+}
+
+// Adjacent blocks of a packed matrix from block `block` on, each a header of scales and lines, or both by turns.
 template <class Format>
 struct Blocks {
   int inputs, lines, header_bytes;
@@ -129,7 +143,9 @@ struct Blocks {
         header_bytes(Format::header(inputs)),
         stride(header_bytes + int64_t(lines) * kLine),
         header(matrix + block * stride) {}
-  HYBRID_INLINE const char* line(int i) const { return header + header_bytes + int64_t(i) * kLine; }
+  HYBRID_INLINE const char* line(int i) const {
+    return header + (Format::scaled_lines ? kLine : header_bytes) + lines_bytes<Format>(i);
+  }
   HYBRID_INLINE Lines from(int i) const { return {line(i), stride, kLine, header, i}; }
 };
 
@@ -221,20 +237,31 @@ static HYBRID_INLINE void advance(const char* (&a)[MR], const char* const* rows,
   for (int r = 0; r < MR; ++r) a[r] = rows[r] + 4 * Format::steps * line;
 }
 
-// Asks for the share of lines [first, last) in the headers of the blocks that follow.
+// Asks for the share of lines [first, last) in the headers of the blocks that follow, where scales are there.
 template <int NB, class Format>
 static HYBRID_INLINE void fetch_header(const Blocks<Format>& w, int first, int last) {
+  if constexpr (Format::scaled_lines > 0) return;
   const char* next = w.header + NB * w.stride;
   const int64_t begin = int64_t(w.header_bytes) * first / w.lines, end = int64_t(w.header_bytes) * last / w.lines;
   for (int64_t i = begin; i < end; i += kLine)
     for (int j = 0; j < NB; ++j) __builtin_prefetch(next + j * w.stride + i, 0, 2);
 }
 
+// Asks for the scales that lie before stored line `line` of some blocks, which is at `at`, if any do.
+template <int NB, int level = Far::level, class Format>
+static HYBRID_INLINE void fetch_scales(const Blocks<Format>& w, int line, const char* at) {
+  if constexpr (Format::scaled_lines > 0) {
+    if (line % Format::scaled_lines) return;
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(at - kLine + j * w.stride, 0, level);
+  }
+}
+
 // A single tile of rows: lines stream past once, in order, fetched some way ahead. The stream runs on into the group
 // of blocks that follows, so the last lines fetch that group's first. out: sums [MR][NB][16].
-template <class Format, int MR, int NB>
+template <class Format, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& w, float* out) {
-  const int lead = least(kStreamAhead / kLine, w.lines), main = w.lines - lead;
+  const int lead = least(Ahead::ahead / kLine, w.lines), main = w.lines - lead;
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   constexpr int panel = kPanelInputs / Format::line_inputs;
@@ -244,7 +271,8 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
       const char* next = line < main ? w.line(line + lead) : w.line(line - main) + NB * w.stride;
       const char* a[MR];
       advance<Format>(a, rows, line);
-      multiply<Format, NB>(acc, a, w.from(line), last - line, next);
+      fetch_scales<NB, Ahead::level>(w, line, next);
+      multiply<Format, NB, Ahead::level>(acc, a, w.from(line), last - line, next);
       line = last;
     }
   };
@@ -264,9 +292,10 @@ static HYBRID_KERNEL void open_panel(const Blocks<Format>& w, int first, int las
   for (int i = 0; i < last - first;) {
     typename Format::Scale scale[NB];
     for (int j = 0; j < NB; ++j) scale[j] = Format::scale(w.header + j * w.stride, first + i);
+    fetch_scales<NB>(w, first + i, next + lines_bytes<Format>(i));
     for (const int end = i + Format::scale_lines; i < end; ++i) {
       for (int j = 0; j < NB; ++j) {
-        __builtin_prefetch(next + j * w.stride + i * kLine, 0, 2);
+        __builtin_prefetch(next + j * w.stride + lines_bytes<Format>(i), 0, 2);
         const char* line = w.line(first + i) + j * w.stride;
 #pragma GCC unroll 4
         for (int step = 0; step < Format::steps; ++step)
@@ -349,8 +378,10 @@ static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, 
     const char* at[Isa::max_rows] = {};
     for (int r = 0; r < rows; ++r) at[r] = left.at(r);
     float* const sums = reinterpret_cast<float*>(scratch);
-    with_rows<Isa::max_rows>(
-        rows, [&](auto mr) __attribute__((always_inline)) { stream<Format, decltype(mr)::value, NB>(at, w, sums); });
+    with_rows<Isa::max_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
+      constexpr int MR = decltype(mr)::value;
+      fetch_near ? stream<Format, Near, MR, NB>(at, w, sums) : stream<Format, Far, MR, NB>(at, w, sums);
+    });
     epilogue(sums, rows, block, NB);
   });
 }

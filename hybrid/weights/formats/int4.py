@@ -9,18 +9,18 @@ from hybrid.weights.formats.block import (
     BLOCK,
     GROUP,
     K_ALIGN,
+    LINE,
     Array,
     Bytes,
     Floats,
     all_finite,
     by_group,
-    cut_lines,
     from_groups,
     in_blocks,
-    joined,
     round_up,
 )
 
+PART = LINE + K_ALIGN * BLOCK // 2  # bytes of 64 inputs: their scales fill a line
 LOWEST, HIGHEST = -8, 7
 # Tried besides the scale that maps the value of largest magnitude to -8: less cuts that value off and resolves the
 # others better, more lets a value of the other sign reach +7. Measured on normal values, these two and a fit by least
@@ -29,7 +29,7 @@ FACTORS = (0.93, 1.07)
 
 
 class Int4:
-    """A block is bf16 [K / 32][16] scales and K / 8 lines [16 columns][4 bytes]; w = q * scale.
+    """A block is for each 64 inputs a line of bf16 scales [2][16], then 8 lines [16 columns][4 bytes]; w = q * scale.
 
     Byte b of a column in line i holds q + 8 of input 8i + b in its low half, of input 8i + 4 + b in its high half.
     """
@@ -40,10 +40,10 @@ class Int4:
     cut_inputs = K_ALIGN
 
     def header_bytes(self, inputs: int) -> int:
-        return inputs // GROUP * BLOCK * 2
+        return 0
 
     def block_bytes(self, inputs: int) -> int:
-        return self.header_bytes(inputs) + inputs * BLOCK // 2
+        return inputs // K_ALIGN * PART
 
     def pack(self, weight: Array) -> Bytes:
         values = by_group(weight)
@@ -52,24 +52,31 @@ class Int4:
         # The four bytes of a column are joined to a word before they move, which is several times faster.
         pairs = (nibbles[:, 0] | nibbles[:, 1] << 4).astype(np.uint32)
         lines = pairs[:, 0] | pairs[:, 1] << 8 | pairs[:, 2] << 16 | pairs[:, 3] << 24
-        return joined(scales.astype(ml_dtypes.bfloat16), np.ascontiguousarray(lines.transpose(1, 2, 0, 3)))
+        parts = (len(scales), -1, K_ALIGN // GROUP * BLOCK)
+        stored = scales.astype(ml_dtypes.bfloat16).reshape(parts).view(np.uint8)
+        codes_by_part = np.ascontiguousarray(lines.transpose(1, 2, 0, 3)).reshape(*stored.shape[:2], -1).view(np.uint8)
+        return np.concatenate([stored, codes_by_part], axis=2).reshape(len(scales), -1)
 
     def unpack(self, packed: Array, n: int, k: int) -> Floats:
         inputs = round_up(k, K_ALIGN)
-        blocks = in_blocks(packed, n, self.block_bytes(inputs))
-        header, body = np.split(blocks, [self.header_bytes(inputs)], axis=1)
-        lines = body.reshape(len(blocks), inputs // GROUP, 4, BLOCK, 4).transpose(2, 4, 0, 1, 3)
-        codes = np.stack([lines & 15, lines >> 4], axis=1).reshape(GROUP, len(blocks), -1, BLOCK)
-        scales = np.ascontiguousarray(header).view(ml_dtypes.bfloat16).astype(np.float32)
-        values: Floats = (codes.astype(np.float32) + LOWEST) * scales.reshape(len(blocks), -1, BLOCK)
+        parts = in_blocks(packed, n, self.block_bytes(inputs)).reshape(-1, inputs // K_ALIGN, PART)
+        blocks, scales, body = len(parts), _scales(parts), parts[..., LINE:]
+        lines = body.reshape(blocks, inputs // GROUP, 4, BLOCK, 4).transpose(2, 4, 0, 1, 3)
+        codes = np.stack([lines & 15, lines >> 4], axis=1).reshape(GROUP, blocks, -1, BLOCK)
+        scales = scales.view(ml_dtypes.bfloat16).astype(np.float32)
+        values: Floats = (codes.astype(np.float32) + LOWEST) * scales.reshape(blocks, -1, BLOCK)
         return from_groups(values, n, k)
 
     def cut(self, blocks: Bytes, inputs: int, first: int, last: int) -> Bytes:
-        scales = blocks[:, self.header_bytes(first) : self.header_bytes(last)]
-        return joined(scales, cut_lines(blocks, self.header_bytes(inputs), inputs, first, last))
+        return blocks[:, self.block_bytes(first) : self.block_bytes(last)]
 
     def all_finite(self, blocks: Bytes, inputs: int) -> bool:
-        return all_finite(np.ascontiguousarray(blocks[:, : self.header_bytes(inputs)]).view(np.uint16))
+        return all_finite(_scales(blocks.reshape(len(blocks), -1, PART)).view(np.uint16))
+
+
+def _scales(parts: Bytes) -> Bytes:
+    """uint8 [blocks, K / 64, 64] of [blocks, K / 64, PART]."""
+    return np.ascontiguousarray(parts[..., :LINE])
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares of values above 1e19: no error then is the smaller one
