@@ -123,7 +123,8 @@ def choose_attention(
     if clock is None and device.type == "cpu":
         return AttentionChoice(UNMEASURED, candidates[UNMEASURED], {})
     try:
-        seconds = _measure(candidates, _random_inputs(shape, device), capture, clock or perf_counter)
+        with torch.inference_mode():
+            seconds = _measure(candidates, _random_inputs(shape, device), capture, clock or perf_counter)
     except torch.OutOfMemoryError:  # for the inputs
         seconds = {}
     _give_back(device)
@@ -131,7 +132,6 @@ def choose_attention(
     return AttentionChoice(name, candidates[name], seconds)
 
 
-@torch.inference_mode()
 def _measure(
     candidates: dict[str, Whole], inputs: Inputs, capture: Capture | None, clock: Callable[[], float]
 ) -> dict[str, float]:
