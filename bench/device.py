@@ -201,7 +201,7 @@ def tune_case(key: dict[str, Any], default: dict[str, Any], measure: Callable[[T
     from device_cases import default_tiling, label, tilings
     from triton.errors import TritonError
 
-    from hybrid.gpu.link import first_line
+    from gpu_cache.errors import first_line
 
     rows, refused = [], {}
     for tiling in tilings(key["rows"]):

@@ -25,12 +25,11 @@ from triton.errors import TritonError
 from gpu_cache.device import Bytes
 from gpu_cache.devices.staging import BUFFER_BYTES, StagingRing
 from gpu_cache.devices.streams import Memory, Streams
-from gpu_cache.devices.torch_streams import TorchStreams
-from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused
+from gpu_cache.devices.torch_streams import HostWorker, TorchStreams
+from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused, first_line
 from gpu_cache.kernels.experts import FEW, FEW_ROWS, MANY, ExpertKernels, ExpertLayout, Tiling
 from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.graphs import capture_on
-from hybrid.gpu.link import first_line
 from hybrid.gpu.usable import driver_version, free_bytes
 from hybrid.hardware import memory, probe
 from hybrid.roofline import Cost
@@ -179,8 +178,8 @@ class HostStreams:
     def seconds(self, first: float, last: float) -> float:
         return last - first
 
-    def worker(self) -> Any:
-        raise NotImplementedError("a trial stages nothing on a thread")
+    def worker(self) -> HostWorker:
+        return HostWorker()
 
     def close(self) -> None: ...
 

@@ -15,3 +15,8 @@ class PinningRefused(MemoryError):
 
 class DeviceLost(Exception):
     """The device does not answer any more, for the reason that is said; nothing it still owed will come."""
+
+
+def first_line(error: object) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

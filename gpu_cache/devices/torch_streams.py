@@ -16,7 +16,7 @@ import torch
 
 from gpu_cache.device import Bytes
 from gpu_cache.devices.streams import Memory
-from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused
+from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused, first_line
 
 PAGE = 4096
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: what a mapped file of a store is
@@ -158,19 +158,15 @@ def _device_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceFull(_first_line(error)) from None
+        raise DeviceFull(first_line(error)) from None
     except RuntimeError as error:
         if "CUDA" not in str(error):
             raise
-        raise DeviceLost(_first_line(error)) from None
+        raise DeviceLost(first_line(error)) from None
 
 
 def _refused(nbytes: int, why: object) -> PinningRefused:
-    return PinningRefused(f"pinned memory of {nbytes} bytes is refused ({_first_line(why)})")
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PinningRefused(f"pinned memory of {nbytes} bytes is refused ({first_line(why)})")
 
 
 def _torch_dtype(dtype: npt.DTypeLike) -> torch.dtype:

@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from gpu_cache.errors import first_line
 from hybrid.device_memory import SHAPES
 from hybrid.gpu.inputs import StepInputs
-from hybrid.gpu.link import first_line
 
 Made = TypeVar("Made")
 

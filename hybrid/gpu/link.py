@@ -89,10 +89,6 @@ class Clock:
         return time if isinstance(time, float) else self._seconds + self._zero.elapsed_time(time) / 1e3
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def host_tensor(address: int, size: int, dtype: torch.dtype) -> Tensor:
     """`size` bytes of a buffer of the engine, which must outlive the tensor: [elements]."""
     return torch.from_numpy(view(address, (size,), np.uint8)).view(dtype)

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpu_cache.errors import first_line
 from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.attention_choice import choose_for_steps
 from hybrid.gpu.graphs import capture_on
-from hybrid.gpu.link import Link, first_line
+from hybrid.gpu.link import Link
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.step import DeviceStep
 from hybrid.gpu.weights import load_weights

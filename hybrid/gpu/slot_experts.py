@@ -62,7 +62,8 @@ class SlotExperts:
     def begin(self, slot_ids: npt.NDArray[np.int32]) -> None:
         self._rows, self._highest = len(slot_ids), int(slot_ids.max())
         self._queued = self._input(self._rows), self._slot_ids.upload(slot_ids)
-        self._calls = self._routes(self._rows)
+        if not self._strict:
+            self._calls = self._routes(self._rows)
 
     def experts(self, ids: range, slot: int) -> None:
         x, slots = self._queued

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpu_cache.errors import DeviceFull
+from gpu_cache.errors import DeviceFull, first_line
 from hybrid.core import Batch, SpanObserver
 from hybrid.device_report import DeviceReport
 from hybrid.errors import DeviceFailed
@@ -24,7 +24,7 @@ from hybrid.gpu.attention_choice import WholeAttention
 from hybrid.gpu.buffers import SharedBuffers
 from hybrid.gpu.graphs import Capture, Graphs
 from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
-from hybrid.gpu.link import Clock, Link, first_line
+from hybrid.gpu.link import Clock, Link
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.mirrored_attention import MirroredAttention
 from hybrid.gpu.parts import GatedWeights, Routed, chooser, gated, rms_norm, route

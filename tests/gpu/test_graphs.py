@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from steps import open_engine, step
 pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
-from gpu.test_step_experts import OnStandIn  # noqa: E402
+from gpu.test_step_experts import OnStandIn, one_torch_thread  # noqa: E402, F401  the latter for every test
 from graph_standin import StandInCapture  # noqa: E402
 
 from gpu_cache.errors import DeviceFull  # noqa: E402
@@ -32,14 +31,6 @@ if torch.cuda.is_available():
 FAMILIES = ["qwen3_moe", "qwen2_moe", "gpt_oss", "llama"]
 STEP = {"step_on": "torch-cpu"}
 CACHE = CacheConfig(2, 6, delay=0, poison=True)
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

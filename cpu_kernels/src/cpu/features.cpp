@@ -110,7 +110,7 @@ std::vector<std::string> missing_features(const std::string& name) {
   return missing;
 }
 
-// Zen 5, whose first-level cache waits for enough lines; Zen 4 and Intel's are slower so. See docs/kernels.md.
+// Zen 5, whose first-level cache waits for enough lines. Zen 4 is slower so, Intel's were not tried: docs/kernels.md.
 bool should_fetch_near() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
