@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.console import exit_codes, progress_bar, run_app, say
-from hybrid.flags import parse_path
+from hybrid.commands.console import exit_codes, progress_bar, run_app, say
+from hybrid.commands.flags import parse_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -39,8 +39,8 @@ def main(
 
 
 def _pack(source: Path, output: Path, format: str, check: bool, force: bool) -> bool:
-    from hybrid.weights.checkpoint import Checkpoint
-    from hybrid.weights.mix import parse_mix
+    from hybrid.formats.mix import parse_mix
+    from hybrid.weights.checkpoints.huggingface import Checkpoint
     from hybrid.weights.pack import pack
 
     checkpoint = Checkpoint.open(source)

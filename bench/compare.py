@@ -35,14 +35,14 @@ import typer
 from comparison import OUTPUTS, TESTS, Duel, Ours, Progress, duel, parse_tests, result, row, tokens
 from pairs import first_layers, layers_that_fit, synthetic
 
-from hybrid import bench
+from hybrid.commands import bench
+from hybrid.commands.console import exit_codes, progress_bar, run_app, say
+from hybrid.commands.measure import MachineProbe, Test
 from hybrid.config import EngineConfig
-from hybrid.console import exit_codes, progress_bar, run_app, say
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, KernelError
-from hybrid.hardware import memory
-from hybrid.measure import MachineProbe, Test
-from hybrid.weights.checkpoint import Checkpoint
+from hybrid.machine.hardware import memory
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import default_cache_dir
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ import kernels as on_cpu
 import typer
 from kernel_cases import Shape
 
-from hybrid.bench import to_json
-from hybrid.console import exit_codes, progress_bar, run_app
+from hybrid.commands.bench import to_json
+from hybrid.commands.console import exit_codes, progress_bar, run_app
 from hybrid.errors import ConfigError
-from hybrid.gpu import usable
-from hybrid.roofline import Cost
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
+from hybrid.machine import gpu as usable
+from hybrid.plan.roofline import Cost
 
 if TYPE_CHECKING:
     from device_cases import Layer, Limits, Place, Sample

@@ -30,9 +30,9 @@ from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused, first_line
 from gpu_cache.kernels.experts import FEW, FEW_ROWS, MANY, ExpertKernels, ExpertLayout, Tiling
 from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.graphs import capture_on
-from hybrid.gpu.usable import driver_version, free_bytes
-from hybrid.hardware import memory, probe
-from hybrid.roofline import Cost
+from hybrid.machine.gpu import driver_version, free_bytes
+from hybrid.machine.hardware import memory, probe
+from hybrid.plan.roofline import Cost
 
 TRIES = 10  # of a limit, the best of which counts
 PRODUCTS = 4  # in a try of the matrix peak

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.files import disk_errors
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.files import disk_errors
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.pack import source_fingerprint
-from hybrid.weights.sources import Source
 
 TYPES = {"BF16": gguf.GGMLQuantizationType.BF16, "Q8_0": gguf.GGMLQuantizationType.Q8_0,
          "Q4_0": gguf.GGMLQuantizationType.Q4_0}  # fmt: skip

@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.errors import CapacityError
-from hybrid.hardware import memory
+from hybrid.formats import FORMATS
+from hybrid.machine.hardware import memory
 from hybrid.models.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
-from hybrid.plan import kv_geometry, kv_head_bytes, scratch_bytes
-from hybrid.program import SUM_INPUTS, int8_row_bytes, key_dim, row_bytes, row_stride, value_dim
-from hybrid.roofline import Cost
-from hybrid.weights.formats import FORMATS
+from hybrid.plan.plan import kv_geometry, kv_head_bytes, scratch_bytes
+from hybrid.plan.program import SUM_INPUTS, int8_row_bytes, key_dim, row_bytes, row_stride, value_dim
+from hybrid.plan.roofline import Cost
 from hybrid.weights.layout import BLOCK, down_offset, expert_bytes, packed_bytes
 
 COLD_BYTES = 512 << 20  # what a step reads at least, while reading is what takes its time: more than caches hold

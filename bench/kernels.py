@@ -26,14 +26,14 @@ from kernel_cases import Attention, Case, Gemm, Memory, Moe, Shape, Weights, exp
 from tile_counts import tile_report
 
 import cpu_kernels
-from hybrid import flags as f
-from hybrid.bench import parse_counts, to_json
+from hybrid.commands import flags as f
+from hybrid.commands.bench import parse_counts, to_json
+from hybrid.commands.console import exit_codes, progress_bar, run_app
 from hybrid.config import KV_FORMATS, EngineConfig, check_config
-from hybrid.console import exit_codes, progress_bar, run_app
 from hybrid.errors import ConfigError
-from hybrid.hardware import HardwareSpec, choose_isa, probe
-from hybrid.roofline import Cost
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
+from hybrid.machine.hardware import HardwareSpec, choose_isa, probe
+from hybrid.plan.roofline import Cost
 
 PROBE_BYTES = 1 << 30
 PROBE_ROUNDS = 4_000_000

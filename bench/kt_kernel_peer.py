@@ -23,15 +23,15 @@ import numpy.typing as npt
 import torch
 from kt_kernel import kt_kernel_ext
 
-from hybrid import bench
+from hybrid.commands import bench
+from hybrid.commands.measure import MachineProbe
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import KernelError
-from hybrid.measure import MachineProbe
-from hybrid.planning import plan_model
-from hybrid.roofline import Cost
-from hybrid.weights.checkpoint import Checkpoint
+from hybrid.plan.resolve import plan_model
+from hybrid.plan.roofline import Cost
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store
 
 MOE_OPS = ("group", "gate_up", "down")

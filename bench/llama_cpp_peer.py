@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as api
 
+from hybrid.commands.measure import Test
 from hybrid.errors import CapacityError, WeightsError
-from hybrid.measure import Test
 
 STEP_ROWS = 512  # n_ubatch, and the tokens of the block that fills the KV
 BATCH_ROWS = 2048  # n_batch: tokens handed over at a time

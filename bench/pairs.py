@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from synthetic_checkpoint import CONFIGS, make_config, write_checkpoint
 
-from hybrid.console import say
+from hybrid.commands.console import say
+from hybrid.commands.measure import PROBE_BYTES, Test
 from hybrid.errors import CapacityError, ConfigError
-from hybrid.measure import PROBE_BYTES, Test
+from hybrid.files import write_json
 from hybrid.models import model_spec
-from hybrid.weights.checkpoint import Checkpoint, read_config
-from hybrid.weights.expected import tensor_shapes
-from hybrid.weights.files import write_json
+from hybrid.weights.checkpoints.expected import tensor_shapes
+from hybrid.weights.checkpoints.huggingface import Checkpoint, read_config
 from hybrid.weights.pack import source_fingerprint
 
 BUFFERS = 1_200_000_000  # both engines' steps and logits, llama.cpp's spare block, Python

@@ -28,16 +28,16 @@ import numpy as np
 from gpu_cache.admission import ADMISSIONS
 from gpu_cache.policies import POLICIES
 from hybrid import LLM, SamplingParams
+from hybrid.commands.console import exit_codes, say
+from hybrid.commands.figures import styled
+from hybrid.commands.plot import check_target
+from hybrid.commands.timeline import LANES, Timeline, busy_seconds, timeline_figure
 from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig
-from hybrid.console import exit_codes, say
 from hybrid.core import Completion
+from hybrid.engine.experts.verdict import most_asked
 from hybrid.errors import ConfigError
-from hybrid.figures import styled
-from hybrid.meters import Meters
-from hybrid.plot import check_target
-from hybrid.report import Recorder
-from hybrid.timeline import LANES, Timeline, busy_seconds, timeline_figure
-from hybrid.verdict import most_asked
+from hybrid.machine.meters import Meters
+from hybrid.serving.recorder import Recorder
 
 PROMPTS = (
     "Once upon a time, there was a little fox named",

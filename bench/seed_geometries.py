@@ -25,7 +25,7 @@ from gpu_cache.costs import Machine, cpu_only, predict
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import Calls, Trace, make_trace
 from gpu_cache.trace_writer import write_trace
-from hybrid.console import exit_codes
+from hybrid.commands.console import exit_codes
 from hybrid.errors import ConfigError, cache_errors
 
 PCIE_GBPS, DEVICE_GBPS = 25.0, 1008.0  # PCIe 4.0 x16 as it is reached; GDDR6X of the RTX 4090

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import typer
+from hybrid.formats.fp8 import SQUARE
 
 from hybrid.errors import HybridError
+from hybrid.files import atomic_file, write_json
 from hybrid.models import model_spec
-from hybrid.weights.checkpoint import INDEX
-from hybrid.weights.expected import tensor_shapes
-from hybrid.weights.files import atomic_file, write_json
-from hybrid.weights.formats.fp8 import SQUARE
+from hybrid.weights.checkpoints.expected import tensor_shapes
+from hybrid.weights.checkpoints.huggingface import INDEX
 from hybrid.weights.shard import gap, make_header
 
 SHARD_BYTES = 4_000_000_000

@@ -14,7 +14,7 @@ from typing import Any
 
 from kernel_cases import Shape
 
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 from hybrid.weights.layout import BLOCK, K_ALIGN, packed_bytes, round_up
 
 TILE_ROWS = 16  # of the left operand

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from hybrid.core import SamplingParams as SamplingParams
     from hybrid.core import TextDelta as TextDelta
     from hybrid.errors import HybridError as HybridError
-    from hybrid.llm import LLM as LLM
+    from hybrid.serving.llm import LLM as LLM
 
 _HOMES = {
     "CacheConfig": "hybrid.config",
     "Completion": "hybrid.core",
     "EngineConfig": "hybrid.config",
     "HybridError": "hybrid.errors",
-    "LLM": "hybrid.llm",
+    "LLM": "hybrid.serving.llm",
     "SamplingParams": "hybrid.core",
     "TextDelta": "hybrid.core",
 }

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from hybrid.console import exit_codes, run_app
+from hybrid.commands.console import exit_codes, run_app
 from hybrid.errors import ConfigError
 
 COMMANDS = {
-    "run": ("hybrid.main", "generate text from prompts, or chat"),
-    "bench": ("hybrid.bench", "measure the speed of prompts and of decoding"),
-    "verify": ("hybrid.verify", "compare results with and without an expert cache"),
-    "simulate": ("hybrid.simulate", "replay a trace through expert caches of many shapes and policies"),
-    "plot": ("hybrid.plot", "draw what run and simulate wrote"),
+    "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
+    "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),
+    "verify": ("hybrid.commands.verify", "compare results with and without an expert cache"),
+    "simulate": ("hybrid.commands.simulate", "replay a trace through expert caches of many shapes and policies"),
+    "plot": ("hybrid.commands.plot", "draw what run and simulate wrote"),
 }
 
 

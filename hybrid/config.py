@@ -40,7 +40,7 @@ class CacheConfig:
     mapping: str = "modulo"
     mode: str = "on"
     stream: str = "auto"
-    warm: Path | None = None  # experts that a file of `hybrid.warm` lists are there from the start
+    warm: Path | None = None  # experts that a file of `hybrid.engine.experts.warm_start` lists are there from the start
     delay: int | None = None
     poison: bool = False
     seed: int = 0
@@ -66,11 +66,11 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """None means: chosen by `hybrid.plan` from the model and the machine."""
+    """None means: chosen by `hybrid.plan.plan` from the model and the machine."""
 
     model_path: Path | None = None  # None: the embedded model
-    device: str = "auto"  # what that is on a machine, `hybrid.planning` decides
-    weight_format: str = "auto"  # one format, or a mix: "int4,head=int8"; `hybrid.weights.mix.parse_mix` checks it
+    device: str = "auto"  # what that is on a machine, `hybrid.plan.resolve` decides
+    weight_format: str = "auto"  # one format, or a mix: "int4,head=int8"; `hybrid.formats.mix.parse_mix` checks it
     kv_format: str = "bf16"
     threads: int | None = None
     numa: str = "auto"  # "off", or a number of memory nodes as text: more than the machine has are simulated

@@ -18,7 +18,7 @@ SpanObserver = Callable[[str, float, float], None]  # what happened, from when t
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Checked by `hybrid.sampler.check_params`, not on construction.
+    """How to choose tokens. Checked by `hybrid.serving.sampler.check_params`, not on construction.
 
     temperature 0 is greedy. top_k 0, top_p 1.0 and min_p 0.0 switch those filters off; repetition_penalty 1.0,
     presence_penalty 0.0 and frequency_penalty 0.0 switch the penalties off. logprobs: None, or how many of the most

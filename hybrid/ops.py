@@ -46,7 +46,7 @@ class RoutingTable:
 class Callback:
     """What the engine does at this point of a step, `kind` of it, in a layer.
 
-    layer: of those with experts, counting them alone; with a kind of `hybrid.device_step`, of all.
+    layer: of those with experts, counting them alone; with a kind of `hybrid.plan.passes.gpu_step`, of all.
     """
 
     kind: str

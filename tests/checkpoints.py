@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from hybrid.formats.mix import parse_mix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.expected import tensor_shapes
-from hybrid.weights.mix import parse_mix
+from hybrid.weights.checkpoints.expected import tensor_shapes
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import pack
 from hybrid.weights.store import Store
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from stream_standin import StandIn
 
-from hybrid import devices
 from hybrid.config import EngineConfig
-from hybrid.engine import Engine
-from hybrid.gpu import usable
-from hybrid.slot_program import SlotProgram
+from hybrid.engine.engine import Engine
+from hybrid.engine.experts import open as devices
+from hybrid.engine.experts.slot_program import SlotProgram
+from hybrid.machine import gpu as usable
 
 ROOM = 10**9  # bytes of the device
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from checkpoints import write_tensors
 
+from hybrid.formats import FORMATS
 from hybrid.models.spec import LayerSpec
-from hybrid.weights.formats import FORMATS
 from hybrid.weights.layout import down_offset, qkv_width
 from hybrid.weights.pack import model_config
 from hybrid.weights.store import Store

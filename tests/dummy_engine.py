@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from hybrid.core import Batch, StepResult, StepTimes
-from hybrid.memory import MemoryGrant
+from hybrid.machine.memory import MemoryGrant
 
 
 @dataclass(frozen=True)

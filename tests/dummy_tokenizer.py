@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from hybrid.tokenizer import Tokenizer
+from hybrid.text.tokenizer import Tokenizer
 
 SPECIAL = 256
 

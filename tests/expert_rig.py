@@ -10,7 +10,7 @@ import numpy as np
 from rig import BF16, Rig, aligned, format_of, int8_row_bytes, placed, random_bf16, row_stride, rows_of
 
 import cpu_kernels
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 from hybrid.weights.layout import BLOCK, down_offset, pack_expert, round_up
 
 

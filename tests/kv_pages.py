@@ -7,7 +7,7 @@ import numpy as np
 from rig import BF16, aligned
 
 import cpu_kernels
-from hybrid.program import KEY_ALIGN, KEY_BLOCK
+from hybrid.plan.program import KEY_ALIGN, KEY_BLOCK
 from hybrid.weights.layout import BLOCK, round_up
 
 DTYPES = {"bf16": np.dtype(BF16), "int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}

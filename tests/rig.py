@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 import cpu_kernels
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 from hybrid.weights.layout import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16

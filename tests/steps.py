@@ -9,7 +9,7 @@ import numpy as np
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 
 
 def open_engine(path: Path, packed: Path, **choices: Any) -> Engine:

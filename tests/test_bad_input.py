@@ -13,13 +13,13 @@ import pytest
 from checkpoints import CONFIGS, packed, write_checkpoint
 
 from hybrid import LLM, EngineConfig, SamplingParams
-from hybrid.bench import check_lengths, make_tests, parse_counts
-from hybrid.chat import load_template
+from hybrid.commands.bench import check_lengths, make_tests, parse_counts
 from hybrid.config import MAX_THREADS, check_config
 from hybrid.errors import ConfigError, KernelError, WeightsError
-from hybrid.hardware import default_threads
-from hybrid.scheduler import StepRecord
-from hybrid.tokenizer import read_eos_ids
+from hybrid.machine.hardware import default_threads
+from hybrid.serving.scheduler import StepRecord
+from hybrid.text.chat_template import load_template
+from hybrid.text.tokenizer import read_eos_ids
 from hybrid.weights.pack import cached_store, model_config
 
 ROOT = Path(__file__).parent.parent

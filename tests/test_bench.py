@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hybrid import measure
-from hybrid.bench import app
+from hybrid.commands import measure
+from hybrid.commands.bench import app
+from hybrid.formats.mix import MIXES, parse_mix, uniform
 from hybrid.models import model_spec
-from hybrid.roofline import Cost, step_cost, uses_integers
-from hybrid.weights.mix import MIXES, parse_mix, uniform
+from hybrid.plan.roofline import Cost, step_cost, uses_integers
 
 
 @pytest.fixture(autouse=True)

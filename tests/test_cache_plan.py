@@ -11,8 +11,8 @@ from test_program import SPECS, TEXTS, buffers_of, kinds
 from hybrid.config import CacheConfig, DeviceConfig
 from hybrid.errors import ConfigError
 from hybrid.ops import Buffer, Callback, RoutingTable, Weight
-from hybrid.placement import CONTRIBUTIONS, LEFT_IDS, device_ops, expert_shape
-from hybrid.plan import Plan
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, device_ops, expert_shape
+from hybrid.plan.plan import Plan
 from hybrid.weights.layout import store_tensors
 
 MOE = [name for name, spec in SPECS.items() if any(layer.feed_forward.is_moe for layer in spec.layers)]

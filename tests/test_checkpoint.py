@@ -21,7 +21,7 @@ from checkpoints import (
 )
 
 from hybrid.errors import ConfigError, HybridError, WeightsError
-from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -16,10 +16,10 @@ import pytest
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
-from hybrid import measure
+from hybrid.commands import measure
 from hybrid.errors import CapacityError, ConfigError, KernelError
-from hybrid.llm import LLM
-from hybrid.weights.checkpoint import Checkpoint
+from hybrid.serving.llm import LLM
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import compare

@@ -25,12 +25,12 @@ from test_hybrid_steps import (
 
 from gpu_cache.errors import DeviceFull
 from gpu_cache.policies import POLICIES
+from hybrid.commands.verify import PROMPTS, verify_model
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import CapacityError, ConfigError, KernelError
-from hybrid.gpu import usable
-from hybrid.planning import plan_model
-from hybrid.verify import PROMPTS, verify_model
+from hybrid.machine import gpu as usable
+from hybrid.plan.resolve import plan_model
 
 CACHE = CacheConfig(14, 4, poison=True)
 

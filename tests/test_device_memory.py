@@ -14,10 +14,10 @@ from steps import open_engine
 from test_plan import plan_of, spec_of
 
 from hybrid.config import CacheConfig, DeviceConfig
-from hybrid.device_memory import KV_SHARE, StepSizes, device_weight_bytes, plan_device, token_bytes
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed
-from hybrid.plan import Plan
-from hybrid.weights.mix import parse_mix, uniform
+from hybrid.formats.mix import parse_mix, uniform
+from hybrid.plan.gpu_memory import KV_SHARE, StepSizes, device_weight_bytes, plan_device, token_bytes
+from hybrid.plan.plan import Plan
 
 SIZES = StepSizes(rows=64, slots=4, length=1000)
 STEP = {"step_on": "torch-cpu"}
@@ -117,7 +117,7 @@ def test_a_tied_head_of_bf16_is_there_once() -> None:
 
 def test_a_dry_run_shows_the_device_and_needs_no_torch() -> None:
     """For whoever has no GPU, and for a device that is described."""
-    code = "import sys; sys.modules['torch'] = None; from hybrid.main import app; app()"
+    code = "import sys; sys.modules['torch'] = None; from hybrid.commands.run import app; app()"
     flags = [
         "--device",
         "simulated",

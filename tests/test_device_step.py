@@ -12,9 +12,9 @@ from rig import int8_rows as int8_rows_by_definition
 from steps import agreement, greedy, in_chunks, open_engine, step
 
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, KernelError
-from hybrid.weights.mix import MIXES
+from hybrid.formats.mix import MIXES
 from hybrid.weights.pack import cached_store
 
 torch = pytest.importorskip("torch")
@@ -279,7 +279,7 @@ def test_what_cannot_be_had_is_refused() -> None:
 
 
 def test_without_torch_one_line_says_so(monkeypatch) -> None:
-    monkeypatch.setattr("hybrid.engine.find_spec", lambda name: None)
+    monkeypatch.setattr("hybrid.engine.engine.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--step-on torch-cpu needs torch, which is not installed"):
         embedded(**STEP)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from test_program import SPECS, TEXTS, mix_of
 
-from hybrid.device_step import CALLS, ENDS, EXPERT_SUM, NEW_KV, STATES, device_step_buffers, device_step_ops
+from hybrid.formats.mix import FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Op, RoutingTable, Weight
-from hybrid.placement import observe_routes, place_experts
-from hybrid.program import build_ops, ropes
-from hybrid.weights.mix import FormatMix
+from hybrid.plan.passes.gpu_step import CALLS, ENDS, EXPERT_SUM, NEW_KV, STATES, device_step_buffers, device_step_ops
+from hybrid.plan.passes.place_experts import observe_routes, place_experts
+from hybrid.plan.program import build_ops, ropes
 
 
 def ops_of(spec: ModelSpec, mix: FormatMix, placed: bool) -> list[Op]:

@@ -12,10 +12,10 @@ from steps import greedy, in_chunks, open_engine, step
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import KernelError, StepCancelled
-from hybrid.planning import EMBEDDED_MODEL
-from hybrid.tokenizer import load_tokenizer
+from hybrid.plan.resolve import EMBEDDED_MODEL
+from hybrid.text.tokenizer import load_tokenizer
 
 pytest.importorskip("torch")
 import oracle  # noqa: E402

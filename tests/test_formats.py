@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
+from hybrid.formats import FORMATS, FP8, MXFP4, fp8, int4, mxfp4
+from hybrid.formats.mix import MIXES, FormatMix, parse_mix, uniform
 from hybrid.weights import layout
-from hybrid.weights.formats import FORMATS, FP8, MXFP4, fp8, int4, mxfp4
-from hybrid.weights.mix import MIXES, FormatMix, parse_mix, uniform
 
 SHAPES = [(1, 1), (16, 64), (17, 65), (40, 200), (130, 300), (144, 129), (3, 512)]
 HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880

@@ -16,11 +16,11 @@ import pytest
 from checkpoints import CONFIGS, mxfp4_tensors, mxfp4_values, write_tensors
 from steps import greedy, in_chunks, open_engine, step
 
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.program import feed_forward_format
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.mix import MIXES, FormatMix
+from hybrid.plan.program import feed_forward_format
 from hybrid.weights.pack import cached_store
 
 pytest.importorskip("torch")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import cpu_kernels
-from hybrid import hardware
 from hybrid.errors import ConfigError, KernelError
+from hybrid.machine import hardware
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls, read_trace
 from gpu_cache.trace_writer import TraceWriter
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, StepCancelled
 
 EMBEDDED = {"max_batch": 8, "chunk_size": 128, "threads": 2, "max_seq_len": 256}

@@ -86,7 +86,7 @@ def modules_after(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-HEAVY = {"numpy", "torch", "transformers", "tokenizers", "typer", "rich", "cpu_kernels", "hybrid.llm"}
+HEAVY = {"numpy", "torch", "transformers", "tokenizers", "typer", "rich", "cpu_kernels", "hybrid.serving.llm"}
 
 
 def test_importing_the_package_or_the_console_script_imports_nothing_heavy() -> None:
@@ -94,11 +94,13 @@ def test_importing_the_package_or_the_console_script_imports_nothing_heavy() -> 
 
 
 def test_the_flags_of_run_need_no_model_library() -> None:
-    assert not (HEAVY - {"typer"}) & modules_after("import hybrid.main, hybrid.bench")
+    assert not (HEAVY - {"typer"}) & modules_after("import hybrid.commands.run, hybrid.commands.bench")
 
 
 def test_the_library_never_imports_torch() -> None:
-    assert "torch" not in modules_after("import hybrid.llm, hybrid.report, hybrid.conversation, hybrid.experts")
+    assert "torch" not in modules_after(
+        "import hybrid.serving.llm, hybrid.commands.conversation, hybrid.engine.experts.runtime"
+    )
 
 
 def test_the_package_offers_its_names_lazily() -> None:

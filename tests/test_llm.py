@@ -14,8 +14,8 @@ from dummy_engine import DummyEngine, reference_tokens
 from dummy_tokenizer import BYTES, SPECIAL
 
 from hybrid import LLM, EngineConfig, SamplingParams
-from hybrid.chat import ChatTemplate, load_template
 from hybrid.errors import ConfigError, KernelError, RequestError
+from hybrid.text.chat_template import ChatTemplate, load_template
 
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -175,7 +175,7 @@ WITHOUT_TORCH = """
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
-from hybrid.chat import ChatTemplate
+from hybrid.text.chat_template import ChatTemplate
 print(ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": "hi"}]))
 assert "torch" not in sys.modules
 """

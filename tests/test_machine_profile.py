@@ -13,9 +13,10 @@ from steps import step
 
 import cpu_kernels
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
-from hybrid.engine import Engine
-from hybrid.hardware import probe
-from hybrid.machine_profile import (
+from hybrid.engine.engine import Engine
+from hybrid.engine.experts.calibration import measured_rows, time_device, time_threads
+from hybrid.machine.hardware import probe
+from hybrid.machine.profile import (
     ExpertTimes,
     LinkSpeed,
     MachineProfile,
@@ -24,7 +25,6 @@ from hybrid.machine_profile import (
     machine_mark,
     measured_costs,
 )
-from hybrid.profiling import measured_rows, time_device, time_threads
 
 TIMES = ExpertTimes((1, 2, 8), (1.0, 1.5, 4.5), (0.1, 0.2, 0.8), 0.05)
 LINK = LinkSpeed(25e9, 24e9, 20e9, 40e9, 30e9, 1e-5)
@@ -103,7 +103,7 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
         assert all(0 < seconds < 1 for seconds in times.threads)
         assert engine.experts.costs.cpu == times.threads[0] and engine.experts.costs.cpu_row == times.threads[-1] / 32
     (file,) = tmp_path.glob("machine-*.json")
-    monkeypatch.setattr("hybrid.profiling.time_threads", times_out)
+    monkeypatch.setattr("hybrid.engine.experts.calibration.time_threads", times_out)
     with embedded(tmp_path) as engine:
         assert engine.profile.experts[key] == times
     file.unlink()
@@ -140,7 +140,7 @@ class Clocked:
 def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path, monkeypatch) -> None:
     with embedded(tmp_path) as engine:
         device = Clocked(engine.experts.device)
-        monkeypatch.setattr("hybrid.profiling.perf_counter", lambda: device.now)
+        monkeypatch.setattr("hybrid.engine.experts.calibration.perf_counter", lambda: device.now)
         start, times = time_device(engine.plan, device)
         assert start == 1 and times == tuple(rows / 4 for rows in measured_rows(engine.plan))
 

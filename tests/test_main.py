@@ -18,13 +18,13 @@ from dummy_tokenizer import BYTES, SPECIAL
 from typer.testing import CliRunner
 
 from hybrid import LLM
-from hybrid.chat import ChatTemplate
+from hybrid.commands.conversation import Conversation
+from hybrid.commands.prompts import DEFAULT_PROMPT, gather_prompts, read_prompts
+from hybrid.commands.run import app
 from hybrid.config import EngineConfig
-from hybrid.conversation import Conversation
 from hybrid.core import SamplingParams
-from hybrid.main import app
-from hybrid.prompts import DEFAULT_PROMPT, gather_prompts, read_prompts
-from hybrid.report import BREAKDOWN_COLUMNS
+from hybrid.serving.recorder import BREAKDOWN_COLUMNS
+from hybrid.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [*"Hé!".encode(), SPECIAL]
@@ -105,7 +105,7 @@ def test_standard_input_is_the_prompt(loaded) -> None:
 
 
 def test_without_any_prompt_a_story_begins(loaded, monkeypatch) -> None:
-    monkeypatch.setattr("hybrid.main.DEFAULT_PROMPT", "Once.")
+    monkeypatch.setattr("hybrid.commands.run.DEFAULT_PROMPT", "Once.")
     result = invoke(stdin="  \n")
     assert result.stdout == "Hé!\n" and "Once." in result.stderr.splitlines()[0]
     assert DEFAULT_PROMPT.isprintable()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from hybrid import hardware
+from hybrid.machine import hardware
 
 MIB = 1 << 20
 HUGE = 2 * MIB

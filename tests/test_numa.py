@@ -16,22 +16,22 @@ from test_plan import MACHINE, plan_of, spec_of
 
 import cpu_kernels
 from hybrid.config import MAX_NODES, EngineConfig, check_config
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
+from hybrid.engine.kv import HUGE_BEHIND, KvArena
 from hybrid.errors import CapacityError, ConfigError, StepCancelled
-from hybrid.hardware import MemoryNode, has_huge_pages, probe
-from hybrid.kv import HUGE_BEHIND, KvArena
-from hybrid.memory import MemoryGrant, NodeMemory
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, uniform
+from hybrid.machine.hardware import MemoryNode, has_huge_pages, probe
+from hybrid.machine.memory import MemoryGrant, NodeMemory
+from hybrid.machine.numa import choose_nodes, node_threads
 from hybrid.models.spec import ModelSpec
-from hybrid.nodes import choose_nodes, node_threads
 from hybrid.ops import Buffer, Op, Weight
-from hybrid.partition import PARTIAL, split_over_nodes
-from hybrid.plan import Plan, make_plan
-from hybrid.planning import plan_model
-from hybrid.program import build_buffers, build_ops, row_bytes
+from hybrid.plan.passes.split_nodes import PARTIAL, split_over_nodes
+from hybrid.plan.plan import Plan, make_plan
+from hybrid.plan.program import build_buffers, build_ops, row_bytes
+from hybrid.plan.resolve import plan_model
 from hybrid.weights.copied import CopiedWeights, lay_out
-from hybrid.weights.formats import FORMATS
 from hybrid.weights.layout import StoreTensor, store_tensors
-from hybrid.weights.mix import MIXES, uniform
 from hybrid.weights.pack import cached_store
 
 WIDE = {"moe_intermediate_size": 300, "intermediate_size": 320}  # what can be cut in three, at odd places
@@ -264,7 +264,7 @@ class Advised:
 def advised(monkeypatch, plan: Plan, spec: ModelSpec, refused_after: int = 10**9) -> tuple[Advised, KvArena]:
     arena = Advised(refused_after)
     with monkeypatch.context() as patch:
-        patch.setattr("hybrid.kv.cpu_kernels.Arena", lambda size: arena)
+        patch.setattr("hybrid.engine.kv.cpu_kernels.Arena", lambda size: arena)
         return arena, KvArena(spec, plan)
 
 
@@ -297,7 +297,7 @@ def test_huge_keys_and_values_end_where_the_system_refuses_or_there_are_too_many
     plan, spec = long_plan("bf16")
     arena, kv = advised(monkeypatch, plan, spec, refused_after=5)
     assert (kv.long_runs, kv.huge_runs, len(arena.places)) == (24, 5, 5)
-    monkeypatch.setattr("hybrid.kv.MAX_HUGE_RUNS", 7)
+    monkeypatch.setattr("hybrid.engine.kv.MAX_HUGE_RUNS", 7)
     arena, kv = advised(monkeypatch, plan, spec)
     assert (kv.long_runs, kv.huge_runs, len(arena.places)) == (24, 7, 7)
     arena, kv = advised(monkeypatch, *long_plan("bf16", "never"))

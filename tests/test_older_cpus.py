@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 QEMU = shutil.which("qemu-x86_64")

@@ -19,9 +19,9 @@ from checkpoints import (
 )
 
 from hybrid.errors import CapacityError, HybridError, WeightsError
+from hybrid.formats.mix import MIXES
 from hybrid.weights import pack as packing
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.mix import MIXES
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
 
@@ -104,7 +104,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from hybrid.weights.checkpoint import Checkpoint; from hybrid.weights.pack import pack\n"
+        "from hybrid.weights.checkpoints.huggingface import Checkpoint; from hybrid.weights.pack import pack\n"
         "store = Path(sys.argv[2])\n"
         "def kill(*_):\n"
         "    if len(list(store.glob('*.safetensors'))) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
     script = (
         "import errno, resource, signal, sys; from pathlib import Path\n"
-        "from hybrid.errors import CapacityError; from hybrid.weights.checkpoint import Checkpoint\n"
+        "from hybrid.errors import CapacityError; from hybrid.weights.checkpoints.huggingface import Checkpoint\n"
         "from hybrid.weights.pack import pack\n"
         "errno.ENOSPC = errno.EFBIG\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -257,7 +257,7 @@ def test_packing_needs_little_memory(tmp_path: Path, mix: str) -> None:
     source = write_checkpoint(tmp_path / "hf", "llama", dtype="fp32", vocab_size=65536, intermediate_size=40000)
     script = (
         "import sys, tracemalloc; from pathlib import Path\n"
-        "from hybrid.weights.checkpoint import Checkpoint; from hybrid.weights.mix import MIXES\n"
+        "from hybrid.weights.checkpoints.huggingface import Checkpoint; from hybrid.formats.mix import MIXES\n"
         "from hybrid.weights.pack import pack; from hybrid.weights import content\n"
         "content.THREADS = 2\n"
         "checkpoint = Checkpoint.open(Path(sys.argv[1])); tracemalloc.start()\n"

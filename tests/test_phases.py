@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from hybrid import phases
+from hybrid.machine import phases
 
 
 class Nvtx:

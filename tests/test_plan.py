@@ -12,16 +12,16 @@ from checkpoints import CONFIGS, write_checkpoint
 from kv_pages import KvPages
 
 from hybrid.config import KV_FORMATS, WEIGHT_FORMATS, EngineConfig
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import CapacityError, ConfigError
-from hybrid.gpu import usable
-from hybrid.hardware import HardwareSpec
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, parse_mix, uniform
+from hybrid.machine import gpu as usable
+from hybrid.machine.hardware import HardwareSpec
 from hybrid.models import model_spec
 from hybrid.models.spec import MlaSpec, ModelSpec
-from hybrid.plan import RUNTIME_BYTES, Plan, kv_geometry, make_plan, scratch_bytes
-from hybrid.planning import plan_model
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.mix import MIXES, parse_mix, uniform
+from hybrid.plan.plan import RUNTIME_BYTES, Plan, kv_geometry, make_plan, scratch_bytes
+from hybrid.plan.resolve import plan_model
 from hybrid.weights.pack import cached_store
 
 MACHINE = HardwareSpec(
@@ -147,7 +147,7 @@ def test_a_model_that_does_not_fit_is_planned_but_refused_with_numbers() -> None
 
 def test_the_engine_refuses_what_does_not_fit_before_packing(tmp_path, monkeypatch) -> None:
     path = write_checkpoint(tmp_path / "hf", "qwen3_moe")
-    monkeypatch.setattr("hybrid.planning.probe", lambda isa: replace(MACHINE, memory_available=1 << 20))
+    monkeypatch.setattr("hybrid.plan.resolve.probe", lambda isa: replace(MACHINE, memory_available=1 << 20))
     with pytest.raises(CapacityError, match=r"does not fit.* 1\.05 MB are free"):
         Engine.open(EngineConfig(model_path=path, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

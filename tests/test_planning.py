@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, main
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine import Engine
+from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, WeightsError
-from hybrid.gpu import usable
-from hybrid.hardware import MemoryNode, probe
-from hybrid.planning import plan_model, resolve_device
+from hybrid.machine import gpu as usable
+from hybrid.machine.hardware import MemoryNode, probe
+from hybrid.plan.resolve import plan_model, resolve_device
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"threads": 2, "max_batch": 2, "chunk_size": 64, "max_seq_len": 256}
@@ -104,7 +104,7 @@ def test_several_memory_nodes_keep_the_gpu_out_with_a_line(gpu, monkeypatch) -> 
     gpu()
     nodes = (MemoryNode(0, (0,)), MemoryNode(1, (1,)))
     machine = replace(probe(), cpus=(0, 1), default_threads=2, nodes=nodes)
-    monkeypatch.setattr("hybrid.planning.probe", lambda isa: machine)
+    monkeypatch.setattr("hybrid.plan.resolve.probe", lambda isa: machine)
     device, (note,) = device_of()
     assert device == "cpu" and "2 memory nodes; use --numa off" in note
     assert device_of(numa="off") == ("cuda", [])

@@ -13,9 +13,9 @@ import pytest
 import typer
 from checkpoints import CONFIGS, random_tensors, write_checkpoint, write_tensors
 
+from hybrid.formats.mix import MIXES
 from hybrid.models import model_spec
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.mix import MIXES
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store
 from hybrid.weights.store import Store, is_store
 

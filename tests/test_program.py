@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from checkpoints import CONFIGS
 
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, FormatMix, parse_mix, uniform
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
-from hybrid.program import build_buffers, build_ops, int8_row_bytes, key_dim, ropes, row_bytes, value_dim
-from hybrid.weights.formats import FORMATS
+from hybrid.plan.program import build_buffers, build_ops, int8_row_bytes, key_dim, ropes, row_bytes, value_dim
 from hybrid.weights.layout import packed_bytes, store_tensors
-from hybrid.weights.mix import MIXES, FormatMix, parse_mix, uniform
 
 ROWS, SLOTS, TOKENS = 24, 4, 300
 TEXTS = [*MIXES, "bf16,experts=int4", "int8,experts=bf16,dense=bf16", "int4,head=fp8,dense=mxfp4", "bf16,head=int8"]

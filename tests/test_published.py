@@ -23,16 +23,16 @@ from checkpoints import (
 )
 
 from hybrid.errors import ConfigError, HybridError, WeightsError
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, uniform
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoint import Checkpoint
+from hybrid.weights.checkpoints.expected import tensor_shapes
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.content import Content
-from hybrid.weights.expected import tensor_shapes
-from hybrid.weights.formats import FORMATS
 from hybrid.weights.layout import down_offset, layer_tensors, shares_head
-from hybrid.weights.mix import MIXES, uniform
 from hybrid.weights.pack import cached_store, model_formats, pack
-from hybrid.weights.published import native_mix
 from hybrid.weights.store import Store
 
 # Partial squares on every edge, in rows and columns; q, k and v of 144, 48 and 48 rows lie on whole blocks.

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hybrid import main, report
+from hybrid.commands import run as main
 from hybrid.core import StepTimes
-from hybrid.meters import EnergyMeter, FrequencyMeter, Meters, Reading
-from hybrid.report import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, UNREADABLE, Recorder
-from hybrid.scheduler import StepRecord
+from hybrid.machine.meters import EnergyMeter, FrequencyMeter, Meters, Reading
+from hybrid.serving import recorder as report
+from hybrid.serving.recorder import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, UNREADABLE, Recorder
+from hybrid.serving.scheduler import StepRecord
 
 RUN = ["--prompt", "Once upon a time", "--max-tokens", "12", "--max-seq-len", "256", "--ignore-eos", "--hide-resp"]
 CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4"]
@@ -71,7 +72,7 @@ def test_rapl_counters_begin_anew_when_they_are_full(tmp_path, monkeypatch) -> N
         zone.mkdir()
         for file, text in {"name": name, "max_energy_range_uj": "9999999", "energy_uj": "9000000"}.items():
             (zone / file).write_text(text)
-    monkeypatch.setattr("hybrid.meters._RAPL", tmp_path)
+    monkeypatch.setattr("hybrid.machine.meters._RAPL", tmp_path)
     meter = EnergyMeter()
     assert meter.package_joules() == 0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000")
@@ -117,8 +118,8 @@ def test_the_energy_of_gpus_is_counted_from_the_start_and_told_as_unreadable_onc
 
 
 def test_the_clock_is_that_of_the_processors_that_compute(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("hybrid.meters._CPUS", tmp_path)
-    monkeypatch.setattr("hybrid.meters._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("hybrid.machine.meters._CPUS", tmp_path)
+    monkeypatch.setattr("hybrid.machine.meters._CPUINFO", tmp_path / "cpuinfo")
     assert FrequencyMeter().read() is None
     (tmp_path / "cpuinfo").write_text("cpu MHz\t\t: 1000.0\nflags: x\ncpu MHz\t\t: 2000.0\n")
     assert FrequencyMeter().read() == 1500
@@ -163,7 +164,7 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch) -> Non
         with report.atomic_file(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hybrid.outputs.write_csv", full)
+    monkeypatch.setattr("hybrid.commands.outputs.write_csv", full)
     result = CliRunner().invoke(main.app, [*RUN, "--breakdown-csv", str(tmp_path / "b.csv")])
     assert result.exit_code == 0 and result.stderr.count("the disk is full") == 1
     assert not list(tmp_path.iterdir())

@@ -25,14 +25,14 @@ from gpu_cache.admission import Costs  # noqa: E402
 from gpu_cache.simulator import Setting, replay  # noqa: E402
 from gpu_cache.trace import COLUMNS, Trace, calls, read_trace  # noqa: E402
 from gpu_cache.trace_writer import TraceWriter, write_trace  # noqa: E402
-from hybrid import main as commands  # noqa: E402
+from hybrid.commands import run as commands
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
-from hybrid.engine import Engine  # noqa: E402
+from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.errors import ConfigError, KernelError  # noqa: E402
 from hybrid.models import model_spec  # noqa: E402
-from hybrid.placement import TAKE  # noqa: E402
-from hybrid.planning import EMBEDDED_MODEL, plan_model  # noqa: E402
-from hybrid.route_trace import read_route_trace  # noqa: E402
+from hybrid.plan.passes.place_experts import TAKE  # noqa: E402
+from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model  # noqa: E402
+from hybrid.plan.route_trace import read_route_trace  # noqa: E402
 from hybrid.weights.pack import model_config  # noqa: E402
 
 EMBEDDED: dict[str, Any] = {"threads": 2, "max_batch": 4, "chunk_size": 64, "max_seq_len": 256}
@@ -329,7 +329,7 @@ def test_a_file_that_is_another_is_read_again(tmp_path) -> None:
     ids=str,
 )
 def test_a_trace_of_another_shape_is_refused_before_anything_is_opened(tmp_path, monkeypatch, shape, words) -> None:
-    monkeypatch.setattr("hybrid.engine.cached_store", lambda *_: pytest.fail("the store was opened"))
+    monkeypatch.setattr("hybrid.engine.engine.cached_store", lambda *_: pytest.fail("the store was opened"))
     write_trace(tmp_path / "trace.csv", made_up_trace(shape, 0.5, 1, 40))
     with pytest.raises(ConfigError, match=words) as error:
         embedded(route_trace=tmp_path / "trace.csv")

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
-from hybrid.sampler import Sampler, check_params, token_logprob
+from hybrid.serving.sampler import Sampler, check_params, token_logprob
 
 PROMPT = np.array([3, 5, 5, 9], np.int32)
 

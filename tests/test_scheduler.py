@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
-from hybrid.scheduler import Request, Scheduler, StepRecord
+from hybrid.serving.scheduler import Request, Scheduler, StepRecord
 
 
 def request(prompt: list[int], max_tokens: int = 5, eos: frozenset[int] = frozenset(), **fields) -> Request:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gpu_cache.trace import COLUMNS, read_trace
 from gpu_cache.trace_writer import write_trace
-from hybrid.simulate import app
+from hybrid.commands.simulate import app
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
 

@@ -7,7 +7,7 @@ import pytest
 from rig import Rig, aligned, dequantised_rows, format_of, placed, random_bf16, row_stride, rows_of
 
 import cpu_kernels
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 from hybrid.weights.layout import (
     BLOCK,
     Run,

@@ -25,10 +25,10 @@ from checkpoints import (
 from safetensors import safe_open
 
 from hybrid.errors import WeightsError
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import MIXES, PARTS
 from hybrid.weights import layout
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.mix import MIXES, PARTS
+from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, processors
 
-from hybrid.detokenizer import StopMatcher, StreamDecoder, TextStream
 from hybrid.errors import HybridError, RequestError
-from hybrid.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from hybrid.text.detokenizer import StopMatcher, StreamDecoder, TextStream
+from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
 TEXTS = st.text(st.one_of(st.sampled_from("ab \n,é你好🙂👩‍👩‍👧\ufffd"), st.characters(exclude_categories=["Cs"])))
 

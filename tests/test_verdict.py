@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hybrid.verdict import CallCosts, Observed, judge, most_asked
+from hybrid.engine.experts.verdict import CallCosts, Observed, judge, most_asked
 
 COSTS = CallCosts(cpu=100e-6, device=10e-6, start=5e-6, copy=200e-6, cpu_row=20e-6, device_row=1e-6)
 SEEN = Observed(

@@ -10,15 +10,15 @@ import pytest
 from cuda_rig import SlotCompute, put
 from typer.testing import CliRunner
 
-from hybrid import verify
 from hybrid.cli import COMMANDS
+from hybrid.commands import verify
+from hybrid.commands.nearness import Nearness, nearness
+from hybrid.commands.verify import Answers, compare_nearness, first_difference, make_scenarios, verify_model
 from hybrid.config import CacheConfig, EngineConfig
+from hybrid.engine.routes import view
 from hybrid.errors import ConfigError
-from hybrid.gpu import usable
-from hybrid.nearness import Nearness, nearness
-from hybrid.placement import CONTRIBUTIONS, ExpertShape
-from hybrid.routes import view
-from hybrid.verify import Answers, compare_nearness, first_difference, make_scenarios, verify_model
+from hybrid.machine import gpu as usable
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, ExpertShape
 
 CONFIG = EngineConfig(max_seq_len=256)
 SHORT = ["--max-tokens", "8", "--max-seq-len", "256"]
@@ -162,4 +162,4 @@ def test_a_model_without_experts_is_refused(tmp_path) -> None:
 
 
 def test_it_is_a_command() -> None:
-    assert COMMANDS["verify"][0] == "hybrid.verify"
+    assert COMMANDS["verify"][0] == "hybrid.commands.verify"

@@ -1,0 +1,1 @@
+"""The torch half of a step on a GPU. Nothing here is imported unless a device computes steps."""

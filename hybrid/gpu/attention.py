@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hybrid.device_memory import SCORES
 from hybrid.gpu.products import product
+from hybrid.plan.gpu_memory import SCORES
 
 LEAST_KEYS = 256  # of one part
 _ALIGNED = 8  # elements of bf16: kernels read the rows of a mask 16 bytes at a time

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.device_memory import SCORES
 from hybrid.gpu.attention import LEAST_KEYS, attend, attend_folded, attend_whole, finish
 from hybrid.gpu.graphs import Capture
 from hybrid.models.spec import ModelSpec
+from hybrid.plan.gpu_memory import SCORES
 
 UNMEASURED = "torch"
 WARM_UP, ROUNDS = 2, 9

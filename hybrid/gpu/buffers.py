@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybrid.device_step import ENDS, EXPERT_SUM, NEW_KV, STATES, kv_width, state_floats
+from hybrid.formats import FORMATS
 from hybrid.gpu.link import Link, host_tensor
 from hybrid.gpu.parts import Routed
 from hybrid.gpu.rows import expert_rows
 from hybrid.models.spec import ModelSpec
-from hybrid.placement import IDS, NEXT, WEIGHTS
-from hybrid.plan import Plan
-from hybrid.program import key_dim
-from hybrid.weights.formats import FORMATS
+from hybrid.plan.passes.gpu_step import ENDS, EXPERT_SUM, NEW_KV, STATES, kv_width, state_floats
+from hybrid.plan.passes.place_experts import IDS, NEXT, WEIGHTS
+from hybrid.plan.plan import Plan
+from hybrid.plan.program import key_dim
 
 
 class SharedBuffers:

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from gpu_cache.errors import first_line
-from hybrid.device_memory import SHAPES
 from hybrid.gpu.inputs import StepInputs
+from hybrid.plan.gpu_memory import SHAPES
 
 Made = TypeVar("Made")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid.routes import view
+from hybrid.engine.routes import view
 
 
 class Link:

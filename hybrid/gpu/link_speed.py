@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from hybrid.machine_profile import LinkSpeed
+from hybrid.machine.profile import LinkSpeed
 
 COPY_BYTES = 64 << 20
 SMALL_BYTES = 4096

@@ -15,7 +15,7 @@ from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.parts import rms_norm, rotate, softmax_scale
 from hybrid.gpu.weights import AttentionWeights
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.program import ropes
+from hybrid.plan.program import ropes
 
 Made = TypeVar("Made")
 

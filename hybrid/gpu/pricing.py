@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from gpu_cache.device import Device
+from hybrid.engine.experts.calibration import measured_rows, time_device
 from hybrid.gpu.link_speed import measure_link
-from hybrid.machine_profile import ExpertTimes, LinkSpeed
-from hybrid.plan import Plan
-from hybrid.profiling import measured_rows, time_device
+from hybrid.machine.profile import ExpertTimes, LinkSpeed
+from hybrid.plan.plan import Plan
 
 
 def device_mark(place: str) -> str:

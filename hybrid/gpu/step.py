@@ -1,4 +1,4 @@
-"""The device's part of a step, called back by the executor between those of the threads: see `hybrid.device_step`."""
+"""The device part of a step, called back by the executor between those of the threads: see `plan/passes/gpu_step.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 from gpu_cache.errors import DeviceFull, first_line
 from hybrid.core import Batch, SpanObserver
-from hybrid.device_report import DeviceReport
 from hybrid.errors import DeviceFailed
 from hybrid.gpu.attention import State, finish, join, read_states
 from hybrid.gpu.attention_choice import WholeAttention
@@ -29,13 +28,14 @@ from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.mirrored_attention import MirroredAttention
 from hybrid.gpu.parts import GatedWeights, Routed, chooser, gated, rms_norm, route
 from hybrid.gpu.products import linear
+from hybrid.gpu.report import DeviceReport
 from hybrid.gpu.weights import DeviceWeights
+from hybrid.machine.phases import phase
 from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.phases import phase
-from hybrid.placement import NEXT
-from hybrid.plan import Plan
-from hybrid.program import key_dim, ropes
+from hybrid.plan.passes.place_experts import NEXT
+from hybrid.plan.plan import Plan
+from hybrid.plan.program import key_dim, ropes
 
 
 class Finder(Protocol):

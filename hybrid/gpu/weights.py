@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hybrid.formats import FORMATS
 from hybrid.gpu.parts import GatedWeights
 from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
-from hybrid.weights.formats import FORMATS
 from hybrid.weights.layout import BLOCK, StoreTensor, down_offset, qkv_width, round_up
 
 CHUNK_BLOCKS = 512  # blocks of 16 outputs opened at a time: what one takes as fp32 is all that is needed beside them

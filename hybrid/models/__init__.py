@@ -8,19 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.errors import ConfigError
+from hybrid.models import families
 from hybrid.models.spec import ModelSpec
-
-_SHARED = {
-    "decoder",
-    "reading",
-    "rope",
-    "spec",
-}  # what the families are made of; every other module here is a family
 
 
 def supported_models() -> tuple[str, ...]:
     """The values of `model_type` that can be loaded, sorted."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 
 
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -30,6 +24,6 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise ConfigError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_models())}"
         )
-    family = importlib.import_module(f"{__name__}.{model_type}")
+    family = importlib.import_module(f"{families.__name__}.{model_type}")
     spec: ModelSpec = family.spec(config)
     return spec

@@ -91,7 +91,7 @@ def read_model(
 ) -> ModelSpec:
     """The whole decoder around its layers: RMSNorm everywhere, SiLU, no bias on the head.
 
-    How its weights are quantised is no part of it: `hybrid.weights.published` reads or refuses that.
+    How its weights are quantised is no part of it: `hybrid.weights.checkpoints.published` reads or refuses that.
     """
     fields.choice("hidden_act", default="silu", allowed=("silu",))
     return ModelSpec(

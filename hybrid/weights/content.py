@@ -11,12 +11,12 @@ from functools import partial
 import numpy as np
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoint import Checkpoint
-from hybrid.weights.expected import bias_name
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
+from hybrid.weights.checkpoints.expected import bias_name
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.layout import StoreTensor, interleave
-from hybrid.weights.sources import Source
 
 # Of a matrix as float32, read at a time. What stays in the cache packs several times as fast, and intermediates of
 # this size are taken from memory that the process keeps, where larger ones are mapped and cleared anew every time.

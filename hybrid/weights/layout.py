@@ -14,13 +14,13 @@ from typing import Literal
 
 import numpy as np
 
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK as BLOCK
+from hybrid.formats.block import K_ALIGN as K_ALIGN
+from hybrid.formats.block import Array, Bytes
+from hybrid.formats.block import round_up as round_up
+from hybrid.formats.mix import FormatMix
 from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.formats.block import BLOCK as BLOCK
-from hybrid.weights.formats.block import K_ALIGN as K_ALIGN
-from hybrid.weights.formats.block import Array, Bytes
-from hybrid.weights.formats.block import round_up as round_up
-from hybrid.weights.mix import FormatMix
 
 LAYOUT_VERSION = 3
 

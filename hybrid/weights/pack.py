@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hybrid.errors import CapacityError, ConfigError, WeightsError
-from hybrid.weights.checkpoint import INDEX, Checkpoint, read_config
+from hybrid.files import atomic_file, disk_errors
+from hybrid.formats.mix import FormatMix, parse_mix
+from hybrid.weights.checkpoints.huggingface import INDEX, Checkpoint, read_config
+from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.content import Content
-from hybrid.weights.files import atomic_file, disk_errors
 from hybrid.weights.layout import LAYOUT_VERSION, StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
-from hybrid.weights.mix import FormatMix, parse_mix
-from hybrid.weights.published import native_mix
 from hybrid.weights.shard import checksum, gap, make_header, read_header
 from hybrid.weights.store import Store, is_store, read_manifest, shard_file
 

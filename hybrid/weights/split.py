@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
 from hybrid.weights.layout import StoreTensor
 
 # By the name of a tensor, the blocks that each node holds: of a matrix its output columns, of experts and the biases

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import WeightsError
+from hybrid.formats import FORMATS
+from hybrid.formats.block import Bytes, all_finite
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.formats import FORMATS
-from hybrid.weights.formats.block import Bytes, all_finite
 from hybrid.weights.layout import StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import ALIGNMENT, Entry, read_header

@@ -1,5 +1,5 @@
 // Random matrices in each weight format, and random rows to multiply them by: the packed bytes, and the numbers that
-// they stand for. Layouts are those of hybrid/weights/formats, written down once more.
+// they stand for. Layouts are those of hybrid/formats, written down once more.
 #pragma once
 
 #include "executor/args.h"

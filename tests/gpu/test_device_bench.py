@@ -27,9 +27,9 @@ from gpu_cache.errors import DeviceFull, DeviceLost, PinningRefused  # noqa: E40
 from gpu_cache.kernels import reference  # noqa: E402
 from gpu_cache.kernels.experts import FEW, FEW_ROWS, MANY, ExpertKernels, Tiling  # noqa: E402
 from hybrid.errors import CapacityError, DeviceFailed  # noqa: E402
-from hybrid.gpu import usable  # noqa: E402
-from hybrid.roofline import Cost  # noqa: E402
-from hybrid.weights.formats import FORMATS  # noqa: E402
+from hybrid.formats import FORMATS  # noqa: E402
+from hybrid.machine import gpu as usable  # noqa: E402
+from hybrid.plan.roofline import Cost  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

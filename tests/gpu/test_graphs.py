@@ -19,11 +19,11 @@ from gpu.test_step_experts import OnStandIn, one_torch_thread  # noqa: E402, F40
 from graph_standin import StandInCapture  # noqa: E402
 
 from gpu_cache.errors import DeviceFull  # noqa: E402
+from hybrid.commands.timeline import Timeline  # noqa: E402
 from hybrid.config import CacheConfig  # noqa: E402
-from hybrid.engine import Engine  # noqa: E402
+from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.gpu import graphs  # noqa: E402
 from hybrid.gpu.inputs import StepInputs  # noqa: E402
-from hybrid.timeline import Timeline  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests of a stand-in: here is a GPU", allow_module_level=True)

@@ -20,9 +20,9 @@ from gpu_cache.kernels.grouping import tiles_of  # noqa: E402
 from gpu_cache.kernels.lookup import slots_of  # noqa: E402
 from gpu_cache.kernels.router import TopK, choose  # noqa: E402
 from gpu_cache.kernels.sums import weighted_sums  # noqa: E402
+from hybrid.formats import FORMATS as PACKED  # noqa: E402
 from hybrid.gpu.parts import choose_by_kernel, choose_by_torch, route  # noqa: E402
 from hybrid.models.spec import RouterSpec  # noqa: E402
-from hybrid.weights.formats import FORMATS as PACKED  # noqa: E402
 from hybrid.weights.layout import down_offset, expert_bytes, round_up  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -8,7 +8,7 @@ from checkpoints import write_checkpoint
 from steps import open_engine, step
 
 from hybrid.config import CacheConfig
-from hybrid.gpu.usable import why_unusable
+from hybrid.machine.gpu import why_unusable
 
 PROBLEM = why_unusable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=f"no usable GPU: {PROBLEM}")]

@@ -15,11 +15,11 @@ pytest.importorskip("triton", reason="triton is not installed: pip install '.[te
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
 from hybrid.config import CacheConfig  # noqa: E402
-from hybrid.engine import Engine  # noqa: E402
+from hybrid.engine.engine import Engine  # noqa: E402
+from hybrid.engine.experts.slot_program import SlotProgram  # noqa: E402
+from hybrid.engine.routes import view  # noqa: E402
 from hybrid.gpu.slot_experts import SlotExperts  # noqa: E402
-from hybrid.program import row_stride  # noqa: E402
-from hybrid.routes import view  # noqa: E402
-from hybrid.slot_program import SlotProgram  # noqa: E402
+from hybrid.plan.program import row_stride  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests of the interpreter: here is a GPU", allow_module_level=True)

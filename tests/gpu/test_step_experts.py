@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from gpu.test_slot_experts import FULL, error, logits  # noqa: E402
 
 from hybrid.config import CacheConfig  # noqa: E402
-from hybrid.experts import DeviceExperts  # noqa: E402
+from hybrid.engine.experts.calibration import measured_rows, time_device  # noqa: E402
+from hybrid.engine.experts.runtime import DeviceExperts  # noqa: E402
 from hybrid.gpu.slot_experts import StepExperts  # noqa: E402
-from hybrid.profiling import measured_rows, time_device  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests of the interpreter: here is a GPU", allow_module_level=True)
@@ -106,7 +106,7 @@ def test_the_device_finds_what_the_host_finds(tmp_path, monkeypatch) -> None:
 def test_experts_are_timed_before_the_first_step(tmp_path, monkeypatch) -> None:
     """Their rows and routes come from a step, of which there was none."""
     put(monkeypatch, compute=OnStandIn, step_device="cpu")
-    monkeypatch.setattr("hybrid.profiling.ROUNDS", 1)
+    monkeypatch.setattr("hybrid.engine.experts.calibration.ROUNDS", 1)
     path = write_checkpoint(tmp_path / "hf", "qwen3_moe")
     few = {"chunk_size": 4, "cache": CacheConfig(2, 6, delay=0)}
     with open_engine(path, tmp_path / "cache", device="cuda", **few) as engine:

@@ -8,10 +8,10 @@ from steps import agreement, greedy, in_chunks, step
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
+from hybrid.commands.nearness import nearness  # noqa: E402
+from hybrid.commands.timeline import Timeline, busy_seconds  # noqa: E402
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
-from hybrid.engine import Engine  # noqa: E402
-from hybrid.nearness import nearness  # noqa: E402
-from hybrid.timeline import Timeline, busy_seconds  # noqa: E402
+from hybrid.engine.engine import Engine  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
-from hybrid.gpu import usable
-from hybrid.planning import plan_model
+from hybrid.machine import gpu as usable
+from hybrid.plan.resolve import plan_model
 
 
 class Driver:
@@ -100,7 +100,7 @@ def test_a_gpu_that_can_be_used_is(machine) -> None:
 
 
 def test_the_command_ends_with_one_line_and_code_2(machine) -> None:
-    from hybrid.main import app
+    from hybrid.commands.run import app
 
     machine(packages=())
     result = CliRunner().invoke(app, ["--device", "cuda", "--prompt", "x"])

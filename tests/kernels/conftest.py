@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 
 
 @pytest.fixture(params=FORMATS)

@@ -8,7 +8,7 @@ from expert_rig import Experts, Part, _add_gate_up, run
 from rig import Rig, aligned, placed, row_stride
 
 import cpu_kernels
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 
 COUNT, HIDDEN, INTERMEDIATE, TOP_K = 7, 80, 48, 3
 

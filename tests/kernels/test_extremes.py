@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rig import BF16, Rig, aligned, dequantised_rows, format_of, placed, row_stride, rows_of
 
-from hybrid.weights.formats import FORMATS, FP8, MXFP4
+from hybrid.formats import FORMATS, FP8, MXFP4
 
 ROWS = [3, 40]  # a stream of lines; panels of them
 

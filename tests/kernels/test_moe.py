@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_reference import FP32, Near, assert_near, format_product, silu_times, swiglu_clamped
 from rig import BF16, ISAS, dequantised_rows, random_bf16, rows_of
 
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 
 ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped}
 

@@ -25,7 +25,7 @@ from rig import (
 )
 
 import cpu_kernels
-from hybrid.weights.formats import FORMATS
+from hybrid.formats import FORMATS
 
 ROWS = [1, 2, 5, 6, 7, 13, 17, 33, 100]
 # k of 300 and 600 takes two and three panels; 130 leaves a few inputs to the last scale of fp8 and to the last of int4.

@@ -1,6 +1,6 @@
 // Experts in two places under a race detector: threads that compute what the device lacks, a device that computes from
 // its slots at the same time, and copies that overwrite slots behind both. The protocol is that of gpu_cache and of
-// hybrid/experts.py. Sums are compared bit for bit with those of one place.
+// hybrid/engine/experts/runtime.py. Sums are compared bit for bit with those of one place.
 // Ends with 1 at the first wrong result; tests/sanitize/run.py builds and runs it.
 #include <condition_variable>
 #include <deque>

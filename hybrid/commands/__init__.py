@@ -1,0 +1,1 @@
+"""One file for each command of `hybrid`, and what they share: flags, console, prompts, output files."""

@@ -1,0 +1,185 @@
+"""`hybrid bench`: the speed of prompts and of decoding beside the limits of this machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrid.commands import flags as f
+from hybrid.commands.console import exit_codes, progress_bar, say
+from hybrid.config import EngineConfig
+from hybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybrid.commands.measure import MachineProbe, Measurement, Test
+    from hybrid.engine.engine import Engine
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Counts = Annotated[str, typer.Option("--prompt", "-p", help="Prompt lengths to time, as 512 or 128,512; 0 for none.")]
+Generate = Annotated[str, typer.Option("--generate", "-n", help="Numbers of tokens to decode; 0 for none.")]
+Depths = Annotated[str, typer.Option("--depth", "-d", help="Tokens already in the KV before each test.")]
+Batches = Annotated[str, typer.Option("--batch", help="Sequences that run together.")]
+_COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
+Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.", **_COUNT)]
+Output = Annotated[str, typer.Option("--output", help="md, csv or json.")]
+
+
+@app.command()
+def bench(
+    model_path: f.ModelPath = EngineConfig.model_path,
+    weight_format: f.Format = EngineConfig.weight_format,
+    kv_format: f.KvFormat = EngineConfig.kv_format,
+    prompt: Counts = "512",
+    generate: Generate = "32",
+    depth: Depths = "0",
+    batch: Batches = "1",
+    repetitions: Repetitions = 3,
+    device: f.Device = EngineConfig.device,
+    threads: f.Threads = EngineConfig.threads,
+    numa: f.Numa = EngineConfig.numa,
+    load: f.Load = EngineConfig.load,
+    cache_dir: f.CacheDir = EngineConfig.cache_dir,
+    output: Output = "md",
+) -> None:
+    """Time prompts and decoding with random tokens; print tokens per second and the share of the machine's limit.
+
+    The limit of a test is the slower of reading its bytes and multiplying, at the rates measured beside it: of the
+    processors and their memory, whatever the device.
+    """
+    with exit_codes():
+        if output not in FORMATS:
+            raise ConfigError(f"--output {output!r} is unknown; allowed: {', '.join(FORMATS)}")
+        if repetitions < 1:
+            raise ConfigError(f"--repetitions {repetitions} is out of range; it must be at least 1")
+        tests = make_tests(*map(parse_counts, (prompt, generate, depth, batch)))
+        largest_batch = max(test.batch for test in tests)
+        config = EngineConfig(
+            model_path=model_path,
+            device=device,
+            weight_format=weight_format,
+            kv_format=kv_format,
+            threads=threads,
+            numa=numa,
+            load=load,
+            cache_dir=cache_dir,
+            max_seq_len=max(test.length for test in tests) + 1,
+            max_batch=largest_batch,
+            chunk_size=max(EngineConfig.chunk_size, largest_batch),
+        )
+        check_lengths(config, tests)
+        print(FORMATS[output](run(config, tests, repetitions)))
+
+
+def parse_counts(text: str) -> list[int]:
+    """'128,512' to [128, 512]. Raises ConfigError."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+        raise ConfigError(f"{text!r} is not a list of counts; write numbers with commas between them, as 128,512")
+    return [int(part) for part in parts]
+
+
+def make_tests(prompts: list[int], generates: list[int], depths: list[int], batches: list[int]) -> list[Test]:
+    """Every prompt and every decoding length at every depth and batch."""
+    from hybrid.commands.measure import Test
+
+    if 0 in batches:
+        raise ConfigError("--batch 0 is out of range; it must be at least 1")
+    kinds = [(p, 0) for p in prompts if p] + [(0, n) for n in generates if n]
+    if not kinds:
+        raise ConfigError("nothing to measure: --prompt and --generate are both 0")
+    return [Test(p, n, d, b) for d, b, (p, n) in product(depths, batches, kinds)]
+
+
+def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
+    """Raise ConfigError naming the first test that is longer than the model's context."""
+    from hybrid.models import model_spec
+    from hybrid.plan.resolve import EMBEDDED_MODEL
+    from hybrid.weights.pack import model_config
+
+    limit = model_spec(model_config(config.model_path or EMBEDDED_MODEL)).max_position
+    for test in tests:
+        if test.length >= limit:
+            raise ConfigError(
+                f"test {test.name} at depth {test.depth} takes {test.length + 1} tokens of context, "
+                f"the model has {limit}: lower --depth, --prompt or --generate"
+            )
+
+
+def run(config: EngineConfig, tests: list[Test], repetitions: int) -> dict[str, Any]:
+    """Open the engine, measure, and describe: {"machine": ..., "results": [...]}."""
+    from hybrid.commands.measure import run_tests
+    from hybrid.engine.engine import Engine
+
+    with progress_bar() as progress, Engine.open(config, progress, say) as engine:
+        measurements, probe = run_tests(engine, tests, repetitions, progress)
+        return {"machine": describe_machine(engine, probe), "results": [_result(m) for m in measurements]}
+
+
+def describe_machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
+    from hybrid.machine.hardware import probe as probe_hardware
+
+    hardware, plan = probe_hardware(engine.plan.isa), engine.plan
+    return {
+        "cpu": hardware.cpu_model,
+        "cores": len(hardware.cpus),
+        "memory_gb": round(hardware.memory_total / 1e9, 1),
+        "system": platform.platform(),
+        "isa": plan.isa,
+        "threads": plan.threads,
+        "device": plan.device_name,
+        "model": engine.spec.model_type,
+        "weights_gb": round(engine.store.nbytes / 1e9, 2),
+        "format": str(plan.formats),
+        "kv_format": plan.kv.format,
+        "read_gbps": round(statistics.median(probe.read) / 1e9, 2),
+        "peak_gflops": {kind: round(statistics.median(peak) / 1e9, 1) for kind, peak in probe.peaks.items()},
+    }
+
+
+def _result(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "test": measurement.test.name,
+        "depth": measurement.test.depth,
+        "batch": measurement.test.batch,
+        "tokens_per_second": round(measurement.median, 2),
+        "stddev": round(measurement.stddev, 2),
+        "limit_share": round(measurement.limit_share, 4),
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    units = {"bf16": "GFLOP/s", "int8": "GOP/s"}
+    peaks = ", ".join(f"{peak} {units[kind]} ({kind})" for kind, peak in machine["peak_gflops"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, device {machine['device']}; "
+        f"{machine['model']}, "
+        f"{machine['weights_gb']} GB ({machine['format']}), keys and values {machine['kv_format']}; "
+        f"reads {machine['read_gbps']} GB/s, multiplies {peaks}",
+        "",
+        "| test | depth | batch | tokens/s | share of limit |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for r in report["results"]:
+        speed = f"{r['tokens_per_second']:.2f} ± {r['stddev']:.2f}"
+        lines.append(f"| {r['test']} | {r['depth']} | {r['batch']} | {speed} | {r['limit_share']:.1%} |")
+    return "\n".join(lines)
+
+
+def to_csv(report: dict[str, Any]) -> str:
+    rows = report["results"]
+    return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+
+
+def to_json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2)
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {"md": to_markdown, "csv": to_csv, "json": to_json}

@@ -1,0 +1,173 @@
+"""Measures an engine beside the limits of its machine, in turn, so that both meet the same minute."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import cpu_kernels
+from hybrid.core import Batch
+from hybrid.engine.engine import Engine
+from hybrid.plan.roofline import Cost, step_cost, uses_integers
+
+PROBE_BYTES = 1 << 30  # many times any cache
+PROBE_ROUNDS = 10_000_000
+_TOUCH_BYTES = 1 << 26  # touched at a time, so that Ctrl-C need not wait for all
+
+
+@dataclass(frozen=True)
+class Test:
+    """prompt > 0: time a prompt of that many tokens; else time `generate` decoding steps; behind `depth` tokens."""
+
+    prompt: int
+    generate: int
+    depth: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"pp{self.prompt}" if self.prompt else f"tg{self.generate}"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence at the end."""
+        return self.depth + (self.prompt or self.generate)
+
+
+@dataclass
+class Measurement:
+    """tokens_per_second and limit_shares: one value a repetition; the share is 1 at the machine's limit."""
+
+    test: Test
+    tokens_per_second: list[float] = field(default_factory=list)
+    limit_shares: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.tokens_per_second)
+
+    @property
+    def stddev(self) -> float:
+        return statistics.stdev(self.tokens_per_second) if len(self.tokens_per_second) > 1 else 0.0
+
+    @property
+    def limit_share(self) -> float:
+        return statistics.median(self.limit_shares)
+
+
+class MachineProbe:
+    """Reads memory and multiplies in registers with the pool and instruction set of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
+        for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
+            ctypes.memset(self._memory.address + start, 0, min(_TOUCH_BYTES, PROBE_BYTES - start))
+        self.read: list[float] = []  # bytes a second
+        self.peaks: dict[str, list[float]] = {"bf16": []}  # operations a second by what is multiplied
+        if uses_integers(engine.spec, engine.plan.formats):
+            self.peaks["int8"] = []
+
+    def measure(self) -> None:
+        """Add one sample of each."""
+        pool, isa = self._engine.pool, self._engine.plan.isa
+        self.read.append(cpu_kernels.read_bandwidth(pool, isa, self._memory.address, PROBE_BYTES))
+        self.peaks["bf16"].append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
+        if "int8" in self.peaks:
+            self.peaks["int8"].append(cpu_kernels.peak_int_ops(pool, isa, PROBE_ROUNDS))
+
+    def seconds(self, cost: Cost) -> float:
+        """The shortest time of a step by the last two samples."""
+        rates = (statistics.mean(samples[-2:]) for samples in (self.read, *self.peaks.values()))
+        return cost.seconds(*rates)
+
+
+def run_tests(
+    engine: Engine, tests: Iterable[Test], repetitions: int, progress: Callable[[str, int, int], None]
+) -> tuple[list[Measurement], MachineProbe]:
+    """Every test `repetitions` times, all tests once before any twice, with random tokens."""
+    probe = MachineProbe(engine)
+    touch_weights(engine)
+    measurements = [Measurement(test) for test in tests]
+    for repetition in range(repetitions):
+        for i, measurement in enumerate(measurements):
+            progress("measuring", repetition * len(measurements) + i, repetitions * len(measurements))
+            _measure(engine, probe, measurement, fill=repetition == 0 or len(measurements) > 1)
+    progress("measuring", repetitions * len(measurements), repetitions * len(measurements))
+    return measurements, probe
+
+
+def touch_weights(engine: Engine) -> None:
+    """Map the pages of all weights: with random tokens a full step reaches nearly every expert."""
+    run_sequence(engine, 0, 0, min(engine.plan.max_rows, engine.plan.max_seq_len), logits=True)
+
+
+def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement, fill: bool) -> None:
+    test = measurement.test
+    if fill:
+        _fill(engine, test)
+    decode_steps(engine, test.batch, test.depth, 1)  # wake the threads and the caches
+    probe.measure()
+    start = time.perf_counter()
+    if test.prompt:
+        prefill_prompt(engine, test)
+    else:
+        decode_steps(engine, test.batch, test.depth, test.generate)
+    seconds = time.perf_counter() - start
+    probe.measure()
+    tokens = test.batch * (test.prompt or test.generate)
+    measurement.tokens_per_second.append(tokens / seconds)
+    measurement.limit_shares.append(limit_seconds(engine, probe, test) / seconds)
+
+
+def limit_seconds(engine: Engine, probe: MachineProbe, test: Test) -> float:
+    """Seconds that the machine would need for a test."""
+    plan = engine.plan
+
+    def seconds(sequences: int, rows: int, depth: int, logit_rows: int) -> float:
+        return probe.seconds(step_cost(engine.spec, plan.formats, plan.kv.format, sequences, rows, depth, logit_rows))
+
+    if not test.prompt:
+        return test.generate * seconds(test.batch, 1, test.depth + test.generate // 2, test.batch)
+    total = 0.0
+    for first in range(0, test.prompt, plan.max_rows):
+        count = min(plan.max_rows, test.prompt - first)
+        last = first + count == test.prompt
+        total += test.batch * seconds(1, count, test.depth + first, int(last))
+    return total
+
+
+def _fill(engine: Engine, test: Test) -> None:
+    for slot in range(test.batch):
+        run_sequence(engine, slot, 0, test.depth, logits=False)
+
+
+def prefill_prompt(engine: Engine, test: Test) -> None:
+    for slot in range(test.batch):
+        run_sequence(engine, slot, test.depth, test.prompt, logits=True)
+
+
+def run_sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -> None:
+    """Run `count` tokens of one sequence in steps as large as the plan allows."""
+    for first in range(start, start + count, engine.plan.max_rows):
+        last = min(first + engine.plan.max_rows, start + count)
+        rows = last - first
+        wanted = [rows - 1] if logits and last == start + count else []
+        _step(engine, np.full(rows, slot), np.arange(first, last), wanted)
+
+
+def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> None:
+    """Decode `count` tokens of `batch` sequences together."""
+    for position in range(depth, depth + count):
+        _step(engine, np.arange(batch), np.full(batch, position), range(batch))
+
+
+def _step(engine: Engine, slots: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> None:
+    tokens = np.random.default_rng(int(positions[0])).integers(0, engine.spec.vocab, len(slots))
+    parts = (tokens, slots, positions, np.array(list(logit_rows)))
+    engine.forward(Batch(*(part.astype(np.int32) for part in parts)))

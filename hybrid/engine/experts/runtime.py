@@ -1,0 +1,380 @@
+"""Experts in two places while a step runs: the cache says which the device holds, both compute, and both are joined.
+
+Called back by the executor, once before the experts of a MoE layer (`place`) and once after (`join`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter, sleep
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_cache.admission import Costs
+from gpu_cache.calls import distinct_calls
+from gpu_cache.errors import DeviceFull, DeviceLost
+from gpu_cache.geometry import Geometry
+from gpu_cache.table import Table
+from hybrid.core import SpanObserver, StepResult
+from hybrid.engine.experts.history import COUNTS, DecodeHistory
+from hybrid.engine.experts.open import fewer_slots, open_device
+from hybrid.engine.experts.pieces import expert_pieces, pieces_of, whole_memory
+from hybrid.engine.experts.streaming import streaming_pays
+from hybrid.engine.experts.verdict import CallCosts, Verdict, judge
+from hybrid.engine.routes import Routes, view
+from hybrid.errors import KernelError
+from hybrid.machine.phases import phased
+from hybrid.plan.expert_cache import CachePlan
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
+from hybrid.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from hybrid.gpu.step import DeviceStep
+
+PAUSE = 0.0005  # seconds between two looks for copies that are waited for
+WARM_UP = 32  # steps that decode before `--cache auto` decides
+
+
+@dataclass
+class CacheTimes:
+    """Seconds since the engine was opened, of the threads that compute."""
+
+    lookup: float = 0.0  # the table, its bookkeeping, asking for copies
+    start: float = 0.0  # asking the device to run
+    wait: float = 0.0  # for what it runs
+    misses: float = 0.0  # experts that the threads computed
+    late_copies: int = 0  # experts that were asked for while they were on their way
+    streamed_layers: int = 0  # layers of steps whose misses went to the device
+
+
+def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
+    """cpu, cpu_row: measured. The rest is what the figures of the device say of an expert's bytes and operations."""
+    device, size = plan.simulated, plan.slot_bytes
+    latency = device.latency_us * 1e-6
+    copy = latency + size / (device.copy_gbps * 1e9)
+    device_row = 2 * plan.shape.weights / (device.tflops * 1e12)
+    return CallCosts(cpu, size / (device.read_gbps * 1e9), latency, copy, cpu_row, device_row)
+
+
+class DeviceExperts:
+    """The table, the device and the buffers that they share with the step.
+
+    placing: whether steps use the device; the engine asks before each. notes: what could not be had as asked, a line
+    each. geometry: of the slots that there are, which may be fewer than planned.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        routes: Routes,
+        address: Callable[[str], int],
+        weights: Callable[[str], int],
+        cpu_seconds: tuple[float, float],
+        step: DeviceStep | None = None,
+    ) -> None:
+        """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
+        one expert costs the threads, and what each of many does. step: the rest of a step, if a device computes that.
+        """
+        assert plan.cache is not None
+        self.plan: CachePlan = plan.cache
+        self.placing = True
+        self.times = CacheTimes()
+        self.observer: SpanObserver | None = None  # told of lookups, misses and waits
+        shape = self.plan.shape
+        self._routes, pairs = routes, plan.max_rows * shape.top_k
+        # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
+        self._left_ids = view(address(LEFT_IDS), (pairs,), np.int32).data
+        self._early_ids = view(address(NEXT + IDS), (pairs,), np.int32).data if self.plan.next_gate else None
+        self._slot_ids = np.empty((plan.max_rows, shape.top_k), np.int32)
+        self._flat_slot_ids = self._slot_ids.reshape(-1).data
+        floats = plan.buffers[CONTRIBUTIONS][1] // 4
+        self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
+        self._contributions[:] = -0.0
+        self._sequences = plan.slots
+        pieces = expert_pieces(self.plan, weights)
+        self._source = partial(pieces_of, pieces, shape.experts)
+        self.costs = call_costs(self.plan, *cpu_seconds)
+        self.notes: list[str] = []
+        places = {name: address(name) for name in plan.buffers}  # not `address`, which belongs to who owns this
+        self._open = partial(
+            open_device, plan, source=self._source, weights=whole_memory(pieces), address=places.__getitem__, step=step
+        )
+        self._open_device(self.plan.geometry)
+        if step:
+            step.finder = self
+        self.following: str | None = None  # what `--cache auto` chose
+        self.table = self._new_table(self.plan.settings.quota)
+        self._decoding = False
+        self._found = False  # whether the device has been asked for the hits of the layer at hand
+        self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
+        self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
+        self._ticket: Any = None
+        self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
+        self._late: set[int] = set()
+        self._placing_layer = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.table.begin_step(self._routes.step)
+        self._decoding = self._routes.rows <= self._sequences
+        self._counts = self.count()
+        self._device_times = replace(self.device.times)
+        self._times = replace(self.times)
+
+    @property
+    def finds(self) -> bool:
+        """See `hybrid.gpu.step.Finder`. Not where many rows may have experts streamed: that is the host's to decide."""
+        return self.placing and self._decoding and self.device.run_found is not None
+
+    @phased("hits")
+    def find(self, layer: int) -> None:
+        """Have the device compute its hits of a layer: those that the lookup in `place` will find, because nothing is
+        published in between.
+        """
+        start = perf_counter()
+        self._placing_layer = True
+        self._publish()
+        assert self.device.run_found is not None
+        self._ticket = self.device.run_found(layer * self.plan.shape.experts, self._routes.rows)
+        self._found = True
+        self.times.start += perf_counter() - start
+
+    @phased("lookup")
+    def place(self, layer: int) -> None:
+        """Start the hits of a layer on the device, leave the rest to the threads, and start copies."""
+        start = perf_counter()
+        self._placing_layer = True
+        routes, table = self._routes, self.table
+        if not self._found:
+            self._publish()
+        ids = routes.ids.tolist()
+        experts, scores = distinct_calls(ids, routes.weights.tolist(), routes.top_k)
+        found = table.lookup(layer, experts, scores)
+        if self._decoding:
+            self.history.ask(layer, experts)
+        if found.loading:
+            self._note_late(layer, found.loading)
+        fills = table.admit() if found.misses else []
+        for fill in fills:
+            self._copy_in(fill.slot, fill.key)
+        slot_of = dict(found.hits)
+        streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
+        self._share_out(ids, slot_of)
+        if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
+            early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
+            for fill in table.prefetch(layer + 1, list(early)):
+                self._copy_in(fill.slot, fill.key)
+        routes.observe(layer)
+        looked_up = perf_counter()
+        self.times.lookup += looked_up - start
+        if slot_of and not self._found:  # last: the device cannot begin while this thread is busy here
+            self._ticket = self.device.run(self._slot_ids[: routes.rows], streamed)
+            self.times.start += perf_counter() - looked_up
+        self._placing_layer = self._found = False
+        if self.observer is not None:
+            self.observer("lookup", start, looked_up)
+            self._left = (perf_counter(), len(slot_of) < len(experts))
+
+    @phased("wait")
+    def join(self, layer: int) -> None:
+        """Wait until the device has computed its part of a layer."""
+        start = perf_counter()
+        if self._ticket is not None:
+            self.device.join(self._ticket)
+            self._ticket = None
+            self.times.wait += perf_counter() - start
+        self.table.release()
+        if self.observer is not None:
+            self._tell(start)
+
+    def _tell(self, joined: float) -> None:
+        """joined: when the threads were done with what was left to them."""
+        assert self.observer is not None
+        began, some = self._left
+        if some:
+            self.observer("misses", began, joined)
+        self.observer("wait", joined, perf_counter())
+
+    def end(self, result: StepResult) -> StepResult:
+        """The result of a step, with what the cache and the device did in it."""
+        self.times.misses += result.times.cpu_experts
+        lookup, wait = self.times.lookup - self._times.lookup, self.times.wait - self._times.wait
+        before, now = self._device_times, self.device.times
+        times = replace(
+            result.times,
+            device_experts=now.run - before.run,
+            copy=now.copy - before.copy,
+            lookup=lookup,
+            wait=wait + max(0.0, result.times.lookup - lookup),
+            join=max(0.0, result.times.join - wait),
+        )
+        counts = self.count() - self._counts
+        if self._decoding:
+            self.history.add(counts, times.lookup + times.join)
+            if self.plan.settings.mode == "auto" and self.history.steps == WARM_UP:
+                self._follow(self.verdict())
+        return replace(result, times=times, cache=counts[:, : len(COUNTS)])
+
+    def reprice(self, costs: CallCosts) -> None:
+        """Take costs that were measured on the device, before a step has run."""
+        self.costs = costs
+        self._contributions[:] = -0.0  # measuring left some
+        self.device.forget()
+        self.table = self._new_table(self.plan.settings.quota)
+
+    def verdict(self) -> Verdict | None:
+        """What the steps that decoded so far say; None before the first of them."""
+        return judge(self.history.observed(), self.costs) if self.history.steps else None
+
+    def preload(self, keys: Sequence[int]) -> None:
+        """Have the device hold these experts, as many of them as their indexes have room for, before a step runs."""
+        for fill in self.table.preload(keys):
+            self.device.load(fill.slot, fill.key)
+
+    def _follow(self, verdict: Verdict | None) -> None:
+        """Go on in the way that is fastest: without the device, with fixed experts on it, or as before."""
+        if verdict is None:
+            return
+        self.following = verdict.best
+        if verdict.best == "cpu":
+            self.placing = False
+        elif verdict.best == "static":
+            self.drain()
+            self._counts_before += self._count_table()
+            self.device.forget()
+            self.table = self._new_table(0)
+            self.preload(self.history.most_asked())
+
+    def recover(self, error: BaseException) -> bool:
+        """A step ended before its time: what it left in the buffers and in the table is cleared. Returns whether the
+        step may be run again, because the device has got room by giving slots back.
+
+        Raises KernelError if the device is lost; the next steps run without it.
+        """
+        try:
+            self._clear(error)
+        except DeviceLost as lost:
+            self.placing = False
+            self.device.close()
+            raise KernelError(
+                f"the device is lost: {lost}; requests that ran have failed, the next ones run on the CPU alone"
+            ) from error
+        finally:
+            self._contributions[:] = -0.0
+        return isinstance(error, DeviceFull)
+
+    def _clear(self, error: BaseException) -> None:
+        if isinstance(error, DeviceLost):
+            raise error
+        self._found = False
+        if self._ticket is not None:
+            ticket, self._ticket = self._ticket, None
+            self.device.join(ticket)
+        if isinstance(error, DeviceFull):
+            clear_frames(error.__traceback__)  # they may hold memory of the device
+            return self._give_back()
+        if self._placing_layer:  # the table may be in the middle of something
+            self.reset()
+        self.table.release()
+
+    def _give_back(self) -> None:
+        """The device needs its memory for other things: the cache starts anew with fewer slots, or not at all."""
+        fewer = fewer_slots(self.geometry)
+        self.device.close()
+        self._on_the_way.clear()
+        self._late.clear()
+        self._counts_before += self._count_table()
+        self._placing_layer = False
+        if fewer is None:
+            self.placing = False
+            return
+        self._open_device(fewer)
+        self.table = self._new_table(self.plan.settings.quota)
+
+    def reset(self) -> None:
+        """Forget what the device holds, once the copies on their way have ended."""
+        while self.device.pending:
+            self.device.poll()
+            sleep(PAUSE)
+        self._on_the_way.clear()
+        self._late.clear()
+        self._counts_before += self._count_table()
+        self.device.forget()
+        self.table = self._new_table(0 if self.following == "static" else self.plan.settings.quota)
+        self._placing_layer = False
+
+    def drain(self) -> None:
+        """Wait for the copies that are on their way."""
+        while self.device.pending:
+            self._publish()
+            sleep(PAUSE)
+
+    def close(self) -> None:
+        self.device.close()
+
+    def _to_stream(
+        self, layer: int, ids: list[int], experts: Sequence[int], slot_of: dict[int, int], copies: int
+    ) -> list[int]:
+        """Keys of the experts that go to the device although no slot holds them: all such of a layer, or none. They get
+        the ids that follow those of the slots in `slot_of`.
+        """
+        mode = self.plan.settings.stream
+        missed = [expert for expert in experts if expert not in slot_of]
+        if mode == "off" or not missed:
+            return []
+        if mode == "auto":
+            rows = Counter(ids)
+            if not streaming_pays([rows[e] for e in slot_of], [rows[e] for e in missed], copies, self.costs):
+                return []
+        self.times.streamed_layers += 1
+        slot_of.update((expert, slot) for slot, expert in enumerate(missed, self.geometry.slots))
+        return [layer * self.plan.shape.experts + expert for expert in missed]
+
+    def _share_out(self, ids: list[int], slot_of: dict[int, int]) -> None:
+        """Write the ids that the threads compute, and the slots that the device computes."""
+        self._left_ids[: len(ids)] = array("i", [-1 if expert in slot_of else expert for expert in ids])
+        if slot_of:
+            slot = slot_of.get
+            self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
+
+    def _copy_in(self, slot: int, key: int) -> None:
+        self._on_the_way[slot] = key
+        self.device.copy_in(slot, key)
+
+    def _publish(self) -> None:
+        for slot, whole in self.device.poll():
+            self._late.discard(self._on_the_way.pop(slot))
+            if whole:
+                self.table.publish(slot)
+            else:
+                self.table.abandon(slot)
+
+    def _note_late(self, layer: int, loading: Sequence[int]) -> None:
+        keys = {layer * self.plan.shape.experts + expert for expert in loading} - self._late
+        self._late |= keys
+        self.times.late_copies += len(keys)
+
+    def count(self) -> npt.NDArray[np.int64]:
+        """[MoE layers, 6]: what the table counted, in the order of COUNTS and fills, since the engine was opened."""
+        return self._counts_before + self._count_table()
+
+    def _count_table(self) -> npt.NDArray[np.int64]:
+        counts = self.table.counts
+        return np.stack([getattr(counts, name) for name in (*COUNTS, "fills")], axis=1)
+
+    def _new_table(self, quota: int | None) -> Table:
+        settings, costs = self.plan.settings, self.costs
+        prices = Costs(costs.copy, costs.cpu, costs.device)
+        return Table(self.geometry, settings.policy, settings.admission, quota, settings.seed, prices)
+
+    def _open_device(self, geometry: Geometry) -> None:
+        self.device, self.geometry, notes = self._open(geometry)
+        self.history = DecodeHistory(self.geometry)
+        self.notes += notes

@@ -1,0 +1,54 @@
+"""Files that list the experts of a cache, so that the next run begins with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import ConfigError, WeightsError
+from hybrid.files import read_json_object, write_json
+from hybrid.plan.passes.place_experts import ExpertShape
+
+KIND = "hybrid-experts"
+
+
+def model_mark(shape: ExpertShape, routers: Iterable[npt.NDArray[np.float32]]) -> str:
+    """What tells one model from another, whatever its formats: a hash of the routers of its MoE layers."""
+    digest = hashlib.sha256(f"{shape.experts} {shape.top_k}".encode())
+    for router in routers:
+        digest.update(router.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def write_warm(path: Path, mark: str, shape: ExpertShape, keys: Iterable[int]) -> None:
+    """keys: of the experts, as [layer, expert] in the file."""
+    experts = [list(divmod(key, shape.experts)) for key in keys]
+    write_json(path, {"kind": KIND, "model": mark, "experts": experts})
+
+
+def read_warm(path: Path, mark: str, shape: ExpertShape) -> list[int]:
+    """Keys in the order of the file. Raises ConfigError for what is no such file, or of another model."""
+    try:
+        body = read_json_object(path)
+    except WeightsError as error:
+        raise ConfigError(f"--cache-warm {error}") from None
+    if body.get("kind") != KIND or not isinstance(body.get("experts"), list):
+        raise ConfigError(f"--cache-warm {path} is no list of experts; write one with --cache-save")
+    if body.get("model") != mark:
+        raise ConfigError(f"--cache-warm {path} is of another model; write one of this model with --cache-save")
+    return [_key(path, pair, shape) for pair in body["experts"]]
+
+
+def _key(path: Path, pair: Any, shape: ExpertShape) -> int:
+    numbers = isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
+    if not numbers or not (0 <= pair[0] < len(shape.layers) and 0 <= pair[1] < shape.experts):
+        raise ConfigError(
+            f"--cache-warm {path} lists {pair!r:.60}, which is no [layer, expert] of {len(shape.layers)} layers of "
+            f"{shape.experts} experts; write it again with --cache-save"
+        )
+    return int(pair[0]) * shape.experts + int(pair[1])

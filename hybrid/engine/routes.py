@@ -1,0 +1,82 @@
+"""Which experts the rows of a step chose, told while the step runs; or which they must take, by a trace."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.core import Batch
+from hybrid.plan.route_trace import RouteTrace
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+# (step, MoE layer, sequence [rows], position [rows], experts [rows, top_k] in rank order, their gate scores)
+RouteObserver = Callable[[int, int, Ints, Ints, Ints, Floats], None]
+
+
+class Routes:
+    """Reads what the router wrote. `ids` and `weights` are those of the layer at hand, [rows * top_k] in rows; they
+    belong to the engine and change with the layer.
+
+    A sequence is numbered when its first token comes. observer: called in every MoE layer; None: nobody is told.
+    taken: int32 [MoE layers, rows, top_k], the experts of the step at hand that a trace names; None without a trace.
+    """
+
+    def __init__(
+        self, ids: int, weights: int, rows: int, top_k: int, slots: int, trace: RouteTrace | None = None
+    ) -> None:
+        """ids, weights: addresses of the buffers. trace: whose experts rows take, at the weights of their routers."""
+        self.observer: RouteObserver | None = None
+        self.taken: Ints | None = None
+        self.trace = trace
+        self.top_k = top_k
+        self._all_ids = view(ids, (rows * top_k,), np.int32).data
+        self._all_weights = view(weights, (rows * top_k,), np.float32).data
+        self._sequence_of = np.zeros(slots, np.int32)
+        self.reset()
+
+    def reset(self, sequences: int = 0) -> None:
+        """Begin counting steps anew. sequences: the number of the next sequence."""
+        self.step, self._sequences = -1, sequences
+        self._sequence_of[:] = 0
+        self.rows = 0
+        self.ids, self.weights = self._all_ids[:0], self._all_weights[:0]
+
+    def begin(self, batch: Batch) -> None:
+        """A step begins."""
+        self.step += 1
+        self.rows = len(batch.slots)
+        pairs = self.rows * self.top_k
+        self.ids, self.weights = self._all_ids[:pairs], self._all_weights[:pairs]
+        if self.observer is None and self.trace is None:
+            return
+        known = batch.slots < len(self._sequence_of)  # the executor refuses others
+        new = batch.slots[(batch.positions == 0) & known]
+        self._sequence_of[new] = self._sequences + np.arange(len(new))
+        self._sequences += len(new)
+        self._sequence, self._positions = self._sequence_of.take(batch.slots, mode="clip"), batch.positions
+        if self.trace is not None:
+            self.taken = self.trace.routes(self._sequence, self._positions)
+
+    def take(self, layer: int) -> None:
+        """The experts of a layer are chosen: put those of the trace in their place."""
+        assert self.taken is not None
+        self.ids[:] = self.taken[layer].reshape(-1).data
+
+    def observe(self, layer: int) -> None:
+        """The experts of a layer are chosen."""
+        if self.observer is not None:
+            shape = (self.rows, self.top_k)
+            ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)
+            self.observer(self.step, layer, self._sequence, self._positions, ids, weights)
+
+
+def view(address: int, shape: tuple[int, ...], dtype: type[Any]) -> npt.NDArray[Any]:
+    """Memory that somebody else owns, as an array."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)

@@ -1,0 +1,55 @@
+"""Weight formats: one file each, found by name. What they share is in `block.py`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hybrid.formats.bf16 import Bf16
+from hybrid.formats.block import Array, Bytes, Floats
+from hybrid.formats.fp8 import Fp8
+from hybrid.formats.int4 import Int4
+from hybrid.formats.int8 import Int8
+from hybrid.formats.mxfp4 import Mxfp4
+
+
+class WeightFormat(Protocol):
+    """How a matrix W [n outputs, k inputs] is stored: blocks of 16 output columns, each a header of scales and lines.
+
+    integer: multiplies int8 activations, otherwise bf16 ones. row_group: rows that may share a scale, so a matrix
+    packed in pieces must be cut at multiples of it. cut_inputs: packed blocks can be cut along k at multiples of it.
+    `inputs` is always the padded k, a multiple of 64.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def integer(self) -> bool: ...
+    @property
+    def row_group(self) -> int: ...
+    @property
+    def cut_inputs(self) -> int: ...
+
+    def header_bytes(self, inputs: int) -> int:
+        """Bytes of scales in front of the lines of a block, a multiple of 64."""
+
+    def block_bytes(self, inputs: int) -> int:
+        """Bytes of a block, a multiple of 64."""
+
+    def pack(self, weight: Array) -> Bytes:
+        """Blocks [blocks, block_bytes] of W [n, k] of bf16, fp16 or fp32, whose values must be finite."""
+
+    def unpack(self, packed: Array, n: int, k: int) -> Floats:
+        """What the packed bytes stand for, exactly: float32 [n, k]."""
+
+    def cut(self, blocks: Bytes, inputs: int, first: int, last: int) -> Bytes:
+        """Blocks [count, block_bytes] with inputs [first, last) alone, as if only these had been quantised.
+
+        first is a multiple of `cut_inputs`; last is too, or else `inputs`.
+        """
+
+    def all_finite(self, blocks: Bytes, inputs: int) -> bool:
+        """Whether no scale and no value of blocks [count, block_bytes] is NaN or infinite."""
+
+
+FP8, MXFP4 = Fp8(), Mxfp4()  # they also pack what checkpoints publish
+FORMATS: dict[str, WeightFormat] = {f.name: f for f in (Bf16(), Int8(), Int4(), FP8, MXFP4)}

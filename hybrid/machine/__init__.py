@@ -1,0 +1,1 @@
+"""What this machine offers, measured or granted."""

@@ -1,0 +1,1 @@
+"""What a model needs on a machine, computed before a byte is loaded."""

@@ -1,0 +1,183 @@
+"""What a run measured: its summary and its CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import ConfigError
+from hybrid.files import atomic_file
+from hybrid.machine.meters import Meters
+from hybrid.serving.scheduler import StepRecord
+
+BREAKDOWN_COLUMNS = (
+    "step",
+    "rows",
+    "prompt_rows",
+    "decode_rows",
+    "attention",
+    "moe",
+    "head",
+    "other",
+    "sampling",
+    "total",
+    "cpu_experts",
+    "device_experts",
+    "copy",
+    "lookup",
+    "join",
+    "wait",
+)
+CACHEHIT_COLUMNS = ("step", "layer", "calls", "hits", "loading", "misses", "evictions")
+TOKEN_COLUMNS = ("token", "step", "seconds", "elapsed", "tokens_per_second", "cpu_mhz")
+POWER_COLUMNS = ("step", "tokens", "seconds", "package_watts", "gpu_watts", "joules_per_token")
+UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A step with prompt rows counts for the prompt speed alone; decode speed is that of the other steps.
+
+    Speeds are rows over the whole time of those steps, sampling and text included; None without such steps.
+    first_token_seconds: the time of the steps up to the first that chose a token.
+    """
+
+    load_seconds: float
+    prompt_tokens: int
+    prompt_tokens_per_second: float | None
+    decode_tokens: int
+    decode_tokens_per_second: float | None
+    first_token_seconds: float | None
+    steps: int
+    isa: str
+    threads: int
+
+    def __str__(self) -> str:
+        first = "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f} s"
+        return "\n".join(
+            [
+                f"load         {self.load_seconds:.2f} s",
+                f"prompt       {_speed(self.prompt_tokens, self.prompt_tokens_per_second)}",
+                f"decode       {_speed(self.decode_tokens, self.decode_tokens_per_second)}",
+                f"first token  {first}",
+                f"ran on       {self.isa}, {self.threads} thread{'s' * (self.threads != 1)}",
+            ]
+        )
+
+
+class Recorder:
+    """Keeps the record of every step; call it with each. meters: read with each step, if there are any."""
+
+    def __init__(self, meters: Meters | None = None) -> None:
+        self.records: list[StepRecord] = []
+        self._meters = meters
+        self._readings = [meters.read()] if meters else []  # before the first step, and after each
+
+    def __call__(self, record: StepRecord) -> None:
+        self.records.append(record)
+        if self._meters:
+            self._readings.append(self._meters.read())
+
+    def summary(self, load_seconds: float, isa: str, threads: int) -> Summary:
+        prompt = [record for record in self.records if record.prompt_rows]
+        decode = [record for record in self.records if not record.prompt_rows]
+        prompt_tokens = sum(record.prompt_rows for record in prompt)
+        return Summary(
+            load_seconds=load_seconds,
+            prompt_tokens=prompt_tokens,
+            prompt_tokens_per_second=_rate(prompt_tokens, prompt),
+            decode_tokens=sum(record.decode_rows for record in self.records),
+            decode_tokens_per_second=_rate(sum(record.decode_rows for record in decode), decode),
+            first_token_seconds=_first_token_seconds(self.records),
+            steps=len(self.records),
+            isa=isa,
+            threads=threads,
+        )
+
+    def breakdown_rows(self) -> list[list[Any]]:
+        """One row per step as BREAKDOWN_COLUMNS name them; times in milliseconds."""
+        return [_breakdown_row(step, record) for step, record in enumerate(self.records)]
+
+    def cachehit_rows(self) -> Iterator[list[int]]:
+        """One row per step and MoE layer as CACHEHIT_COLUMNS name them, of the steps that had a cache."""
+        for step, record in enumerate(self.records):
+            if record.cache is not None:
+                yield from ([step, layer, *counts] for layer, counts in enumerate(record.cache.tolist()))
+
+    def token_rows(self) -> Iterator[list[Any]]:
+        """One row per token that was chosen, as TOKEN_COLUMNS name them: each took as long as its step."""
+        token, elapsed = 0, 0.0
+        for step, (record, reading) in enumerate(zip(self.records, self._readings[1:], strict=False)):
+            elapsed += record.seconds
+            for _ in range(record.sampled):
+                token += 1
+                times = [f"{record.seconds:.6f}", f"{elapsed:.6f}", f"{token / elapsed:.2f}"]
+                yield [token, step, *times, _readable(reading.cpu_mhz)]
+
+    def power_rows(self) -> Iterator[list[Any]]:
+        """One row per step as POWER_COLUMNS name them; the energy per token is of what can be read."""
+        for step, (record, (before, after)) in enumerate(zip(self.records, pairwise(self._readings), strict=False)):
+            package = _spent(before.package_joules, after.package_joules)
+            gpu = _spent(before.gpu_joules, after.gpu_joules)
+            known = [joules for joules in (package, gpu) if joules is not None]
+            each = sum(known) / record.sampled if known and record.sampled else None
+            watts = [None if joules is None else joules / record.seconds for joules in (package, gpu)]
+            per_token = "" if known and not record.sampled else _readable(each)
+            yield [step, record.sampled, f"{record.seconds:.6f}", *map(_readable, watts), per_token]
+
+
+def _spent(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _readable(value: float | None) -> str:
+    return UNREADABLE if value is None else f"{value:.3f}"
+
+
+def check_csv_path(flag: str, path: Path | None) -> None:
+    """Raise ConfigError unless a file can be written there."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{flag} {path} is not a file; name one that may be written")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no directory {path.parent}; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: {path.parent} cannot be written; name another directory")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write the whole file or leave what was there."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _breakdown_row(step: int, record: StepRecord) -> list[Any]:
+    parts = asdict(record.times)
+    times = [f"{parts[name] * 1000:.4f}" for name in BREAKDOWN_COLUMNS if name in parts]
+    rows = record.prompt_rows + record.decode_rows
+    return [step, rows, record.prompt_rows, record.decode_rows, *times]
+
+
+def _first_token_seconds(records: Sequence[StepRecord]) -> float | None:
+    first = next((index for index, record in enumerate(records) if record.sampled), None)
+    return None if first is None else sum(record.seconds for record in records[: first + 1])
+
+
+def _rate(rows: int, records: Sequence[StepRecord]) -> float | None:
+    seconds = sum(record.seconds for record in records)
+    return rows / seconds if seconds else None
+
+
+def _speed(tokens: int, rate: float | None) -> str:
+    return f"{tokens} tokens" if rate is None else f"{tokens} tokens, {rate:.1f} tokens/s"

@@ -1,0 +1,1 @@
+"""What is read: the sources that weights are packed from."""
