@@ -13,6 +13,7 @@ from hybrid.errors import ConfigError
 from hybrid.ops import Buffer, Callback, RoutingTable, Weight
 from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, device_ops, expert_shape
 from hybrid.plan.plan import Plan
+from hybrid.plan.text import plan_text
 from hybrid.weights.layout import store_tensors
 
 MOE = [name for name, spec in SPECS.items() if any(layer.feed_forward.is_moe for layer in spec.layers)]
@@ -82,7 +83,7 @@ def test_the_slots_are_counted() -> None:
     assert plan.cache.slot_bytes == 2 * (2 * 48 * 128 + 96 * 64) and plan.cache.nbytes == 6 * plan.cache.slot_bytes
     more = plan.arena_bytes - without.arena_bytes
     assert plan.fixed_bytes == without.fixed_bytes + more + plan.cache.nbytes
-    assert "2 indexes of 3 slots" in str(plan) and plan.to_dict()["cache"]["slots"] == 6
+    assert "2 indexes of 3 slots" in plan_text(plan) and plan.to_dict()["cache"]["slots"] == 6
     assert without.cache is None and without.placed_ops == () and without.to_dict()["cache"] is None
 
 

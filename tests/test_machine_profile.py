@@ -148,7 +148,8 @@ def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path, monkeypatch
 def test_a_device_and_its_link_are_priced_together(tmp_path) -> None:
     """On torch's CPU device a copy is one within memory: slower than nothing, and no faster than a machine's memory."""
     pytest.importorskip("torch")
-    from hybrid.gpu.pricing import device_mark, measure_device
+    from hybrid.engine.experts.calibration import measure_device
+    from hybrid.machine.gpu import device_mark
 
     with embedded(tmp_path) as engine:
         place, weight = "cpu", "layers.0.ffn.experts"

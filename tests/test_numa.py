@@ -30,6 +30,7 @@ from hybrid.plan.passes.split_nodes import PARTIAL, split_over_nodes
 from hybrid.plan.plan import Plan, make_plan
 from hybrid.plan.program import build_buffers, build_ops, row_bytes
 from hybrid.plan.resolve import plan_model
+from hybrid.plan.text import plan_text
 from hybrid.weights.copied import CopiedWeights, lay_out
 from hybrid.weights.layout import StoreTensor, store_tensors
 from hybrid.weights.pack import cached_store
@@ -213,8 +214,8 @@ def test_a_plan_counts_what_the_nodes_hold(text) -> None:
 def test_the_printed_plan_tells_of_nodes_and_huge_pages(nodes, choices, line) -> None:
     machine = replace(MACHINE, nodes=nodes, huge_pages="madvise")
     plan = make_plan(spec_of(**WIDE), machine, EngineConfig(**choices), uniform("bf16"))
-    assert [text for text in str(plan).splitlines() if text.startswith(line) and "(system: madvise)" in text]
-    assert (", node 1" in str(plan)) == (plan.nodes > 1)
+    assert [text for text in plan_text(plan).splitlines() if text.startswith(line) and "(system: madvise)" in text]
+    assert (", node 1" in plan_text(plan)) == (plan.nodes > 1)
     told = plan.to_dict()
     assert (told["nodes"], told["load"], told["huge_pages"]) == (len(plan.node_ids), plan.load, "madvise")
 
@@ -222,7 +223,7 @@ def test_the_printed_plan_tells_of_nodes_and_huge_pages(nodes, choices, line) ->
 @pytest.mark.parametrize("setting", ["never", "unsupported"])
 def test_a_plan_without_huge_pages_says_so(setting) -> None:
     plan = make_plan(spec_of(), replace(MACHINE, huge_pages=setting), EngineConfig(), uniform("bf16"))
-    assert f"huge pages cannot be had (system: {setting})" in str(plan)
+    assert f"huge pages cannot be had (system: {setting})" in plan_text(plan)
 
 
 @pytest.mark.parametrize(

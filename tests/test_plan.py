@@ -22,6 +22,7 @@ from hybrid.models import model_spec
 from hybrid.models.spec import MlaSpec, ModelSpec
 from hybrid.plan.plan import RUNTIME_BYTES, Plan, kv_geometry, make_plan, scratch_bytes
 from hybrid.plan.resolve import plan_model
+from hybrid.plan.text import plan_text
 from hybrid.weights.pack import cached_store
 
 MACHINE = HardwareSpec(
@@ -119,7 +120,7 @@ def test_a_batch_is_invariant_where_that_is_free_or_wanted(isa, free) -> None:
     def invariant(choice: bool | None) -> bool:
         mix = uniform("bf16")
         plan = make_plan(spec_of(), replace(MACHINE, isa=isa), EngineConfig(batch_invariant=choice), mix)
-        assert ("depend on what else runs" in str(plan)) != plan.batch_invariant
+        assert ("depend on what else runs" in plan_text(plan)) != plan.batch_invariant
         return plan.batch_invariant
 
     assert [invariant(choice) for choice in (None, True, False)] == [free, True, False]
@@ -138,7 +139,7 @@ def test_a_model_that_does_not_fit_is_planned_but_refused_with_numbers() -> None
     total = needed.fixed_bytes + 128 * needed.kv.token_bytes
     assert plan_of(spec, total, max_seq_len=128).problem is None
     plan = plan_of(spec, total - 1, max_seq_len=128)
-    assert plan.problem is not None and plan.problem in str(plan)
+    assert plan.problem is not None and plan.problem in plan_text(plan)
     assert f"{total / 1e9:.2f} GB" in plan.problem and "are free" in plan.problem and "\n" not in plan.problem
     with pytest.raises(CapacityError, match="does not fit in memory"):
         plan.require_fit()
@@ -262,7 +263,7 @@ def test_what_no_kernel_implements_is_refused_by_name(what) -> None:
 
 def test_the_printed_plan_names_every_part() -> None:
     plan = plan_of()
-    text = str(plan)
+    text = plan_text(plan)
     for part in (*plan.weight_bytes, "arena", "scratch", "logits", "KV", "memory free", "avx2", "4 threads", "fits"):
         assert part in text
     for kind in {op.kind for op in plan.ops if op.layer in (None, 0)}:
@@ -300,7 +301,7 @@ def test_sinks_biases_and_the_clamped_activation_are_planned() -> None:
 )
 def test_the_formats_of_what_the_model_has_are_a_line(family, text, line) -> None:
     plan = plan_of(spec_of(family), weight_format=text, kv_format="fp8")
-    assert f"formats: {line}" in str(plan).splitlines()
+    assert f"formats: {line}" in plan_text(plan).splitlines()
     told = plan.to_dict()
     assert (told["kv_format"], told["batch_invariant"]) == ("fp8", True)
     assert told["formats"] == dataclasses.asdict(plan.formats) and set(told["formats"].values()) <= set(FORMATS)

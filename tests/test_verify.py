@@ -15,9 +15,9 @@ from hybrid.commands import verify
 from hybrid.commands.nearness import Nearness, nearness
 from hybrid.commands.verify import Answers, compare_nearness, first_difference, make_scenarios, verify_model
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine.routes import view
 from hybrid.errors import ConfigError
 from hybrid.machine import gpu as usable
+from hybrid.machine.memory import view
 from hybrid.plan.passes.place_experts import CONTRIBUTIONS, ExpertShape
 
 CONFIG = EngineConfig(max_seq_len=256)

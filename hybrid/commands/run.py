@@ -203,9 +203,10 @@ def _check_trace(path: Path) -> None:
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:
     from hybrid.plan.resolve import plan_model
+    from hybrid.plan.text import plan_text
 
     plan = plan_model(config, say)
-    print(json.dumps(plan.to_dict()) if as_json else plan)
+    print(json.dumps(plan.to_dict()) if as_json else plan_text(plan))
     plan.require_fit()
 
 

@@ -21,13 +21,14 @@ import cpu_kernels
 from hybrid.config import EngineConfig
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.engine.binding import bind
+from hybrid.engine.experts.costs import expert_key, measured_costs
 from hybrid.engine.experts.warm_start import model_mark, read_warm, write_warm
 from hybrid.engine.kv import KvArena
-from hybrid.engine.routes import Routes, view
+from hybrid.engine.routes import Routes
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
 from hybrid.machine.hardware import probe
-from hybrid.machine.memory import MemoryGrant, NodeMemory
-from hybrid.machine.profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
+from hybrid.machine.memory import MemoryGrant, NodeMemory, view
+from hybrid.machine.profile import MachineProfile, cached_profile, machine_mark
 from hybrid.models.rope import inverse_frequencies
 from hybrid.plan.passes.gpu_step import CALLS
 from hybrid.plan.passes.place_experts import TAKE
@@ -351,7 +352,8 @@ class Engine:
 
     def _price_device(self, experts: DeviceExperts) -> None:
         """Measured costs of a GPU in place of the figures of a simulated device."""
-        from hybrid.gpu.pricing import device_mark, measure_device
+        from hybrid.engine.experts.calibration import measure_device
+        from hybrid.machine.gpu import device_mark
 
         assert self.profile is not None
         shape, place = experts.plan.shape, "cuda"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Batch
+from hybrid.machine.memory import view
 from hybrid.plan.route_trace import RouteTrace
 
 Ints = npt.NDArray[np.int32]
@@ -73,10 +72,3 @@ class Routes:
             shape = (self.rows, self.top_k)
             ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)
             self.observer(self.step, layer, self._sequence, self._positions, ids, weights)
-
-
-def view(address: int, shape: tuple[int, ...], dtype: type[Any]) -> npt.NDArray[Any]:
-    """Memory that somebody else owns, as an array."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory: Any = (ctypes.c_uint8 * size).from_address(address)
-    return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 
 from gpu_cache.errors import first_line
-from hybrid.engine.routes import view
 from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.attention_choice import choose_for_steps
 from hybrid.gpu.graphs import capture_on
@@ -17,7 +16,7 @@ from hybrid.gpu.link import Link
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.step import DeviceStep
 from hybrid.gpu.weights import load_weights
-from hybrid.machine.memory import size_text
+from hybrid.machine.memory import size_text, view
 from hybrid.plan.plan import Plan
 from hybrid.weights.store import Store
 

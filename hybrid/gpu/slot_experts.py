@@ -13,9 +13,9 @@ import torch
 from gpu_cache.kernels.experts import ExpertKernels, ExpertLayout
 from gpu_cache.kernels.lookup import slots_of
 from gpu_cache.kernels.sums import weighted_sums
-from hybrid.engine.routes import view
 from hybrid.gpu.rows import expert_rows
 from hybrid.gpu.step import DeviceStep
+from hybrid.machine.memory import view
 from hybrid.ops import Op, RoutingTable
 from hybrid.plan.passes.place_experts import CONTRIBUTIONS, IDS, ROUTED, WEIGHTS
 from hybrid.plan.plan import Plan

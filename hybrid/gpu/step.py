@@ -1,4 +1,4 @@
-"""The device part of a step, called back by the executor between those of the threads: see `plan/passes/gpu_step.py`."""
+"""The device part of a step, called back by the executor between those of the threads: `plan/passes/gpu_step.py`."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class KvGeometry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine needs to allocate and run; `str()` is what `--dry-run` prints.
+    """Everything the engine needs to allocate and run; `plan.text.plan_text` is what `--dry-run` prints.
 
     device_name: of EngineConfig, without "auto".
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
@@ -159,11 +159,6 @@ class Plan:
         fields["route_trace"] = str(self.route_trace) if self.route_trace else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
-
-    def __str__(self) -> str:
-        from hybrid.plan.text import plan_text
-
-        return plan_text(self)
 
 
 def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:

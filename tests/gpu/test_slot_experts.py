@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from hybrid.config import CacheConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.engine.experts.slot_program import SlotProgram  # noqa: E402
-from hybrid.engine.routes import view  # noqa: E402
 from hybrid.gpu.slot_experts import SlotExperts  # noqa: E402
+from hybrid.machine.memory import view  # noqa: E402
 from hybrid.plan.program import row_stride  # noqa: E402
 
 if torch.cuda.is_available():

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.engine.binding import bind
-from hybrid.engine.routes import view
+from hybrid.machine.memory import view
 from hybrid.plan.passes.place_experts import LEFT_IDS, ROUTED, device_ops
 from hybrid.plan.plan import Plan, lay_out
 
