@@ -298,11 +298,11 @@ class Attention(Case):
         """Keys and values of as many layers as there are calls."""
         spec = shape.spec(self.calls)
         kv = kv_geometry(spec, tokens, kv_format)
-        pages = self._memory.bytes(sequences * kv.slot_stride)
+        pages = self._memory.bytes(sequences * kv.sequence_stride)
         pages[...] = KV_BYTE
         return [
             cpu_kernels.KvLayout(
-                base=int(pages.ctypes.data) + kv.layer_offsets[i], slot_stride=kv.slot_stride,
+                base=int(pages.ctypes.data) + kv.layer_offsets[i], slot_stride=kv.sequence_stride,
                 head_stride=kv.head_strides[i], value_offset=kv.value_offsets[i], key_dim=key_dim(layer),
                 value_dim=value_dim(layer), format=_format(kv_format), key_scales_offset=kv.key_scale_offsets[i],
                 value_scales_offset=kv.value_scale_offsets[i],

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import typer
-from hybrid.formats.fp8 import SQUARE
 
 from hybrid.errors import HybridError
 from hybrid.files import atomic_file, write_json
+from hybrid.formats.fp8 import SQUARE
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.expected import tensor_shapes
 from hybrid.weights.checkpoints.huggingface import INDEX

@@ -19,7 +19,7 @@ from hybrid.formats.mix import parse_mix, uniform
 from hybrid.plan.gpu_memory import KV_SHARE, StepSizes, device_weight_bytes, plan_device, token_bytes
 from hybrid.plan.plan import Plan
 
-SIZES = StepSizes(rows=64, slots=4, length=1000)
+SIZES = StepSizes(rows=64, sequences=4, length=1000)
 STEP = {"step_on": "torch-cpu"}
 
 
@@ -68,7 +68,7 @@ def tensors(found: Any) -> list[Any]:
 
 
 def test_the_mirror_takes_a_fourth_of_what_is_left_and_the_slots_the_rest() -> None:
-    each = SIZES.slots * token_bytes(spec_of())
+    each = SIZES.sequences * token_bytes(spec_of())
     fixed = planned(10**9)
     fixed_bytes = fixed.weights + fixed.workspace
     device = planned(fixed_bytes + KV_SHARE * 300 * each)

@@ -15,15 +15,14 @@ import cpu_kernels
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.engine.experts.calibration import measured_rows, time_device, time_threads
+from hybrid.engine.experts.costs import expert_key, measured_costs
 from hybrid.machine.hardware import probe
 from hybrid.machine.profile import (
     ExpertTimes,
     LinkSpeed,
     MachineProfile,
     cached_profile,
-    expert_key,
     machine_mark,
-    measured_costs,
 )
 
 TIMES = ExpertTimes((1, 2, 8), (1.0, 1.5, 4.5), (0.1, 0.2, 0.8), 0.05)

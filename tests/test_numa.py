@@ -287,7 +287,7 @@ def test_keys_and_values_have_huge_pages_behind_their_first_8_mib(monkeypatch, f
     for slot in range(2):
         for layer, offset in enumerate(plan.kv.layer_offsets):
             for head in range(2):
-                keys = slot * plan.kv.slot_stride + offset + head * plan.kv.head_strides[layer]
+                keys = slot * plan.kv.sequence_stride + offset + head * plan.kv.head_strides[layer]
                 values = keys + plan.kv.value_offsets[layer]
                 lengths = ((keys, (64 * size << 18)), (values, 48 * size << 18))
                 expected |= {(start + HUGE_BEHIND, length - HUGE_BEHIND) for start, length in lengths}

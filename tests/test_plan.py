@@ -93,7 +93,7 @@ def test_keys_and_values_lie_one_after_the_other(format, size, scale) -> None:
         assert kv.value_scale_offsets[layer] == (scales + 256 * scale if scale else 0)
         assert kv.head_strides[layer] == scales + 2 * 256 * scale
         end = start + 2 * kv.head_strides[layer]
-    assert kv.slot_stride == end
+    assert kv.sequence_stride == end
     assert kv.token_bytes * 256 == end
 
 

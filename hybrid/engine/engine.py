@@ -79,7 +79,7 @@ class Engine:
         self._weights = self._load(progress)
         self.memory = self._granted()
         self._write_frequencies()
-        self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
+        self._logits = np.empty((plan.sequences, store.spec.vocab), np.float32)
         self.routes = self._new_routes()
         self._executor = bind(self._new_executor(), plan.ops, self)
         self.experts: DeviceExperts | None = None
@@ -169,7 +169,7 @@ class Engine:
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
         try:
-            parts = executor.step(batch.token_ids, batch.slots, batch.positions, batch.logit_rows, logits)
+            parts = executor.step(batch.token_ids, batch.sequences, batch.positions, batch.logit_rows, logits)
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
@@ -222,11 +222,11 @@ class Engine:
         of_step = self.device_step.notes if self.device_step else []
         return of_step + (self.experts.notes if self.experts else [])
 
-    def release(self, slot: int) -> None:
-        """Free and zero a slot's keys and values."""
-        self._kv.release(slot)
+    def release(self, sequence: int) -> None:
+        """Free and zero a sequence's keys and values."""
+        self._kv.release(sequence)
         if self.device_step:
-            self.device_step.forget(slot)
+            self.device_step.forget(sequence)
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread."""
@@ -282,7 +282,7 @@ class Engine:
             isa=plan.isa,
             pool=self.pool,
             rows=plan.max_rows,
-            slots=plan.slots,
+            slots=plan.sequences,
             positions=plan.max_seq_len,
             vocab=self.spec.vocab,
             scratch_bytes=plan.scratch_bytes,
@@ -295,7 +295,7 @@ class Engine:
         top_k = max(layer.feed_forward.router.top_k for layer in self.spec.layers if layer.feed_forward.router)
         ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
         trace = read_route_trace(self.plan.route_trace, self.spec) if self.plan.route_trace else None
-        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots, trace)
+        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.sequences, trace)
 
     def _open_step(self) -> None:
         from hybrid.gpu.opening import open_step

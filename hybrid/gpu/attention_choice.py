@@ -92,9 +92,9 @@ def _by_xformers(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, 
 
 
 def choose_for_steps(
-    spec: ModelSpec, slots: int, rows: int, keys: int, device: torch.device, capture: Capture | None
+    spec: ModelSpec, sequences: int, rows: int, keys: int, device: torch.device, capture: Capture | None
 ) -> WholeAttention:
-    """For steps of up to `slots` sequences that decode, or `rows` of a prompt, over rings of `keys` places.
+    """For steps of up to `sequences` sequences that decode, or `rows` of a prompt, over rings of `keys` places.
 
     capture: of graphs, by which steps that decode run. On a GPU the stream at hand must not be the usual one.
     """
@@ -103,7 +103,7 @@ def choose_for_steps(
         unmeasured = AttentionChoice(UNMEASURED, installed()[UNMEASURED], {})
         return WholeAttention(unmeasured, unmeasured)
     heads = layers[0].heads, layers[0].kv_heads, layers[0].head_dim
-    decoding = choose_attention(AttentionShape(slots, 1, *heads, keys), device, capture)
+    decoding = choose_attention(AttentionShape(sequences, 1, *heads, keys), device, capture)
     return WholeAttention(decoding, choose_attention(AttentionShape(1, rows, *heads, keys), device))
 
 

@@ -43,7 +43,7 @@ class MirroredAttention:
         """Mirror k and v, then attend: whole [rows, heads, head_dim] where that is all, else a state, to be joined with
         that of the threads and with sinks.
         """
-        self._mirror.write(layer, inputs.slots, inputs.places, k, v)
+        self._mirror.write(layer, inputs.sequences, inputs.places, k, v)
         spec, q = self._spec.layers[layer], q.bfloat16()
         if self._weights[layer].sinks is None and not inputs.older[spec.attention.window]:
             return _in_order([self._group(layer, spec, q, group, self._whole) for group in inputs.groups], inputs)
@@ -61,7 +61,7 @@ class MirroredAttention:
         attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Made],
     ) -> Made:
         k, v = self._mirror.read(layer, group.rings, group.keys)
-        queries = q[group.rows].unflatten(0, (len(group.slots), -1))
+        queries = q[group.rows].unflatten(0, (len(group.sequences), -1))
         return attention(queries, k, v, group.seen[spec.attention.window], softmax_scale(spec.attention))
 
 

@@ -60,7 +60,7 @@ def _open(
         return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
 
     weights = load_weights(store.spec, store.tensors, read, device)
-    mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
+    mirror = KvMirror(store.spec, plan.sequences, plan.device.kv_tokens, device)
     link = Link(device)
     problem = link.pin(*arena)
     wanted = plan.cuda_graphs and not problem  # a copy that waits cannot be captured
@@ -69,5 +69,5 @@ def _open(
         torch.cuda.synchronize(device)  # weights came by another stream
     graphs = capture and capture_on(device)  # with memory that is given back
     with link.queue():
-        attention = choose_for_steps(store.spec, plan.slots, plan.max_rows, mirror.capacity, device, graphs)
+        attention = choose_for_steps(store.spec, plan.sequences, plan.max_rows, mirror.capacity, device, graphs)
         return DeviceStep(store.spec, plan, weights, mirror, attention, link, buffer, capture, problem)

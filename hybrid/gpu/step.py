@@ -208,9 +208,9 @@ class DeviceStep:
             torch.from_numpy(self._logits).copy_(logits)
         self._tell()
 
-    def forget(self, slot: int) -> None:
-        """The keys and values of a slot were released, or written by others."""
-        self.mirror.forget(slot)
+    def forget(self, sequence: int) -> None:
+        """The keys and values of a sequence were released, or written by others."""
+        self.mirror.forget(sequence)
 
     def close(self) -> None:
         """The buffers of the engine are about to go."""

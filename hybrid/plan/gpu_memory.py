@@ -65,7 +65,7 @@ class StepSizes:
     """The largest step: its rows, sequences, and tokens of a sequence."""
 
     rows: int
-    slots: int
+    sequences: int
     length: int
 
 
@@ -78,7 +78,7 @@ def plan_device(
     the device is too small.
     """
     weights, workspace = device_weight_bytes(spec, mix), workspace_bytes(spec, sizes)
-    each = sizes.slots * token_bytes(spec)
+    each = sizes.sequences * token_bytes(spec)
     least, most = round_up(sizes.rows, KV_STEP), round_up(sizes.length, KV_STEP)
     left = free - weights - workspace
     if kv_tokens is None:
@@ -89,7 +89,7 @@ def plan_device(
     if tokens * each > left:
         raise ConfigError(
             f"the device has {size_text(free)} free; weights take {size_text(weights)}, a step {size_text(workspace)} "
-            f"and {tokens} mirrored tokens of {sizes.slots} sequences {size_text(tokens * each)}: "
+            f"and {tokens} mirrored tokens of {sizes.sequences} sequences {size_text(tokens * each)}: "
             "lower --gpu-kv-tokens, --max-batch or --chunk-size, or use --device cpu"
         )
     return DeviceMemory(free, weights, workspace, tokens, tokens * each, torch_device=torch_device)
@@ -114,8 +114,8 @@ def workspace_bytes(spec: ModelSpec, sizes: StepSizes) -> int:
     widest = max(_row_floats(spec.hidden, layer) for layer in spec.layers)
     keys = round_up(sizes.length, KV_STEP)
     scores = min(SCORES, max(sizes.rows * layer.attention.heads * keys for layer in spec.layers))
-    kept = SHAPES * len(spec.layers) * _FLOW * sizes.slots * spec.hidden
-    return (sizes.rows * widest + _SCORE_COPIES * scores + 2 * sizes.slots * spec.vocab + kept) * _FP32
+    kept = SHAPES * len(spec.layers) * _FLOW * sizes.sequences * spec.hidden
+    return (sizes.rows * widest + _SCORE_COPIES * scores + 2 * sizes.sequences * spec.vocab + kept) * _FP32
 
 
 def _layer_weights(hidden: int, layer: LayerSpec) -> int:

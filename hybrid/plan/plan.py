@@ -45,24 +45,24 @@ _SCALE = 4  # bytes of the scale of a key or a value
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """Where keys and values lie: [slot][layer][kv head][keys | values], every run contiguous for `tokens` tokens.
+    """Where keys and values lie: [sequence][layer][kv head][keys | values], every run contiguous for `tokens` tokens.
 
     int8 and fp8 have a float32 scale for each token of a head: [keys | values | key scales | value scales].
     """
 
     format: str
     tokens: int
-    layer_offsets: tuple[int, ...]  # bytes from the start of a slot
+    layer_offsets: tuple[int, ...]  # bytes from the start of a sequence
     head_strides: tuple[int, ...]
     value_offsets: tuple[int, ...]  # bytes from the start of a head
     key_scale_offsets: tuple[int, ...]  # the same; 0 where there are no scales
     value_scale_offsets: tuple[int, ...]
-    slot_stride: int
+    sequence_stride: int
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes over all layers."""
-        return self.slot_stride // self.tokens
+        return self.sequence_stride // self.tokens
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Plan:
     load: str
     huge_pages: str
     max_seq_len: int
-    slots: int
+    sequences: int  # that run together
     max_rows: int
     buffers: dict[str, tuple[int, int]]  # name: (offset, bytes)
     arena_bytes: int
@@ -189,10 +189,10 @@ def _sized(
     nodes: NodeChoice,
     length: int,
 ) -> Plan:
-    rows, slots = config.chunk_size, config.max_batch
+    rows, sequences = config.chunk_size, config.max_batch
     factors = [inverse_frequencies(rope)[1] for rope in ropes(spec)]
     tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
-    sizes = build_buffers(spec, mix, rows, slots, length)
+    sizes = build_buffers(spec, mix, rows, sequences, length)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
@@ -214,14 +214,14 @@ def _sized(
         load=("map" if len(nodes.ids) == 1 else "copy") if config.load == "auto" else config.load,
         huge_pages=hardware.huge_pages,
         max_seq_len=length,
-        slots=slots,
+        sequences=sequences,
         max_rows=rows,
         buffers=buffers,
         arena_bytes=arena_bytes,
         node_buffers=tuple(buffers for buffers, _ in own),
         node_arena_bytes=tuple(size for _, size in own),
         scratch_bytes=scratch_bytes(spec, rows, hardware.isa, config.kv_format),
-        logits_bytes=slots * spec.vocab * 4,
+        logits_bytes=sequences * spec.vocab * 4,
         formats=mix,
         weight_bytes=weight_bytes(spec, mix, step.parts),
         batch_invariant=invariant,
@@ -239,14 +239,14 @@ def _sized(
     if shape:
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
-    return replace(plan, kv_token_budget=min(slots * length, budget))
+    return replace(plan, kv_token_budget=min(sequences * length, budget))
 
 
 def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
+    sizes = StepSizes(plan.max_rows, plan.sequences, plan.max_seq_len)
     free = _device_memory(hardware, config)
     memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
     plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
@@ -299,7 +299,7 @@ def kv_geometry(spec: ModelSpec, length: int, format: str) -> KvGeometry:
         value_offsets=tuple(tokens * key_dim(layer) * size for layer in spec.layers),
         key_scale_offsets=tuple((stride - 2 * _SCALE * tokens) * scaled for stride in strides),
         value_scale_offsets=tuple((stride - _SCALE * tokens) * scaled for stride in strides),
-        slot_stride=total,
+        sequence_stride=total,
     )
 
 

@@ -57,8 +57,8 @@ def feed_forward_format(mix: FormatMix, layer: LayerSpec) -> str:
     return mix.experts if layer.feed_forward.is_moe else mix.dense
 
 
-def build_buffers(spec: ModelSpec, mix: FormatMix, rows: int, slots: int, tokens: int) -> dict[str, int]:
-    """Bytes of every buffer of the arena, for steps of at most `rows` rows and slots of `tokens` tokens.
+def build_buffers(spec: ModelSpec, mix: FormatMix, rows: int, sequences: int, tokens: int) -> dict[str, int]:
+    """Bytes of every buffer of the arena, for steps of at most `rows` rows and sequences of `tokens` tokens.
 
     All layers share their intermediates, so each is as large as its largest layer needs.
     """
@@ -69,7 +69,7 @@ def build_buffers(spec: ModelSpec, mix: FormatMix, rows: int, slots: int, tokens
         "residual": rows * hidden * 4,
         "qkv": rows * max(row_stride(qkv_width(layer)) for layer in layers) * 4,
         "q": rows * max(layer.attention.heads * key_dim(layer) for layer in layers) * 2,
-        "states": slots * -(-tokens // KEY_BLOCK) * max(map(_state_floats, layers)) * 4,
+        "states": sequences * -(-tokens // KEY_BLOCK) * max(map(_state_floats, layers)) * 4,
     }
     sizes |= _input_sizes(spec, mix, rows)
     for i, rope in enumerate(ropes(spec)):

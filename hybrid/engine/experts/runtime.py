@@ -90,7 +90,7 @@ class DeviceExperts:
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
-        self._sequences = plan.slots
+        self._sequences = plan.sequences
         pieces = expert_pieces(self.plan, weights)
         self._source = partial(pieces_of, pieces, shape.experts)
         self.costs = call_costs(self.plan, *cpu_seconds)
