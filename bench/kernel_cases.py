@@ -15,14 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
+from hybrid.engine.kv import kv_layout
 from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import down_offset, expert_bytes, packed_bytes
+from hybrid.formats.rows import SUM_INPUTS, int8_row_bytes, row_bytes, row_stride
 from hybrid.machine.hardware import memory
-from hybrid.models.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
-from hybrid.plan.plan import kv_geometry, kv_head_bytes, scratch_bytes
-from hybrid.plan.program import SUM_INPUTS, int8_row_bytes, key_dim, row_bytes, row_stride, value_dim
-from hybrid.plan.roofline import Cost
-from hybrid.weights.layout import BLOCK, down_offset, expert_bytes, packed_bytes
+from hybrid.models.layers.base import Cost
+from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
+from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.plan.kv_layout import lay_out_kv
+from hybrid.plan.plan import scratch_bytes
 
 COLD_BYTES = 512 << 20  # what a step reads at least, while reading is what takes its time: more than caches hold
 COLD_ROWS = 32  # more rows than this are bound by arithmetic
@@ -49,9 +54,9 @@ class Shape:
 
     def spec(self, layers: int = 1) -> ModelSpec:
         """A model of so many such layers, for the sizes that the planner computes."""
-        attention = AttentionSpec(self.heads, self.kv_heads, self.head_dim, rope=None)
-        layer = LayerSpec(attention, FeedForwardSpec(self.intermediate, self.experts))
-        return ModelSpec("bench", 1, self.hidden, (layer,) * layers, NormSpec(1e-6), max_position=1 << 30)
+        attention = GroupedQueryAttention(self.heads, self.kv_heads, self.head_dim, rope=None)
+        layer = LayerSpec(attention, FeedForward(self.intermediate, self.experts))
+        return ModelSpec("bench", 1, self.hidden, (layer,) * layers, eps=1e-6, max_position=1 << 30)
 
 
 class Memory:
@@ -273,7 +278,7 @@ class Attention(Case):
         sequences, last = (rows, shape.depth) if decode else (1, shape.depth + rows - 1)
         places = [(row, last) for row in range(rows)] if decode else [(0, shape.depth + row) for row in range(rows)]
         super().__init__(pool, isa, places, scratch_bytes(shape.spec(), rows, isa, kv_format))
-        read = sequences * (last + 1) * shape.kv_heads * kv_head_bytes(layer, kv_format)
+        read = sequences * (last + 1) * shape.kv_heads * layer.mixer.token_bytes(kv_format)
         self.calls = max(2, -(-COLD_BYTES // read) if rows <= COLD_ROWS else 2)
         self._attend(shape, kv_format, rows, sequences, last + 1)
         pairs = rows * (shape.depth + 1) if decode else rows * shape.depth + rows * (rows + 1) / 2
@@ -284,9 +289,9 @@ class Attention(Case):
         width, blocks = shape.heads * shape.head_dim, -(-tokens // cpu_kernels.KEY_BLOCK)
         self.output = self._memory.bytes(rows * row_stride(width) * 2).view(ml_dtypes.bfloat16).reshape(rows, -1)
         places = {
-            "q": put(activation_rows(rows, shape.heads * key_dim(layer), "bf16")),
+            "q": put(activation_rows(rows, shape.heads * layer.mixer.key_dim, "bf16")),
             "output": self.output.ctypes.data,
-            "states": space(sequences * blocks * shape.heads * (value_dim(layer) + STATE_EXTRA) * 4),
+            "states": space(sequences * blocks * shape.heads * (layer.mixer.value_dim + STATE_EXTRA) * 4),
         }
         for layout in self._layouts(shape, kv_format, sequences, tokens):
             self._add(
@@ -297,18 +302,10 @@ class Attention(Case):
     def _layouts(self, shape: Shape, kv_format: str, sequences: int, tokens: int) -> list[cpu_kernels.KvLayout]:
         """Keys and values of as many layers as there are calls."""
         spec = shape.spec(self.calls)
-        kv = kv_geometry(spec, tokens, kv_format)
+        kv = lay_out_kv(spec, tokens, kv_format)
         pages = self._memory.bytes(sequences * kv.sequence_stride)
         pages[...] = KV_BYTE
-        return [
-            cpu_kernels.KvLayout(
-                base=int(pages.ctypes.data) + kv.layer_offsets[i], slot_stride=kv.sequence_stride,
-                head_stride=kv.head_strides[i], value_offset=kv.value_offsets[i], key_dim=key_dim(layer),
-                value_dim=value_dim(layer), format=_format(kv_format), key_scales_offset=kv.key_scale_offsets[i],
-                value_scales_offset=kv.value_scale_offsets[i],
-            )
-            for i, layer in enumerate(spec.layers)
-        ]  # fmt: skip
+        return [kv_layout(kv, layer, int(pages.ctypes.data)) for layer in range(len(spec.layers))]
 
 
 def _one_sequence(rows: int) -> list[tuple[int, int]]:

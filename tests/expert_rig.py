@@ -11,7 +11,8 @@ from rig import BF16, Rig, aligned, format_of, int8_row_bytes, placed, random_bf
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import BLOCK, down_offset, pack_expert, round_up
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.packed import down_offset, pack_expert
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import K_ALIGN, round_up
+from hybrid.formats.block import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row

@@ -18,7 +18,7 @@ import cpu_kernels
 from hybrid.config import KV_FORMATS
 from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import down_offset, expert_bytes, packed_bytes
+from hybrid.formats.packed import down_offset, expert_bytes, packed_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import kernel_cases

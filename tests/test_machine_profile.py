@@ -112,7 +112,7 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
 
 def test_the_threads_are_timed_on_experts_that_a_step_could_have(tmp_path) -> None:
     with embedded(tmp_path) as engine:
-        times = time_threads(engine.plan, engine.pool, engine.weight, engine.buffer)
+        times = time_threads(engine.plan, engine.pool, engine.addresses.weight, engine.addresses.buffer)
         assert len(times) == len(measured_rows(engine.plan)) and all(0 < seconds < 1 for seconds in times)
 
 
@@ -153,7 +153,7 @@ def test_a_device_and_its_link_are_priced_together(tmp_path) -> None:
     with embedded(tmp_path) as engine:
         place, weight = "cpu", "layers.0.ffn.experts"
         size = engine.store.tensors[weight].nbytes
-        read = partial(cpu_kernels.read_bandwidth, engine.pool, engine.plan.isa, engine.weight(weight), size)
+        read = partial(cpu_kernels.read_bandwidth, engine.pool, engine.plan.isa, engine.addresses.weight(weight), size)
         times, link = measure_device(engine.plan, engine.experts.device, place, (1e-5,) * 5, read)
         assert times.device is not None and all(1e7 < rate < 1e13 for rate in (link.to_device, link.reads_beside))
         assert 0 < link.latency < 0.1

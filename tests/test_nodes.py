@@ -11,7 +11,8 @@ import pytest
 from rig import BF16, Rig, aligned, format_of, packed, padded, random_bf16, row_stride, rows_of
 
 import cpu_kernels
-from hybrid.weights.layout import BLOCK, down_offset, expert_bytes, pack_expert
+from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import down_offset, expert_bytes, pack_expert
 
 BEST = cpu_kernels.available_isas()[0]
 THREADS = {1: (1, 2), 2: (2, 3, 5), 3: (3, 4, 7)}  # for a number of nodes

@@ -8,17 +8,9 @@ from rig import Rig, aligned, dequantised_rows, format_of, placed, random_bf16, 
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import (
-    BLOCK,
-    Run,
-    StoreTensor,
-    down_offset,
-    expert_bytes,
-    expert_runs,
-    pack_expert,
-    packed_bytes,
-    round_up,
-)
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.packed import Run, down_offset, expert_bytes, expert_runs, pack_expert, packed_bytes
+from hybrid.models.tensors import StoreTensor
 from hybrid.weights.split import (
     column_parts,
     down_part_offset,

@@ -18,7 +18,8 @@ from hybrid.config import CacheConfig, EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.machine import gpu as usable
 from hybrid.machine.memory import view
-from hybrid.plan.passes.place_experts import CONTRIBUTIONS, ExpertShape
+from hybrid.plan.expert_shape import ExpertShape
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS
 
 CONFIG = EngineConfig(max_seq_len=256)
 SHORT = ["--max-tokens", "8", "--max-seq-len", "256"]

@@ -13,7 +13,8 @@ import numpy as np
 import cpu_kernels
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
-from hybrid.plan.roofline import Cost, step_cost, uses_integers
+from hybrid.models.layers.base import Cost
+from hybrid.plan.roofline import step_cost, uses_integers
 
 PROBE_BYTES = 1 << 30  # many times any cache
 PROBE_ROUNDS = 10_000_000

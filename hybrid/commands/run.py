@@ -170,12 +170,12 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     """Everything that can be known to be wrong before a model is loaded."""
-    from hybrid.formats.mix import parse_mix, uniform
+    from hybrid.formats.mix import FormatMix, parse_mix
     from hybrid.serving.recorder import check_csv_path
     from hybrid.serving.sampler import check_params
 
     check_config(config)
-    parse_mix(config.weight_format, uniform("bf16"))  # the words alone: what "auto" is, the model says later
+    parse_mix(config.weight_format, FormatMix.uniform("bf16"))  # the words alone: what "auto" is, the model says later
     check_params(params)
     for flag in ("breakdown-csv", "cachehit-csv", "token-csv", "power-csv", "trace", "cache-save"):
         check_csv_path(f"--{flag}", getattr(options, flag.replace("-", "_")))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import cpu_kernels
-from hybrid.ops import Buffer, Callback, Choice, ExpertSet, Kv, Op, RoutingTable, Weight
+from hybrid.ops import Buffer, Callback, Choice, ExpertSet, Op, RoutingTable, State, Weight
 
 
 class References(Protocol):
@@ -16,7 +16,8 @@ class References(Protocol):
 
     def weight(self, name: str, node: int = -1) -> int: ...
 
-    def kv(self, layer: int) -> cpu_kernels.KvLayout: ...
+    def state(self, layer: int) -> Any:
+        """The layout of a layer's state, of a class of `cpu_kernels`."""
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
         """The executor keeps it alive: it must not refer to the executor."""
@@ -40,10 +41,10 @@ def _resolve(value: Any, at: References) -> Any:
             return at.weight(name, node) + offset
         case tuple():
             return [_resolve(one, at) for one in value]
-        case Choice(kind, name):
-            return getattr(getattr(cpu_kernels, kind), name)
-        case Kv(layer):
-            return at.kv(layer)
+        case Choice():
+            return resolved(value)
+        case State(layer):
+            return at.state(layer)
         case Callback(kind, layer):
             return at.callback(kind, layer)
         case ExpertSet(arguments):
@@ -52,3 +53,8 @@ def _resolve(value: Any, at: References) -> Any:
             parts = {part: part for part in ("offsets", "weights", "active", "count")} | {"rows": rows}
             return cpu_kernels.Routing(**{part: at.buffer(f"{name}.{array}") for part, array in parts.items()})
     return value
+
+
+def resolved(value: Any) -> Any:
+    """A number as it is; a choice as the member of its enumeration of `cpu_kernels`."""
+    return getattr(getattr(cpu_kernels, value.kind), value.name) if isinstance(value, Choice) else value

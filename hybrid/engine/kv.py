@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import cpu_kernels
+from hybrid.engine.binding import resolved
 from hybrid.errors import CapacityError
 from hybrid.machine.hardware import has_huge_pages
-from hybrid.models.spec import ModelSpec
-from hybrid.plan.plan import KvGeometry, Plan
-from hybrid.plan.program import key_dim, value_dim
+from hybrid.plan.kv_layout import KvLayout
+from hybrid.plan.plan import Plan
 
 HUGE_BEHIND = 8 << 20  # bytes of a run in small pages, so that a short sequence costs what it uses
 MAX_HUGE_RUNS = 8000  # each makes two ranges of memory, and a process may have 65530
@@ -23,8 +24,8 @@ class KvArena:
     huge_runs: how many got them; long_runs: how many are long enough.
     """
 
-    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        self._spec, self._plan = spec, plan
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         size = plan.sequences * plan.kv.sequence_stride
         try:
             self._arena = cpu_kernels.Arena(size)
@@ -45,32 +46,26 @@ class KvArena:
         refused = (i for i, place in enumerate(places[:MAX_HUGE_RUNS]) if not self._arena.use_huge(*place))
         return next(refused, min(len(places), MAX_HUGE_RUNS))
 
-    def layout(self, layer: int) -> cpu_kernels.KvLayout:
-        """Where the kernels find the keys and values of a layer."""
-        kv, spec = self._plan.kv, self._spec.layers[layer]
-        return cpu_kernels.KvLayout(
-            base=self._arena.address + kv.layer_offsets[layer],
-            slot_stride=kv.sequence_stride,
-            head_stride=kv.head_strides[layer],
-            value_offset=kv.value_offsets[layer],
-            key_dim=key_dim(spec),
-            value_dim=value_dim(spec),
-            format=getattr(cpu_kernels.Format, kv.format),
-            key_scales_offset=kv.key_scale_offsets[layer],
-            value_scales_offset=kv.value_scale_offsets[layer],
-        )
+    def layout(self, layer: int) -> Any:
+        """Where the kernels find the state of a layer, of a class of `cpu_kernels`."""
+        return kv_layout(self._plan.kv, layer, self._arena.address)
 
     def release(self, sequence: int) -> None:
         """Give the memory of a sequence back to the system."""
         self._arena.clear(sequence * self._plan.kv.sequence_stride, self._plan.kv.sequence_stride)
 
 
-def _tails(kv: KvGeometry) -> Iterator[tuple[int, int]]:
+def kv_layout(kv: KvLayout, layer: int, base: int) -> Any:
+    """Of a layer, in memory that begins at `base`: of the class of `cpu_kernels` that its mixer names."""
+    state = kv.layers[layer]
+    fields = {name: resolved(value) for name, value in state.fields.items()}
+    binding = getattr(cpu_kernels, state.binding)
+    return binding(base=base + kv.offsets[layer], slot_stride=kv.sequence_stride, **fields)
+
+
+def _tails(kv: KvLayout) -> Iterator[tuple[int, int]]:
     """(offset in a sequence, bytes) of what lies behind the first `HUGE_BEHIND` bytes of every long run."""
-    ends = (*kv.layer_offsets[1:], kv.sequence_stride)
-    for layer, (start, end) in enumerate(zip(kv.layer_offsets, ends, strict=True)):
-        values, stride = kv.value_offsets[layer], kv.head_strides[layer]
-        for head in range(start, end, stride):
-            for offset, size in ((head, values), (head + values, (kv.key_scale_offsets[layer] or stride) - values)):
-                if size > HUGE_BEHIND:
-                    yield offset + HUGE_BEHIND, size - HUGE_BEHIND
+    for start, layer in zip(kv.offsets, kv.layers, strict=True):
+        for offset, size in layer.runs:
+            if size > HUGE_BEHIND:
+                yield start + offset + HUGE_BEHIND, size - HUGE_BEHIND

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Batch
+from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
 from hybrid.gpu.parts import rope_table
-from hybrid.weights.layout import round_up
 
 KEYS = 256  # rings are read in multiples of so many places: tokens come one by one, and shapes should not
 
@@ -101,7 +101,7 @@ def make_inputs(
     runs: Sequence[Run],
     embedding: Tensor,
     ropes: Sequence[tuple[Tensor, float]],
-    windows: set[int | None],
+    windows: Set[int | None],
     capacity: int,
     taken: npt.NDArray[np.int32] | None = None,
 ) -> StepInputs:
@@ -125,7 +125,7 @@ def make_inputs(
     )
 
 
-def _group(runs: Sequence[Run], windows: set[int | None], capacity: int, device: torch.device) -> Group:
+def _group(runs: Sequence[Run], windows: Set[int | None], capacity: int, device: torch.device) -> Group:
     rows = torch.cat([torch.arange(run.row, run.row + run.rows) for run in runs]).to(device)
     sequences, keys = tuple(run.sequence for run in runs), min(capacity, round_up(max(run.end for run in runs), KEYS))
     extents = extents_of(runs, device)

@@ -11,26 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid.models.spec import ModelSpec
-
 
 class KvMirror:
-    """bf16 rings of `capacity` tokens for `sequences` sequences, whatever the format of the home.
+    """Which tokens of `sequences` sequences are mirrored: the most recent ones, at most `capacity` of each.
 
     A step's rows of a sequence must all fit: at most `capacity` of them.
     """
 
-    def __init__(self, spec: ModelSpec, sequences: int, capacity: int, device: torch.device) -> None:
-        self.capacity, self._device = capacity, device
-        self._keys, self._values = (
-            [self._ring(sequences, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
-            for _ in range(2)
-        )
+    def __init__(self, sequences: int, capacity: int) -> None:
+        self.capacity = capacity
         self._starts, self._ends = [0] * sequences, [0] * sequences
-
-    @property
-    def nbytes(self) -> int:
-        return sum(ring.nbytes for ring in (*self._keys, *self._values))
 
     def extend(self, sequence: int, position: int, rows: int) -> tuple[int, int]:
         """`rows` tokens from `position` on will be written; returns which positions [start, end) are then mirrored.
@@ -48,21 +38,30 @@ class KvMirror:
         """What is mirrored of a sequence means nothing any more."""
         self._starts[sequence] = self._ends[sequence] = 0
 
-    def write(self, layer: int, sequences: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """keys, values [rows, kv_heads, dim]; sequences [rows]; places [rows]: positions modulo the capacity."""
-        self._keys[layer][sequences, :, places] = keys.bfloat16()
-        self._values[layer][sequences, :, places] = values.bfloat16()
 
-    def read(self, layer: int, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values bf16 [rings, kv_heads, keys, dim] of the first places of those rings; see `rings_of`."""
-        k, v = (x[layer][:, :, :keys] for x in (self._keys, self._values))
+class KvRings:
+    """The mirrored keys and values of a layer, bf16 [sequences, heads, capacity, dim] whatever the home has."""
+
+    def __init__(self, sequences: int, heads: int, capacity: int, dim: int, device: torch.device) -> None:
+        # zeros: a weight of 0 times what memory happened to hold could be NaN
+        shape = (sequences, heads, capacity, dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, sequences: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """keys, values [rows, heads, dim]; sequences [rows]; places [rows]: positions modulo the capacity."""
+        self.keys[sequences, :, places] = keys.bfloat16()
+        self.values[sequences, :, places] = values.bfloat16()
+
+    def read(self, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values bf16 [rings, heads, keys, dim] of the first places of those rings; see `rings_of`."""
+        k, v = self.keys[:, :, :keys], self.values[:, :, :keys]
         if isinstance(rings, slice):
             return k[rings], v[rings]
         return k.index_select(0, rings), v.index_select(0, rings)
-
-    def _ring(self, sequences: int, heads: int, dim: int) -> Tensor:
-        # zeros: a weight of 0 times what memory happened to hold could be NaN
-        return torch.zeros(sequences, heads, self.capacity, dim, dtype=torch.bfloat16, device=self._device)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Run:
 
 
 def rings_of(sequences: Sequence[int], device: torch.device) -> slice | Tensor:
-    """What `KvMirror.read` takes for them: adjacent ones are viewed, others gathered by number, int64 [sequences]."""
+    """What `KvRings.read` takes for them: adjacent ones are viewed, others gathered by number, int64 [sequences]."""
     if list(sequences) == list(range(sequences[0], sequences[0] + len(sequences))):
         return slice(sequences[0], sequences[0] + len(sequences))
     return torch.tensor(sequences, device=device)

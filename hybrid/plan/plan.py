@@ -9,28 +9,25 @@ from typing import Any
 from cpu_kernels import KEY_BLOCK, TILE_ROWS
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
+from hybrid.formats.rows import row_bytes
 from hybrid.machine.hardware import HardwareSpec
 from hybrid.machine.memory import size_text
 from hybrid.machine.numa import NodeChoice, choose_nodes
-from hybrid.models.rope import inverse_frequencies
+from hybrid.models.layers.base import Extents
+from hybrid.models.layers.grouped_query import STATE_EXTRA
 from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.tensors import PARTS
 from hybrid.ops import Op
 from hybrid.plan.expert_cache import CachePlan, plan_cache
-from hybrid.plan.gpu_memory import DeviceMemory, StepSizes, plan_device
+from hybrid.plan.expert_shape import ExpertShape, expert_shape
+from hybrid.plan.gpu_memory import DeviceMemory, plan_device
+from hybrid.plan.kv_layout import KvLayout, lay_out_kv
 from hybrid.plan.passes.gpu_step import device_step_buffers, device_step_ops
-from hybrid.plan.passes.place_experts import (
-    ExpertShape,
-    expert_shape,
-    observe_routes,
-    place_experts,
-    placement_buffers,
-    take_routes,
-)
+from hybrid.plan.passes.place_experts import observe_routes, place_experts, placement_buffers, take_routes
 from hybrid.plan.passes.split_nodes import split_over_nodes
-from hybrid.plan.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
-from hybrid.plan.supported import check_supported
-from hybrid.weights.layout import round_up, store_tensors
+from hybrid.plan.program import build_buffers, build_ops
 from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
@@ -41,28 +38,6 @@ PANEL_COLUMNS = 64
 TILE = 16  # rows of a matrix tile of AMX
 MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
 _SCALE = 4  # bytes of the scale of a key or a value
-
-
-@dataclass(frozen=True)
-class KvGeometry:
-    """Where keys and values lie: [sequence][layer][kv head][keys | values], every run contiguous for `tokens` tokens.
-
-    int8 and fp8 have a float32 scale for each token of a head: [keys | values | key scales | value scales].
-    """
-
-    format: str
-    tokens: int
-    layer_offsets: tuple[int, ...]  # bytes from the start of a sequence
-    head_strides: tuple[int, ...]
-    value_offsets: tuple[int, ...]  # bytes from the start of a head
-    key_scale_offsets: tuple[int, ...]  # the same; 0 where there are no scales
-    value_scale_offsets: tuple[int, ...]
-    sequence_stride: int
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes over all layers."""
-        return self.sequence_stride // self.tokens
 
 
 @dataclass(frozen=True)
@@ -99,7 +74,7 @@ class Plan:
     formats: FormatMix
     weight_bytes: dict[str, int]  # by part
     batch_invariant: bool
-    kv: KvGeometry
+    kv: KvLayout
     kv_token_budget: int
     memory_available: int
     parts: Parts
@@ -125,6 +100,7 @@ class Plan:
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
         planned += self.cache.host_bytes if self.cache else 0
         planned += self.device.stand_in_bytes if self.device else 0
+        planned += self.sequences * self.kv.fixed_bytes
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -168,7 +144,6 @@ def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
-    check_supported(spec)
     if config.max_seq_len and config.max_seq_len > spec.max_position:
         raise ConfigError(f"--max-seq-len {config.max_seq_len} is above the model's {spec.max_position} positions")
     threads = config.threads or hardware.default_threads
@@ -190,18 +165,18 @@ def _sized(
     length: int,
 ) -> Plan:
     rows, sequences = config.chunk_size, config.max_batch
-    factors = [inverse_frequencies(rope)[1] for rope in ropes(spec)]
-    tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
-    sizes = build_buffers(spec, mix, rows, sequences, length)
+    extents = Extents(rows, sequences, length)
+    tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
+    sizes = build_buffers(spec, mix, extents)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
     if config.step_device:
-        sizes |= device_step_buffers(spec, rows)
-    step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
+        sizes |= device_step_buffers(spec, mix, extents)
+    step = split_over_nodes(build_ops(spec, mix), tensors, sizes, len(nodes.ids))
     buffers, arena_bytes = lay_out(step.sizes)
     own = [lay_out(sizes) for sizes in step.node_sizes]
-    kv = kv_geometry(spec, length, config.kv_format)
+    kv = lay_out_kv(spec, length, config.kv_format)
     driven = take_routes if config.route_trace else tuple
     invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
@@ -238,7 +213,7 @@ def _sized(
         plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
-    budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
+    budget = max(0, hardware.memory_available - plan.fixed_bytes) // max(1, kv.token_bytes)
     return replace(plan, kv_token_budget=min(sequences * length, budget))
 
 
@@ -246,10 +221,10 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    sizes = StepSizes(plan.max_rows, plan.sequences, plan.max_seq_len)
+    extents = Extents(plan.max_rows, plan.sequences, plan.max_seq_len)
     free = _device_memory(hardware, config)
-    memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
-    plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
+    memory = plan_device(spec, plan.formats, free, extents, config.gpu_kv_tokens, name)
+    plain, placed = (tuple(device_step_ops(spec, ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
     graphs = config.cuda_graphs
     return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed, cuda_graphs=graphs)
 
@@ -278,31 +253,6 @@ def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     return buffers, offset
 
 
-def kv_head_bytes(layer: LayerSpec, format: str) -> int:
-    """What one token takes for one KV head: its key and value, padded, and the scales of both if they need any."""
-    dims = key_dim(layer) + value_dim(layer)
-    return dims * 2 if format == "bf16" else dims + 2 * _SCALE
-
-
-def kv_geometry(spec: ModelSpec, length: int, format: str) -> KvGeometry:
-    tokens, size, scaled = round_up(length, KEY_BLOCK), 2 if format == "bf16" else 1, format != "bf16"
-    offsets, total = [], 0
-    for layer in spec.layers:
-        offsets.append(total)
-        total += tokens * layer.attention.kv_heads * kv_head_bytes(layer, format)
-    strides = [tokens * kv_head_bytes(layer, format) for layer in spec.layers]
-    return KvGeometry(
-        format=format,
-        tokens=tokens,
-        layer_offsets=tuple(offsets),
-        head_strides=tuple(strides),
-        value_offsets=tuple(tokens * key_dim(layer) * size for layer in spec.layers),
-        key_scale_offsets=tuple((stride - 2 * _SCALE * tokens) * scaled for stride in strides),
-        value_scale_offsets=tuple((stride - _SCALE * tokens) * scaled for stride in strides),
-        sequence_stride=total,
-    )
-
-
 def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
     """Per thread: a panel and its unfinished sums, or an attention tile."""
     rows = round_up(rows, TILE)
@@ -313,7 +263,7 @@ def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
 def _copied_rows(spec: ModelSpec, rows: int) -> int:
     """Bytes of rows that AMX copies to lie at equal distances: those of an expert, or the last few of a product."""
     inputs = [
-        max(layer.attention.heads * layer.attention.head_dim, ffn.intermediate, ffn.shared_intermediate)
+        max(layer.mixer.width, ffn.intermediate, ffn.shared_intermediate)
         for layer in spec.layers
         for ffn in [layer.feed_forward]
     ]
@@ -326,30 +276,16 @@ def _copied_row(inputs: int) -> int:
 
 def _attention_scratch(layer: LayerSpec, kv_format: str) -> int:
     """Scores, weights and two states of a tile; and a block of keys or values opened to bf16, if it is not."""
-    heads = max(TILE_ROWS, layer.attention.heads // layer.attention.kv_heads)
-    opened = 0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, key_dim(layer), value_dim(layer)) * 2
-    return heads * (KEY_BLOCK * 6 + (value_dim(layer) + STATE_EXTRA) * 8) + opened
+    heads = max(TILE_ROWS, layer.mixer.heads // layer.mixer.kv_heads)
+    opened = (
+        0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, layer.mixer.key_dim, layer.mixer.value_dim) * 2
+    )
+    return heads * (KEY_BLOCK * 6 + (layer.mixer.value_dim + STATE_EXTRA) * 8) + opened
 
 
 def weight_bytes(spec: ModelSpec, mix: FormatMix, parts: Parts) -> dict[str, int]:
     """Bytes of the weights by part of the model, as they lie in memory. parts: what each node holds of them."""
-    sizes = dict.fromkeys(("experts", "shared", "dense", "attention", "router", "norms", "embedding", "head"), 0)
-    for tensor in store_tensors(spec, mix):
-        sizes[_part(spec, tensor.name)] += held_bytes(tensor, parts)
+    sizes = dict.fromkeys(PARTS, 0)
+    for tensor in spec.store_tensors(mix):
+        sizes[tensor.part] += held_bytes(tensor, parts)
     return {part: size for part, size in sizes.items() if size}
-
-
-def _part(spec: ModelSpec, name: str) -> str:
-    """Which part a tensor belongs to: 'layers.3.ffn.down_bias' to the experts, or to the dense layers."""
-    *place, last = name.split(".")
-    if "norm" in last:
-        return "norms"
-    if not place:
-        return last
-    if place[-1] == "attention":
-        return "attention"
-    if last == "shared":
-        return "shared"
-    if last.startswith("router"):
-        return "router"
-    return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"

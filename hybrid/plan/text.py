@@ -75,7 +75,7 @@ def _op_lines(plan: Plan) -> list[str]:
     """The ops of the first layer and those outside, with each thread's share."""
     ops = plan.device_ops or plan.ops
     shown = [op for op in ops if op.layer in (None, 0)]
-    layers = len(plan.kv.layer_offsets)
+    layers = len(plan.kv.layers)
     lines = [f"  {len(ops)} ops a step; those of layer 0 (of {layers}) and around the layers:"]
     for op in shown:
         units, what = op.split

@@ -10,7 +10,7 @@ from kv_pages import KvPages, quantised
 from rig import BF16, Rig, aligned
 
 from hybrid.config import KV_FORMATS
-from hybrid.plan.program import row_stride
+from hybrid.formats.rows import row_stride
 
 EPS = 1e-6
 PLACES = [(0, 0), (0, 1), (2, 15), (2, 16), (2, 17), (1, 255), (3, 256)]  # (slot, position) of each row

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hybrid.machine.profile import ExpertTimes, LinkSpeed
 from hybrid.plan.expert_cache import CachePlan
-from hybrid.plan.passes.place_experts import ExpertShape
+from hybrid.plan.expert_shape import ExpertShape
 
 
 @dataclass(frozen=True)

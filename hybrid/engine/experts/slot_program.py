@@ -11,7 +11,8 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.engine.binding import bind
 from hybrid.machine.memory import view
-from hybrid.plan.passes.place_experts import LEFT_IDS, ROUTED, device_ops
+from hybrid.models.layers.feed_forward import ROUTED
+from hybrid.plan.passes.place_experts import LEFT_IDS, device_ops
 from hybrid.plan.plan import Plan, lay_out
 
 
@@ -80,8 +81,8 @@ class SlotProgram:
     def weight(self, name: str, node: int = -1) -> int:
         return int(self._memory[name].ctypes.data)
 
-    def kv(self, layer: int) -> Any:
-        raise AssertionError("experts have no keys and values")
+    def state(self, layer: int) -> Any:
+        raise AssertionError("experts know nothing of sequences")
 
     def callback(self, kind: str, layer: int) -> Any:
         raise AssertionError("a device calls nobody")

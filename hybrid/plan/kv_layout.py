@@ -1,0 +1,48 @@
+"""Where the state of every sequence lies: keys and values of all layers, and whatever else mixers keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cpu_kernels import KEY_BLOCK
+from hybrid.formats.block import round_up
+from hybrid.models.layers.base import StateLayout
+from hybrid.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """[sequence][layer], each layer as its mixer lays it out for `tokens` tokens. format: of keys and values.
+
+    offsets: bytes from the start of a sequence to each layer. sequence_stride: bytes of a sequence.
+    """
+
+    format: str
+    tokens: int
+    layers: tuple[StateLayout, ...]
+    offsets: tuple[int, ...]
+    sequence_stride: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes over all layers."""
+        return sum(layer.token_bytes for layer in self.layers)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that a sequence takes before its first token."""
+        return self.sequence_stride - self.tokens * self.token_bytes
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a step that failed may be run again: whether it then writes what it would have written."""
+        return all(layer.repeatable for layer in self.layers)
+
+
+def lay_out_kv(spec: ModelSpec, length: int, format: str) -> KvLayout:
+    """For sequences of up to `length` tokens."""
+    tokens = round_up(length, KEY_BLOCK)
+    layers = tuple(layer.mixer.state(tokens, format) for layer in spec.layers)
+    *offsets, total = accumulate((layer.nbytes for layer in layers), initial=0)
+    return KvLayout(format, tokens, layers, tuple(offsets), total)
