@@ -61,7 +61,7 @@ def test_other_sequences_are_left_alone() -> None:
         assert not any(part.any() for part in rings.read(rings_of([sequence], CPU), CAPACITY))
     keys, _ = rings.read(rings_of([2, 0], CPU), CAPACITY)  # not in order: a copy
     assert keys[0, :, 3].all() and not keys[1].any()
-    assert mirror.nbytes == 2 * 2 * SEQUENCES * CAPACITY * 2 * 24 * 2
+    assert rings.nbytes == 2 * SEQUENCES * CAPACITY * 2 * 24 * 2
 
 
 def test_a_released_sequence_begins_anew() -> None:
