@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +19,7 @@ import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.hardware import memory
 from hybrid.models.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
-from hybrid.plan import kv_geometry, kv_head_bytes, scratch_bytes
+from hybrid.plan import kv_geometry, kv_head_bytes, kv_layout
 from hybrid.program import SUM_INPUTS, int8_row_bytes, key_dim, row_bytes, row_stride, value_dim
 from hybrid.roofline import Cost
 from hybrid.weights.formats import FORMATS
@@ -149,24 +150,33 @@ class Case:
     cost: Cost
     output: Array  # what the ops write: [rows, padded width]
 
-    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]], scratch: int) -> None:
-        """places: slot and position of each row of the step."""
-        self._memory = Memory()
-        self._slots, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
+    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]]) -> None:
+        """places: sequence and position of each row of the step."""
+        self._memory, self._pool, self._isa = Memory(), pool, isa
+        self._ops: list[tuple[str, dict[str, Any]]] = []
+        self._sequences, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
         self._tokens, self._no_rows = np.zeros(len(places), np.int32), np.zeros(0, np.int32)
         self._no_logits = np.zeros((0, 1), np.float32)
-        self._executor = cpu_kernels.Executor(
-            isa=isa, pool=pool, rows=len(places), slots=int(self._slots.max()) + 1,
+
+    @cached_property
+    def _executor(self) -> cpu_kernels.Executor:
+        rows = len(self._tokens)
+        scratch = max(cpu_kernels.scratch_bytes(op, self._isa, rows, **arguments) for op, arguments in self._ops)
+        executor = cpu_kernels.Executor(
+            isa=self._isa, pool=self._pool, rows=rows, sequences=int(self._sequences.max()) + 1,
             positions=int(self._positions.max()) + 1, vocab=1, scratch_bytes=scratch,
         )  # fmt: skip
+        for op, arguments in self._ops:
+            getattr(executor, op)(part=cpu_kernels.Part.other, **arguments)
+        return executor
 
     def run(self) -> float:
         """Seconds that the ops of a step took."""
-        times = self._executor.step(self._tokens, self._slots, self._positions, self._no_rows, self._no_logits)
+        times = self._executor.step(self._tokens, self._sequences, self._positions, self._no_rows, self._no_logits)
         return float(sum(times))
 
     def _add(self, op: str, **arguments: Any) -> None:
-        getattr(self._executor, op)(part=cpu_kernels.Part.other, **arguments)
+        self._ops.append((op, arguments))
 
 
 def _operations(format: str, products: float) -> Cost:
@@ -181,7 +191,7 @@ class Gemm(Case):
     """rows x hidden times hidden x columns, on one matrix after another."""
 
     def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         format, k = weights.format, shape.hidden
         self.calls = weights.copies if rows <= COLD_ROWS else 2
         size, stride = packed_bytes(format, shape.columns, k), row_stride(shape.columns)
@@ -202,7 +212,7 @@ class Moe(Case):
     def __init__(
         self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int, routing: str
     ) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         self._shape, self._weights, self._pairs = shape, weights, rows * shape.top_k
         self.calls = -(-shape.experts // self._pairs)
         ids = choose_experts(shape, routing, self.calls, rows)
@@ -272,7 +282,7 @@ class Attention(Case):
         layer = shape.spec().layers[0]
         sequences, last = (rows, shape.depth) if decode else (1, shape.depth + rows - 1)
         places = [(row, last) for row in range(rows)] if decode else [(0, shape.depth + row) for row in range(rows)]
-        super().__init__(pool, isa, places, scratch_bytes(shape.spec(), rows, isa, kv_format))
+        super().__init__(pool, isa, places)
         read = sequences * (last + 1) * shape.kv_heads * kv_head_bytes(layer, kv_format)
         self.calls = max(2, -(-COLD_BYTES // read) if rows <= COLD_ROWS else 2)
         self._attend(shape, kv_format, rows, sequences, last + 1)
@@ -300,15 +310,7 @@ class Attention(Case):
         kv = kv_geometry(spec, tokens, kv_format)
         pages = self._memory.bytes(sequences * kv.slot_stride)
         pages[...] = KV_BYTE
-        return [
-            cpu_kernels.KvLayout(
-                base=int(pages.ctypes.data) + kv.layer_offsets[i], slot_stride=kv.slot_stride,
-                head_stride=kv.head_strides[i], value_offset=kv.value_offsets[i], key_dim=key_dim(layer),
-                value_dim=value_dim(layer), format=_format(kv_format), key_scales_offset=kv.key_scale_offsets[i],
-                value_scales_offset=kv.value_scale_offsets[i],
-            )
-            for i, layer in enumerate(spec.layers)
-        ]  # fmt: skip
+        return [kv_layout(spec, kv, layer, int(pages.ctypes.data)) for layer in range(self.calls)]
 
 
 def _one_sequence(rows: int) -> list[tuple[int, int]]:

@@ -25,12 +25,12 @@ class References(Protocol):
 def bind(executor: cpu_kernels.Executor, ops: Iterable[Op], references: References) -> cpu_kernels.Executor:
     """Add every op; returns the executor."""
     for op in ops:
-        arguments = {name: _resolve(value, references) for name, value in op.arguments.items()}
+        arguments = {name: resolve(value, references) for name, value in op.arguments.items()}
         getattr(executor, op.kind)(part=getattr(cpu_kernels.Part, op.part), **arguments)
     return executor
 
 
-def _resolve(value: Any, at: References) -> Any:
+def resolve(value: Any, at: References) -> Any:
     match value:
         case None:
             return 0
@@ -39,7 +39,7 @@ def _resolve(value: Any, at: References) -> Any:
         case Weight(name, offset, node):
             return at.weight(name, node) + offset
         case tuple():
-            return [_resolve(one, at) for one in value]
+            return [resolve(one, at) for one in value]
         case Choice(kind, name):
             return getattr(getattr(cpu_kernels, kind), name)
         case Kv(layer):
@@ -47,7 +47,7 @@ def _resolve(value: Any, at: References) -> Any:
         case Callback(kind, layer):
             return at.callback(kind, layer)
         case ExpertSet(arguments):
-            return cpu_kernels.ExpertSet(**{name: _resolve(inner, at) for name, inner in arguments.items()})
+            return cpu_kernels.ExpertSet(**{name: resolve(inner, at) for name, inner in arguments.items()})
         case RoutingTable(name, rows):
             parts = {part: part for part in ("offsets", "weights", "active", "count")} | {"rows": rows}
             return cpu_kernels.Routing(**{part: at.buffer(f"{name}.{array}") for part, array in parts.items()})

@@ -281,7 +281,7 @@ class Engine:
             isa=plan.isa,
             pool=self.pool,
             rows=plan.max_rows,
-            slots=plan.slots,
+            sequences=plan.slots,
             positions=plan.max_seq_len,
             vocab=self.spec.vocab,
             scratch_bytes=plan.scratch_bytes,

@@ -8,8 +8,7 @@ import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.hardware import has_huge_pages
 from hybrid.models.spec import ModelSpec
-from hybrid.plan import KvGeometry, Plan
-from hybrid.program import key_dim, value_dim
+from hybrid.plan import KvGeometry, Plan, kv_layout
 
 HUGE_BEHIND = 8 << 20  # bytes of a run in small pages, so that a short sequence costs what it uses
 MAX_HUGE_RUNS = 8000  # each makes two ranges of memory, and a process may have 65530
@@ -45,18 +44,7 @@ class KvArena:
 
     def layout(self, layer: int) -> cpu_kernels.KvLayout:
         """Where the kernels find the keys and values of a layer."""
-        kv, spec = self._plan.kv, self._spec.layers[layer]
-        return cpu_kernels.KvLayout(
-            base=self._arena.address + kv.layer_offsets[layer],
-            slot_stride=kv.slot_stride,
-            head_stride=kv.head_strides[layer],
-            value_offset=kv.value_offsets[layer],
-            key_dim=key_dim(spec),
-            value_dim=value_dim(spec),
-            format=getattr(cpu_kernels.Format, kv.format),
-            key_scales_offset=kv.key_scale_offsets[layer],
-            value_scales_offset=kv.value_scale_offsets[layer],
-        )
+        return kv_layout(self._spec, self._plan.kv, layer, self._arena.address)
 
     def release(self, slot: int) -> None:
         """Give the memory of a slot back to the system."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels import KEY_BLOCK, TILE_ROWS
+from cpu_kernels import KEY_BLOCK, Format, KvLayout
 from hybrid.cache_plan import CachePlan, plan_cache
 from hybrid.config import EngineConfig, check_config
 from hybrid.device_memory import DeviceMemory, StepSizes, plan_device
@@ -20,7 +21,8 @@ from hybrid.nodes import NodeChoice, choose_nodes
 from hybrid.ops import Op
 from hybrid.partition import split_over_nodes
 from hybrid.placement import ExpertShape, expert_shape, observe_routes, place_experts, placement_buffers, take_routes
-from hybrid.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
+from hybrid.program import build_buffers, build_ops, key_dim, ropes, value_dim
+from hybrid.scratch import scratch_bytes
 from hybrid.supported import check_supported
 from hybrid.weights.layout import round_up, store_tensors
 from hybrid.weights.mix import FormatMix
@@ -29,10 +31,6 @@ from hybrid.weights.split import Parts, held_bytes
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
 ALIGN = 64
-PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multiplied
-PANEL_COLUMNS = 64
-TILE = 16  # rows of a matrix tile of AMX
-MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
 _SCALE = 4  # bytes of the scale of a key or a value
 
 
@@ -218,7 +216,7 @@ def _sized(
         arena_bytes=arena_bytes,
         node_buffers=tuple(buffers for buffers, _ in own),
         node_arena_bytes=tuple(size for _, size in own),
-        scratch_bytes=scratch_bytes(spec, rows, hardware.isa, config.kv_format),
+        scratch_bytes=scratch_bytes(step.ops, rows, hardware.isa, partial(kv_layout, spec, kv)),
         logits_bytes=slots * spec.vocab * 4,
         formats=mix,
         weight_bytes=weight_bytes(spec, mix, step.parts),
@@ -301,32 +299,19 @@ def kv_geometry(spec: ModelSpec, length: int, format: str) -> KvGeometry:
     )
 
 
-def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
-    """Per thread: a panel and its unfinished sums, or an attention tile."""
-    rows = round_up(rows, TILE)
-    product = rows * PANEL_COLUMNS * 4 + PANEL_BYTES + (_copied_rows(spec, rows) if isa == "amx" else 0)
-    return round_up(max(product, *(_attention_scratch(layer, kv_format) for layer in spec.layers)), 4096)
-
-
-def _copied_rows(spec: ModelSpec, rows: int) -> int:
-    """Bytes of rows that AMX copies to lie at equal distances: those of an expert, or the last few of a product."""
-    inputs = [
-        max(layer.attention.heads * layer.attention.head_dim, ffn.intermediate, ffn.shared_intermediate)
-        for layer in spec.layers
-        for ffn in [layer.feed_forward]
-    ]
-    return max(rows * _copied_row(spec.hidden), TILE * _copied_row(max(spec.hidden, *inputs)))
-
-
-def _copied_row(inputs: int) -> int:
-    return row_bytes(inputs, integer=False) + ALIGN
-
-
-def _attention_scratch(layer: LayerSpec, kv_format: str) -> int:
-    """Scores, weights and two states of a tile; and a block of keys or values opened to bf16, if it is not."""
-    heads = max(TILE_ROWS, layer.attention.heads // layer.attention.kv_heads)
-    opened = 0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, key_dim(layer), value_dim(layer)) * 2
-    return heads * (KEY_BLOCK * 6 + (value_dim(layer) + STATE_EXTRA) * 8) + opened
+def kv_layout(spec: ModelSpec, kv: KvGeometry, layer: int, base: int = 0) -> KvLayout:
+    """Where the kernels find the keys and values of a layer. base: address of the first sequence."""
+    return KvLayout(
+        base=base + kv.layer_offsets[layer],
+        sequence_stride=kv.slot_stride,
+        head_stride=kv.head_strides[layer],
+        value_offset=kv.value_offsets[layer],
+        key_dim=key_dim(spec.layers[layer]),
+        value_dim=value_dim(spec.layers[layer]),
+        format=getattr(Format, kv.format),
+        key_scales_offset=kv.key_scale_offsets[layer],
+        value_scales_offset=kv.value_scale_offsets[layer],
+    )
 
 
 def weight_bytes(spec: ModelSpec, mix: FormatMix, parts: Parts) -> dict[str, int]:

@@ -43,7 +43,7 @@ class SlotProgram:
             isa=plan.isa,
             pool=pool or cpu_kernels.ThreadPool(1, []),
             rows=plan.max_rows,
-            slots=1,
+            sequences=1,
             positions=plan.max_rows,
             vocab=1,
             scratch_bytes=plan.scratch_bytes,

@@ -14,10 +14,9 @@ LEVELS = (
     ("core", "errors", "phases"),
     ("config", "hardware"),
     ("models", "weights"),
-    ("ops", "program", "nodes", "partition", "placement", "memory", "device_step", "device_memory", "supported")
-    + ("cache_plan", "plan", "plan_text"),
+    ("ops", "binding", "scratch", "program", "nodes", "partition", "placement", "memory", "device_step")
+    + ("device_memory", "supported", "cache_plan", "plan", "plan_text"),
     (
-        "binding",
         "route_trace",
         "routes",
         "slot_program",
