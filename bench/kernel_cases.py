@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
-from hybrid.engine.kv import kv_layout
 from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
@@ -27,7 +27,6 @@ from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.plan.kv_layout import lay_out_kv
-from hybrid.plan.plan import scratch_bytes
 
 COLD_BYTES = 512 << 20  # what a step reads at least, while reading is what takes its time: more than caches hold
 COLD_ROWS = 32  # more rows than this are bound by arithmetic
@@ -154,24 +153,33 @@ class Case:
     cost: Cost
     output: Array  # what the ops write: [rows, padded width]
 
-    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]], scratch: int) -> None:
-        """places: slot and position of each row of the step."""
-        self._memory = Memory()
-        self._slots, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
+    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]]) -> None:
+        """places: sequence and position of each row of the step."""
+        self._memory, self._pool, self._isa = Memory(), pool, isa
+        self._ops: list[tuple[str, dict[str, Any]]] = []
+        self._sequences, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
         self._tokens, self._no_rows = np.zeros(len(places), np.int32), np.zeros(0, np.int32)
         self._no_logits = np.zeros((0, 1), np.float32)
-        self._executor = cpu_kernels.Executor(
-            isa=isa, pool=pool, rows=len(places), slots=int(self._slots.max()) + 1,
+
+    @cached_property
+    def _executor(self) -> cpu_kernels.Executor:
+        rows = len(self._tokens)
+        scratch = max(cpu_kernels.scratch_bytes(op, self._isa, rows, **arguments) for op, arguments in self._ops)
+        executor = cpu_kernels.Executor(
+            isa=self._isa, pool=self._pool, rows=rows, sequences=int(self._sequences.max()) + 1,
             positions=int(self._positions.max()) + 1, vocab=1, scratch_bytes=scratch,
         )  # fmt: skip
+        for op, arguments in self._ops:
+            getattr(executor, op)(part=cpu_kernels.Part.other, **arguments)
+        return executor
 
     def run(self) -> float:
         """Seconds that the ops of a step took."""
-        times = self._executor.step(self._tokens, self._slots, self._positions, self._no_rows, self._no_logits)
+        times = self._executor.step(self._tokens, self._sequences, self._positions, self._no_rows, self._no_logits)
         return float(sum(times))
 
     def _add(self, op: str, **arguments: Any) -> None:
-        getattr(self._executor, op)(part=cpu_kernels.Part.other, **arguments)
+        self._ops.append((op, arguments))
 
 
 def _operations(format: str, products: float) -> Cost:
@@ -186,7 +194,7 @@ class Gemm(Case):
     """rows x hidden times hidden x columns, on one matrix after another."""
 
     def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         format, k = weights.format, shape.hidden
         self.calls = weights.copies if rows <= COLD_ROWS else 2
         size, stride = packed_bytes(format, shape.columns, k), row_stride(shape.columns)
@@ -207,7 +215,7 @@ class Moe(Case):
     def __init__(
         self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int, routing: str
     ) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         self._shape, self._weights, self._pairs = shape, weights, rows * shape.top_k
         self.calls = -(-shape.experts // self._pairs)
         ids = choose_experts(shape, routing, self.calls, rows)
@@ -277,7 +285,7 @@ class Attention(Case):
         layer = shape.spec().layers[0]
         sequences, last = (rows, shape.depth) if decode else (1, shape.depth + rows - 1)
         places = [(row, last) for row in range(rows)] if decode else [(0, shape.depth + row) for row in range(rows)]
-        super().__init__(pool, isa, places, scratch_bytes(shape.spec(), rows, isa, kv_format))
+        super().__init__(pool, isa, places)
         read = sequences * (last + 1) * shape.kv_heads * layer.mixer.token_bytes(kv_format)
         self.calls = max(2, -(-COLD_BYTES // read) if rows <= COLD_ROWS else 2)
         self._attend(shape, kv_format, rows, sequences, last + 1)
@@ -305,7 +313,7 @@ class Attention(Case):
         kv = lay_out_kv(spec, tokens, kv_format)
         pages = self._memory.bytes(sequences * kv.sequence_stride)
         pages[...] = KV_BYTE
-        return [kv_layout(kv, layer, int(pages.ctypes.data)) for layer in range(len(spec.layers))]
+        return [kv.bound(layer, int(pages.ctypes.data)) for layer in range(len(spec.layers))]
 
 
 def _one_sequence(rows: int) -> list[tuple[int, int]]:

@@ -168,7 +168,7 @@ def run(isa, experts: Experts, x, ids, weights, onto, *, shared=None, gate=None,
     hidden = experts.hidden
     output = aligned((len(x), row_stride(hidden)), np.float32)
     output[:, :hidden] = onto
-    rig, parts = Rig(isa, threads, batch_invariant=invariant), [Part(experts, x, ids, weights)]
+    rig, parts = Rig(isa, threads, rows=len(x), batch_invariant=invariant), [Part(experts, x, ids, weights)]
     if shared is not None:
         parts.append(Part(shared, x, None, gate))
     for part in parts:

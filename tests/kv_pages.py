@@ -52,7 +52,7 @@ class KvPages:
         scaled = self.format != "bf16"
         return cpu_kernels.KvLayout(
             base=self._pages.ctypes.data,
-            slot_stride=self._pages.strides[0],
+            sequence_stride=self._pages.strides[0],
             head_stride=self._pages.strides[1],
             value_offset=self.value_offset,
             key_dim=self.key_dim,

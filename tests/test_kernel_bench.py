@@ -200,13 +200,13 @@ def test_the_counts_are_those_of_the_kernels() -> None:
     def constant(file: str, name: str) -> int:
         return int(re.search(rf"\b{name} = (\d+)", (SOURCES / file).read_text())[1])
 
-    assert constant("ops/tiles.h", "kTileRows") == tile_counts.TILE_ROWS
-    assert constant("ops/product.h", "kPanelInputs") == tile_counts.PANEL_INPUTS
+    assert constant("executor/step.h", "kTileRows") == tile_counts.TILE_ROWS
+    assert constant("executor/step.h", "kPanelInputs") == tile_counts.PANEL_INPUTS
     for format, rows in tile_counts.FIRST_ROWS.items():
         assert constant(f"formats/{format}.h", "tile_rows") == rows
     assert constant("isa/avx512_bf16.h", "max_blocks") == tile_counts.MAX_BLOCKS
-    assert constant("executor/args.h", "kScaleInputs") == tile_counts.SEGMENTS["int8"]
-    assert constant("executor/args.h", "kSumInputs") == tile_counts.SEGMENTS["int4"]
+    assert constant("executor/step.h", "kScaleInputs") == tile_counts.SEGMENTS["int8"]
+    assert constant("executor/step.h", "kSumInputs") == tile_counts.SEGMENTS["int4"]
 
 
 # The command

@@ -213,7 +213,9 @@ def test_a_join_adds_and_clears_the_rows_of_the_step_alone(isa, width, nodes) ->
 
 @pytest.mark.parametrize("count", [0, cpu_kernels.MAX_NODES + 1])
 def test_a_join_of_too_few_or_many_nodes_is_refused(count) -> None:
-    with pytest.raises(ValueError, match=f"{count} nodes to join; from 1 to {cpu_kernels.MAX_NODES} are allowed"):
+    with pytest.raises(
+        ValueError, match=f"join: partials has {count} addresses; from 1 to {cpu_kernels.MAX_NODES} are allowed"
+    ):
         Rig(BEST).add("join", partials=[0] * count, output=None, width=16, output_stride=16)
 
 

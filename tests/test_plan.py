@@ -21,7 +21,7 @@ from hybrid.machine.hardware import HardwareSpec
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.kv_layout import lay_out_kv
-from hybrid.plan.plan import RUNTIME_BYTES, Plan, make_plan, scratch_bytes
+from hybrid.plan.plan import RUNTIME_BYTES, Plan, make_plan
 from hybrid.plan.resolve import plan_model
 from hybrid.plan.text import plan_text
 from hybrid.weights.pack import cached_store
@@ -115,14 +115,38 @@ def test_pages_of_the_kernel_tests_lie_as_planned(format) -> None:
     assert format == "bf16" or pages.scales_offset == fields["key_scales_offset"]
 
 
-def test_scratch_holds_the_larger_of_products_and_attention() -> None:
-    """By hand, for heads of 24 (values padded to 32): 48 rows of 256 scores and weights, and two states."""
-    tile = 48 * (256 * 6 + (32 + 16) * 8)
-    assert scratch_bytes(spec_of(), 100, "avx2", "bf16") == -(-tile // 4096) * 4096
-    assert scratch_bytes(spec_of(), 100, "avx2", "int8") == -(-(tile + 256 * 128 * 2) // 4096) * 4096
-    product = 4096 * 64 * 4 + 40960
-    assert scratch_bytes(spec_of(), 4096, "avx2", "bf16") == product
-    assert scratch_bytes(spec_of(), 4096, "amx", "bf16") == product + 4096 * (256 + 64)  # 96 inputs padded to 128
+@pytest.mark.parametrize(
+    ("isa", "rows", "choices", "expected"),
+    [  # heads of 24, values padded to 32: 48 rows of 256 scores and weights and two states, then keys or values as bf16
+        ("avx2", 100, {}, 48 * (256 * 6 + (32 + 16) * 8)),
+        ("avx2", 100, {"kv_format": "int8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
+        ("avx512", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
+        ("avx512_bf16", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 4 * 16 * 256 * 2),
+        # sums of 2 or 4 blocks, panels of 256 inputs for formats that are opened, copied rows of 96 inputs for tiles
+        ("avx2", 4000, {}, 4000 * 2 * 64),
+        ("avx512_bf16", 4000, {}, 4000 * 4 * 64),
+        ("avx512_bf16", 4000, {"weight_format": "fp8"}, 4000 * 4 * 64 + 4 * 8192),
+        ("amx", 4001, {}, 4016 * 4 * 64 + 4016 * (2 * 128 + 64)),
+        ("amx", 4001, {"weight_format": "int8"}, 4016 * 4 * 64 + 4016 * (128 + 64)),
+        ("amx", 4001, {"weight_format": "int4"}, 4016 * 4 * 64 + 4 * 8192 + 4016 * (128 + 64)),
+        ("amx", 4001, {"weight_format": "int8,head=bf16"}, 4016 * 4 * 64 + 4016 * (128 + 64)),
+    ],
+)
+def test_scratch_is_what_the_op_needs_that_needs_most(isa, rows, choices, expected) -> None:
+    config = EngineConfig(chunk_size=rows, **choices)
+    mix = parse_mix(config.weight_format, FormatMix.uniform("bf16"))
+    plan = make_plan(spec_of(), replace(MACHINE, isa=isa), config, mix)
+    assert plan.scratch_bytes == -(-expected // 4096) * 4096
+
+
+def test_the_ops_of_memory_nodes_have_scratch_too() -> None:
+    """A node multiplies all rows with its part of the inputs."""
+    machine = replace(MACHINE, isa="amx")
+    whole, split = (
+        make_plan(spec_of(), machine, EngineConfig(chunk_size=4000, numa=numa), FormatMix.uniform("int4"))
+        for numa in ("off", "2")
+    )
+    assert split.nodes == 2 and whole.scratch_bytes == split.scratch_bytes > 4000 * 4 * 64
 
 
 @pytest.mark.parametrize(("isa", "free"), [("avx2", True), ("avx512_bf16", True), ("amx", False)])

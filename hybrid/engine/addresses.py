@@ -20,7 +20,7 @@ from hybrid.weights.store import Store
 
 
 class Addresses:
-    """Weights, buffers and states, allocated as a plan says: see `hybrid.engine.binding.References`.
+    """Weights, buffers and states, allocated as a plan says: see `hybrid.plan.binding.References`.
 
     A store whose weights are copied is closed. Raises CapacityError for what cannot be had.
     """

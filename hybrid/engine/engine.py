@@ -19,12 +19,12 @@ import cpu_kernels
 from hybrid.config import EngineConfig
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.engine.addresses import Addresses
-from hybrid.engine.binding import bind
 from hybrid.engine.experts.warm_start import write_warm
 from hybrid.engine.routes import Routes
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
 from hybrid.machine.profile import MachineProfile
 from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
+from hybrid.plan.binding import bind
 from hybrid.plan.passes.gpu_step import CALLS
 from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
 from hybrid.plan.plan import Plan
@@ -246,7 +246,7 @@ class Engine:
             isa=plan.isa,
             pool=self.pool,
             rows=plan.max_rows,
-            slots=plan.sequences,
+            sequences=plan.sequences,
             positions=plan.max_seq_len,
             vocab=self.spec.vocab,
             scratch_bytes=plan.scratch_bytes,

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import cpu_kernels
-from hybrid.engine.binding import resolved
 from hybrid.errors import CapacityError
 from hybrid.machine.hardware import has_huge_pages
-from hybrid.plan.kv_layout import KvLayout
+from hybrid.plan.kv_layout import KvPlan
 from hybrid.plan.plan import Plan
 
 HUGE_BEHIND = 8 << 20  # bytes of a run in small pages, so that a short sequence costs what it uses
@@ -48,22 +47,14 @@ class KvArena:
 
     def layout(self, layer: int) -> Any:
         """Where the kernels find the state of a layer, of a class of `cpu_kernels`."""
-        return kv_layout(self._plan.kv, layer, self._arena.address)
+        return self._plan.kv.bound(layer, self._arena.address)
 
     def release(self, sequence: int) -> None:
         """Give the memory of a sequence back to the system."""
         self._arena.clear(sequence * self._plan.kv.sequence_stride, self._plan.kv.sequence_stride)
 
 
-def kv_layout(kv: KvLayout, layer: int, base: int) -> Any:
-    """Of a layer, in memory that begins at `base`: of the class of `cpu_kernels` that its mixer names."""
-    state = kv.layers[layer]
-    fields = {name: resolved(value) for name, value in state.fields.items()}
-    binding = getattr(cpu_kernels, state.binding)
-    return binding(base=base + kv.offsets[layer], slot_stride=kv.sequence_stride, **fields)
-
-
-def _tails(kv: KvLayout) -> Iterator[tuple[int, int]]:
+def _tails(kv: KvPlan) -> Iterator[tuple[int, int]]:
     """(offset in a sequence, bytes) of what lies behind the first `HUGE_BEHIND` bytes of every long run."""
     for start, layer in zip(kv.offsets, kv.layers, strict=True):
         for offset, size in layer.runs:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
-from cpu_kernels import KEY_BLOCK
+import cpu_kernels
 from hybrid.formats.block import round_up
 from hybrid.models.layers.base import StateLayout
 from hybrid.models.spec import ModelSpec
+from hybrid.plan.binding import choose
 
 
 @dataclass(frozen=True)
-class KvLayout:
+class KvPlan:
     """[sequence][layer], each layer as its mixer lays it out for `tokens` tokens. format: of keys and values.
 
     offsets: bytes from the start of a sequence to each layer. sequence_stride: bytes of a sequence.
@@ -39,10 +41,20 @@ class KvLayout:
         """Whether a step that failed may be run again: whether it then writes what it would have written."""
         return all(layer.repeatable for layer in self.layers)
 
+    def bound(self, layer: int, base: int = 0) -> Any:
+        """Where the kernels find the state of a layer, of the class of `cpu_kernels` that its mixer names.
 
-def lay_out_kv(spec: ModelSpec, length: int, format: str) -> KvLayout:
+        base: address of the first sequence.
+        """
+        state = self.layers[layer]
+        binding = getattr(cpu_kernels, state.binding)
+        fields = {name: choose(value) for name, value in state.fields.items()}
+        return binding(base=base + self.offsets[layer], sequence_stride=self.sequence_stride, **fields)
+
+
+def lay_out_kv(spec: ModelSpec, length: int, format: str) -> KvPlan:
     """For sequences of up to `length` tokens."""
-    tokens = round_up(length, KEY_BLOCK)
+    tokens = round_up(length, cpu_kernels.KEY_BLOCK)
     layers = tuple(layer.mixer.state(tokens, format) for layer in spec.layers)
     *offsets, total = accumulate((layer.nbytes for layer in layers), initial=0)
-    return KvLayout(format, tokens, layers, tuple(offsets), total)
+    return KvPlan(format, tokens, layers, tuple(offsets), total)

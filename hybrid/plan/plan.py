@@ -6,38 +6,32 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels import KEY_BLOCK, TILE_ROWS
+from cpu_kernels import KEY_BLOCK
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
-from hybrid.formats.rows import row_bytes
 from hybrid.machine.hardware import HardwareSpec
 from hybrid.machine.memory import size_text
 from hybrid.machine.numa import NodeChoice, choose_nodes
 from hybrid.models.layers.base import Extents
-from hybrid.models.layers.grouped_query import STATE_EXTRA
-from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import PARTS
 from hybrid.ops import Op
 from hybrid.plan.expert_cache import CachePlan, plan_cache
 from hybrid.plan.expert_shape import ExpertShape, expert_shape
 from hybrid.plan.gpu_memory import DeviceMemory, plan_device
-from hybrid.plan.kv_layout import KvLayout, lay_out_kv
+from hybrid.plan.kv_layout import KvPlan, lay_out_kv
 from hybrid.plan.passes.gpu_step import device_step_buffers, device_step_ops
 from hybrid.plan.passes.place_experts import observe_routes, place_experts, placement_buffers, take_routes
 from hybrid.plan.passes.split_nodes import split_over_nodes
 from hybrid.plan.program import build_buffers, build_ops
+from hybrid.plan.scratch import scratch_bytes
 from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
 ALIGN = 64
-PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multiplied
-PANEL_COLUMNS = 64
-TILE = 16  # rows of a matrix tile of AMX
-MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
-_SCALE = 4  # bytes of the scale of a key or a value
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Plan:
     formats: FormatMix
     weight_bytes: dict[str, int]  # by part
     batch_invariant: bool
-    kv: KvLayout
+    kv: KvPlan
     kv_token_budget: int
     memory_available: int
     parts: Parts
@@ -195,7 +189,7 @@ def _sized(
         arena_bytes=arena_bytes,
         node_buffers=tuple(buffers for buffers, _ in own),
         node_arena_bytes=tuple(size for _, size in own),
-        scratch_bytes=scratch_bytes(spec, rows, hardware.isa, config.kv_format),
+        scratch_bytes=scratch_bytes(step.ops, rows, hardware.isa, kv),
         logits_bytes=sequences * spec.vocab * 4,
         formats=mix,
         weight_bytes=weight_bytes(spec, mix, step.parts),
@@ -251,36 +245,6 @@ def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
         buffers[name] = (offset, size)
         offset += round_up(size, ALIGN)
     return buffers, offset
-
-
-def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
-    """Per thread: a panel and its unfinished sums, or an attention tile."""
-    rows = round_up(rows, TILE)
-    product = rows * PANEL_COLUMNS * 4 + PANEL_BYTES + (_copied_rows(spec, rows) if isa == "amx" else 0)
-    return round_up(max(product, *(_attention_scratch(layer, kv_format) for layer in spec.layers)), 4096)
-
-
-def _copied_rows(spec: ModelSpec, rows: int) -> int:
-    """Bytes of rows that AMX copies to lie at equal distances: those of an expert, or the last few of a product."""
-    inputs = [
-        max(layer.mixer.width, ffn.intermediate, ffn.shared_intermediate)
-        for layer in spec.layers
-        for ffn in [layer.feed_forward]
-    ]
-    return max(rows * _copied_row(spec.hidden), TILE * _copied_row(max(spec.hidden, *inputs)))
-
-
-def _copied_row(inputs: int) -> int:
-    return row_bytes(inputs, integer=False) + ALIGN
-
-
-def _attention_scratch(layer: LayerSpec, kv_format: str) -> int:
-    """Scores, weights and two states of a tile; and a block of keys or values opened to bf16, if it is not."""
-    heads = max(TILE_ROWS, layer.mixer.heads // layer.mixer.kv_heads)
-    opened = (
-        0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, layer.mixer.key_dim, layer.mixer.value_dim) * 2
-    )
-    return heads * (KEY_BLOCK * 6 + (layer.mixer.value_dim + STATE_EXTRA) * 8) + opened
 
 
 def weight_bytes(spec: ModelSpec, mix: FormatMix, parts: Parts) -> dict[str, int]:

@@ -76,7 +76,7 @@ class Sequences:
             q[row, :, :dim] = self.q[slot, :, position]
         output = aligned((rows + 1, stride), BF16, fill=-7)
         states = aligned(slots * TOKENS // KEY_BLOCK * heads * (self.pages.value_dim + STATE_EXTRA), np.float32)
-        rig = Rig(isa, threads, slots=slots, positions=TOKENS, batch_invariant=invariant)
+        rig = Rig(isa, threads, rows=rows, sequences=slots, positions=TOKENS, batch_invariant=invariant)
         rig.add(
             "attention",
             q=q,

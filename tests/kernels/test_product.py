@@ -40,7 +40,7 @@ def multiply(isa, format, x, weight, n, *, threads=1, bias=None, onto=None, inva
     output = aligned((m + 1, row_stride(n)), np.float32, fill=-7)
     if onto is not None:
         output[:m, :n] = onto
-    rig = Rig(isa, threads, batch_invariant=invariant)
+    rig = Rig(isa, threads, rows=m, batch_invariant=invariant)
     rig.add(
         "gemm",
         format=format_of(format),

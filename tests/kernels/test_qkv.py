@@ -132,7 +132,7 @@ def test_rope_tables_are_cosines_and_sines_of_fp32_angles(isa, dim, factor) -> N
     frequencies = (10000.0 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
     positions = [0, 1, 255, 40000, 99999]
     table = aligned((len(positions), dim), np.float32)
-    rig = Rig(isa, 2, slots=8, positions=100000)
+    rig = Rig(isa, 2, sequences=8, positions=100000)
     rig.add("rope_table", inverse_frequencies=frequencies, table=table, dim=dim, factor=factor)
     rig.step(list(enumerate(positions)))
     angles = (np.array(positions, np.float32)[:, None] * frequencies).astype(np.float64)
