@@ -8,6 +8,7 @@ import os
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
 from rig import ISAS
 
 for name in ("HYBRID_ISA", "OMP_NUM_THREADS"):
@@ -17,6 +18,8 @@ _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
+settings.load_profile("any")
 
 
 @pytest.fixture(params=ISAS)
