@@ -75,7 +75,7 @@ def test_a_device_step_tells_of_both_sides(monkeypatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(placements, "WATCHED", range(66, 68))
     before = torch.get_num_threads()
-    flags = ["--step-on", "torch-cpu", "--gpu-kv-tokens", "64", "--threads", "1"]
+    flags = ["--step-on", "torch-cpu", "--gpu-kv-tokens", "64", "--threads", "1", "--cache-delay", "0"]
     try:
         options, _ = placements.parse(flags)
         torch.set_num_threads(1)
