@@ -21,7 +21,7 @@ from hybrid.plan.roofline import step_cost, uses_integers
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch) -> None:
     monkeypatch.setattr(measure, "PROBE_BYTES", measure._TOUCH_BYTES)
-    monkeypatch.setattr(measure, "PROBE_ROUNDS", 10_000)
+    monkeypatch.setattr(measure, "PROBE_ROUNDS", 100_000)
 
 
 @pytest.fixture(scope="module")

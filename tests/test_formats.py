@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
@@ -161,7 +161,6 @@ def test_int4_codes_are_the_nearest_for_the_stored_scales_and_better_than_the_pl
     assert np.sqrt(errors.sum() / (groups**2).sum()) < 0.083
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-500, 500, width=32), min_size=1, max_size=50))
 def test_fp8_codes_are_those_of_a_cast(values: list[float]) -> None:
     exact = np.array(values, np.float32)

@@ -24,7 +24,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps, st.sampled_from([None, 1, 5, 30]))
 def test_rows_see_what_the_mirror_says_and_nothing_else(plan, window) -> None:
     """Every token is written with a number of its own, and read back through what is seen."""

@@ -31,7 +31,7 @@ def started(*requests: Request, **plan) -> tuple[DummyEngine, Scheduler]:
     return engine, scheduler
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=30), min_size=1, max_size=9),
     counts=st.lists(st.integers(0, 8), min_size=9, max_size=9),

@@ -19,7 +19,7 @@ from checkpoints import CONFIGS, FP8, as_fp8, mxfp4_tensors, random_tensors, wri
 
 import cpu_kernels
 from hybrid import LLM
-from hybrid.cache_report import report as _cache_report
+from hybrid.engine.experts.report import report as _cache_report
 from hybrid.models import model_spec
 
 ROOT = Path(__file__).parent.parent.parent
