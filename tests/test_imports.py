@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (
-    ("core", "errors", "phases"),
+    ("core", "errors", "phases", "settings"),
     ("config", "hardware"),
     ("models", "weights"),
     ("ops", "program", "nodes", "partition", "placement", "memory", "device_step", "device_memory", "supported")
