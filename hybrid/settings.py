@@ -168,8 +168,10 @@ class Choice:
 
     @property
     def given_as(self) -> str:
-        """The name of the flag or of the variable; empty for a default."""
-        return {FLAG: self.setting.option, ENVIRONMENT: self.setting.variable}.get(self.source, "")
+        """The flag or the variable; empty for a default."""
+        no = self.setting.negatable and self.value is False
+        flag = f"--no-{self.setting.option[2:]}" if no else self.setting.option
+        return {FLAG: flag, ENVIRONMENT: self.setting.variable}.get(self.source, "")
 
 
 def choose(

@@ -88,11 +88,13 @@ def _parameters_of(body: Callable[..., None]) -> tuple[dict[str, _Part], list[in
 
 
 def _chosen(kind: type, few: Only | None) -> Iterator[Setting]:
+    """The settings of a dataclass that a command has; a part is named as its field."""
     for setting in settings_of(kind):
-        if few is None or setting.field in few.names:
+        name = setting.path[0]
+        if few is None or name in few.names:
             yield setting
-        elif setting.field in few.defaults:
-            yield replace(setting, default=few.defaults[setting.field])
+        elif name in few.defaults:
+            yield replace(setting, default=few.defaults[name])
 
 
 def _said(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:

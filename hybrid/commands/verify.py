@@ -94,6 +94,7 @@ class VerifyOptions:
         DEVICES[0],
         f"One of {', '.join(DEVICES)}; on a GPU logits are compared within rounding.",
         group="engine",
+        choices=DEVICES,
     )
     thorough: bool = setting(False, "Every policy with every mapping and admission.")
 
