@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from typer.main import get_command
@@ -19,6 +20,7 @@ from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
 from hybrid.commands import bench, run, simulate, verify
 from hybrid.commands.bench import BenchOptions
+from hybrid.commands.flags import command, new_app, only
 from hybrid.commands.run import RunOptions
 from hybrid.commands.simulate import SimulateOptions
 from hybrid.commands.verify import VerifyOptions
@@ -199,6 +201,7 @@ def test_the_environment_speaks_to_the_python_api(monkeypatch) -> None:
     monkeypatch.setenv("HYBRID_CACHE_NWAYS", "3")
     with LLM(max_seq_len=64) as llm:
         assert (llm.engine.plan.threads, llm.engine.plan.max_seq_len) == (1, 64)
+    assert configure({"cache_dir": "~/x", "cache": "on"})[0].cache == "on"  # which a check refuses
     config, _ = configure({"cache": CacheConfig(nblocks=2), "threads": None})
     assert (config.cache, config.threads, config.max_seq_len) == (CacheConfig(nblocks=2), None, 128)
     assert configure({"cache": None})[0].cache == CacheConfig()
@@ -299,6 +302,14 @@ def test_a_command_has_no_variables_but_those_of_its_flags(monkeypatch) -> None:
     assert "max_batch" not in printed("bench", "--output", "json")
     monkeypatch.setenv("HYBRID_BENCH_PROMPT", "64")
     assert printed("bench", "--output", "json")["prompt"] == ("64", "environment", "HYBRID_BENCH_PROMPT")
+
+
+def test_a_command_names_settings_that_exist() -> None:
+    def wrong(config: Annotated[EngineConfig, only("threads", max_tokens=3)]) -> None:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match="EngineConfig has no setting max_tokens"):
+        command(new_app())(wrong)
 
 
 def test_a_flag_that_must_be_given_may_be_a_variable(monkeypatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -81,20 +81,24 @@ def _parameters_of(body: Callable[..., None]) -> tuple[dict[str, _Part], list[in
         kind, *words = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if is_dataclass(kind):
             few = next((word for word in words if isinstance(word, Only)), None)
-            parts[name] = _Part(kind, tuple(_chosen(kind, few)))  # type: ignore[arg-type]
+            parts[name] = _Part(kind, _chosen(kind, few))  # type: ignore[arg-type]
         else:
             others.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
     return parts, others
 
 
-def _chosen(kind: type, few: Only | None) -> Iterator[Setting]:
+def _chosen(kind: type, few: Only | None) -> tuple[Setting, ...]:
     """The settings of a dataclass that a command has; a part is named as its field."""
-    for setting in settings_of(kind):
-        name = setting.path[0]
-        if few is None or name in few.names:
-            yield setting
-        elif name in few.defaults:
-            yield replace(setting, default=few.defaults[name])
+    settings = settings_of(kind)
+    if few is None:
+        return settings
+    if unknown := {*few.names, *few.defaults} - {setting.path[0] for setting in settings}:
+        raise TypeError(f"{kind.__name__} has no setting {', '.join(sorted(unknown))}")
+    return tuple(
+        replace(setting, default=few.defaults.get(setting.path[0], setting.default))
+        for setting in settings
+        if setting.path[0] in (*few.names, *few.defaults)
+    )
 
 
 def _said(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:

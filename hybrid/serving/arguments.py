@@ -67,8 +67,8 @@ def configure(given: Mapping[str, Any]) -> tuple[EngineConfig, list[Choice]]:
     choices = choose(setting for setting in settings if setting.path[0] not in given)
     values = dict(given)
     for setting in settings:
-        if setting.kind is Path and isinstance(path := given.get(setting.path[0]), str | Path):
-            values[setting.path[0]] = Path(path).expanduser()
+        if setting.kind is Path and isinstance(path := given.get(".".join(setting.path)), str | Path):
+            values[setting.field] = Path(path).expanduser()
     for name, part in parts_of(EngineConfig).items():
         if given.get(name, part) is None:
             values[name] = part()
