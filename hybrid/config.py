@@ -1,13 +1,14 @@
-"""What a user chooses, frozen. Every default lives here; the command line and `LLM` take theirs from these fields."""
+"""What a user chooses, frozen. Each setting is declared once: default, help and what is allowed (`hybrid.settings`)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hybrid.errors import ConfigError
+from hybrid.settings import check_settings, setting
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
 STEPS = ("auto", "threads", "torch-cpu")
@@ -19,6 +20,37 @@ CACHE_MODES = ("auto", "on", "off")
 STREAM_MODES = ("auto", "on", "off")
 MAX_NODES = 16  # memory nodes; what `cpu_kernels` can join
 MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
+_ABOVE_0: dict[str, Any] = {"minimum": 1e-6, "allowed": "a number above 0"}
+
+
+def _is_numa(numa: str) -> bool:
+    """The number of threads, which it may not exceed either, is known to the plan alone."""
+    number = numa.isdecimal() and len(numa) < 20
+    return numa in ("auto", "off") or (number and 1 <= int(numa) <= MAX_NODES)
+
+
+def _policies() -> Iterable[str]:
+    from gpu_cache.policies import POLICIES
+
+    return POLICIES
+
+
+def _admissions() -> Iterable[str]:
+    from gpu_cache.admission import ADMISSIONS
+
+    return ADMISSIONS
+
+
+def _prefetches() -> Iterable[str]:
+    from gpu_cache.prefetch import PREFETCHES
+
+    return PREFETCHES
+
+
+def _mappings() -> Iterable[str]:
+    from gpu_cache.geometry import MAPPINGS
+
+    return MAPPINGS
 
 
 @dataclass(frozen=True)
@@ -31,21 +63,53 @@ class CacheConfig:
     are done: for tests and for comparisons with the simulator. poison: what is evicted becomes garbage at once.
     """
 
-    nblocks: int | str | None = None  # "auto" and None: as many slots as fit
-    nways: int | None = None
-    quota: int | None = None
-    policy: str = "LRU"
-    admission: str = "always"
-    prefetch: str = "none"
-    mapping: str = "modulo"
-    mode: str = "on"
-    stream: str = "auto"
-    warm: Path | None = None  # experts that a file of `hybrid.engine.experts.warm_start` lists are there from the start
-    delay: int | None = None
-    poison: bool = False
-    seed: int = 0
-    pin_weights: bool = False  # all weights of the experts, so that a GPU copies them from where they lie
-    strict_placement: bool = False  # results depend on where each expert ran, and on nothing else of the cache
+    PREFIX: ClassVar[str] = "cache_"
+    GROUP: ClassVar[str] = "cache"
+
+    nblocks: int | str | None = setting(
+        None,  # as "auto": as many slots as fit
+        "Indexes of the expert cache, or auto: what fits.",
+        minimum=1,
+        words=("auto",),
+        metavar="N|auto",
+    )
+    nways: int | None = setting(None, "Experts that each index holds.", minimum=1)
+    quota: int | None = setting(None, "Experts copied in one step at most.", minimum=0)
+    policy: str = setting(
+        "LRU",
+        "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.",
+        name="cache_replace_policy",
+        choices=_policies,
+        any_case=True,
+    )
+    admission: str = setting(
+        "always", "Which misses are copied: always, second-touch, break-even.", choices=_admissions
+    )
+    prefetch: str = setting("none", "none, or next-gate: ask the next layer's router early.", choices=_prefetches)
+    mapping: str = setting("modulo", "Experts to indexes: modulo, prefix or hash.", choices=_mappings)
+    mode: str = setting(
+        "on", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.", name="cache", choices=CACHE_MODES
+    )
+    stream: str = setting(
+        "auto",
+        f"Prompts bring missed experts to the device: one of {', '.join(STREAM_MODES)}, by costs.",
+        choices=STREAM_MODES,
+    )
+    warm: Path | None = setting(None, "Begin with the experts that this file lists.")  # of `engine.experts.warm_start`
+    delay: int | None = setting(
+        None, "Copies end after so many layers instead of when they are done.", minimum=0, shown="as copied"
+    )
+    poison: bool = setting(False, "What is evicted becomes garbage at once.", flag=False)
+    seed: int = setting(0, "Of policies that draw lots.", flag=False, minimum=0)
+    pin_weights: bool = setting(  # so that a GPU copies them from where they lie
+        False, "Pin the weights of all experts, for faster copies to a GPU.", name="pin_weights", group="gpu"
+    )
+    strict_placement: bool = setting(  # results depend on where each expert ran, and on nothing else of the cache
+        False,
+        "With a GPU: experts are added in one order wherever they ran; slower.",
+        name="strict_placement",
+        group="gpu",
+    )
 
     @property
     def requested(self) -> bool:
@@ -54,43 +118,88 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """A simulated device; what is not said is an RTX 4090 on PCIe 4.0 x16."""
+    """A simulated device; what is not said is an RTX 4090 on PCIe 4.0 x16. Units are those of the names, 10^9 bytes."""
 
-    copy_gbps: float = 25.0  # 10^9 bytes per second from the memory of the host
-    latency_us: float = 10.0  # of a copy, and of starting the experts of a layer
-    read_gbps: float = 1008.0  # of its own memory, which decides how fast experts of few rows are computed
-    tflops: float = 165.0  # 10^12 operations per second, which decides it for many rows
-    memory_gb: float = 24.0  # 10^9 bytes, for slots, and for a step's other parts if they are there
-    jitter_us: float = 0.0  # up to so much later, at random, a copy begins
+    PREFIX: ClassVar[str] = "device_"
+    GROUP: ClassVar[str] = "device"
+
+    copy_gbps: float = setting(25.0, "Of the simulated device: GB/s of copies to it.", **_ABOVE_0)
+    latency_us: float = setting(10.0, "Microseconds before a copy or a layer begins there.", minimum=0)
+    read_gbps: float = setting(1008.0, "GB/s of its memory, for modelled times.", **_ABOVE_0)  # decides for few rows
+    tflops: float = setting(  # decides for many rows
+        165.0, "10^12 operations a second there, for modelled times.", **_ABOVE_0
+    )
+    memory_gb: float = setting(24.0, "GB of its memory: slots, and with --step-on all else.", **_ABOVE_0)
+    jitter_us: float = setting(0.0, "Up to so much later, at random, a copy begins.", flag=False, minimum=0)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """None means: chosen by `hybrid.plan.plan` from the model and the machine."""
+    """None means: chosen by `hybrid.plan.plan` from the model and the machine. Made by hand it asks no environment."""
 
-    model_path: Path | None = None  # None: the embedded model
-    device: str = "auto"  # what that is on a machine, `hybrid.plan.resolve` decides
-    weight_format: str = "auto"  # one format, or a mix: "int4,head=int8"; `hybrid.formats.mix.parse_mix` checks it
-    kv_format: str = "bf16"
-    threads: int | None = None
-    numa: str = "auto"  # "off", or a number of memory nodes as text: more than the machine has are simulated
-    load: str = "auto"  # weights mapped from the file, or copied to memory; auto copies to several nodes
-    max_seq_len: int | None = None
-    max_batch: int = 8  # sequences that run together
-    chunk_size: int = 512  # rows of one step at most: prefill chunks and decode rows together
-    batch_invariant: bool | None = None  # logits independent of the rest of the batch; None: where that is free
-    isa: str | None = None  # None: HYBRID_ISA, or the best of the machine
-    cache_dir: Path | None = None  # packed stores made from HF directories; None: the user's cache folder
-    check: bool = False  # read and verify every tensor before the first step
+    GROUP: ClassVar[str] = "engine"
+
+    model_path: Path | None = setting(None, "Model directory or packed store.", shown="embedded model", group="model")
+    device: str = setting(  # what auto is on a machine, `hybrid.plan.resolve` decides
+        "auto",
+        f"One of {', '.join(DEVICES)}; auto is cuda where a GPU can be used, or cpu.",
+        choices=DEVICES,
+        late=True,
+    )
+    weight_format: str = setting(  # `hybrid.formats.mix.parse_mix` checks it
+        "auto",
+        f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8.",
+        name="format",
+        allowed="write 'auto', 'int8' or a mix",
+    )
+    threads: int | None = setting(
+        None, "Threads that compute.", minimum=1, maximum=MAX_THREADS, shown="chosen for the machine"
+    )
+    max_seq_len: int | None = setting(
+        None, "Tokens of one sequence at most.", minimum=1, shown="chosen for the machine"
+    )
+    _: KW_ONLY
+    kv_format: str = setting("bf16", f"Of keys and values: one of {', '.join(KV_FORMATS)}.", choices=KV_FORMATS)
+    batch_invariant: bool | None = setting(  # None: where that is free
+        None,
+        "Results do not depend on what else runs in a step.",
+        negatable=True,
+        shown="on where it costs nothing: everywhere but with amx",
+    )
+    numa: str = setting(  # more nodes than the machine has are simulated
+        "auto",
+        "Memory nodes to split the weights over: auto, off or a number.",
+        accepts=_is_numa,
+        allowed=f"auto, off, or a number of nodes from 1 to {MAX_NODES}",
+    )
+    load: str = setting(  # auto copies to several nodes
+        "auto", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.", choices=LOADS
+    )
+    max_batch: int = setting(8, "Sequences that run together.", minimum=1)
+    chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
+    isa: str | None = setting(None, "Instruction set; the best of the machine.", flag=False, late=True)
+    cache_dir: Path | None = setting(None, "Where packed models are kept.", shown="user cache")
+    check: bool = setting(False, "Verify every weight while loading.")
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
-    routes: bool = False  # whether `Engine.routes` may get an observer
-    route_trace: Path | None = None  # whose experts rows take, instead of those that the model's routers choose
+    routes: bool = setting(False, "Whether `Engine.routes` may get an observer.", flag=False)
+    route_trace: Path | None = setting(
+        None, "Tokens take the experts of this trace, not of the model's routers.", group="files"
+    )
     # Where all but the experts is computed: auto is the GPU with --device cuda, else the threads. torch-cpu is the same
     # code on torch's CPU device, in place of a GPU: for tests, and for looking at plans.
-    step_on: str = "auto"
-    cuda_graphs: bool = True  # steps that decode on a GPU are captured
-    gpu_kv_tokens: int | None = None  # most recent tokens of every sequence that the device mirrors; None: what fits
+    step_on: str = setting(
+        "auto",
+        f"Where all but the experts runs: one of {', '.join(STEPS)}; torch-cpu stands in for a GPU.",
+        choices=STEPS,
+        group="gpu",
+    )
+    gpu_kv_tokens: int | None = setting(  # at least the chunk size, as `check_config` knows
+        None, "Most recent tokens of a sequence that the GPU mirrors.", shown="what fits", group="gpu"
+    )
+    cuda_graphs: bool = setting(
+        True, "Ask a GPU for a whole layer at once in steps that decode.", negatable=True, group="gpu"
+    )
 
     @property
     def cached(self) -> bool:
@@ -106,27 +215,14 @@ class EngineConfig:
 
 
 def check_config(config: EngineConfig) -> None:
-    """Raise `ConfigError` naming the first value out of range."""
-    _one_of("--device", config.device, DEVICES)
-    if not isinstance(config.weight_format, str):
-        raise ConfigError(f"--format {config.weight_format!r:.80} is not a text; write 'auto', 'int8' or a mix")
-    _one_of("--kv-format", config.kv_format, KV_FORMATS)
-    if not isinstance(config.batch_invariant, bool | None):
-        raise ConfigError(
-            f"--batch-invariant {config.batch_invariant!r:.80} is not a truth value; use True, False or None"
-        )
-    _within("--max-batch", config.max_batch, 1)
-    _within("--chunk-size", config.chunk_size, 1)
-    _none_or_within("--threads", config.threads, 1, MAX_THREADS)
-    _check_numa(config.numa)
-    _one_of("--load", config.load, LOADS)
-    _none_or_within("--max-seq-len", config.max_seq_len, 1)
-    check_cache(config.cache)
-    _check_device(config.simulated)
+    """Raise `ConfigError` naming the first value out of range, or the first two that exclude each other."""
+    check_settings(config)
     if config.cached and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with an expert cache; use --numa off or --cache off")
-    _one_of("--step-on", config.step_on, STEPS)
-    _none_or_within("--gpu-kv-tokens", config.gpu_kv_tokens, config.chunk_size)
+    if config.gpu_kv_tokens is not None and config.gpu_kv_tokens < config.chunk_size:
+        raise ConfigError(
+            f"--gpu-kv-tokens {config.gpu_kv_tokens} is out of range; it must be at least {config.chunk_size}"
+        )
     if config.step_device and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
     if config.route_trace and config.cache.prefetch != "none":
@@ -139,63 +235,3 @@ def check_config(config: EngineConfig) -> None:
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "
             "a step must hold one row of every sequence; raise the one or lower the other"
         )
-
-
-def check_cache(cache: CacheConfig) -> None:
-    """Raise `ConfigError` naming the first value out of range. The names are known to `gpu_cache` alone."""
-    if cache.nblocks != "auto":
-        _none_or_within("--cache-nblocks", cache.nblocks, 1)
-    _none_or_within("--cache-nways", cache.nways, 1)
-    _none_or_within("--cache-quota", cache.quota, 0)
-    _none_or_within("--cache-delay", cache.delay, 0)
-    _one_of("--cache", cache.mode, CACHE_MODES)
-    _one_of("--cache-stream", cache.stream, STREAM_MODES)
-    if not cache.requested:
-        return
-    from gpu_cache.admission import ADMISSIONS
-    from gpu_cache.geometry import MAPPINGS
-    from gpu_cache.policies import POLICIES
-    from gpu_cache.prefetch import PREFETCHES
-
-    if cache.policy.lower() not in map(str.lower, POLICIES):
-        _one_of("--cache-replace-policy", cache.policy, tuple(POLICIES))
-    _one_of("--cache-admission", cache.admission, tuple(ADMISSIONS))
-    _one_of("--cache-prefetch", cache.prefetch, PREFETCHES)
-    _one_of("--cache-mapping", cache.mapping, MAPPINGS)
-
-
-def _check_device(device: DeviceConfig) -> None:
-    for name, value in vars(device).items():
-        least = 0 if name in ("latency_us", "jitter_us") else 1e-6
-        if type(value) not in (int, float) or not least <= value < math.inf:
-            said = "DeviceConfig.jitter_us" if name == "jitter_us" else f"--device-{name.replace('_', '-')}"
-            raise ConfigError(
-                f"{said} {value!r:.80} is out of range; give a number {'from' if not least else 'above'} 0"
-            )
-
-
-def _check_numa(numa: Any) -> None:
-    """The number of threads, which it may not exceed either, is known to the plan alone."""
-    number = isinstance(numa, str) and numa.isdecimal() and len(numa) < 20
-    if numa not in ("auto", "off") and not (number and 1 <= int(numa) <= MAX_NODES):
-        raise ConfigError(
-            f"--numa {numa!r:.80} is unknown; allowed: auto, off, or a number of nodes from 1 to {MAX_NODES}"
-        )
-
-
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{flag} {value!r} is unknown; allowed: {', '.join(allowed)}")
-
-
-def _none_or_within(flag: str, value: Any, minimum: int, maximum: float = math.inf) -> None:
-    if value is not None:
-        _within(flag, value, minimum, maximum)
-
-
-def _within(flag: str, value: Any, minimum: int, maximum: float = math.inf) -> None:
-    allowed = f"at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
-    if type(value) is not int:
-        raise ConfigError(f"{flag} {value!r:.80} is not an int; it must be one, {allowed}")
-    if not minimum <= value <= maximum:
-        raise ConfigError(f"{flag} {value} is out of range; it must be {allowed}")

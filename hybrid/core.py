@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,25 +18,57 @@ SpanObserver = Callable[[str, float, float], None]  # what happened, from when t
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Checked by `hybrid.serving.sampler.check_params`, not on construction.
+    """How to choose tokens. Checked by `hybrid.serving.sampler.check_params`, not on construction. The `metadata` are
+    attributes of `hybrid.settings.Setting`.
 
     temperature 0 is greedy. top_k 0, top_p 1.0 and min_p 0.0 switch those filters off; repetition_penalty 1.0,
     presence_penalty 0.0 and frequency_penalty 0.0 switch the penalties off. logprobs: None, or how many of the most
     likely tokens to report beside the chosen one (0 reports the chosen one alone). seed None draws a fresh one.
     """
 
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
+    GROUP: ClassVar[str] = "sampling"
+
+    max_tokens: int = field(
+        default=128, metadata={"help": "Tokens to generate at most, for each prompt.", "minimum": 0}
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata={"help": "Randomness; 0 takes the likeliest token.", "minimum": 0.0, "maximum": 100.0},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Keep the likeliest tokens that reach this probability.",
+            "minimum": 0.0,
+            "above": True,
+            "maximum": 1.0,
+        },
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Keep this many of the likeliest tokens; 0 keeps all.", "minimum": 0}
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Keep tokens this likely, relative to the likeliest.", "minimum": 0.0, "maximum": 1.0},
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Above 1 avoids tokens seen before.", "minimum": 0.0, "above": True, "maximum": 100.0},
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Above 0 avoids tokens made before.", "flag": False, "minimum": -2.0, "maximum": 2.0},
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata={"help": "The same for each time they were.", "flag": False, "minimum": -2.0, "maximum": 2.0},
+    )
+    seed: int | None = field(default=None, metadata={"help": "Makes sampling repeatable.", "minimum": 0})
+    stop: tuple[str, ...] = field(default=(), metadata={"help": "End before this text"})
+    ignore_eos: bool = field(default=False, metadata={"help": "Go on after the end of the text."})
+    logprobs: int | None = field(
+        default=None, metadata={"help": "Likely tokens to report beside the chosen one.", "flag": False, "minimum": 0}
+    )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from rig import ISAS
 
-for name in ("HYBRID_ISA", "OMP_NUM_THREADS"):
-    os.environ.pop(name, None)
+for name in list(os.environ):
+    if name == "OMP_NUM_THREADS" or (
+        name.startswith("HYBRID_") and not name.startswith(("HYBRID_TEST_", "HYBRID_EMULATOR"))
+    ):
+        del os.environ[name]
 os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 # of each other.
 ORDER = (
     ("core", "errors", "ops"),
-    ("config", "files", "formats"),
-    ("machine", "models", "text"),
+    ("files", "formats", "settings"),
+    ("config", "models", "text"),
+    ("machine",),
     ("weights",),
     ("plan",),
     ("gpu",),

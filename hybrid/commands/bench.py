@@ -6,75 +6,64 @@ import json
 import platform
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import typer
-
-from hybrid.commands import flags as f
-from hybrid.commands.console import exit_codes, progress_bar, say
+from hybrid.commands.console import progress_bar, say
+from hybrid.commands.flags import command, new_app, only
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
+from hybrid.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from hybrid.commands.measure import MachineProbe, Measurement, Test
     from hybrid.engine.engine import Engine
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = new_app()
 
-Counts = Annotated[str, typer.Option("--prompt", "-p", help="Prompt lengths to time, as 512 or 128,512; 0 for none.")]
-Generate = Annotated[str, typer.Option("--generate", "-n", help="Numbers of tokens to decode; 0 for none.")]
-Depths = Annotated[str, typer.Option("--depth", "-d", help="Tokens already in the KV before each test.")]
-Batches = Annotated[str, typer.Option("--batch", help="Sequences that run together.")]
-_COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
-Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.", **_COUNT)]
-Output = Annotated[str, typer.Option("--output", help="md, csv or json.")]
+OUTPUTS = ("md", "csv", "json")
 
 
-@app.command()
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is timed, and how it is printed."""
+
+    COMMAND: ClassVar[str] = "bench"
+    GROUP: ClassVar[str] = "prompts"
+
+    prompt: str = setting("512", "Prompt lengths to time, as 512 or 128,512; 0 for none.", short="-p")
+    generate: str = setting("32", "Numbers of tokens to decode; 0 for none.", short="-n")
+    depth: str = setting("0", "Tokens already in the KV before each test.", short="-d")
+    batch: str = setting("1", "Sequences that run together.")
+    repetitions: int = setting(3, "How often to repeat every test.", short="-r", minimum=1)
+    output: str = setting("md", "md, csv or json.", group="output", choices=OUTPUTS)
+
+
+@command(app)
 def bench(
-    model_path: f.ModelPath = EngineConfig.model_path,
-    weight_format: f.Format = EngineConfig.weight_format,
-    kv_format: f.KvFormat = EngineConfig.kv_format,
-    prompt: Counts = "512",
-    generate: Generate = "32",
-    depth: Depths = "0",
-    batch: Batches = "1",
-    repetitions: Repetitions = 3,
-    device: f.Device = EngineConfig.device,
-    threads: f.Threads = EngineConfig.threads,
-    numa: f.Numa = EngineConfig.numa,
-    load: f.Load = EngineConfig.load,
-    cache_dir: f.CacheDir = EngineConfig.cache_dir,
-    output: Output = "md",
+    config: Annotated[
+        EngineConfig,
+        only("model_path", "weight_format", "kv_format", "device", "threads", "numa", "load", "cache_dir"),
+    ],
+    options: BenchOptions,
 ) -> None:
     """Time prompts and decoding with random tokens; print tokens per second and the share of the machine's limit.
 
     The limit of a test is the slower of reading its bytes and multiplying, at the rates measured beside it: of the
     processors and their memory, whatever the device.
     """
-    with exit_codes():
-        if output not in FORMATS:
-            raise ConfigError(f"--output {output!r} is unknown; allowed: {', '.join(FORMATS)}")
-        if repetitions < 1:
-            raise ConfigError(f"--repetitions {repetitions} is out of range; it must be at least 1")
-        tests = make_tests(*map(parse_counts, (prompt, generate, depth, batch)))
-        largest_batch = max(test.batch for test in tests)
-        config = EngineConfig(
-            model_path=model_path,
-            device=device,
-            weight_format=weight_format,
-            kv_format=kv_format,
-            threads=threads,
-            numa=numa,
-            load=load,
-            cache_dir=cache_dir,
-            max_seq_len=max(test.length for test in tests) + 1,
-            max_batch=largest_batch,
-            chunk_size=max(EngineConfig.chunk_size, largest_batch),
-        )
-        check_lengths(config, tests)
-        print(FORMATS[output](run(config, tests, repetitions)))
+    check_settings(options)
+    tests = make_tests(*map(parse_counts, (options.prompt, options.generate, options.depth, options.batch)))
+    largest_batch = max(test.batch for test in tests)
+    config = replace(
+        config,
+        max_seq_len=max(test.length for test in tests) + 1,
+        max_batch=largest_batch,
+        chunk_size=max(EngineConfig.chunk_size, largest_batch),
+    )
+    check_lengths(config, tests)
+    print(FORMATS[options.output](run(config, tests, options.repetitions)))
 
 
 def parse_counts(text: str) -> list[int]:
@@ -182,4 +171,4 @@ def to_json(report: dict[str, Any]) -> str:
     return json.dumps(report, indent=2)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {"md": to_markdown, "csv": to_csv, "json": to_json}
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = dict(zip(OUTPUTS, (to_markdown, to_csv, to_json), strict=True))

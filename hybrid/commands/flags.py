@@ -1,29 +1,152 @@
-"""The flags of the commands: name, type and help of each; their defaults are those of the configuration."""
+"""Flags from the declarations of settings (`hybrid.settings`), and commands that get their values as dataclasses."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from hybrid.config import CACHE_MODES, DEVICES, KV_FORMATS, LOADS, OVERLAPS, STEPS, STREAM_MODES, WEIGHT_FORMATS
+from hybrid.commands.console import exit_codes
+from hybrid.settings import Choice, Setting, build, choose, named_as_given, settings_of
+
+GROUPS = ("model", "prompts", "sampling", "engine", "cache", "gpu", "device", "files", "output", "")  # in --help
 
 
-def flag(name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, **more)
+def new_app() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def whole(name: str, text: str, **more: Any) -> Any:
-    return flag(name, text, parser=parse_whole, metavar="INTEGER", **more)
+@dataclass(frozen=True)
+class Only:
+    """These settings of a dataclass alone; `defaults` has those whose default is another."""
+
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
 
 
-def real(name: str, text: str, **more: Any) -> Any:
-    return flag(name, text, parser=parse_real, metavar="NUMBER", **more)
+def only(*names: str, **defaults: Any) -> Only:
+    """For `Annotated[EngineConfig, only("threads", device="cpu")]`: a command that has few of the flags."""
+    return Only(names, defaults)
 
 
-def path(name: str, text: str, **more: Any) -> Any:
-    return flag(name, text, parser=parse_path, metavar="PATH", **more)
+def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as the command of an application. interrupted: what `exit_codes` says after Ctrl-C.
+
+    Each of its parameters that is a dataclass of settings becomes their flags; the others are typer's own.
+    """
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        wanted, others = _parameters_of(body)
+        settings = sorted((s for part in wanted.values() for s in part.settings), key=lambda s: GROUPS.index(s.group))
+
+        def call(context: typer.Context, print_config: bool, **given: Any) -> None:
+            with exit_codes(*interrupted):
+                choices = choose(settings, _said(context, given))
+                _require(context, choices)
+                with named_as_given(choices):
+                    values = {name: build(part.kind, choices) for name, part in wanted.items()}
+                    if print_config:
+                        from hybrid.commands.print_config import print_choices
+
+                        return print_choices(choices, values.values())
+                    body(**values, **{other.name: given[other.name] for other in others})
+
+        flags = [_parameter(setting) for setting in settings if setting.flag]
+        call.__signature__ = inspect.Signature([_CONTEXT, *flags, *others, _PRINT_CONFIG])  # type: ignore[attr-defined]
+        call.__annotations__, call.__name__, call.__doc__ = {}, body.__name__, body.__doc__
+        app.command()(call)
+        return body
+
+    return register
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of a command that is a dataclass, and the settings of it that the command has."""
+
+    kind: type[Any]
+    settings: tuple[Setting, ...]
+
+
+def _parameters_of(body: Callable[..., None]) -> tuple[dict[str, _Part], list[inspect.Parameter]]:
+    """Those that are dataclasses of settings, by name, and the others."""
+    parts: dict[str, _Part] = {}
+    others = []
+    hints = get_type_hints(body, include_extras=True)
+    for name, parameter in inspect.signature(body).parameters.items():
+        kind, *words = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if is_dataclass(kind):
+            few = next((word for word in words if isinstance(word, Only)), None)
+            parts[name] = _Part(kind, _chosen(kind, few))  # type: ignore[arg-type]
+        else:
+            others.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+    return parts, others
+
+
+def _chosen(kind: type, few: Only | None) -> tuple[Setting, ...]:
+    """The settings of a dataclass that a command has; a part is named as its field."""
+    settings = settings_of(kind)
+    if few is None:
+        return settings
+    if unknown := {*few.names, *few.defaults} - {setting.path[0] for setting in settings}:
+        raise TypeError(f"{kind.__name__} has no setting {', '.join(sorted(unknown))}")
+    return tuple(
+        replace(setting, default=few.defaults.get(setting.path[0], setting.default))
+        for setting in settings
+        if setting.path[0] in (*few.names, *few.defaults)
+    )
+
+
+def _said(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of flags that were given, not those of defaults."""
+    sources = {name: context.get_parameter_source(name) for name in given}
+    return {name: given[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _require(context: typer.Context, choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        if choice.value is MISSING:
+            context.fail(f"Missing option '{choice.setting.option}'.")
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """A setting as typer reads it."""
+    option = f"{setting.option}/--no-{setting.option[2:]}" if setting.negatable else setting.option
+    names = [option, setting.short] if setting.short else [option]
+    help, default, hint, more = setting.help, setting.default, setting.hint, _typing(setting)
+    if setting.shown:
+        more["show_default"] = setting.shown
+    if setting.metavar:
+        more["metavar"] = setting.metavar
+    if setting.kind is tuple:
+        help, default, hint = f"{help}; may be given several times.", list(default), list[str]
+    elif setting.words:
+        hint = Any  # typer knows no union
+    if default is MISSING:  # a variable may have it, so that typer cannot know
+        help, default, hint = f"{help}  [required]", None, hint | None
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[hint, typer.Option(*names, help=help, **more)],
+        default=default,
+    )
+
+
+def _typing(setting: Setting) -> dict[str, Any]:
+    """How typer reads and shows a value of this type."""
+    if setting.words:
+        return {"parser": lambda text: text if text in setting.words else parse_whole(text), "metavar": "INTEGER"}
+    kinds: dict[type, dict[str, Any]] = {
+        int: {"parser": parse_whole, "metavar": "INTEGER"},
+        float: {"parser": parse_real, "metavar": "NUMBER"},
+        Path: {"parser": parse_path, "metavar": "PATH"},
+        tuple: {"show_default": False, "metavar": "TEXT"},
+    }
+    return dict(kinds.get(setting.kind, {}))
 
 
 def parse_whole(text: str) -> int:
@@ -31,10 +154,6 @@ def parse_whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r:.80} is not a whole number") from None
-
-
-def parse_blocks(text: str) -> int | str:
-    return text if text == "auto" else parse_whole(text)
 
 
 def parse_real(text: str) -> float:
@@ -55,10 +174,6 @@ def parse_path(text: str) -> Path:
     return path
 
 
-def _repeated(name: str, text: str) -> Any:
-    return flag(name, f"{text}; may be given several times.", show_default=False, metavar="TEXT")
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         import hybrid
@@ -67,102 +182,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_AUTO = {"show_default": "chosen for the machine"}
-ModelPath = Annotated[
-    Path | None, path("--model-path", "Model directory or packed store.", show_default="embedded model")
-]
-Prompts = Annotated[list[str], _repeated("--prompt", "A prompt")]
-PromptPath = Annotated[Path | None, path("--prompt-path", 'Text file, a prompt a line, or JSON {"prompts": []}.')]
-PromptCount = Annotated[int | None, whole("--n-prompts", "Repeat or cut the list of prompts to this many.")]
-Chat = Annotated[bool, flag("--chat", "Prompts are questions: apply the chat template.")]
-HideResponse = Annotated[bool, flag("--hide-resp", "Do not print the text.")]
-Json = Annotated[bool, flag("--json", "Print one JSON object instead of text and summary.")]
-DryRun = Annotated[bool, flag("--dry-run", "Print the plan of memory and threads, load nothing.")]
-BreakdownCsv = Annotated[Path | None, path("--breakdown-csv", "Write the times of every step, in ms.")]
-CachehitCsv = Annotated[Path | None, path("--cachehit-csv", "Write the hits of the expert cache by step and layer.")]
 Version = Annotated[
     bool,
-    flag("--version", "Print the version.", callback=_print_version, is_eager=True, show_default=False),
+    typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True, show_default=False),
 ]
-MaxTokens = Annotated[int, whole("--max-tokens", "Tokens to generate at most, for each prompt.")]
-Temperature = Annotated[float, real("--temperature", "Randomness; 0 takes the likeliest token.")]
-TopP = Annotated[float, real("--top-p", "Keep the likeliest tokens that reach this probability.")]
-TopK = Annotated[int, whole("--top-k", "Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float, real("--min-p", "Keep tokens this likely, relative to the likeliest.")]
-RepetitionPenalty = Annotated[float, real("--repetition-penalty", "Above 1 avoids tokens seen before.")]
-Seed = Annotated[int | None, whole("--seed", "Makes sampling repeatable.")]
-Stop = Annotated[list[str], _repeated("--stop", "End before this text")]
-IgnoreEos = Annotated[bool, flag("--ignore-eos", "Go on after the end of the text.")]
-Device = Annotated[str, flag("--device", f"One of {', '.join(DEVICES)}; auto is cuda where a GPU can be used, or cpu.")]
-Format = Annotated[
-    str,
-    flag("--format", f"Of the weights: one of {', '.join(WEIGHT_FORMATS)}, or a mix such as int4,head=int8."),
-]
-KvFormat = Annotated[str, flag("--kv-format", f"Of keys and values: one of {', '.join(KV_FORMATS)}.")]
-BatchInvariant = Annotated[
-    bool | None,
-    flag(
-        "--batch-invariant/--no-batch-invariant",
-        "Results do not depend on what else runs in a step.",
-        show_default="on where it costs nothing: everywhere but with amx",
-    ),
-]
-Threads = Annotated[int | None, whole("--threads", "Threads that compute.", **_AUTO)]
-Numa = Annotated[str, flag("--numa", "Memory nodes to split the weights over: auto, off or a number.")]
-Load = Annotated[str, flag("--load", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.")]
-MaxSeqLen = Annotated[int | None, whole("--max-seq-len", "Tokens of one sequence at most.", **_AUTO)]
-MaxBatch = Annotated[int, whole("--max-batch", "Sequences that run together.")]
-ChunkSize = Annotated[int, whole("--chunk-size", "Tokens computed in one step at most.")]
-CacheDir = Annotated[Path | None, path("--cache-dir", "Where packed models are kept.", show_default="user cache")]
-Check = Annotated[bool, flag("--check", "Verify every weight while loading.")]
-CacheBlocks = Annotated[
-    Any,
-    flag("--cache-nblocks", "Indexes of the expert cache, or auto: what fits.", parser=parse_blocks, metavar="N|auto"),
-]
-CacheWays = Annotated[int | None, whole("--cache-nways", "Experts that each index holds.")]
-CacheQuota = Annotated[int | None, whole("--cache-quota", "Experts copied in one step at most.")]
-CachePolicy = Annotated[str, flag("--cache-replace-policy", "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.")]
-CacheAdmission = Annotated[str, flag("--cache-admission", "Which misses are copied: always, second-touch, break-even.")]
-CachePrefetch = Annotated[str, flag("--cache-prefetch", "none, or next-gate: ask the next layer's router early.")]
-CacheMapping = Annotated[str, flag("--cache-mapping", "Experts to indexes: modulo, prefix or hash.")]
-CacheMode = Annotated[str, flag("--cache", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.")]
-CacheStream = Annotated[
-    str,
-    flag("--cache-stream", f"Prompts bring missed experts to the device: one of {', '.join(STREAM_MODES)}, by costs."),
-]
-CacheWarm = Annotated[Path | None, path("--cache-warm", "Begin with the experts that this file lists.")]
-CacheSave = Annotated[Path | None, path("--cache-save", "Write the experts that are cached at the end.")]
-CacheDelay = Annotated[
-    int | None,
-    whole("--cache-delay", "Copies end after so many layers instead of when they are done.", show_default="as copied"),
-]
-StepOn = Annotated[
-    str,
-    flag("--step-on", f"Where all but the experts runs: one of {', '.join(STEPS)}; torch-cpu stands in for a GPU."),
-]
-GpuKvTokens = Annotated[
-    int | None,
-    whole("--gpu-kv-tokens", "Most recent tokens of a sequence that the GPU mirrors.", show_default="what fits"),
-]
-CudaGraphs = Annotated[
-    bool, flag("--cuda-graphs/--no-cuda-graphs", "Ask a GPU for a whole layer at once in steps that decode.")
-]
-Overlap = Annotated[
-    str, flag("--overlap", f"With misses: one of {', '.join(OVERLAPS)}; next copies for the next layer.")
-]
-PinWeights = Annotated[bool, flag("--pin-weights", "Pin the weights of all experts, for faster copies to a GPU.")]
-StrictPlacement = Annotated[
-    bool,
-    flag("--strict-placement", "With a GPU: experts are added in one order wherever they ran; slower."),
-]
-CopyRate = Annotated[float, real("--device-copy-gbps", "Of the simulated device: GB/s of copies to it.")]
-Latency = Annotated[float, real("--device-latency-us", "Microseconds before a copy or a layer begins there.")]
-ReadRate = Annotated[float, real("--device-read-gbps", "GB/s of its memory, for modelled times.")]
-ComputeRate = Annotated[float, real("--device-tflops", "10^12 operations a second there, for modelled times.")]
-DeviceMemory = Annotated[float, real("--device-memory-gb", "GB of its memory: slots, and with --step-on all else.")]
-TraceFile = Annotated[Path | None, path("--trace", "Write which experts every token chose: .csv or .parquet.")]
-RouteTrace = Annotated[
-    Path | None, path("--route-trace", "Tokens take the experts of this trace, not of the model's routers.")
-]
-TokenCsv = Annotated[Path | None, path("--token-csv", "Write the time of every token and the processors' clock.")]
-PowerCsv = Annotated[Path | None, path("--power-csv", "Write power and energy per token.")]
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+_PRINT_CONFIG = inspect.Parameter(
+    "print_config",
+    inspect.Parameter.KEYWORD_ONLY,
+    annotation=Annotated[
+        bool, typer.Option("--print-config", help="Print every setting and where it came from, load nothing.")
+    ],
+    default=False,
+)

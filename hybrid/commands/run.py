@@ -4,137 +4,63 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from hybrid.commands import flags as f
-from hybrid.commands.console import exit_codes, progress_bar, say
-from hybrid.commands.prompts import DEFAULT_PROMPT, gather_prompts, read_stdin
-from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig, check_config
+from hybrid.commands.console import progress_bar, say
+from hybrid.commands.flags import Version, command, new_app
+from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
+from hybrid.config import OVERLAPS, EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams
 from hybrid.errors import ConfigError, cache_errors
+from hybrid.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from hybrid.engine.experts.report import CacheReport
     from hybrid.serving.llm import LLM
     from hybrid.serving.recorder import Summary
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = new_app()
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What a run reads and writes."""
 
-    prompt: list[str]
-    prompt_path: Path | None
-    n_prompts: int | None
-    chat: bool
-    hide_resp: bool
-    json: bool
-    dry_run: bool
-    breakdown_csv: Path | None
-    cachehit_csv: Path | None
-    token_csv: Path | None
-    power_csv: Path | None
-    trace: Path | None
-    cache_save: Path | None
+    GROUP: ClassVar[str] = "files"
+
+    prompt: tuple[str, ...] = setting((), "A prompt", group="prompts")
+    prompt_path: Path | None = setting(None, 'Text file, a prompt a line, or JSON {"prompts": []}.', group="prompts")
+    n_prompts: int | None = setting(
+        None, "Repeat or cut the list of prompts to this many.", group="prompts", minimum=1, maximum=MAX_PROMPTS
+    )
+    chat: bool = setting(False, "Prompts are questions: apply the chat template.", group="prompts")
+    cache_save: Path | None = setting(None, "Write the experts that are cached at the end.", group="cache")
+    overlap: str = setting(
+        "none",
+        f"With misses: one of {', '.join(OVERLAPS)}; next copies for the next layer.",
+        group="gpu",
+        choices=tuple(OVERLAPS),
+    )
+    breakdown_csv: Path | None = setting(None, "Write the times of every step, in ms.")
+    cachehit_csv: Path | None = setting(None, "Write the hits of the expert cache by step and layer.")
+    trace: Path | None = setting(None, "Write which experts every token chose: .csv or .parquet.")
+    token_csv: Path | None = setting(None, "Write the time of every token and the processors' clock.")
+    power_csv: Path | None = setting(None, "Write power and energy per token.")
+    hide_resp: bool = setting(False, "Do not print the text.", group="output")
+    json: bool = setting(False, "Print one JSON object instead of text and summary.", group="output")
+    dry_run: bool = setting(False, "Print the plan of memory and threads, load nothing.", group="output")
 
 
-@app.command()
-def run(
-    model_path: f.ModelPath = EngineConfig.model_path,
-    prompt: f.Prompts = [],  # noqa: B006  typer reads it as the default of a flag
-    prompt_path: f.PromptPath = None,
-    n_prompts: f.PromptCount = None,
-    chat: f.Chat = False,
-    max_tokens: f.MaxTokens = SamplingParams.max_tokens,
-    temperature: f.Temperature = SamplingParams.temperature,
-    top_p: f.TopP = SamplingParams.top_p,
-    top_k: f.TopK = SamplingParams.top_k,
-    min_p: f.MinP = SamplingParams.min_p,
-    repetition_penalty: f.RepetitionPenalty = SamplingParams.repetition_penalty,
-    seed: f.Seed = SamplingParams.seed,
-    stop: f.Stop = [],  # noqa: B006
-    ignore_eos: f.IgnoreEos = SamplingParams.ignore_eos,
-    device: f.Device = EngineConfig.device,
-    threads: f.Threads = EngineConfig.threads,
-    numa: f.Numa = EngineConfig.numa,
-    load: f.Load = EngineConfig.load,
-    weight_format: f.Format = EngineConfig.weight_format,
-    kv_format: f.KvFormat = EngineConfig.kv_format,
-    batch_invariant: f.BatchInvariant = EngineConfig.batch_invariant,
-    max_seq_len: f.MaxSeqLen = EngineConfig.max_seq_len,
-    max_batch: f.MaxBatch = EngineConfig.max_batch,
-    chunk_size: f.ChunkSize = EngineConfig.chunk_size,
-    cache_dir: f.CacheDir = EngineConfig.cache_dir,
-    check: f.Check = EngineConfig.check,
-    cache_nblocks: f.CacheBlocks = CacheConfig.nblocks,
-    cache_nways: f.CacheWays = CacheConfig.nways,
-    cache_quota: f.CacheQuota = CacheConfig.quota,
-    cache_replace_policy: f.CachePolicy = CacheConfig.policy,
-    cache_admission: f.CacheAdmission = CacheConfig.admission,
-    cache_prefetch: f.CachePrefetch = CacheConfig.prefetch,
-    cache_mapping: f.CacheMapping = CacheConfig.mapping,
-    cache: f.CacheMode = CacheConfig.mode,
-    cache_stream: f.CacheStream = CacheConfig.stream,
-    cache_warm: f.CacheWarm = CacheConfig.warm,
-    cache_save: f.CacheSave = None,
-    cache_delay: f.CacheDelay = CacheConfig.delay,
-    step_on: f.StepOn = EngineConfig.step_on,
-    gpu_kv_tokens: f.GpuKvTokens = EngineConfig.gpu_kv_tokens,
-    cuda_graphs: f.CudaGraphs = EngineConfig.cuda_graphs,
-    overlap: f.Overlap = "none",
-    pin_weights: f.PinWeights = CacheConfig.pin_weights,
-    strict_placement: f.StrictPlacement = CacheConfig.strict_placement,
-    device_copy_gbps: f.CopyRate = DeviceConfig.copy_gbps,
-    device_latency_us: f.Latency = DeviceConfig.latency_us,
-    device_read_gbps: f.ReadRate = DeviceConfig.read_gbps,
-    device_tflops: f.ComputeRate = DeviceConfig.tflops,
-    device_memory_gb: f.DeviceMemory = DeviceConfig.memory_gb,
-    breakdown_csv: f.BreakdownCsv = None,
-    cachehit_csv: f.CachehitCsv = None,
-    trace: f.TraceFile = None,
-    route_trace: f.RouteTrace = EngineConfig.route_trace,
-    token_csv: f.TokenCsv = None,
-    power_csv: f.PowerCsv = None,
-    hide_resp: f.HideResponse = False,
-    json: f.Json = False,
-    dry_run: f.DryRun = False,
-    version: f.Version = False,
-) -> None:
+@command(app)
+def run(config: EngineConfig, params: SamplingParams, options: RunOptions, version: Version = False) -> None:
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
-    flags = locals()
-    with exit_codes():
-        named = {"policy": cache_replace_policy, "mode": cache, "prefetch": _overlapped(overlap, cache_prefetch)}
-        placement = {"pin_weights": pin_weights, "strict_placement": strict_placement}
-        chosen = _prefixed("cache_", flags) | named | placement
-        simulated = _chosen(DeviceConfig, _prefixed("device_", flags))
-        more = {"cache": _chosen(CacheConfig, chosen), "simulated": simulated, "routes": trace is not None}
-        config = _chosen(EngineConfig, flags, **more)
-        _run(config, _chosen(SamplingParams, flags, stop=tuple(stop)), _chosen(RunOptions, flags))
-
-
-def _overlapped(overlap: str, prefetch: str) -> str:
-    """`--overlap next` is the prefetch that runs while the misses do."""
-    if overlap not in OVERLAPS:
-        raise ConfigError(f"--overlap {overlap!r} is unknown; allowed: {', '.join(OVERLAPS)}")
-    return prefetch if overlap == "none" else OVERLAPS[overlap]
-
-
-def _prefixed(prefix: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags whose names begin so, without it."""
-    return {name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)}
-
-
-def _chosen(kind: type[Any], flags: Mapping[str, Any], **more: Any) -> Any:
-    """An instance of a dataclass whose fields are the flags of the same names."""
-    names = [field.name for field in fields(kind) if field.name in flags and field.name not in more]
-    return kind(**{name: flags[name] for name in names}, **more)
+    check_settings(options)
+    if options.overlap != "none":  # the prefetch that runs while the misses do
+        config = replace(config, cache=replace(config.cache, prefetch=OVERLAPS[options.overlap]))
+    _run(replace(config, routes=config.routes or options.trace is not None), params, options)
 
 
 def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:

@@ -7,100 +7,82 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from hybrid.commands import flags as f
-from hybrid.commands.console import exit_codes, progress_bar, say
+from hybrid.commands.console import progress_bar, say
+from hybrid.commands.flags import command, new_app
 from hybrid.errors import ConfigError, cache_errors
+from hybrid.settings import check_settings, required, setting
 
 if TYPE_CHECKING:
     from gpu_cache.costs import Machine
     from gpu_cache.simulator import Setting
     from gpu_cache.trace import Calls, Trace
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = new_app()
+
+OUTPUTS = ("table", "csv", "json")
 
 
-def _list(name: str, text: str, **more: Any) -> Any:
-    return f.flag(name, text, metavar="LIST", **more)
+@dataclass(frozen=True)
+class SimulateOptions:
+    """A trace, the caches that it is replayed through, and the machine whose speed is predicted."""
+
+    COMMAND: ClassVar[str] = "simulate"
+
+    trace: Path = required("CSV or parquet of `hybrid run --trace`, or expert_choices.csv.")
+    nblocks: str | None = setting(None, "Indexes, as 14,16.", shown="the number of layers", metavar="LIST")
+    nways: str | None = setting(None, "Slots of each.", shown="a quarter and half of the experts", metavar="LIST")
+    policy: str = setting(
+        "LRU,LFU,Belady,bypass-Belady",
+        "Policies, or all: LRU,LFU,Belady,...; a wrong one lists them.",
+        metavar="LIST",
+    )
+    admission: str = setting("always", "always, second-touch, break-even.", metavar="LIST")
+    mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST")
+    quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST")
+    copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST")
+    layers: int | None = setting(None, "MoE layers of the model.", shown="what the trace has")
+    experts: int | None = setting(None, "Experts of a layer.", shown="what the trace has")
+    seed: int = setting(0, "Of policies that draw lots.")
+    pcie_gbps: float | None = setting(None, "GB/s of copies to the device.")
+    device_gbps: float | None = setting(None, "GB/s with which the device reads experts.")
+    cpu_gbps: float | None = setting(None, "GB/s with which the CPU reads experts.")
+    expert_mb: float | None = setting(None, "MB of an expert.")
+    other_ms: float = setting(0.0, "Time of a step besides its experts.")
+    layer_ms: float = setting(0.0, "Time to begin and join a layer on the device.")
+    profile: Path | None = setting(None, "JSON of `hybrid bench`: its read bandwidth is that of the CPU.")
+    workers: int | None = setting(None, "Processes.", minimum=1, shown="one for each processor")
+    results: Path | None = setting(None, "Keep results here, and do not replay again what is there.")
+    libcachesim: Path | None = setting(None, "Write the calls as CSV for libCacheSim, replay nothing.")
+    convert: Path | None = setting(None, "Write the trace as CSV or parquet, replay nothing.")
+    output: str = setting("table", "table, csv or json.", choices=OUTPUTS)
 
 
-TracePath = Annotated[Path, f.path("--trace", "CSV or parquet of `hybrid run --trace`, or expert_choices.csv.")]
-Layers = Annotated[int | None, f.whole("--layers", "MoE layers of the model.", show_default="what the trace has")]
-Experts = Annotated[int | None, f.whole("--experts", "Experts of a layer.", show_default="what the trace has")]
-Blocks = Annotated[str | None, _list("--nblocks", "Indexes, as 14,16.", show_default="the number of layers")]
-Ways = Annotated[str | None, _list("--nways", "Slots of each.", show_default="a quarter and half of the experts")]
-Policies = Annotated[str, _list("--policy", "Policies, or all: LRU,LFU,Belady,...; a wrong one lists them.")]
-Admissions = Annotated[str, _list("--admission", "always, second-touch, break-even.")]
-Mappings = Annotated[str, _list("--mapping", "modulo, prefix, hash.")]
-Quotas = Annotated[str, _list("--quota", "Copies in a step at most; none for no limit.")]
-Delays = Annotated[str, _list("--copy-delay", "Lookups that a copy takes beyond the next one.")]
-Seed = Annotated[int, f.whole("--seed", "Of policies that draw lots.")]
-Pcie = Annotated[float | None, f.real("--pcie-gbps", "GB/s of copies to the device.")]
-DeviceRate = Annotated[float | None, f.real("--device-gbps", "GB/s with which the device reads experts.")]
-CpuRate = Annotated[float | None, f.real("--cpu-gbps", "GB/s with which the CPU reads experts.")]
-ExpertSize = Annotated[float | None, f.real("--expert-mb", "MB of an expert.")]
-OtherTime = Annotated[float, f.real("--other-ms", "Time of a step besides its experts.")]
-LayerTime = Annotated[float, f.real("--layer-ms", "Time to begin and join a layer on the device.")]
-Profile = Annotated[Path | None, f.path("--profile", "JSON of `hybrid bench`: its read bandwidth is that of the CPU.")]
-Workers = Annotated[int | None, f.whole("--workers", "Processes.", show_default="one for each processor")]
-Kept = Annotated[Path | None, f.path("--results", "Keep results here, and do not replay again what is there.")]
-LibCacheSim = Annotated[Path | None, f.path("--libcachesim", "Write the calls as CSV for libCacheSim, replay nothing.")]
-Convert = Annotated[Path | None, f.path("--convert", "Write the trace as CSV or parquet, replay nothing.")]
-Output = Annotated[str, f.flag("--output", "table, csv or json.")]
-
-
-@app.command()
-def simulate(
-    trace: TracePath,
-    nblocks: Blocks = None,
-    nways: Ways = None,
-    policy: Policies = "LRU,LFU,Belady,bypass-Belady",
-    admission: Admissions = "always",
-    mapping: Mappings = "modulo",
-    quota: Quotas = "none",
-    copy_delay: Delays = "0",
-    layers: Layers = None,
-    experts: Experts = None,
-    seed: Seed = 0,
-    pcie_gbps: Pcie = None,
-    device_gbps: DeviceRate = None,
-    cpu_gbps: CpuRate = None,
-    expert_mb: ExpertSize = None,
-    other_ms: OtherTime = 0.0,
-    layer_ms: LayerTime = 0.0,
-    profile: Profile = None,
-    workers: Workers = None,
-    results: Kept = None,
-    libcachesim: LibCacheSim = None,
-    convert: Convert = None,
-    output: Output = "table",
-) -> None:
+@command(app, "what was replayed is in the file of --results, if there is one")
+def simulate(options: SimulateOptions) -> None:
     """Replay a trace through every combination of the given shapes and policies; count hits, copies and evictions.
 
     Belady and bypass-Belady know the future, static-best and static-layers never copy. With the rates of a machine,
     hits become predicted tokens a second.
     """
-    with exit_codes("what was replayed is in the file of --results, if there is one"), cache_errors():
-        if output not in FORMATS:
-            raise ConfigError(f"--output {output!r} is unknown; allowed: {', '.join(FORMATS)}")
-        rates = {"pcie_gbps": pcie_gbps, "device_gbps": device_gbps, "cpu_gbps": cpu_gbps, "expert_mb": expert_mb}
-        machine = make_machine(rates, other_ms, layer_ms, profile)
-        _check_files({"--results": results, "--libcachesim": libcachesim, "--convert": convert})
-        recorded = load_trace(trace, layers, experts)
-        if _convert(recorded, libcachesim, convert):
+    check_settings(options)
+    with cache_errors():
+        machine = make_machine(options)
+        _check_files({f"--{name}": getattr(options, name) for name in ("results", "libcachesim", "convert")})
+        recorded = load_trace(options.trace, options.layers, options.experts)
+        if _convert(recorded, options.libcachesim, options.convert):
             return
         from gpu_cache.trace import calls
 
         grouped = calls(recorded)
-        settings = make_settings(grouped, nblocks, nways, policy, admission, mapping, quota, copy_delay, seed)
+        settings = make_settings(grouped, options)
         warn_of_few_ways(grouped, settings)
-        print(FORMATS[output](run(grouped, settings, machine, worker_count(workers), results)))
+        workers = options.workers or len(os.sched_getaffinity(0))
+        print(FORMATS[options.output](run(grouped, settings, machine, workers, options.results)))
 
 
 def load_trace(path: Path, layers: int | None, experts: int | None) -> Trace:
@@ -125,35 +107,25 @@ def _convert(trace: Trace, libcachesim: Path | None, convert: Path | None) -> bo
     return libcachesim is not None or convert is not None
 
 
-def make_settings(
-    calls: Calls,
-    nblocks: str | None,
-    nways: str | None,
-    policy: str,
-    admission: str,
-    mapping: str,
-    quota: str,
-    copy_delay: str,
-    seed: int,
-) -> list[Setting]:
+def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
     """Every combination, each once. Raises ConfigError for a list that is none."""
     from gpu_cache.policies import known_policy
     from gpu_cache.simulator import SCHEDULES, Setting, policy_names
 
     ways = sorted({max(1, calls.experts // 4), max(1, calls.experts // 2)})
-    words = policy_names() if policy.lower() == "all" else _words("--policy", policy)
+    words = policy_names() if options.policy.lower() == "all" else _words("--policy", options.policy)
     policies = [known_policy(word, policy_names()) for word in words]
     grid = product(
-        [calls.layers] if nblocks is None else _counts("--nblocks", nblocks),
-        ways if nways is None else _counts("--nways", nways),
-        _words("--mapping", mapping),
-        [None if word == "none" else _count("--quota", word) for word in _words("--quota", quota)],
+        [calls.layers] if options.nblocks is None else _counts("--nblocks", options.nblocks),
+        ways if options.nways is None else _counts("--nways", options.nways),
+        _words("--mapping", options.mapping),
+        [None if word == "none" else _count("--quota", word) for word in _words("--quota", options.quota)],
         policies,
-        _words("--admission", admission),
-        _counts("--copy-delay", copy_delay),
+        _words("--admission", options.admission),
+        _counts("--copy-delay", options.copy_delay),
     )
     settings = [
-        Setting(n, m, p, "always" if p in SCHEDULES else a.lower(), g.lower(), q, d, seed)
+        Setting(n, m, p, "always" if p in SCHEDULES else a.lower(), g.lower(), q, d, options.seed)
         for n, m, g, q, p, a, d in grid
     ]
     return list(dict.fromkeys(settings))
@@ -168,14 +140,13 @@ def warn_of_few_ways(calls: Calls, settings: list[Setting]) -> None:
         )
 
 
-def make_machine(
-    rates: dict[str, float | None], other_ms: float, layer_ms: float, profile: Path | None
-) -> Machine | None:
+def make_machine(options: SimulateOptions) -> Machine | None:
     """The machine of the cost model, None if no rate is given. Raises ConfigError when some are missing."""
     from gpu_cache.costs import Machine
 
-    if profile is not None and rates["cpu_gbps"] is None:
-        rates = {**rates, "cpu_gbps": _read_bandwidth(profile)}
+    rates = {name: getattr(options, name) for name in ("pcie_gbps", "device_gbps", "cpu_gbps", "expert_mb")}
+    if options.profile is not None and rates["cpu_gbps"] is None:
+        rates["cpu_gbps"] = _read_bandwidth(options.profile)
     given = {name: rate for name, rate in rates.items() if rate is not None}
     if not given:
         return None
@@ -183,7 +154,7 @@ def make_machine(
     if missing:
         raise ConfigError(f"predicting speed also needs {', '.join(missing)}; give all four rates or none")
     expert_bytes = given.pop("expert_mb") * 1e6
-    return Machine(**given, expert_bytes=expert_bytes, other_ms=other_ms, layer_ms=layer_ms)
+    return Machine(**given, expert_bytes=expert_bytes, other_ms=options.other_ms, layer_ms=options.layer_ms)
 
 
 def _read_bandwidth(profile: Path) -> float:
@@ -195,13 +166,6 @@ def _read_bandwidth(profile: Path) -> float:
         raise ConfigError(
             f"--profile {profile} has no read bandwidth; make it with `hybrid bench --output json > FILE`"
         ) from None
-
-
-def worker_count(workers: int | None) -> int:
-    """Processes to use. Raises ConfigError below 1."""
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers} is out of range; it must be at least 1")
-    return workers or len(os.sched_getaffinity(0))
 
 
 def run(
@@ -280,7 +244,7 @@ def _text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {"table": to_table, "csv": to_csv, "json": to_json}
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = dict(zip(OUTPUTS, (to_table, to_csv, to_json), strict=True))
 
 
 def _words(flag: str, text: str) -> list[str]:

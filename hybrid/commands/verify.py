@@ -5,19 +5,19 @@ The same bits on a simulated device, whose experts have those of the CPU; on a G
 
 from __future__ import annotations
 
-import json as json_text
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import typer
-
-from hybrid.commands import flags as f
-from hybrid.commands.console import exit_codes, progress_bar, say
+from hybrid.commands.console import progress_bar, say
+from hybrid.commands.flags import command, new_app, only
+from hybrid.commands.run import RunOptions
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.core import SamplingParams
 from hybrid.errors import ConfigError
+from hybrid.settings import setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Comparison = tuple[str | None, dict[str, float]]  # the difference, if there is one; figures beside it
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = new_app()
 
 PROMPTS = (
     "Once upon a time, there was a little fox named",
@@ -40,11 +40,6 @@ PROMPTS = (
 EXIT_DIFFERENT = 1
 SLOW = DeviceConfig(copy_gbps=0.05, latency_us=0.0, jitter_us=3000.0)  # copies of every length, many of them late
 DEVICES = ("simulated", "cuda")
-Device = Annotated[
-    str,
-    typer.Option("--device", help=f"One of {', '.join(DEVICES)}; on a GPU logits are compared within rounding."),
-]
-Thorough = Annotated[bool, typer.Option("--thorough", help="Every policy with every mapping and admission.")]
 
 
 @dataclass(frozen=True)
@@ -88,40 +83,52 @@ class Answers:
     quantised: bool = False
 
 
-@app.command()
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How much is compared, and on what."""
+
+    COMMAND: ClassVar[str] = "verify"
+    GROUP: ClassVar[str] = "output"
+
+    device: str = setting(
+        DEVICES[0],
+        f"One of {', '.join(DEVICES)}; on a GPU logits are compared within rounding.",
+        group="engine",
+        choices=DEVICES,
+    )
+    thorough: bool = setting(False, "Every policy with every mapping and admission.")
+
+
+@command(app)
 def verify(
-    model_path: f.ModelPath = EngineConfig.model_path,
-    prompt: f.Prompts = list(PROMPTS),  # noqa: B006  typer reads it as the default of a flag
-    max_tokens: f.MaxTokens = 24,
-    device: Device = DEVICES[0],
-    weight_format: f.Format = EngineConfig.weight_format,
-    kv_format: f.KvFormat = EngineConfig.kv_format,
-    threads: f.Threads = EngineConfig.threads,
-    max_seq_len: f.MaxSeqLen = EngineConfig.max_seq_len,
-    max_batch: f.MaxBatch = EngineConfig.max_batch,
-    cache_dir: f.CacheDir = EngineConfig.cache_dir,
-    thorough: Thorough = False,
-    json: f.Json = False,
+    config: Annotated[
+        EngineConfig,
+        only("model_path", "weight_format", "kv_format", "threads", "max_seq_len", "max_batch", "cache_dir"),
+    ],
+    params: Annotated[SamplingParams, only(max_tokens=24)],
+    printed: Annotated[RunOptions, only("json", prompt=PROMPTS)],
+    options: VerifyOptions,
 ) -> None:
     """Run prompts without a cache, then with one that is on, thrashing, starved, slow at random, and poisoned.
 
     Exit code 1 and the first difference if any token or logit is not the same. On a GPU logits have other bits: the
     CPU's answer is fed to both, and an error of the logits that is more than rounding makes is a difference.
     """
-    with exit_codes():
-        config = EngineConfig(
-            model_path=model_path, device="cpu", weight_format=weight_format, kv_format=kv_format, threads=threads,
-            numa="off", max_seq_len=max_seq_len, max_batch=max_batch, cache_dir=cache_dir,
-        )  # fmt: skip
-        with progress_bar() as progress:
-            outcomes = verify_model(
-                config, prompt, max_tokens, thorough, lambda i, n: progress("scenarios", i, n), device
-            )
-        print(_to_json(outcomes) if json else _to_text(outcomes))
-        different = [outcome for outcome in outcomes if outcome.difference]
-        if different:
-            say(f"different: {different[0].scenario}: {different[0].difference}")
-            raise SystemExit(EXIT_DIFFERENT)
+    config = replace(config, device="cpu", numa="off")
+    with progress_bar() as progress:
+        outcomes = verify_model(
+            config,
+            printed.prompt,
+            params.max_tokens,
+            options.thorough,
+            lambda done, total: progress("scenarios", done, total),
+            options.device,
+        )
+    print(_to_json(outcomes) if printed.json else _to_text(outcomes))
+    different = [outcome for outcome in outcomes if outcome.difference]
+    if different:
+        say(f"different: {different[0].scenario}: {different[0].difference}")
+        raise SystemExit(EXIT_DIFFERENT)
 
 
 def verify_model(
@@ -325,7 +332,7 @@ def _figures(outcome: Outcome) -> str:
 
 def _to_json(outcomes: Sequence[Outcome]) -> str:
     rows = [{name: value for name, value in asdict(outcome).items() if name != "more"} for outcome in outcomes]
-    return json_text.dumps({"results": [row | outcome.more for row, outcome in zip(rows, outcomes, strict=True)]})
+    return json.dumps({"results": [row | outcome.more for row, outcome in zip(rows, outcomes, strict=True)]})
 
 
 if __name__ == "__main__":

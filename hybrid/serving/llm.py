@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from numbers import Integral
-from pathlib import Path
 from threading import RLock
 from types import TracebackType
 from typing import Any
@@ -12,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.config import CacheConfig, DeviceConfig, EngineConfig, check_config
+from hybrid.config import EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.engine.engine import Engine
 from hybrid.errors import RequestError
 from hybrid.plan.resolve import EMBEDDED_MODEL
+from hybrid.serving.arguments import Arguments, configure, signed_by
 from hybrid.serving.sampler import check_params
 from hybrid.serving.scheduler import Request, Scheduler, StepRecord
+from hybrid.settings import named_as_given
 from hybrid.text.chat_template import ChatTemplate, Message, load_template
 from hybrid.text.detokenizer import TextStream
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
@@ -30,61 +31,21 @@ class LLM:
     """A loaded model. A context manager; `close` gives its memory back.
 
     Threads may share one: their requests run in the same steps. The arguments are the fields of
-    `EngineConfig`. progress: called with (what, done, total) while loading. notice: called with one line that
-    is worth telling. Raises the errors of `hybrid.errors`.
+    `EngineConfig`; the environment (`HYBRID_THREADS` for `threads`) has those that are not given. progress: called
+    with (what, done, total) while loading. notice: called with one line that is worth telling. Raises the errors of
+    `hybrid.errors`.
     """
 
+    @signed_by(Arguments)
     def __init__(
         self,
-        model_path: str | Path | None = None,
-        device: str = EngineConfig.device,
-        weight_format: str = EngineConfig.weight_format,
-        threads: int | None = None,
-        max_seq_len: int | None = None,
-        *,
-        kv_format: str = EngineConfig.kv_format,
-        batch_invariant: bool | None = EngineConfig.batch_invariant,
-        numa: str = EngineConfig.numa,
-        load: str = EngineConfig.load,
-        max_batch: int = EngineConfig.max_batch,
-        chunk_size: int = EngineConfig.chunk_size,
-        isa: str | None = None,
-        cache_dir: str | Path | None = None,
-        check: bool = False,
-        cache: CacheConfig | None = None,
-        simulated: DeviceConfig | None = None,
-        routes: bool = False,
-        route_trace: str | Path | None = None,
-        step_on: str = EngineConfig.step_on,
-        gpu_kv_tokens: int | None = None,
-        cuda_graphs: bool = EngineConfig.cuda_graphs,
         progress: Callable[[str, int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
+        **given: Any,
     ) -> None:
-        config = EngineConfig(
-            model_path=None if model_path is None else Path(model_path).expanduser(),
-            device=device,
-            weight_format=weight_format,
-            threads=threads,
-            max_seq_len=max_seq_len,
-            kv_format=kv_format,
-            batch_invariant=batch_invariant,
-            numa=numa,
-            load=load,
-            max_batch=max_batch,
-            chunk_size=chunk_size,
-            isa=isa,
-            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
-            check=check,
-            cache=cache or CacheConfig(),
-            simulated=simulated or DeviceConfig(),
-            routes=routes,
-            route_trace=None if route_trace is None else Path(route_trace).expanduser(),
-            step_on=step_on,
-            gpu_kv_tokens=gpu_kv_tokens,
-            cuda_graphs=cuda_graphs,
-        )
-        self._open(config, progress, notice)
+        config, choices = configure(given)
+        with named_as_given(choices):
+            self._open(config, progress, notice)
 
     @classmethod
     def from_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from hybrid.core import SamplingParams, TokenLogprob
 from hybrid.errors import KernelError, RequestError
+from hybrid.settings import Setting, settings_of
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
@@ -22,21 +24,10 @@ def check_params(params: SamplingParams) -> None:
     """Raise RequestError naming the first field that is out of range, its value and the range."""
     if not isinstance(params, SamplingParams):
         raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-    _whole("max_tokens", params.max_tokens, 0)
-    _real("temperature", params.temperature, 0.0, 100.0)
-    _real("top_p", params.top_p, 0.0, 1.0, above=True)
-    _whole("top_k", params.top_k, 0)
-    _real("min_p", params.min_p, 0.0, 1.0)
-    _real("repetition_penalty", params.repetition_penalty, 0.0, 100.0, above=True)
-    _real("presence_penalty", params.presence_penalty, -2.0, 2.0)
-    _real("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
-    if params.seed is not None:
-        _whole("seed", params.seed, 0)
-    if params.logprobs is not None:
-        _whole("logprobs", params.logprobs, 0)
-    if not isinstance(params.ignore_eos, bool):
-        raise RequestError(f"ignore_eos is {params.ignore_eos!r}; it must be True or False")
-    _stop_strings(params.stop)
+    for setting in settings_of(SamplingParams):
+        value = setting.of(params)
+        if value is not None or not setting.optional:
+            _CHECKS[setting.kind](setting, value)
 
 
 class Sampler:
@@ -171,19 +162,27 @@ def _inverse_cdf(weights: Floats, uniform: float) -> int:
     return start + int(np.searchsorted(inside, min(target, np.nextafter(inside[-1], 0)), side="right"))
 
 
-def _whole(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+def _whole(setting: Setting, value: Any) -> None:
+    least = int(setting.minimum or 0)
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise RequestError(f"{setting.field} is {value!r}; it must be a whole number of at least {least}")
 
 
-def _real(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    """above: `low` itself is not allowed."""
+def _real(setting: Setting, value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (above and value == low):
-        least = f"above {low:g} and" if above else f"at least {low:g} and"
-        raise RequestError(f"{name} is {value!r}; it must be a number {least} at most {high:g}")
+    if not number or not setting.within(value):
+        least = f"{'above' if setting.above else 'at least'} {setting.minimum:g}"
+        raise RequestError(f"{setting.field} is {value!r}; it must be a number {least} and at most {setting.maximum:g}")
 
 
-def _stop_strings(stop: Any) -> None:
-    if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-        raise RequestError(f"stop is {stop!r:.80}; it must be a tuple of strings that are not empty")
+def _truth(setting: Setting, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{setting.field} is {value!r}; it must be True or False")
+
+
+def _texts(setting: Setting, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
+        raise RequestError(f"{setting.field} is {value!r:.80}; it must be a tuple of strings that are not empty")
+
+
+_CHECKS: dict[type, Callable[[Setting, Any], None]] = {int: _whole, float: _real, bool: _truth, tuple: _texts}
