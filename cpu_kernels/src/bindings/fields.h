@@ -28,6 +28,8 @@ std::string type_name() {
     return "Part";
   else if constexpr (std::is_same_v<T, KvLayout>)
     return "KvLayout";
+  else if constexpr (std::is_same_v<T, StateLayout>)
+    return "StateLayout";
   else if constexpr (std::is_same_v<T, Routing>)
     return "Routing";
   else if constexpr (std::is_same_v<T, ExpertSet>)

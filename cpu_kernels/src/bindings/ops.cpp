@@ -36,7 +36,7 @@ Fields read(FieldReader& reader) {
   return fields;
 }
 
-// KvLayout, Routing or ExpertSet. Addresses are checked with the op that they come to.
+// KvLayout, StateLayout, Routing or ExpertSet. Addresses are checked with the op that they come to.
 template <class Fields>
 void bind_struct(nb::module_& m, const char* name) {
   nb::class_<Fields>(m, name).def(
@@ -107,6 +107,7 @@ bool call_python(void* callable) {
 
 void bind_ops(nb::module_& m, nb::class_<Executor>& executor) {
   bind_struct<KvLayout>(m, "KvLayout");
+  bind_struct<StateLayout>(m, "StateLayout");
   bind_struct<Routing>(m, "Routing");
   bind_struct<ExpertSet>(m, "ExpertSet");
 #define HYBRID_BIND_OP(op, Args) bind_op<Args>(executor, #op);
