@@ -96,6 +96,7 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "gemm": "columns",
     "qkv": "whole",
     "attention": "whole",
+    "short_conv": "whole",
     "router": "whole",
     "topk": "whole",
     "group": "whole",

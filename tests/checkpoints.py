@@ -56,6 +56,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "mlp_only_layers": [1],
     },
+    "lfm2": {
+        **_COMMON,
+        "model_type": "lfm2",
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "conv_L_cache": 4,
+        "conv_bias": True,
+        "norm_eps": 1e-6,
+        "block_multiple_of": 8,
+    },
     "gpt_oss": {
         **_COMMON,
         "model_type": "gpt_oss",
@@ -73,6 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 STACKED = ("gpt_oss",)  # families whose experts are never apart
+ON_DEVICE = [family for family in CONFIGS if family != "lfm2"]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 

@@ -10,6 +10,7 @@ from checkpoints import write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset
+from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
 from hybrid.models.tensors import in_layer
 from hybrid.weights.pack import model_config
@@ -24,7 +25,8 @@ def write_dequantised(path: Path, store: Store) -> Path:
     config.pop("quantization_config", None)
     tensors = dict(_outer(store))
     for index in range(len(store.spec.layers)):
-        tensors |= dict(_attention(store, index)) | dict(_feed_forward(store, index))
+        mixer = _conv if isinstance(store.spec.layers[index].mixer, ShortConv) else _attention
+        tensors |= dict(mixer(store, index)) | dict(_feed_forward(store, index))
     return write_tensors(path, config, {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
 
 
@@ -63,6 +65,19 @@ def _attention(store: Store, index: int) -> Named:
         yield names.k_norm, store.array(f"{prefix}.k_norm")
     if attention.sinks:
         yield names.sinks, store.array(f"{prefix}.sinks")
+
+
+def _conv(store: Store, index: int) -> Named:
+    spec, prefix, conv = store.spec, f"layers.{index}.conv", store.spec.layers[index].mixer
+    names, width = in_layer(conv.names, index), conv.width
+    yield names.norm, store.array(f"{prefix}.norm")
+    yield names.into, _matrix(store, f"{prefix}.in", 3 * width, spec.hidden)
+    yield names.taps, store.array(f"{prefix}.taps").reshape(width, 1, conv.taps)
+    yield names.out, _matrix(store, f"{prefix}.out", spec.hidden, width)
+    if conv.bias:
+        sizes = {"in": (names.into, 3 * width), "taps": (names.taps, width), "out": (names.out, spec.hidden)}
+        for part, (name, size) in sizes.items():
+            yield _bias(name), store.array(f"{prefix}.{part}_bias")[:size]
 
 
 def _feed_forward(store: Store, index: int) -> Named:

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import ON_DEVICE, write_checkpoint
 from steps import open_engine
 from test_plan import plan_of, spec_of
 
@@ -30,7 +30,7 @@ def planned(free: int, kv_tokens: int | None = None, family: str = "qwen3_moe"):
 
 
 @pytest.mark.parametrize("text", ["bf16", "int8", "fp8,head=int4"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ON_DEVICE)
 def test_weights_are_those_that_the_device_gets(tmp_path, family, text) -> None:
     pytest.importorskip("torch")
     path = write_checkpoint(tmp_path / "hf", family)
@@ -139,3 +139,8 @@ def test_a_dry_run_shows_the_device_and_needs_no_torch() -> None:
     run = subprocess.run([sys.executable, "-c", code, *flags, "--json"], capture_output=True, text=True)
     device = json.loads(run.stdout)["device"]
     assert device["free"] == 40_000_000 and device["slots"] > 0
+
+
+def test_a_kind_that_no_device_computes_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"layer 0 of model_type 'lfm2' .* \(ShortConv\); use --step-on threads"):
+        planned(10**9, family="lfm2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from checkpoints import ON_DEVICE
 from test_program import SPECS, TEXTS, mix_of
 
 from hybrid.formats.mix import FormatMix
@@ -30,7 +31,7 @@ def calls(ops: list[Op]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*ON_DEVICE, "with biases", "ungated shared", "one width"])
 def test_every_layer_crosses_to_the_device_and_back_in_turn(name, text, placed) -> None:
     spec = SPECS[name]
     if placed and not spec.moe_layers:

@@ -10,6 +10,7 @@ from checkpoints import CONFIGS
 from hybrid.errors import ConfigError
 from hybrid.models import model_spec, supported_models
 from hybrid.models.layers.feed_forward import Router
+from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import ModelSpec
 
 
@@ -19,7 +20,7 @@ def test_families_are_found_by_file_name() -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
 def test_unsupported_families_are_refused_with_the_supported_ones(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match="gpt_oss, llama, mixtral, qwen2_moe, qwen3, qwen3_moe"):
+    with pytest.raises(ConfigError, match="gpt_oss, lfm2, llama, mixtral, qwen2_moe, qwen3, qwen3_moe"):
         model_spec({**CONFIGS["llama"], "model_type": model_type})
 
 
@@ -83,6 +84,22 @@ def test_qwen2_moe_has_a_shared_expert_with_a_gate() -> None:
     assert (dense.feed_forward.shared_intermediate, dense.feed_forward.is_moe) == (0, False)
     assert first.mixer.qkv_bias and not first.mixer.out_bias
     assert not _spec("qwen2_moe", qkv_bias=False).layers[0].mixer.qkv_bias
+
+
+def test_lfm2_layers_attend_or_convolve() -> None:
+    """By name, or by the numbers of those that attend; the published files have the older names of sizes."""
+    config = {name: value for name, value in CONFIGS["lfm2"].items() if name not in ("layer_types", "conv_bias")}
+    published = {"full_attn_idxs": [1], "block_ff_dim": 96, "tie_embedding": True, "conv_bias": False}
+    spec = model_spec({**config, "tie_word_embeddings": None, **published})
+    kinds = [type(layer.mixer).__name__ for layer in spec.layers]
+    assert kinds == ["ShortConv", "GroupedQueryAttention", "ShortConv", "ShortConv"]
+    assert spec.tied and spec.layers[0].mixer == ShortConv(96, 4) and spec.layers[1].mixer.qk_norm == "head"
+    assert [layer.feed_forward.intermediate for layer in spec.layers] == [64] * 4  # two thirds of 96
+    kept = model_spec({**config, "block_auto_adjust_ff_dim": False})
+    assert kept.layers[0].feed_forward.intermediate == 72
+    assert model_spec(config).layers[0].mixer.__class__.__name__ == "GroupedQueryAttention"
+    with pytest.raises(ConfigError, match="conv_L_cache is 9; it must be an integer from 2 to 8"):
+        model_spec({**config, "conv_L_cache": 9})
 
 
 def test_experts_are_counted_under_both_names() -> None:

@@ -77,7 +77,7 @@ def test_the_arena_is_the_sum_of_its_parts(family) -> None:
         end = offset + size
     assert end <= plan.arena_bytes < end + 64
     parts = sum(plan.weight_bytes.values()) + plan.arena_bytes + 4 * plan.scratch_bytes + plan.logits_bytes
-    assert plan.fixed_bytes == parts + RUNTIME_BYTES
+    assert plan.fixed_bytes == parts + RUNTIME_BYTES + plan.sequences * plan.kv.fixed_bytes
 
 
 @pytest.mark.parametrize(("format", "size", "scale"), [("bf16", 2, 0), ("int8", 1, 4), ("fp8", 1, 4)])

@@ -29,6 +29,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats import packed as layout
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
+from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
@@ -52,7 +53,7 @@ def test_every_weight_survives_packing(tmp_path: Path, family: str, dtype: str, 
             assert (_unpacked(store, "head", 131, 96) == tensors[names.head]).all()
         assert (store.array("final_norm") == exact[names.final_norm].astype(np.float32)).all()
         for layer in range(len(store.spec.layers)):
-            _compare_attention(store, layer, tensors, exact)
+            _compare_mixer(store, layer, tensors, exact)
             _compare_feed_forward(store, layer, tensors, fused or family in STACKED)
 
 
@@ -182,7 +183,9 @@ def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
     return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), n, k)
 
 
-def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    if isinstance(store.spec.layers[layer].mixer, ShortConv):
+        return _compare_conv(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     stacked = np.concatenate([tensors[name] for name in (names.q, names.k, names.v)])
@@ -199,6 +202,18 @@ def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact:
             found, biased = np.concatenate([found, store.array(f"{prefix}out_bias")]), [*biased, names.out]
         biases = [exact[name.replace(".weight", ".bias")] for name in biased]
         assert (found == np.concatenate(biases).astype("f4")).all()
+
+
+def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    prefix, conv = f"layers.{layer}.conv.", store.spec.layers[layer].mixer
+    names = in_layer(conv.names, layer)
+    for part, name in (("in", names.into), ("out", names.out)):
+        assert (_unpacked(store, prefix + part, *tensors[name].shape) == tensors[name]).all()
+    for part, name in (("norm", names.norm), ("taps", names.taps)):
+        assert (store.array(prefix + part).reshape(-1) == exact[name].astype("f4").reshape(-1)).all()
+    for part, name in (("in_bias", names.into), ("taps_bias", names.taps), ("out_bias", names.out)):
+        bias = exact[name.replace(".weight", ".bias")].astype("f4")
+        assert (store.array(prefix + part)[: len(bias)] == bias).all()
 
 
 def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fused: bool) -> None:

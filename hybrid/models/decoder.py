@@ -31,6 +31,7 @@ class Defaults:
     theta: float = 10_000.0
     kv_heads: int | None = None
     head_dim: int | None = None
+    tied: bool = False
 
 
 def read_attention(
@@ -101,9 +102,9 @@ def read_model(
         vocab=fields.size("vocab_size", maximum=10**8),
         hidden=fields.size("hidden_size"),
         layers=tuple(layers),
-        eps=fields.number("rms_norm_eps", default=defaults.eps),
+        eps=fields.number("rms_norm_eps", "norm_eps", default=defaults.eps),
         max_position=read_max_position(fields, defaults),
-        tied=fields.flag("tie_word_embeddings"),
+        tied=fields.flag("tie_word_embeddings", "tie_embedding", default=defaults.tied),
         names=names or OuterNames(),
     )
 

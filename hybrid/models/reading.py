@@ -50,8 +50,8 @@ class Fields:
             raise self._bad(name, value, allowed)
         return float(value)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        name, value = self._read((name,), default, "true or false")
+    def flag(self, *names: str, default: bool = False) -> bool:
+        name, value = self._read(names, default, "true or false")
         if not isinstance(value, bool):
             raise self._bad(name, value, "true or false")
         return value

@@ -51,6 +51,10 @@ void check_fit(const TopkArgs& a, const std::string& place) {
   require(a.top_k <= a.experts, place + "top_k " + text(a.top_k) + " is above experts " + text(a.experts));
 }
 
+void check_fit(const ShortConvArgs& a, const std::string& place) {
+  require(a.taps <= kMaxTaps, place + "taps " + text(a.taps) + " is above " + text(kMaxTaps));
+}
+
 // What must be there only if something else is.
 template <class Args>
 void check_presence(const Args&, const std::string&) {}

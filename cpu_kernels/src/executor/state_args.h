@@ -17,7 +17,33 @@ struct StateLayout {
   }
 };
 
+constexpr int kMaxTaps = 8;
+
+// A causal convolution over the tokens of a sequence, each channel by itself, between two gates:
+// out = c * sum over j of weight[j] * (b * x)[j tokens before the newest of `taps`].
+struct ShortConvArgs {
+  const float* input;   // [rows, input_stride]: b, c and x of `width` channels each
+  const float* weight;  // [width, taps], the newest token last
+  const float* bias;    // null, or [width]
+  bf16* output;
+  StateLayout state;  // of each sequence float32 [taps - 1, width]: b * x of its last tokens, the newest last
+  int width, taps, input_stride, output_stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("input", input);
+    field("weight", weight);
+    field("bias", bias, kNullable);
+    field("output", output);
+    field("state", state);
+    field("width", width, kPositive);
+    field("taps", taps, kPositive);
+    field("input_stride", input_stride);
+    field("output_stride", output_stride);
+  }
+};
+
 // As HYBRID_ROW_OPS.
-#define HYBRID_STATE_OPS(OP)
+#define HYBRID_STATE_OPS(OP) OP(short_conv, ShortConvArgs)
 
 }  // namespace hybrid

@@ -12,6 +12,7 @@
 #include "ops/qkv.h"
 #include "ops/quantise.h"
 #include "ops/router.h"
+#include "ops/short_conv.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {

@@ -1,0 +1,151 @@
+"""A gated short convolution: every channel mixes what the last few tokens brought, between two gates.
+
+Its state is of one size, however long a sequence is: float32 [taps - 1, width], the newest token last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.formats.block import round_up
+from hybrid.formats.mix import FormatMix
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.products import (
+    FP32,
+    NORMED,
+    RESIDUAL,
+    gemm,
+    norm,
+    product_cost,
+    quantise,
+    rows_buffers,
+    rows_name,
+)
+from hybrid.models.rope import RopeSpec
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.ops import Buffer, Op, State, Weight
+
+PART = "attention"  # its matrices are of the format of attention, and its time is booked there
+GATES, CONVOLVED = "gates", "convolved"  # buffers: what goes into the convolution, and what comes out
+LINE = 64  # bytes; states begin at one
+
+
+@dataclass(frozen=True)
+class ShortConvNames:
+    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`."""
+
+    norm: str = "model.layers.{layer}.operator_norm.weight"
+    into: str = "model.layers.{layer}.conv.in_proj.weight"
+    taps: str = "model.layers.{layer}.conv.conv.weight"
+    out: str = "model.layers.{layer}.conv.out_proj.weight"
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """width: its channels. taps: tokens that a channel sees, the newest included. bias: of both projections and of the
+    convolution.
+    """
+
+    width: int
+    taps: int
+    bias: bool = False
+    names: ShortConvNames = field(default_factory=ShortConvNames)
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        return None
+
+    # Weights.
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        names, hidden = in_layer(self.names, place.layer), place.hidden
+        yield names.norm, (hidden,)
+        for name, shape in (
+            (names.into, (3 * self.width, hidden)),
+            (names.taps, (self.width, 1, self.taps)),
+            (names.out, (hidden, self.width)),
+        ):
+            yield name, shape
+            if self.bias:
+                yield bias_name(name), shape[:1]
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
+        yield shard.floats("conv.norm", "norms", Stacked((names.norm,)), hidden)
+        yield shard.matrix("conv.in", PART, Stacked((names.into,)), format, 3 * self.width, hidden)
+        yield shard.floats("conv.taps", PART, Stacked((names.taps,)), self.width, self.taps)
+        yield shard.matrix("conv.out", PART, Stacked((names.out,)), format, hidden, self.width)
+        if self.bias:
+            yield shard.bias("conv.in_bias", PART, (names.into,), 3 * self.width)
+            yield shard.bias("conv.taps_bias", PART, (names.taps,), self.width)
+            yield shard.bias("conv.out_bias", PART, (names.out,), hidden)
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        return (mix.attention,)
+
+    # A step.
+
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        return iter(())
+
+    def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
+        return {}
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        format, prefix, hidden, width = place.mix.attention, f"layers.{place.layer}.conv", place.hidden, self.width
+        stride = row_stride(3 * width)
+        yield norm(place, PART, f"{prefix}.norm", format)
+        yield gemm(PART, format, NORMED, f"{prefix}.in", GATES, 3 * width, hidden, stride, bias=self.bias)
+        arguments = {
+            "input": Buffer(GATES),
+            "weight": Weight(f"{prefix}.taps"),
+            "bias": Weight(f"{prefix}.taps_bias") if self.bias else None,
+            "output": Buffer(rows_name(CONVOLVED, width, False)),
+            "state": State(place.layer),
+            "width": width,
+            "taps": self.taps,
+            "input_stride": stride,
+            "output_stride": row_stride(width),
+        }
+        yield Op("short_conv", PART, arguments, (width, "channels"))
+        yield from quantise(PART, CONVOLVED, width, format)
+        yield gemm(
+            PART, format, CONVOLVED, f"{prefix}.out", RESIDUAL, hidden, width, row_stride(hidden),
+            bias=self.bias, accumulate=True,
+        )  # fmt: skip
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        rows, format = extents.rows, place.mix.attention
+        return {
+            GATES: rows * row_stride(3 * self.width) * FP32,
+            **rows_buffers(NORMED, place.hidden, format, rows),
+            **rows_buffers(CONVOLVED, self.width, format, rows),
+        }
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        """A step that failed has shifted it, so it cannot be run again."""
+        nbytes = round_up((self.taps - 1) * self.width * FP32, LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        format = place.mix.attention
+        projections = product_cost(format, 3 * self.width, place.hidden, load.rows)
+        projections += product_cost(format, place.hidden, self.width, load.rows)
+        state = 2.0 * load.sequences * (self.taps - 1) * self.width * FP32
+        return projections + Cost(state, 2.0 * load.rows * self.width * (self.taps + 2))
+
+    # No device computes it yet.
+
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        return None
+
+    def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        return {}
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        raise ValueError("a device does not know what becomes of a short convolution")
