@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid.errors import CapacityError, KernelError, RequestError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
 T = TypeVar("T")
+SIGNAL_SECONDS = 0.1  # after which the main thread sees a signal that did not wake it
 
 
 class Loop:
@@ -65,7 +66,7 @@ class Loop:
     def wait(self, answers: SimpleQueue[Any]) -> Any:
         """The next that a sink was given; raised if it is an error. Signals interrupt it."""
         self._worker.require_process()
-        answer = answers.get()
+        answer = _interruptible(answers) if threading.current_thread() is threading.main_thread() else answers.get()
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -261,6 +262,13 @@ def _end_all() -> None:
         worker.stop()
     for worker in workers:
         worker.thread.join()
+
+
+def _interruptible(answers: SimpleQueue[Any]) -> Any:
+    """A signal that comes just before the wait, or to another thread, does not end it: the main thread looks."""
+    while True:
+        with suppress(Empty):
+            return answers.get(timeout=SIGNAL_SECONDS)
 
 
 def _nothing() -> None:
