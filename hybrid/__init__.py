@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from hybrid.core import SamplingParams as SamplingParams
     from hybrid.core import TextDelta as TextDelta
     from hybrid.errors import HybridError as HybridError
+    from hybrid.serving.async_llm import AsyncLLM as AsyncLLM
     from hybrid.serving.llm import LLM as LLM
 
 _HOMES = {
+    "AsyncLLM": "hybrid.serving.async_llm",
     "CacheConfig": "hybrid.config",
     "Completion": "hybrid.core",
     "EngineConfig": "hybrid.config",

@@ -1,13 +1,15 @@
-"""An engine without a model: logits are a function of the tokens in a slot; asserts the batch contract."""
+"""An engine without a model: logits are a function of the tokens in a sequence; asserts the batch contract."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
 
 from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.errors import StepCancelled
 from hybrid.machine.memory import MemoryGrant
 
 
@@ -29,7 +31,7 @@ class DummyEngine:
 
     load_seconds = 0.5
     memory = MemoryGrant("map", "madvise", (), 0, 0)
-    experts = routes = None
+    experts = routes = device_step = None
 
     def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
         self.spec = SimpleNamespace(vocab=vocab)
@@ -49,9 +51,13 @@ class DummyEngine:
         logits = np.stack([rows[i] for i in batch.logit_rows]) if len(batch.logit_rows) else self._none()
         return StepResult(logits, StepTimes(0.001, 0.002, 0.003, 0.004, 0.0, 0.010))
 
-    def release(self, slot: int) -> None:
+    def release(self, sequence: int) -> None:
         assert not self.closed
-        self.sequences.pop(slot, None)
+        self.sequences.pop(sequence, None)
+
+    def cancel(self) -> None:
+        """Its steps have no two operations to end between."""
+        assert not self.closed
 
     def close(self) -> None:
         self.closed = True
@@ -59,9 +65,9 @@ class DummyEngine:
     def _none(self) -> np.ndarray:
         return np.empty((0, self.spec.vocab), np.float32)
 
-    def _write(self, token: int, slot: int, position: int) -> np.ndarray:
-        tokens = self.sequences.setdefault(int(slot), [])
-        assert position == len(tokens), "a row must follow the tokens that its slot holds"
+    def _write(self, token: int, sequence: int, position: int) -> np.ndarray:
+        tokens = self.sequences.setdefault(int(sequence), [])
+        assert position == len(tokens), "a row must follow the tokens that its sequence holds"
         tokens.append(int(token))
         logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))
         logits[self._next(tokens)] = 4.0
@@ -81,8 +87,47 @@ class DummyEngine:
         assert batch.positions.min() >= 0 and batch.positions.max() < self.plan.max_seq_len
         same = np.diff(batch.sequences) == 0
         assert np.all(np.diff(batch.positions)[same] == 1)
-        assert 1 + np.count_nonzero(~same) == len(set(batch.sequences.tolist())), "rows of a slot must be adjacent"
+        assert 1 + np.count_nonzero(~same) == len(set(batch.sequences.tolist())), "rows of a sequence must be adjacent"
         assert sum(map(len, self.sequences.values())) <= self.plan.kv_token_budget
+
+
+WATCHDOG = 60  # seconds after which a test that waits for a thread fails
+
+
+class GatedEngine(DummyEngine):
+    """Every step tells that it `began` and waits for a permit; `cancel` ends the one that waits, or else the next."""
+
+    def __init__(self, **parts) -> None:
+        super().__init__(**parts)
+        self.began: SimpleQueue[Batch] = SimpleQueue()
+        self.cancels = 0
+        self._permits: SimpleQueue[bool | BaseException] = SimpleQueue()
+
+    def permit(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._permits.put(True)
+
+    def let_fail(self, error: BaseException) -> None:
+        """Have the step that waits fail."""
+        self._permits.put(error)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.cancels += 1
+        self._permits.put(False)
+
+    def forward(self, batch: Batch) -> StepResult:
+        self.began.put(batch)
+        permit = self._permits.get(timeout=WATCHDOG)
+        if isinstance(permit, BaseException):
+            raise permit
+        if not permit:
+            raise StepCancelled("the step was cancelled")
+        return super().forward(batch)
+
+    def rows(self) -> int:
+        """Waits for a step to begin; how many rows it computes."""
+        return len(self.began.get(timeout=WATCHDOG).token_ids)
 
 
 def reference_token(tokens: list[int], vocab: int) -> int:

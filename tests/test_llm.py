@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from dummy_engine import DummyEngine, reference_tokens
+from dummy_engine import DummyEngine, GatedEngine, reference_tokens
 from dummy_tokenizer import BYTES, SPECIAL
 
 from hybrid import LLM, EngineConfig, SamplingParams
@@ -31,6 +31,10 @@ def echo(text: str, after: int):
 def make(engine: DummyEngine | None = None, **parts) -> LLM:
     defaults = {"tokenizer": BYTES, "eos_ids": frozenset([SPECIAL]), "template": TEMPLATE}
     return LLM.from_engine(engine or DummyEngine(), **{**defaults, **parts})
+
+
+def busy(llm: LLM) -> bool:
+    return llm.run(lambda: llm._loop._worker.scheduler.has_work)
 
 
 def test_one_text_or_one_token_list_is_one_prompt() -> None:
@@ -74,14 +78,17 @@ def test_a_text_that_is_cut_by_length_keeps_what_was_held_back() -> None:
     assert llm.generate("x", SamplingParams(max_tokens=3, stop=("b\ufffd!",)))[0].text == "ab\ufffd"
 
 
-def test_closing_a_stream_frees_its_slot() -> None:
-    engine = DummyEngine(sequences=1)
+def test_closing_a_stream_frees_its_sequence() -> None:
+    engine = GatedEngine(sequences=1, next_token=echo("hello", 3))
     llm = make(engine)
     stream = llm.stream("abc")
+    engine.permit()
     next(stream)
     assert engine.sequences
     stream.close()
     assert not engine.sequences
+    assert next(stream, None) is None
+    engine.permit(2)
     assert len(llm.generate("abc", SamplingParams(max_tokens=2))[0].token_ids) == 2
 
 
@@ -91,6 +98,10 @@ def test_arguments_of_another_kind_are_refused_by_name() -> None:
         llm.generate("a", {"max_tokens": 3})  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="prompts must be"):
         llm.generate(np.array(3))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="progress is 5; it must be a function"):
+        llm.generate("a", None, 5)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="on_step is 'x'"):
+        llm.observe("x")  # type: ignore[arg-type]
 
 
 def test_a_stream_finds_errors_before_it_starts() -> None:
@@ -105,7 +116,7 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind() -> None:
         with pytest.raises(RequestError) as error:
             llm.generate(["good", bad])
         assert "\n" not in str(error.value)
-    assert not engine.steps and not llm._scheduler.has_work
+    assert not engine.steps and not busy(llm)
 
 
 def test_an_empty_prompt_is_the_bos_token_where_there_is_one() -> None:
@@ -221,16 +232,21 @@ def test_logprobs_are_reported_for_every_token() -> None:
 
 
 def test_a_closed_llm_says_so_everywhere() -> None:
-    engine = DummyEngine()
+    engine = GatedEngine(next_token=echo("hello", 3))
     with make(engine) as llm:
         stream = llm.stream("abc")
+        engine.permit()
         next(stream)
     assert engine.closed and not engine.sequences
     llm.close()
-    for call in (lambda: llm.generate("x"), lambda: llm.stream("x"), lambda: llm.logits([1])):
+    calls = (
+        lambda: llm.generate("x"), lambda: llm.generate([]), lambda: llm.stream("x"), lambda: llm.logits([1]),
+        lambda: llm.observe(None), lambda: llm.run(list), lambda: next(stream),
+    )  # fmt: skip
+    for call in calls:
         with pytest.raises(RequestError, match="closed"):
             call()
-    assert [delta.finish_reason for delta in stream][-1:] in ([], ["cancelled"])
+    assert next(stream, None) is None
 
 
 def test_a_failed_step_leaves_the_model_usable() -> None:
@@ -245,7 +261,7 @@ def test_a_failed_step_leaves_the_model_usable() -> None:
     for error in (KeyboardInterrupt, KernelError):
         with pytest.raises(error):
             llm.generate([[1], [2], [3]], SamplingParams(max_tokens=9))
-        assert not engine.sequences and not llm._scheduler.has_work
+        assert not engine.sequences and not busy(llm)
     assert llm.generate([4], SamplingParams(max_tokens=2))[0].token_ids == reference_tokens([4], 2)
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching on an engine that asserts the batch contract: right tokens, right limits, no slot lost."""
+"""Continuous batching on an engine that asserts the batch contract: right tokens, right limits, no sequence lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
-from hybrid.serving.scheduler import Request, Scheduler, StepRecord
+from hybrid.serving.request import Request, Score
+from hybrid.serving.scheduler import Scheduler, StepRecord
 
 
 def request(prompt: list[int], max_tokens: int = 5, eos: frozenset[int] = frozenset(), **fields) -> Request:
@@ -20,7 +21,19 @@ def request(prompt: list[int], max_tokens: int = 5, eos: frozenset[int] = frozen
 def run(scheduler: Scheduler) -> None:
     while scheduler.has_work:
         scheduler.step()
-        scheduler.check_integrity()
+        check_integrity(scheduler)
+
+
+def check_integrity(scheduler: Scheduler) -> None:
+    """Running requests have sequences of their own and keep within the limits."""
+    running, waiting, plan = scheduler._running, scheduler._waiting, scheduler._plan
+    used = [entry.sequence for entry in running]
+    assert set(used) <= set(range(plan.sequences)) and len(set(used)) == len(used), used
+    assert sum(len(entry.tokens) for entry in running) <= plan.kv_token_budget
+    for entry in running:
+        assert not entry.finished
+        assert 0 <= entry.computed <= entry.length < len(entry.tokens) <= plan.max_seq_len
+    assert all(entry.sequence is None and not entry.finished for entry in waiting)
 
 
 def started(*requests: Request, **plan) -> tuple[DummyEngine, Scheduler]:
@@ -126,13 +139,13 @@ def test_eos_ends_the_text_unless_ignored() -> None:
     assert len(ignores.completion.token_ids) == 8
 
 
-def test_cancelling_frees_the_slot_and_leaves_the_others_alone() -> None:
+def test_cancelling_frees_the_sequence_and_leaves_the_others_alone() -> None:
     requests = [request([i, i], 6) for i in range(3)]
     engine, scheduler = started(*requests, sequences=2)
     scheduler.step()
     scheduler.cancel(requests[0])
     scheduler.cancel(requests[0])
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     run(scheduler)
     assert requests[0].completion.finish_reason == "cancelled"
     assert [delta.finish_reason for delta in requests[0].deltas].count("cancelled") == 1
@@ -162,9 +175,8 @@ def test_a_step_that_fails_frees_every_slot(error: BaseException) -> None:
         scheduler.add(entry)
     scheduler.step()
     scheduler.step()
-    with pytest.raises(type(error)):
-        scheduler.step()
-    scheduler.check_integrity()
+    assert scheduler.step() == requests[:2]
+    check_integrity(scheduler)
     assert engine.sequences == {}
     assert [entry.error for entry in requests] == [error, error, None]
     run(scheduler)  # the one that waited goes on
@@ -177,7 +189,7 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
 
     def forward(batch):
         result = whole(batch)
-        result.logits[[i for i, row in enumerate(batch.logit_rows) if batch.sequences[row] == bad.slot]] = np.nan
+        result.logits[[i for i, row in enumerate(batch.logit_rows) if batch.sequences[row] == bad.sequence]] = np.nan
         return result
 
     engine.forward = forward  # type: ignore[method-assign]
@@ -190,26 +202,88 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
     assert good.completion.token_ids == [7] * 4
 
 
-def test_scoring_waits_for_a_slot_and_gives_logits_at_every_position() -> None:
+def test_scoring_waits_for_a_sequence_and_gives_logits_at_every_position() -> None:
     entry = request([1, 2], 4)
     engine, scheduler = started(entry, sequences=1, max_rows=3)
     scheduler.step()
-    prompt = np.arange(10, dtype=np.int32)
-    logits = scheduler.score(prompt)
+    score, late = Score(np.arange(10, dtype=np.int32), 300), request([3], 2)
+    scheduler.add(score)
+    scheduler.add(late)
+    done = [job for _ in range(9) for job in scheduler.step() if job.finished]
+    assert done == [entry, score, late] and not scheduler.has_work  # in the order of their arrival
+    logits = score.logits
     assert logits.shape == (10, 300) and logits.dtype == np.float32
     assert [int(row.argmax()) for row in logits] == [reference_tokens(list(range(n)), 1)[0] for n in range(1, 11)]
     assert entry.completion.token_ids == reference_tokens([1, 2], 4)
+    assert late.completion.token_ids == reference_tokens([3], 2)
     assert engine.sequences == {}
-    assert scheduler.score(prompt[:0]).shape == (0, 300)
+
+
+def test_a_score_that_is_cancelled_leaves_the_steps_to_others() -> None:
+    score, entry = Score(np.arange(10, dtype=np.int32), 300), request([3], 2)
+    engine, scheduler = started(score, entry, max_rows=4)
+    scheduler.step()
+    assert engine.sequences
+    scheduler.cancel(score)
+    assert not engine.sequences and isinstance(score.error, RequestError)
+    run(scheduler)
+    assert entry.completion.token_ids == reference_tokens([3], 2)
 
 
 def test_a_scoring_step_that_fails_frees_the_slot() -> None:
     def fail(batch) -> None:
         raise KernelError("broken")
 
-    engine = DummyEngine(fail=fail)
-    with pytest.raises(KernelError):
-        Scheduler(engine).score(np.arange(4, dtype=np.int32))
+    score = Score(np.arange(4, dtype=np.int32), 300)
+    engine, scheduler = started(score, fail=fail)
+    assert scheduler.step() == [score]
+    assert isinstance(score.error, KernelError) and engine.sequences == {} and not scheduler.has_work
+
+
+def test_a_failed_step_ends_those_whose_rows_it_had() -> None:
+    """The third prompt has a sequence and no row yet."""
+
+    def fail(batch) -> None:
+        if len(engine.steps) == 1:
+            raise KernelError("broken")
+
+    engine = DummyEngine(fail=fail, max_rows=8)
+    scheduler = Scheduler(engine)
+    requests = [request([i] * 4, 3) for i in range(3)]
+    for entry in requests:
+        scheduler.add(entry)
+    assert scheduler.step() == requests[:2]
+    run(scheduler)
+    assert [entry.error is None for entry in requests] == [False, False, True]
+    assert requests[2].completion.token_ids == reference_tokens([2] * 4, 3)
+
+
+def test_an_observer_that_raises_is_called_no_more() -> None:
+    def observe(record: StepRecord) -> None:
+        calls.append(record)
+        raise ValueError("full")
+
+    calls: list[StepRecord] = []
+    entry = request([1], 4)
+    _, scheduler = started(entry)
+    scheduler.on_step = observe
+    run(scheduler)
+    assert len(calls) == 1 and str(scheduler.observer_error) == "full"
+    assert entry.completion.token_ids == reference_tokens([1], 4)
+
+
+def test_what_the_text_of_one_request_raises_is_its_own() -> None:
+    class Broken:
+        stopped = False
+
+        def push(self, token: int) -> str:
+            raise UnicodeError("no such token")
+
+    bad = Request(np.array([1], np.int32), SamplingParams(max_tokens=4), frozenset(), Broken())  # type: ignore[arg-type]
+    good = request([2], 4)
+    engine, scheduler = started(bad, good)
+    run(scheduler)
+    assert isinstance(bad.error, UnicodeError) and good.completion.token_ids == reference_tokens([2], 4)
     assert engine.sequences == {}
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,8 +86,11 @@ class Outputs:
         from gpu_cache.trace_writer import TraceWriter
 
         writer = self._stack.enter_context(TraceWriter(path, lambda line: self._warn(f"note: {line}")))
-        assert self._llm.engine.routes is not None
-        self._llm.engine.routes.observer = writer.write
+        routes = self._llm.engine.routes
+        assert routes is not None
+        observe = partial(setattr, routes, "observer")
+        self._llm.run(partial(observe, writer.write))
+        self._stack.callback(self._llm.run, partial(observe, None))  # before the file is closed
 
     def _write(self) -> None:
         wanted, recorder = self._wanted, self.recorder

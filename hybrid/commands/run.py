@@ -180,8 +180,9 @@ def _complete(llm: LLM, inputs: Sequence[Any], params: SamplingParams) -> list[C
 
 def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) -> None:
     _print_prompt(prompt)
-    for delta in llm.stream(tokens, params):
-        print(delta.text, end="", flush=True)
+    with llm.stream(tokens, params) as deltas:
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
     print()
 
 

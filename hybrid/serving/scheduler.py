@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.core import Batch, Completion, FinishReason, SamplingParams, StepResult, StepTimes, TextDelta, TokenLogprob
-from hybrid.errors import HybridError, RequestError
+from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.serving.request import Job, Limits, Request, Score, Tokens
 from hybrid.serving.sampler import Sampler
-from hybrid.text.detokenizer import TextStream
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
-Tokens = npt.NDArray[np.int32]
+Forward = Callable[[Sequence[Job], Batch], StepResult]
 
 
 @dataclass(frozen=True)
@@ -38,229 +38,147 @@ class StepRecord:
     cache: npt.NDArray[np.int64] | None = None
 
 
-class Request:
-    """One prompt on its way. The caller reads `completion`, takes from `deltas` and looks at `error`.
-
-    prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
-    produced.
-    """
-
-    def __init__(
-        self,
-        prompt: Tokens,
-        params: SamplingParams,
-        eos_ids: frozenset[int] = frozenset(),
-        text: TextStream | None = None,
-        index: int = 0,
-    ) -> None:
-        self.prompt = prompt
-        self.params = params
-        self.completion = Completion(prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index)
-        self.deltas: deque[TextDelta] = deque()
-        self.error: BaseException | None = None
-        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self._text = text
-        self._told = 0  # tokens that earlier deltas carried
-        # The scheduler's own, set on admission.
-        self.slot: int | None = None
-        self.sampler: Sampler | None = None
-        self.tokens = prompt  # the prompt and what was produced, with room for what may come
-        self.length = len(prompt)
-        self.computed = 0  # leading tokens whose keys and values are in the slot
-
-    @property
-    def finished(self) -> bool:
-        return self.completion.finish_reason is not None
-
-    @property
-    def pending(self) -> int:
-        """Tokens to compute before the next one can be chosen."""
-        return self.length - self.computed
-
-    def accept(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Append a token; finish when it ends the text or the room is used up."""
-        self.tokens[self.length] = token
-        self.length += 1
-        self.completion.token_ids.append(token)
-        if logprob is not None and self.completion.logprobs is not None:
-            self.completion.logprobs.append(logprob)
-        if token in self._eos_ids:
-            return self.finish("stop")
-        piece = self._text.push(token) if self._text else ""
-        if self._text and self._text.stopped:
-            return self.finish("stop", piece)
-        if self.length == len(self.tokens):
-            return self.finish("length", piece)
-        if piece or not self._text:
-            self._tell(piece)
-
-    def finish(self, reason: FinishReason, piece: str = "") -> None:
-        """Give out the last text, whatever was held back included. A second call does nothing."""
-        if self.finished:
-            return
-        if self._text:
-            piece += self._text.finish()
-            if self._text.stopped:
-                reason = "stop"
-        self._tell(piece, reason)
-        self.completion.finish_reason = reason
-
-    def _tell(self, piece: str, reason: FinishReason | None = None) -> None:
-        completion = self.completion
-        completion.text += piece
-        fresh = tuple(completion.token_ids[self._told :])
-        self._told = len(completion.token_ids)
-        self.deltas.append(TextDelta(piece, fresh, reason, completion.index))
-
-
 class Scheduler:
-    """Runs requests on an engine, as many together as its slots and its memory for keys and values hold.
+    """Runs requests on an engine, as many together as its sequences and its memory for keys and values hold.
 
-    Not thread-safe. on_step: called with the record of every step of requests.
+    One thread calls it: that of a `Loop`. forward: runs a step of these jobs; `Engine.forward` if it is not given.
+    on_step: called with the record of every step of requests. One that raises is called no more; what it raised is
+    `observer_error`.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[StepRecord], None] | None = None) -> None:
-        self.on_step = on_step
+    def __init__(self, engine: Engine, forward: Forward | None = None) -> None:
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self.observer_error: BaseException | None = None
         self._engine = engine
+        self._forward = forward or (lambda jobs, batch: engine.forward(batch))
         self._plan = engine.plan
-        self._limit = min(self._plan.max_seq_len, self._plan.kv_token_budget)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # in order of admission; a slot is free when none of these has it
+        self._limits = Limits.of(engine)
+        self._waiting: deque[Job] = deque()
+        self._running: list[Request] = []  # in order of admission; a sequence is free when none of these has it
+        self._scoring: Score | None = None  # has the steps to itself, and nothing is admitted meanwhile
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._running or self._waiting or self._scoring)
 
-    def check(self, prompt: Tokens) -> None:
-        """Raise RequestError when the prompt is empty, too long or holds what is not a token."""
-        vocab = self._engine.spec.vocab
-        if not len(prompt):
-            raise RequestError("the prompt is empty; give at least one token")
-        if len(prompt) > self._limit:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and a sequence may have {self._limit} here: "
-                "shorten it or raise --max-seq-len"
-            )
-        wrong = prompt[(prompt < 0) | (prompt >= vocab)]
-        if len(wrong):
-            raise RequestError(f"{wrong[0]} is not a token id of this model; allowed: 0 to {vocab - 1}")
+    def add(self, job: Job) -> None:
+        """Queue a request or a score. Raises RequestError, see `Limits.check`."""
+        self._limits.check(job.prompt)
+        self._waiting.append(job)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError, see `check`."""
-        self.check(request.prompt)
-        self._waiting.append(request)
+    def cancel(self, job: Job) -> None:
+        """End a job at once; nothing happens to one that has finished."""
+        if not job.finished:
+            self._leave(job)
+            job.cancel()
 
-    def cancel(self, request: Request) -> None:
-        """End a request at once; nothing happens to one that has finished."""
-        if request.finished:
-            return
-        if request in self._waiting:
-            self._waiting.remove(request)
-        self._leave(request)
-        request.finish("cancelled")
+    def fail_all(self, error: BaseException) -> list[Job]:
+        """End every job by an error; returns them."""
+        scoring = [self._scoring] if self._scoring else []
+        return self._fail([*self._running, *scoring, *self._waiting], error)
 
-    def cancel_all(self) -> None:
-        for request in [*self._running, *self._waiting]:
-            self.cancel(request)
+    def step(self) -> list[Job]:
+        """Compute one step; returns the jobs that have something to deliver.
 
-    def step(self) -> list[Request]:
-        """Compute one step; returns the requests that have new deltas or an error.
-
-        Whatever the engine raises passes through, KeyboardInterrupt too: every running request then has it as
-        its `error`, and its slot is free.
+        Whatever the engine raises is the error of the jobs whose rows it computed, and their sequences are free; the
+        others go on.
         """
         started = perf_counter()
         touched = self._admit()
+        if self._scoring:
+            return touched + self._score(self._scoring)
         chunks = self._schedule()
         if not chunks:
             return touched
+        jobs = [request for request, _ in chunks]
         try:
-            result = self._engine.forward(_batch(chunks))
-            sampling = perf_counter()
-            sampled = self._sample(chunks, result.logits)
+            result = self._forward(jobs, _batch(chunks))
         except BaseException as error:
-            for request in list(self._running):
-                self._fail(request, error)
-            raise
+            return touched + self._fail(jobs, error)
+        sampling = perf_counter()
+        sampled = self._sample(chunks, result.logits)
         ended = perf_counter()
         result = replace(result, times=_with_sampling(result.times, ended - sampling))
         self._report(chunks, len(sampled), result, ended - started)
         return touched + sampled
 
-    def score(self, prompt: Tokens) -> npt.NDArray[np.float32]:
-        """Next-token logits at every position of a prompt: float32 [len(prompt), vocab]. Raises RequestError.
-
-        Requests go on until one slot is free for it.
-        """
-        if len(prompt):
-            self.check(prompt)
-        logits = np.empty((len(prompt), self._engine.spec.vocab), np.float32)
-        while not self._fits(len(prompt)):
-            self.step()
-        slot = self._free_slot()
+    def _score(self, score: Score) -> list[Job]:
+        """The next rows of a score, a step of their own; returns it once it has finished."""
+        start = score.computed
+        rows = score.prompt[start : start + self._plan.max_rows]
+        every = np.arange(len(rows), dtype=np.int32)
+        batch = Batch(rows, np.full_like(rows, score.sequence), every + np.int32(start), every)
         try:
-            for start in range(0, len(prompt), self._plan.max_rows):
-                rows = prompt[start : start + self._plan.max_rows]
-                every = np.arange(len(rows), dtype=np.int32)
-                batch = Batch(rows, np.full_like(rows, slot), every + np.int32(start), every)
-                logits[start : start + len(rows)] = self._engine.forward(batch).logits
-        finally:
-            self._engine.release(slot)
-        return logits
+            score.logits[start : start + len(rows)] = self._forward([score], batch).logits
+        except BaseException as error:
+            return self._fail([score], error)
+        score.computed += len(rows)
+        if not score.finished:
+            return []
+        self._leave(score)
+        return [score]
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless running requests have slots of their own and keep within the limits."""
-        used = [request.slot for request in self._running]
-        assert set(used) <= set(range(self._plan.sequences)) and len(set(used)) == len(used), used
-        assert sum(len(request.tokens) for request in self._running) <= self._plan.kv_token_budget
-        for request in self._running:
-            assert not request.finished
-            assert 0 <= request.computed <= request.length < len(request.tokens) <= self._plan.max_seq_len
-        for request in self._waiting:
-            assert request.slot is None and not request.finished
-
-    def _admit(self) -> list[Request]:
-        """Give slots to waiting requests in order of arrival; returns those without room for any token."""
-        done = []
-        while self._waiting:
-            request = self._waiting[0]
-            length = min(len(request.prompt) + request.params.max_tokens, self._limit)
+    def _admit(self) -> list[Job]:
+        """Give sequences to what waits, in order of arrival; returns what has no room for a token and ended."""
+        done: list[Job] = []
+        while self._waiting and not self._scoring:
+            job = self._waiting[0]
+            length = self._length(job)
             if not self._fits(length):
                 break
             self._waiting.popleft()
-            if length == len(request.prompt):
-                request.finish("length")
-                done.append(request)
-            else:
-                self._enter(request, length)
+            try:
+                self._enter(job, length)
+            except Exception as error:
+                self._fail([job], error)
+            if job.finished:
+                done.append(job)
         return done
+
+    def _length(self, job: Job) -> int:
+        """Tokens to reserve."""
+        more = job.params.max_tokens if isinstance(job, Request) else 0
+        return min(len(job.prompt) + more, self._limits.tokens)
 
     def _fits(self, length: int) -> bool:
         reserved = sum(len(request.tokens) for request in self._running)
         return len(self._running) < self._plan.sequences and reserved + length <= self._plan.kv_token_budget
 
-    def _free_slot(self) -> int:
-        used = {request.slot for request in self._running}
-        return next(slot for slot in range(self._plan.sequences) if slot not in used)
+    def _free_sequence(self) -> int:
+        used = {request.sequence for request in self._running}
+        return next(sequence for sequence in range(self._plan.sequences) if sequence not in used)
 
-    def _enter(self, request: Request, length: int) -> None:
-        request.tokens = np.empty(length, np.int32)
-        request.tokens[: request.length] = request.prompt
-        request.sampler = Sampler(request.params, request.prompt, self._engine.spec.vocab)
-        request.slot = self._free_slot()
-        self._running.append(request)
+    def _enter(self, job: Job, length: int) -> None:
+        if isinstance(job, Score):
+            job.sequence, self._scoring = self._free_sequence(), job
+        elif isinstance(job, Request):
+            if length == len(job.prompt):
+                return job.finish("length")
+            job.tokens = np.empty(length, np.int32)
+            job.tokens[: job.length] = job.prompt
+            job.sampler = Sampler(job.params, job.prompt, self._engine.spec.vocab)
+            job.sequence = self._free_sequence()
+            self._running.append(job)
 
-    def _leave(self, request: Request) -> None:
-        if request in self._running:
-            assert request.slot is not None
-            self._running.remove(request)
-            self._engine.release(request.slot)
-            request.slot = None
+    def _leave(self, job: Job) -> None:
+        """Take a job from wherever it is, and free its sequence."""
+        if job.sequence is None:
+            with suppress(ValueError):
+                self._waiting.remove(job)
+            return
+        if job is self._scoring:
+            self._scoring = None
+        elif isinstance(job, Request):
+            self._running.remove(job)
+        sequence, job.sequence = job.sequence, None
+        self._engine.release(sequence)
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        request.error = error
-        self._leave(request)
-        request.finish("cancelled")
+    def _fail(self, jobs: Sequence[Job], error: BaseException) -> list[Job]:
+        """End jobs by an error; returns them."""
+        for job in jobs:
+            job.fail(error)
+            self._leave(job)
+        return list(jobs)
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """Rows of the next step: one of every decoding request, then prompts in order of arrival."""
@@ -273,7 +191,7 @@ class Scheduler:
             room -= rows
         return chunks
 
-    def _sample(self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]) -> list[Request]:
+    def _sample(self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]) -> list[Job]:
         """Advance the requests of a step; returns those that got a token, or an error of their own."""
         whole = [request for request, rows in chunks if rows == request.pending]
         for request, rows in chunks:
@@ -282,11 +200,11 @@ class Scheduler:
             assert request.sampler is not None
             try:
                 request.accept(*request.sampler.choose(row))
-            except HybridError as error:
-                self._fail(request, error)
+            except Exception as error:
+                request.fail(error)
             if request.finished:
                 self._leave(request)
-        return whole
+        return [*whole]
 
     def _report(self, chunks: Sequence[tuple[Request, int]], sampled: int, result: StepResult, seconds: float) -> None:
         if self.on_step is None:
@@ -294,7 +212,10 @@ class Scheduler:
         rows = sum(rows for _, rows in chunks)
         prompt_rows = sum(_prompt_rows(request, rows) for request, rows in chunks)
         decode_rows = rows - prompt_rows
-        self.on_step(StepRecord(prompt_rows, decode_rows, sampled, result.times, seconds, result.cache))
+        try:
+            self.on_step(StepRecord(prompt_rows, decode_rows, sampled, result.times, seconds, result.cache))
+        except BaseException as error:
+            self.on_step, self.observer_error = None, error
 
 
 def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
@@ -303,7 +224,7 @@ def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
     whole = [rows == request.pending for request, rows in chunks]
     return Batch(
         np.concatenate([r.tokens[r.computed : r.computed + rows] for r, rows in chunks]),
-        np.repeat(_int32([r.slot for r, _ in chunks]), [rows for _, rows in chunks]),
+        np.repeat(_int32([r.sequence for r, _ in chunks]), [rows for _, rows in chunks]),
         np.concatenate(
             [np.arange(at, at + rows, dtype=np.int32) for at, (_, rows) in zip(starts, chunks, strict=True)]
         ),

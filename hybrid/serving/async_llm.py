@@ -1,0 +1,162 @@
+"""The Python API for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.core import Completion, SamplingParams, TextDelta
+from hybrid.errors import HybridError
+from hybrid.serving.intake import Prompt, check_callback
+from hybrid.serving.llm import LLM, last_only
+from hybrid.serving.loop import Loop
+from hybrid.serving.request import Job, Request
+from hybrid.text.chat_template import Message
+
+
+class AsyncLLM:
+    """An LLM whose answers are awaited; threads may go on using the LLM. An async context manager.
+
+    Cancelling a task that waits cancels its requests: they leave within one step, at once if the step is theirs alone.
+    Loading takes a while: `AsyncLLM(await asyncio.to_thread(LLM, "path/to/model"))` in an event loop that runs.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._intake, self._loop = llm._intake, llm._loop
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.llm.__exit__, kind, error, trace)
+
+    async def aclose(self) -> None:
+        """Close the LLM, see there."""
+        await asyncio.to_thread(self.llm.close)
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """As `LLM.generate`; progress is called by the event loop."""
+        check_callback("progress", progress)
+        self._loop.require_open()
+        requests = self._intake.requests(prompts, params)
+        answers = _Answers()
+        for request in requests:
+            request.sink = last_only(answers.put)
+        try:
+            self._loop.submit(requests)
+            for finished in range(1, len(requests) + 1):
+                await answers.get()
+                if progress:
+                    progress(finished, len(requests))
+        finally:
+            self._loop.leave(requests)
+        return [request.completion for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncStream:
+        """As `LLM.stream`, for `async for`."""
+        self._loop.require_open()
+        return AsyncStream(self._loop, self._intake.request(prompt, params))
+
+    async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """As `LLM.chat`."""
+        (completion,) = await self.generate(self.encode_chat(messages), params)
+        return completion
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> AsyncStream:
+        """The same, piece by piece."""
+        return self.stream(self.encode_chat(messages), params)
+
+    async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """As `LLM.logits`."""
+        self._loop.require_open()
+        score = self._intake.score(token_ids)
+        if score.finished:
+            return score.logits
+        answers = _Answers()
+        score.sink = answers.put
+        try:
+            self._loop.submit([score])
+            await answers.get()
+        finally:
+            self._loop.leave([score])
+        return score.logits
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """As `LLM.encode_chat`."""
+        return self._intake.encode_chat(messages)
+
+
+class AsyncStream(AsyncIterator[TextDelta]):
+    """The pieces of one completion, as `Stream` gives them to threads: the request begins with the first `anext`, and
+    closing, cancelling or dropping the stream ends it.
+    """
+
+    def __init__(self, loop: Loop, request: Request) -> None:
+        self._loop, self._request = loop, request
+        self._answers: _Answers | None = None
+        self._over = False
+
+    async def __anext__(self) -> TextDelta:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            if self._answers is None:
+                self._answers = _Answers()
+                self._request.sink = self._answers.put
+                self._loop.submit([self._request])
+            delta: TextDelta = await self._answers.get()
+        except BaseException:
+            self._over = True
+            self._loop.leave(self._begun)
+            raise
+        self._over = delta.finish_reason is not None
+        return delta
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has finished, and wait until its sequence is free."""
+        self._over = True
+        if any(not job.finished for job in self._begun):
+            self._loop.leave(self._begun)
+            with suppress(HybridError):
+                await asyncio.wrap_future(self._loop.post(lambda: None))
+
+    @property
+    def _begun(self) -> list[Job]:
+        return [self._request] if self._answers else []
+
+    def __del__(self) -> None:
+        if getattr(self, "_answers", None) and not self._request.finished:
+            self._loop.drop([self._request])
+
+
+class _Answers:
+    """A queue from the engine's thread to the event loop that runs when it is made."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._event_loop = asyncio.get_running_loop()
+
+    def put(self, answer: Any) -> None:
+        """A sink. Raises RuntimeError once the event loop is closed."""
+        self._event_loop.call_soon_threadsafe(self._queue.put_nowait, answer)
+
+    async def get(self) -> Any:
+        """The next; raised if it is an error."""
+        answer = await self._queue.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer

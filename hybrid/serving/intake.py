@@ -1,0 +1,90 @@
+"""What a caller gives, turned into requests or refused before any of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from hybrid.core import SamplingParams
+from hybrid.errors import RequestError
+from hybrid.serving.request import Limits, Request, Score, Tokens
+from hybrid.serving.sampler import check_params
+from hybrid.text.chat_template import ChatTemplate, Message
+from hybrid.text.detokenizer import TextStream
+from hybrid.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Intake:
+    """Makes the requests of one model; on any thread. What it refuses is a RequestError."""
+
+    def __init__(
+        self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], template: ChatTemplate | None
+    ) -> None:
+        self._limits, self._tokenizer, self._eos_ids, self._template = limits, tokenizer, eos_ids, template
+
+    def requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None) -> list[Request]:
+        """One for each prompt, or none at all."""
+        return [self.request(prompt, params, index) for index, prompt in enumerate(_prompt_list(prompts))]
+
+    def request(self, prompt: Prompt, params: SamplingParams | None, index: int = 0) -> Request:
+        params = SamplingParams() if params is None else params
+        check_params(params)
+        tokens = _token_array(self._encode(prompt) if isinstance(prompt, str) else prompt)
+        if not len(tokens) and self._tokenizer and self._tokenizer.bos_id is not None:
+            tokens = _token_array([self._tokenizer.bos_id])
+        self._limits.check(tokens)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
+        text = TextStream(self._tokenizer, params.stop) if self._tokenizer else None
+        return Request(tokens, params, self._eos_ids, text, index)
+
+    def score(self, token_ids: Sequence[int]) -> Score:
+        """Nothing is to be computed for one without tokens."""
+        tokens = _token_array(token_ids)
+        if len(tokens):
+            self._limits.check(tokens)
+        return Score(tokens, self._limits.vocab)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Messages as the token ids of a prompt, by the model's chat template."""
+        if self._template is None or self._tokenizer is None:
+            raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
+        return self._tokenizer.encode(self._template.render(messages), special_tokens=False)
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer: add its tokenizer.json, or give a list of token ids")
+        return self._tokenizer.encode(prompt)
+
+
+def check_callback(name: str, callback: Any) -> None:
+    """Raise RequestError if it can be called neither now nor never."""
+    if callback is not None and not callable(callback):
+        raise RequestError(f"{name} is {callback!r:.80}; it must be a function, or None")
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    """One text or one list of token ids is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) and not (isinstance(prompts, np.ndarray) and prompts.ndim):
+        raise RequestError(f"prompts must be a text, a list of token ids or a list of these, not {prompts!r:.80}")
+    return [prompts] if len(prompts) and isinstance(prompts[0], Integral) else list(prompts)
+
+
+def _token_array(token_ids: Any) -> Tokens:
+    try:
+        values = np.asarray(token_ids if len(token_ids) else np.empty(0, np.int32))
+    except (TypeError, ValueError):  # no sequence, or lists of several lengths
+        values = np.empty((0, 0))
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise RequestError(f"a prompt must be a text or a list of whole numbers, not {token_ids!r:.80}")
+    wrong = values[(values < 0) | (values >= 2**31)]
+    if len(wrong):
+        raise RequestError(f"{wrong[0]} is not a token id; ids begin at 0 and are smaller than the vocabulary")
+    return values.astype(np.int32)

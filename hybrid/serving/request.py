@@ -1,0 +1,191 @@
+"""What callers ask for, on its way: a prompt to complete, or one to score."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.core import Completion, FinishReason, SamplingParams, TextDelta, TokenLogprob
+from hybrid.errors import CapacityError, RequestError
+from hybrid.serving.sampler import Sampler
+from hybrid.text.detokenizer import TextStream
+
+if TYPE_CHECKING:
+    from hybrid.engine.engine import Engine
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a prompt must keep to. tokens: that a sequence may have, what is produced included."""
+
+    vocab: int
+    tokens: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Limits:
+        return cls(engine.spec.vocab, min(engine.plan.max_seq_len, engine.plan.kv_token_budget))
+
+    def check(self, prompt: Tokens) -> None:
+        """Raise RequestError when the prompt is empty, too long or holds what is not a token."""
+        if not len(prompt):
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(prompt) > self.tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, and a sequence may have {self.tokens} here: "
+                "shorten it or raise --max-seq-len"
+            )
+        wrong = prompt[(prompt < 0) | (prompt >= self.vocab)]
+        if len(wrong):
+            raise RequestError(f"{wrong[0]} is not a token id of this model; allowed: 0 to {self.vocab - 1}")
+
+
+class Job:
+    """What is computed in one sequence for one caller.
+
+    sink: given the results by the engine's thread, an error too; it never waits. unwanted: the caller has left; any
+    thread may set it.
+    """
+
+    def __init__(self, prompt: Tokens) -> None:
+        self.prompt = prompt
+        self.sink: Callable[[Any], None] = _nowhere
+        self.unwanted = False
+        self.error: BaseException | None = None
+        # The scheduler's own.
+        self.sequence: int | None = None
+        self.computed = 0  # leading tokens whose keys and values are in the sequence
+
+    @property
+    def finished(self) -> bool:
+        raise NotImplementedError
+
+    def fail(self, error: BaseException) -> None:
+        """End it by an error."""
+        self.error = error
+
+    def cancel(self) -> None:
+        """End it as it is."""
+        raise NotImplementedError
+
+    def deliver(self) -> None:
+        """Give the sink what it was not given yet."""
+        raise NotImplementedError
+
+
+class Request(Job):
+    """A prompt to complete. The sink gets its deltas; `completion` is whole with the last one.
+
+    prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
+    produced.
+    """
+
+    def __init__(
+        self,
+        prompt: Tokens,
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        text: TextStream | None = None,
+        index: int = 0,
+    ) -> None:
+        super().__init__(prompt)
+        self.params = params
+        self.completion = Completion(prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index)
+        self.deltas: deque[TextDelta] = deque()
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._text = text
+        self._told = 0  # tokens that earlier deltas carried
+        # The scheduler's own, set on admission.
+        self.sampler: Sampler | None = None
+        self.tokens = prompt  # the prompt and what was produced, with room for what may come
+        self.length = len(prompt)
+
+    @property
+    def finished(self) -> bool:
+        return self.completion.finish_reason is not None
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be chosen."""
+        return self.length - self.computed
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a token; finish when it ends the text or the room is used up."""
+        self.tokens[self.length] = token
+        self.length += 1
+        self.completion.token_ids.append(token)
+        if logprob is not None and self.completion.logprobs is not None:
+            self.completion.logprobs.append(logprob)
+        if token in self._eos_ids:
+            return self.finish("stop")
+        piece = self._text.push(token) if self._text else ""
+        if self._text and self._text.stopped:
+            return self.finish("stop", piece)
+        if self.length == len(self.tokens):
+            return self.finish("length", piece)
+        if piece or not self._text:
+            self._tell(piece)
+
+    def finish(self, reason: FinishReason, piece: str = "") -> None:
+        """Give out the last text, whatever was held back included. A second call does nothing."""
+        if self.finished:
+            return
+        if self._text:
+            piece += self._text.finish()
+            if self._text.stopped:
+                reason = "stop"
+        self._tell(piece, reason)
+        self.completion.finish_reason = reason
+
+    def cancel(self) -> None:
+        self.finish("cancelled")
+
+    def fail(self, error: BaseException) -> None:
+        """The error comes in place of a last delta."""
+        super().fail(error)
+        self.completion.finish_reason = "cancelled"
+
+    def deliver(self) -> None:
+        while self.deltas:
+            self.sink(self.deltas.popleft())
+        if self.error is not None:
+            self.sink(self.error)
+
+    def _tell(self, piece: str, reason: FinishReason | None = None) -> None:
+        completion = self.completion
+        completion.text += piece
+        fresh = tuple(completion.token_ids[self._told :])
+        self._told = len(completion.token_ids)
+        self.deltas.append(TextDelta(piece, fresh, reason, completion.index))
+
+
+class Score(Job):
+    """A prompt to score: next-token logits at every position, float32 [len(prompt), vocab], which the sink gets."""
+
+    def __init__(self, prompt: Tokens, vocab: int) -> None:
+        super().__init__(prompt)
+        try:
+            self.logits = np.empty((len(prompt), vocab), np.float32)
+        except MemoryError:
+            size = 4 * len(prompt) * vocab
+            raise CapacityError(f"the logits of {len(prompt)} tokens need {size} bytes; give a shorter text") from None
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or self.computed == len(self.prompt)
+
+    def cancel(self) -> None:
+        self.fail(RequestError("scoring was cancelled"))
+
+    def deliver(self) -> None:
+        self.sink(self.logits if self.error is None else self.error)
+
+
+def _nowhere(result: object) -> None:
+    """The sink of what nobody waits for."""
