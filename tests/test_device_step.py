@@ -258,7 +258,7 @@ def _no_memory() -> None:
     ("part", "words"),
     [
         ((0, 0, np.array([10**6])), "token id 1000000 is outside the vocabulary"),
-        ((4, 0, np.array([1])), "slot 4 of 4"),
+        ((4, 0, np.array([1])), "sequence 4 of 4"),
         ((0, 512, np.array([1])), "position 512 of 512"),
         ((0, 0, np.zeros(65, int)), "a step of 65 rows"),
     ],

@@ -211,7 +211,7 @@ def test_steps_outside_the_plan_are_refused(saved, opened) -> None:
     engine = opened(max_seq_len=64, max_batch=2, chunk_size=32)
     for part, message in [
         ((0, 0, saved.tokens[:33]), "33 rows; planned for 1 to 32"),
-        ((2, 0, saved.tokens[:1]), "slot 2 of 2"),
+        ((2, 0, saved.tokens[:1]), "sequence 2 of 2"),
         ((0, 64, saved.tokens[:1]), "position 64 of 64"),
         ((0, 0, np.array([131])), "token id 131 is outside the vocabulary of 131"),
     ]:

@@ -72,8 +72,8 @@ class Layer {
     for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, gate_up(routing, node), node);
     for (int node = 0; node < pool_->nodes(); ++node) executor_.add(Part::moe, down(routing, node), node);
     JoinArgs join{};
-    join.nodes = pool_->nodes();
-    for (int node = 0; node < join.nodes; ++node) join.partials[node] = partial(node);
+    join.partials.count = pool_->nodes();
+    for (int node = 0; node < join.partials.count; ++node) join.partials.of[node] = partial(node);
     join.output = residual_.data();
     join.width = join.output_stride = kHidden;
     executor_.add(Part::moe, join);

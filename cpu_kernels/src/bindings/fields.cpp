@@ -1,5 +1,7 @@
 #include "bindings/fields.h"
 
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
 #include <stdexcept>
 
