@@ -54,7 +54,7 @@ class Ours:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._filled = [0] * engine.plan.slots
+        self._filled = [0] * engine.plan.sequences
 
     def touch(self) -> None:
         """Map the pages of all weights."""

@@ -33,7 +33,7 @@ from hybrid.commands.console import exit_codes, progress_bar, run_app
 from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
 from hybrid.machine import gpu as usable
-from hybrid.plan.roofline import Cost
+from hybrid.models.layers.base import Cost
 
 if TYPE_CHECKING:
     from device_cases import Layer, Limits, Place, Sample

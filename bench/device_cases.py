@@ -32,7 +32,7 @@ from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.graphs import capture_on
 from hybrid.machine.gpu import driver_version, free_bytes
 from hybrid.machine.hardware import memory, probe
-from hybrid.plan.roofline import Cost
+from hybrid.models.layers.base import Cost
 
 TRIES = 10  # of a limit, the best of which counts
 PRODUCTS = 4  # in a try of the matrix peak

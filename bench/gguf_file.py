@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.files import disk_errors
 from hybrid.models.spec import ModelSpec
+from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.pack import source_fingerprint
@@ -100,7 +101,7 @@ def file_tensors(checkpoint: Checkpoint, type_name: str) -> list[Tensor]:
 def _check_model(spec: ModelSpec) -> None:
     """Raise ConfigError for a model that the architecture qwen3moe of llama.cpp does not describe."""
     layer = spec.layers[0]
-    attention, router = layer.attention, layer.feed_forward.router
+    attention, router = layer.mixer, layer.feed_forward.router
     plain = not (attention.qkv_bias or attention.out_bias or attention.window)
     reasons = {
         f"model_type {spec.model_type!r} is not 'qwen3_moe'": spec.model_type != "qwen3_moe",
@@ -124,19 +125,20 @@ def _outer(checkpoint: Checkpoint, type_: gguf.GGMLQuantizationType) -> Iterator
 
 
 def _attention(checkpoint: Checkpoint, layer: int, type_: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
-    names = checkpoint.spec.names
+    names = in_layer(checkpoint.spec.layers[layer].mixer.names, layer)
     matrices = {"attn_q": names.q, "attn_k": names.k, "attn_v": names.v, "attn_output": names.out}
-    norms = {"attn_norm": names.attention_norm, "attn_q_norm": names.q_norm, "attn_k_norm": names.k_norm}
+    norms = {"attn_norm": names.norm, "attn_q_norm": names.q_norm, "attn_k_norm": names.k_norm}
     for role, name in (matrices | norms).items():
         kind = type_ if role in matrices else F32
-        yield _tensor(checkpoint, f"blk.{layer}.{role}", name.format(layer=layer), kind)
+        yield _tensor(checkpoint, f"blk.{layer}.{role}", name, kind)
 
 
 def _experts(checkpoint: Checkpoint, layer: int, type_: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
-    names, ffn, hidden = checkpoint.spec.names, checkpoint.spec.layers[layer].feed_forward, checkpoint.spec.hidden
-    yield _tensor(checkpoint, f"blk.{layer}.ffn_norm", names.feed_forward_norm.format(layer=layer), F32)
-    yield _tensor(checkpoint, f"blk.{layer}.ffn_gate_inp", names.router.format(layer=layer), F32)
-    experts = [checkpoint.feed_forward(layer, expert) for expert in range(ffn.experts)]
+    ffn, hidden = checkpoint.spec.layers[layer].feed_forward, checkpoint.spec.hidden
+    names, origin = in_layer(ffn.names, layer), ffn.origin(checkpoint.spec.place(layer, checkpoint.native))
+    yield _tensor(checkpoint, f"blk.{layer}.ffn_norm", names.norm, F32)
+    yield _tensor(checkpoint, f"blk.{layer}.ffn_gate_inp", names.router, F32)
+    experts = [checkpoint.gated(origin, expert) for expert in range(ffn.experts)]
     wide, narrow = (ffn.intermediate, hidden), (hidden, ffn.intermediate)
     for index, (role, shape) in enumerate((("gate", wide), ("up", wide), ("down", narrow))):
         source = tuple(expert[index] for expert in experts)
@@ -176,7 +178,7 @@ def _write(spec: ModelSpec, path: Path, type_name: str, tensors: list[Tensor], a
 
 
 def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> None:
-    attention, ffn = spec.layers[0].attention, spec.layers[0].feed_forward
+    attention, ffn = spec.layers[0].mixer, spec.layers[0].feed_forward
     assert attention.rope is not None and ffn.router is not None  # checked by _check_model
     writer.add_file_type(FILE_TYPES[type_name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -195,7 +197,7 @@ def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> N
     writer.add_value_length(attention.head_dim)
     writer.add_rope_dimension_count(attention.rope.dim)
     writer.add_rope_freq_base(attention.rope.theta)
-    writer.add_layer_norm_rms_eps(spec.norm.eps)
+    writer.add_layer_norm_rms_eps(spec.eps)
 
 
 def _encoded(tensor: Tensor) -> npt.NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -17,12 +18,15 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import down_offset, expert_bytes, packed_bytes
+from hybrid.formats.rows import SUM_INPUTS, int8_row_bytes, row_bytes, row_stride
 from hybrid.machine.hardware import memory
-from hybrid.models.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
-from hybrid.plan.plan import kv_geometry, kv_head_bytes, scratch_bytes
-from hybrid.plan.program import SUM_INPUTS, int8_row_bytes, key_dim, row_bytes, row_stride, value_dim
-from hybrid.plan.roofline import Cost
-from hybrid.weights.layout import BLOCK, down_offset, expert_bytes, packed_bytes
+from hybrid.models.layers.base import Cost
+from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
+from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.plan.kv_layout import lay_out_kv
 
 COLD_BYTES = 512 << 20  # what a step reads at least, while reading is what takes its time: more than caches hold
 COLD_ROWS = 32  # more rows than this are bound by arithmetic
@@ -49,9 +53,9 @@ class Shape:
 
     def spec(self, layers: int = 1) -> ModelSpec:
         """A model of so many such layers, for the sizes that the planner computes."""
-        attention = AttentionSpec(self.heads, self.kv_heads, self.head_dim, rope=None)
-        layer = LayerSpec(attention, FeedForwardSpec(self.intermediate, self.experts))
-        return ModelSpec("bench", 1, self.hidden, (layer,) * layers, NormSpec(1e-6), max_position=1 << 30)
+        attention = GroupedQueryAttention(self.heads, self.kv_heads, self.head_dim, rope=None)
+        layer = LayerSpec(attention, FeedForward(self.intermediate, self.experts))
+        return ModelSpec("bench", 1, self.hidden, (layer,) * layers, eps=1e-6, max_position=1 << 30)
 
 
 class Memory:
@@ -149,24 +153,33 @@ class Case:
     cost: Cost
     output: Array  # what the ops write: [rows, padded width]
 
-    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]], scratch: int) -> None:
-        """places: slot and position of each row of the step."""
-        self._memory = Memory()
-        self._slots, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
+    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, places: list[tuple[int, int]]) -> None:
+        """places: sequence and position of each row of the step."""
+        self._memory, self._pool, self._isa = Memory(), pool, isa
+        self._ops: list[tuple[str, dict[str, Any]]] = []
+        self._sequences, self._positions = (np.array(column, np.int32) for column in zip(*places, strict=True))
         self._tokens, self._no_rows = np.zeros(len(places), np.int32), np.zeros(0, np.int32)
         self._no_logits = np.zeros((0, 1), np.float32)
-        self._executor = cpu_kernels.Executor(
-            isa=isa, pool=pool, rows=len(places), slots=int(self._slots.max()) + 1,
+
+    @cached_property
+    def _executor(self) -> cpu_kernels.Executor:
+        rows = len(self._tokens)
+        scratch = max(cpu_kernels.scratch_bytes(op, self._isa, rows, **arguments) for op, arguments in self._ops)
+        executor = cpu_kernels.Executor(
+            isa=self._isa, pool=self._pool, rows=rows, sequences=int(self._sequences.max()) + 1,
             positions=int(self._positions.max()) + 1, vocab=1, scratch_bytes=scratch,
         )  # fmt: skip
+        for op, arguments in self._ops:
+            getattr(executor, op)(part=cpu_kernels.Part.other, **arguments)
+        return executor
 
     def run(self) -> float:
         """Seconds that the ops of a step took."""
-        times = self._executor.step(self._tokens, self._slots, self._positions, self._no_rows, self._no_logits)
+        times = self._executor.step(self._tokens, self._sequences, self._positions, self._no_rows, self._no_logits)
         return float(sum(times))
 
     def _add(self, op: str, **arguments: Any) -> None:
-        getattr(self._executor, op)(part=cpu_kernels.Part.other, **arguments)
+        self._ops.append((op, arguments))
 
 
 def _operations(format: str, products: float) -> Cost:
@@ -181,7 +194,7 @@ class Gemm(Case):
     """rows x hidden times hidden x columns, on one matrix after another."""
 
     def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         format, k = weights.format, shape.hidden
         self.calls = weights.copies if rows <= COLD_ROWS else 2
         size, stride = packed_bytes(format, shape.columns, k), row_stride(shape.columns)
@@ -202,7 +215,7 @@ class Moe(Case):
     def __init__(
         self, pool: cpu_kernels.ThreadPool, isa: str, shape: Shape, weights: Weights, rows: int, routing: str
     ) -> None:
-        super().__init__(pool, isa, _one_sequence(rows), scratch_bytes(shape.spec(), rows, isa, "bf16"))
+        super().__init__(pool, isa, _one_sequence(rows))
         self._shape, self._weights, self._pairs = shape, weights, rows * shape.top_k
         self.calls = -(-shape.experts // self._pairs)
         ids = choose_experts(shape, routing, self.calls, rows)
@@ -272,8 +285,8 @@ class Attention(Case):
         layer = shape.spec().layers[0]
         sequences, last = (rows, shape.depth) if decode else (1, shape.depth + rows - 1)
         places = [(row, last) for row in range(rows)] if decode else [(0, shape.depth + row) for row in range(rows)]
-        super().__init__(pool, isa, places, scratch_bytes(shape.spec(), rows, isa, kv_format))
-        read = sequences * (last + 1) * shape.kv_heads * kv_head_bytes(layer, kv_format)
+        super().__init__(pool, isa, places)
+        read = sequences * (last + 1) * shape.kv_heads * layer.mixer.token_bytes(kv_format)
         self.calls = max(2, -(-COLD_BYTES // read) if rows <= COLD_ROWS else 2)
         self._attend(shape, kv_format, rows, sequences, last + 1)
         pairs = rows * (shape.depth + 1) if decode else rows * shape.depth + rows * (rows + 1) / 2
@@ -284,9 +297,9 @@ class Attention(Case):
         width, blocks = shape.heads * shape.head_dim, -(-tokens // cpu_kernels.KEY_BLOCK)
         self.output = self._memory.bytes(rows * row_stride(width) * 2).view(ml_dtypes.bfloat16).reshape(rows, -1)
         places = {
-            "q": put(activation_rows(rows, shape.heads * key_dim(layer), "bf16")),
+            "q": put(activation_rows(rows, shape.heads * layer.mixer.key_dim, "bf16")),
             "output": self.output.ctypes.data,
-            "states": space(sequences * blocks * shape.heads * (value_dim(layer) + STATE_EXTRA) * 4),
+            "states": space(sequences * blocks * shape.heads * (layer.mixer.value_dim + STATE_EXTRA) * 4),
         }
         for layout in self._layouts(shape, kv_format, sequences, tokens):
             self._add(
@@ -297,18 +310,10 @@ class Attention(Case):
     def _layouts(self, shape: Shape, kv_format: str, sequences: int, tokens: int) -> list[cpu_kernels.KvLayout]:
         """Keys and values of as many layers as there are calls."""
         spec = shape.spec(self.calls)
-        kv = kv_geometry(spec, tokens, kv_format)
-        pages = self._memory.bytes(sequences * kv.slot_stride)
+        kv = lay_out_kv(spec, tokens, kv_format)
+        pages = self._memory.bytes(sequences * kv.sequence_stride)
         pages[...] = KV_BYTE
-        return [
-            cpu_kernels.KvLayout(
-                base=int(pages.ctypes.data) + kv.layer_offsets[i], slot_stride=kv.slot_stride,
-                head_stride=kv.head_strides[i], value_offset=kv.value_offsets[i], key_dim=key_dim(layer),
-                value_dim=value_dim(layer), format=_format(kv_format), key_scales_offset=kv.key_scale_offsets[i],
-                value_scales_offset=kv.value_scale_offsets[i],
-            )
-            for i, layer in enumerate(spec.layers)
-        ]  # fmt: skip
+        return [kv.bound(layer, int(pages.ctypes.data)) for layer in range(len(spec.layers))]
 
 
 def _one_sequence(rows: int) -> list[tuple[int, int]]:

@@ -33,7 +33,7 @@ from hybrid.config import KV_FORMATS, EngineConfig, check_config
 from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
 from hybrid.machine.hardware import HardwareSpec, choose_isa, probe
-from hybrid.plan.roofline import Cost
+from hybrid.models.layers.base import Cost
 
 PROBE_BYTES = 1 << 30
 PROBE_ROUNDS = 4_000_000

@@ -29,8 +29,8 @@ from hybrid.config import EngineConfig
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
 from hybrid.errors import KernelError
+from hybrid.models.layers.base import Cost
 from hybrid.plan.resolve import plan_model
-from hybrid.plan.roofline import Cost
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store
 
@@ -96,7 +96,7 @@ class OurLayer:
         ctypes.memmove(self._address(op, argument), values.ctypes.data, values.nbytes)
 
     def _address(self, op: str, argument: str) -> int:
-        return self.engine.buffer(self._ops[op].arguments[argument].name)
+        return self.engine.addresses.buffer(self._ops[op].arguments[argument].name)
 
 
 class TheirLayer:
@@ -113,7 +113,8 @@ class TheirLayer:
             ffn.experts, ffn.router.top_k, hidden, ffn.intermediate, self._on_gpu.data_ptr()
         )
         config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, rows
-        matrices = [[m.floats(0, m.count) for m in checkpoint.feed_forward(0, e)] for e in range(ffn.experts)]
+        origin = ffn.origin(checkpoint.spec.place(0, checkpoint.native))
+        matrices = [[m.floats(0, m.count) for m in checkpoint.gated(origin, e)] for e in range(ffn.experts)]
         for index, name in enumerate(("gate_projs", "up_projs", "down_projs")):
             setattr(config, name, [[expert[index].ctypes.data for expert in matrices]])
         for name in ("gate_scales", "up_scales", "down_scales"):

@@ -13,7 +13,6 @@ from hybrid.commands.measure import PROBE_BYTES, Test
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.files import write_json
 from hybrid.models import model_spec
-from hybrid.weights.checkpoints.expected import tensor_shapes
 from hybrid.weights.checkpoints.huggingface import Checkpoint, read_config
 from hybrid.weights.pack import source_fingerprint
 
@@ -27,7 +26,7 @@ def synthetic(like: str, layers: int, folder: Path) -> Path:
         raise ConfigError(f"--like {like!r} is unknown; known: {', '.join(CONFIGS)}")
     path, config = folder / f"{like}-{layers}-layers", make_config(like, layers=layers)
     if not (path / "config.json").is_file():
-        size = 2e-9 * sum(int(np.prod(shape)) for _, shape in tensor_shapes(model_spec(config)))
+        size = 2e-9 * sum(int(np.prod(shape)) for _, shape in model_spec(config).checkpoint_shapes())
         say(
             f"note: writing a checkpoint of {size:.1f} GB to {path}; bf16 takes {2 * size:.1f} GB more there, "
             f"int8 {1.06 * size:.1f}, int4 {0.56 * size:.1f}; it is used again, delete it when you are done"
@@ -80,7 +79,7 @@ def layers_that_fit(checkpoint: Checkpoint, type_name: str, tests: Sequence[Test
 
 def _kv_bytes(checkpoint: Checkpoint, tests: Sequence[Test]) -> int:
     """Keys and values of a layer in both engines, and llama.cpp's saved state of every depth."""
-    attention = checkpoint.spec.layers[0].attention
+    attention = checkpoint.spec.layers[0].mixer
     token = 2 * attention.kv_heads * attention.head_dim * F16_BYTES
     alone = max((test.length for test in tests if test.batch == 1), default=0)
     together = max((test.batch * test.length for test in tests if test.batch > 1), default=0)

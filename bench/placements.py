@@ -262,6 +262,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
     parser.add_argument("--cache-nways", type=int, default=4)
     parser.add_argument("--policies", default="LRU,LFU,SIEVE", help="or all")
     parser.add_argument("--admissions", default="always,break-even", help="or all")
+    parser.add_argument("--cache-delay", type=int, help="layers after which copies end, so that hits can be repeated")
     parser.add_argument("--overlap", default="none", choices=OVERLAPS)
     parser.add_argument("--gpu-kv-tokens", type=int)
     parser.add_argument("--device-memory-gb", type=float, default=DeviceConfig.memory_gb)
@@ -287,7 +288,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, argparse.Nam
     )
     if base.device not in ("simulated", "cuda"):
         raise ConfigError(f"--device {base.device!r} has no slots to compare; allowed: simulated, cuda")
-    cache = CacheConfig(found.cache_nblocks, found.cache_nways, prefetch=OVERLAPS[found.overlap])
+    shape, prefetch = (found.cache_nblocks, found.cache_nways), OVERLAPS[found.overlap]
+    cache = CacheConfig(*shape, prefetch=prefetch, delay=found.cache_delay)
     policies, admissions = _names(found.policies, tuple(POLICIES)), _names(found.admissions, tuple(ADMISSIONS))
     for target in found.timeline:
         check_target(target)

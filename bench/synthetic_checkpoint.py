@@ -12,12 +12,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import typer
-from hybrid.formats.fp8 import SQUARE
 
 from hybrid.errors import HybridError
 from hybrid.files import atomic_file, write_json
+from hybrid.formats.fp8 import SQUARE
 from hybrid.models import model_spec
-from hybrid.weights.checkpoints.expected import tensor_shapes
 from hybrid.weights.checkpoints.huggingface import INDEX
 from hybrid.weights.shard import gap, make_header
 
@@ -153,7 +152,7 @@ def write_checkpoint(out: Path, config: dict[str, Any], seed: int, shard_bytes: 
 def published_tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors of a published checkpoint: bf16, or with what its quantization_config says in mxfp4 or fp8."""
     spec, method = model_spec(config), config.get("quantization_config", {}).get("quant_method")
-    for name, shape in tensor_shapes(spec, "mxfp4" if method == "mxfp4" else "apart"):
+    for name, shape in spec.checkpoint_shapes("mxfp4" if method == "mxfp4" else "apart"):
         if method == "mxfp4" and name.endswith(("_blocks", "_scales")):
             yield Tensor(name, "U8", shape)
         elif method == "fp8" and name.endswith("_proj.weight"):

@@ -15,7 +15,8 @@ from typing import Any
 from kernel_cases import Shape
 
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import BLOCK, K_ALIGN, packed_bytes, round_up
+from hybrid.formats.block import BLOCK, K_ALIGN, round_up
+from hybrid.formats.packed import packed_bytes
 
 TILE_ROWS = 16  # of the left operand
 FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 3}  # with fewer AVX-512 multiplies, without tiles

@@ -18,6 +18,7 @@ from cpu_kernels._ext import (
     peak_flops,
     peak_int_ops,
     read_bandwidth,
+    scratch_bytes,
 )
 
 KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
@@ -44,4 +45,5 @@ __all__ = [
     "peak_flops",
     "peak_int_ops",
     "read_bandwidth",
+    "scratch_bytes",
 ]

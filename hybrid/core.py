@@ -104,13 +104,14 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: rows of decode and prefill mixed. Rows of one slot are adjacent and their positions ascend by one.
+    """One step: rows of decode and prefill mixed. Rows of one sequence are adjacent and their positions ascend by one.
 
-    token_ids, slots, positions: int32 [rows]. logit_rows: int32 [n], ascending rows whose next-token logits are wanted.
+    token_ids, sequences, positions: int32 [rows]. sequences: the place of each row's sequence, from 0 to the plan's
+    number of sequences. logit_rows: int32 [n], ascending rows whose next-token logits are wanted.
     """
 
     token_ids: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
     logit_rows: npt.NDArray[np.int32]
 

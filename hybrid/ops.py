@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Kv:
-    """The KV layout of a layer."""
+class State:
+    """Where the mixer of a layer keeps what it knows of sequences: their keys and values."""
 
     layer: int
 
@@ -46,7 +47,7 @@ class RoutingTable:
 class Callback:
     """What the engine does at this point of a step, `kind` of it, in a layer.
 
-    layer: of those with experts, counting them alone; with a kind of `hybrid.plan.passes.gpu_step`, of all.
+    layer: of those with experts, counting them alone; with a kind of `plan/passes/gpu_step.py`, of all.
     """
 
     kind: str
@@ -73,7 +74,8 @@ class Op:
     """One kernel call. `arguments` are numbers or one of the references above; None is a null address, and a tuple
     of references a list of addresses.
 
-    split: how many independent units the threads share, and what they are called.
+    split: how many independent units the threads share, and what they are called. layer, half: which half of which
+    layer it belongs to; those outside the layers belong to none.
     """
 
     kind: str
@@ -81,3 +83,34 @@ class Op:
     arguments: dict[str, Any]
     split: tuple[int, str]
     layer: int | None = None
+    half: Literal["", "mixer", "feed_forward"] = ""
+
+
+# Every kind of op, and how memory nodes share it: each has output columns of its own, or a part of the intermediate
+# dimension of experts; whole: all threads share it, as they do on one node.
+KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
+    "embed": "whole",
+    "rope_table": "whole",
+    "norm": "whole",
+    "quantise": "intermediate",
+    "gemm": "columns",
+    "qkv": "whole",
+    "attention": "whole",
+    "router": "whole",
+    "topk": "whole",
+    "group": "whole",
+    "gate_up": "intermediate",
+    "down": "intermediate",
+    "combine": "whole",
+    "join": "whole",
+    "host": "whole",
+}
+
+
+def require_known(ops: Iterable[Op]) -> list[Op]:
+    """The ops, or ValueError for one whose kind is not in KINDS: no pass may guess what it means."""
+    found = list(ops)
+    unknown = sorted({op.kind for op in found} - set(KINDS))
+    if unknown:
+        raise ValueError(f"ops of kind {', '.join(unknown)} are unknown; known: {', '.join(KINDS)}: add them to KINDS")
+    return found

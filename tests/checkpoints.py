@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from hybrid.formats.mix import parse_mix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoints.expected import tensor_shapes
 from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.pack import pack
 from hybrid.weights.store import Store
 
@@ -85,14 +85,14 @@ def random_tensors(
     stacked = fused or config["model_type"] in STACKED
     return {
         name: _random(random, name, shape).astype(DTYPES[dtype])
-        for name, shape in tensor_shapes(model_spec(config), "fused" if stacked else "apart")
+        for name, shape in model_spec(config).checkpoint_shapes("fused" if stacked else "apart")
     }
 
 
 def mxfp4_tensors(spec: ModelSpec, exponents: tuple[int, int] = (110, 125), seed: int = 2) -> dict[str, np.ndarray]:
     """The same as published in mxfp4: experts of random codes, and of exponents from the first up to the second."""
     random, found = np.random.default_rng(seed), {}
-    for name, shape in tensor_shapes(spec, "mxfp4"):
+    for name, shape in spec.checkpoint_shapes("mxfp4"):
         if name.endswith("_blocks"):
             found[name] = random.integers(0, 256, shape, np.uint8)
         elif name.endswith("_scales"):
@@ -177,6 +177,12 @@ def save_with_transformers(
     model = model.to(torch_dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=not fused)
     return model
+
+
+def gated(checkpoint: Checkpoint, layer: int, expert: int) -> tuple[Source, Source, Source]:
+    """Gate, up and down of one expert, or of a dense layer."""
+    spec = checkpoint.spec
+    return checkpoint.gated(spec.layers[layer].feed_forward.origin(spec.place(layer, checkpoint.native)), expert)
 
 
 def packed(source: Path, mix: str = "auto") -> Store:

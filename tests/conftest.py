@@ -5,9 +5,11 @@ they do not name a device.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
 from rig import ISAS
 
 for name in list(os.environ):
@@ -18,8 +20,12 @@ for name in list(os.environ):
 os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
+settings.load_profile("any")
 
 
 @pytest.fixture(params=ISAS)

@@ -15,6 +15,7 @@ from hybrid.engine.experts.slot_program import SlotProgram
 from hybrid.machine import gpu as usable
 
 ROOM = 10**9  # bytes of the device
+CPU_SECONDS = 1e-6, 1e-7  # what an expert costs the threads: not measured, so that no clock decides what is streamed
 
 
 class SlotCompute:
@@ -53,6 +54,7 @@ def put(
         return made[-1]
 
     monkeypatch.setattr(EngineConfig, "step_device", step_device)
+    monkeypatch.setattr(Engine, "_cpu_seconds", lambda engine: CPU_SECONDS)
     monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
     monkeypatch.setattr(devices, "cuda_parts", lambda step: (make, partial(compute, step=step) if step else compute))
     monkeypatch.setattr(usable, "why_unusable", lambda: None)

@@ -9,8 +9,9 @@ import numpy as np
 from checkpoints import write_tensors
 
 from hybrid.formats import FORMATS
+from hybrid.formats.packed import down_offset
 from hybrid.models.spec import LayerSpec
-from hybrid.weights.layout import down_offset, qkv_width
+from hybrid.models.tensors import in_layer
 from hybrid.weights.pack import model_config
 from hybrid.weights.store import Store
 
@@ -42,65 +43,63 @@ def _outer(store: Store) -> Named:
 
 
 def _attention(store: Store, index: int) -> Named:
-    spec, names, prefix = store.spec, store.spec.names, f"layers.{index}.attention"
-    layer = spec.layers[index]
-    attention, width = layer.attention, qkv_width(layer)
+    spec, prefix = store.spec, f"layers.{index}.attention"
+    attention = spec.layers[index].mixer
+    names, width = in_layer(attention.names, index), attention.qkv_width
     ends = np.cumsum([attention.heads, attention.kv_heads]) * attention.head_dim
     fused = _matrix(store, f"{prefix}.qkv", width, spec.hidden)
-    yield names.attention_norm.format(layer=index), store.array(f"{prefix}.norm")
-    parts = [name.format(layer=index) for name in (names.q, names.k, names.v)]
+    yield names.norm, store.array(f"{prefix}.norm")
+    parts = [names.q, names.k, names.v]
     yield from zip(parts, np.split(fused, ends), strict=True)
     if attention.qkv_bias:
         biases = np.split(store.array(f"{prefix}.qkv_bias")[:width], ends)
         yield from zip(map(_bias, parts), biases, strict=True)
-    out = names.out.format(layer=index)
+    out = names.out
     yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.heads * attention.head_dim)
     if attention.out_bias:
         yield _bias(out), store.array(f"{prefix}.out_bias")[: spec.hidden]
     if attention.qk_norm == "head":
-        yield names.q_norm.format(layer=index), store.array(f"{prefix}.q_norm")
-        yield names.k_norm.format(layer=index), store.array(f"{prefix}.k_norm")
+        yield names.q_norm, store.array(f"{prefix}.q_norm")
+        yield names.k_norm, store.array(f"{prefix}.k_norm")
     if attention.sinks:
-        yield names.sinks.format(layer=index), store.array(f"{prefix}.sinks")
+        yield names.sinks, store.array(f"{prefix}.sinks")
 
 
 def _feed_forward(store: Store, index: int) -> Named:
-    names, layer = store.spec.names, store.spec.layers[index]
-    yield names.feed_forward_norm.format(layer=index), store.array(f"layers.{index}.ffn.norm")
+    layer = store.spec.layers[index]
+    names = in_layer(layer.feed_forward.names, index)
+    yield names.norm, store.array(f"layers.{index}.ffn.norm")
     if not layer.feed_forward.is_moe:
-        parts = [name.format(layer=index) for name in (names.gate, names.up, names.down)]
-        yield from zip(parts, _expert(store, index, layer, 0), strict=True)
+        yield from zip(names.dense.of_expert(0), _expert(store, index, layer, 0), strict=True)
         return
-    router, ffn = names.router.format(layer=index), layer.feed_forward
+    router, ffn = names.router, layer.feed_forward
     scores = store.array(f"layers.{index}.ffn.router")
     yield router, scores[: ffn.experts]
     if ffn.shared_gate:
-        yield names.shared_gate.format(layer=index), scores[ffn.experts :]
+        yield names.shared_gate, scores[ffn.experts :]
     if ffn.shared_intermediate:
-        shared = (names.shared_gate_proj, names.shared_up_proj, names.shared_down_proj)
-        parts = [name.format(layer=index) for name in shared]
+        parts = names.shared.of_expert(0)
         yield from zip(parts, _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate), strict=True)
     if ffn.router and ffn.router.bias:
         yield _bias(router), store.array(f"layers.{index}.ffn.router_bias")
-    if names.fused_transposed:
+    if names.experts.fused_transposed:
         yield from _stacked(store, index, layer)
         return
     for expert in range(ffn.experts):
-        apart = (names.expert_gate, names.expert_up, names.expert_down)
-        parts = [name.format(layer=index, expert=expert) for name in apart]
-        yield from zip(parts, _expert(store, index, layer, expert), strict=True)
+        yield from zip(names.experts.of_expert(expert), _expert(store, index, layer, expert), strict=True)
 
 
 def _stacked(store: Store, index: int, layer: LayerSpec) -> Named:
     """The experts of gpt-oss with their biases, as transformers holds them."""
-    names, ffn, prefix = store.spec.names, layer.feed_forward, f"layers.{index}.ffn"
+    ffn, prefix = layer.feed_forward, f"layers.{index}.ffn"
+    names = in_layer(ffn.names.experts, index)
     gate, up, down = map(np.stack, zip(*(_expert(store, index, layer, e) for e in range(ffn.experts)), strict=True))
     both = np.stack([gate, up], axis=2).reshape(ffn.experts, -1, store.spec.hidden)
     blocks = store.array(f"{prefix}.gate_up_bias").transpose(0, 1, 3, 2).reshape(ffn.experts, -1)
     biases = blocks[:, : both.shape[1]], store.array(f"{prefix}.down_bias")[:, : store.spec.hidden]
     for name, weight, bias in zip((names.fused_gate_up, names.fused_down), (both, down), biases, strict=True):
-        yield name.format(layer=index), weight.transpose(0, 2, 1)
-        yield f"{name.format(layer=index)}_bias", bias
+        yield name, weight.transpose(0, 2, 1)
+        yield f"{name}_bias", bias
 
 
 def _expert(store: Store, index: int, layer: LayerSpec, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from hybrid.machine.memory import MemoryGrant
 @dataclass(frozen=True)
 class DummyPlan:
     max_seq_len: int = 64
-    slots: int = 4
+    sequences: int = 4
     max_rows: int = 8
     kv_token_budget: int = 256
     threads: int = 1
@@ -38,20 +38,20 @@ class DummyEngine:
         self.closed = False
         self._fail = fail or (lambda batch: None)
         self._next = next_token or (lambda tokens: reference_token(tokens, vocab))
-        self.slots: dict[int, list[int]] = {}
+        self.sequences: dict[int, list[int]] = {}
 
     def forward(self, batch: Batch) -> StepResult:
         assert not self.closed
         self._check(batch)
         self.steps.append(batch)
         self._fail(batch)
-        rows = [self._write(*row) for row in zip(batch.token_ids, batch.slots, batch.positions, strict=True)]
+        rows = [self._write(*row) for row in zip(batch.token_ids, batch.sequences, batch.positions, strict=True)]
         logits = np.stack([rows[i] for i in batch.logit_rows]) if len(batch.logit_rows) else self._none()
         return StepResult(logits, StepTimes(0.001, 0.002, 0.003, 0.004, 0.0, 0.010))
 
     def release(self, slot: int) -> None:
         assert not self.closed
-        self.slots.pop(slot, None)
+        self.sequences.pop(slot, None)
 
     def close(self) -> None:
         self.closed = True
@@ -60,7 +60,7 @@ class DummyEngine:
         return np.empty((0, self.spec.vocab), np.float32)
 
     def _write(self, token: int, slot: int, position: int) -> np.ndarray:
-        tokens = self.slots.setdefault(int(slot), [])
+        tokens = self.sequences.setdefault(int(slot), [])
         assert position == len(tokens), "a row must follow the tokens that its slot holds"
         tokens.append(int(token))
         logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))
@@ -71,18 +71,18 @@ class DummyEngine:
         """There is no device."""
 
     def _check(self, batch: Batch) -> None:
-        arrays = (batch.token_ids, batch.slots, batch.positions, batch.logit_rows)
+        arrays = (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
         assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)
         rows = len(batch.token_ids)
-        assert 0 < rows == len(batch.slots) == len(batch.positions) <= self.plan.max_rows
+        assert 0 < rows == len(batch.sequences) == len(batch.positions) <= self.plan.max_rows
         assert np.all(np.diff(batch.logit_rows) > 0)
         assert all(0 <= row < rows for row in batch.logit_rows)
-        assert batch.slots.min() >= 0 and batch.slots.max() < self.plan.slots
+        assert batch.sequences.min() >= 0 and batch.sequences.max() < self.plan.sequences
         assert batch.positions.min() >= 0 and batch.positions.max() < self.plan.max_seq_len
-        same = np.diff(batch.slots) == 0
+        same = np.diff(batch.sequences) == 0
         assert np.all(np.diff(batch.positions)[same] == 1)
-        assert 1 + np.count_nonzero(~same) == len(set(batch.slots.tolist())), "rows of a slot must be adjacent"
-        assert sum(map(len, self.slots.values())) <= self.plan.kv_token_budget
+        assert 1 + np.count_nonzero(~same) == len(set(batch.sequences.tolist())), "rows of a slot must be adjacent"
+        assert sum(map(len, self.sequences.values())) <= self.plan.kv_token_budget
 
 
 def reference_token(tokens: list[int], vocab: int) -> int:

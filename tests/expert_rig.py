@@ -11,7 +11,8 @@ from rig import BF16, Rig, aligned, format_of, int8_row_bytes, placed, random_bf
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import BLOCK, down_offset, pack_expert, round_up
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.packed import down_offset, pack_expert
 
 
 @dataclass
@@ -167,7 +168,7 @@ def run(isa, experts: Experts, x, ids, weights, onto, *, shared=None, gate=None,
     hidden = experts.hidden
     output = aligned((len(x), row_stride(hidden)), np.float32)
     output[:, :hidden] = onto
-    rig, parts = Rig(isa, threads, batch_invariant=invariant), [Part(experts, x, ids, weights)]
+    rig, parts = Rig(isa, threads, rows=len(x), batch_invariant=invariant), [Part(experts, x, ids, weights)]
     if shared is not None:
         parts.append(Part(shared, x, None, gate))
     for part in parts:

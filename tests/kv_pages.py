@@ -7,8 +7,9 @@ import numpy as np
 from rig import BF16, aligned
 
 import cpu_kernels
-from hybrid.plan.program import KEY_ALIGN, KEY_BLOCK
-from hybrid.weights.layout import BLOCK, round_up
+from cpu_kernels import KEY_BLOCK
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.models.layers.grouped_query import KEY_ALIGN
 
 DTYPES = {"bf16": np.dtype(BF16), "int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127, "fp8": 448}
@@ -51,7 +52,7 @@ class KvPages:
         scaled = self.format != "bf16"
         return cpu_kernels.KvLayout(
             base=self._pages.ctypes.data,
-            slot_stride=self._pages.strides[0],
+            sequence_stride=self._pages.strides[0],
             head_stride=self._pages.strides[1],
             value_offset=self.value_offset,
             key_dim=self.key_dim,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import K_ALIGN, round_up
+from hybrid.formats.block import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
@@ -104,7 +105,11 @@ def random_bf16(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 class Rig:
-    """An executor whose ops take arrays where the bindings take addresses; it keeps those arrays alive."""
+    """An executor whose ops take arrays where the bindings take addresses; it keeps those arrays alive.
+
+    It has the scratch that its ops are said to need for steps of `rows` rows, and not a line more. What is written
+    behind that ends the process, if there is one thread.
+    """
 
     def __init__(
         self,
@@ -113,26 +118,43 @@ class Rig:
         *,
         nodes: int = 1,
         rows: int = 128,
-        slots: int = 4,
+        sequences: int = 4,
         positions: int = 1024,
         vocab: int = 256,
         batch_invariant: bool = False,
     ) -> None:
-        self.vocab = vocab
-        self.executor = cpu_kernels.Executor(
+        self.vocab, self._isa, self._rows = vocab, isa, rows
+        self._new_executor = partial(
+            cpu_kernels.Executor,
             isa=isa,
             pool=cpu_kernels.ThreadPool(threads, [], nodes),
             rows=rows,
-            slots=slots,
+            sequences=sequences,
             positions=positions,
             vocab=vocab,
-            scratch_bytes=1 << 20,
             batch_invariant=batch_invariant,
         )
+        self._scratch = 0
+        self.executor = self._new_executor(scratch_bytes=0)
+        self._ops: list[tuple[str, dict[str, Any]]] = []
         self._arrays: list[dict[str, Any]] = []
 
     def add(self, op: str, part: str = "other", **arguments: Any) -> None:
-        getattr(self.executor, op)(part=getattr(cpu_kernels.Part, part), **self.addresses(arguments))
+        addresses = self.addresses(arguments)
+        self._grow(cpu_kernels.scratch_bytes(op, self._isa, self._rows, **addresses))
+        self._ops.append((op, {"part": getattr(cpu_kernels.Part, part), **addresses}))
+        self._bind(self._ops[-1])
+
+    def _grow(self, scratch: int) -> None:
+        if scratch <= self._scratch:
+            return
+        self._scratch = scratch
+        self.executor = self._new_executor(scratch_bytes=scratch)
+        for op in self._ops:
+            self._bind(op)
+
+    def _bind(self, op: tuple[str, dict[str, Any]]) -> None:
+        getattr(self.executor, op[0])(**op[1])
 
     def addresses(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The same with addresses for arrays, which live as long as this."""
@@ -149,11 +171,11 @@ class Rig:
         logit_rows: Iterable[int] = (),
         tokens: Iterable[int] | None = None,
     ) -> np.ndarray:
-        """A step with a row at each (slot, position); returns the logits."""
+        """A step with a row at each (sequence, position); returns the logits."""
         wanted = _ints(logit_rows)
         logits = np.full((len(wanted), self.vocab), np.nan, np.float32)
-        slots, positions = (_ints(column) for column in zip(*places, strict=True)) if places else (_ints([]),) * 2
-        self.executor.step(_ints(tokens or [0] * len(places)), slots, positions, wanted, logits)
+        sequences, positions = (_ints(column) for column in zip(*places, strict=True)) if places else (_ints([]),) * 2
+        self.executor.step(_ints(tokens or [0] * len(places)), sequences, positions, wanted, logits)
         return logits
 
 

@@ -30,7 +30,7 @@ PACK, CLI = ("weights_preprocessor.py",), ("-m", "hybrid.cli")
 def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **options}
-    return subprocess.run(line, cwd=ROOT, timeout=120, check=False, **options)
+    return subprocess.run(line, cwd=ROOT, timeout=600, check=False, **options)
 
 
 def refused(*arguments: object, **options) -> str:
@@ -104,7 +104,7 @@ def test_a_reader_of_the_help_may_leave() -> None:
     process = subprocess.Popen([sys.executable, *CLI], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    assert (process.stderr.read(), process.wait(600)) == (b"", 141)
 
 
 @pytest.mark.parametrize(

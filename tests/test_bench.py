@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 from hybrid.commands import measure
 from hybrid.commands.bench import app
-from hybrid.formats.mix import MIXES, parse_mix, uniform
+from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 from hybrid.models import model_spec
-from hybrid.plan.roofline import Cost, step_cost, uses_integers
+from hybrid.models.layers.base import Cost
+from hybrid.plan.roofline import step_cost, uses_integers
 
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch) -> None:
     monkeypatch.setattr(measure, "PROBE_BYTES", measure._TOUCH_BYTES)
-    monkeypatch.setattr(measure, "PROBE_ROUNDS", 10_000)
+    monkeypatch.setattr(measure, "PROBE_ROUNDS", 100_000)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ KV_WIDTH, Q_WIDTH = 2 * 4 * 32, 8 * 32
 
 
 def cost_of(text: str, kv_format: str = "bf16", **step: int) -> Cost:
-    return step_cost(SPEC, parse_mix(text, uniform("bf16")), kv_format, **step)
+    return step_cost(SPEC, parse_mix(text, FormatMix.uniform("bf16")), kv_format, **step)
 
 
 def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
@@ -163,14 +164,16 @@ def test_a_mix_counts_each_part_apart() -> None:
     whole, mixed = cost_of("bf16", **step), cost_of("bf16,head=int8", **step)
     assert mixed.int_ops == 2 * 2 * HEAD and whole.flops - mixed.flops == mixed.int_ops
     assert whole.bytes - mixed.bytes == HEAD - 64 * 64
-    assert [uses_integers(SPEC, parse_mix(text, uniform("bf16"))) for text in MIXES] == [
+    assert [uses_integers(SPEC, parse_mix(text, FormatMix.uniform("bf16"))) for text in MIXES] == [
         False,
         True,
         True,
         False,
         False,
     ]
-    assert not uses_integers(SPEC, parse_mix("bf16,dense=int8", uniform("bf16")))  # the model has no dense layer
+    assert not uses_integers(
+        SPEC, parse_mix("bf16,dense=int8", FormatMix.uniform("bf16"))
+    )  # the model has no dense layer
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
@@ -185,13 +188,13 @@ def test_a_shared_expert_is_read_by_every_step_and_multiplied_by_every_row() -> 
     layer = SPEC.layers[0]
     ffn = replace(layer.feed_forward, shared_intermediate=64, shared_gate=True)
     spec = replace(SPEC, layers=(replace(layer, feed_forward=ffn),))
-    mix = parse_mix("bf16,shared=fp8", uniform("bf16"))
+    mix = parse_mix("bf16,shared=fp8", FormatMix.uniform("bf16"))
     step = {"sequences": 2, "rows": 50, "depth": 0, "logit_rows": 0}
     plain, shared = step_cost(SPEC, mix, "bf16", **step), step_cost(spec, mix, "bf16", **step)
     assert shared.bytes - plain.bytes == pytest.approx(EXPERT + 16 * 64 + 4 * 128)
     assert shared.flops - plain.flops == pytest.approx(2 * 100 * (EXPERT + 128))
-    assert uses_integers(spec, parse_mix("bf16,shared=int8", uniform("bf16")))
-    assert not uses_integers(SPEC, parse_mix("bf16,shared=int8", uniform("bf16")))
+    assert uses_integers(spec, parse_mix("bf16,shared=int8", FormatMix.uniform("bf16")))
+    assert not uses_integers(SPEC, parse_mix("bf16,shared=int8", FormatMix.uniform("bf16")))
 
 
 def test_the_time_of_a_step_is_the_slower_of_reading_and_multiplying() -> None:

@@ -11,9 +11,10 @@ from test_program import SPECS, TEXTS, buffers_of, kinds
 from hybrid.config import CacheConfig, DeviceConfig
 from hybrid.errors import ConfigError
 from hybrid.ops import Buffer, Callback, RoutingTable, Weight
-from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, device_ops, expert_shape
+from hybrid.plan.expert_shape import expert_shape
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, device_ops
 from hybrid.plan.plan import Plan
-from hybrid.weights.layout import store_tensors
+from hybrid.plan.text import plan_text
 
 MOE = [name for name, spec in SPECS.items() if any(layer.feed_forward.is_moe for layer in spec.layers)]
 
@@ -82,7 +83,7 @@ def test_the_slots_are_counted() -> None:
     assert plan.cache.slot_bytes == 2 * (2 * 48 * 128 + 96 * 64) and plan.cache.nbytes == 6 * plan.cache.slot_bytes
     more = plan.arena_bytes - without.arena_bytes
     assert plan.fixed_bytes == without.fixed_bytes + more + plan.cache.nbytes
-    assert "2 indexes of 3 slots" in str(plan) and plan.to_dict()["cache"]["slots"] == 6
+    assert "2 indexes of 3 slots" in plan_text(plan) and plan.to_dict()["cache"]["slots"] == 6
     assert without.cache is None and without.placed_ops == () and without.to_dict()["cache"] is None
 
 
@@ -97,7 +98,7 @@ def test_a_stream_has_two_slots_of_its_own() -> None:
 
 def test_biases_are_part_of_a_slot() -> None:
     spec = SPECS["gpt_oss"]
-    tensors = {tensor.name: tensor for tensor in store_tensors(spec, plan_of(spec).formats)}
+    tensors = {tensor.name: tensor for tensor in spec.store_tensors(plan_of(spec).formats)}
     shape = expert_shape(spec, tensors)
     assert [name for name, _ in shape.pieces] == ["experts", "gate_up_bias", "down_bias"]
     assert shape.nbytes == sum(tensors[f"layers.0.ffn.{name}"].nbytes // 6 for name, _ in shape.pieces)

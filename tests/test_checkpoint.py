@@ -14,6 +14,7 @@ from checkpoints import (
     CONFIGS,
     DTYPES,
     STACKED,
+    gated,
     random_tensors,
     save_with_transformers,
     write_checkpoint,
@@ -60,7 +61,7 @@ def test_an_expert_is_the_same_fused_or_apart(tmp_path: Path, family: str) -> No
         save_with_transformers(tmp_path / str(form), family, fused=form)
     apart, fused = _open(tmp_path / "False"), _open(tmp_path / "True")
     assert (fused.form, apart.form) == ("fused", "apart")
-    for one, other in zip(apart.feed_forward(0, 5), fused.feed_forward(0, 5), strict=True):
+    for one, other in zip(gated(apart, 0, 5), gated(fused, 0, 5), strict=True):
         assert (one.floats(0, one.count) == other.floats(0, other.count)).all()
 
 
@@ -81,7 +82,7 @@ def test_transposed_experts_are_turned(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIGS["gpt_oss"])
     both, last = (tensors[f"model.layers.1.mlp.experts.{name}"][4] for name in ("gate_up_proj", "down_proj"))
     assert both.shape == (96, 144) and last.shape == (72, 96)
-    gate, up, down = checkpoint.feed_forward(1, 4)
+    gate, up, down = gated(checkpoint, 1, 4)
     for source, expected in ((gate, both[:, 0::2].T), (up, both[:, 1::2].T), (down, last.T)):
         assert (source.count, source.columns) == expected.shape
         assert (source.floats(0, source.count) == expected).all() and (source.floats(16, 30) == expected[16:30]).all()

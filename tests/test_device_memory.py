@@ -15,16 +15,18 @@ from test_plan import plan_of, spec_of
 
 from hybrid.config import CacheConfig, DeviceConfig
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed
-from hybrid.formats.mix import parse_mix, uniform
-from hybrid.plan.gpu_memory import KV_SHARE, StepSizes, device_weight_bytes, plan_device, token_bytes
+from hybrid.formats.mix import FormatMix, parse_mix
+from hybrid.models.layers.base import Extents
+from hybrid.plan.gpu_memory import KV_SHARE, device_weight_bytes, plan_device, token_bytes
 from hybrid.plan.plan import Plan
 
-SIZES = StepSizes(rows=64, slots=4, length=1000)
+SIZES = Extents(rows=64, sequences=4, tokens=1000)
+BF16 = FormatMix.uniform("bf16")
 STEP = {"step_on": "torch-cpu"}
 
 
 def planned(free: int, kv_tokens: int | None = None, family: str = "qwen3_moe"):
-    return plan_device(spec_of(family), uniform("bf16"), free, SIZES, kv_tokens, "cuda")
+    return plan_device(spec_of(family), BF16, free, SIZES, kv_tokens, "cuda")
 
 
 @pytest.mark.parametrize("text", ["bf16", "int8", "fp8,head=int4"])
@@ -35,7 +37,7 @@ def test_weights_are_those_that_the_device_gets(tmp_path, family, text) -> None:
     with open_engine(path, tmp_path / "cache", weight_format=text, **STEP) as engine:
         weights = engine.device_step._weights
         assert engine.plan.device.weights == sum(tensor.nbytes for tensor in tensors(weights))
-        assert engine.plan.device.kv == engine.device_step.mirror.nbytes
+        assert engine.plan.device.kv == sum(mixer._rings.nbytes for mixer in engine.device_step._mixers)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def tensors(found: Any) -> list[Any]:
 
 
 def test_the_mirror_takes_a_fourth_of_what_is_left_and_the_slots_the_rest() -> None:
-    each = SIZES.slots * token_bytes(spec_of())
+    each = SIZES.sequences * token_bytes(spec_of(), BF16)
     fixed = planned(10**9)
     fixed_bytes = fixed.weights + fixed.workspace
     device = planned(fixed_bytes + KV_SHARE * 300 * each)
@@ -110,8 +112,8 @@ def test_the_host_needs_what_stands_in_for_a_device() -> None:
 
 def test_a_tied_head_of_bf16_is_there_once() -> None:
     tied, apart = (spec_of("llama", tie_word_embeddings=tie) for tie in (True, False))
-    assert device_weight_bytes(apart, uniform("bf16")) - device_weight_bytes(tied, uniform("bf16")) == 131 * 96 * 2
-    mix = parse_mix("bf16,head=int8", uniform("bf16"))
+    assert device_weight_bytes(apart, BF16) - device_weight_bytes(tied, BF16) == 131 * 96 * 2
+    mix = parse_mix("bf16,head=int8", BF16)
     assert device_weight_bytes(tied, mix) == device_weight_bytes(apart, mix)
 
 

@@ -17,7 +17,7 @@ from rig import BF16, Rig, aligned, format_of, packed, row_stride
 import cpu_kernels
 
 BEST = cpu_kernels.available_isas()[0]
-PATIENCE = 60  # seconds until a test that hangs fails
+PATIENCE = 600  # seconds until a test that hangs fails
 WIDTH, OPS = 512, 8_000
 
 
@@ -81,13 +81,12 @@ def test_ctrl_c_ends_a_step() -> None:
     rig, pressed = Counting(threads=2), []
 
     def press() -> None:
-        pressed.append(time.monotonic())
+        pressed.append(rig.done)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), once_running(rig, press):
         rig.run(512)
-    assert time.monotonic() - pressed[0] < 5  # a tenth of a second on an idle machine
-    assert 3 <= rig.done < OPS
+    assert 3 <= pressed[0] <= rig.done < pressed[0] + OPS // 2  # soon: what a tenth of a second is enough for
     rig.run(1)
 
 
@@ -96,7 +95,7 @@ def test_other_python_threads_run_during_a_step() -> None:
 
     def watch() -> None:
         rig.wait_until_running()
-        while len(set(seen)) < 5:
+        while len(set(seen)) < 5 and rig.done < OPS:
             seen.append(rig.done)
         rig.executor.cancel()
 
@@ -129,7 +128,7 @@ def test_two_steps_at_once_take_turns() -> None:
 
 @pytest.fixture
 def small() -> Rig:
-    rig = Rig(BEST, rows=4, slots=3, positions=300, vocab=10)
+    rig = Rig(BEST, rows=4, sequences=3, positions=300, vocab=10)
     table = aligned((1, 16, 16, 2), np.uint16)
     rig.add("embed", table=table, output=aligned((4, 32), np.float32), hidden=32, pairs=16, output_stride=32)
     return rig
@@ -142,16 +141,17 @@ def small() -> Rig:
         ([], None, [], "a step of 0 rows"),
         ([(0, 0)], [10], [], "token id 10 is outside the vocabulary of 10"),
         ([(0, 0)], [-1], [], "token id -1"),
-        ([(3, 0)], None, [], "slot 3 of 3"),
-        ([(-1, 0)], None, [], "slot -1"),
+        ([(3, 0)], None, [], "sequence 3 of 3"),
+        ([(-1, 0)], None, [], "sequence -1"),
         ([(0, 300)], None, [], "position 300 of 300"),
         ([(0, -1)], None, [], "position -1"),
-        ([(0, 0), (1, 0), (0, 1)], None, [], "rows of a slot must be adjacent"),
-        ([(0, 1), (0, 1)], None, [], "positions of a slot must ascend by one"),
-        ([(0, 1), (0, 0)], None, [], "positions of a slot must ascend by one"),
-        ([(0, 1), (0, 3)], None, [], "positions of a slot must ascend by one"),
+        ([(0, 0), (1, 0), (0, 1)], None, [], "rows of a sequence must be adjacent"),
+        ([(0, 1), (0, 1)], None, [], "positions of a sequence must ascend by one"),
+        ([(0, 1), (0, 0)], None, [], "positions of a sequence must ascend by one"),
+        ([(0, 1), (0, 3)], None, [], "positions of a sequence must ascend by one"),
         ([(0, 0)], None, [1], "logit row"),
         ([(0, 0)], None, [-1], "logit row"),
+        ([(0, 0)], None, [0] * 5, "logits of 5 rows; planned for at most 4"),
     ],
 )
 def test_steps_outside_the_plan_are_refused(small, places, tokens, logit_rows, message) -> None:
@@ -192,19 +192,39 @@ def attention(rig: Rig, heads: int) -> None:
 def test_ops_that_exceed_what_was_planned_are_refused() -> None:
     with pytest.raises(ValueError, match="257 query heads per KV head; at most 256"):
         attention(Rig(BEST), 257)
-    with pytest.raises(ValueError, match=r"attention needs \d+ bytes of scratch"):
-        attention(Rig(BEST), 256)
 
 
-def test_times_are_booked_under_the_part_of_the_op() -> None:
-    rig = Counting()
-    for part in ("attention", "moe", "head"):
-        rig.add("embed", part, table=rig.output, output=rig.output, hidden=0, pairs=16, output_stride=32)
+PARTS = ("attention", "moe", "head", "other", "experts", "place", "join")  # in the order of their times
+
+
+def add_nothing(rig: Rig, part: str) -> None:
+    """An op that writes no column."""
+    array = aligned(16, np.float32)
+    rig.add("embed", part, table=array, output=array, hidden=0, pairs=16, output_stride=32)
+
+
+def times_of(rig: Rig, logit_rows: int = 1) -> list[float]:
     one = np.zeros(1, np.int32)
-    attention, moe, head, other, *_ = rig.executor.step(one, one, one, one[:0], np.zeros((0, rig.vocab), np.float32))
-    assert attention > 0 and moe > 0 and head == 0 and other > attention + moe
-    _, _, head, *_ = rig.executor.step(one, one, one, one, np.zeros((1, rig.vocab), np.float32))
-    assert head > 0
+    logits = np.zeros((logit_rows, rig.vocab), np.float32)
+    return list(rig.executor.step(one, one, one, one[:logit_rows], logits))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_times_are_booked_under_the_part_of_the_op(part) -> None:
+    rig = Rig(BEST)
+    add_nothing(rig, part)
+    booked = {name: seconds for name, seconds in zip(PARTS, times_of(rig), strict=True) if seconds}
+    assert set(booked) == {part} and booked[part] > 0
+    assert any(times_of(rig, logit_rows=0)) == (part != "head")
+
+
+def test_every_moment_of_a_step_is_booked_once() -> None:
+    rig = Counting()
+    for part in PARTS:
+        add_nothing(rig, part)
+    start = time.perf_counter()
+    times = times_of(rig)
+    assert min(times) > 0 and sum(times) < time.perf_counter() - start
 
 
 def add_one(rig: Rig, array: np.ndarray) -> None:
@@ -217,7 +237,7 @@ def add_one(rig: Rig, array: np.ndarray) -> None:
 def test_a_callback_runs_between_its_neighbours_on_the_thread_of_the_step() -> None:
     rig, seen, array = Rig(BEST, 3), [], aligned((4, 64), np.float32)
     add_one(rig, array)
-    rig.executor.host(cpu_kernels.Part.place, lambda: seen.append((array[0, 0], threading.get_ident())))
+    rig.executor.host(part=cpu_kernels.Part.place, call=lambda: seen.append((array[0, 0], threading.get_ident())))
     add_one(rig, array)
     rig.run(1)
     assert seen == [(1, threading.get_ident())] and array[0, 0] == 2
@@ -225,7 +245,7 @@ def test_a_callback_runs_between_its_neighbours_on_the_thread_of_the_step() -> N
 
 def test_what_a_callback_raises_ends_the_step_and_is_raised_by_it() -> None:
     rig, array = Rig(BEST, 2), aligned((4, 64), np.float32)
-    rig.executor.host(cpu_kernels.Part.place, lambda: 1 // 0)
+    rig.executor.host(part=cpu_kernels.Part.place, call=lambda: 1 // 0)
     add_one(rig, array)
     for _ in range(2):  # the executor can be used again
         with pytest.raises(ZeroDivisionError):

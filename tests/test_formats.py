@@ -5,13 +5,13 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS, FP8, MXFP4, fp8, int4, mxfp4
-from hybrid.formats.mix import MIXES, FormatMix, parse_mix, uniform
-from hybrid.weights import layout
+from hybrid.formats import packed as layout
+from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 
 SHAPES = [(1, 1), (16, 64), (17, 65), (40, 200), (130, 300), (144, 129), (3, 512)]
 HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880
@@ -161,7 +161,6 @@ def test_int4_codes_are_the_nearest_for_the_stored_scales_and_better_than_the_pl
     assert np.sqrt(errors.sum() / (groups**2).sum()) < 0.083
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-500, 500, width=32), min_size=1, max_size=50))
 def test_fp8_codes_are_those_of_a_cast(values: list[float]) -> None:
     exact = np.array(values, np.float32)
@@ -268,9 +267,9 @@ def test_an_expert_interleaves_gate_and_up() -> None:
     [
         ("auto", FormatMix("int8", "int8", "bf16", "bf16", "bf16")),
         ("head=int4", FormatMix("int8", "int8", "bf16", "bf16", "int4")),
-        ("bf16", uniform("bf16")),
-        ("int8", uniform("int8")),
-        ("int4", uniform("int4")),
+        ("bf16", FormatMix.uniform("bf16")),
+        ("int8", FormatMix.uniform("int8")),
+        ("int4", FormatMix.uniform("int4")),
         ("fp8", FormatMix("fp8", "fp8", "fp8", "fp8", "bf16")),
         ("mxfp4", FormatMix("mxfp4", "mxfp4", "bf16", "bf16", "bf16")),
         ("int4, head=int8, attention = bf16", FormatMix("int4", "int4", "int4", "bf16", "int8")),
@@ -303,4 +302,4 @@ def test_a_mix_that_is_wrong_is_refused_in_one_line(text: str, message: str) -> 
         parse_mix(text, MIXES["bf16"])
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="format 'int3' of experts is unknown"):
-        uniform("int3")
+        FormatMix.uniform("int3")

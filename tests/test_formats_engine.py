@@ -20,7 +20,6 @@ from hybrid.formats import FORMATS
 from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.plan.program import feed_forward_format
 from hybrid.weights.pack import cached_store
 
 pytest.importorskip("torch")
@@ -37,8 +36,7 @@ KV_ERRORS = {"bf16": 0.0, "int8": 0.006, "fp8": 0.027}  # of a stored value; e4m
 def bound(spec: ModelSpec, mix: FormatMix, kv_format: str = "bf16") -> float:
     parts = [mix.head]
     for layer in spec.layers:
-        parts += [mix.attention, feed_forward_format(mix, layer)]
-        parts += [mix.shared] if layer.feed_forward.shared_intermediate else []
+        parts += [format for half in layer.halves for format in half.formats(mix)]
     errors = [INTEGER if FORMATS[part].integer else FLOAT for part in parts]
     return float(np.sqrt(np.square(errors).sum() + len(spec.layers) * KV_ERRORS[kv_format] ** 2))
 

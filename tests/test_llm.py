@@ -75,13 +75,13 @@ def test_a_text_that_is_cut_by_length_keeps_what_was_held_back() -> None:
 
 
 def test_closing_a_stream_frees_its_slot() -> None:
-    engine = DummyEngine(slots=1)
+    engine = DummyEngine(sequences=1)
     llm = make(engine)
     stream = llm.stream("abc")
     next(stream)
-    assert engine.slots
+    assert engine.sequences
     stream.close()
-    assert not engine.slots
+    assert not engine.sequences
     assert len(llm.generate("abc", SamplingParams(max_tokens=2))[0].token_ids) == 2
 
 
@@ -225,7 +225,7 @@ def test_a_closed_llm_says_so_everywhere() -> None:
     with make(engine) as llm:
         stream = llm.stream("abc")
         next(stream)
-    assert engine.closed and not engine.slots
+    assert engine.closed and not engine.sequences
     llm.close()
     for call in (lambda: llm.generate("x"), lambda: llm.stream("x"), lambda: llm.logits([1])):
         with pytest.raises(RequestError, match="closed"):
@@ -240,12 +240,12 @@ def test_a_failed_step_leaves_the_model_usable() -> None:
         if len(engine.steps) in (3, 8):
             raise next(failures)
 
-    engine = DummyEngine(fail=fail, slots=2)
+    engine = DummyEngine(fail=fail, sequences=2)
     llm = make(engine)
     for error in (KeyboardInterrupt, KernelError):
         with pytest.raises(error):
             llm.generate([[1], [2], [3]], SamplingParams(max_tokens=9))
-        assert not engine.slots and not llm._scheduler.has_work
+        assert not engine.sequences and not llm._scheduler.has_work
     assert llm.generate([4], SamplingParams(max_tokens=2))[0].token_ids == reference_tokens([4], 2)
 
 

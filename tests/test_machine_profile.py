@@ -15,15 +15,14 @@ import cpu_kernels
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.engine.experts.calibration import measured_rows, time_device, time_threads
+from hybrid.engine.experts.costs import expert_key, measured_costs
 from hybrid.machine.hardware import probe
 from hybrid.machine.profile import (
     ExpertTimes,
     LinkSpeed,
     MachineProfile,
     cached_profile,
-    expert_key,
     machine_mark,
-    measured_costs,
 )
 
 TIMES = ExpertTimes((1, 2, 8), (1.0, 1.5, 4.5), (0.1, 0.2, 0.8), 0.05)
@@ -100,7 +99,7 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
         key = expert_key(engine.experts.plan.shape, "bf16")
         times = engine.profile.experts[key]
         assert times.rows == (1, 2, 4, 8, 32) and times.device is None
-        assert all(0 < seconds < 1 for seconds in times.threads)
+        assert all(0 < seconds < 60 for seconds in times.threads)
         assert engine.experts.costs.cpu == times.threads[0] and engine.experts.costs.cpu_row == times.threads[-1] / 32
     (file,) = tmp_path.glob("machine-*.json")
     monkeypatch.setattr("hybrid.engine.experts.calibration.time_threads", times_out)
@@ -113,8 +112,8 @@ def test_an_engine_measures_its_experts_once(tmp_path, monkeypatch) -> None:
 
 def test_the_threads_are_timed_on_experts_that_a_step_could_have(tmp_path) -> None:
     with embedded(tmp_path) as engine:
-        times = time_threads(engine.plan, engine.pool, engine.weight, engine.buffer)
-        assert len(times) == len(measured_rows(engine.plan)) and all(0 < seconds < 1 for seconds in times)
+        times = time_threads(engine.plan, engine.pool, engine.addresses.weight, engine.addresses.buffer)
+        assert len(times) == len(measured_rows(engine.plan)) and all(0 < seconds < 60 for seconds in times)
 
 
 class Clocked:
@@ -148,15 +147,16 @@ def test_a_device_is_timed_through_what_it_does_for_a_step(tmp_path, monkeypatch
 def test_a_device_and_its_link_are_priced_together(tmp_path) -> None:
     """On torch's CPU device a copy is one within memory: slower than nothing, and no faster than a machine's memory."""
     pytest.importorskip("torch")
-    from hybrid.gpu.pricing import device_mark, measure_device
+    from hybrid.engine.experts.calibration import measure_device
+    from hybrid.machine.gpu import device_mark
 
     with embedded(tmp_path) as engine:
         place, weight = "cpu", "layers.0.ffn.experts"
         size = engine.store.tensors[weight].nbytes
-        read = partial(cpu_kernels.read_bandwidth, engine.pool, engine.plan.isa, engine.weight(weight), size)
+        read = partial(cpu_kernels.read_bandwidth, engine.pool, engine.plan.isa, engine.addresses.weight(weight), size)
         times, link = measure_device(engine.plan, engine.experts.device, place, (1e-5,) * 5, read)
-        assert times.device is not None and all(1e7 < rate < 1e13 for rate in (link.to_device, link.reads_beside))
-        assert 0 < link.latency < 0.1
+        assert times.device is not None and all(1e6 < rate < 1e13 for rate in (link.to_device, link.reads_beside))
+        assert 0 < link.latency < 1
         costs = measured_costs(times, link, engine.experts.plan.slot_bytes)
         engine.experts.reprice(costs)
         assert engine.experts.costs == costs

@@ -4,68 +4,68 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.models import model_spec
-
 torch = pytest.importorskip("torch")
 from hybrid.gpu.attention import State, attend, attend_whole, finish, join  # noqa: E402
-from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places  # noqa: E402
+from hybrid.gpu.mirror import KvMirror, KvRings, Run, extents_of, rings_of, seen_places  # noqa: E402
 
-SPEC = model_spec(CONFIGS["qwen3"])
 CPU = torch.device("cpu")
-CAPACITY, SLOTS = 16, 3
+CAPACITY, SEQUENCES = 16, 3
+
+
+def new_rings() -> KvRings:
+    return KvRings(SEQUENCES, 2, CAPACITY, 24, CPU)
 
 
 steps = st.lists(
-    st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 40), st.integers(1, CAPACITY), st.booleans()), max_size=25
+    st.tuples(st.integers(0, SEQUENCES - 1), st.integers(0, 40), st.integers(1, CAPACITY), st.booleans()), max_size=25
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps, st.sampled_from([None, 1, 5, 30]))
 def test_rows_see_what_the_mirror_says_and_nothing_else(plan, window) -> None:
     """Every token is written with a number of its own, and read back through what is seen."""
-    mirror = KvMirror(SPEC, SLOTS, CAPACITY, CPU)
-    ends, serial = [0] * SLOTS, 0
-    written: list[dict[int, int]] = [{} for _ in range(SLOTS)]
-    for slot, jump, rows, follow in plan:
-        position = ends[slot] if follow else jump
-        start, end = mirror.extend(slot, position, rows)
+    mirror, rings = KvMirror(SEQUENCES, CAPACITY), new_rings()
+    ends, serial = [0] * SEQUENCES, 0
+    written: list[dict[int, int]] = [{} for _ in range(SEQUENCES)]
+    for sequence, jump, rows, follow in plan:
+        position = ends[sequence] if follow else jump
+        start, end = mirror.extend(sequence, position, rows)
         assert end == position + rows and start <= position and end - start <= CAPACITY
         tokens = torch.arange(serial + 1, serial + rows + 1)
         serial += rows
         heads = tokens.float()[:, None, None].expand(rows, 2, 24)
         places = (position + torch.arange(rows)) % CAPACITY
-        mirror.write(1, torch.full((rows,), slot), places, heads, -heads)
-        written[slot] |= {position + i: int(tokens[i]) for i in range(rows)}
-        ends[slot] = end
+        rings.write(torch.full((rows,), sequence), places, heads, -heads)
+        written[sequence] |= {position + i: int(tokens[i]) for i in range(rows)}
+        ends[sequence] = end
         keys = min(CAPACITY, end)
-        k, v = mirror.read(1, rings_of([slot], CPU), keys)
-        extents = extents_of([Run(slot, 0, rows, position, start, end)], CPU)
+        k, v = rings.read(rings_of([sequence], CPU), keys)
+        extents = extents_of([Run(sequence, 0, rows, position, start, end)], CPU)
         seen = seen_places(extents, rows, keys, CAPACITY, window)[0]
         for row in range(rows):
             last = position + row
             first = start if window is None else max(start, last - window + 1)
-            wanted = sorted(written[slot][p] for p in range(first, last + 1))
+            wanted = sorted(written[sequence][p] for p in range(first, last + 1))
             assert sorted(k[0, 0, seen[row], 0].int().tolist()) == wanted
             assert sorted((-v[0, 1, seen[row], 5]).int().tolist()) == wanted
 
 
-def test_other_slots_and_layers_are_left_alone() -> None:
-    mirror = KvMirror(SPEC, SLOTS, CAPACITY, CPU)
-    mirror.write(0, torch.tensor([2]), torch.tensor([3]), torch.ones(1, 2, 24), torch.ones(1, 2, 24))
-    for layer, slot in ((0, 0), (0, 1), (1, 2)):
-        assert not any(part.any() for part in mirror.read(layer, rings_of([slot], CPU), CAPACITY))
-    keys, _ = mirror.read(0, rings_of([2, 0], CPU), CAPACITY)  # not in order: a copy
+def test_other_sequences_are_left_alone() -> None:
+    rings = new_rings()
+    rings.write(torch.tensor([2]), torch.tensor([3]), torch.ones(1, 2, 24), torch.ones(1, 2, 24))
+    for sequence in (0, 1):
+        assert not any(part.any() for part in rings.read(rings_of([sequence], CPU), CAPACITY))
+    keys, _ = rings.read(rings_of([2, 0], CPU), CAPACITY)  # not in order: a copy
     assert keys[0, :, 3].all() and not keys[1].any()
-    assert mirror.nbytes == 2 * 2 * SLOTS * CAPACITY * 2 * 24 * 2
+    assert rings.nbytes == 2 * SEQUENCES * CAPACITY * 2 * 24 * 2
 
 
-def test_a_released_slot_begins_anew() -> None:
-    mirror = KvMirror(SPEC, SLOTS, CAPACITY, CPU)
+def test_a_released_sequence_begins_anew() -> None:
+    mirror = KvMirror(SEQUENCES, CAPACITY)
     mirror.extend(0, 0, 10)
     mirror.forget(0)
     assert mirror.extend(0, 4, 2) == (4, 6)  # what lay before 4 is another sequence's

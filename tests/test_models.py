@@ -9,7 +9,8 @@ from checkpoints import CONFIGS
 
 from hybrid.errors import ConfigError
 from hybrid.models import model_spec, supported_models
-from hybrid.models.spec import ModelSpec, RouterSpec
+from hybrid.models.layers.feed_forward import Router
+from hybrid.models.spec import ModelSpec
 
 
 def test_families_are_found_by_file_name() -> None:
@@ -52,27 +53,27 @@ def test_qwen3_moe_layers_may_be_dense() -> None:
 
 
 def test_router_renormalises_as_the_family_does() -> None:
-    assert _spec("mixtral").layers[0].feed_forward.router == RouterSpec(2, "softmax", renormalise=True)
+    assert _spec("mixtral").layers[0].feed_forward.router == Router(2, "softmax", renormalise=True)
     moe = {name: value for name, value in CONFIGS["qwen3_moe"].items() if name != "norm_topk_prob"}
-    assert model_spec(moe).layers[0].feed_forward.router == RouterSpec(3, "softmax", renormalise=False)
+    assert model_spec(moe).layers[0].feed_forward.router == Router(3, "softmax", renormalise=False)
 
 
 def test_gpt_oss_has_its_own_router_and_experts() -> None:
     spec = _spec("gpt_oss")
     for layer in spec.layers:
-        assert layer.feed_forward.router == RouterSpec(3, "topk_softmax", bias=True)
+        assert layer.feed_forward.router == Router(3, "topk_softmax", bias=True)
         assert (layer.feed_forward.activation, layer.feed_forward.bias) == ("swiglu_clamped", True)
-        assert layer.attention.sinks and layer.attention.qkv_bias and layer.attention.out_bias
-    assert not _spec("gpt_oss", attention_bias=False).layers[0].attention.out_bias
+        assert layer.mixer.sinks and layer.mixer.qkv_bias and layer.mixer.out_bias
+    assert not _spec("gpt_oss", attention_bias=False).layers[0].mixer.out_bias
 
 
 def test_gpt_oss_turns_by_yarn_unless_it_is_told_otherwise() -> None:
     """As its configuration class does; `test_defaults_are_those_of_transformers` compares the numbers."""
     for nothing in ({"rope_scaling": None}, {"rope_scaling": None, "rope_parameters": None}):
-        rope = _spec("gpt_oss", **nothing).layers[0].attention.rope
+        rope = _spec("gpt_oss", **nothing).layers[0].mixer.rope
         assert rope is not None and rope.kind == "yarn"
         assert dict(rope.parameters)["factor"] == 32.0 and dict(rope.parameters)["truncate"] is False
-    plain = _spec("gpt_oss", rope_scaling={"rope_type": "default"}).layers[0].attention.rope
+    plain = _spec("gpt_oss", rope_scaling={"rope_type": "default"}).layers[0].mixer.rope
     assert plain is not None and plain.kind == "default"
 
 
@@ -80,8 +81,8 @@ def test_qwen2_moe_has_a_shared_expert_with_a_gate() -> None:
     first, dense, _ = _spec("qwen2_moe").layers
     assert (first.feed_forward.shared_intermediate, first.feed_forward.shared_gate) == (56, True)
     assert (dense.feed_forward.shared_intermediate, dense.feed_forward.is_moe) == (0, False)
-    assert first.attention.qkv_bias and not first.attention.out_bias
-    assert not _spec("qwen2_moe", qkv_bias=False).layers[0].attention.qkv_bias
+    assert first.mixer.qkv_bias and not first.mixer.out_bias
+    assert not _spec("qwen2_moe", qkv_bias=False).layers[0].mixer.qkv_bias
 
 
 def test_experts_are_counted_under_both_names() -> None:
@@ -120,7 +121,7 @@ def test_experts_are_counted_under_both_names() -> None:
     ],
 )
 def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], windows: list[int | None]) -> None:
-    assert [layer.attention.window for layer in _spec(family, **changes).layers] == windows
+    assert [layer.mixer.window for layer in _spec(family, **changes).layers] == windows
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -182,7 +183,7 @@ def test_bad_values_of_a_family_are_named(family: str, changes: dict[str, Any], 
 
 
 def test_head_dim_defaults_to_an_even_share() -> None:
-    attention = _spec("llama", head_dim=None).layers[0].attention
+    attention = _spec("llama", head_dim=None).layers[0].mixer
     assert (attention.head_dim, attention.heads, attention.kv_heads) == (16, 6, 2)
 
 

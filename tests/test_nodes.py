@@ -11,7 +11,8 @@ import pytest
 from rig import BF16, Rig, aligned, format_of, packed, padded, random_bf16, row_stride, rows_of
 
 import cpu_kernels
-from hybrid.weights.layout import BLOCK, down_offset, expert_bytes, pack_expert
+from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import down_offset, expert_bytes, pack_expert
 
 BEST = cpu_kernels.available_isas()[0]
 THREADS = {1: (1, 2), 2: (2, 3, 5), 3: (3, 4, 7)}  # for a number of nodes
@@ -212,7 +213,9 @@ def test_a_join_adds_and_clears_the_rows_of_the_step_alone(isa, width, nodes) ->
 
 @pytest.mark.parametrize("count", [0, cpu_kernels.MAX_NODES + 1])
 def test_a_join_of_too_few_or_many_nodes_is_refused(count) -> None:
-    with pytest.raises(ValueError, match=f"{count} nodes to join; from 1 to {cpu_kernels.MAX_NODES} are allowed"):
+    with pytest.raises(
+        ValueError, match=f"join: partials has {count} addresses; from 1 to {cpu_kernels.MAX_NODES} are allowed"
+    ):
         Rig(BEST).add("join", partials=[0] * count, output=None, width=16, output_stride=16)
 
 

@@ -20,18 +20,21 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.kv import HUGE_BEHIND, KvArena
 from hybrid.errors import CapacityError, ConfigError, StepCancelled
 from hybrid.formats import FORMATS
-from hybrid.formats.mix import MIXES, uniform
+from hybrid.formats.mix import MIXES, FormatMix
+from hybrid.formats.rows import row_bytes
 from hybrid.machine.hardware import MemoryNode, has_huge_pages, probe
 from hybrid.machine.memory import MemoryGrant, NodeMemory
 from hybrid.machine.numa import choose_nodes, node_threads
+from hybrid.models.layers.base import Extents
 from hybrid.models.spec import ModelSpec
+from hybrid.models.tensors import StoreTensor
 from hybrid.ops import Buffer, Op, Weight
 from hybrid.plan.passes.split_nodes import PARTIAL, split_over_nodes
 from hybrid.plan.plan import Plan, make_plan
-from hybrid.plan.program import build_buffers, build_ops, row_bytes
+from hybrid.plan.program import build_buffers, build_ops
 from hybrid.plan.resolve import plan_model
+from hybrid.plan.text import plan_text
 from hybrid.weights.copied import CopiedWeights, lay_out
-from hybrid.weights.layout import StoreTensor, store_tensors
 from hybrid.weights.pack import cached_store
 
 WIDE = {"moe_intermediate_size": 300, "intermediate_size": 320}  # what can be cut in three, at odd places
@@ -167,11 +170,11 @@ def test_what_is_too_small_or_used_twice_stays_whole() -> None:
 
 
 def test_experts_with_a_second_set_in_the_same_pass_stay_whole() -> None:
-    spec, mix = spec_of(**WIDE), uniform("bf16")
-    ops = build_ops(spec, mix, [1.0])
+    spec, mix = spec_of(**WIDE), FormatMix.uniform("bf16")
+    ops = build_ops(spec, mix)
     changed = [replace(op, arguments={**op.arguments, "more": 1}) if op.kind == "gate_up" else op for op in ops]
-    tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
-    sizes = build_buffers(spec, mix, 8, 4, 256)
+    tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
+    sizes = build_buffers(spec, mix, Extents(8, 4, 256))
     step = split_over_nodes(changed, tensors, sizes, 2)
     assert [op for op in step.ops if op.kind != "gemm"] == [op for op in changed if op.kind != "gemm"]
     assert step.sizes == sizes and step.node_sizes == ({}, {})
@@ -187,9 +190,9 @@ def test_one_node_changes_nothing() -> None:
 def test_a_plan_counts_what_the_nodes_hold(text) -> None:
     spec = spec_of(**WIDE)
     plan, one = plan_of(spec, numa="3", weight_format=text), plan_of(spec, weight_format=text)
-    _, ends = lay_out(store_tensors(spec, plan.formats), plan.parts, 3)
+    _, ends = lay_out(spec.store_tensors(plan.formats), plan.parts, 3)
     total, whole = sum(plan.weight_bytes.values()), sum(one.weight_bytes.values())
-    assert total <= sum(ends) < total + 64 * 3 * len(store_tensors(spec, plan.formats))
+    assert total <= sum(ends) < total + 64 * 3 * len(spec.store_tensors(plan.formats))
     assert whole <= total <= whole * 1.05
     assert plan.fixed_bytes - one.fixed_bytes == (
         total - whole + plan.arena_bytes + sum(plan.node_arena_bytes) - one.arena_bytes
@@ -212,17 +215,17 @@ def test_a_plan_counts_what_the_nodes_hold(text) -> None:
 )
 def test_the_printed_plan_tells_of_nodes_and_huge_pages(nodes, choices, line) -> None:
     machine = replace(MACHINE, nodes=nodes, huge_pages="madvise")
-    plan = make_plan(spec_of(**WIDE), machine, EngineConfig(**choices), uniform("bf16"))
-    assert [text for text in str(plan).splitlines() if text.startswith(line) and "(system: madvise)" in text]
-    assert (", node 1" in str(plan)) == (plan.nodes > 1)
+    plan = make_plan(spec_of(**WIDE), machine, EngineConfig(**choices), FormatMix.uniform("bf16"))
+    assert [text for text in plan_text(plan).splitlines() if text.startswith(line) and "(system: madvise)" in text]
+    assert (", node 1" in plan_text(plan)) == (plan.nodes > 1)
     told = plan.to_dict()
     assert (told["nodes"], told["load"], told["huge_pages"]) == (len(plan.node_ids), plan.load, "madvise")
 
 
 @pytest.mark.parametrize("setting", ["never", "unsupported"])
 def test_a_plan_without_huge_pages_says_so(setting) -> None:
-    plan = make_plan(spec_of(), replace(MACHINE, huge_pages=setting), EngineConfig(), uniform("bf16"))
-    assert f"huge pages cannot be had (system: {setting})" in str(plan)
+    plan = make_plan(spec_of(), replace(MACHINE, huge_pages=setting), EngineConfig(), FormatMix.uniform("bf16"))
+    assert f"huge pages cannot be had (system: {setting})" in plan_text(plan)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def advised(monkeypatch, plan: Plan, spec: ModelSpec, refused_after: int = 10**9
     arena = Advised(refused_after)
     with monkeypatch.context() as patch:
         patch.setattr("hybrid.engine.kv.cpu_kernels.Arena", lambda size: arena)
-        return arena, KvArena(spec, plan)
+        return arena, KvArena(plan)
 
 
 def long_plan(format: str, setting: str = "madvise") -> tuple[Plan, ModelSpec]:
@@ -273,7 +276,7 @@ def long_plan(format: str, setting: str = "madvise") -> tuple[Plan, ModelSpec]:
     spec = spec_of(head_dim=40, max_position_embeddings=1 << 18)
     config = EngineConfig(max_batch=2, max_seq_len=1 << 18, kv_format=format)
     machine = replace(MACHINE, huge_pages=setting, memory_available=1 << 40)
-    return make_plan(spec, machine, config, uniform("bf16")), spec
+    return make_plan(spec, machine, config, FormatMix.uniform("bf16")), spec
 
 
 @pytest.mark.parametrize(("format", "size"), [("bf16", 2), ("int8", 1), ("fp8", 1)])
@@ -284,10 +287,10 @@ def test_keys_and_values_have_huge_pages_behind_their_first_8_mib(monkeypatch, f
     assert (kv.long_runs, kv.huge_runs) == (24, 24)
     expected = set()
     for slot in range(2):
-        for layer, offset in enumerate(plan.kv.layer_offsets):
+        for layer, offset in zip(plan.kv.layers, plan.kv.offsets, strict=True):
             for head in range(2):
-                keys = slot * plan.kv.slot_stride + offset + head * plan.kv.head_strides[layer]
-                values = keys + plan.kv.value_offsets[layer]
+                keys = slot * plan.kv.sequence_stride + offset + head * layer.fields["head_stride"]
+                values = keys + layer.fields["value_offset"]
                 lengths = ((keys, (64 * size << 18)), (values, 48 * size << 18))
                 expected |= {(start + HUGE_BEHIND, length - HUGE_BEHIND) for start, length in lengths}
     assert set(arena.places) == expected and HUGE_BEHIND == 8 << 20
@@ -305,8 +308,8 @@ def test_huge_keys_and_values_end_where_the_system_refuses_or_there_are_too_many
 
 
 def test_short_keys_and_values_stay_in_small_pages() -> None:
-    plan = make_plan(spec_of(), replace(MACHINE, huge_pages="madvise"), EngineConfig(), uniform("bf16"))
-    kv = KvArena(spec_of(), plan)
+    plan = make_plan(spec_of(), replace(MACHINE, huge_pages="madvise"), EngineConfig(), FormatMix.uniform("bf16"))
+    kv = KvArena(plan)
     assert (kv.long_runs, kv.huge_runs) == (0, 0)
 
 
@@ -370,8 +373,8 @@ class MadeUp:
     """A store of random weights for any spec, in bf16; it lies where `address` says."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.spec, self.mix, random = spec, uniform("bf16"), np.random.default_rng(0)
-        self.tensors = {tensor.name: tensor for tensor in store_tensors(spec, self.mix)}
+        self.spec, self.mix, random = spec, FormatMix.uniform("bf16"), np.random.default_rng(0)
+        self.tensors = {tensor.name: tensor for tensor in spec.store_tensors(self.mix)}
         self._arrays = {name: placed(_values(tensor, random)) for name, tensor in self.tensors.items()}
 
     def array(self, name: str) -> np.ndarray:

@@ -29,7 +29,7 @@ def python(*arguments: str, cpu: str | None = None, **environment: str) -> str:
         command = [str(QEMU), "-cpu", cpu, *command]
         environment["OPENBLAS_CORETYPE"] = cpu  # numpy's OpenBLAS misreads an emulated processor
     result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=7200
     )
     assert result.returncode == 0, f"{result.returncode}: {result.stdout[-4000:]}\n{result.stderr[-4000:]}"
     return result.stdout

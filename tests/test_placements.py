@@ -22,7 +22,8 @@ from hybrid.commands.timeline import LANES, Span, Timeline, busy_seconds  # noqa
 def test_all_ways_choose_the_same_tokens_and_none_has_more_slots(tmp_path, capsys) -> None:
     output, picture = tmp_path / "results.json", tmp_path / "token.svg"
     flags = ["--rounds", "1", "--max-tokens", "6", "--policies", "LRU,FIFO", "--admissions", "always", "--threads", "1"]
-    placements.main([*flags, "--cache-nways", "2", "--output", str(output), "--timeline", str(picture)])
+    flags += ["--cache-nways", "2", "--cache-delay", "0", "--output", str(output), "--timeline", str(picture)]
+    placements.main(flags)
     report = json.loads(output.read_text())
     found = {result["way"]: result for result in report["results"]}
     static = ["static, 2 whole layers", "static, most called experts"]
@@ -45,7 +46,8 @@ def test_a_trace_routes_in_all_ways_and_other_sequences_of_it_are_profiled(tmp_p
     write_trace(tmp_path / "trace.csv", make_trace(columns, 16, 16))
     output = tmp_path / "results.json"
     flags = ["--rounds", "1", "--max-tokens", "4", "--policies", "LRU", "--admissions", "always", "--threads", "1"]
-    flags += ["--cache-nways", "2", "--route-trace", str(tmp_path / "trace.csv"), "--output", str(output)]
+    flags += ["--cache-nways", "2", "--cache-delay", "0", "--route-trace", str(tmp_path / "trace.csv")]
+    flags += ["--output", str(output)]
     placements.main(flags)
     report = json.loads(output.read_text())
     found = {result["way"]: result["hit_rate"] for result in report["results"]}
@@ -73,7 +75,7 @@ def test_a_device_step_tells_of_both_sides(monkeypatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(placements, "WATCHED", range(66, 68))
     before = torch.get_num_threads()
-    flags = ["--step-on", "torch-cpu", "--gpu-kv-tokens", "64", "--threads", "1"]
+    flags = ["--step-on", "torch-cpu", "--gpu-kv-tokens", "64", "--threads", "1", "--cache-delay", "0"]
     try:
         options, _ = placements.parse(flags)
         torch.set_num_threads(1)

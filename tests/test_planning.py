@@ -18,6 +18,7 @@ from hybrid.errors import ConfigError, WeightsError
 from hybrid.machine import gpu as usable
 from hybrid.machine.hardware import MemoryNode, probe
 from hybrid.plan.resolve import plan_model, resolve_device
+from hybrid.plan.text import plan_text
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"threads": 2, "max_batch": 2, "chunk_size": 64, "max_seq_len": 256}
@@ -54,7 +55,7 @@ def test_a_gpu_that_can_be_used_is(gpu) -> None:
     assert device_of() == ("cuda", [])
     plan = plan_model(EngineConfig(**SMALL))
     assert plan.cache.device == plan.device.torch_device == plan.device_name == plan.to_dict()["device_name"] == "cuda"
-    assert "device cuda" in str(plan).splitlines()[0]
+    assert "device cuda" in plan_text(plan).splitlines()[0]
 
 
 def test_without_a_gpu_nothing_is_asked_or_said(gpu, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import typer
-from checkpoints import CONFIGS, random_tensors, write_checkpoint, write_tensors
+from checkpoints import CONFIGS, gated, random_tensors, write_checkpoint, write_tensors
 
 from hybrid.formats.mix import MIXES
 from hybrid.models import model_spec
@@ -100,7 +100,7 @@ SHAPES = {
 def test_synthetic_checkpoints_have_the_shapes_of_the_model(synthetic: ModuleType, like: str) -> None:
     spec = model_spec(synthetic.make_config(like, layers=2))
     layer = spec.layers[1]
-    attention, ffn = layer.attention, layer.feed_forward
+    attention, ffn = layer.mixer, layer.feed_forward
     assert len(spec.layers) == 2
     sizes = (spec.hidden, attention.heads, attention.kv_heads, ffn.experts, ffn.intermediate, spec.vocab)
     assert sizes == SHAPES[like]
@@ -134,7 +134,7 @@ def test_synthetic_checkpoints_are_quantised_as_published(
     checkpoint = Checkpoint.open(tmp_path / "hf")
     checkpoint.check()
     assert checkpoint.native == MIXES[mix]
-    for source in checkpoint.feed_forward(1, 3):
+    for source in gated(checkpoint, 1, 3):
         assert source.published == mix
         assert 0.01 < source.floats(0, source.count).std() < 0.04
     cached_store(tmp_path / "hf", tmp_path / "cache", check=True).close()

@@ -10,14 +10,16 @@ import pytest
 from checkpoints import CONFIGS
 
 from hybrid.formats import FORMATS
-from hybrid.formats.mix import MIXES, FormatMix, parse_mix, uniform
+from hybrid.formats.mix import MIXES, FormatMix, parse_mix
+from hybrid.formats.packed import packed_bytes
+from hybrid.formats.rows import int8_row_bytes, row_bytes
 from hybrid.models import model_spec
+from hybrid.models.layers.base import Extents
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
-from hybrid.plan.program import build_buffers, build_ops, int8_row_bytes, key_dim, ropes, row_bytes, value_dim
-from hybrid.weights.layout import packed_bytes, store_tensors
+from hybrid.plan.program import build_buffers, build_ops
 
-ROWS, SLOTS, TOKENS = 24, 4, 300
+ROWS, SEQUENCES, TOKENS = 24, 4, 300
 TEXTS = [*MIXES, "bf16,experts=int4", "int8,experts=bf16,dense=bf16", "int4,head=fp8,dense=mxfp4", "bf16,head=int8"]
 INTEGER = ("int8", "int4")
 
@@ -34,8 +36,8 @@ def with_biases() -> ModelSpec:
         ffn = replace(layer.feed_forward, bias=True, activation="swiglu_clamped")
         if ffn.router:
             ffn = replace(ffn, router=replace(ffn.router, kind="topk_softmax", bias=True))
-        attention = replace(layer.attention, sinks=True, qkv_bias=True, out_bias=True)
-        layers.append(replace(layer, attention=attention, feed_forward=ffn))
+        attention = replace(layer.mixer, sinks=True, qkv_bias=True, out_bias=True)
+        layers.append(replace(layer, mixer=attention, feed_forward=ffn))
     return replace(spec, layers=tuple(layers))
 
 
@@ -57,11 +59,11 @@ SPECS = {family: spec_of(family) for family in CONFIGS} | {
 
 
 def mix_of(text: str) -> FormatMix:
-    return parse_mix(text, uniform("bf16"))
+    return parse_mix(text, FormatMix.uniform("bf16"))
 
 
 def program(spec: ModelSpec, mix: FormatMix) -> tuple[dict[str, int], list[Op]]:
-    return build_buffers(spec, mix, ROWS, SLOTS, TOKENS), build_ops(spec, mix, [1.0] * len(ropes(spec)))
+    return build_buffers(spec, mix, Extents(ROWS, SEQUENCES, TOKENS)), build_ops(spec, mix)
 
 
 def values_of(op: Op) -> Iterator[tuple[str, Any]]:
@@ -105,9 +107,9 @@ def test_an_int8_row_has_its_inputs_sums_and_scales(inputs, size) -> None:
 
 def test_keys_are_padded_to_half_a_line_and_values_to_a_block() -> None:
     layer = spec_of("llama").layers[0]
-    assert (key_dim(layer), value_dim(layer)) == (32, 32)
-    layer = replace(layer, attention=replace(layer.attention, head_dim=72))
-    assert (key_dim(layer), value_dim(layer)) == (96, 80)
+    assert (layer.mixer.key_dim, layer.mixer.value_dim) == (32, 32)
+    layer = replace(layer, mixer=replace(layer.mixer, head_dim=72))
+    assert (layer.mixer.key_dim, layer.mixer.value_dim) == (96, 80)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -124,7 +126,7 @@ def test_the_ops_read_every_tensor_of_the_store_and_no_other(name, text) -> None
     mix = mix_of(text)
     _, ops = program(SPECS[name], mix)
     used = {value.name for op in ops for _, value in values_of(op) if isinstance(value, Weight)}
-    assert used == {tensor.name for tensor in store_tensors(SPECS[name], mix)}
+    assert used == {tensor.name for tensor in SPECS[name].store_tensors(mix)}
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -132,7 +134,7 @@ def test_the_ops_read_every_tensor_of_the_store_and_no_other(name, text) -> None
 def test_products_lie_within_their_tensors(name, text) -> None:
     """A projection is its tensor; the experts are `expert_stride` apart and end with their down matrix."""
     spec, mix = SPECS[name], mix_of(text)
-    sizes = {tensor.name: tensor.nbytes for tensor in store_tensors(spec, mix)}
+    sizes = {tensor.name: tensor.nbytes for tensor in spec.store_tensors(mix)}
     parts: dict[tuple[int | None, str], list[tuple[int, int, int]]] = {}
     for op in program(spec, mix)[1]:
         a = op.arguments
@@ -202,7 +204,7 @@ def test_rows_are_quantised_in_front_of_integer_products_alone(text, attention, 
 
 def test_quantising_takes_every_row_of_an_expert() -> None:
     """hidden 96, 6 heads of 24, experts of 40 and the dense layer of 72 inputs; top 3 of 10 experts."""
-    ops = program(SPECS["qwen3_moe"], uniform("int8"))[1]
+    ops = program(SPECS["qwen3_moe"], FormatMix.uniform("int8"))[1]
     found = [
         (op.layer, op.part, op.arguments["width"], op.arguments["multiple"]) for op in ops if op.kind == "quantise"
     ]
@@ -279,12 +281,13 @@ def test_a_shared_expert_goes_along_with_the_routed_ones(text, quantised) -> Non
 
 
 def test_the_gate_of_a_shared_expert_is_a_row_of_the_router() -> None:
-    ops = program(SPECS["qwen2_moe"], uniform("bf16"))[1]
+    ops = program(SPECS["qwen2_moe"], FormatMix.uniform("bf16"))[1]
     assert only(ops, "router", 0).arguments["experts"] == 9
     choose = only(ops, "topk", 0).arguments
     assert (choose["experts"], choose["shared_weights"]) == (8, Buffer("shared.weights"))
-    assert [op.arguments["routing"].name for op in ops if op.kind == "group"] == ["dense", "shared", *["routing"] * 2]
-    ungated = program(SPECS["ungated shared"], uniform("bf16"))[1]
+    tables = [op.arguments["routing"].name for op in ops if op.kind == "group"]
+    assert sorted(tables[:2]) == ["dense", "shared"] and tables[2:] == ["routing"] * 2
+    ungated = program(SPECS["ungated shared"], FormatMix.uniform("bf16"))[1]
     assert only(ungated, "topk", 0).arguments["shared_weights"] is None
     assert only(ungated, "down", 0).arguments["shared"].arguments["routing"] == RoutingTable("dense")
 
@@ -297,7 +300,7 @@ def test_a_norm_writes_both_kinds_where_the_shared_expert_reads_another() -> Non
 
 
 def test_biases_sinks_and_the_activation_reach_their_ops() -> None:
-    plain, ops = (program(SPECS[name], uniform("int4"))[1] for name in ("qwen3_moe", "with biases"))
+    plain, ops = (program(SPECS[name], FormatMix.uniform("int4"))[1] for name in ("qwen3_moe", "with biases"))
     for op in (only(plain, kind, 0) for kind in ("router", "gate_up", "down")):
         assert op.arguments["bias"] is None
     assert only(plain, "attention", 0).arguments["sinks"] is None

@@ -24,14 +24,13 @@ from checkpoints import (
 
 from hybrid.errors import ConfigError, HybridError, WeightsError
 from hybrid.formats import FORMATS
-from hybrid.formats.mix import MIXES, uniform
+from hybrid.formats.mix import MIXES, FormatMix
+from hybrid.formats.packed import down_offset
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoints.expected import tensor_shapes
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.content import Content
-from hybrid.weights.layout import down_offset, layer_tensors, shares_head
 from hybrid.weights.pack import cached_store, model_formats, pack
 from hybrid.weights.store import Store
 
@@ -142,7 +141,11 @@ def test_mxfp4_experts_are_read(tmp_path: Path, format: str, family: str) -> Non
         assert store.mix == (MIXES["mxfp4"] if format == "auto" else MIXES[format])
         for index in (0, 5):
             both = mxfp4_values(tensors, "model.layers.1.mlp.experts.gate_up_proj")[index]
-            gate, up = (both[0::2], both[1::2]) if spec.names.fused_alternate else np.split(both, 2)
+            gate, up = (
+                (both[0::2], both[1::2])
+                if spec.layers[0].feed_forward.names.experts.fused_alternate
+                else np.split(both, 2)
+            )
             down = mxfp4_values(tensors, "model.layers.1.mlp.experts.down_proj")[index]
             for found, weight in zip(expert(store, 1, index), (gate, up, down), strict=True):
                 kind = FORMATS["mxfp4" if format == "auto" else format]
@@ -236,7 +239,7 @@ def test_a_tied_model_shares_its_embedding_only_with_a_head_of_bf16(tmp_path: Pa
     source = write_checkpoint(tmp_path / "hf", "qwen3", dtype="fp32")
     exact = random_tensors(CONFIGS["qwen3"], "fp32")["model.embed_tokens.weight"]
     with packed(source, f"bf16,head={head}") as store:
-        assert shares_head(store.spec, store.mix) == ("head" not in store.tensors) == (head == "bf16")
+        assert store.spec.shares_head(store.mix) == ("head" not in store.tensors) == (head == "bf16")
         assert (matrix(store, "embedding", *exact.shape) == exact.astype("bfloat16").astype("f4")).all()
         if head != "bf16":
             expected = FORMATS[head].unpack(FORMATS[head].pack(exact), *exact.shape)
@@ -278,18 +281,20 @@ def test_the_cache_keeps_one_store_for_each_mix(tmp_path: Path) -> None:
     paths = [cached_store(source, tmp_path / "cache", text).path for text in texts]
     assert paths[0] == paths[1] and paths[2] == paths[4] and len(set(paths)) == 3
     with cached_store(source, tmp_path / "cache", "int4") as store:
-        assert (store.mix, store.format) == (uniform("int4"), "int4")
+        assert (store.mix, store.format) == (FormatMix.uniform("int4"), "int4")
 
 
 def special(spec: ModelSpec) -> ModelSpec:
     """The same model with every part that only some families have."""
     layers = []
     for layer in spec.layers:
-        ffn = replace(layer.feed_forward, bias=True)
+        names = layer.feed_forward.names
+        names = replace(names, experts=replace(names.experts, fused_alternate=True))
+        ffn = replace(layer.feed_forward, bias=True, names=names)
         if ffn.router:
             router = replace(ffn.router, bias=True)
             ffn = replace(ffn, router=router, shared_intermediate=56, shared_gate=True)
-        layers.append(replace(layer, attention=replace(layer.attention, sinks=True), feed_forward=ffn))
+        layers.append(replace(layer, mixer=replace(layer.mixer, sinks=True), feed_forward=ffn))
     return replace(spec, layers=tuple(layers))
 
 
@@ -297,14 +302,13 @@ def special(spec: ModelSpec) -> ModelSpec:
 def test_biases_sinks_and_shared_experts_are_stored(tmp_path: Path, form: Any) -> None:
     config, random = CONFIGS["qwen3_moe"], np.random.default_rng(0)
     spec = special(Checkpoint.open(write_checkpoint(tmp_path / "x", "qwen3_moe")).spec)
-    shapes = tensor_shapes(spec, form)
+    shapes = spec.checkpoint_shapes(form)
     tensors = {name: (random.standard_normal(shape) * 0.1).astype(ml_dtypes.bfloat16) for name, shape in shapes}
-    names = replace(spec.names, fused_alternate=True)
     opened = Checkpoint.open(write_tensors(tmp_path / "hf", config, tensors))
-    checkpoint = replace(opened, spec=replace(spec, names=names))
+    checkpoint = replace(opened, spec=spec)
     checkpoint.check()
-    content, mix = Content(checkpoint, check=True), replace(uniform("int8"), shared="int4")
-    stored = {t.name: t for layer in (0, 1) for t in layer_tensors(spec, layer, mix)}
+    content, mix = Content(checkpoint, check=True), replace(FormatMix.uniform("int8"), shared="int4")
+    stored = {t.name: t for t in spec.store_tensors(mix) if t.name.startswith(("layers.0", "layers.1"))}
     found = {
         name: np.concatenate([chunk.reshape(-1) for chunk in content.chunks(t)]).reshape(t.shape)
         for name, t in stored.items()

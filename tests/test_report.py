@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,32 @@ from hybrid.serving.scheduler import StepRecord
 
 RUN = ["--prompt", "Once upon a time", "--max-tokens", "12", "--max-seq-len", "256", "--ignore-eos", "--hide-resp"]
 CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4"]
+PATIENCE = 600  # seconds until a test that hangs fails
+SAYING = """
+from hybrid import main
+from hybrid.report import Recorder
+
+record, left = Recorder.__call__, ["a step has been done"]
+
+def say_once(recorder, step):
+    record(recorder, step)
+    while left:
+        print(left.pop(), flush=True)
+
+Recorder.__call__ = say_once
+main.run_app(main.app, "run")
+"""
+
+
+def interrupted(number: signal.Signals, *flags: str) -> list[str]:
+    """Lines on stderr of a run that gets a signal in the middle of its steps, and ends as it should."""
+    command = [sys.executable, "-c", SAYING, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "a step has been done\n"
+    process.send_signal(number)
+    _, notes = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, notes
+    return notes.splitlines()
 
 
 class Script:
@@ -141,7 +166,7 @@ def test_one_run_writes_every_file(tmp_path) -> None:
     }  # fmt: skip
     files = {flag: tmp_path / name for flag, name in names.items()}
     flags = [text for flag, path in files.items() for text in (f"--{flag}", str(path))]
-    result = CliRunner().invoke(main.app, [*RUN, *CACHE, *flags, "--json"])
+    result = CliRunner().invoke(main.app, [*RUN, *CACHE, "--cache-delay", "0", *flags, "--json"])
     assert result.exit_code == 0, result.output
     cache = json.loads(result.stdout)["cache"]
     hits, breakdown = rows(files["cachehit-csv"]), rows(files["breakdown-csv"])
@@ -174,12 +199,6 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch) -> Non
 def test_signals_leave_whole_files(tmp_path, number) -> None:
     trace, hits = tmp_path / "trace.csv", tmp_path / "h.csv"
     flags = ["--n-prompts", "500", "--max-tokens", "200", "--trace", str(trace), "--cachehit-csv", str(hits)]
-    process = subprocess.Popen([sys.executable, "-m", "hybrid.main", *RUN, *CACHE, *flags], stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while not (tmp_path / "trace.csv.tmp").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(number)
-    assert process.wait(30) == 130
+    interrupted(number, *RUN, *CACHE, *flags)
     assert rows(hits)[0]["step"] == "0" and rows(trace)[0]["rank"] == "0"
     assert {path.name for path in tmp_path.iterdir()} == {"trace.csv", "h.csv"}

@@ -30,7 +30,7 @@ from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.errors import ConfigError, KernelError  # noqa: E402
 from hybrid.models import model_spec  # noqa: E402
-from hybrid.plan.passes.place_experts import TAKE  # noqa: E402
+from hybrid.models.layers.feed_forward import TAKE  # noqa: E402
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model  # noqa: E402
 from hybrid.plan.route_trace import read_route_trace  # noqa: E402
 from hybrid.weights.pack import model_config  # noqa: E402

@@ -31,7 +31,7 @@ def started(*requests: Request, **plan) -> tuple[DummyEngine, Scheduler]:
     return engine, scheduler
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=30), min_size=1, max_size=9),
     counts=st.lists(st.integers(0, 8), min_size=9, max_size=9),
@@ -54,7 +54,7 @@ def test_every_mix_of_prompts_gives_the_tokens_of_each_alone(prompts, counts, la
         assert entry.completion.finish_reason == "length"
         assert sum((delta.token_ids for delta in entry.deltas), ()) == tuple(entry.completion.token_ids)
         assert [bool(delta.finish_reason) for delta in entry.deltas][:-1] == [False] * (len(entry.deltas) - 1)
-    assert engine.slots == {}
+    assert engine.sequences == {}
 
 
 def test_decoding_requests_get_their_row_before_any_prompt() -> None:
@@ -69,7 +69,7 @@ def test_decoding_requests_get_their_row_before_any_prompt() -> None:
 
 def test_prompts_are_admitted_in_order_of_arrival() -> None:
     requests = [request([i] * 10, 3) for i in range(6)]
-    engine, scheduler = started(*requests, slots=2)
+    engine, scheduler = started(*requests, sequences=2)
     run(scheduler)
     seen = list(dict.fromkeys(int(t) for batch in engine.steps for t in batch.token_ids if t < 6))
     assert seen == list(range(6))
@@ -81,7 +81,7 @@ def test_the_memory_budget_limits_what_runs_together() -> None:
     most = 0
     while scheduler.has_work:
         scheduler.step()
-        most = max(most, len(engine.slots))
+        most = max(most, len(engine.sequences))
     assert most == 2
 
 
@@ -128,7 +128,7 @@ def test_eos_ends_the_text_unless_ignored() -> None:
 
 def test_cancelling_frees_the_slot_and_leaves_the_others_alone() -> None:
     requests = [request([i, i], 6) for i in range(3)]
-    engine, scheduler = started(*requests, slots=2)
+    engine, scheduler = started(*requests, sequences=2)
     scheduler.step()
     scheduler.cancel(requests[0])
     scheduler.cancel(requests[0])
@@ -142,7 +142,7 @@ def test_cancelling_frees_the_slot_and_leaves_the_others_alone() -> None:
 
 def test_cancelling_a_waiting_request_takes_it_from_the_queue() -> None:
     requests = [request([1], 3), request([2], 3)]
-    engine, scheduler = started(*requests, slots=1)
+    engine, scheduler = started(*requests, sequences=1)
     scheduler.step()
     scheduler.cancel(requests[1])
     run(scheduler)
@@ -155,7 +155,7 @@ def test_a_step_that_fails_frees_every_slot(error: BaseException) -> None:
         if len(engine.steps) == 3:
             raise error
 
-    engine = DummyEngine(fail=fail, slots=2)
+    engine = DummyEngine(fail=fail, sequences=2)
     scheduler = Scheduler(engine)
     requests = [request([i], 9) for i in range(3)]
     for entry in requests:
@@ -165,7 +165,7 @@ def test_a_step_that_fails_frees_every_slot(error: BaseException) -> None:
     with pytest.raises(type(error)):
         scheduler.step()
     scheduler.check_integrity()
-    assert engine.slots == {}
+    assert engine.sequences == {}
     assert [entry.error for entry in requests] == [error, error, None]
     run(scheduler)  # the one that waited goes on
     assert requests[2].completion.token_ids == reference_tokens([2], 9)
@@ -177,7 +177,7 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
 
     def forward(batch):
         result = whole(batch)
-        result.logits[[i for i, row in enumerate(batch.logit_rows) if batch.slots[row] == bad.slot]] = np.nan
+        result.logits[[i for i, row in enumerate(batch.logit_rows) if batch.sequences[row] == bad.slot]] = np.nan
         return result
 
     engine.forward = forward  # type: ignore[method-assign]
@@ -192,14 +192,14 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
 
 def test_scoring_waits_for_a_slot_and_gives_logits_at_every_position() -> None:
     entry = request([1, 2], 4)
-    engine, scheduler = started(entry, slots=1, max_rows=3)
+    engine, scheduler = started(entry, sequences=1, max_rows=3)
     scheduler.step()
     prompt = np.arange(10, dtype=np.int32)
     logits = scheduler.score(prompt)
     assert logits.shape == (10, 300) and logits.dtype == np.float32
     assert [int(row.argmax()) for row in logits] == [reference_tokens(list(range(n)), 1)[0] for n in range(1, 11)]
     assert entry.completion.token_ids == reference_tokens([1, 2], 4)
-    assert engine.slots == {}
+    assert engine.sequences == {}
     assert scheduler.score(prompt[:0]).shape == (0, 300)
 
 
@@ -210,7 +210,7 @@ def test_a_scoring_step_that_fails_frees_the_slot() -> None:
     engine = DummyEngine(fail=fail)
     with pytest.raises(KernelError):
         Scheduler(engine).score(np.arange(4, dtype=np.int32))
-    assert engine.slots == {}
+    assert engine.sequences == {}
 
 
 def test_steps_report_their_rows_and_times() -> None:

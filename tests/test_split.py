@@ -8,17 +8,9 @@ from rig import Rig, aligned, dequantised_rows, format_of, placed, random_bf16, 
 
 import cpu_kernels
 from hybrid.formats import FORMATS
-from hybrid.weights.layout import (
-    BLOCK,
-    Run,
-    StoreTensor,
-    down_offset,
-    expert_bytes,
-    expert_runs,
-    pack_expert,
-    packed_bytes,
-    round_up,
-)
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.packed import down_offset, pack_expert
+from hybrid.models.tensors import Gated, GatedBiases, GatedNames, Shard, Stacked, StoreTensor
 from hybrid.weights.split import (
     column_parts,
     down_part_offset,
@@ -42,13 +34,12 @@ def random_weight(n: int, k: int) -> np.ndarray:
 
 
 def matrix(format: str, n: int, k: int) -> StoreTensor:
-    run = Run(round_up(k, 64), -(-n // BLOCK))
-    return StoreTensor("m", (packed_bytes(format, n, k),), "U8", "outer", format, (run,))
+    return Shard("outer").matrix("m", "head", Stacked(("m",)), format, n, k)
 
 
 def experts(format: str, count: int, hidden: int, intermediate: int) -> StoreTensor:
-    shape = (count, expert_bytes(format, hidden, intermediate))
-    return StoreTensor("e", shape, "U8", "layer", format, expert_runs(hidden, intermediate))
+    origin = Gated(GatedNames("g", "u", "d"), hidden, intermediate)
+    return Shard("layer").experts("e", "experts", origin, format, count)
 
 
 def test_blocks_are_shared_out_evenly_or_not_at_all() -> None:
@@ -152,7 +143,7 @@ def test_nothing_but_the_scales_of_columns_is_held_twice(format) -> None:
 
 
 def test_biases_of_gate_and_up_go_with_their_columns() -> None:
-    tensor = StoreTensor("b", (3, 19, 2, BLOCK), "F32", "layer")
+    tensor = Shard("layer").floats("b", "experts", GatedBiases(GatedNames("g", "u", "d"), down=False), 3, 19, 2, BLOCK)
     biases = np.arange(3 * 19 * 2 * BLOCK, dtype=np.float32).reshape(tensor.shape)
     for part in intermediate_parts("bf16", 19, 2):
         out = np.zeros(part_bytes(tensor, part), np.uint8)

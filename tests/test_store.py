@@ -26,8 +26,10 @@ from safetensors import safe_open
 
 from hybrid.errors import WeightsError
 from hybrid.formats import FORMATS
+from hybrid.formats import packed as layout
+from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
-from hybrid.weights import layout
+from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
@@ -119,7 +121,7 @@ def test_a_store_needs_nothing_else(tmp_path: Path) -> None:
         file.unlink()
     with Store.open(tmp_path / "store") as store:
         assert store.spec == expected and store.format == "bf16"
-        assert store.nbytes == sum(tensor.nbytes for tensor in layout.store_tensors(expected, store.mix))
+        assert store.nbytes == sum(tensor.nbytes for tensor in expected.store_tensors(store.mix))
     assert {name: (tmp_path / "store" / name).read_text() for name in companions} == {n: n for n in companions}
     with cached_store(tmp_path / "store", tmp_path / "cache") as store:
         assert store.path == tmp_path / "store" and not (tmp_path / "cache").exists()
@@ -181,30 +183,32 @@ def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
 
 
 def _compare_attention(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
-    prefix, names, attention = f"layers.{layer}.attention.", store.spec.names, store.spec.layers[layer].attention
-    stacked = np.concatenate([tensors[name.format(layer=layer)] for name in (names.q, names.k, names.v)])
+    prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
+    names = in_layer(attention.names, layer)
+    stacked = np.concatenate([tensors[name] for name in (names.q, names.k, names.v)])
     assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
-    out = tensors[names.out.format(layer=layer)]
+    out = tensors[names.out]
     assert (_unpacked(store, f"{prefix}out", *out.shape) == out).all()
-    assert (store.array(f"{prefix}norm") == exact[names.attention_norm.format(layer=layer)].astype("f4")).all()
+    assert (store.array(f"{prefix}norm") == exact[names.norm].astype("f4")).all()
     if attention.qk_norm == "head":
         for mine, theirs in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
-            assert (store.array(prefix + mine) == exact[theirs.format(layer=layer)].astype("f4")).all()
+            assert (store.array(prefix + mine) == exact[theirs].astype("f4")).all()
     if attention.qkv_bias:
         found, biased = store.array(f"{prefix}qkv_bias"), [names.q, names.k, names.v]
         if attention.out_bias:
             found, biased = np.concatenate([found, store.array(f"{prefix}out_bias")]), [*biased, names.out]
-        biases = [exact[name.format(layer=layer).replace(".weight", ".bias")] for name in biased]
+        biases = [exact[name.replace(".weight", ".bias")] for name in biased]
         assert (found == np.concatenate(biases).astype("f4")).all()
 
 
 def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fused: bool) -> None:
-    ffn, names, hidden = store.spec.layers[layer].feed_forward, store.spec.names, store.spec.hidden
+    ffn, hidden = store.spec.layers[layer].feed_forward, store.spec.hidden
+    names = in_layer(ffn.names, layer)
     blobs = store.array(f"layers.{layer}.ffn.experts")
     bf16, down_start = FORMATS["bf16"], layout.down_offset("bf16", hidden, ffn.intermediate)
     for expert in range(max(1, ffn.experts)):
         gate, up, down = _expert(store, layer, expert, tensors, fused and ffn.is_moe)
-        blocks = blobs[expert, :down_start].reshape(-1, 2, bf16.block_bytes(layout.round_up(hidden, 64)))
+        blocks = blobs[expert, :down_start].reshape(-1, 2, bf16.block_bytes(round_up(hidden, 64)))
         assert (bf16.unpack(blocks[:, 0], ffn.intermediate, hidden) == gate).all()
         assert (bf16.unpack(blocks[:, 1], ffn.intermediate, hidden) == up).all()
         assert (bf16.unpack(blobs[expert, down_start:], hidden, ffn.intermediate) == down).all()
@@ -212,21 +216,19 @@ def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fus
         name = names.fused_router if fused else names.router
         assert store.array(f"layers.{layer}.ffn.router").shape == (ffn.experts + ffn.shared_gate, hidden)
         router = store.array(f"layers.{layer}.ffn.router").astype(ml_dtypes.bfloat16).astype("f4")
-        assert (router[: ffn.experts] == tensors[name.format(layer=layer)]).all()
+        assert (router[: ffn.experts] == tensors[name]).all()
         if ffn.shared_gate:
-            assert (router[ffn.experts :] == tensors[names.shared_gate.format(layer=layer)]).all()
+            assert (router[ffn.experts :] == tensors[names.shared_gate]).all()
 
 
 def _expert(store: Store, layer: int, expert: int, tensors: dict[str, Any], fused: bool) -> tuple[Any, Any, Any]:
-    names, ffn = store.spec.names, store.spec.layers[layer].feed_forward
+    ffn = store.spec.layers[layer].feed_forward
+    names = in_layer(ffn.names.experts if ffn.is_moe else ffn.names.dense, layer)
     if fused:
-        both, down = (tensors[name.format(layer=layer)][expert] for name in (names.fused_gate_up, names.fused_down))
+        both, down = (tensors[name][expert] for name in (names.fused_gate_up, names.fused_down))
         if names.fused_transposed:
             both, down = both.T, down.T
         gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
         return gate, up, down
-    apart = (
-        (names.expert_gate, names.expert_up, names.expert_down) if ffn.is_moe else (names.gate, names.up, names.down)
-    )
-    gate, up, down = (tensors[name.format(layer=layer, expert=expert)] for name in apart)
+    gate, up, down = (tensors[name] for name in names.of_expert(expert))
     return gate, up, down

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from hybrid.engine.experts.costs import CallCosts
 from hybrid.engine.experts.streaming import streaming_pays
-from hybrid.engine.experts.verdict import CallCosts
 
 COSTS = CallCosts(cpu=10.0, device=1.0, start=2.0, copy=20.0, cpu_row=4.0, device_row=0.25)
 

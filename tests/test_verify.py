@@ -15,10 +15,11 @@ from hybrid.commands import verify
 from hybrid.commands.nearness import Nearness, nearness
 from hybrid.commands.verify import Answers, compare_nearness, first_difference, make_scenarios, verify_model
 from hybrid.config import CacheConfig, EngineConfig
-from hybrid.engine.routes import view
 from hybrid.errors import ConfigError
 from hybrid.machine import gpu as usable
-from hybrid.plan.passes.place_experts import CONTRIBUTIONS, ExpertShape
+from hybrid.machine.memory import view
+from hybrid.plan.expert_shape import ExpertShape
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS
 
 CONFIG = EngineConfig(max_seq_len=256)
 SHORT = ["--max-tokens", "8", "--max-seq-len", "256"]

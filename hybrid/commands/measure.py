@@ -13,7 +13,8 @@ import numpy as np
 import cpu_kernels
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
-from hybrid.plan.roofline import Cost, step_cost, uses_integers
+from hybrid.models.layers.base import Cost
+from hybrid.plan.roofline import step_cost, uses_integers
 
 PROBE_BYTES = 1 << 30  # many times any cache
 PROBE_ROUNDS = 10_000_000
@@ -143,22 +144,22 @@ def limit_seconds(engine: Engine, probe: MachineProbe, test: Test) -> float:
 
 
 def _fill(engine: Engine, test: Test) -> None:
-    for slot in range(test.batch):
-        run_sequence(engine, slot, 0, test.depth, logits=False)
+    for sequence in range(test.batch):
+        run_sequence(engine, sequence, 0, test.depth, logits=False)
 
 
 def prefill_prompt(engine: Engine, test: Test) -> None:
-    for slot in range(test.batch):
-        run_sequence(engine, slot, test.depth, test.prompt, logits=True)
+    for sequence in range(test.batch):
+        run_sequence(engine, sequence, test.depth, test.prompt, logits=True)
 
 
-def run_sequence(engine: Engine, slot: int, start: int, count: int, logits: bool) -> None:
+def run_sequence(engine: Engine, sequence: int, start: int, count: int, logits: bool) -> None:
     """Run `count` tokens of one sequence in steps as large as the plan allows."""
     for first in range(start, start + count, engine.plan.max_rows):
         last = min(first + engine.plan.max_rows, start + count)
         rows = last - first
         wanted = [rows - 1] if logits and last == start + count else []
-        _step(engine, np.full(rows, slot), np.arange(first, last), wanted)
+        _step(engine, np.full(rows, sequence), np.arange(first, last), wanted)
 
 
 def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> None:
@@ -167,7 +168,7 @@ def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> None:
         _step(engine, np.arange(batch), np.full(batch, position), range(batch))
 
 
-def _step(engine: Engine, slots: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> None:
-    tokens = np.random.default_rng(int(positions[0])).integers(0, engine.spec.vocab, len(slots))
-    parts = (tokens, slots, positions, np.array(list(logit_rows)))
+def _step(engine: Engine, sequences: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> None:
+    tokens = np.random.default_rng(int(positions[0])).integers(0, engine.spec.vocab, len(sequences))
+    parts = (tokens, sequences, positions, np.array(list(logit_rows)))
     engine.forward(Batch(*(part.astype(np.int32) for part in parts)))

@@ -96,12 +96,12 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     """Everything that can be known to be wrong before a model is loaded."""
-    from hybrid.formats.mix import parse_mix, uniform
+    from hybrid.formats.mix import FormatMix, parse_mix
     from hybrid.serving.recorder import check_csv_path
     from hybrid.serving.sampler import check_params
 
     check_config(config)
-    parse_mix(config.weight_format, uniform("bf16"))  # the words alone: what "auto" is, the model says later
+    parse_mix(config.weight_format, FormatMix.uniform("bf16"))  # the words alone: what "auto" is, the model says later
     check_params(params)
     for flag in ("breakdown-csv", "cachehit-csv", "token-csv", "power-csv", "trace", "cache-save"):
         check_csv_path(f"--{flag}", getattr(options, flag.replace("-", "_")))
@@ -129,9 +129,10 @@ def _check_trace(path: Path) -> None:
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:
     from hybrid.plan.resolve import plan_model
+    from hybrid.plan.text import plan_text
 
     plan = plan_model(config, say)
-    print(json.dumps(plan.to_dict()) if as_json else plan)
+    print(json.dumps(plan.to_dict()) if as_json else plan_text(plan))
     plan.require_fit()
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hybrid.plan.expert_cache import CachePlan
-    from hybrid.plan.passes.place_experts import ExpertShape
+    from hybrid.plan.expert_shape import ExpertShape
     from hybrid.serving.llm import LLM
 
 Comparison = tuple[str | None, dict[str, float]]  # the difference, if there is one; figures beside it

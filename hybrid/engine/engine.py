@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -20,32 +18,26 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.config import EngineConfig
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
-from hybrid.engine.binding import bind
-from hybrid.engine.experts.warm_start import model_mark, read_warm, write_warm
-from hybrid.engine.kv import KvArena
-from hybrid.engine.routes import Routes, view
+from hybrid.engine.addresses import Addresses
+from hybrid.engine.experts.warm_start import write_warm
+from hybrid.engine.routes import Routes
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
-from hybrid.machine.hardware import probe
-from hybrid.machine.memory import MemoryGrant, NodeMemory
-from hybrid.machine.profile import MachineProfile, cached_profile, expert_key, machine_mark, measured_costs
-from hybrid.models.rope import inverse_frequencies
+from hybrid.machine.profile import MachineProfile
+from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
+from hybrid.plan.binding import bind
 from hybrid.plan.passes.gpu_step import CALLS
-from hybrid.plan.passes.place_experts import TAKE
+from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
 from hybrid.plan.plan import Plan
-from hybrid.plan.program import ropes
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model
 from hybrid.plan.route_trace import read_route_trace
-from hybrid.weights.copied import CopiedWeights
 from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir
 from hybrid.weights.store import Store
 
 if TYPE_CHECKING:
     from hybrid.engine.experts.runtime import DeviceExperts
+    from hybrid.engine.experts.start import ExpertsStart
     from hybrid.gpu.report import DeviceReport
     from hybrid.gpu.step import DeviceStep
-
-USUAL_BANDWIDTH = 40e9  # bytes a second that threads read, where it is not measured
-USUAL_SPEED = 1e12  # operations a second of threads, likewise
 
 
 class Engine:
@@ -66,31 +58,24 @@ class Engine:
         self._process = os.getpid()
         self.spec, self.plan, self.store = store.spec, plan, store
         try:
-            self._arena = cpu_kernels.Arena(plan.arena_bytes, huge=True)
-            self._node_arenas = [cpu_kernels.Arena(*own) for own in _node_arenas(plan)]
             self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus), plan.nodes)
-        except MemoryError:
-            size = plan.arena_bytes + sum(plan.node_arena_bytes)
-            raise CapacityError(f"the arena of {size} bytes cannot be allocated") from None
         except RuntimeError as error:
             raise CapacityError(f"{error}; lower --threads, or raise the limit on processes") from None
-        self._kv = KvArena(store.spec, plan)
-        self._weights = self._load(progress)
-        self.memory = self._granted()
-        self._write_frequencies()
-        self._logits = np.empty((plan.slots, store.spec.vocab), np.float32)
+        self.addresses = Addresses(store, plan, progress)
+        self.memory = self.addresses.granted()
+        self._logits = np.empty((plan.sequences, store.spec.vocab), np.float32)
         self.routes = self._new_routes()
-        self._executor = bind(self._new_executor(), plan.ops, self)
+        self.addresses.answer(self.routes, OBSERVE, TAKE)
+        self._executor = bind(self._new_executor(), plan.ops, self.addresses)
         self.experts: DeviceExperts | None = None
         self.device_step: DeviceStep | None = None
         self._plain = self._executor  # of steps whose experts are all the threads'
         self._placed: cpu_kernels.Executor | None = None
-        self.profile: MachineProfile | None = None  # what experts cost here, if it was measured
-        self._profiles = profiles
+        self._start: ExpertsStart | None = None
         if plan.device:
             self._open_step()
         if plan.cache:
-            self._open_device()
+            self._open_experts(profiles)
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
@@ -168,7 +153,7 @@ class Engine:
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
         try:
-            parts = executor.step(batch.token_ids, batch.slots, batch.positions, batch.logit_rows, logits)
+            parts = executor.step(batch.token_ids, batch.sequences, batch.positions, batch.logit_rows, logits)
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
@@ -187,9 +172,9 @@ class Engine:
         return self._run(self._plain, batch, logits)
 
     def _recover(self, experts: DeviceExperts, error: BaseException) -> bool:
-        """Whether the step may be run again."""
+        """Whether the step may be run again: not where the state of sequences has gone on meanwhile."""
         try:
-            return experts.recover(error)
+            return experts.recover(error) and self.plan.kv.repeatable
         except KernelError:
             self._leave_device()
             raise
@@ -221,11 +206,11 @@ class Engine:
         of_step = self.device_step.notes if self.device_step else []
         return of_step + (self.experts.notes if self.experts else [])
 
-    def release(self, slot: int) -> None:
-        """Free and zero a slot's keys and values."""
-        self._kv.release(slot)
+    def release(self, sequence: int) -> None:
+        """Free and zero the state of a sequence: its keys and values."""
+        self.addresses.release(sequence)
         if self.device_step:
-            self.device_step.forget(slot)
+            self.device_step.forget(sequence)
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread."""
@@ -236,11 +221,11 @@ class Engine:
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
         if self.experts:
-            self._close_device()
+            self._close_experts()
         if self.device_step:
             self.device_step.close()
         self.experts = self.routes = self._placed = self.device_step = None
-        del self._executor, self._plain, self._kv, self._weights, self._arena, self._node_arenas, self.pool
+        del self._executor, self._plain, self._start, self.addresses, self.pool
         self.store.close()
 
     def __enter__(self) -> Engine:
@@ -255,33 +240,13 @@ class Engine:
         """Scoring asks for more rows than decoding ever does; such an array lives only as long as its result."""
         return np.empty((rows, self.spec.vocab), np.float32)
 
-    def _load(self, progress: Progress | None) -> Store | CopiedWeights:
-        """The weights where the ops read them."""
-        plan = self.plan
-        if plan.load == "map":
-            return self.store
-        copied = CopiedWeights(self.store, plan.parts, plan.node_ids, plan.threads, progress)
-        self.store.close()
-        return copied
-
-    def _granted(self) -> MemoryGrant:
-        arenas = self._weights.arenas if isinstance(self._weights, CopiedWeights) else []
-        places = zip(self.plan.node_ids, arenas, strict=False)
-        nodes = [NodeMemory(id, arena.placed, arena.size, arena.huge_bytes()) for id, arena in places]
-        return MemoryGrant(self.plan.load, self.plan.huge_pages, tuple(nodes), self._kv.long_runs, self._kv.huge_runs)
-
-    def _write_frequencies(self) -> None:
-        for i, rope in enumerate(ropes(self.spec)):
-            frequencies = np.ascontiguousarray(inverse_frequencies(rope)[0], np.float32)
-            ctypes.memmove(self.buffer(f"rope{i}.frequencies"), frequencies.ctypes.data, frequencies.nbytes)
-
     def _new_executor(self) -> cpu_kernels.Executor:
         plan = self.plan
         return cpu_kernels.Executor(
             isa=plan.isa,
             pool=self.pool,
             rows=plan.max_rows,
-            slots=plan.slots,
+            sequences=plan.sequences,
             positions=plan.max_seq_len,
             vocab=self.spec.vocab,
             scratch_bytes=plan.scratch_bytes,
@@ -291,97 +256,42 @@ class Engine:
     def _new_routes(self) -> Routes | None:
         if not self.plan.cache and not any(op.kind == "host" for op in self.plan.ops):
             return None
-        top_k = max(layer.feed_forward.router.top_k for layer in self.spec.layers if layer.feed_forward.router)
-        ids, weights = (self.buffer(name) for name in ("expert_ids", "expert_weights"))
+        ids, weights = (self.addresses.buffer(name) for name in (IDS, WEIGHTS))
         trace = read_route_trace(self.plan.route_trace, self.spec) if self.plan.route_trace else None
-        return Routes(ids, weights, self.plan.max_rows, top_k, self.plan.slots, trace)
+        return Routes(ids, weights, self.plan.max_rows, self.spec.top_k, self.plan.sequences, trace)
 
     def _open_step(self) -> None:
         from hybrid.gpu.opening import open_step
 
-        assert self.plan.device is not None
-        self.device_step = open_step(
-            self.plan, self.store, self.weight, self.buffer, (self._arena.address, self._arena.size)
-        )
-        self._plain = bind(self._new_executor(), self.plan.device_ops, self)
+        addresses = self.addresses
+        self.device_step = open_step(self.plan, self.store, addresses.weight, addresses.buffer, addresses.arena)
+        addresses.answer(self.device_step, *CALLS)
+        self._plain = bind(self._new_executor(), self.plan.device_ops, addresses)
 
-    def _open_device(self) -> None:
-        from gpu_cache.errors import DeviceLost
-        from hybrid.engine.experts.runtime import DeviceExperts
+    def _open_experts(self, profiles: Path | None) -> None:
+        from hybrid.engine.experts.start import ExpertsStart
 
-        assert self.routes is not None and self.plan.cache is not None
-        warm = self.plan.cache.settings.warm
-        keys = read_warm(warm, self._model_mark(), self.plan.cache.shape) if warm else []
-        costs = self._cpu_seconds()
-        try:
-            self.experts = DeviceExperts(self.plan, self.routes, self.buffer, self.weight, costs, self.device_step)
-        except DeviceLost as error:
-            raise DeviceFailed(f"the device is lost: {error}") from error
-        self._placed = bind(self._new_executor(), self.plan.device_placed_ops or self.plan.placed_ops, self)
-        if self.plan.cache.device == "cuda" and self.plan.cache.settings.delay is None:
-            self._price_device(self.experts)
-        self._close_device = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
-        self.experts.preload(keys)
+        assert self.routes is not None
+        self._start = ExpertsStart(self.store, self.plan, self.pool, self.addresses, profiles)
+        warm = self._start.warm_keys()
+        self.experts = self._start.run(self.routes, self.device_step)
+        self.addresses.answer(self.experts, *PLACED_CALLS)
+        ops = self.plan.device_placed_ops or self.plan.placed_ops
+        self._placed = bind(self._new_executor(), ops, self.addresses)
+        self._start.price(self.experts)
+        self._close_experts = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
+        self.experts.preload(warm)
+
+    @property
+    def profile(self) -> MachineProfile | None:
+        """What experts cost on this machine, if it was measured."""
+        return self._start.profile if self._start else None
 
     def save_experts(self, path: Path) -> None:
         """Write which experts the device holds, for `CacheConfig.warm`. Raises ConfigError without a device."""
-        if not self.experts:
+        if not self.experts or not self._start:
             raise ConfigError("--cache-save has nothing to save: this run has no expert cache")
-        write_warm(path, self._model_mark(), self.experts.plan.shape, self.experts.table.resident())
-
-    def _model_mark(self) -> str:
-        assert self.plan.cache is not None
-        shape = self.plan.cache.shape
-        routers = (self.store.tensors[f"layers.{index}.ffn.router"] for index in shape.layers)
-        return model_mark(shape, (view(self.weight(router.name), router.shape, np.float32) for router in routers))
-
-    def _cpu_seconds(self) -> tuple[float, float]:
-        """What one expert costs the threads on one row, and on each of many: measured, or, where runs must be
-        repeatable, a guess.
-        """
-        assert self.plan.cache is not None
-        shape = self.plan.cache.shape
-        if self.plan.cache.settings.delay is not None:
-            return shape.nbytes / USUAL_BANDWIDTH, 2 * shape.weights / USUAL_SPEED
-        from hybrid.engine.experts.calibration import thread_profile
-
-        self.profile = thread_profile(self.plan, self.pool, self.weight, self.buffer, self._profiles)
-        times = self.profile.experts[expert_key(shape, self.plan.formats.experts)]
-        return times.on_threads(1), times.row_on_threads
-
-    def _price_device(self, experts: DeviceExperts) -> None:
-        """Measured costs of a GPU in place of the figures of a simulated device."""
-        from hybrid.gpu.pricing import device_mark, measure_device
-
-        assert self.profile is not None
-        shape, place = experts.plan.shape, "cuda"
-        key = expert_key(shape, self.plan.formats.experts)
-        threads = self.profile.experts[key].threads
-        largest = max(self.store.tensors.values(), key=lambda tensor: tensor.nbytes)
-        read = partial(cpu_kernels.read_bandwidth, self.pool, self.plan.isa, self.weight(largest.name), largest.nbytes)
-        measure = partial(measure_device, self.plan, experts.device, place, threads, read)
-        mark = machine_mark(probe(self.plan.isa), self.plan.threads, device_mark(place))
-        self.profile = cached_profile(self._profiles, mark, key, measure)
-        if self.profile.link:
-            experts.reprice(measured_costs(self.profile.experts[key], self.profile.link, shape.nbytes))
-
-    # What ops refer to, see `hybrid.engine.binding.References`.
-
-    def buffer(self, name: str, node: int = -1) -> int:
-        """Address of a buffer that all share, or of one of a node."""
-        if node < 0:
-            return int(self._arena.address) + self.plan.buffers[name][0]
-        return int(self._node_arenas[node].address) + self.plan.node_buffers[node][name][0]
-
-    def weight(self, name: str, node: int = -1) -> int:
-        return self._weights.address(name, node)
-
-    def kv(self, layer: int) -> cpu_kernels.KvLayout:
-        return self._kv.layout(layer)
-
-    def callback(self, kind: str, layer: int) -> Callable[[], None]:
-        owner = self.routes if kind in ("observe", TAKE) else self.device_step if kind in CALLS else self.experts
-        return partial(getattr(owner, kind), layer)
+        write_warm(path, self._start.model_mark(), self.experts.plan.shape, self.experts.table.resident())
 
 
 def _step_times(parts: Sequence[float], total: float) -> StepTimes:
@@ -390,8 +300,3 @@ def _step_times(parts: Sequence[float], total: float) -> StepTimes:
     moe += experts + place + join
     other = total - attention - moe - head
     return StepTimes(attention, moe, head, other, total=total, cpu_experts=experts, lookup=place, join=join)
-
-
-def _node_arenas(plan: Plan) -> Iterator[tuple[int, bool, int]]:
-    """(bytes, huge pages wanted, memory node) of the buffers of each node."""
-    return ((size, True, id) for size, id in zip(plan.node_arena_bytes, plan.node_ids, strict=False))

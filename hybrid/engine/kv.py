@@ -1,31 +1,31 @@
-"""Keys and values: one reservation of address space, committed as it is touched and given back slot by slot."""
+"""Keys and values: one reservation of address space, committed as it is touched and given back sequence by sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.machine.hardware import has_huge_pages
-from hybrid.models.spec import ModelSpec
-from hybrid.plan.plan import KvGeometry, Plan
-from hybrid.plan.program import key_dim, value_dim
+from hybrid.plan.kv_layout import KvPlan
+from hybrid.plan.plan import Plan
 
 HUGE_BEHIND = 8 << 20  # bytes of a run in small pages, so that a short sequence costs what it uses
 MAX_HUGE_RUNS = 8000  # each makes two ranges of memory, and a process may have 65530
 
 
 class KvArena:
-    """The KV of `plan.slots` sequences, zeroed when new and when released.
+    """The KV of `plan.sequences` sequences, zeroed when new and when released.
 
     Zeroed matters: a masked key has weight 0, and 0 times a stale infinity would be NaN. A run, the keys or values of
     one head, has huge pages behind its first 8 MiB: the 2 MiB that its end may waste are then at most a quarter of it.
     huge_runs: how many got them; long_runs: how many are long enough.
     """
 
-    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        self._spec, self._plan = spec, plan
-        size = plan.slots * plan.kv.slot_stride
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        size = plan.sequences * plan.kv.sequence_stride
         try:
             self._arena = cpu_kernels.Arena(size)
         except MemoryError:
@@ -33,42 +33,30 @@ class KvArena:
                 f"{size / 1e9:.1f} GB of address space for KV cannot be reserved; lower --max-seq-len or --max-batch"
             ) from None
         tails = list(_tails(plan.kv))
-        self.long_runs = plan.slots * len(tails)
+        self.long_runs = plan.sequences * len(tails)
         self.huge_runs = self._use_huge(tails) if has_huge_pages(plan.huge_pages) else 0
 
     def _use_huge(self, tails: list[tuple[int, int]]) -> int:
-        """Ask for huge pages slot by slot until there may be no more; returns how many tails have them."""
-        stride = self._plan.kv.slot_stride
-        places = [(slot * stride + offset, size) for slot in range(self._plan.slots) for offset, size in tails]
+        """Ask for huge pages sequence by sequence until there may be no more; returns how many tails have them."""
+        stride = self._plan.kv.sequence_stride
+        places = [
+            (sequence * stride + offset, size) for sequence in range(self._plan.sequences) for offset, size in tails
+        ]
         refused = (i for i, place in enumerate(places[:MAX_HUGE_RUNS]) if not self._arena.use_huge(*place))
         return next(refused, min(len(places), MAX_HUGE_RUNS))
 
-    def layout(self, layer: int) -> cpu_kernels.KvLayout:
-        """Where the kernels find the keys and values of a layer."""
-        kv, spec = self._plan.kv, self._spec.layers[layer]
-        return cpu_kernels.KvLayout(
-            base=self._arena.address + kv.layer_offsets[layer],
-            slot_stride=kv.slot_stride,
-            head_stride=kv.head_strides[layer],
-            value_offset=kv.value_offsets[layer],
-            key_dim=key_dim(spec),
-            value_dim=value_dim(spec),
-            format=getattr(cpu_kernels.Format, kv.format),
-            key_scales_offset=kv.key_scale_offsets[layer],
-            value_scales_offset=kv.value_scale_offsets[layer],
-        )
+    def layout(self, layer: int) -> Any:
+        """Where the kernels find the state of a layer, of a class of `cpu_kernels`."""
+        return self._plan.kv.bound(layer, self._arena.address)
 
-    def release(self, slot: int) -> None:
-        """Give the memory of a slot back to the system."""
-        self._arena.clear(slot * self._plan.kv.slot_stride, self._plan.kv.slot_stride)
+    def release(self, sequence: int) -> None:
+        """Give the memory of a sequence back to the system."""
+        self._arena.clear(sequence * self._plan.kv.sequence_stride, self._plan.kv.sequence_stride)
 
 
-def _tails(kv: KvGeometry) -> Iterator[tuple[int, int]]:
-    """(offset in a slot, bytes) of what lies behind the first `HUGE_BEHIND` bytes of every long run."""
-    ends = (*kv.layer_offsets[1:], kv.slot_stride)
-    for layer, (start, end) in enumerate(zip(kv.layer_offsets, ends, strict=True)):
-        values, stride = kv.value_offsets[layer], kv.head_strides[layer]
-        for head in range(start, end, stride):
-            for offset, size in ((head, values), (head + values, (kv.key_scale_offsets[layer] or stride) - values)):
-                if size > HUGE_BEHIND:
-                    yield offset + HUGE_BEHIND, size - HUGE_BEHIND
+def _tails(kv: KvPlan) -> Iterator[tuple[int, int]]:
+    """(offset in a sequence, bytes) of what lies behind the first `HUGE_BEHIND` bytes of every long run."""
+    for start, layer in zip(kv.offsets, kv.layers, strict=True):
+        for offset, size in layer.runs:
+            if size > HUGE_BEHIND:
+                yield start + offset + HUGE_BEHIND, size - HUGE_BEHIND

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Batch
+from hybrid.machine.memory import view
 from hybrid.plan.route_trace import RouteTrace
 
 Ints = npt.NDArray[np.int32]
@@ -27,7 +26,7 @@ class Routes:
     """
 
     def __init__(
-        self, ids: int, weights: int, rows: int, top_k: int, slots: int, trace: RouteTrace | None = None
+        self, ids: int, weights: int, rows: int, top_k: int, sequences: int, trace: RouteTrace | None = None
     ) -> None:
         """ids, weights: addresses of the buffers. trace: whose experts rows take, at the weights of their routers."""
         self.observer: RouteObserver | None = None
@@ -36,29 +35,29 @@ class Routes:
         self.top_k = top_k
         self._all_ids = view(ids, (rows * top_k,), np.int32).data
         self._all_weights = view(weights, (rows * top_k,), np.float32).data
-        self._sequence_of = np.zeros(slots, np.int32)
+        self._number_of = np.zeros(sequences, np.int32)
         self.reset()
 
     def reset(self, sequences: int = 0) -> None:
         """Begin counting steps anew. sequences: the number of the next sequence."""
-        self.step, self._sequences = -1, sequences
-        self._sequence_of[:] = 0
+        self.step, self._next_number = -1, sequences
+        self._number_of[:] = 0
         self.rows = 0
         self.ids, self.weights = self._all_ids[:0], self._all_weights[:0]
 
     def begin(self, batch: Batch) -> None:
         """A step begins."""
         self.step += 1
-        self.rows = len(batch.slots)
+        self.rows = len(batch.sequences)
         pairs = self.rows * self.top_k
         self.ids, self.weights = self._all_ids[:pairs], self._all_weights[:pairs]
         if self.observer is None and self.trace is None:
             return
-        known = batch.slots < len(self._sequence_of)  # the executor refuses others
-        new = batch.slots[(batch.positions == 0) & known]
-        self._sequence_of[new] = self._sequences + np.arange(len(new))
-        self._sequences += len(new)
-        self._sequence, self._positions = self._sequence_of.take(batch.slots, mode="clip"), batch.positions
+        known = batch.sequences < len(self._number_of)  # the executor refuses others
+        new = batch.sequences[(batch.positions == 0) & known]
+        self._number_of[new] = self._next_number + np.arange(len(new))
+        self._next_number += len(new)
+        self._sequence, self._positions = self._number_of.take(batch.sequences, mode="clip"), batch.positions
         if self.trace is not None:
             self.taken = self.trace.routes(self._sequence, self._positions)
 
@@ -73,10 +72,3 @@ class Routes:
             shape = (self.rows, self.top_k)
             ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)
             self.observer(self.step, layer, self._sequence, self._positions, ids, weights)
-
-
-def view(address: int, shape: tuple[int, ...], dtype: type[Any]) -> npt.NDArray[Any]:
-    """Memory that somebody else owns, as an array."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory: Any = (ctypes.c_uint8 * size).from_address(address)
-    return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)

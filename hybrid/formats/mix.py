@@ -28,6 +28,11 @@ class FormatMix:
             if name not in FORMATS:
                 raise ConfigError(f"format {name!r} of {part} is unknown; allowed: {', '.join(FORMATS)}")
 
+    @classmethod
+    def uniform(cls, name: str) -> FormatMix:
+        """The same format for every part."""
+        return cls(*[name] * len(fields(cls)))
+
     def __str__(self) -> str:
         """The exceptions, then the format that most parts have: "int4", "experts mxfp4, shared mxfp4, rest bf16"."""
         parts = asdict(self)
@@ -39,18 +44,13 @@ class FormatMix:
 PARTS = tuple(field.name for field in fields(FormatMix))
 
 
-def uniform(name: str) -> FormatMix:
-    """The same format for every part."""
-    return FormatMix(*[name] * len(PARTS))
-
-
 # What one name stands for. fp8 and mxfp4 are as checkpoints are published, whose other parts are not quantised.
 MIXES = {
-    "bf16": uniform("bf16"),
-    "int8": uniform("int8"),
-    "int4": uniform("int4"),
-    "fp8": replace(uniform("fp8"), head="bf16"),
-    "mxfp4": replace(uniform("bf16"), experts="mxfp4", shared="mxfp4"),
+    "bf16": FormatMix.uniform("bf16"),
+    "int8": FormatMix.uniform("int8"),
+    "int4": FormatMix.uniform("int4"),
+    "fp8": replace(FormatMix.uniform("fp8"), head="bf16"),
+    "mxfp4": replace(FormatMix.uniform("bf16"), experts="mxfp4", shared="mxfp4"),
 }
 
 

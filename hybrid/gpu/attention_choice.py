@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hybrid.gpu.attention import LEAST_KEYS, attend, attend_folded, attend_whole, finish
 from hybrid.gpu.graphs import Capture
-from hybrid.models.spec import ModelSpec
 from hybrid.plan.gpu_memory import SCORES
 
 UNMEASURED = "torch"
@@ -92,18 +91,22 @@ def _by_xformers(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, 
 
 
 def choose_for_steps(
-    spec: ModelSpec, slots: int, rows: int, keys: int, device: torch.device, capture: Capture | None
+    heads: tuple[int, int, int] | None,
+    sequences: int,
+    rows: int,
+    keys: int,
+    device: torch.device,
+    capture: Capture | None,
 ) -> WholeAttention:
-    """For steps of up to `slots` sequences that decode, or `rows` of a prompt, over rings of `keys` places.
+    """For steps of up to `sequences` sequences that decode, or `rows` of a prompt, over rings of `keys` places.
 
-    capture: of graphs, by which steps that decode run. On a GPU the stream at hand must not be the usual one.
+    heads: query heads, KV heads and their dimension; None where no layer attends so. capture: of graphs, by which steps
+    that decode run. On a GPU the stream at hand must not be the usual one.
     """
-    layers = [layer.attention for layer in spec.layers if not layer.attention.sinks]
-    if not layers:  # sinks are joined: nothing is whole
+    if heads is None:
         unmeasured = AttentionChoice(UNMEASURED, installed()[UNMEASURED], {})
         return WholeAttention(unmeasured, unmeasured)
-    heads = layers[0].heads, layers[0].kv_heads, layers[0].head_dim
-    decoding = choose_attention(AttentionShape(slots, 1, *heads, keys), device, capture)
+    decoding = choose_attention(AttentionShape(sequences, 1, *heads, keys), device, capture)
     return WholeAttention(decoding, choose_attention(AttentionShape(1, rows, *heads, keys), device))
 
 

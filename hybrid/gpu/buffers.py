@@ -11,62 +11,47 @@ from hybrid.formats import FORMATS
 from hybrid.gpu.link import Link, host_tensor
 from hybrid.gpu.parts import Routed
 from hybrid.gpu.rows import expert_rows
+from hybrid.models.layers.feed_forward import EXPERT_SUM, IDS, WEIGHTS
+from hybrid.models.layers.products import NORMED, rows_name
 from hybrid.models.spec import ModelSpec
-from hybrid.plan.passes.gpu_step import ENDS, EXPERT_SUM, NEW_KV, STATES, kv_width, state_floats
-from hybrid.plan.passes.place_experts import IDS, NEXT, WEIGHTS
+from hybrid.plan.passes.place_experts import NEXT
 from hybrid.plan.plan import Plan
-from hybrid.plan.program import key_dim
 
 
 class SharedBuffers:
     """Layers share them, so each is read and written in the shape of the layer at hand.
 
-    ends: int32 [rows]. expert_sum: float32 [rows, row_stride(hidden)].
+    expert_sum: float32 [rows, row_stride(hidden)].
     """
 
     def __init__(self, spec: ModelSpec, plan: Plan, link: Link, address: Callable[[str], int]) -> None:
-        self._spec, self._link = spec, link
+        self._link, self._sizes, self._address = link, {name: size for name, (_, size) in plan.buffers.items()}, address
+        self._open: dict[str, Tensor] = {}
         self.integer = FORMATS[plan.formats.experts].integer
+        self._rows_name = rows_name(NORMED, spec.hidden, self.integer)
+        self._max_rows = plan.max_rows
+        self.expert_sum = self.whole(EXPERT_SUM, torch.float32).view(plan.max_rows, -1)
 
-        def floats(name: str) -> Tensor:
-            return host_tensor(address(name), plan.buffers[name][1], torch.float32)
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
 
-        self.ends = host_tensor(address(ENDS), plan.buffers[ENDS][1], torch.int32)
-        self._new_kv, self._states = floats(NEW_KV), floats(STATES)
-        self._queries = host_tensor(address("q"), plan.buffers["q"][1], torch.bfloat16)
-        self.expert_sum = floats(EXPERT_SUM).view(plan.max_rows, -1)
-        if any(layer.feed_forward.is_moe for layer in spec.layers):
-            self._open_routes(plan, address)
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """All of a buffer, flat."""
+        if name not in self._open:
+            self._open[name] = host_tensor(self._address(name), self._sizes[name], dtype)
+        return self._open[name]
 
-    def _open_routes(self, plan: Plan, address: Callable[[str], int]) -> None:
-        rows, dtype = f"normed8.{self._spec.hidden}", torch.uint8
-        if not self.integer:
-            rows, dtype = f"normed.{self._spec.hidden}", torch.bfloat16
-        self._expert_rows = host_tensor(address(rows), plan.buffers[rows][1], dtype).view(plan.max_rows, -1)
-        kinds = {IDS: torch.int32, WEIGHTS: torch.float32}
-        names = [prefix + name for prefix in ("", NEXT) for name in kinds if prefix + name in plan.buffers]
-        self._routes = {
-            name: host_tensor(address(name), plan.buffers[name][1], kinds[name.removeprefix(NEXT)]) for name in names
-        }
-
-    def new_kv(self, layer: int, rows: int) -> Tensor:
-        return _rows(self._new_kv, rows, kv_width(self._spec.layers[layer]))
-
-    def queries(self, layer: int, rows: int) -> Tensor:
-        spec = self._spec.layers[layer]
-        return _rows(self._queries, rows, spec.attention.heads * key_dim(spec))
-
-    def states(self, layer: int, rows: int) -> Tensor:
-        return _rows(self._states, rows, state_floats(self._spec.layers[layer]))
+    def rows(self, name: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
+        """The first rows of a buffer that layers of several widths share."""
+        return self.whole(name, dtype)[: rows * width].view(rows, width)
 
     def send_rows(self, normed: Tensor) -> None:
-        self._link.to_host(self._expert_rows[: len(normed)], expert_rows(normed, self.integer))
+        dtype = torch.uint8 if self.integer else torch.bfloat16
+        rows = self.whole(self._rows_name, dtype).view(self._max_rows, -1)
+        self._link.to_host(rows[: len(normed)], expert_rows(normed, self.integer))
 
-    def send_routes(self, prefix: str, routed: Routed) -> None:
+    def send_routes(self, early: bool, routed: Routed) -> None:
+        """early: what the router of the next layer says of these rows."""
         for name, tensor in ((IDS, routed.ids), (WEIGHTS, routed.weights)):
-            self._link.to_host(_rows(self._routes[prefix + name], *tensor.shape), tensor)
-
-
-def _rows(buffer: Tensor, rows: int, width: int) -> Tensor:
-    """The first rows of a buffer that layers of several widths share."""
-    return buffer[: rows * width].view(rows, width)
+            dtype = torch.int32 if name == IDS else torch.float32
+            self._link.to_host(self.rows(NEXT * early + name, dtype, *tensor.shape), tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Batch
+from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
 from hybrid.gpu.parts import rope_table
-from hybrid.weights.layout import round_up
 
 KEYS = 256  # rings are read in multiples of so many places: tokens come one by one, and shapes should not
 
@@ -25,7 +25,7 @@ class Group:
     keys: places of the rings that are looked at. seen: by window, bool [runs, rows of a run, keys].
     """
 
-    slots: tuple[int, ...]
+    sequences: tuple[int, ...]
     rows: Tensor
     rings: slice | Tensor
     keys: int
@@ -34,14 +34,14 @@ class Group:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """embedded: float32 [rows, hidden]. slots, places: int64 [rows], where in the mirror keys and values go. tables:
-    of every rope. older: by window, whether a row sees what is not mirrored. taken: int32 [MoE layers, rows, top_k],
-    experts in place of those that the routers choose, or None.
+    """embedded: float32 [rows, hidden]. sequences, places: int64 [rows], where in the mirror keys and values go.
+    tables: of every rope. older: by window, whether a row sees what is not mirrored. taken: int32
+    [MoE layers, rows, top_k], experts in place of those that the routers choose, or None.
     """
 
     embedded: Tensor
     logit_rows: Tensor
-    slots: Tensor
+    sequences: Tensor
     places: Tensor
     tables: tuple[tuple[Tensor, Tensor], ...]
     groups: tuple[Group, ...]
@@ -50,7 +50,7 @@ class StepInputs:
 
     @property
     def rows(self) -> int:
-        return len(self.slots)
+        return len(self.sequences)
 
     @property
     def whole(self) -> bool:
@@ -62,13 +62,13 @@ class StepInputs:
         """Steps of equal shape ask the device for the same, but for what their tensors hold. None for a step that is
         more than one token of some sequences, all of which is mirrored.
         """
-        if len(self.groups) != 1 or len(self.groups[0].slots) != self.rows or not self.whole:
+        if len(self.groups) != 1 or len(self.groups[0].sequences) != self.rows or not self.whole:
             return None
         (group,) = self.groups
-        return (group.keys, len(self.logit_rows), *group.slots)
+        return (group.keys, len(self.logit_rows), *group.sequences)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.embedded, self.logit_rows, self.slots, self.places)
+        yield from (self.embedded, self.logit_rows, self.sequences, self.places)
         if self.taken is not None:
             yield self.taken
         for table in self.tables:
@@ -87,11 +87,11 @@ class StepInputs:
 
 
 def runs_of(batch: Batch, mirror: KvMirror) -> list[Run]:
-    """Adjacent rows of one slot each; the mirror is told that they will be written."""
+    """Adjacent rows of one sequence each; the mirror is told that they will be written."""
     found, row = [], 0
-    for slot, same in groupby(batch.slots.tolist()):
+    for sequence, same in groupby(batch.sequences.tolist()):
         rows, position = len(list(same)), int(batch.positions[row])
-        found.append(Run(slot, row, rows, position, *mirror.extend(slot, position, rows)))
+        found.append(Run(sequence, row, rows, position, *mirror.extend(sequence, position, rows)))
         row += rows
     return found
 
@@ -101,7 +101,7 @@ def make_inputs(
     runs: Sequence[Run],
     embedding: Tensor,
     ropes: Sequence[tuple[Tensor, float]],
-    windows: set[int | None],
+    windows: Set[int | None],
     capacity: int,
     taken: npt.NDArray[np.int32] | None = None,
 ) -> StepInputs:
@@ -109,14 +109,14 @@ def make_inputs(
     of StepInputs, on the host.
     """
     device = embedding.device
-    tokens, slots, positions, logit_rows = (
+    tokens, sequences, positions, logit_rows = (
         torch.from_numpy(array).to(device, torch.int64, copy=True)
-        for array in (batch.token_ids, batch.slots, batch.positions, batch.logit_rows)
+        for array in (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
     )
     return StepInputs(
         embedded=embedding[tokens].float(),
         logit_rows=logit_rows,
-        slots=slots,
+        sequences=sequences,
         places=positions % capacity,
         tables=tuple(rope_table(positions, frequencies, factor) for frequencies, factor in ropes),
         groups=tuple(_group(group, windows, capacity, device) for group in _together(runs)),
@@ -125,12 +125,12 @@ def make_inputs(
     )
 
 
-def _group(runs: Sequence[Run], windows: set[int | None], capacity: int, device: torch.device) -> Group:
+def _group(runs: Sequence[Run], windows: Set[int | None], capacity: int, device: torch.device) -> Group:
     rows = torch.cat([torch.arange(run.row, run.row + run.rows) for run in runs]).to(device)
-    slots, keys = tuple(run.slot for run in runs), min(capacity, round_up(max(run.end for run in runs), KEYS))
+    sequences, keys = tuple(run.sequence for run in runs), min(capacity, round_up(max(run.end for run in runs), KEYS))
     extents = extents_of(runs, device)
     seen = {window: seen_places(extents, runs[0].rows, keys, capacity, window) for window in windows}
-    return Group(slots, rows, rings_of(slots, device), keys, seen)
+    return Group(sequences, rows, rings_of(sequences, device), keys, seen)
 
 
 def _together(runs: Sequence[Run]) -> list[list[Run]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid.engine.routes import view
+from hybrid.machine.memory import view
 
 
 class Link:

@@ -15,8 +15,11 @@ SMALL_BYTES = 4096
 ROUNDS = 8
 
 
-def measure_link(device: torch.device, read: Callable[[], float], size: int = COPY_BYTES) -> LinkSpeed:
-    """read: has all threads read memory for some time, without the interpreter, and returns bytes a second."""
+def measure_link(place: str, read: Callable[[], float], size: int = COPY_BYTES) -> LinkSpeed:
+    """place: the device, as torch calls it. read: has all threads read memory for a while, without the interpreter, and
+    returns bytes a second.
+    """
+    device = torch.device(place)
     pinned = device.type == "cuda"
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
     there = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -1,6 +1,6 @@
 """The keys and values of the most recent tokens of every sequence, on the device. Their home is in the CPU's memory.
 
-Each slot has a ring: the token at position p lies at p modulo `capacity`. Evicting is overwriting: nothing is lost.
+Each sequence has a ring: the token at position p lies at p modulo `capacity`. Evicting is overwriting: nothing is lost.
 """
 
 from __future__ import annotations
@@ -11,65 +11,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid.models.spec import ModelSpec
-
 
 class KvMirror:
-    """bf16 rings of `capacity` tokens for `slots` sequences, whatever the format of the home.
+    """Which tokens of `sequences` sequences are mirrored: the most recent ones, at most `capacity` of each.
 
-    A step's rows of a slot must all fit: at most `capacity` of them.
+    A step's rows of a sequence must all fit: at most `capacity` of them.
     """
 
-    def __init__(self, spec: ModelSpec, slots: int, capacity: int, device: torch.device) -> None:
-        self.capacity, self._device = capacity, device
-        self._keys, self._values = (
-            [self._ring(slots, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
-            for _ in range(2)
-        )
-        self._starts, self._ends = [0] * slots, [0] * slots
+    def __init__(self, sequences: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._starts, self._ends = [0] * sequences, [0] * sequences
 
-    @property
-    def nbytes(self) -> int:
-        return sum(ring.nbytes for ring in (*self._keys, *self._values))
-
-    def extend(self, slot: int, position: int, rows: int) -> tuple[int, int]:
+    def extend(self, sequence: int, position: int, rows: int) -> tuple[int, int]:
         """`rows` tokens from `position` on will be written; returns which positions [start, end) are then mirrored.
 
         What the mirror has not seen, before a gap or a rewind, is left to the home.
         """
-        start = self._starts[slot]
-        if not start <= position <= self._ends[slot]:
+        start = self._starts[sequence]
+        if not start <= position <= self._ends[sequence]:
             start = position
         end = position + rows
-        self._starts[slot], self._ends[slot] = max(start, end - self.capacity), end
-        return self._starts[slot], end
+        self._starts[sequence], self._ends[sequence] = max(start, end - self.capacity), end
+        return self._starts[sequence], end
 
-    def forget(self, slot: int) -> None:
-        """What is mirrored of a slot means nothing any more."""
-        self._starts[slot] = self._ends[slot] = 0
+    def forget(self, sequence: int) -> None:
+        """What is mirrored of a sequence means nothing any more."""
+        self._starts[sequence] = self._ends[sequence] = 0
 
-    def write(self, layer: int, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """keys, values [rows, kv_heads, dim]; slots [rows]; places [rows]: positions modulo the capacity."""
-        self._keys[layer][slots, :, places] = keys.bfloat16()
-        self._values[layer][slots, :, places] = values.bfloat16()
 
-    def read(self, layer: int, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values bf16 [rings, kv_heads, keys, dim] of the first places of those rings; see `rings_of`."""
-        k, v = (x[layer][:, :, :keys] for x in (self._keys, self._values))
+class KvRings:
+    """The mirrored keys and values of a layer, bf16 [sequences, heads, capacity, dim] whatever the home has."""
+
+    def __init__(self, sequences: int, heads: int, capacity: int, dim: int, device: torch.device) -> None:
+        # zeros: a weight of 0 times what memory happened to hold could be NaN
+        shape = (sequences, heads, capacity, dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, sequences: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """keys, values [rows, heads, dim]; sequences [rows]; places [rows]: positions modulo the capacity."""
+        self.keys[sequences, :, places] = keys.bfloat16()
+        self.values[sequences, :, places] = values.bfloat16()
+
+    def read(self, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values bf16 [rings, heads, keys, dim] of the first places of those rings; see `rings_of`."""
+        k, v = self.keys[:, :, :keys], self.values[:, :, :keys]
         if isinstance(rings, slice):
             return k[rings], v[rings]
         return k.index_select(0, rings), v.index_select(0, rings)
 
-    def _ring(self, slots: int, heads: int, dim: int) -> Tensor:
-        # zeros: a weight of 0 times what memory happened to hold could be NaN
-        return torch.zeros(slots, heads, self.capacity, dim, dtype=torch.bfloat16, device=self._device)
-
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of one slot in a step: the first of them, how many, the position of the first, what is mirrored then."""
+    """Rows of one sequence in a step: the first of them, how many, the position of the first, what is mirrored then."""
 
-    slot: int
+    sequence: int
     row: int
     rows: int
     position: int
@@ -77,11 +76,11 @@ class Run:
     end: int
 
 
-def rings_of(slots: Sequence[int], device: torch.device) -> slice | Tensor:
-    """What `KvMirror.read` takes for them: adjacent ones are viewed, others gathered by number, int64 [slots]."""
-    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
-        return slice(slots[0], slots[0] + len(slots))
-    return torch.tensor(slots, device=device)
+def rings_of(sequences: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What `KvRings.read` takes for them: adjacent ones are viewed, others gathered by number, int64 [sequences]."""
+    if list(sequences) == list(range(sequences[0], sequences[0] + len(sequences))):
+        return slice(sequences[0], sequences[0] + len(sequences))
+    return torch.tensor(sequences, device=device)
 
 
 def extents_of(runs: Sequence[Run], device: torch.device) -> Tensor:

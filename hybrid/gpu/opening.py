@@ -9,15 +9,15 @@ import numpy.typing as npt
 import torch
 
 from gpu_cache.errors import first_line
-from hybrid.engine.routes import view
 from hybrid.errors import CapacityError, DeviceFailed
 from hybrid.gpu.attention_choice import choose_for_steps
 from hybrid.gpu.graphs import capture_on
+from hybrid.gpu.layers.base import kind_of
 from hybrid.gpu.link import Link
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.step import DeviceStep
 from hybrid.gpu.weights import load_weights
-from hybrid.machine.memory import size_text
+from hybrid.machine.memory import size_text, view
 from hybrid.plan.plan import Plan
 from hybrid.weights.store import Store
 
@@ -60,8 +60,9 @@ def _open(
         tensor = store.tensors[name]
         return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
 
-    weights = load_weights(store.spec, store.tensors, read, device)
-    mirror = KvMirror(store.spec, plan.slots, plan.device.kv_tokens, device)
+    spec, mix = store.spec, plan.formats
+    weights = load_weights(spec, mix, store.tensors, read, device)
+    mirror = KvMirror(plan.sequences, plan.device.kv_tokens)
     link = Link(device)
     problem = link.pin(*arena)
     wanted = plan.cuda_graphs and not problem  # a copy that waits cannot be captured
@@ -69,6 +70,8 @@ def _open(
     if link.stream:
         torch.cuda.synchronize(device)  # weights came by another stream
     graphs = capture and capture_on(device)  # with memory that is given back
+    shapes = (kind_of(half).whole_shape(half) for _, half in spec.halves(mix))
     with link.queue():
-        attention = choose_for_steps(store.spec, plan.slots, plan.max_rows, mirror.capacity, device, graphs)
-        return DeviceStep(store.spec, plan, weights, mirror, attention, link, buffer, capture, problem)
+        heads = next((shape for shape in shapes if shape), None)
+        attention = choose_for_steps(heads, plan.sequences, plan.max_rows, mirror.capacity, device, graphs)
+        return DeviceStep(spec, plan, weights, mirror, attention, link, buffer, capture, problem)

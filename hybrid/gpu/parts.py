@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hybrid.gpu.products import linear
-from hybrid.models.spec import Activation, AttentionSpec, RopeSpec, RouterSpec
+from hybrid.models.layers.feed_forward import Activation, Router
+from hybrid.models.rope import RopeSpec
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GatedWeights:
 
 
 # From scores float32 [rows, experts], which may be part of wider rows: ids int32 and weights float32 [rows, top_k].
-Choose = Callable[[Tensor, RouterSpec], tuple[Tensor, Tensor]]
+Choose = Callable[[Tensor, Router], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
 
 
 def route(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, router: RouterSpec, shared_gate: bool, choose: Choose
+    rows: Tensor, weight: Tensor, bias: Tensor | None, router: Router, shared_gate: bool, choose: Choose
 ) -> Routed:
     """rows float32 [rows, hidden], weight float32 [experts, hidden], behind them the gate of a shared expert if any."""
     scores = torch.nn.functional.linear(rows, weight, bias)
@@ -99,21 +100,17 @@ def chooser(device: torch.device) -> Choose:
     return choose_by_kernel if device.type == "cuda" else choose_by_torch
 
 
-def choose_by_kernel(scores: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
+def choose_by_kernel(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """One kernel, where what torch does is up to seven."""
     from gpu_cache.kernels.router import TopK, choose
 
     return choose(scores, TopK(router.kind, scores.shape[1], router.top_k, router.renormalise, router.scale))
 
 
-def choose_by_torch(scores: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
+def choose_by_torch(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     after = router.kind == "topk_softmax"
     chosen = torch.topk(scores if after else scores.softmax(-1), router.top_k)
     weights = chosen.values.softmax(-1) if after else chosen.values
     if router.renormalise and not after:
         weights = weights / weights.sum(-1, keepdim=True)
     return chosen.indices.int(), weights * router.scale
-
-
-def softmax_scale(attention: AttentionSpec) -> float:
-    return attention.head_dim**-0.5 if attention.scale is None else attention.scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hybrid.plan.program import SCALE_INPUTS, SUM_INPUTS, int8_row_bytes, row_stride
+from hybrid.formats.rows import SCALE_INPUTS, SUM_INPUTS, int8_row_bytes, row_stride
 
 _LEAST = 1e-36  # below, 127 / x would overflow
 

@@ -13,13 +13,14 @@ import torch
 from gpu_cache.kernels.experts import ExpertKernels, ExpertLayout
 from gpu_cache.kernels.lookup import slots_of
 from gpu_cache.kernels.sums import weighted_sums
-from hybrid.engine.routes import view
+from hybrid.formats.block import BLOCK
 from hybrid.gpu.rows import expert_rows
 from hybrid.gpu.step import DeviceStep
+from hybrid.machine.memory import view
+from hybrid.models.layers.feed_forward import IDS, ROUTED, WEIGHTS
 from hybrid.ops import Op, RoutingTable
-from hybrid.plan.passes.place_experts import CONTRIBUTIONS, IDS, ROUTED, WEIGHTS
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS
 from hybrid.plan.plan import Plan
-from hybrid.weights.layout import BLOCK
 
 NORMED, RESIDUAL = "normed_f32", "residual"  # buffers of the engine: what experts read, what they are added to
 

@@ -1,4 +1,4 @@
-"""The device part of a step, called back by the executor between those of the threads: see `plan/passes/gpu_step.py`."""
+"""The device part of a step, called back by the executor between those of the threads: `plan/passes/gpu_step.py`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gpu_cache.errors import DeviceFull, first_line
 from hybrid.core import Batch, SpanObserver
 from hybrid.errors import DeviceFailed
-from hybrid.gpu.attention import State, finish, join, read_states
 from hybrid.gpu.attention_choice import WholeAttention
 from hybrid.gpu.buffers import SharedBuffers
 from hybrid.gpu.graphs import Capture, Graphs
 from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
+from hybrid.gpu.layers.base import DeviceFeedForward, DeviceMixer, Shared, kind_of
 from hybrid.gpu.link import Clock, Link
 from hybrid.gpu.mirror import KvMirror
-from hybrid.gpu.mirrored_attention import MirroredAttention
-from hybrid.gpu.parts import GatedWeights, Routed, chooser, gated, rms_norm, route
+from hybrid.gpu.parts import Routed, chooser, rms_norm
 from hybrid.gpu.products import linear
 from hybrid.gpu.report import DeviceReport
 from hybrid.gpu.weights import DeviceWeights
 from hybrid.machine.phases import phase
+from hybrid.models.layers.grouped_query import ENDS
 from hybrid.models.rope import inverse_frequencies
-from hybrid.models.spec import LayerSpec, ModelSpec
-from hybrid.plan.passes.place_experts import NEXT
+from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan
-from hybrid.plan.program import key_dim, ropes
 
 
 class Finder(Protocol):
@@ -109,15 +106,14 @@ class DeviceStep:
         self._spec, self._plan, self._weights = spec, plan, weights
         self._ropes = [
             (torch.from_numpy(frequencies).to(link.device), factor)
-            for frequencies, factor in map(inverse_frequencies, ropes(spec))
+            for frequencies, factor in map(inverse_frequencies, spec.ropes)
         ]
-        self._windows = {layer.attention.window for layer in spec.layers}
-        self._moe = [index for index, layer in enumerate(spec.layers) if layer.feed_forward.is_moe]
-        self._mirrored_attention = MirroredAttention(spec, weights.attention, mirror, attention)
-        self._choose = chooser(link.device)
         self._buffers = SharedBuffers(spec, plan, link, address)
+        shared = Shared(plan.sequences, mirror.capacity, link, self._buffers, attention, chooser(link.device))
+        self._mixers, self._feed_forwards = _open_halves(spec, plan, weights, shared)
+        self._windows = frozenset[int | None]().union(*(mixer.windows for mixer in self._mixers))
         self._owes_experts = False
-        self._mirrored: Tensor | State = torch.empty(0)
+        self._mixed: Any = None  # what a mixer made of the tokens that are mirrored
 
     @property
     def notes(self) -> list[str]:
@@ -151,8 +147,10 @@ class DeviceStep:
         runs = runs_of(batch, self.mirror)
         embedding, capacity = self._weights.embedding, self.mirror.capacity
         inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken)
-        for run in runs:
-            self._buffers.ends[run.row : run.row + run.rows] = run.start
+        if ENDS in self._buffers:
+            ends = self._buffers.whole(ENDS, torch.int32)
+            for run in runs:
+                ends[run.row : run.row + run.rows] = run.start
         self._finding = self.finder is not None and self.finder.finds
         self._inputs = self.graphs.begin(self._shape(inputs), inputs)
         self._flow = _Flow(self._inputs.embedded, self._inputs.embedded)
@@ -166,16 +164,14 @@ class DeviceStep:
         """
         if self._inputs.whole:
             return
-        older = self._inputs.older[self._spec.layers[layer].attention.window]
+        mixer = self._mixers[layer]
         with self._phase("attention"):
             residual = self._with_experts()
-            q, k, v = self._project(layer, residual)
-            if older:
-                self.link.to_host(self._buffers.queries(layer, len(q)), _padded_queries(q, self._spec.layers[layer]))
+            projected = mixer.project(residual, self._inputs)
             sent = self.link.mark()
-            self._mirrored = self._mirrored_attention.attend(layer, q, k, v, self._inputs)
+            self._mixed = mixer.mix(projected, self._inputs)
             self._flow = replace(self._flow, residual=residual)
-            if older:
+            if mixer.sees_older(self._inputs):
                 self.link.wait(sent)
         self._left = perf_counter()
 
@@ -187,13 +183,12 @@ class DeviceStep:
         else:
             self._flow = self._after_older(layer)
         sent = self.link.mark()
-        is_moe = self._spec.layers[layer].feed_forward.is_moe
+        is_moe = layer in self._spec.moe_layers
         if is_moe and self._finding:
             assert self.finder is not None
-            self.finder.find(self._moe.index(layer))
-        shared = self._weights.feed_forward[layer].shared
-        if shared is not None:
-            made = self.graphs.run(("shared", layer), partial(self._shared, shared))
+            self.finder.find(self._spec.moe_layers.index(layer))
+        if self._feed_forwards[layer].has_shared:
+            made = self.graphs.run(("shared", layer), partial(self._shared, layer))
             self._flow = replace(self._flow, shared=made)
         self.link.wait(sent)  # keys and values too
         self._owes_experts, self.hits = is_moe, None
@@ -208,9 +203,9 @@ class DeviceStep:
             torch.from_numpy(self._logits).copy_(logits)
         self._tell()
 
-    def forget(self, slot: int) -> None:
-        """The keys and values of a slot were released, or written by others."""
-        self.mirror.forget(slot)
+    def forget(self, sequence: int) -> None:
+        """The keys and values of a sequence were released, or written by others."""
+        self.mirror.forget(sequence)
 
     def close(self) -> None:
         """The buffers of the engine are about to go."""
@@ -225,68 +220,48 @@ class DeviceStep:
         return (self._finding, *inputs.shape)
 
     def _whole_layer(self, layer: int) -> _Flow:
+        mixer, inputs = self._mixers[layer], self._inputs
         with self._phase("attention"):
             residual = self._with_experts()
-            attended = self._mirrored_attention.attend(layer, *self._project(layer, residual), self._inputs)
+            mixed = mixer.mix(mixer.project(residual, inputs), inputs)
         with self._phase("route"):
-            return self._feed_forward(layer, residual, self._finished(layer, attended))
+            return self._feed_forward(layer, residual + mixer.output(mixed, inputs))
 
     def _after_older(self, layer: int) -> _Flow:
         """Once the threads have attended to older tokens, if they had to."""
-        attention = self._spec.layers[layer].attention
-        older = self._inputs.older[attention.window]
-        if older and self.observer is not None:
+        mixer = self._mixers[layer]
+        if self.observer is not None and mixer.sees_older(self._inputs):
             self.observer("older tokens", self._left, perf_counter())
         with self._phase("route"):
-            attended = self._mirrored
-            if older:
-                assert isinstance(attended, State)
-                states = self.link.to_device(self._buffers.states(layer, self._inputs.rows))
-                attended = join(attended, read_states(states, attention.heads, attention.head_dim))
-            return self._feed_forward(layer, self._flow.residual, self._finished(layer, attended))
+            return self._feed_forward(layer, self._flow.residual + mixer.output(self._mixed, self._inputs))
 
-    def _project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; the home of the latter two is told of them."""
-        weights = self._weights.attention[layer]
-        rows = rms_norm(residual, weights.norm, self._spec.norm.eps).bfloat16()
-        q, k, v = self._mirrored_attention.heads(layer, linear(rows, weights.qkv, weights.qkv_bias), self._inputs)
-        self.link.to_host(self._buffers.new_kv(layer, len(rows)), torch.cat([k, v], 1).flatten(1))
-        return q, k, v
-
-    def _finished(self, layer: int, attended: Tensor | State) -> Tensor:
-        """float32 [rows, heads, head_dim]."""
-        sinks = self._weights.attention[layer].sinks
-        return finish(attended, sinks) if isinstance(attended, State) else attended
-
-    def _feed_forward(self, layer: int, residual: Tensor, attended: Tensor) -> _Flow:
-        spec, weights, ffn = self._spec.layers[layer], self._weights.attention[layer], self._weights.feed_forward[layer]
-        residual = residual + linear(attended.flatten(1).bfloat16(), weights.out, weights.out_bias)
-        normed = rms_norm(residual, ffn.norm, self._spec.norm.eps)
-        if ffn.dense is not None:
-            return _Flow(residual + gated(normed.bfloat16(), ffn.dense, spec.feed_forward.activation), normed)
-        return _Flow(residual, normed, self._send_rows(layer, normed))
+    def _feed_forward(self, layer: int, residual: Tensor) -> _Flow:
+        feed_forward = self._feed_forwards[layer]
+        normed = feed_forward.normed(residual)
+        dense = feed_forward.dense(normed)
+        return (
+            _Flow(residual, normed, self._send_rows(layer, normed))
+            if dense is None
+            else _Flow(residual + dense, normed)
+        )
 
     def _send_rows(self, layer: int, normed: Tensor) -> Routed:
         """What the threads need to compute experts: rows, ids and weights; and what the cache asks the next layer."""
         buffers, routed = self._buffers, self._route(layer, normed)
-        buffers.send_routes("", routed)
+        buffers.send_routes(False, routed)
         buffers.send_rows(normed)
-        following = next((index for index in self._moe if index > layer), None)
+        following = next((index for index in self._spec.moe_layers if index > layer), None)
         if following is not None and self._plan.cache and self._plan.cache.next_gate:
-            buffers.send_routes(NEXT, self._route(following, normed))
+            buffers.send_routes(True, self._route(following, normed))
         return routed
 
     def _route(self, layer: int, normed: Tensor) -> Routed:
-        ffn, weights = self._spec.layers[layer].feed_forward, self._weights.feed_forward[layer]
-        assert ffn.router is not None and weights.router is not None
-        routed = route(normed, weights.router, weights.router_bias, ffn.router, ffn.shared_gate, self._choose)
-        taken = self._inputs.taken
-        return routed if taken is None else replace(routed, ids=taken[self._moe.index(layer)])
+        routed, taken = self._feed_forwards[layer].route(normed), self._inputs.taken
+        return routed if taken is None else replace(routed, ids=taken[self._spec.moe_layers.index(layer)])
 
-    def _shared(self, shared: GatedWeights) -> Tensor:
+    def _shared(self, layer: int) -> Tensor:
         """What the shared expert makes, while the host already has the rows."""
-        made, weight = gated(self.normed.bfloat16(), shared, "silu"), self.routed.shared
-        return made if weight is None else made * weight[:, None]
+        return self._feed_forwards[layer].shared(self.normed, self.routed)
 
     def _with_experts(self) -> Tensor:
         """The residual stream with what threads and device made of the last layer's experts."""
@@ -302,7 +277,7 @@ class DeviceStep:
     def _head(self) -> Tensor:
         """float32 [logit rows, vocab]."""
         residual = self._with_experts()[self._inputs.logit_rows]
-        return linear(rms_norm(residual, self._weights.final_norm, self._spec.norm.eps).bfloat16(), self._weights.head)
+        return linear(rms_norm(residual, self._weights.final_norm, self._spec.eps).bfloat16(), self._weights.head)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -327,5 +302,13 @@ def _nothing(spec: ModelSpec, plan: Plan, device: torch.device) -> _Flow:
     return _Flow(rows, rows, Routed(ids, ids.float(), None))
 
 
-def _padded_queries(q: Tensor, spec: LayerSpec) -> Tensor:
-    return pad(q, (0, key_dim(spec) - spec.attention.head_dim)).bfloat16().flatten(1)
+def _open_halves(
+    spec: ModelSpec, plan: Plan, weights: DeviceWeights, shared: Shared
+) -> tuple[list[DeviceMixer], list[DeviceFeedForward]]:
+    """Of every layer."""
+    loaded = (some for layer in zip(weights.mixers, weights.feed_forwards, strict=True) for some in layer)
+    halves = [
+        kind_of(half).open_half(half, place, its, shared)
+        for (place, half), its in zip(spec.halves(plan.formats), loaded, strict=True)
+    ]
+    return halves[::2], halves[1::2]

@@ -60,6 +60,16 @@ def free_bytes() -> int:
     return int(free)
 
 
+def device_mark(place: str) -> str:
+    """What tells one of torch's devices from another: its name and memory, and the CUDA version."""
+    if place != "cuda":
+        return place
+    import torch
+
+    found = torch.cuda.get_device_properties(place)
+    return f"{found.name} {found.total_memory} {torch.version.cuda}"
+
+
 def _driver_problem(wanted: str) -> str | None:
     """wanted: the CUDA version that torch was built for, '12.8'. Within a major version every driver will do."""
     version = driver_version()

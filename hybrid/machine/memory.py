@@ -1,8 +1,13 @@
-"""What the system granted of the memory that was asked for, known once a model is loaded."""
+"""Memory: what the system granted of what was asked for, sizes for people, and arrays over what somebody else owns."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,10 @@ class MemoryGrant:
 def size_text(size: float) -> str:
     """Bytes for people: "1.50 GB", or MB below a tenth of one."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def view(address: int, shape: tuple[int, ...], dtype: type[Any]) -> npt.NDArray[Any]:
+    """Memory that somebody else owns, as an array."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.engine.experts.verdict import CallCosts
 from hybrid.errors import HybridError
 from hybrid.files import read_json_object, write_json
 from hybrid.machine.hardware import HardwareSpec
-from hybrid.plan.passes.place_experts import ExpertShape
 
 VERSION = 1
 ROWS = (1, 2, 4, 8, 32, 128, 512)  # that an expert gets; prompts have many, tokens one
@@ -79,11 +77,6 @@ def machine_mark(hardware: HardwareSpec, threads: int, device: str = "") -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def expert_key(shape: ExpertShape, format: str) -> str:
-    """Experts that cost the same."""
-    return f"{format} {shape.nbytes} bytes, {shape.top_k} together"
-
-
 def cached_profile(
     folder: Path | None, mark: str, key: str, measure: Callable[[], tuple[ExpertTimes, LinkSpeed | None]]
 ) -> MachineProfile:
@@ -104,13 +97,6 @@ def cached_profile(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"version": VERSION, **_to_dict(found)})
     return found
-
-
-def measured_costs(times: ExpertTimes, link: LinkSpeed, slot_bytes: int) -> CallCosts:
-    """Of a token, one row an expert, and of prompts; copies run while the threads read."""
-    copy = link.latency + slot_bytes / link.to_device_beside
-    rows = times.row_on_threads, times.row_on_device
-    return CallCosts(times.on_threads(1), times.on_device(1), times.device_start, copy, *rows)
 
 
 def _between(rows: tuple[int, ...], seconds: tuple[float, ...], count: int) -> float:

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrid.errors import ConfigError
+from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames, Router
+from hybrid.models.layers.grouped_query import GroupedQueryAttention, QkNorm
 from hybrid.models.reading import Fields
 from hybrid.models.rope import read_rope
 from hybrid.models.spec import (
-    AttentionSpec,
-    FeedForwardSpec,
     LayerSpec,
     ModelSpec,
-    NormSpec,
-    QkNorm,
-    RouterSpec,
-    TensorNames,
+    OuterNames,
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # words of `layer_types`
@@ -43,7 +40,7 @@ def read_attention(
     qk_norm: QkNorm = "none",
     bias: bool = False,
     window: int | None = None,
-) -> AttentionSpec:
+) -> GroupedQueryAttention:
     """Grouped-query attention; `bias` is that of all four projections."""
     heads = fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", default=defaults.kv_heads or heads)
@@ -54,7 +51,9 @@ def read_attention(
         )
     dim = _read_head_dim(fields, heads, defaults)
     rope = read_rope(fields, dim, theta=defaults.theta, max_position=read_max_position(fields, defaults))
-    return AttentionSpec(heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window)
+    return GroupedQueryAttention(
+        heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window
+    )
 
 
 def read_windows(fields: Fields, window: int | None, *, default: Sequence[str]) -> list[int | None]:
@@ -64,21 +63,24 @@ def read_windows(fields: Fields, window: int | None, *, default: Sequence[str]) 
     return [window if kind == SLIDING else None for kind in kinds]
 
 
-def read_experts(fields: Fields, intermediate: int, *, renormalise: bool) -> FeedForwardSpec:
+def read_experts(
+    fields: Fields, intermediate: int, *, renormalise: bool, names: FeedForwardNames | None = None
+) -> FeedForward:
     """Routed experts, chosen by a softmax over all; transformers 4 and 5 name their number differently."""
     experts = fields.size("num_experts", "num_local_experts", maximum=10**5)
     top_k = fields.size("num_experts_per_tok", maximum=experts, maximum_of="the number of experts")
-    return FeedForwardSpec(intermediate, experts, RouterSpec(top_k, "softmax", renormalise=renormalise))
+    router = Router(top_k, "softmax", renormalise=renormalise)
+    return FeedForward(intermediate, experts, router, names=names or FeedForwardNames())
 
 
-def read_sparse_layers(fields: Fields, experts: FeedForwardSpec) -> list[FeedForwardSpec]:
+def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward]:
     """Every `decoder_sparse_step`-th layer has these experts, except those in `mlp_only_layers`."""
     layers = range(read_layer_count(fields))
     step, dense = fields.size("decoder_sparse_step", default=1), set(fields.integers("mlp_only_layers"))
     routed = [layer not in dense and (layer + 1) % step == 0 for layer in layers]
     if all(routed):
         return [experts for _ in layers]
-    plain = FeedForwardSpec(fields.size("intermediate_size"))
+    plain = FeedForward(fields.size("intermediate_size"))
     return [experts if is_routed else plain for is_routed in routed]
 
 
@@ -87,7 +89,7 @@ def read_model(
     model_type: str,
     layers: Sequence[LayerSpec],
     defaults: Defaults,
-    names: TensorNames | None = None,
+    names: OuterNames | None = None,
 ) -> ModelSpec:
     """The whole decoder around its layers: RMSNorm everywhere, SiLU, no bias on the head.
 
@@ -99,10 +101,10 @@ def read_model(
         vocab=fields.size("vocab_size", maximum=10**8),
         hidden=fields.size("hidden_size"),
         layers=tuple(layers),
-        norm=NormSpec(fields.number("rms_norm_eps", default=defaults.eps)),
+        eps=fields.number("rms_norm_eps", default=defaults.eps),
         max_position=read_max_position(fields, defaults),
         tied=fields.flag("tie_word_embeddings"),
-        names=names or TensorNames(),
+        names=names or OuterNames(),
     )
 
 

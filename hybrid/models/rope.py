@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
-from hybrid.models.spec import RopeKind, RopeSpec
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding. `parameters` are the type's own (factor, beta_fast, ...).
+
+    dim: how many leading dimensions of a head rotate (partial rope: less than head_dim). interleaved: pairs
+    are (2i, 2i+1) instead of (i, i + dim/2). max_position: max_position_embeddings of the checkpoint.
+    """
+
+    theta: float
+    dim: int
+    kind: RopeKind = "default"
+    interleaved: bool = False
+    max_position: int = 0
+    parameters: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
 
 
 def read_rope(fields: Fields, dim: int, *, theta: float, max_position: int) -> RopeSpec:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.machine.memory import size_text
-from hybrid.plan.passes.place_experts import ExpertShape
+from hybrid.plan.expert_shape import ExpertShape
 
 if TYPE_CHECKING:
     from gpu_cache.geometry import Geometry

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hybrid.errors import ConfigError
+from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.machine.memory import size_text
-from hybrid.models.spec import AttentionSpec, LayerSpec, ModelSpec
-from hybrid.weights.layout import qkv_width, round_up, shares_head
+from hybrid.models.layers.base import DeviceNeeds, Extents
+from hybrid.models.layers.products import BF16, FP32
+from hybrid.models.spec import ModelSpec
 
 KV_SHARE = 4  # the mirror gets a fourth of what weights and workspace leave if it can choose, slots the rest
 KV_STEP = 64  # tokens
@@ -16,7 +19,6 @@ SCORES = 1 << 24  # of attention that are there at a time
 SHAPES = 8  # of steps whose CUDA graphs are kept
 _SCORE_COPIES = 4  # scaled, masked, weights, and those in bf16 with what is seen
 _FLOW = 3  # times the residual stream: itself, its normed rows, and those of a shared expert
-_BF16, _FP32 = 2, 4
 
 
 @dataclass(frozen=True)
@@ -60,36 +62,27 @@ class DeviceMemory:
         ]
 
 
-@dataclass(frozen=True)
-class StepSizes:
-    """The largest step: its rows, sequences, and tokens of a sequence."""
-
-    rows: int
-    slots: int
-    length: int
-
-
 def plan_device(
-    spec: ModelSpec, mix: FormatMix, free: int, sizes: StepSizes, kv_tokens: int | None, torch_device: str
+    spec: ModelSpec, mix: FormatMix, free: int, extents: Extents, kv_tokens: int | None, torch_device: str
 ) -> DeviceMemory:
     """free: bytes. kv_tokens: asked for, None: what fits.
 
     The mirror holds the rows of a step at least, and no more than a sequence. Raises ConfigError with the numbers if
     the device is too small.
     """
-    weights, workspace = device_weight_bytes(spec, mix), workspace_bytes(spec, sizes)
-    each = sizes.slots * token_bytes(spec)
-    least, most = round_up(sizes.rows, KV_STEP), round_up(sizes.length, KV_STEP)
+    weights, workspace = device_weight_bytes(spec, mix), workspace_bytes(spec, mix, extents)
+    each = extents.sequences * token_bytes(spec, mix)
+    least, most = round_up(extents.rows, KV_STEP), round_up(extents.tokens, KV_STEP)
     left = free - weights - workspace
     if kv_tokens is None:
-        wanted = max(least, left // KV_SHARE // each // KV_STEP * KV_STEP)
+        wanted = max(least, left // KV_SHARE // max(1, each) // KV_STEP * KV_STEP)
     else:
         wanted = round_up(kv_tokens, KV_STEP)
     tokens = max(least, min(wanted, most))
     if tokens * each > left:
         raise ConfigError(
             f"the device has {size_text(free)} free; weights take {size_text(weights)}, a step {size_text(workspace)} "
-            f"and {tokens} mirrored tokens of {sizes.slots} sequences {size_text(tokens * each)}: "
+            f"and {tokens} mirrored tokens of {extents.sequences} sequences {size_text(tokens * each)}: "
             "lower --gpu-kv-tokens, --max-batch or --chunk-size, or use --device cpu"
         )
     return DeviceMemory(free, weights, workspace, tokens, tokens * each, torch_device=torch_device)
@@ -97,45 +90,37 @@ def plan_device(
 
 def device_weight_bytes(spec: ModelSpec, mix: FormatMix) -> int:
     """Of all but the experts: matrices in bf16; norms, biases and routers in fp32."""
-    heads = 1 if shares_head(spec, mix) else 2
-    outer = heads * spec.vocab * spec.hidden * _BF16 + spec.hidden * _FP32
-    return outer + sum(_layer_weights(spec.hidden, layer) for layer in spec.layers)
+    heads = 1 if spec.shares_head(mix) else 2
+    outer = heads * spec.vocab * spec.hidden * BF16 + spec.hidden * FP32
+    return outer + sum(needs.weights for needs in _needs(spec, mix))
 
 
-def token_bytes(spec: ModelSpec) -> int:
-    """Of one mirrored token: keys and values of all layers in bf16."""
-    return sum(2 * layer.attention.kv_heads * layer.attention.head_dim * _BF16 for layer in spec.layers)
+def token_bytes(spec: ModelSpec, mix: FormatMix) -> int:
+    """Of one mirrored token, over all layers."""
+    return sum(needs.token for needs in _needs(spec, mix))
 
 
-def workspace_bytes(spec: ModelSpec, sizes: StepSizes) -> int:
+def workspace_bytes(spec: ModelSpec, mix: FormatMix, extents: Extents) -> int:
     """An upper bound of what a step has beside weights and mirror: intermediates of its largest layer, and logits; and
     what the graphs of steps that decode leave from layer to layer.
     """
-    widest = max(_row_floats(spec.hidden, layer) for layer in spec.layers)
-    keys = round_up(sizes.length, KV_STEP)
-    scores = min(SCORES, max(sizes.rows * layer.attention.heads * keys for layer in spec.layers))
-    kept = SHAPES * len(spec.layers) * _FLOW * sizes.slots * spec.hidden
-    return (sizes.rows * widest + _SCORE_COPIES * scores + 2 * sizes.slots * spec.vocab + kept) * _FP32
+    needs = list(_needs(spec, mix))
+    both = zip(needs[::2], needs[1::2], strict=True)  # halves of a layer
+    widest = 5 * spec.hidden + max(mixer.row_floats + feed_forward.row_floats for mixer, feed_forward in both)
+    keys = round_up(extents.tokens, KV_STEP)
+    scores = min(SCORES, extents.rows * keys * max(half.scores for half in needs))
+    kept = SHAPES * len(spec.layers) * _FLOW * extents.sequences * spec.hidden
+    rows, logits = extents.rows * widest, 2 * extents.sequences * spec.vocab
+    return (rows + _SCORE_COPIES * scores + logits + kept) * FP32
 
 
-def _layer_weights(hidden: int, layer: LayerSpec) -> int:
-    attention, ffn = layer.attention, layer.feed_forward
-    width, heads = qkv_width(layer), attention.heads * attention.head_dim
-    intermediate = ffn.shared_intermediate if ffn.is_moe else ffn.intermediate
-    matrices = (width + heads + 3 * intermediate) * hidden
-    router = (ffn.experts + ffn.shared_gate) * (hidden + (ffn.router is not None and ffn.router.bias))
-    floats = 2 * hidden + router * ffn.is_moe + _attention_floats(attention, width, hidden)
-    return matrices * _BF16 + floats * _FP32
-
-
-def _attention_floats(attention: AttentionSpec, width: int, hidden: int) -> int:
-    norms = 2 * attention.head_dim * (attention.qk_norm == "head")
-    return norms + width * attention.qkv_bias + hidden * attention.out_bias + attention.heads * attention.sinks
-
-
-def _row_floats(hidden: int, layer: LayerSpec) -> int:
-    """fp32 words of one row: its stream and what is normed, projections before and after rope, feed-forward, router."""
-    attention, ffn = layer.attention, layer.feed_forward
-    intermediate = ffn.shared_intermediate if ffn.is_moe else ffn.intermediate
-    attended = attention.heads * attention.head_dim
-    return 5 * hidden + 3 * qkv_width(layer) + 2 * attended + 4 * intermediate + 2 * ffn.experts
+def _needs(spec: ModelSpec, mix: FormatMix) -> Iterator[DeviceNeeds]:
+    """Of every half, in order. Raises ConfigError for a kind that no device computes."""
+    for place, half in spec.halves(mix):
+        needs = half.device_needs(place)
+        if needs is None:
+            raise ConfigError(
+                f"layer {place.layer} of model_type {spec.model_type!r} is of a kind that no device computes "
+                f"({type(half).__name__}); use --step-on threads"
+            )
+        yield needs

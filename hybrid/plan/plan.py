@@ -6,68 +6,37 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels import KEY_BLOCK, TILE_ROWS
+from cpu_kernels import KEY_BLOCK
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.machine.hardware import HardwareSpec
 from hybrid.machine.memory import size_text
 from hybrid.machine.numa import NodeChoice, choose_nodes
-from hybrid.models.rope import inverse_frequencies
-from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.layers.base import Extents
+from hybrid.models.spec import ModelSpec
+from hybrid.models.tensors import PARTS
 from hybrid.ops import Op
 from hybrid.plan.expert_cache import CachePlan, plan_cache
-from hybrid.plan.gpu_memory import DeviceMemory, StepSizes, plan_device
+from hybrid.plan.expert_shape import ExpertShape, expert_shape
+from hybrid.plan.gpu_memory import DeviceMemory, plan_device
+from hybrid.plan.kv_layout import KvPlan, lay_out_kv
 from hybrid.plan.passes.gpu_step import device_step_buffers, device_step_ops
-from hybrid.plan.passes.place_experts import (
-    ExpertShape,
-    expert_shape,
-    observe_routes,
-    place_experts,
-    placement_buffers,
-    take_routes,
-)
+from hybrid.plan.passes.place_experts import observe_routes, place_experts, placement_buffers, take_routes
 from hybrid.plan.passes.split_nodes import split_over_nodes
-from hybrid.plan.program import STATE_EXTRA, build_buffers, build_ops, key_dim, ropes, row_bytes, value_dim
-from hybrid.plan.supported import check_supported
-from hybrid.weights.layout import round_up, store_tensors
+from hybrid.plan.program import build_buffers, build_ops
+from hybrid.plan.scratch import scratch_bytes
 from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
 ALIGN = 64
-PANEL_BYTES = 40 << 10  # a panel of a quantised matrix, opened to what is multiplied
-PANEL_COLUMNS = 64
-TILE = 16  # rows of a matrix tile of AMX
-MIN_OPENED_DIM = 128  # the attention kernel opens at least a block of keys this wide at a time
-_SCALE = 4  # bytes of the scale of a key or a value
-
-
-@dataclass(frozen=True)
-class KvGeometry:
-    """Where keys and values lie: [slot][layer][kv head][keys | values], every run contiguous for `tokens` tokens.
-
-    int8 and fp8 have a float32 scale for each token of a head: [keys | values | key scales | value scales].
-    """
-
-    format: str
-    tokens: int
-    layer_offsets: tuple[int, ...]  # bytes from the start of a slot
-    head_strides: tuple[int, ...]
-    value_offsets: tuple[int, ...]  # bytes from the start of a head
-    key_scale_offsets: tuple[int, ...]  # the same; 0 where there are no scales
-    value_scale_offsets: tuple[int, ...]
-    slot_stride: int
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes over all layers."""
-        return self.slot_stride // self.tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine needs to allocate and run; `str()` is what `--dry-run` prints.
+    """Everything the engine needs to allocate and run; `plan.text.plan_text` is what `--dry-run` prints.
 
     device_name: of EngineConfig, without "auto".
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
@@ -88,7 +57,7 @@ class Plan:
     load: str
     huge_pages: str
     max_seq_len: int
-    slots: int
+    sequences: int  # that run together
     max_rows: int
     buffers: dict[str, tuple[int, int]]  # name: (offset, bytes)
     arena_bytes: int
@@ -99,7 +68,7 @@ class Plan:
     formats: FormatMix
     weight_bytes: dict[str, int]  # by part
     batch_invariant: bool
-    kv: KvGeometry
+    kv: KvPlan
     kv_token_budget: int
     memory_available: int
     parts: Parts
@@ -125,6 +94,7 @@ class Plan:
         planned = arenas + self.scratch_bytes * self.threads + self.logits_bytes
         planned += self.cache.host_bytes if self.cache else 0
         planned += self.device.stand_in_bytes if self.device else 0
+        planned += self.sequences * self.kv.fixed_bytes
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
 
     @property
@@ -160,11 +130,6 @@ class Plan:
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
-    def __str__(self) -> str:
-        from hybrid.plan.text import plan_text
-
-        return plan_text(self)
-
 
 def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:
     """Pure: nothing is allocated or read. Raises ConfigError for values and model parts that cannot be run.
@@ -173,7 +138,6 @@ def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
-    check_supported(spec)
     if config.max_seq_len and config.max_seq_len > spec.max_position:
         raise ConfigError(f"--max-seq-len {config.max_seq_len} is above the model's {spec.max_position} positions")
     threads = config.threads or hardware.default_threads
@@ -194,19 +158,19 @@ def _sized(
     nodes: NodeChoice,
     length: int,
 ) -> Plan:
-    rows, slots = config.chunk_size, config.max_batch
-    factors = [inverse_frequencies(rope)[1] for rope in ropes(spec)]
-    tensors = {tensor.name: tensor for tensor in store_tensors(spec, mix)}
-    sizes = build_buffers(spec, mix, rows, slots, length)
+    rows, sequences = config.chunk_size, config.max_batch
+    extents = Extents(rows, sequences, length)
+    tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
+    sizes = build_buffers(spec, mix, extents)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
     if config.step_device:
-        sizes |= device_step_buffers(spec, rows)
-    step = split_over_nodes(build_ops(spec, mix, factors), tensors, sizes, len(nodes.ids))
+        sizes |= device_step_buffers(spec, mix, extents)
+    step = split_over_nodes(build_ops(spec, mix), tensors, sizes, len(nodes.ids))
     buffers, arena_bytes = lay_out(step.sizes)
     own = [lay_out(sizes) for sizes in step.node_sizes]
-    kv = kv_geometry(spec, length, config.kv_format)
+    kv = lay_out_kv(spec, length, config.kv_format)
     driven = take_routes if config.route_trace else tuple
     invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
@@ -219,14 +183,14 @@ def _sized(
         load=("map" if len(nodes.ids) == 1 else "copy") if config.load == "auto" else config.load,
         huge_pages=hardware.huge_pages,
         max_seq_len=length,
-        slots=slots,
+        sequences=sequences,
         max_rows=rows,
         buffers=buffers,
         arena_bytes=arena_bytes,
         node_buffers=tuple(buffers for buffers, _ in own),
         node_arena_bytes=tuple(size for _, size in own),
-        scratch_bytes=scratch_bytes(spec, rows, hardware.isa, config.kv_format),
-        logits_bytes=slots * spec.vocab * 4,
+        scratch_bytes=scratch_bytes(step.ops, rows, hardware.isa, kv),
+        logits_bytes=sequences * spec.vocab * 4,
         formats=mix,
         weight_bytes=weight_bytes(spec, mix, step.parts),
         batch_invariant=invariant,
@@ -243,18 +207,18 @@ def _sized(
         plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
-    budget = max(0, hardware.memory_available - plan.fixed_bytes) // kv.token_bytes
-    return replace(plan, kv_token_budget=min(slots * length, budget))
+    budget = max(0, hardware.memory_available - plan.fixed_bytes) // max(1, kv.token_bytes)
+    return replace(plan, kv_token_budget=min(sequences * length, budget))
 
 
 def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    sizes = StepSizes(plan.max_rows, plan.slots, plan.max_seq_len)
+    extents = Extents(plan.max_rows, plan.sequences, plan.max_seq_len)
     free = _device_memory(hardware, config)
-    memory = plan_device(spec, plan.formats, free, sizes, config.gpu_kv_tokens, name)
-    plain, placed = (tuple(device_step_ops(ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
+    memory = plan_device(spec, plan.formats, free, extents, config.gpu_kv_tokens, name)
+    plain, placed = (tuple(device_step_ops(spec, ops)) if ops else () for ops in (plan.ops, plan.placed_ops))
     graphs = config.cuda_graphs
     return replace(plan, device=memory, device_ops=plain, device_placed_ops=placed, cuda_graphs=graphs)
 
@@ -283,78 +247,9 @@ def lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     return buffers, offset
 
 
-def kv_head_bytes(layer: LayerSpec, format: str) -> int:
-    """What one token takes for one KV head: its key and value, padded, and the scales of both if they need any."""
-    dims = key_dim(layer) + value_dim(layer)
-    return dims * 2 if format == "bf16" else dims + 2 * _SCALE
-
-
-def kv_geometry(spec: ModelSpec, length: int, format: str) -> KvGeometry:
-    tokens, size, scaled = round_up(length, KEY_BLOCK), 2 if format == "bf16" else 1, format != "bf16"
-    offsets, total = [], 0
-    for layer in spec.layers:
-        offsets.append(total)
-        total += tokens * layer.attention.kv_heads * kv_head_bytes(layer, format)
-    strides = [tokens * kv_head_bytes(layer, format) for layer in spec.layers]
-    return KvGeometry(
-        format=format,
-        tokens=tokens,
-        layer_offsets=tuple(offsets),
-        head_strides=tuple(strides),
-        value_offsets=tuple(tokens * key_dim(layer) * size for layer in spec.layers),
-        key_scale_offsets=tuple((stride - 2 * _SCALE * tokens) * scaled for stride in strides),
-        value_scale_offsets=tuple((stride - _SCALE * tokens) * scaled for stride in strides),
-        slot_stride=total,
-    )
-
-
-def scratch_bytes(spec: ModelSpec, rows: int, isa: str, kv_format: str) -> int:
-    """Per thread: a panel and its unfinished sums, or an attention tile."""
-    rows = round_up(rows, TILE)
-    product = rows * PANEL_COLUMNS * 4 + PANEL_BYTES + (_copied_rows(spec, rows) if isa == "amx" else 0)
-    return round_up(max(product, *(_attention_scratch(layer, kv_format) for layer in spec.layers)), 4096)
-
-
-def _copied_rows(spec: ModelSpec, rows: int) -> int:
-    """Bytes of rows that AMX copies to lie at equal distances: those of an expert, or the last few of a product."""
-    inputs = [
-        max(layer.attention.heads * layer.attention.head_dim, ffn.intermediate, ffn.shared_intermediate)
-        for layer in spec.layers
-        for ffn in [layer.feed_forward]
-    ]
-    return max(rows * _copied_row(spec.hidden), TILE * _copied_row(max(spec.hidden, *inputs)))
-
-
-def _copied_row(inputs: int) -> int:
-    return row_bytes(inputs, integer=False) + ALIGN
-
-
-def _attention_scratch(layer: LayerSpec, kv_format: str) -> int:
-    """Scores, weights and two states of a tile; and a block of keys or values opened to bf16, if it is not."""
-    heads = max(TILE_ROWS, layer.attention.heads // layer.attention.kv_heads)
-    opened = 0 if kv_format == "bf16" else KEY_BLOCK * max(MIN_OPENED_DIM, key_dim(layer), value_dim(layer)) * 2
-    return heads * (KEY_BLOCK * 6 + (value_dim(layer) + STATE_EXTRA) * 8) + opened
-
-
 def weight_bytes(spec: ModelSpec, mix: FormatMix, parts: Parts) -> dict[str, int]:
     """Bytes of the weights by part of the model, as they lie in memory. parts: what each node holds of them."""
-    sizes = dict.fromkeys(("experts", "shared", "dense", "attention", "router", "norms", "embedding", "head"), 0)
-    for tensor in store_tensors(spec, mix):
-        sizes[_part(spec, tensor.name)] += held_bytes(tensor, parts)
+    sizes = dict.fromkeys(PARTS, 0)
+    for tensor in spec.store_tensors(mix):
+        sizes[tensor.part] += held_bytes(tensor, parts)
     return {part: size for part, size in sizes.items() if size}
-
-
-def _part(spec: ModelSpec, name: str) -> str:
-    """Which part a tensor belongs to: 'layers.3.ffn.down_bias' to the experts, or to the dense layers."""
-    *place, last = name.split(".")
-    if "norm" in last:
-        return "norms"
-    if not place:
-        return last
-    if place[-1] == "attention":
-        return "attention"
-    if last == "shared":
-        return "shared"
-    if last.startswith("router"):
-        return "router"
-    return "experts" if spec.layers[int(place[1])].feed_forward.is_moe else "dense"

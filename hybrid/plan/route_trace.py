@@ -50,7 +50,7 @@ def read_route_trace(path: Path, spec: ModelSpec) -> RouteTrace:
 
     Raises ConfigError for a file that is no trace, or whose layers, ranks or experts are not what the model has.
     """
-    moe = [layer.feed_forward for layer in spec.layers if layer.feed_forward.is_moe]
+    moe = [spec.layers[index].feed_forward for index in spec.moe_layers]
     if not moe:
         raise ConfigError(f"--route-trace has nothing to route: model_type {spec.model_type!r} has no experts; drop it")
     top_k = max(ffn.router.top_k for ffn in moe if ffn.router)

@@ -28,10 +28,10 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("runtime", RUNTIME_BYTES),
         ("total before the first token", plan.fixed_bytes),
         (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
-        (f"KV reserved for {plan.slots} sequences (address space)", plan.slots * plan.kv.slot_stride),
+        (f"KV reserved for {plan.sequences} sequences (address space)", plan.sequences * plan.kv.sequence_stride),
         ("memory free", plan.memory_available),
     ]
-    verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.slots} sequences"
+    verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.sequences} sequences"
     return [
         f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
         + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
@@ -75,7 +75,7 @@ def _op_lines(plan: Plan) -> list[str]:
     """The ops of the first layer and those outside, with each thread's share."""
     ops = plan.device_ops or plan.ops
     shown = [op for op in ops if op.layer in (None, 0)]
-    layers = len(plan.kv.layer_offsets)
+    layers = len(plan.kv.layers)
     lines = [f"  {len(ops)} ops a step; those of layer 0 (of {layers}) and around the layers:"]
     for op in shown:
         units, what = op.split

@@ -211,7 +211,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless running requests have slots of their own and keep within the limits."""
         used = [request.slot for request in self._running]
-        assert set(used) <= set(range(self._plan.slots)) and len(set(used)) == len(used), used
+        assert set(used) <= set(range(self._plan.sequences)) and len(set(used)) == len(used), used
         assert sum(len(request.tokens) for request in self._running) <= self._plan.kv_token_budget
         for request in self._running:
             assert not request.finished
@@ -237,11 +237,11 @@ class Scheduler:
 
     def _fits(self, length: int) -> bool:
         reserved = sum(len(request.tokens) for request in self._running)
-        return len(self._running) < self._plan.slots and reserved + length <= self._plan.kv_token_budget
+        return len(self._running) < self._plan.sequences and reserved + length <= self._plan.kv_token_budget
 
     def _free_slot(self) -> int:
         used = {request.slot for request in self._running}
-        return next(slot for slot in range(self._plan.slots) if slot not in used)
+        return next(slot for slot in range(self._plan.sequences) if slot not in used)
 
     def _enter(self, request: Request, length: int) -> None:
         request.tokens = np.empty(length, np.int32)

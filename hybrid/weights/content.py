@@ -13,10 +13,10 @@ import numpy as np
 from hybrid.errors import WeightsError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
-from hybrid.weights.checkpoints.expected import bias_name
+from hybrid.formats.packed import interleave
+from hybrid.models.tensors import Gated, GatedBiases, GatedNames, Stacked, StoreTensor, bias_name
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source
-from hybrid.weights.layout import StoreTensor, interleave
 
 # Of a matrix as float32, read at a time. What stays in the cache packs several times as fast, and intermediates of
 # this size are taken from memory that the process keeps, where larger ones are mapped and cleared anew every time.
@@ -25,24 +25,6 @@ THREADS = min(4, len(os.sched_getaffinity(0)))  # quantising is arithmetic, and 
 
 Task = Callable[[], Array]  # makes one chunk
 Piece = tuple[Source, int, int]  # rows of a matrix
-
-# The checkpoint tensors of a store tensor, as fields of TensorNames; stacked when there are several.
-_SOURCES = {
-    "embedding": ("embedding",),
-    "final_norm": ("final_norm",),
-    "head": ("head",),
-    "attention.norm": ("attention_norm",),
-    "attention.qkv": ("q", "k", "v"),
-    "attention.qkv_bias": ("q", "k", "v"),
-    "attention.q_norm": ("q_norm",),
-    "attention.k_norm": ("k_norm",),
-    "attention.sinks": ("sinks",),
-    "attention.out": ("out",),
-    "attention.out_bias": ("out",),
-    "ffn.norm": ("feed_forward_norm",),
-    "ffn.router": ("router",),
-    "ffn.router_bias": ("router",),
-}
 
 
 class Content:
@@ -60,42 +42,31 @@ class Content:
         return _in_order(self._tasks(tensor))
 
     def _tasks(self, tensor: StoreTensor) -> Iterator[Task]:
-        layer, role = _split(tensor.name)
-        if role == "ffn.experts":
-            return self._experts(layer, tensor)
-        if role == "ffn.shared":
-            return self._gated(self._checkpoint.shared(layer), tensor)
-        if role in ("ffn.gate_up_bias", "ffn.down_bias"):
-            return iter([partial(self._expert_biases, layer, tensor)])
-        names = self._names(layer, role)
-        if tensor.format is not None:
-            return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
-        return iter([partial(self._floats, [bias_name(n) for n in names] if role.endswith("_bias") else names, tensor)])
-
-    def _names(self, layer: int, role: str) -> list[str]:
-        """A tied head of another format than the embedding is made from it."""
-        spec = self._checkpoint.spec
-        fields = _SOURCES["embedding" if role == "head" and spec.tied else role]
-        if role == "ffn.router" and spec.layers[layer].feed_forward.shared_gate:
-            fields = (*fields, "shared_gate")
-        return [getattr(spec.names, field).format(layer=layer) for field in fields]
+        match tensor.origin:
+            case Gated() as origin:
+                experts = range(tensor.nbytes // tensor.shape[-1])
+                return (
+                    task for expert in experts for task in self._gated(self._checkpoint.gated(origin, expert), tensor)
+                )
+            case GatedBiases(names, down):
+                return iter([partial(self._expert_biases, names, down, tensor)])
+            case Stacked(names, biases):
+                if tensor.format is not None:
+                    return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
+                return iter([partial(self._floats, [bias_name(n) for n in names] if biases else names, tensor)])
 
     def _floats(self, names: Sequence[str], tensor: StoreTensor) -> Floats:
         parts = [self._checked(name, self._checkpoint.read(name)).reshape(-1) for name in names]
         values = np.concatenate(parts).astype(np.float32)
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
-    def _expert_biases(self, layer: int, tensor: StoreTensor) -> Floats:
+    def _expert_biases(self, names: GatedNames, of_down: bool, tensor: StoreTensor) -> Floats:
         """Padded to whole blocks, those of gate and up in turn as their blocks are."""
-        biases = [self._checkpoint.feed_forward_bias(layer, expert) for expert in range(tensor.shape[0])]
+        biases = [self._checkpoint.gated_biases(names, expert) for expert in range(tensor.shape[0])]
         gate, up, down = (self._checked(tensor.name, np.stack(part)) for part in zip(*biases, strict=True))
-        chosen = [down] if tensor.name.endswith("down_bias") else [gate, up]
+        chosen = [down] if of_down else [gate, up]
         padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % BLOCK))).astype(np.float32) for part in chosen]
         return np.stack([part.reshape(len(part), -1, BLOCK) for part in padded], axis=2)
-
-    def _experts(self, layer: int, tensor: StoreTensor) -> Iterator[Task]:
-        for expert in range(tensor.shape[0]):
-            yield from self._gated(self._checkpoint.feed_forward(layer, expert), tensor)
 
     def _gated(self, matrices: tuple[Source, Source, Source], tensor: StoreTensor) -> Iterator[Task]:
         """An expert's blob: gate and up interleaved, then down."""
@@ -171,11 +142,3 @@ def _pieces(parts: Sequence[Source], start: int, stop: int) -> Iterator[Piece]:
         if first < last:
             yield part, first, last
         start, stop = start - part.count, stop - part.count
-
-
-def _split(name: str) -> tuple[int, str]:
-    """Layer and role of a store tensor; layer 0 stands for none."""
-    if not name.startswith("layers."):
-        return 0, name
-    _, layer, role = name.split(".", 2)
-    return int(layer), role

@@ -11,7 +11,7 @@ import numpy as np
 import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.formats.block import LINE, Bytes, round_up
-from hybrid.weights.layout import StoreTensor
+from hybrid.models.tensors import StoreTensor
 from hybrid.weights.split import Parts, part_bytes, write_part
 from hybrid.weights.store import Store
 

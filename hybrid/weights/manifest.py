@@ -11,7 +11,7 @@ from typing import Any
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import read_json_object, write_json
 from hybrid.formats.mix import FormatMix
-from hybrid.weights.layout import LAYOUT_VERSION
+from hybrid.formats.packed import LAYOUT_VERSION
 
 MANIFEST = "manifest.json"
 UNFINISHED = "packing.json"  # the manifest of the shards done so far, while a store is being packed

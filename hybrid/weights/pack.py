@@ -18,10 +18,11 @@ import numpy as np
 from hybrid.errors import CapacityError, ConfigError, WeightsError
 from hybrid.files import atomic_file, disk_errors
 from hybrid.formats.mix import FormatMix, parse_mix
+from hybrid.formats.packed import LAYOUT_VERSION
+from hybrid.models.tensors import StoreTensor
 from hybrid.weights.checkpoints.huggingface import INDEX, Checkpoint, read_config
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.content import Content
-from hybrid.weights.layout import LAYOUT_VERSION, StoreTensor, store_tensors
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import checksum, gap, make_header, read_header
 from hybrid.weights.store import Store, is_store, read_manifest, shard_file
@@ -168,7 +169,7 @@ class _Packer:
         self._source, self._output = checkpoint.path, output
         self._content = Content(checkpoint, check)
         self._progress = progress
-        tensors = store_tensors(checkpoint.spec, mix)
+        tensors = checkpoint.spec.store_tensors(mix)
         self._shards = {
             shard_file(shard): list(group) for shard, group in groupby(tensors, key=lambda tensor: tensor.shard)
         }

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
-from hybrid.weights.layout import StoreTensor
+from hybrid.models.tensors import StoreTensor
 
 # By the name of a tensor, the blocks that each node holds: of a matrix its output columns, of experts and the biases
 # of gate and up the intermediate ones. What is not named here is whole.

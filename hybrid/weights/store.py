@@ -16,7 +16,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats.block import Bytes, all_finite
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.layout import StoreTensor, store_tensors
+from hybrid.models.tensors import StoreTensor
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import ALIGNMENT, Entry, read_header
 
@@ -38,7 +38,7 @@ class Store:
         self.mix = manifest.mix
         self.format = str(manifest.mix)
         self.spec: ModelSpec = model_spec(manifest.config)
-        self.tensors = {tensor.name: tensor for tensor in store_tensors(self.spec, self.mix)}
+        self.tensors = {tensor.name: tensor for tensor in self.spec.store_tensors(self.mix)}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self._checksums = manifest.tensors
         self._arrays = _map_tensors(path, manifest, self.tensors)

@@ -1,6 +1,6 @@
 // Attention of one kernel table, KERNELS, against sums in double precision; and that a query's result is the same, bit
 // for bit, whichever queries are computed with it if all products multiply tiles.
-#include "executor/args.h"
+#include "guard.h"
 #include "reference.h"
 #include "tile_state.h"
 
@@ -28,7 +28,6 @@ struct Case {
 // Keys behind the last query's end within the first tile product, between two, in a second key block.
 constexpr Case kCases[] = {{0, 1, 0}, {3, 5, 0}, {30, 12, 0}, {52, 12, 20}, {244, 12, 0}, {250, 12, 0}, {300, 8, 100}};
 
-alignas(64) char scratch[1 << 20];
 alignas(64) uint16_t keys[kKvHeads][kTokens / kBlock][kKeyDim / 2][kBlock][2];
 alignas(64) uint16_t values[kKvHeads][kTokens / 2][kHeadDim][2];
 alignas(64) char arena[sizeof keys + sizeof values];
@@ -66,7 +65,7 @@ AttentionArgs attention_args(int window) {
   args.output = output[0][0];
   args.states = reinterpret_cast<float*>(states);
   args.kv.base = arena;
-  args.kv.slot_stride = sizeof arena, args.kv.head_stride = sizeof arena / kKvHeads;
+  args.kv.sequence_stride = sizeof arena, args.kv.head_stride = sizeof arena / kKvHeads;
   args.kv.value_offset = sizeof keys[0];
   args.kv.key_dim = kKeyDim, args.kv.value_dim = kHeadDim;
   args.heads = kHeads, args.kv_heads = kKvHeads, args.head_dim = kHeadDim, args.output_stride = kStride;
@@ -83,11 +82,11 @@ bool attend(const Case& c, int row, int rows, bool split, int tile_rows) {
   step.rows = kQueries, step.tile_rows = tile_rows;
   step.tiles = &tile, step.tile_count = 1;
   step.attention_tasks = split ? (c.position + row) / hybrid::kKeys + 1 : 1, step.split_tiles = split;
+  const bool guarded = guard::call("attention", hybrid::KERNELS, hybrid::KERNELS.attention, args, step, rows);
   int counter = 0;
-  hybrid::KERNELS.attention(args, step, {0, 1, &counter, scratch});
-  if (split) hybrid::KERNELS.merge(args, step, {0, 1, &counter, scratch});
+  if (split) hybrid::KERNELS.merge(hybrid::MergeArgs{args}, step, {0, 1, &counter, nullptr});
   if (tiles_configured()) console::line("attention: a tile configuration is left behind");
-  return !tiles_configured();
+  return guarded && !tiles_configured();
 }
 
 double score(int row, int head, int token) {

@@ -27,7 +27,7 @@ CACHE = Path(os.environ.get("HYBRID_EMULATOR") or Path.home() / ".cache" / "hybr
 SUITE = "trixie"  # the first Debian whose Bochs knows AMX
 PACKAGES = ("bochs", "bochs-term", "bochsbios", "vgabios")
 SECTOR, CYLINDER = 512, 16 * 63 * 512  # bytes; the disk must be whole cylinders
-SECONDS = 300  # that a program may take
+SECONDS = 3600  # after which a program is taken to hang
 # Code without an operating system: no libraries, no exceptions, fixed addresses below 4 GiB.
 FREESTANDING = [
     "-std=c++17",

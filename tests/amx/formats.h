@@ -2,7 +2,7 @@
 // they stand for. Layouts are those of hybrid/formats, written down once more.
 #pragma once
 
-#include "executor/args.h"
+#include "executor/step.h"
 #include "reference.h"
 
 namespace formats {

@@ -1,8 +1,8 @@
 // One layer's input and experts, and calls of kernels on them as the only thread makes them.
 #pragma once
 
-#include "executor/args.h"
 #include "formats.h"
+#include "guard.h"
 #include "tile_state.h"
 
 namespace layer {
@@ -23,7 +23,6 @@ constexpr int kExperts = 3, kRoutes = 2 * kMaxRows;
 constexpr int kRowBytes = 2 * kMaxInputs, kExpertBytes = 2 * kMaxColumns * 320 * 2;
 constexpr int kUntouched = 12345;
 
-alignas(64) inline char scratch[1 << 20];
 alignas(64) inline char experts[kExperts][kExpertBytes];
 alignas(64) inline char rows_of_input[kMaxRows][kRowBytes];
 alignas(64) inline char routed_input[kRoutes][kRowBytes];
@@ -40,16 +39,14 @@ struct Kernels {
   int tile_rows;  // as in Step
 };
 
-// Calls one kernel as the only thread does. False, and a line, if it leaves a tile configuration behind.
+// Calls one kernel. False, and a line, if it writes behind its scratch or leaves a tile configuration behind.
 template <class Args>
-inline bool call(const char* name, void (*kernel)(const Args&, const hybrid::Step&, const hybrid::Work&),
-                 const Args& args, int rows, int tile_rows) {
+inline bool call(const char* name, const Kernels& kernels, hybrid::Kernel<Args> kernel, const Args& args, int rows) {
   hybrid::Step step{};
-  step.rows = rows, step.tile_rows = tile_rows;
-  int counter = 0;
-  kernel(args, step, {0, 1, &counter, scratch});
+  step.rows = rows, step.tile_rows = kernels.tile_rows;
+  const bool guarded = guard::call(name, kernels.table, kernel, args, step, rows);
   if (tiles_configured()) console::line(name, ": a tile configuration is left behind");
-  return !tiles_configured();
+  return guarded && !tiles_configured();
 }
 
 inline bool call_gemm(const Kernels& kernels, const Format& format, int rows, const Shape& shape, bool extras) {
@@ -61,7 +58,7 @@ inline bool call_gemm(const Kernels& kernels, const Format& format, int rows, co
   args.output = output[0], args.output_stride = kMaxColumns;
   args.columns = shape.columns, args.inputs = padded(shape.inputs);
   args.accumulate = extras;
-  return call("gemm", kernels.table.gemm[int(format.format)], args, rows, kernels.tile_rows);
+  return call("gemm", kernels, kernels.table.gemm, args, rows);
 }
 
 // The experts of gate_up and of down.
@@ -81,14 +78,14 @@ inline bool call_gate_up(const Kernels& kernels, const Format& format, int rows,
   args.routed = routed_set(format, shape, rows_of_input[0], extras);
   args.output = hidden[0], args.output_stride = kMaxColumns;
   args.activation = extras ? hybrid::Activation::swiglu_clamped : hybrid::Activation::silu;
-  return call("gate_up", kernels.table.gate_up, args, rows, kernels.tile_rows);
+  return call("gate_up", kernels, kernels.table.gate_up, args, rows);
 }
 
 inline bool call_down(const Kernels& kernels, const Format& format, int rows, const Shape& shape, bool extras) {
   hybrid::DownArgs args{};
   args.routed = routed_set(format, shape, routed_input[0], extras);
   args.output = output[0], args.output_stride = kMaxColumns;
-  return call("down", kernels.table.down, args, rows, kernels.tile_rows);
+  return call("down", kernels, kernels.table.down, args, rows);
 }
 
 inline void fill_input(const Format& format, int inputs) {

@@ -58,14 +58,14 @@ keys = st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True).map(tupl
 small = st.lists(keys, min_size=1, max_size=8)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(small, st.integers(1, 3))
 def test_bypass_belady_is_the_best_there_is(groups: list[tuple[int, ...]], ways: int) -> None:
     wanted = best_schedule(list(enumerate(groups)), ways, None, every_miss=False)
     assert bypass_belady(one_layer(groups, 5), Geometry(1, ways, 1, 5)).hits.sum() == wanted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(small, st.integers(1, 3))
 def test_belady_is_the_best_that_admits_every_miss(groups: list[tuple[int, ...]], ways: int) -> None:
     groups = [group[:ways] for group in groups]
@@ -79,7 +79,7 @@ def test_next_uses_alone_are_not_enough() -> None:
     assert bypass_belady(one_layer(groups, 2), Geometry(1, 1, 1, 2)).hits.tolist() == [2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(small, st.integers(1, 3), st.integers(0, 2), st.integers(1, 3))
 def test_the_bound_with_a_quota_is_above_the_best_there_is(groups, ways: int, quota: int, per_step: int) -> None:
     numbered = [(at // per_step, group) for at, group in enumerate(groups)]

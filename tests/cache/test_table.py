@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from walk import Walk, storm
@@ -34,7 +34,7 @@ walks = st.builds(
 )
 
 
-@settings(max_examples=STORMS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=STORMS)
 @given(walk=walks, seed=st.integers(0, 2**32))
 def test_a_million_random_steps(walk: Walk, seed: int) -> None:
     storm(walk, OPERATIONS, seed)
@@ -88,7 +88,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTableMachine = TableMachine.TestCase
-TestTableMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTableMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def small_table(**choices: object) -> Table:

@@ -29,7 +29,7 @@ from gpu_cache.kernels.experts import FEW, FEW_ROWS, MANY, ExpertKernels, Tiling
 from hybrid.errors import CapacityError, DeviceFailed  # noqa: E402
 from hybrid.formats import FORMATS  # noqa: E402
 from hybrid.machine import gpu as usable  # noqa: E402
-from hybrid.plan.roofline import Cost  # noqa: E402
+from hybrid.models.layers.base import Cost  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

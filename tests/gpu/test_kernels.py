@@ -21,9 +21,10 @@ from gpu_cache.kernels.lookup import slots_of  # noqa: E402
 from gpu_cache.kernels.router import TopK, choose  # noqa: E402
 from gpu_cache.kernels.sums import weighted_sums  # noqa: E402
 from hybrid.formats import FORMATS as PACKED  # noqa: E402
+from hybrid.formats.block import round_up  # noqa: E402
+from hybrid.formats.packed import down_offset, expert_bytes  # noqa: E402
 from hybrid.gpu.parts import choose_by_kernel, choose_by_torch, route  # noqa: E402
-from hybrid.models.spec import RouterSpec  # noqa: E402
-from hybrid.weights.layout import down_offset, expert_bytes, round_up  # noqa: E402
+from hybrid.models.layers.feed_forward import Router  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOTS, TOP_K = 3, 2
@@ -186,9 +187,9 @@ def test_rows_choose_their_experts(top) -> None:
 @pytest.mark.parametrize(
     "router",
     [
-        RouterSpec(4),
-        RouterSpec(3, renormalise=False, scale=2.5),
-        RouterSpec(2, kind="topk_softmax", scale=0.5),
+        Router(4),
+        Router(3, renormalise=False, scale=2.5),
+        Router(2, kind="topk_softmax", scale=0.5),
     ],
     ids=str,
 )

@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from hybrid.config import CacheConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.engine.experts.slot_program import SlotProgram  # noqa: E402
-from hybrid.engine.routes import view  # noqa: E402
+from hybrid.formats.rows import row_stride  # noqa: E402
 from hybrid.gpu.slot_experts import SlotExperts  # noqa: E402
-from hybrid.plan.program import row_stride  # noqa: E402
+from hybrid.machine.memory import view  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests of the interpreter: here is a GPU", allow_module_level=True)
@@ -136,7 +136,7 @@ def residual(path: Path, tmp_path: Path, cache: CacheConfig | None) -> np.ndarra
     with open_engine(path, tmp_path / "cache", **device) as engine:
         logits(engine)
         assert cache is None or 0.1 < engine.experts.count()[:, 1].sum() / engine.experts.count()[:, 0].sum() < 0.9
-        return view(engine.buffer("residual"), (3, row_stride(engine.spec.hidden)), np.uint32).copy()
+        return view(engine.addresses.buffer("residual"), (3, row_stride(engine.spec.hidden)), np.uint32).copy()
 
 
 def test_strictly_the_order_of_a_sum_does_not_depend_on_places(tmp_path, monkeypatch) -> None:

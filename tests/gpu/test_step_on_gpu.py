@@ -59,5 +59,5 @@ def test_spans_of_a_step_are_those_of_the_device() -> None:
 def test_costs_are_measured(tmp_path) -> None:
     with on_gpu(cache=CacheConfig(14, 4), cache_dir=tmp_path) as engine:
         link, costs = engine.profile.link, engine.experts.costs
-    assert 1e9 < link.to_device < 1e12 and 1e9 < link.to_host < 1e12
+    assert 1e7 < link.to_device < 1e12 and 1e7 < link.to_host < 1e12
     assert costs.copy > link.latency > 0 and costs.device >= 0 and costs.cpu > 0

@@ -12,8 +12,10 @@ from kernel_reference import FP32, Near, assert_near, attention, softmax
 from kv_pages import KvPages
 from rig import BF16, Rig, aligned, placed, random_bf16
 
+from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
-from hybrid.plan.program import KEY_BLOCK, STATE_EXTRA, row_stride
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.grouped_query import STATE_EXTRA
 
 SHAPES = [(6, 2, 24), (8, 1, 64), (2, 2, 128), (3, 1, 40), (9, 1, 96)]  # heads, KV heads, head_dim
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 700]
@@ -74,7 +76,7 @@ class Sequences:
             q[row, :, :dim] = self.q[slot, :, position]
         output = aligned((rows + 1, stride), BF16, fill=-7)
         states = aligned(slots * TOKENS // KEY_BLOCK * heads * (self.pages.value_dim + STATE_EXTRA), np.float32)
-        rig = Rig(isa, threads, slots=slots, positions=TOKENS, batch_invariant=invariant)
+        rig = Rig(isa, threads, rows=rows, sequences=slots, positions=TOKENS, batch_invariant=invariant)
         rig.add(
             "attention",
             q=q,

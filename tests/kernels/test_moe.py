@@ -176,7 +176,7 @@ def test_a_shared_expert_is_the_same_bits_on_any_number_of_threads(isa, format) 
     assert not np.array_equal(whole, run(isa, experts, x, ids, weights, onto).output)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(
     format=st.sampled_from(list(FORMATS)),
     rows=st.integers(1, 20),

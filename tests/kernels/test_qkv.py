@@ -10,7 +10,7 @@ from kv_pages import KvPages, quantised
 from rig import BF16, Rig, aligned
 
 from hybrid.config import KV_FORMATS
-from hybrid.plan.program import row_stride
+from hybrid.formats.rows import row_stride
 
 EPS = 1e-6
 PLACES = [(0, 0), (0, 1), (2, 15), (2, 16), (2, 17), (1, 255), (3, 256)]  # (slot, position) of each row
@@ -132,7 +132,7 @@ def test_rope_tables_are_cosines_and_sines_of_fp32_angles(isa, dim, factor) -> N
     frequencies = (10000.0 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
     positions = [0, 1, 255, 40000, 99999]
     table = aligned((len(positions), dim), np.float32)
-    rig = Rig(isa, 2, slots=8, positions=100000)
+    rig = Rig(isa, 2, sequences=8, positions=100000)
     rig.add("rope_table", inverse_frequencies=frequencies, table=table, dim=dim, factor=factor)
     rig.step(list(enumerate(positions)))
     angles = (np.array(positions, np.float32)[:, None] * frequencies).astype(np.float64)

@@ -175,7 +175,7 @@ void cancelled_steps(int threads) {
     }
   });
   int cancelled = 0;
-  for (int i = 0; i < 60; ++i) cancelled += layer.step(kRows) == Outcome::cancelled;
+  for (int i = 0; i < 60 || (cancelled == 0 && i < 100000); ++i) cancelled += layer.step(kRows) == Outcome::cancelled;
   done.store(true);
   other.join();
   layer.step(1);  // takes the last wish to cancel, if there is one

@@ -54,7 +54,7 @@ inline std::shared_ptr<ThreadPool> make_pool(int threads, int nodes) {
 inline Limits limits_of(int rows) {
   Limits limits{};
   limits.rows = limits.positions = rows;
-  limits.slots = limits.vocab = 1;
+  limits.sequences = limits.vocab = 1;
   limits.scratch_bytes = 1 << 18;
   return limits;
 }
@@ -64,7 +64,7 @@ inline Outcome run_step(Executor& executor, int rows) {
   for (int i = 0; i < rows; ++i) positions[size_t(i)] = i;
   Step step{};
   step.rows = rows;
-  step.tokens = step.slots = zeros.data();
+  step.tokens = step.sequences = zeros.data();
   step.positions = positions.data();
   Times times;
   return executor.step(step, times, nullptr);

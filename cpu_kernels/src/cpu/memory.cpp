@@ -42,6 +42,7 @@ Arena::Arena(size_t bytes, bool huge, int node) : size_(bytes ? bytes : 1) {
   reserved_ = static_cast<char*>(p);
   // On a boundary of huge pages, so that they cover it from its first byte; at least a page stays in front and behind.
   data_ = reinterpret_cast<char*>(up(uintptr_t(reserved_) + page, kHugePage));
+  end_ = data_ + used;
   if (mprotect(data_, used, PROT_READ | PROT_WRITE) != 0) {
     munmap(reserved_, reserved_size_);
     throw std::bad_alloc();

@@ -17,6 +17,8 @@ class Arena {
 
   char* data() const { return data_; }
   size_t size() const { return size_; }
+  // Where the pages without access rights begin: `size` rounded up to whole pages behind the start.
+  char* end() const { return end_; }
   // Whether the system took the wish for a node; false where none was asked for.
   bool placed() const { return placed_; }
   // Bytes that lie in huge pages now. Reads a file of /proc and takes milliseconds; 0 where the system keeps none.
@@ -31,6 +33,7 @@ class Arena {
   void check(size_t offset, size_t bytes) const;
 
   char* data_;
+  char* end_;
   size_t size_;
   char* reserved_;
   size_t reserved_size_;

@@ -3,111 +3,78 @@
 #include <algorithm>
 #include <chrono>
 #include <climits>
-#include <cmath>
-#include <stdexcept>
 #include <string>
+
+#include "executor/checks.h"
+#include "executor/common_ops.h"
 
 namespace hybrid {
 namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-// Cosines and sines of every row's position, once a step for all layers. The angle is rounded to fp32, as the
-// reference implementations do: at position 100000 that moves it by more than any kernel's own error.
-void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
-  const int half = args.dim / 2;
-  for (int row = work.thread; row < step.rows; row += work.threads) {
-    float* out = args.table + int64_t(row) * args.dim;
-    for (int i = 0; i < half; ++i) {
-      const float angle = float(step.positions[row]) * args.inverse_frequencies[i];
-      out[i] = float(std::cos(double(angle))) * args.factor;
-      out[half + i] = float(std::sin(double(angle))) * args.factor;
-    }
-  }
-}
-
-// Counting sort of (row, expert) pairs by expert. Serial: a few microseconds beside the milliseconds of the experts.
-void group(const GroupArgs& args, const Step& step, const Work& work) {
-  if (work.thread != 0) return;
-  const Routing& r = args.routing;
-  const int pairs = step.rows * args.top_k;
-  const auto expert = [&](int pair) { return args.ids ? args.ids[pair] : 0; };
-  std::fill(r.offsets, r.offsets + args.experts + 1, 0);
-  for (int pair = 0; pair < pairs; ++pair)
-    if (expert(pair) >= 0) ++r.offsets[expert(pair) + 1];
-  *r.count = 0;
-  for (int e = 0; e < args.experts; ++e) {
-    if (r.offsets[e + 1] > 0) r.active[(*r.count)++] = e;
-    r.offsets[e + 1] += r.offsets[e];
-  }
-  for (int pair = 0; pair < pairs; ++pair) {
-    if (expert(pair) < 0) continue;
-    const int at = r.offsets[expert(pair)]++;
-    r.rows[at] = pair / args.top_k;
-    r.weights[at] = args.weights ? args.weights[pair] : 1.0f;
-    if (args.pairs) args.pairs[at] = pair;
-  }
-  for (int e = args.experts; e > 0; --e) r.offsets[e] = r.offsets[e - 1];
-  r.offsets[0] = 0;
-}
-
+// Runs an op; returns whether the step may go on.
 struct Runner {
   const KernelTable& kernels;
   const Step& step;
   const Work& work;
 
-  // Whether the step may go on.
-  template <class Args>
-  bool operator()(const Args& args) const {
-    run(args);
-    return true;
-  }
-  bool operator()(const HostArgs& a) const { return work.thread != 0 || a.call(a.context); }
-
- private:
-  void run(const EmbedArgs& a) const { kernels.embed(a, step, work); }
-  void run(const RopeTableArgs& a) const { rope_table(a, step, work); }
-  void run(const NormArgs& a) const { kernels.norm(a, step, work); }
-  void run(const GemmArgs& a) const { kernels.gemm[int(a.format)](a, step, work); }
-  void run(const QuantiseArgs& a) const { kernels.quantise(a, step, work); }
-  void run(const QkvArgs& a) const { kernels.qkv(a, step, work); }
-  void run(const AttentionArgs& a) const { kernels.attention(a, step, work); }
-  void run(const MergeArgs& a) const { kernels.merge(a.attention, step, work); }
-  void run(const RouterArgs& a) const { kernels.router(a, step, work); }
-  void run(const TopkArgs& a) const { kernels.topk(a, step, work); }
-  void run(const GroupArgs& a) const { group(a, step, work); }
-  void run(const GateUpArgs& a) const { kernels.gate_up(a, step, work); }
-  void run(const DownArgs& a) const { kernels.down(a, step, work); }
-  void run(const JoinArgs& a) const { kernels.join(a, step, work); }
-  void run(const CombineArgs& a) const { kernels.combine(a, step, work); }
+#define HYBRID_RUN_KERNEL(op, Args) \
+  bool operator()(const Args& args) const { return kernels.op(args, step, work), true; }
+#define HYBRID_RUN_COMMON(op, Args) \
+  bool operator()(const Args& args) const { return op(args, step, work), true; }
+  HYBRID_KERNEL_OPS(HYBRID_RUN_KERNEL)
+  HYBRID_COMMON_OPS(HYBRID_RUN_COMMON)
+#undef HYBRID_RUN_KERNEL
+#undef HYBRID_RUN_COMMON
+  bool operator()(const MergeArgs& args) const { return kernels.merge(args, step, work), true; }
+  bool operator()(const HostArgs& args) const { return work.thread != 0 || args.call(args.context); }
 };
+
+Limits checked(const Limits& limits) {
+  const auto positive = [](int value, const char* name) {
+    require(value >= 1, std::string(name) + " is " + std::to_string(value) + "; it must be at least 1");
+  };
+  positive(limits.rows, "rows");
+  positive(limits.sequences, "sequences");
+  positive(limits.positions, "positions");
+  positive(limits.vocab, "vocab");
+  return limits;
+}
 
 }  // namespace
 
 Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool, Limits limits)
     : kernels_(kernels),
       pool_(std::move(pool)),
-      limits_(limits),
-      ended_(size_t(limits.slots)),
-      scratch_(limits.scratch_bytes * size_t(pool_->size()), true) {}
+      limits_(checked(limits)),
+      ended_(size_t(limits.sequences)),
+      scratch_(scratch_stride() * size_t(pool_->size()), true) {}
 
 void Executor::add(Part part, const OpArgs& args, int node) {
+  check_op(args, Addresses::present);
   check_turn(part, args, node);
-  check_args(args);
+  check_limits(args);
+  append(part, args, node);
+  if (const auto* attention = std::get_if<AttentionArgs>(&args)) {
+    group_ = std::max(group_, attention->heads / attention->kv_heads);
+    append(part, MergeArgs{*attention}, node);
+  }
+  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
+}
+
+void Executor::append(Part part, const OpArgs& args, int node) {
   if (node > 0)
     ops_.back().nodes.push_back(args);
   else
     ops_.push_back({part, node != kAllNodes, {args}});
-  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
+  ops_.back().uses_scratch |= op_scratch_bytes(args, kernels_.sizes, limits_.rows) > 0;
 }
 
 // The calls for the nodes of one op follow each other: a gap would leave a node without its part.
 void Executor::check_turn(Part part, const OpArgs& args, int node) const {
   const std::string nodes = std::to_string(pool_->nodes());
+  require(node == kAllNodes || !std::holds_alternative<AttentionArgs>(args), "attention is shared by all nodes");
   require(node >= kAllNodes && node < pool_->nodes(), "node " + std::to_string(node) + " of " + nodes);
   if (ops_.empty() || whole(ops_.back())) {
     require(node <= 0, "node " + std::to_string(node) + " comes before node 0");
@@ -120,46 +87,51 @@ void Executor::check_turn(Part part, const OpArgs& args, int node) const {
   require(open.part == part && open.nodes[0].index() == args.index(), "all nodes of an op do the same kind of work");
 }
 
-void Executor::check_args(const OpArgs& args) {
-  if (const auto* attention = std::get_if<AttentionArgs>(&args)) {
-    const int group = attention->heads / attention->kv_heads;
-    require(group <= kMaxTileRows, "attention with " + std::to_string(group) + " query heads per KV head; at most " +
-                                       std::to_string(kMaxTileRows) + " are supported");
-    const size_t rows = size_t(std::max(kAttentionRows, group));
-    const size_t opened =
-        attention->kv.format == Format::bf16 ? 0 : size_t(std::max(kKeys, attention->kv.key_dim)) * 128;
-    const size_t needed = rows * (kKeys * 6 + size_t(attention->kv.value_dim + kBlock) * 8) + opened;
-    require(needed <= limits_.scratch_bytes, "attention needs " + std::to_string(needed) + " bytes of scratch");
-    group_ = std::max(group_, group);
-  }
-  if (const auto* qkv = std::get_if<QkvArgs>(&args))
-    require(qkv->head_dim <= kMaxHeadDim,
-            "head_dim " + std::to_string(qkv->head_dim) + " is above " + std::to_string(kMaxHeadDim));
+void Executor::check_limits(const OpArgs& args) const {
+  const std::string place = std::string(name_of(args)) + ": ";
+  const int64_t needed = op_scratch_bytes(args, kernels_.sizes, limits_.rows);
+  require(size_t(needed) <= limits_.scratch_bytes, place + std::to_string(needed) + " bytes of scratch are needed, " +
+                                                       std::to_string(limits_.scratch_bytes) + " are given");
+  const auto* gemm = std::get_if<GemmArgs>(&args);
+  if (!gemm || gemm->output) return;
+  const std::string vocab = std::to_string(limits_.vocab);
+  require(gemm->output_stride == limits_.vocab,
+          place + "output_stride is " + std::to_string(gemm->output_stride) + "; logits have rows of " + vocab);
+  require(gemm->columns <= limits_.vocab - gemm->first_column,
+          place + std::to_string(gemm->columns) + " columns from column " + std::to_string(gemm->first_column) +
+              " on are more than the " + vocab + " of the logits");
 }
 
 void Executor::check(const Step& step) {
+  const std::string planned = std::to_string(limits_.rows);
   require(ops_.empty() || whole(ops_.back()), "the last op lacks the work of a node");
   require(step.rows >= 1 && step.rows <= limits_.rows,
-          "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + std::to_string(limits_.rows));
+          "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + planned);
+  require(step.logit_rows >= 0 && step.logit_rows <= limits_.rows,
+          "logits of " + std::to_string(step.logit_rows) + " rows; planned for at most " + planned);
   std::fill(ended_.begin(), ended_.end(), false);
-  for (int i = 0; i < step.rows; ++i) {
-    const auto in = [](int x, int end) { return x >= 0 && x < end; };
-    require(in(step.tokens[i], limits_.vocab), "token id " + std::to_string(step.tokens[i]) +
-                                                   " is outside the vocabulary of " + std::to_string(limits_.vocab));
-    require(in(step.slots[i], limits_.slots),
-            "slot " + std::to_string(step.slots[i]) + " of " + std::to_string(limits_.slots));
-    require(in(step.positions[i], limits_.positions),
-            "position " + std::to_string(step.positions[i]) + " of " + std::to_string(limits_.positions));
-    if (i == 0) continue;
-    if (step.slots[i] == step.slots[i - 1]) {
-      require(step.positions[i] == step.positions[i - 1] + 1, "positions of a slot must ascend by one");
-    } else {
-      ended_[size_t(step.slots[i - 1])] = true;
-      require(!ended_[size_t(step.slots[i])], "rows of a slot must be adjacent");
-    }
-  }
+  for (int row = 0; row < step.rows; ++row) check_row(step, row);
   for (int i = 0; i < step.logit_rows; ++i)
     require(step.logit_index[i] >= 0 && step.logit_index[i] < step.rows, "logit row outside the step");
+}
+
+// Rows before it have been checked.
+void Executor::check_row(const Step& step, int row) {
+  const auto in = [](int x, int end) { return x >= 0 && x < end; };
+  const int token = step.tokens[row], sequence = step.sequences[row], position = step.positions[row];
+  require(in(token, limits_.vocab),
+          "token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(limits_.vocab));
+  require(in(sequence, limits_.sequences),
+          "sequence " + std::to_string(sequence) + " of " + std::to_string(limits_.sequences));
+  require(in(position, limits_.positions),
+          "position " + std::to_string(position) + " of " + std::to_string(limits_.positions));
+  if (row == 0) return;
+  if (sequence == step.sequences[row - 1]) {
+    require(position == step.positions[row - 1] + 1, "positions of a sequence must ascend by one");
+  } else {
+    ended_[size_t(step.sequences[row - 1])] = true;
+    require(!ended_[size_t(sequence)], "rows of a sequence must be adjacent");
+  }
 }
 
 bool Executor::needed(const Op& op, const Step& step) const {
@@ -180,6 +152,11 @@ Outcome Executor::asked_to_stop(Interrupted interrupted) {
   return interrupted && interrupted() ? Outcome::interrupted : Outcome::done;
 }
 
+// Scratch ends where the arena does: what the last thread writes behind its own meets no other memory.
+char* Executor::scratch_of(int thread) const {
+  return scratch_.end() - scratch_stride() * size_t(pool_->size() - thread);
+}
+
 // One thread's part in an op, which it shares with all threads or with those of its node. false: the step must end.
 bool Executor::run(int index, const Step& step, int thread) {
   const Op& op = ops_[size_t(index)];
@@ -187,8 +164,7 @@ bool Executor::run(int index, const Step& step, int thread) {
   const int first = op.per_node ? pool_->first_thread(node) : 0;
   const int last = op.per_node ? pool_->first_thread(node + 1) : pool_->size();
   int* counter = &counters_[size_t(node) * counter_stride() + size_t(index)];
-  char* scratch = scratch_.data() + limits_.scratch_bytes * size_t(thread);
-  const Work work{thread - first, last - first, counter, scratch};
+  const Work work{thread - first, last - first, counter, op.uses_scratch ? scratch_of(thread) : nullptr};
   return std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
 }
 

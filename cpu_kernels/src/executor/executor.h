@@ -10,23 +10,14 @@
 
 #include "cpu/memory.h"
 #include "cpu/thread_pool.h"
-#include "executor/args.h"
+#include "executor/ops.h"
 #include "executor/schedule.h"
 
 namespace hybrid {
 
-struct MergeArgs {
-  AttentionArgs attention;
-};
-
-// Calls back into the program that made the plan, on the thread that runs the step. false: it failed, the step ends.
-struct HostArgs {
-  bool (*call)(void* context);
-  void* context;
-};
-
-using OpArgs = std::variant<EmbedArgs, RopeTableArgs, NormArgs, GemmArgs, QkvArgs, AttentionArgs, MergeArgs, RouterArgs,
-                            TopkArgs, GroupArgs, GateUpArgs, DownArgs, QuantiseArgs, JoinArgs, CombineArgs, HostArgs>;
+#define HYBRID_ARGS(op, Args) Args,
+using OpArgs = std::variant<HYBRID_OPS(HYBRID_ARGS) MergeArgs, HostArgs>;
+#undef HYBRID_ARGS
 
 // What the time of an op is booked under.
 enum class Part { attention, moe, head, other, experts, place, join };
@@ -36,7 +27,7 @@ using Times = std::array<double, kParts>;  // seconds
 constexpr int kAllNodes = -1;
 
 struct Limits {
-  int rows, slots, positions, vocab;
+  int rows, sequences, positions, vocab;
   size_t scratch_bytes;  // per thread
   bool batch_invariant;  // products of any number of rows take the same path, bit for bit
 };
@@ -52,12 +43,12 @@ class Executor {
 
   // An op that all threads share; or, with `node`, what the threads of one node do in an op in which each node has work
   // of its own: such calls come for node 0, 1 and so on, one after the other. Throws std::invalid_argument when the op
-  // does not fit the limits or comes out of turn.
+  // has wrong fields, does not fit the limits, needs more scratch than there is or comes out of turn.
   void add(Part part, const OpArgs& args, int node = kAllNodes);
 
-  // Runs every op over the rows of `step`, whose tile fields it fills. Throws std::invalid_argument on tokens, slots or
-  // positions out of range, or when the last op lacks a node. After `cancelled` or `interrupted` what the step wrote
-  // must be discarded.
+  // Runs every op over the rows of `step`, whose tile fields it fills. Throws std::invalid_argument on more rows or
+  // logits than planned for, on tokens, sequences or positions out of range, or when the last op lacks a node. After
+  // `cancelled` or `interrupted` what the step wrote must be discarded.
   Outcome step(Step step, Times& times, Interrupted interrupted);
 
   // From any thread: ends the running step, or the next one if none runs.
@@ -71,21 +62,26 @@ class Executor {
     Part part;
     bool per_node;
     std::vector<OpArgs> nodes;  // one, or one for each node
+    bool uses_scratch = false;
   };
-  void check_args(const OpArgs& args);
+  void append(Part part, const OpArgs& args, int node);
+  void check_limits(const OpArgs& args) const;
   void check_turn(Part part, const OpArgs& args, int node) const;
   bool whole(const Op& op) const { return !op.per_node || int(op.nodes.size()) == pool_->nodes(); }
   void check(const Step& step);
+  void check_row(const Step& step, int row);
   bool needed(const Op& op, const Step& step) const;
   bool may_end(size_t op) const;
   size_t counter_stride() const { return (ops_.size() + 31) / 16 * 16; }
+  size_t scratch_stride() const { return (limits_.scratch_bytes + kLine - 1) / kLine * kLine; }
+  char* scratch_of(int thread) const;
   bool run(int op, const Step& step, int thread);
   Outcome asked_to_stop(Interrupted interrupted);
 
   const KernelTable& kernels_;
   std::shared_ptr<ThreadPool> pool_;
   const Limits limits_;
-  std::vector<char> ended_;  // [slots], slots whose rows have passed; of the step being checked
+  std::vector<char> ended_;  // [sequences], those whose rows have passed; of the step being checked
   int group_ = 1;
   std::vector<Op> ops_;
   std::mutex one_step_;        // held while a step runs: what it counts and plans is kept here

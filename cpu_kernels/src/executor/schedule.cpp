@@ -2,15 +2,17 @@
 
 #include <algorithm>
 
+#include "executor/scratch.h"
+
 namespace hybrid {
 
-Schedule::Schedule(int max_rows, int group) : tile_rows_(std::max(1, kAttentionRows / group)) {
+Schedule::Schedule(int max_rows, int group) : tile_rows_(attention_tile_rows(group)) {
   tiles_.reserve(size_t(max_rows));
 }
 
 void Schedule::add(const Step& step, int row, int rows, bool split) {
   const int position = step.positions[row], blocks = position / kKeys + 1;
-  tiles_.push_back({row, rows, step.slots[row], position, split, tasks_, states_});
+  tiles_.push_back({row, rows, step.sequences[row], position, split, tasks_, states_});
   tasks_ += split ? blocks : 1;
   splits_ += split;
   if (split) states_ += blocks;
@@ -22,7 +24,7 @@ void Schedule::build(Step& step) {
   states_ = 0;
   for (int first = 0; first < step.rows;) {
     int last = first + 1;
-    while (last < step.rows && step.slots[last] == step.slots[first]) ++last;
+    while (last < step.rows && step.sequences[last] == step.sequences[first]) ++last;
     const bool split = last - first == 1 && step.positions[first] >= kKeys;
     for (int row = first; row < last; row += tile_rows_) add(step, row, std::min(tile_rows_, last - row), split);
     first = last;

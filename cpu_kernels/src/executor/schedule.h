@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "executor/args.h"
+#include "executor/step.h"
 
 namespace hybrid {
 
@@ -11,7 +11,7 @@ class Schedule {
  public:
   // group: query heads per KV head, the largest of all layers.
   Schedule(int max_rows, int group);
-  // Fills the tile fields of `step` from its slots and positions.
+  // Fills the tile fields of `step` from its sequences and positions.
   void build(Step& step);
 
  private:

@@ -42,7 +42,7 @@ struct IntegerKind {
   static HYBRID_INLINE Sum start(const char* row, int inputs, int first) {
     const int32_t* sums = reinterpret_cast<const int32_t*>(row + inputs) + first / kSumInputs;
     int sum = sums[0];
-    for (int i = 1; i < least(group, inputs - first) / kSumInputs; ++i) {
+    for (int i = 1; i < min(group, inputs - first) / kSumInputs; ++i) {
       sum += sums[i];
       __asm__("" : "+r"(sum));  // so few are faster added one by one than as a vector
     }

@@ -62,7 +62,7 @@ struct Avx2 {
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
   }
-  static float largest(F32 x) {
+  static float max_lane(F32 x) {
     const __m256 a = _mm256_max_ps(x.lo, x.hi);
     __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     b = _mm_max_ps(b, _mm_movehl_ps(b, b));

@@ -38,7 +38,7 @@ struct Avx512 {
   static F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F32 times_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
   static float sum(F32 x) { return _mm512_reduce_add_ps(x); }
-  static float largest(F32 x) { return _mm512_reduce_max_ps(x); }
+  static float max_lane(F32 x) { return _mm512_reduce_max_ps(x); }
   static F32 keep(F32 x, int first, int last, float other) {
     const __mmask16 lanes = __mmask16(((1u << last) - 1) & ~((1u << first) - 1));
     return _mm512_mask_blend_ps(lanes, set(other), x);

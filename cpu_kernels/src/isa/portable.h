@@ -81,7 +81,7 @@ struct Portable {
       for (int i = 0; i < width; ++i) x.lane[i] += x.lane[i + width];
     return x.lane[0];
   }
-  static float largest(F32 x) {
+  static float max_lane(F32 x) {
     for (int width = 8; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) x.lane[i] = x.lane[i] > x.lane[i + width] ? x.lane[i] : x.lane[i + width];
     return x.lane[0];

@@ -12,7 +12,7 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 // A softmax over some keys: value_dim weighted sums, then the maximum score, then the denominator.
-static HYBRID_INLINE void join(float* into, const float* from, int dim) {
+static HYBRID_INLINE void join_states(float* into, const float* from, int dim) {
   const float top = into[dim] > from[dim] ? into[dim] : from[dim];
   const float keep = exponential(into[dim] - top), more = exponential(from[dim] - top);
   for (int i = 0; i < dim; i += kBlock)
@@ -30,27 +30,25 @@ static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int hea
   }
   const F32 scale = Isa::set(factor);
   for (int i = 0; i < head_dim; i += kBlock)
-    store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), least(kBlock, head_dim - i));
+    store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), min(kBlock, head_dim - i));
 }
 
 // One past the last key that row `row` of a tile may see here.
 static HYBRID_INLINE int end_of(const AttentionArgs& args, const AttentionTile& tile, int row) {
   const int end = tile.position + row + 1;
-  return args.ends ? least(end, args.ends[tile.row]) : end;
+  return args.ends ? min(end, args.ends[tile.row]) : end;
 }
 
 // The keys of block `block` that row `row` of a tile sees, counted from the block's first.
 static HYBRID_INLINE Range visible(const AttentionArgs& args, const AttentionTile& tile, int row, int block) {
-  const int first = args.window ? most(0, tile.position + row - args.window + 1 - block * kKeys) : 0;
-  return {least(first, kKeys), least(end_of(args, tile, row) - block * kKeys, kKeys)};
+  const int first = args.window ? max(0, tile.position + row - args.window + 1 - block * kKeys) : 0;
+  return {min(first, kKeys), min(end_of(args, tile, row) - block * kKeys, kKeys)};
 }
 
 // The first key block of which the query at `position` sees anything.
 static HYBRID_INLINE int first_block(const AttentionArgs& args, int position) {
-  return args.window ? most(0, position - args.window + 1) / kKeys : 0;
+  return args.window ? max(0, position - args.window + 1) / kKeys : 0;
 }
-
-static_assert(Isa::max_blocks * kBlock <= kOpenedColumns, "scratch is planned for fewer columns");
 
 struct AttentionScratch {
   float* scores;   // [rows, kKeys]
@@ -62,13 +60,14 @@ struct AttentionScratch {
 };
 
 static HYBRID_INLINE AttentionScratch carve(char* scratch, int rows, int value_dim) {
+  const AttentionOffsets at = attention_offsets(rows, value_dim);
   AttentionScratch s;
   s.state_stride = value_dim + kBlock;
   s.scores = reinterpret_cast<float*>(scratch);
-  s.current = s.scores + rows * kKeys;
-  s.joined = s.current + rows * s.state_stride;
-  s.weights = reinterpret_cast<bf16*>(s.joined + rows * s.state_stride);
-  s.opened = reinterpret_cast<char*>(s.weights + rows * kKeys);
+  s.current = reinterpret_cast<float*>(scratch + at.current);
+  s.joined = reinterpret_cast<float*>(scratch + at.joined);
+  s.weights = reinterpret_cast<bf16*>(scratch + at.weights);
+  s.opened = scratch + at.opened;
   return s;
 }
 
@@ -93,14 +92,14 @@ static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales
   // Lanes of keys [i, i + 16) that are not seen become `other`.
   const auto mask = [&](F32 x, int i, float other) {
     if (keys.first <= i && i + kBlock <= keys.last) return x;
-    const int first = least(kBlock, most(0, keys.first - i)), last = least(kBlock, most(0, keys.last - i));
-    return Isa::keep(x, first, most(first, last), other);
+    const int first = min(kBlock, max(0, keys.first - i)), last = min(kBlock, max(0, keys.last - i));
+    return Isa::keep(x, first, max(first, last), other);
   };
   F32 top = Isa::set(-__builtin_inff());
   for (int i = 0; i < used; i += kBlock) {
     top = Isa::max(top, mask(Isa::load(scores + i), i, -__builtin_inff()));
   }
-  const float maximum = Isa::largest(top);
+  const float maximum = Isa::max_lane(top);
   F32 total = Isa::zero();
   for (int i = 0; i < used; i += kBlock) {
     const F32 e = exponential(Isa::sub(Isa::load(scores + i), Isa::set(maximum)));
@@ -122,14 +121,14 @@ struct Place {
 
 template <class Kv>
 static HYBRID_INLINE const char* keys_of(const AttentionArgs& args, const Place& at) {
-  return key_at<Kv>(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
+  return key_at<Kv>(args.kv, at.tile->sequence, at.kv_head, at.block * kKeys);
 }
 
 template <class Kv>
 static HYBRID_INLINE void fetch_scales(const AttentionArgs& args, const Place& at) {
   if constexpr (!Kv::scaled) return;
-  const float* keys = key_scale(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
-  const float* values = value_scale(args.kv, at.tile->slot, at.kv_head, at.block * kKeys);
+  const float* keys = key_scale(args.kv, at.tile->sequence, at.kv_head, at.block * kKeys);
+  const float* values = value_scale(args.kv, at.tile->sequence, at.kv_head, at.block * kKeys);
   for (int i = 0; i < kKeys; i += kBlock) {
     __builtin_prefetch(keys + i, 0, 2);
     __builtin_prefetch(values + i, 0, 2);
@@ -145,16 +144,16 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const AttentionTile& tile = *at.tile;
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, key0 = at.block * kKeys;
   const KvLayout& kv = args.kv;
-  const int end = least(kKeys, end_of(args, tile, tile.rows - 1) - key0);  // keys that the last query sees
+  const int end = min(kKeys, end_of(args, tile, tile.rows - 1) - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
   const char* const first_key = keys_of<Kv>(args, at);
-  const char* const first_value = value_at<Kv>(kv, tile.slot, at.kv_head, key0);
+  const char* const first_value = value_at<Kv>(kv, tile.sequence, at.kv_head, key0);
   const Lines keys{first_key, token_bytes<Kv>(kv.key_dim) * kBlock, kLine, nullptr, 0};
   const Lines values{first_value, kLine, token_bytes<Kv>(kv.value_dim) * Kv::line_inputs, nullptr, 0};
   BlockScales scales;
   if constexpr (Kv::scaled)
-    load_scales<Kv>(args, key_scale(kv, tile.slot, at.kv_head, key0), value_scale(kv, tile.slot, at.kv_head, key0),
-                    used, scales);
+    load_scales<Kv>(args, key_scale(kv, tile.sequence, at.kv_head, key0),
+                    value_scale(kv, tile.sequence, at.kv_head, key0), used, scales);
   fetch_scales<Kv>(args, next);
   const F32 scale = Isa::set(args.scale);
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + at.kv_head * group) * kv.key_dim;
@@ -210,7 +209,7 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
       float* joined = s.joined + i * s.state_stride;
       const float* current = s.current + i * s.state_stride;
       if (started[i])
-        join(joined, current, dim);
+        join_states(joined, current, dim);
       else
         copy_state(joined, current, dim);
       started[i] = true;
@@ -273,7 +272,8 @@ static void attention(const AttentionArgs& args, const Step& step, const Work& w
   with_kv_format(args.kv.format, [&](auto kv) { attend<decltype(kv)>(args, step, work); });
 }
 
-static void merge(const AttentionArgs& args, const Step& step, const Work& work) {
+static void merge(const MergeArgs& merged, const Step& step, const Work& work) {
+  const AttentionArgs& args = merged.attention;
   const int dim = args.kv.value_dim;
   const Range tasks = share(step.split_tiles * args.heads, work);
   int index = -1, found = -1;
@@ -283,7 +283,7 @@ static void merge(const AttentionArgs& args, const Step& step, const Work& work)
     const AttentionTile& tile = step.tiles[index];
     const int first = first_block(args, tile.position), end = end_of(args, tile, 0);
     float* state = first * kKeys < end ? partial(args, tile, head, first) : nullptr;
-    for (int block = first + 1; block * kKeys < end; ++block) join(state, partial(args, tile, head, block), dim);
+    for (int block = first + 1; block * kKeys < end; ++block) join_states(state, partial(args, tile, head, block), dim);
     leave(args, tile.row, head, state);
   }
 }

@@ -39,7 +39,7 @@ static void combine(const CombineArgs& args, const Step& step, const Work& work)
   for_runs(step.rows * parts, 1, work, [&](Range run) {
     for (int i = run.first; i < run.last; ++i) {
       const int first = i % parts * kCombineBlocks;
-      combine_blocks(args, i / parts, {first, least(blocks, first + kCombineBlocks)});
+      combine_blocks(args, i / parts, {first, min(blocks, first + kCombineBlocks)});
     }
   });
 }

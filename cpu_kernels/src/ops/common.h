@@ -1,7 +1,7 @@
 // Small pieces that every op uses. Compiled once per instruction set, inside its namespace.
 #pragma once
 
-#include "executor/args.h"
+#include "executor/scratch.h"
 
 #define HYBRID_INLINE inline __attribute__((always_inline))
 #define HYBRID_KERNEL __attribute__((noinline))  // compiled once for all ops that call it
@@ -36,8 +36,8 @@ static HYBRID_INLINE Range share(int count, const Work& work) {
   return {cut(work.thread), cut(work.thread + 1)};
 }
 
-static HYBRID_INLINE int least(int a, int b) { return a < b ? a : b; }
-static HYBRID_INLINE int most(int a, int b) { return a > b ? a : b; }
+static HYBRID_INLINE int min(int a, int b) { return a < b ? a : b; }
+static HYBRID_INLINE int max(int a, int b) { return a > b ? a : b; }
 
 // The next task of an op whose tasks cost differently.
 static HYBRID_INLINE int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
@@ -49,7 +49,7 @@ static HYBRID_INLINE void for_runs(int count, int unit, const Work& work, Functi
   int first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
   while (first < count) {
     const int part = (count - first) / (2 * work.threads - 1);
-    const int last = least(count, first + most(1, (part + unit - 1) / unit) * unit);
+    const int last = min(count, first + max(1, (part + unit - 1) / unit) * unit);
     if (!__atomic_compare_exchange_n(work.counter, &first, last, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
     function(Range{first, last});
     first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
@@ -77,7 +77,7 @@ static HYBRID_INLINE float exponential(float x) {
   return lanes[0];
 }
 
-static HYBRID_INLINE F32 smaller(F32 a, F32 b) {
+static HYBRID_INLINE F32 min(F32 a, F32 b) {
   return Isa::sub(Isa::zero(), Isa::max(Isa::sub(Isa::zero(), a), Isa::sub(Isa::zero(), b)));
 }
 

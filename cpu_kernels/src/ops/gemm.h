@@ -7,7 +7,7 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 template <class Format>
-static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
+static HYBRID_KERNEL void gemm_rows(const GemmArgs& args, const Step& step, const Work& work) {
   const bool head = args.output == nullptr;
   const int rows = head ? step.logit_rows : step.rows;
   float* const output = head ? step.logits + args.first_column : args.output;
@@ -16,7 +16,7 @@ static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
   const auto finish = [&](const float* sums, int count, int block, int blocks) {
     for (int row = 0; row < count; ++row) {
       for (int j = 0; j < blocks; ++j, sums += kBlock) {
-        const int column = (block + j) * kBlock, some = least(kBlock, args.columns - column);
+        const int column = (block + j) * kBlock, some = min(kBlock, args.columns - column);
         float* out = output + int64_t(row) * args.output_stride + column;
         F32 value = Isa::load(sums);
         if (args.bias) value = Isa::add(value, load_some(args.bias + column, some));
@@ -27,6 +27,10 @@ static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
   };
   for_runs((args.columns + kBlock - 1) / kBlock, kRunBlocks, work,
            [&](Range run) { product(tiles, input, rows, args.weight, args.inputs, run, work.scratch, finish); });
+}
+
+static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
+  with_format(args.format, [&](auto format) { gemm_rows<decltype(format)>(args, step, work); });
 }
 
 }  // namespace HYBRID_ISA

@@ -9,20 +9,20 @@ namespace HYBRID_ISA {
 // One block of one row. The order of the nodes is fixed, so the sum does not depend on how many threads each has.
 static HYBRID_INLINE void join_block(const JoinArgs& args, int64_t at, int count) {
   F32 sum = load_some(args.output + at, count);
-  for (int node = 0; node < args.nodes; ++node) {
-    float* partial = args.partials[node] + at;
+  for (int node = 0; node < args.partials.count; ++node) {
+    float* partial = args.partials.of[node] + at;
     sum = Isa::add(sum, load_some(partial, count));
     store_some(partial, Isa::zero(), count);
   }
   store_some(args.output + at, sum, count);
 }
 
-static void join_nodes(const JoinArgs& args, const Step& step, const Work& work) {
+static void join(const JoinArgs& args, const Step& step, const Work& work) {
   const int blocks = (args.width + kBlock - 1) / kBlock;
   const Range all = share(step.rows * blocks, work);
   for (int i = all.first; i < all.last; ++i) {
     const int column = i % blocks * kBlock;
-    join_block(args, int64_t(i / blocks) * args.output_stride + column, least(kBlock, args.width - column));
+    join_block(args, int64_t(i / blocks) * args.output_stride + column, min(kBlock, args.width - column));
   }
 }
 

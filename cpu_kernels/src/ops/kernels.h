@@ -18,19 +18,14 @@ namespace HYBRID_ISA {
 
 static constexpr KernelTable make_table(const char* name) {
   return {name,
-          embed,
-          norm,
-          quantise,
-          {gemm<Bf16>, gemm<Int8>, gemm<Int4>, gemm<Fp8>, gemm<Mxfp4>},
-          qkv,
-          attention,
-          merge,
-          router,
-          topk,
-          gate_up,
-          down,
-          join_nodes,
-          combine,
+          {Isa::max_blocks,
+           Isa::has_tiles,
+           {Bf16::opened, Int8::opened, Int4::opened, Fp8::opened, Mxfp4::opened},
+           {Bf16::step_inputs, Int8::step_inputs, Int4::step_inputs, Fp8::step_inputs, Mxfp4::step_inputs}},
+#define HYBRID_KERNEL_OF_OP(op, Args) op,
+          HYBRID_KERNEL_OPS(HYBRID_KERNEL_OF_OP)
+#undef HYBRID_KERNEL_OF_OP
+              merge,
           read,
           multiply<Bf16>,
           multiply<Int8>};

@@ -10,7 +10,7 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-constexpr float kLeastScaled = 2e-36f;  // below, 448 / x would overflow
+constexpr float kMinScaled = 2e-36f;  // below, 448 / x would overflow
 
 struct KvBf16 : Bf16 {
   static constexpr bool scaled = false;
@@ -26,7 +26,7 @@ struct KvInt8 : FloatKind {
   static constexpr int line_inputs = 4;
   static constexpr int steps = 2;
   static constexpr bool opened = false;
-  static constexpr float largest = 127;
+  static constexpr float max_code = 127;
   static constexpr float unit = 1;  // of what an operand holds
   struct Scale {};
 
@@ -59,7 +59,7 @@ struct KvFp8 : Fp8 {
   static constexpr bool scaled = true;
   static constexpr int key_step = 1;
   static constexpr int value_step = kBlock;
-  static constexpr float largest = 448;
+  static constexpr float max_code = 448;
   static constexpr float unit = 256;  // from_fp8 gives 2^-8
 
   static HYBRID_INLINE void encode(char* out, F32 x) {
@@ -69,8 +69,8 @@ struct KvFp8 : Fp8 {
   }
 };
 
-static HYBRID_INLINE char* kv_head(const KvLayout& kv, int slot, int head) {
-  return kv.base + slot * kv.slot_stride + head * kv.head_stride;
+static HYBRID_INLINE char* kv_head(const KvLayout& kv, int sequence, int head) {
+  return kv.base + sequence * kv.sequence_stride + head * kv.head_stride;
 }
 
 // Bytes of one token's key or value of `dim` dimensions.
@@ -80,23 +80,23 @@ static constexpr int64_t token_bytes(int dim) {
 }
 
 template <class Kv>
-static HYBRID_INLINE char* key_at(const KvLayout& kv, int slot, int head, int position) {
-  return kv_head(kv, slot, head) + position / kBlock * kBlock * token_bytes<Kv>(kv.key_dim) +
+static HYBRID_INLINE char* key_at(const KvLayout& kv, int sequence, int head, int position) {
+  return kv_head(kv, sequence, head) + position / kBlock * kBlock * token_bytes<Kv>(kv.key_dim) +
          position % kBlock * Kv::key_step;
 }
 
 template <class Kv>
-static HYBRID_INLINE char* value_at(const KvLayout& kv, int slot, int head, int position) {
+static HYBRID_INLINE char* value_at(const KvLayout& kv, int sequence, int head, int position) {
   constexpr int line = Kv::line_inputs;
-  return kv_head(kv, slot, head) + kv.value_offset + position / line * line * token_bytes<Kv>(kv.value_dim) +
+  return kv_head(kv, sequence, head) + kv.value_offset + position / line * line * token_bytes<Kv>(kv.value_dim) +
          position % line * Kv::value_step;
 }
 
-static HYBRID_INLINE float* key_scale(const KvLayout& kv, int slot, int head, int position) {
-  return reinterpret_cast<float*>(kv_head(kv, slot, head) + kv.key_scales) + position;
+static HYBRID_INLINE float* key_scale(const KvLayout& kv, int sequence, int head, int position) {
+  return reinterpret_cast<float*>(kv_head(kv, sequence, head) + kv.key_scales) + position;
 }
-static HYBRID_INLINE float* value_scale(const KvLayout& kv, int slot, int head, int position) {
-  return reinterpret_cast<float*>(kv_head(kv, slot, head) + kv.value_scales) + position;
+static HYBRID_INLINE float* value_scale(const KvLayout& kv, int sequence, int head, int position) {
+  return reinterpret_cast<float*>(kv_head(kv, sequence, head) + kv.value_scales) + position;
 }
 
 // Codes of x [dim], rounded up to whole vectors; returns their scale. The largest magnitude gets the largest code.
@@ -104,30 +104,29 @@ template <class Kv>
 static HYBRID_INLINE float encode(char* codes, const float* x, int dim) {
   F32 top = Isa::zero();
   for (int i = 0; i < dim; i += kBlock) {
-    const F32 some = load_some(x + i, least(kBlock, dim - i));
+    const F32 some = load_some(x + i, min(kBlock, dim - i));
     top = Isa::max(top, Isa::max(some, Isa::sub(Isa::zero(), some)));
   }
-  const float largest = Isa::largest(top);
-  const F32 factor = Isa::set(largest > kLeastScaled ? Kv::largest / largest : 0.0f);
-  for (int i = 0; i < dim; i += kBlock)
-    Kv::encode(codes + i, Isa::mul(load_some(x + i, least(kBlock, dim - i)), factor));
-  return largest / Kv::largest;
+  const float maximum = Isa::max_lane(top);
+  const F32 factor = Isa::set(maximum > kMinScaled ? Kv::max_code / maximum : 0.0f);
+  for (int i = 0; i < dim; i += kBlock) Kv::encode(codes + i, Isa::mul(load_some(x + i, min(kBlock, dim - i)), factor));
+  return maximum / Kv::max_code;
 }
 
 static HYBRID_INLINE void to_bf16(bf16* out, const float* x, int width) {
   for (int i = 0; i < width; i += kBlock) {
-    const int count = least(kBlock, width - i);
+    const int count = min(kBlock, width - i);
     store_some_bf16(out + i, load_some(x + i, count), count);
   }
 }
 
 // A token's key and value of one head, into the arena.
 template <class Kv>
-static HYBRID_INLINE void store_key(const KvLayout& kv, int slot, int head, int position, const float* x, int dim) {
-  char* const out = key_at<Kv>(kv, slot, head, position);
+static HYBRID_INLINE void store_key(const KvLayout& kv, int sequence, int head, int position, const float* x, int dim) {
+  char* const out = key_at<Kv>(kv, sequence, head, position);
   if constexpr (Kv::scaled) {
     char codes[kMaxHeadDim];
-    *key_scale(kv, slot, head, position) = encode<Kv>(codes, x, dim);
+    *key_scale(kv, sequence, head, position) = encode<Kv>(codes, x, dim);
     for (int i = 0; i < dim; ++i) out[i * kBlock] = codes[i];
   } else {
     bf16 bits[kMaxHeadDim];
@@ -137,11 +136,12 @@ static HYBRID_INLINE void store_key(const KvLayout& kv, int slot, int head, int 
 }
 
 template <class Kv>
-static HYBRID_INLINE void store_value(const KvLayout& kv, int slot, int head, int position, const float* x, int dim) {
-  char* const out = value_at<Kv>(kv, slot, head, position);
+static HYBRID_INLINE void store_value(const KvLayout& kv, int sequence, int head, int position, const float* x,
+                                      int dim) {
+  char* const out = value_at<Kv>(kv, sequence, head, position);
   if constexpr (Kv::scaled) {
     char codes[kMaxHeadDim];
-    *value_scale(kv, slot, head, position) = encode<Kv>(codes, x, dim);
+    *value_scale(kv, sequence, head, position) = encode<Kv>(codes, x, dim);
     for (int i = 0; i < dim; ++i) out[i / kBlock * kLine + i % kBlock] = codes[i];
   } else {
     bf16 bits[kMaxHeadDim];

@@ -7,27 +7,10 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Calls function(Bf16{}) or whichever format it is.
-template <class Function>
-static HYBRID_INLINE void with_format(hybrid::Format format, Function function) {
-  switch (format) {
-    case hybrid::Format::bf16:
-      return function(Bf16{});
-    case hybrid::Format::int8:
-      return function(Int8{});
-    case hybrid::Format::int4:
-      return function(Int4{});
-    case hybrid::Format::fp8:
-      return function(Fp8{});
-    case hybrid::Format::mxfp4:
-      return function(Mxfp4{});
-  }
-}
-
 // gpt-oss: gate at most 7, up within 7; gate * sigmoid(1.702 gate) * (up + 1).
 static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
   const F32 limit = Isa::set(7.0f), slope = Isa::set(1.702f);
-  const F32 g = smaller(gate, limit), u = Isa::max(smaller(up, limit), Isa::set(-7.0f));
+  const F32 g = min(gate, limit), u = Isa::max(min(up, limit), Isa::set(-7.0f));
   const F32 swish = Isa::div(silu(Isa::mul(g, slope)), slope);
   return Isa::mul(swish, Isa::add(u, Isa::set(1.0f)));
 }
@@ -75,7 +58,7 @@ static HYBRID_KERNEL void gate_up_set(const ExpertSet& set, const Activations& t
   for_runs(before + *set.routing.count * set.blocks, kRunBlocks / 2, work, [&](Range run) {
     for (int at = run.first - before; at < run.last - before;) {
       const int expert = set.routing.active[at / set.blocks], first = at % set.blocks;
-      const Range blocks{first, least(set.blocks, first + run.last - before - at)};
+      const Range blocks{first, min(set.blocks, first + run.last - before - at)};
       gate_up_expert(tiles, set, to, expert, blocks, work);
       at += blocks.last - blocks.first;
     }

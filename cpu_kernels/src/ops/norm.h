@@ -9,7 +9,7 @@ namespace HYBRID_ISA {
 static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
   F32 squares = Isa::zero();
   for (int i = 0; i < width; i += kBlock) {
-    const F32 v = load_some(x + i, least(kBlock, width - i));
+    const F32 v = load_some(x + i, min(kBlock, width - i));
     squares = Isa::fma(v, v, squares);
   }
   return 1.0f / __builtin_sqrtf(Isa::sum(squares) / float(width) + eps);
@@ -21,12 +21,12 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
     const float* x = args.input + int64_t(args.logit_rows ? step.logit_index[row] : row) * args.input_stride;
     const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps));
     const auto normed = [&](int i) {
-      const int count = most(0, least(kBlock, args.width - i));
+      const int count = max(0, min(kBlock, args.width - i));
       return Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.weight + i, count));
     };
     const int64_t at = int64_t(row) * args.output_stride;
     for (int i = 0; i < args.width; i += kBlock) {
-      const int count = least(kBlock, args.width - i);
+      const int count = min(kBlock, args.width - i);
       if (args.output) store_some_bf16(args.output + at + i, normed(i), count);
       if (args.output_f32) store_some(args.output_f32 + at + i, normed(i), count);
     }

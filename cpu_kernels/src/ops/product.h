@@ -4,11 +4,7 @@
 // segments of a format (inputs that share scales) are the same whether few rows stream past or many pass over a panel.
 #pragma once
 
-#include "formats/bf16.h"
-#include "formats/fp8.h"
-#include "formats/int4.h"
-#include "formats/int8.h"
-#include "formats/mxfp4.h"
+#include "formats/all.h"
 #include "ops/tile_use.h"
 
 namespace hybrid {
@@ -32,8 +28,7 @@ struct Lines {
   int first;
 };
 
-constexpr int kRunBlocks = 4;      // threads share columns in multiples of this, the widest group of any Isa
-constexpr int kPanelInputs = 256;  // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kRunBlocks = 4;  // threads share columns in multiples of this, the widest group of any Isa
 
 // Where lines that are read once are fetched to (the last argument of __builtin_prefetch), and how many bytes of each
 // block ahead; `fetch_near` says which suits the processor. On most the second-level cache can wait for more lines from
@@ -44,7 +39,6 @@ struct Far {
 struct Near {
   static constexpr int level = 3, ahead = 2048;
 };
-constexpr int kPanelBytes = kPanelInputs / 2 * kLine;  // of one block, opened
 
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
@@ -167,7 +161,7 @@ static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB]) {
 
 template <class Format>
 static HYBRID_INLINE int segment_end(int line, int last) {
-  return Format::segment ? least(last, (line / Format::segment + 1) * Format::segment) : last;
+  return Format::segment ? min(last, (line / Format::segment + 1) * Format::segment) : last;
 }
 
 // A segment's part, scaled as its group of weights is, added to the sums.
@@ -261,13 +255,13 @@ static HYBRID_INLINE void fetch_scales(const Blocks<Format>& w, int line, const 
 // of blocks that follows, so the last lines fetch that group's first. out: sums [MR][NB][16].
 template <class Format, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& w, float* out) {
-  const int lead = least(Ahead::ahead / kLine, w.lines), main = w.lines - lead;
+  const int lead = min(Ahead::ahead / kLine, w.lines), main = w.lines - lead;
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   constexpr int panel = kPanelInputs / Format::line_inputs;
   const auto run = [&](auto& acc, int first, int end) __attribute__((always_inline)) {
     for (int line = first; line < end;) {
-      const int last = line < main ? least(end, main) : end;
+      const int last = line < main ? min(end, main) : end;
       const char* next = line < main ? w.line(line + lead) : w.line(line - main) + NB * w.stride;
       const char* a[MR];
       advance<Format>(a, rows, line);
@@ -277,7 +271,7 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
     }
   };
   for (int first = 0; first < w.lines; first += panel) {
-    const int last = least(w.lines, first + panel);
+    const int last = min(w.lines, first + panel);
     fetch_header<NB>(w, first, last);
     accumulate<Format>(sums, rows, w, first, last, run);
   }
@@ -343,9 +337,9 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
                                  Epilogue epilogue) {
   constexpr int lines = kPanelInputs / Format::line_inputs;
   float* const sums = reinterpret_cast<float*>(scratch);
-  char* const opened = scratch + int64_t(rows) * NB * kBlock * sizeof(float);
+  char* const opened = scratch + sums_bytes(rows, NB);
   for (int first = 0; first < w.lines; first += lines) {
-    const int last = least(w.lines, first + lines);
+    const int last = min(w.lines, first + lines);
     const char* next = last == w.lines ? w.line(0) + NB * w.stride : w.line(last);
     if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
     Panel panel{w.from(first), last, 0, tile_count(rows), next};
@@ -363,8 +357,7 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
 
 // product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. The finished sums
 // [rows][count][16] of `count` blocks from `block` on go to epilogue(sums, rows, block, count).
-// scratch: rows * max_blocks * 16 floats and max_blocks opened panels; where there are tiles, rows are rounded up to 16
-// and copies of rows follow.
+// scratch: see product_bytes() in executor/scratch.h.
 template <class Format, class Epilogue>
 static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
                                   int inputs, Range blocks, char* scratch, Epilogue epilogue) {

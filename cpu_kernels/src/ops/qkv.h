@@ -31,7 +31,7 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
   for (int task = tasks.first; task < tasks.last; ++task) {
     const int row = task / per_row, head = task % per_row;
     const bool is_query = head < args.heads, is_key = !is_query && head < args.heads + args.kv_heads;
-    const int slot = step.slots[row], position = step.positions[row];
+    const int sequence = step.sequences[row], position = step.positions[row];
     __builtin_memcpy(x, args.qkv + int64_t(row) * args.qkv_stride + head * dim, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
@@ -41,9 +41,9 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     if (is_query)
       to_bf16(args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim, x, dim);
     else if (is_key)
-      store_key<Kv>(args.kv, slot, head - args.heads, position, x, dim);
+      store_key<Kv>(args.kv, sequence, head - args.heads, position, x, dim);
     else
-      store_value<Kv>(args.kv, slot, head - args.heads - args.kv_heads, position, x, dim);
+      store_value<Kv>(args.kv, sequence, head - args.heads - args.kv_heads, position, x, dim);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-constexpr float kSmallest = 1e-36f;  // below, 127 / x would overflow
+constexpr float kMinQuantised = 1e-36f;  // below, 127 / x would overflow
 
 // value_at(i) gives inputs [i, i + 16) in fp32, zeros beyond the end of the row; inputs: padded.
 template <class ValueAt>
@@ -14,15 +14,15 @@ static HYBRID_INLINE void quantise_row(ValueAt value_at, int inputs, char* out) 
   int32_t* sums = reinterpret_cast<int32_t*>(out + inputs);
   float* scales = reinterpret_cast<float*>(sums + inputs / kSumInputs);
   for (int group = 0; group < inputs; group += kScaleInputs) {
-    const int end = least(inputs, group + kScaleInputs);
+    const int end = min(inputs, group + kScaleInputs);
     F32 top = Isa::zero();
     for (int i = group; i < end; i += kBlock) {
       const F32 x = value_at(i);
       top = Isa::max(top, Isa::max(x, Isa::sub(Isa::zero(), x)));
     }
-    const float largest = Isa::largest(top);
-    const F32 factor = Isa::set(largest > kSmallest ? 127.0f / largest : 0.0f);
-    scales[group / kScaleInputs] = largest / 127.0f;
+    const float maximum = Isa::max_lane(top);
+    const F32 factor = Isa::set(maximum > kMinQuantised ? 127.0f / maximum : 0.0f);
+    scales[group / kScaleInputs] = maximum / 127.0f;
     for (int i = group; i < end; i += kSumInputs) {
       const F32 low = Isa::round(Isa::mul(value_at(i), factor));
       const F32 high = Isa::round(Isa::mul(value_at(i + kBlock), factor));

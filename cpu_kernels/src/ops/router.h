@@ -23,7 +23,7 @@ static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const fl
     }
   }
   for (; i < args.hidden; i += kBlock) {
-    const int count = least(kBlock, args.hidden - i);
+    const int count = min(kBlock, args.hidden - i);
     for (int r = 0; r < rows; ++r)
       even[r] = Isa::fma(load_some(x + r * args.input_stride + i, count), load_some(w + i, count), even[r]);
   }
@@ -35,7 +35,7 @@ static void router(const RouterArgs& args, const Step& step, const Work& work) {
   const int groups = (step.rows + kRouterRows - 1) / kRouterRows;
   const Range tasks = share(groups * args.experts, work);
   for (int task = tasks.first; task < tasks.last; ++task) {
-    const int expert = task % args.experts, last = least(step.rows, (task / args.experts + 1) * kRouterRows);
+    const int expert = task % args.experts, last = min(step.rows, (task / args.experts + 1) * kRouterRows);
     const float* w = args.weight + int64_t(expert) * args.hidden;
     const float bias = args.bias ? args.bias[expert] : 0.0f;
     for (int row = task / args.experts * kRouterRows; row < last;) {
@@ -49,7 +49,7 @@ static void router(const RouterArgs& args, const Step& step, const Work& work) {
 }
 
 // The index of the largest value, the lowest on ties.
-static HYBRID_INLINE int largest_index(const float* x, int count) {
+static HYBRID_INLINE int index_of_max(const float* x, int count) {
   int best = 0;
   for (int i = 1; i < count; ++i)
     if (x[i] > x[best]) best = i;
@@ -58,10 +58,10 @@ static HYBRID_INLINE int largest_index(const float* x, int count) {
 
 // Logits to probabilities in place.
 static HYBRID_INLINE void softmax_all(float* x, int count) {
-  const float top = x[largest_index(x, count)];
+  const float top = x[index_of_max(x, count)];
   F32 total = Isa::zero();
   for (int i = 0; i < count; i += kBlock) {
-    const int some = least(kBlock, count - i);
+    const int some = min(kBlock, count - i);
     const F32 e = exponential(Isa::sub(load_some(x + i, some), Isa::set(top)));
     total = Isa::add(total, Isa::keep(e, 0, some, 0.0f));
     store_some(x + i, e, some);
@@ -84,7 +84,7 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     if (!args.softmax_after) softmax_all(scores, args.experts);
     float total = 0.0f;
     for (int i = 0; i < args.top_k; ++i) {
-      ids[i] = largest_index(scores, args.experts);
+      ids[i] = index_of_max(scores, args.experts);
       total += weights[i] = scores[ids[i]];
       scores[ids[i]] = -__builtin_inff();
     }

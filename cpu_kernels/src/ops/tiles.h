@@ -9,7 +9,6 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-constexpr int kTileRows = 16;
 constexpr int kLeft = 4, kRight = 6;  // the first tiles of the operands
 constexpr int kParts = 4;             // segments that wait to be merged: sums are loaded and stored once for all
 
@@ -52,12 +51,12 @@ struct TileRows {
 };
 
 // The left operand by 16 rows. Rows that do not lie at equal distances, and those of a last tile that they do not
-// fill, are copied: a line further apart than they are long, so that they do not compete for one set of the cache.
+// fill, are copied.
 class LeftTiles {
  public:
   template <class RowAt>
   HYBRID_INLINE LeftTiles(RowAt row_at, int rows, int bytes, char* copies)
-      : data_(row_at(0)), stride_(rows > 1 ? row_at(1) - data_ : 0), copies_(copies), copy_stride_(bytes + kLine) {
+      : data_(row_at(0)), stride_(rows > 1 ? row_at(1) - data_ : 0), copies_(copies), copy_stride_(copy_stride(bytes)) {
     int even = 1;
     while (even < rows && row_at(even) == data_ + even * stride_) ++even;
     in_place_ = even / kTileRows * kTileRows;
@@ -182,7 +181,7 @@ static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int
   F32 scale[TN][kParts];
   for (int s = 0; s < count; ++s)
     for (int j = 0; j < TN; ++j) scale[j][s] = Format::group_scale(header + j * p.w.stride, line + s * Format::segment);
-  const int rows = least(TM * kTileRows, p.count - row), input = line * Format::line_inputs;
+  const int rows = min(TM * kTileRows, p.count - row), input = line * Format::line_inputs;
   const bool begins = line == p.operands.first, ends = line + count * Format::segment >= p.last;
   for (int r = 0; r < rows; ++r) {
     const char* const values = p.rows.at(row + r);
@@ -266,7 +265,7 @@ static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTil
                                       float* sums, char* opened) {
   constexpr int lines = kPanelInputs / Format::line_inputs;
   for (int first = 0; first < w.lines; first += lines) {
-    const int last = least(w.lines, first + lines);
+    const int last = min(w.lines, first + lines);
     const char* next = last == w.lines ? w.line(0) + NB * w.stride : w.line(last);
     if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
     TileProduct<Format> p{rows, count, left, w, NB, sums, w.from(first), last, next};
@@ -278,14 +277,14 @@ static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTil
   }
 }
 
-// As product(). Scratch: sums of the rows rounded up to 16, opened panels, and copies of rows.
+// As product(). Scratch: sums of whole tiles of rows, opened panels, and copies of rows.
 template <class Stored, class Epilogue>
 static HYBRID_INLINE void tile_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks,
                                        char* scratch, Epilogue epilogue) {
   using Format = Tiled<Stored>;
   float* const sums = reinterpret_cast<float*>(scratch);
-  char* const opened = scratch + int64_t(rows + kTileRows - 1) / kTileRows * kTileRows * Isa::max_blocks * kLine;
-  char* const copies = opened + Isa::max_blocks * kPanelBytes;
+  char* const opened = scratch + sums_bytes(whole_tiles(rows), Isa::max_blocks);
+  char* const copies = opened + (Format::opened ? 0 : Isa::max_blocks * kPanelBytes);
   const auto row_at = [&](int row) { return left.at(row); };
   const LeftTiles tiles(row_at, rows, inputs / Format::step_inputs * 4, copies);
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
@@ -330,7 +329,7 @@ static HYBRID_INLINE void small_tile_product(RowAt row_at, int rows, const Lines
   alignas(64) char copies[2 * kTileRows * (2 * kMaxHeadDim + kLine)];
   alignas(64) float sums[2 * kTileRows * 2 * kBlock];
   for (int row = 0, pass = 0; row < rows; row += 2 * kTileRows, ++pass) {
-    const int some = least(2 * kTileRows, rows - row);
+    const int some = min(2 * kTileRows, rows - row);
     const auto some_row = [&](int i) { return reinterpret_cast<const char*>(row_at(row + i)); };
     const LeftTiles left(some_row, some, 4 * count, copies);
     for_block_groups({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {

@@ -10,10 +10,11 @@ import numpy as np
 
 import cpu_kernels
 from gpu_cache.device import Device, SlotIds
+from hybrid.engine.experts.costs import expert_key
 from hybrid.engine.experts.slot_program import SlotProgram
-from hybrid.engine.routes import view
 from hybrid.machine.hardware import probe
-from hybrid.machine.profile import ROWS, ExpertTimes, MachineProfile, cached_profile, expert_key, machine_mark
+from hybrid.machine.memory import view
+from hybrid.machine.profile import ROWS, ExpertTimes, LinkSpeed, MachineProfile, cached_profile, machine_mark
 from hybrid.plan.plan import Plan
 
 ROUNDS = 5  # of each number of rows, the fastest of which counts
@@ -83,6 +84,16 @@ def time_device(plan: Plan, device: Device) -> tuple[float, tuple[float, ...]]:
 
     begin = _fastest(start, 1)
     return begin, tuple(max(0.0, _fastest(run, rows) - begin) / together for rows in measured_rows(plan))
+
+
+def measure_device(
+    plan: Plan, device: Device, place: str, threads: tuple[float, ...], read: Callable[[], float]
+) -> tuple[ExpertTimes, LinkSpeed]:
+    """place: where `device` has its slots, as torch says. threads: what experts cost there. read: of `measure_link`."""
+    from hybrid.gpu.link_speed import measure_link
+
+    start, times = time_device(plan, device)
+    return ExpertTimes(measured_rows(plan), threads, times, start), measure_link(place, read)
 
 
 def _run(device: Device, slot_ids: SlotIds) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpu_cache.device import Bytes
-from hybrid.engine.routes import view
+from hybrid.machine.memory import view
 from hybrid.plan.expert_cache import CachePlan
 
 

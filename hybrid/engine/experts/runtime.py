@@ -23,16 +23,19 @@ from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.core import SpanObserver, StepResult
+from hybrid.engine.experts.costs import CallCosts, call_costs
 from hybrid.engine.experts.history import COUNTS, DecodeHistory
 from hybrid.engine.experts.open import fewer_slots, open_device
 from hybrid.engine.experts.pieces import expert_pieces, pieces_of, whole_memory
 from hybrid.engine.experts.streaming import streaming_pays
-from hybrid.engine.experts.verdict import CallCosts, Verdict, judge
-from hybrid.engine.routes import Routes, view
+from hybrid.engine.experts.verdict import Verdict, judge
+from hybrid.engine.routes import Routes
 from hybrid.errors import KernelError
+from hybrid.machine.memory import view
 from hybrid.machine.phases import phased
+from hybrid.models.layers.feed_forward import IDS
 from hybrid.plan.expert_cache import CachePlan
-from hybrid.plan.passes.place_experts import CONTRIBUTIONS, IDS, LEFT_IDS, NEXT
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, NEXT
 from hybrid.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -52,15 +55,6 @@ class CacheTimes:
     misses: float = 0.0  # experts that the threads computed
     late_copies: int = 0  # experts that were asked for while they were on their way
     streamed_layers: int = 0  # layers of steps whose misses went to the device
-
-
-def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
-    """cpu, cpu_row: measured. The rest is what the figures of the device say of an expert's bytes and operations."""
-    device, size = plan.simulated, plan.slot_bytes
-    latency = device.latency_us * 1e-6
-    copy = latency + size / (device.copy_gbps * 1e9)
-    device_row = 2 * plan.shape.weights / (device.tflops * 1e12)
-    return CallCosts(cpu, size / (device.read_gbps * 1e9), latency, copy, cpu_row, device_row)
 
 
 class DeviceExperts:
@@ -97,7 +91,7 @@ class DeviceExperts:
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
         self._contributions = view(address(CONTRIBUTIONS), (floats,), np.float32)
         self._contributions[:] = -0.0
-        self._sequences = plan.slots
+        self._sequences = plan.sequences
         pieces = expert_pieces(self.plan, weights)
         self._source = partial(pieces_of, pieces, shape.experts)
         self.costs = call_costs(self.plan, *cpu_seconds)

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
-from hybrid.engine.binding import bind
-from hybrid.engine.routes import view
-from hybrid.plan.passes.place_experts import LEFT_IDS, ROUTED, device_ops
+from hybrid.machine.memory import view
+from hybrid.models.layers.feed_forward import ROUTED
+from hybrid.plan.binding import bind
+from hybrid.plan.passes.place_experts import LEFT_IDS, device_ops
 from hybrid.plan.plan import Plan, lay_out
 
 
@@ -43,7 +44,7 @@ class SlotProgram:
             isa=plan.isa,
             pool=pool or cpu_kernels.ThreadPool(1, []),
             rows=plan.max_rows,
-            slots=1,
+            sequences=1,
             positions=plan.max_rows,
             vocab=1,
             scratch_bytes=plan.scratch_bytes,
@@ -80,8 +81,8 @@ class SlotProgram:
     def weight(self, name: str, node: int = -1) -> int:
         return int(self._memory[name].ctypes.data)
 
-    def kv(self, layer: int) -> Any:
-        raise AssertionError("experts have no keys and values")
+    def state(self, layer: int) -> Any:
+        raise AssertionError("experts know nothing of sequences")
 
     def callback(self, kind: str, layer: int) -> Any:
         raise AssertionError("a device calls nobody")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hybrid.engine.experts.verdict import CallCosts
+from hybrid.engine.experts.costs import CallCosts
 
 
 def streaming_pays(held: Sequence[int], missed: Sequence[int], copies: int, costs: CallCosts) -> bool:

@@ -10,23 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hybrid.engine.experts.costs import CallCosts
+
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class CallCosts:
-    """Seconds that one expert costs on one row.
-
-    cpu: of the threads, measured. device: of the device, and start, what it takes to begin a layer there. copy: until
-    an expert is on the device. cpu_row, device_row: on each of many rows, when reading the expert no longer counts.
-    """
-
-    cpu: float
-    device: float
-    start: float
-    copy: float
-    cpu_row: float
-    device_row: float
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import read_json_object, write_json
-from hybrid.plan.passes.place_experts import ExpertShape
+from hybrid.plan.expert_shape import ExpertShape
 
 KIND = "hybrid-experts"
 

@@ -16,8 +16,10 @@ from hybrid.models.decoder import (
     read_model,
     read_windows,
 )
+from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames, Router
 from hybrid.models.reading import Fields
-from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec, RouterSpec, TensorNames
+from hybrid.models.spec import LayerSpec, ModelSpec
+from hybrid.models.tensors import GatedNames
 
 DEFAULTS = Defaults(max_position=131_072, eps=1e-5, theta=150_000.0, kv_heads=8, head_dim=64)
 ROPE = {
@@ -25,14 +27,13 @@ ROPE = {
     "original_max_position_embeddings": 4096,
 }  # fmt: skip
 ROUTER = "model.layers.{layer}.mlp.router.weight"
-NAMES = TensorNames(
+EXPERTS = "model.layers.{layer}.mlp.experts"
+NAMES = FeedForwardNames(
     router=ROUTER,
     fused_router=ROUTER,
-    expert_gate="",
-    expert_up="",
-    expert_down="",
-    fused_alternate=True,
-    fused_transposed=True,
+    experts=GatedNames(
+        "", "", "", f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj", fused_alternate=True, fused_transposed=True
+    ),
 )
 
 
@@ -47,7 +48,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         default=[FULL if layer % 2 else SLIDING for layer in range(count)],
     )
     layers = [LayerSpec(replace(attention, window=window), experts) for window in windows]
-    return read_model(fields, "gpt_oss", layers, DEFAULTS, NAMES)
+    return read_model(fields, "gpt_oss", layers, DEFAULTS)
 
 
 def _with_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,11 +57,11 @@ def _with_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if told else {**config, "rope_scaling": ROPE}
 
 
-def _read_experts(fields: Fields) -> FeedForwardSpec:
+def _read_experts(fields: Fields) -> FeedForward:
     """The kernel has the two constants of the published models built in, so others are refused."""
     fields.refuse("swiglu_alpha", neutral=1.702)
     fields.refuse("swiglu_limit", neutral=7.0)
-    experts = read_experts(fields, fields.size("intermediate_size"), renormalise=True)
+    experts = read_experts(fields, fields.size("intermediate_size"), renormalise=True, names=NAMES)
     assert experts.router is not None
-    router = RouterSpec(experts.router.top_k, "topk_softmax", bias=True)
+    router = Router(experts.router.top_k, "topk_softmax", bias=True)
     return replace(experts, router=router, activation="swiglu_clamped", bias=True)

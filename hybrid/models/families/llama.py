@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.models.decoder import Defaults, read_attention, read_layer_count, read_model
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.reading import Fields
-from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
+from hybrid.models.spec import LayerSpec, ModelSpec
 
 DEFAULTS = Defaults(max_position=2048)
 
@@ -16,5 +17,5 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
     fields.refuse("mlp_bias", neutral=False)
     attention = read_attention(fields, DEFAULTS, bias=fields.flag("attention_bias"))
-    layer = LayerSpec(attention, FeedForwardSpec(fields.size("intermediate_size")))
+    layer = LayerSpec(attention, FeedForward(fields.size("intermediate_size")))
     return read_model(fields, "llama", [layer] * read_layer_count(fields), DEFAULTS)

@@ -17,8 +17,9 @@ from hybrid.models.decoder import (
     read_sparse_layers,
     read_windows,
 )
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.reading import Fields
-from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
+from hybrid.models.spec import LayerSpec, ModelSpec
 
 DEFAULTS = Defaults(max_position=32_768, kv_heads=16)
 
@@ -34,7 +35,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     return read_model(fields, "qwen2_moe", layers, DEFAULTS)
 
 
-def _experts(fields: Fields) -> FeedForwardSpec:
+def _experts(fields: Fields) -> FeedForward:
     experts = read_experts(fields, fields.size("moe_intermediate_size"), renormalise=fields.flag("norm_topk_prob"))
     return replace(experts, shared_intermediate=fields.size("shared_expert_intermediate_size"), shared_gate=True)
 

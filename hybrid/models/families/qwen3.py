@@ -15,8 +15,9 @@ from hybrid.models.decoder import (
     read_model,
     read_windows,
 )
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.reading import Fields
-from hybrid.models.spec import FeedForwardSpec, LayerSpec, ModelSpec
+from hybrid.models.spec import LayerSpec, ModelSpec
 
 DEFAULTS = Defaults(max_position=32_768, kv_heads=32, head_dim=128)
 
@@ -24,7 +25,7 @@ DEFAULTS = Defaults(max_position=32_768, kv_heads=32, head_dim=128)
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
     attention = read_attention(fields, DEFAULTS, qk_norm="head", bias=fields.flag("attention_bias"))
-    feed_forward = FeedForwardSpec(fields.size("intermediate_size"))
+    feed_forward = FeedForward(fields.size("intermediate_size"))
     layers = [LayerSpec(replace(attention, window=window), feed_forward) for window in _windows(fields)]
     return read_model(fields, "qwen3", layers, DEFAULTS)
 

@@ -8,65 +8,25 @@ step without a device (`combine`): results are the same bit for bit, wherever an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from hybrid.errors import ConfigError
+from hybrid.formats.block import BLOCK
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.feed_forward import IDS, ROUTED, TAKE, WEIGHTS, is_activation, is_routed
 from hybrid.models.spec import ModelSpec
-from hybrid.ops import Buffer, Callback, Op, RoutingTable, Weight
-from hybrid.plan.program import row_stride
-from hybrid.weights.layout import BLOCK, StoreTensor
+from hybrid.ops import Buffer, Callback, Op, RoutingTable, Weight, require_known
 
-ROUTED = "routing"  # of the experts that a row chooses among
-IDS, WEIGHTS = "expert_ids", "expert_weights"
 LEFT_IDS = "left_ids"  # the ids of the experts that the threads compute, -1 for those of the device
 CONTRIBUTIONS = "contributions"  # what an expert made of a row, for each (row, rank); -0 between two layers
-TAKE = "take"  # the kind of the callback that replaces what a router chose
+OBSERVE = "observe"  # the kind of the callback that is told of the experts that were chosen
+PLACED_CALLS = ("place", "join")  # kinds of callbacks of a step with a device
 NEXT = "next_"  # before the buffers of the router of the next layer, which is asked early
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """What the experts of all MoE layers have in common: how many there are, how many a row takes, and their bytes.
-
-    pieces: (last word of the tensor, bytes of one expert), the matrices first. weights: numbers in its matrices.
-    """
-
-    layers: tuple[int, ...]  # those of the model that have experts
-    experts: int
-    top_k: int
-    pieces: tuple[tuple[str, int], ...]
-    weights: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of one expert, biases included."""
-        return sum(size for _, size in self.pieces)
-
-
-def expert_shape(spec: ModelSpec, tensors: dict[str, StoreTensor]) -> ExpertShape:
-    """Raises ConfigError for a model without experts, or with experts of several sizes."""
-    layers = [index for index, layer in enumerate(spec.layers) if layer.feed_forward.is_moe]
-    if not layers:
-        raise ConfigError(f"model_type {spec.model_type!r} has no experts to cache; use --device cpu")
-    shapes = {_layer_shape(spec, index, tensors) for index in layers}
-    if len(shapes) > 1:
-        raise ConfigError("the layers have experts of several sizes, which one cache cannot hold; use --device cpu")
-    return replace(shapes.pop(), layers=tuple(layers))
-
-
-def _layer_shape(spec: ModelSpec, index: int, tensors: dict[str, StoreTensor]) -> ExpertShape:
-    ffn = spec.layers[index].feed_forward
-    assert ffn.router is not None
-    names = ["experts", "gate_up_bias", "down_bias"]
-    found = [(name, tensors.get(f"layers.{index}.ffn.{name}")) for name in names]
-    pieces = tuple((name, tensor.nbytes // ffn.experts) for name, tensor in found if tensor)
-    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces, 3 * spec.hidden * ffn.intermediate)
 
 
 def observe_routes(ops: Iterable[Op]) -> Iterator[Op]:
     """The ops of a step that calls `observe` once the experts of a MoE layer are chosen, and changes nothing."""
-    return _after_choice(ops, "observe")
+    return _after_choice(ops, OBSERVE)
 
 
 def take_routes(ops: Iterable[Op]) -> Iterator[Op]:
@@ -79,13 +39,16 @@ def _after_choice(ops: Iterable[Op], kind: str) -> Iterator[Op]:
     for op in ops:
         yield op
         if op.kind == "topk":
-            yield Op("host", "other", {"call": Callback(kind, moe)}, (1, "thread"), op.layer)
+            yield _host(op, kind, moe, "other")
             moe += 1
 
 
 def place_experts(ops: Iterable[Op], next_gate: bool = False) -> list[Op]:
-    """The ops of a step with a device. next_gate: ask the router of the next layer too, on the same rows."""
-    ops = list(ops)
+    """The ops of a step with a device. next_gate: ask the router of the next layer too, on the same rows.
+
+    Raises ValueError for an op that nobody told it of.
+    """
+    ops = require_known(ops)
     routers = [(router, topk) for router, topk in zip(ops, ops[1:], strict=False) if router.kind == "router"]
     placed: list[Op] = []
     moe = top_k = 0
@@ -109,13 +72,13 @@ def placement_buffers(rows: int, top_k: int, spec: ModelSpec, next_gate: bool = 
     sizes = {LEFT_IDS: pairs * 4, f"{ROUTED}.pairs": pairs * 4, CONTRIBUTIONS: pairs * row_stride(spec.hidden) * 4}
     if not next_gate:
         return sizes
-    scores = max(layer.feed_forward.experts + layer.feed_forward.shared_gate for layer in spec.layers)
+    scores = max(layer.feed_forward.scores for layer in spec.layers)
     early = {f"{NEXT}router_logits": rows * scores * 4, f"{NEXT}{IDS}": pairs * 4, f"{NEXT}{WEIGHTS}": pairs * 4}
     return sizes | early | {f"{NEXT}shared.weights": rows * 4}
 
 
 def _place(group: Op, moe: int) -> Iterator[Op]:
-    yield Op("host", "place", {"call": Callback("place", moe)}, (1, "thread"), group.layer)
+    yield _host(group, "place", moe, "place")
     changes = {"ids": Buffer(LEFT_IDS), "weights": None, "pairs": Buffer(f"{ROUTED}.pairs")}
     yield replace(group, part="place", arguments=group.arguments | changes)
 
@@ -126,7 +89,7 @@ def _down_and_join(down: Op, moe: int, top_k: int) -> Iterator[Op]:
     stride = routed["output_stride"]
     by_pair = {"routing": RoutingTable(ROUTED, "pairs"), "output": Buffer(CONTRIBUTIONS)}
     yield replace(down, arguments=routed | by_pair)
-    yield Op("host", "join", {"call": Callback("join", moe)}, (1, "thread"), down.layer)
+    yield _host(down, "join", moe, "join")
     sums = {
         "ids": Buffer(IDS),
         "weights": Buffer(WEIGHTS),
@@ -137,10 +100,16 @@ def _down_and_join(down: Op, moe: int, top_k: int) -> Iterator[Op]:
         "stride": stride,
         "output_stride": stride,
     }
-    yield Op("combine", "join", sums, (0, "rows"), down.layer)
+    yield replace(down, kind="combine", part="join", arguments=sums, split=(0, "rows"))
     if "shared" in down.arguments:
         output = {"output": down.arguments["output"], "output_stride": stride}
         yield replace(down, arguments=down.arguments["shared"].arguments | output)
+
+
+def _host(beside: Op, call: str, moe: int, part: str) -> Op:
+    """A callback in the same half of a layer as another op."""
+    arguments = {"call": Callback(call, moe)}
+    return replace(beside, kind="host", part=part, arguments=arguments, split=(1, "thread"))
 
 
 def _ask_early(router: Op, topk: Op, layer: int | None) -> Iterator[Op]:
@@ -163,18 +132,8 @@ def device_ops(placed: Iterable[Op], slots: int) -> list[Op]:
     Weights are references to the pieces of a slot, `Weight("experts")` and so on.
     """
     placed = list(placed)
-    layer = next(op.layer for op in placed if _is_routed(op))
-    return [_on_slots(op, slots) for op in placed if op.layer == layer and (_is_routed(op) or is_activation(op))]
-
-
-def _is_routed(op: Op) -> bool:
-    routing = op.arguments.get("routing")
-    return isinstance(routing, RoutingTable) and routing.name == ROUTED
-
-
-def is_activation(op: Op) -> bool:
-    """Whether it quantises what experts other than the shared one made."""
-    return op.kind == "quantise" and str(op.arguments["input"].name).startswith("activation.")
+    layer = next(op.layer for op in placed if is_routed(op))
+    return [_on_slots(op, slots) for op in placed if op.layer == layer and (is_routed(op) or is_activation(op))]
 
 
 def _on_slots(op: Op, slots: int) -> Op:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybrid.formats import FORMATS
-from hybrid.ops import Buffer, Op, Weight
-from hybrid.plan.program import row_bytes, row_stride
-from hybrid.weights.layout import BLOCK, StoreTensor
+from hybrid.formats.block import BLOCK
+from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.models.tensors import StoreTensor
+from hybrid.ops import KINDS, Buffer, Op, Weight, require_known
 from hybrid.weights.split import Parts, column_parts, down_part_offset, expert_part_bytes, intermediate_parts
 
 PARTIAL = "partial"  # the buffer of a node's sums, laid out as the residual stream; zero between two steps
@@ -42,12 +43,13 @@ def split_over_nodes(
     """Split the ops of a step. sizes: bytes of its buffers.
 
     What has fewer blocks than there are nodes stays whole and is shared by all threads, and so does an embedding that
-    is the head as well: rows are looked up in it, and a second copy would be memory wasted.
+    is the head as well: rows are looked up in it, and a second copy would be memory wasted. Raises ValueError for an
+    op that nobody told it of.
     """
     if nodes == 1:
         return SplitStep(ops, {}, dict(sizes), ())
     splitter = _Splitter(tensors, sizes, nodes, {op.arguments["table"].name for op in ops if op.kind == "embed"})
-    split = [part for op in ops for part in splitter.split(op)]
+    split = [part for op in require_known(ops) for part in splitter.split(op)]
     unused = splitter.replaced - {name for op in split for name in _common_buffers(op)}
     common = {name: size for name, size in sizes.items() if name not in unused}
     return SplitStep(split, splitter.parts, common, tuple(splitter.node_sizes))
@@ -80,8 +82,7 @@ class _Splitter:
 
     def split(self, op: Op) -> list[Op]:
         """The op of every node, one after the other; or the op as it is."""
-        way = self._ways.get(op.kind)
-        return way(op) if way else [op]
+        return [op] if KINDS[op.kind] == "whole" else self._ways[op.kind](op)
 
     def _gemm(self, op: Op) -> list[Op]:
         a = op.arguments
@@ -159,7 +160,7 @@ class _Splitter:
             "width": a["blocks"] * BLOCK,
             "output_stride": a["output_stride"],
         }
-        return [*downs, Op("join", op.part, join, (a["blocks"], "column blocks a row"), op.layer)]
+        return [*downs, replace(op, kind="join", arguments=join, split=(a["blocks"], "column blocks a row"))]
 
     def _down_part(self, op: Op, node: int, blocks: range) -> Op:
         """The bias, which all would add, is the first node's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hybrid.formats.fp8 import SQUARE
 from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoints.expected import ExpertForm, bias_name, tensor_shapes
+from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name, in_layer
 from hybrid.weights.checkpoints.matrices import (
     FLOATS,
     FP8_DTYPE,
@@ -51,7 +51,7 @@ class Checkpoint:
         spec, native, entries = model_spec(config), native_mix(config), _find_tensors(path)
         form = _expert_form(spec, entries)
         if form != "apart":
-            spec = replace(spec, names=replace(spec.names, router=spec.names.fused_router))
+            spec = spec.with_fused_experts()
         return cls(path, config, spec, native, entries, form)
 
     def names(self) -> list[str]:
@@ -78,42 +78,37 @@ class Checkpoint:
         _require_dtype(name, entry, tuple(FLOATS))
         return Source(name, entry, start, count, step)
 
-    def feed_forward(self, layer: int, expert: int) -> tuple[Source, Source, Source]:
-        """Gate, up and down of one expert, or of a dense layer, which counts as one expert."""
-        names, ffn, hidden = self.spec.names, self.spec.layers[layer].feed_forward, self.spec.hidden
-        if ffn.is_moe and self.form != "apart":
-            first, size = 2 * ffn.intermediate * expert, ffn.intermediate
-            (gate, up), step = ((first, first + 1), 2) if names.fused_alternate else ((first, first + size), 1)
-            gate_up, down = (name.format(layer=layer) for name in (names.fused_gate_up, names.fused_down))
-            return (
-                self._fused(gate_up, gate, size, step),
-                self._fused(gate_up, up, size, step),
-                self._fused(down, hidden * expert, hidden, 1),
-            )
-        gate_name, up_name, down_name = self._feed_forward_names(layer, expert)
-        return self.matrix(gate_name), self.matrix(up_name), self.matrix(down_name)
+    def gated(self, origin: Gated, expert: int) -> tuple[Source, Source, Source]:
+        """Gate, up and down of one expert, or of a dense feed-forward, which counts as one expert."""
+        names = origin.names
+        if not self._stacks(names):
+            gate_name, up_name, down_name = names.of_expert(expert)
+            return self.matrix(gate_name), self.matrix(up_name), self.matrix(down_name)
+        first, size = 2 * origin.intermediate * expert, origin.intermediate
+        (gate, up), step = ((first, first + 1), 2) if names.fused_alternate else ((first, first + size), 1)
+        return (
+            self._fused(names, names.fused_gate_up, gate, size, step),
+            self._fused(names, names.fused_gate_up, up, size, step),
+            self._fused(names, names.fused_down, origin.hidden * expert, origin.hidden, 1),
+        )
 
-    def feed_forward_bias(self, layer: int, expert: int) -> tuple[Array, Array, Array]:
-        """Biases of gate, up [intermediate] and down [hidden] of one expert or of a dense layer."""
-        names, ffn = self.spec.names, self.spec.layers[layer].feed_forward
-        if ffn.is_moe and self.form != "apart":
-            fused = (names.fused_gate_up, names.fused_down)
-            both, down = (self.rows(bias_name(n.format(layer=layer)), expert, 1).floats(0, 1)[0] for n in fused)
-            gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
+    def gated_biases(self, names: GatedNames, expert: int) -> tuple[Array, Array, Array]:
+        """Biases of gate, up [intermediate] and down [hidden] of one expert or of a dense feed-forward."""
+        if not self._stacks(names):
+            gate, up, down = (self.read(bias_name(name)) for name in names.of_expert(expert))
             return gate, up, down
-        gate, up, down = (self.read(bias_name(name)) for name in self._feed_forward_names(layer, expert))
+        fused = (names.fused_gate_up, names.fused_down)
+        both, down = (self.rows(bias_name(name), expert, 1).floats(0, 1)[0] for name in fused)
+        gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
         return gate, up, down
 
-    def shared(self, layer: int) -> tuple[Source, Source, Source]:
-        """Gate, up and down of the shared expert."""
-        names = self.spec.names
-        apart = (names.shared_gate_proj, names.shared_up_proj, names.shared_down_proj)
-        gate, up, down = (self.matrix(name.format(layer=layer)) for name in apart)
-        return gate, up, down
+    def _stacks(self, names: GatedNames) -> bool:
+        """Whether these are stacked here, all experts of a layer in one tensor."""
+        return self.form != "apart" and bool(names.fused_gate_up)
 
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there with its shape and dtype."""
-        for name, shape in tensor_shapes(self.spec, self.form):
+        for name, shape in self.spec.checkpoint_shapes(self.form):
             entry = self._entry(name)
             quantised = entry.dtype == FP8_DTYPE and len(shape) > 1
             blocks = self.form == "mxfp4" and name.endswith(("_blocks", "_scales"))
@@ -125,14 +120,8 @@ class Checkpoint:
                 squares = (*shape[:-2], -(-shape[-2] // SQUARE), -(-shape[-1] // SQUARE))
                 _require_shape(scales, self._entry(scales), squares)
 
-    def _feed_forward_names(self, layer: int, expert: int) -> list[str]:
-        names = self.spec.names
-        moe = self.spec.layers[layer].feed_forward.is_moe
-        apart = (names.expert_gate, names.expert_up, names.expert_down) if moe else (names.gate, names.up, names.down)
-        return [name.format(layer=layer, expert=expert) for name in apart]
-
-    def _fused(self, name: str, start: int, count: int, step: int) -> Source:
-        if self.form == "fused" and self.spec.names.fused_transposed:
+    def _fused(self, names: GatedNames, name: str, start: int, count: int, step: int) -> Source:
+        if self.form == "fused" and names.fused_transposed:
             _require_dtype(name, self._entry(name), tuple(FLOATS))
             return TransposedSource(name, self._entry(name), start, count, step)
         if self.form == "fused":
@@ -164,12 +153,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _expert_form(spec: ModelSpec, entries: Mapping[str, Entry]) -> ExpertForm:
-    moe = [index for index, layer in enumerate(spec.layers) if layer.feed_forward.is_moe]
-    names = [spec.names.fused_gate_up.format(layer=index) for index in moe]
-    if any(f"{name}_blocks" in entries for name in names):
+    experts = [in_layer(spec.layers[index].feed_forward.names.experts, index) for index in spec.moe_layers]
+    if any(f"{names.fused_gate_up}_blocks" in entries for names in experts):
         return "mxfp4"
-    stacked = any(name in entries for name in names) or not spec.names.expert_gate
-    return "fused" if moe and stacked else "apart"
+    return "fused" if any(names.fused_gate_up in entries or not names.gate for names in experts) else "apart"
 
 
 def _require_dtype(name: str, entry: Entry, allowed: tuple[str, ...]) -> None:

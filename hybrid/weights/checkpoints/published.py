@@ -11,17 +11,9 @@ from typing import Any
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
-from hybrid.models.spec import TensorNames
+from hybrid.models.tensors import Gated, GatedBiases, Stacked
 
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
-
-# The matrices of a part, as fields of TensorNames; expert 0 stands for all.
-_MATRICES = {
-    "experts": ("expert_gate", "expert_up", "expert_down", "fused_gate_up", "fused_down"),
-    "shared": ("shared_gate_proj", "shared_up_proj", "shared_down_proj"),
-    "dense": ("gate", "up", "down"),
-    "attention": ("q", "k", "v", "out"),
-}
 
 
 def native_mix(config: Mapping[str, Any]) -> FormatMix:
@@ -54,15 +46,19 @@ def _kept(config: Mapping[str, Any], quantisation: Mapping[str, Any]) -> Iterato
         )
     patterns = {pattern for name in names for pattern in (name, f"{name}.*")}
     exact, wild = {p for p in patterns if "*" not in p}, [p for p in patterns if "*" in p]
-    spec = model_spec(config)
-    for part, fields in _MATRICES.items():
-        modules = _modules(spec.names, fields, len(spec.layers))
-        if any(module in exact or any(fnmatchcase(module, pattern) for pattern in wild) for module in modules):
-            yield part
+    quantised = {"experts", "shared", "dense", "attention"}
+    for tensor in model_spec(config).store_tensors(MIXES["bf16"]):
+        if tensor.part in quantised and tensor.format is not None:
+            modules = (name.removesuffix(".weight") for name in _sources(tensor.origin))
+            if any(module in exact or any(fnmatchcase(module, pattern) for pattern in wild) for module in modules):
+                quantised.remove(tensor.part)
+                yield tensor.part
 
 
-def _modules(names: TensorNames, fields: tuple[str, ...], layers: int) -> Iterator[str]:
-    for field in fields:
-        for layer in range(layers):
-            name: str = getattr(names, field).format(layer=layer, expert=0)
-            yield name.removesuffix(".weight")
+def _sources(origin: Stacked | Gated | GatedBiases) -> Iterator[str]:
+    """Names of the checkpoint tensors that it may be made of; expert 0 stands for all."""
+    if isinstance(origin, Stacked):
+        yield from origin.names
+    else:
+        names = origin.names
+        yield from (*names.of_expert(0), names.fused_gate_up, names.fused_down)

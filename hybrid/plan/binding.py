@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import cpu_kernels
-from hybrid.ops import Buffer, Callback, Choice, ExpertSet, Kv, Op, RoutingTable, Weight
+from hybrid.ops import Buffer, Callback, Choice, ExpertSet, Op, RoutingTable, State, Weight
 
 
 class References(Protocol):
@@ -16,7 +16,8 @@ class References(Protocol):
 
     def weight(self, name: str, node: int = -1) -> int: ...
 
-    def kv(self, layer: int) -> cpu_kernels.KvLayout: ...
+    def state(self, layer: int) -> Any:
+        """The layout of a layer's state, of a class of `cpu_kernels`."""
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
         """The executor keeps it alive: it must not refer to the executor."""
@@ -25,12 +26,12 @@ class References(Protocol):
 def bind(executor: cpu_kernels.Executor, ops: Iterable[Op], references: References) -> cpu_kernels.Executor:
     """Add every op; returns the executor."""
     for op in ops:
-        arguments = {name: _resolve(value, references) for name, value in op.arguments.items()}
+        arguments = {name: resolve(value, references) for name, value in op.arguments.items()}
         getattr(executor, op.kind)(part=getattr(cpu_kernels.Part, op.part), **arguments)
     return executor
 
 
-def _resolve(value: Any, at: References) -> Any:
+def resolve(value: Any, at: References) -> Any:
     match value:
         case None:
             return 0
@@ -39,16 +40,21 @@ def _resolve(value: Any, at: References) -> Any:
         case Weight(name, offset, node):
             return at.weight(name, node) + offset
         case tuple():
-            return [_resolve(one, at) for one in value]
-        case Choice(kind, name):
-            return getattr(getattr(cpu_kernels, kind), name)
-        case Kv(layer):
-            return at.kv(layer)
+            return [resolve(one, at) for one in value]
+        case Choice():
+            return choose(value)
+        case State(layer):
+            return at.state(layer)
         case Callback(kind, layer):
             return at.callback(kind, layer)
         case ExpertSet(arguments):
-            return cpu_kernels.ExpertSet(**{name: _resolve(inner, at) for name, inner in arguments.items()})
+            return cpu_kernels.ExpertSet(**{name: resolve(inner, at) for name, inner in arguments.items()})
         case RoutingTable(name, rows):
             parts = {part: part for part in ("offsets", "weights", "active", "count")} | {"rows": rows}
             return cpu_kernels.Routing(**{part: at.buffer(f"{name}.{array}") for part, array in parts.items()})
     return value
+
+
+def choose(value: Any) -> Any:
+    """A choice as the member of its enumeration of `cpu_kernels`; what is none as it is."""
+    return getattr(getattr(cpu_kernels, value.kind), value.name) if isinstance(value, Choice) else value

@@ -1,0 +1,191 @@
+// Python bindings: shapes, lifetimes and exceptions; no arithmetic. Those of ops are in ops.cpp.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "bindings/ops.h"
+#include "cpu/features.h"
+#include "executor/executor.h"
+#include "instances/tables.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hybrid {
+namespace {
+
+using Address = uintptr_t;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+bool python_signal() {
+  nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+Times run_step(Executor& executor, Ints tokens, Ints sequences, Ints positions, Ints logit_rows, Logits logits) {
+  const size_t rows = tokens.shape(0);
+  if (sequences.shape(0) != rows || positions.shape(0) != rows)
+    throw std::invalid_argument("token_ids, sequences and positions must have one length");
+  if (logits.shape(0) != logit_rows.shape(0) || (logits.shape(0) > 0 && int(logits.shape(1)) != executor.vocab()))
+    throw std::invalid_argument("logits must have shape [len(logit_rows), vocab]");
+  Step step{};
+  step.rows = int(rows);
+  step.tokens = tokens.data();
+  step.sequences = sequences.data();
+  step.positions = positions.data();
+  step.logit_rows = int(logit_rows.shape(0));
+  step.logit_index = logit_rows.data();
+  step.logits = logits.data();
+  Times times;
+  Outcome outcome;
+  {
+    nb::gil_scoped_release no_gil;
+    outcome = executor.step(step, times, python_signal);
+  }
+  if (outcome == Outcome::interrupted) throw nb::python_error();
+  if (outcome == Outcome::cancelled) throw std::runtime_error("the step was cancelled");
+  return times;
+}
+
+// Bytes read per second by all threads of the pool, over `bytes` at `address`, cut in equal runs.
+double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address, int64_t bytes) {
+  const KernelTable& kernels = table_of(isa);
+  const int64_t each = bytes / pool.size() / 4096 * 4096;
+  std::vector<float> sums(size_t(pool.size()));
+  auto job = [&](int thread) {
+    sums[size_t(thread)] = kernels.read(reinterpret_cast<const char*>(address) + each * thread, each);
+  };
+  nb::gil_scoped_release no_gil;
+  const auto start = std::chrono::steady_clock::now();
+  pool.run(job);
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  return double(each) * pool.size() / time.count();
+}
+
+// Operations per second of all threads, multiplying and adding in registers.
+double peak(ThreadPool& pool, double (*multiply)(int64_t), int64_t rounds) {
+  std::vector<double> operations(size_t(pool.size()));
+  auto job = [&](int thread) { operations[size_t(thread)] = multiply(rounds); };
+  nb::gil_scoped_release no_gil;
+  const auto start = std::chrono::steady_clock::now();
+  pool.run(job);
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  double total = 0;
+  for (double one : operations) total += one;
+  return total / time.count();
+}
+
+double peak_flops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
+  return peak(pool, table_of(isa).multiply, rounds);
+}
+
+double peak_int_ops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
+  return peak(pool, table_of(isa).multiply_int, rounds);
+}
+
+// Seconds that one barrier of the pool takes, when all threads come to it at once.
+double barrier_seconds(ThreadPool& pool, int rounds) {
+  double seconds = 0;
+  auto job = [&](int thread) {
+    pool.barrier();
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < rounds; ++i) pool.barrier();
+    if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  nb::gil_scoped_release no_gil;
+  pool.run(job);
+  return seconds / rounds;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+}  // namespace
+}  // namespace hybrid
+
+NB_MODULE(_ext, m) {
+  using namespace hybrid;
+  fetch_near = should_fetch_near();
+  m.def("available_isas", &available_isas, "Instruction sets that run on this machine, best first.");
+  m.def(
+      "fetches_near", [](std::optional<bool> wanted) { return std::exchange(fetch_near, wanted.value_or(fetch_near)); },
+      "wanted"_a = nb::none(),
+      "Whether weights are fetched into the first-level cache, a little ahead, or far ahead into the second, as suits\n"
+      "this processor. wanted: what to do from now on, for measurements and tests; results are the same.");
+  m.def("missing_features", &missing_features, "isa"_a, "CPU features that `isa` needs and this machine lacks.");
+  m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
+  m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");
+  m.def("peak_int_ops", &peak_int_ops, "pool"_a, "isa"_a, "rounds"_a, "The same of int8.");
+
+  m.def("barrier_seconds", &barrier_seconds, "pool"_a, "rounds"_a,
+        "Mean time of a barrier that all threads reach at once.");
+
+  // What a planner must know to size buffers.
+  m.attr("KEY_BLOCK") = kKeys;
+  m.attr("TILE_ROWS") = kAttentionRows;
+  m.attr("MAX_NODES") = kMaxNodes;
+
+  nb::enum_<Part>(m, "Part")
+      .value("attention", Part::attention)
+      .value("moe", Part::moe)
+      .value("head", Part::head)
+      .value("other", Part::other)
+      .value("experts", Part::experts)
+      .value("place", Part::place)
+      .value("join", Part::join);
+
+  nb::enum_<Format>(m, "Format")
+      .value("bf16", Format::bf16)
+      .value("int8", Format::int8)
+      .value("int4", Format::int4)
+      .value("fp8", Format::fp8)
+      .value("mxfp4", Format::mxfp4);
+  nb::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::silu)
+      .value("swiglu_clamped", Activation::swiglu_clamped);
+
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int, std::vector<int>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)
+      .def_prop_ro("size", &ThreadPool::size)
+      .def_prop_ro("nodes", &ThreadPool::nodes)
+      .def("node_of", &ThreadPool::node_of, "thread"_a);
+
+  nb::class_<Arena>(m, "Arena")
+      .def(nb::init<size_t, bool, int>(), "bytes"_a, "huge"_a = false, "node"_a = -1)
+      .def_prop_ro("address", [](const Arena& a) { return Address(a.data()); })
+      .def_prop_ro("size", &Arena::size)
+      .def_prop_ro("placed", &Arena::placed)
+      .def("huge_bytes", &Arena::huge_bytes, nb::call_guard<nb::gil_scoped_release>())
+      .def("use_huge", &Arena::use_huge, "offset"_a, "bytes"_a)
+      .def("clear", &Arena::clear, "offset"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Executor> executor(m, "Executor");
+  executor
+      .def(
+          "__init__",
+          [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool, int rows, int sequences,
+             int positions, int vocab, size_t scratch_bytes, bool batch_invariant) {
+            new (self) Executor(table_of(isa), std::move(pool),
+                                {rows, sequences, positions, vocab, scratch_bytes, batch_invariant});
+          },
+          "isa"_a, "pool"_a, "rows"_a, "sequences"_a, "positions"_a, "vocab"_a, "scratch_bytes"_a,
+          "batch_invariant"_a = false)
+      .def("step", &run_step, "token_ids"_a.noconvert(), "sequences"_a.noconvert(), "positions"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "logits"_a.noconvert(),
+           "Run one step; returns the seconds spent in each `Part`, in their order.")
+      .def("cancel", &Executor::cancel)
+      .def_prop_ro("op_count", &Executor::op_count);
+  bind_ops(m, executor);
+}

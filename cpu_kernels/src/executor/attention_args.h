@@ -1,0 +1,100 @@
+// What the ops of attention work on.
+#pragma once
+
+#include "executor/rule.h"
+#include "executor/step.h"
+
+namespace hybrid {
+
+struct KvLayout {
+  char* base;  // of this layer
+  int64_t sequence_stride, head_stride, value_offset;
+  int key_dim, value_dim;            // padded
+  Format format;                     // bf16, int8 or fp8
+  int64_t key_scales, value_scales;  // from the start of a head to float32 [tokens]; of bf16 none
+
+  template <class Field>
+  void fields(Field& field) {
+    field("base", base, kLines);
+    field("sequence_stride", sequence_stride, kLines);
+    field("head_stride", head_stride, kLines);
+    field("value_offset", value_offset, kLines);
+    field("key_dim", key_dim, Rule{false, false, kKeyInputs, kKeyInputs});
+    field("value_dim", value_dim, Rule{false, false, kBlock, kBlock});
+    field("format", format);
+    field("key_scales_offset", key_scales, kLines);
+    field("value_scales_offset", value_scales, kLines);
+  }
+};
+
+struct QkvArgs {
+  const float* qkv;
+  const float* rope;    // [rows, rope_dim]; null if that is 0
+  const float* q_norm;  // null, or [head_dim]
+  const float* k_norm;
+  bf16* q;  // null if there are no heads: only keys and values are stored
+  KvLayout kv;
+  int heads, kv_heads, head_dim, rope_dim;
+  bool interleaved;
+  int qkv_stride;
+  float eps;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("qkv", qkv);
+    field("rope", rope, kNullable);
+    field("q_norm", q_norm, kNullable);
+    field("k_norm", k_norm, kNullable);
+    field("q", q, kNullable);
+    field("kv", kv);
+    field("heads", heads);
+    field("kv_heads", kv_heads, kPositive);
+    field("head_dim", head_dim, kPositive);
+    field("rope_dim", rope_dim);
+    field("interleaved", interleaved);
+    field("qkv_stride", qkv_stride);
+    field("eps", eps);
+  }
+};
+
+struct AttentionArgs {
+  const bf16* q;
+  bf16* output;        // null if there are partials
+  float* states;       // [.., value_dim + 2]: partial sums, maximum, denominator
+  const float* sinks;  // null, or [heads]: a logit without a value that shares in every softmax
+  KvLayout kv;
+  int heads, kv_heads, head_dim, output_stride;
+  int window;  // 0: none
+  float scale;
+  const int32_t* ends;  // null, or [rows], one for all rows of a sequence: keys from there on are attended elsewhere
+  float* partials;      // null, or [rows, heads, value_dim + 16]: where states are left, for others to join, not output
+
+  template <class Field>
+  void fields(Field& field) {
+    field("q", q);
+    field("output", output, kNullable);
+    field("states", states);
+    field("sinks", sinks, kNullable);
+    field("kv", kv);
+    field("heads", heads, kPositive);
+    field("kv_heads", kv_heads, kPositive);
+    field("head_dim", head_dim, kPositive);
+    field("output_stride", output_stride);
+    field("window", window);
+    field("scale", scale);
+    field("ends", ends, kOptional);
+    field("partials", partials, kOptional);
+  }
+};
+
+// The second half of attention: joins the parts of split tiles. The executor adds it by itself.
+struct MergeArgs {
+  AttentionArgs attention;
+};
+
+// As HYBRID_ROW_OPS.
+#define HYBRID_ATTENTION_OPS(OP) \
+  OP(qkv, QkvArgs)               \
+  OP(attention, AttentionArgs)
+
+}  // namespace hybrid

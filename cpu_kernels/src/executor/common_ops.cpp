@@ -1,0 +1,47 @@
+#include "executor/common_ops.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hybrid {
+
+// The angle is rounded to fp32, as the reference implementations do: at position 100000 that moves it by more than any
+// kernel's own error.
+void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
+  const int half = args.dim / 2;
+  for (int row = work.thread; row < step.rows; row += work.threads) {
+    float* out = args.table + int64_t(row) * args.dim;
+    for (int i = 0; i < half; ++i) {
+      const float angle = float(step.positions[row]) * args.inverse_frequencies[i];
+      out[i] = float(std::cos(double(angle))) * args.factor;
+      out[half + i] = float(std::sin(double(angle))) * args.factor;
+    }
+  }
+}
+
+// A counting sort. Serial: a few microseconds beside the milliseconds of the experts.
+void group(const GroupArgs& args, const Step& step, const Work& work) {
+  if (work.thread != 0) return;
+  const Routing& r = args.routing;
+  const int pairs = step.rows * args.top_k;
+  const auto expert = [&](int pair) { return args.ids ? args.ids[pair] : 0; };
+  std::fill(r.offsets, r.offsets + args.experts + 1, 0);
+  for (int pair = 0; pair < pairs; ++pair)
+    if (expert(pair) >= 0) ++r.offsets[expert(pair) + 1];
+  *r.count = 0;
+  for (int e = 0; e < args.experts; ++e) {
+    if (r.offsets[e + 1] > 0) r.active[(*r.count)++] = e;
+    r.offsets[e + 1] += r.offsets[e];
+  }
+  for (int pair = 0; pair < pairs; ++pair) {
+    if (expert(pair) < 0) continue;
+    const int at = r.offsets[expert(pair)]++;
+    r.rows[at] = pair / args.top_k;
+    r.weights[at] = args.weights ? args.weights[pair] : 1.0f;
+    if (args.pairs) args.pairs[at] = pair;
+  }
+  for (int e = args.experts; e > 0; --e) r.offsets[e] = r.offsets[e - 1];
+  r.offsets[0] = 0;
+}
+
+}  // namespace hybrid

@@ -1,0 +1,71 @@
+// What every kernel knows: the running step, its own part in an op, and the sizes that layouts are made of.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hybrid {
+
+using bf16 = uint16_t;  // bit pattern
+
+// How a matrix is stored; hybrid/weights/formats says the same in Python.
+enum class Format { bf16, int8, int4, fp8, mxfp4 };
+constexpr int kFormats = 5;
+
+enum class Activation { silu, swiglu_clamped };
+
+// Whether weights that are read once are fetched into the first-level cache, a little ahead, or into the second, far
+// ahead. The processor decides, when the module is loaded; results are the same.
+inline bool fetch_near = false;
+
+constexpr int kBlock = 16;          // columns in a packed block, keys in a key block
+constexpr int kLine = 64;           // bytes: 16 columns x one pair of bf16
+constexpr int kInputs = 64;         // inputs of a matrix are padded to a multiple of this
+constexpr int kSumInputs = 32;      // inputs of one sum of an int8 activation row
+constexpr int kScaleInputs = 256;   // inputs of one scale of an int8 activation row
+constexpr int kPanelInputs = 256;   // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
+constexpr int kTileRows = 16;       // rows of a matrix tile
+constexpr int kKeys = 256;          // keys of one partial softmax, so results never depend on how work is split
+constexpr int kKeyInputs = 32;      // dimensions of a key are padded to a multiple of this
+constexpr int kAttentionRows = 48;  // query rows times heads of one attention tile, unless one row has more heads
+
+constexpr int kMaxTileRows = 256;  // query heads of one KV head
+constexpr int kMaxHeadDim = 1024;
+constexpr int kMaxNodes = 16;  // memory nodes
+
+// A run of adjacent rows of one sequence that attention treats together.
+struct AttentionTile {
+  int row;        // first row of the step
+  int rows;       // how many
+  int sequence;   // whose keys and values
+  int position;   // position of the first row
+  int split;      // 1: every key block is a task of its own and `merge` joins them (decode)
+  int task;       // first task of this tile, for one KV head
+  int64_t state;  // first partial state of this tile, for one query head
+};
+
+// The extents of one step. Every op touches only these rows.
+struct Step {
+  int rows;
+  const int32_t* tokens;     // [rows]
+  const int32_t* sequences;  // [rows]
+  const int32_t* positions;  // [rows]
+  int logit_rows;
+  const int32_t* logit_index;  // [logit_rows], rows whose logits are wanted
+  float* logits;               // [logit_rows, vocab]
+  const AttentionTile* tiles;
+  int tile_count;
+  int attention_tasks;  // per KV head
+  int split_tiles;      // how many tiles need a merge
+  int tile_rows;        // where the Isa has matrix tiles: rows from which products use them; 0: where they are faster
+};
+
+// One thread's part in an op. `counter`, zero when the op begins, hands out what the threads share.
+struct Work {
+  int thread;
+  int threads;
+  int* counter;
+  char* scratch;  // as many bytes as executor/scratch.h says, at the start of a line; null if that is none
+};
+
+}  // namespace hybrid

@@ -1,0 +1,31 @@
+// All weight formats, and the way from the name of one to its trait.
+#pragma once
+
+#include "formats/bf16.h"
+#include "formats/fp8.h"
+#include "formats/int4.h"
+#include "formats/int8.h"
+#include "formats/mxfp4.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Calls function(Bf16{}) or whichever format it is.
+template <class Function>
+static HYBRID_INLINE void with_format(hybrid::Format format, Function function) {
+  switch (format) {
+    case hybrid::Format::bf16:
+      return function(Bf16{});
+    case hybrid::Format::int8:
+      return function(Int8{});
+    case hybrid::Format::int4:
+      return function(Int4{});
+    case hybrid::Format::fp8:
+      return function(Fp8{});
+    case hybrid::Format::mxfp4:
+      return function(Mxfp4{});
+  }
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

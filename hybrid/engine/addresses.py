@@ -1,0 +1,90 @@
+"""Where everything lies that ops refer to: the memory of an engine."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import cpu_kernels
+from hybrid.engine.kv import KvArena
+from hybrid.errors import CapacityError
+from hybrid.machine.memory import MemoryGrant, NodeMemory
+from hybrid.plan.plan import Plan
+from hybrid.weights.copied import CopiedWeights
+from hybrid.weights.pack import Progress
+from hybrid.weights.store import Store
+
+
+class Addresses:
+    """Weights, buffers and states, allocated as a plan says: see `hybrid.plan.binding.References`.
+
+    A store whose weights are copied is closed. Raises CapacityError for what cannot be had.
+    """
+
+    def __init__(self, store: Store, plan: Plan, progress: Progress | None = None) -> None:
+        self._plan = plan
+        try:
+            self._arena = cpu_kernels.Arena(plan.arena_bytes, huge=True)
+            nodes = zip(plan.node_arena_bytes, plan.node_ids, strict=False)
+            self._node_arenas = [cpu_kernels.Arena(size, True, id) for size, id in nodes]
+        except MemoryError:
+            size = plan.arena_bytes + sum(plan.node_arena_bytes)
+            raise CapacityError(f"the arena of {size} bytes cannot be allocated") from None
+        self._kv = KvArena(plan)
+        self._weights = _load(store, plan, progress)
+        self._owners: dict[str, Any] = {}
+        self._write_constants(store, plan)
+
+    @property
+    def arena(self) -> tuple[int, int]:
+        """Address and bytes of what holds the buffers that all share."""
+        return self._arena.address, self._arena.size
+
+    def granted(self) -> MemoryGrant:
+        """What the system granted of what was asked for."""
+        arenas = self._weights.arenas if isinstance(self._weights, CopiedWeights) else []
+        places = zip(self._plan.node_ids, arenas, strict=False)
+        nodes = tuple(NodeMemory(id, arena.placed, arena.size, arena.huge_bytes()) for id, arena in places)
+        return MemoryGrant(self._plan.load, self._plan.huge_pages, nodes, self._kv.long_runs, self._kv.huge_runs)
+
+    def release(self, sequence: int) -> None:
+        """Free and zero the state of a sequence."""
+        self._kv.release(sequence)
+
+    def buffer(self, name: str, node: int = -1) -> int:
+        """Address of a buffer that all share, or of one of a node."""
+        if node < 0:
+            return int(self._arena.address) + self._plan.buffers[name][0]
+        return int(self._node_arenas[node].address) + self._plan.node_buffers[node][name][0]
+
+    def weight(self, name: str, node: int = -1) -> int:
+        return self._weights.address(name, node)
+
+    def state(self, layer: int) -> Any:
+        return self._kv.layout(layer)
+
+    def answer(self, owner: Any, *kinds: str) -> None:
+        """Callbacks of these kinds are methods of `owner` of that name."""
+        self._owners |= dict.fromkeys(kinds, owner)
+
+    def callback(self, kind: str, layer: int) -> Callable[[], None]:
+        return partial(getattr(self._owners[kind], kind), layer)
+
+    def _write_constants(self, store: Store, plan: Plan) -> None:
+        for place, half in store.spec.halves(plan.formats):
+            for name, values in half.constants(place).items():
+                constant = np.ascontiguousarray(values, np.float32)
+                ctypes.memmove(self.buffer(name), constant.ctypes.data, constant.nbytes)
+
+
+def _load(store: Store, plan: Plan, progress: Progress | None) -> Store | CopiedWeights:
+    """The weights where the ops read them."""
+    if plan.load == "map":
+        return store
+    copied = CopiedWeights(store, plan.parts, plan.node_ids, plan.threads, progress)
+    store.close()
+    return copied

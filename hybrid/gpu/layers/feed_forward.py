@@ -1,0 +1,74 @@
+"""The feed-forward of a layer on a device: all but the experts that rows choose among."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybrid.gpu.layers.base import Shared
+from hybrid.gpu.loader import Loader
+from hybrid.gpu.parts import GatedWeights, Routed, gated, rms_norm, route
+from hybrid.models.layers.base import Place
+from hybrid.models.layers.feed_forward import FeedForward
+
+
+@dataclass(frozen=True)
+class Weights:
+    """dense: the whole feed-forward of a layer without a router. shared: the expert that all rows share.
+
+    router: float32 [experts, hidden], behind them the gate of the shared expert if it has one.
+    """
+
+    norm: Tensor
+    dense: GatedWeights | None
+    shared: GatedWeights | None
+    router: Tensor | None
+    router_bias: Tensor | None
+
+
+def load(half: FeedForward, place: Place, load: Loader) -> Weights:
+    at = f"layers.{place.layer}.ffn"
+    return Weights(
+        norm=load.floats(f"{at}.norm"),
+        dense=None if half.is_moe else load.gated(f"{at}.experts", half.intermediate),
+        shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
+        router=load.some_floats(f"{at}.router"),
+        router_bias=load.some_floats(f"{at}.router_bias"),
+    )
+
+
+def whole_shape(half: FeedForward) -> None:
+    """It attends to nothing."""
+
+
+def open_half(half: FeedForward, place: Place, weights: Weights, shared: Shared) -> GatedFeedForward:
+    return GatedFeedForward(half, place, weights, shared)
+
+
+class GatedFeedForward:
+    """A `DeviceFeedForward`."""
+
+    def __init__(self, half: FeedForward, place: Place, weights: Weights, shared: Shared) -> None:
+        self._half, self._eps, self._weights, self._choose = half, place.eps, weights, shared.choose
+
+    def normed(self, residual: Tensor) -> Tensor:
+        return rms_norm(residual, self._weights.norm, self._eps)
+
+    def dense(self, normed: Tensor) -> Tensor | None:
+        dense = self._weights.dense
+        return None if dense is None else gated(normed.bfloat16(), dense, self._half.activation)
+
+    def route(self, normed: Tensor) -> Routed:
+        half, weights = self._half, self._weights
+        assert half.router is not None and weights.router is not None
+        return route(normed, weights.router, weights.router_bias, half.router, half.shared_gate, self._choose)
+
+    @property
+    def has_shared(self) -> bool:
+        return self._weights.shared is not None
+
+    def shared(self, normed: Tensor, routed: Routed) -> Tensor:
+        assert self._weights.shared is not None
+        made, weight = gated(normed.bfloat16(), self._weights.shared, "silu"), routed.shared
+        return made if weight is None else made * weight[:, None]

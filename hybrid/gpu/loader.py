@@ -1,0 +1,60 @@
+"""Opens packed tensors of the store and puts them on the device: matrices as bf16, all else as float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.packed import down_offset
+from hybrid.gpu.parts import GatedWeights
+from hybrid.models.tensors import StoreTensor
+
+CHUNK_BLOCKS = 512  # blocks of 16 outputs opened at a time: what one takes as fp32 is all that is needed beside them
+
+Read = Callable[[str], npt.NDArray[np.generic]]  # a tensor of the store by name, as its bytes or float32
+
+
+class Loader:
+    """Tensors of the store, on the device."""
+
+    def __init__(self, hidden: int, tensors: Mapping[str, StoreTensor], read: Read, device: torch.device) -> None:
+        self._hidden, self._tensors, self._read, self._device = hidden, tensors, read, device
+
+    def floats(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(self._read(name), np.float32)).to(self._device)
+
+    def some_floats(self, name: str, count: int | None = None) -> Tensor | None:
+        """Without the padding of a bias; None where the model has none."""
+        return self.floats(name)[:count] if name in self._tensors else None
+
+    def matrix(self, name: str, n: int, k: int) -> Tensor:
+        return self._open(self._format(name), self._read(name).reshape(-1), n, k)
+
+    def gated(self, name: str, n: int) -> GatedWeights:
+        """Blocks of gate and of up alternate; down follows."""
+        format, k, blob = self._format(name), self._hidden, self._read(name).reshape(-1)
+        start = down_offset(format, k, n)
+        pairs = blob[:start].reshape(round_up(n, BLOCK) // BLOCK, 2, -1)
+        gate, up = (self._open(format, pairs[:, i], n, k) for i in (0, 1))
+        return GatedWeights(gate, up, self._open(format, blob[start:], k, n))
+
+    def _format(self, name: str) -> str:
+        format = self._tensors[name].format
+        assert format is not None, f"{name} is no matrix"
+        return format
+
+    def _open(self, format: str, packed: npt.NDArray[np.generic], n: int, k: int) -> Tensor:
+        """bf16 [n, k] of packed blocks."""
+        blocks = packed.reshape(round_up(n, BLOCK) // BLOCK, -1)
+        whole = torch.empty(n, k, dtype=torch.bfloat16, device=self._device)
+        for first in range(0, len(blocks), CHUNK_BLOCKS):
+            rows = slice(first * BLOCK, min(n, (first + CHUNK_BLOCKS) * BLOCK))
+            some = FORMATS[format].unpack(blocks[first : first + CHUNK_BLOCKS], rows.stop - rows.start, k)
+            whole[rows] = torch.from_numpy(some).bfloat16().to(self._device)
+        return whole

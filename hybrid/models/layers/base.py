@@ -1,0 +1,163 @@
+"""What is asked of a kind of layer, by the packer, the planner, the engine and the device.
+
+A decoder layer has two halves: a mixer, which looks at other tokens (attention and its like), and a feed-forward.
+A kind of either is a frozen dataclass with the methods of `Half`, in a file of its own. Nobody outside asks for its
+kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.formats.mix import FormatMix
+from hybrid.models.rope import RopeSpec
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
+from hybrid.ops import Op
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a half must know of the model around it.
+
+    layer: its number. hidden: width of the residual stream. eps: of the norms. ropes: of the whole model, a table each.
+    """
+
+    layer: int
+    hidden: int
+    eps: float
+    mix: FormatMix
+    ropes: tuple[RopeSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extents:
+    """The largest step: its rows, the sequences that run together, and the tokens of one."""
+
+    rows: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What a mixer keeps of one sequence, zeroed when the sequence begins.
+
+    nbytes: in all. token_bytes: of each token, 0 where it does not grow with them. binding: the class of `cpu_kernels`
+    that says where it lies, made of `base`, `sequence_stride` and these fields. runs: (offset, bytes) of what is long
+    and contiguous. repeatable: whether a step that failed may be run again on it.
+    """
+
+    nbytes: int
+    token_bytes: int
+    binding: str
+    fields: Mapping[str, Any]
+    runs: tuple[tuple[int, int], ...] = ()
+    repeatable: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """bytes: weights and state that a step reads from memory, each once, as they are stored.
+
+    flops, int_ops: multiplications and additions of floating-point numbers and of 8-bit integers.
+    """
+
+    bytes: float = 0.0
+    flops: float = 0.0
+    int_ops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.int_ops + other.int_ops)
+
+    def seconds(self, read_bytes_per_second: float, flops_per_second: float, int_ops_per_second: float = 0.0) -> float:
+        """The shortest time of the step: the slower of reading and multiplying, perfectly overlapped.
+
+        Floats and integers share the cores, so their times add up. The integer rate matters only with int_ops.
+        """
+        multiplying = self.flops / flops_per_second
+        if self.int_ops:
+            multiplying += self.int_ops / int_ops_per_second
+        return max(self.bytes / read_bytes_per_second, multiplying)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A step in numbers: its sequences, its rows, the tokens that their states hold, and the pairs of a row and a token
+    that it sees.
+    """
+
+    sequences: int
+    rows: int
+    tokens: int
+    pairs: float
+    kv_format: str
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """What a device must hold to compute this half of a step.
+
+    weights: bytes. token: bytes of each mirrored token. row_floats: fp32 words of a row's intermediates. scores: of a
+    row, for each key.
+    """
+
+    weights: int
+    token: int
+    row_floats: int
+    scores: int
+
+
+class Half(Protocol):
+    """Half of a decoder layer."""
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        """Whose tables it reads."""
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        """The tensors that a checkpoint has for it, with its experts in this form."""
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        """Those of the store, in the order in which a step reads them."""
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        """Of the weights of its products."""
+
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        """What a step does once for all layers, before the first of them. Equal ops are done once."""
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        """From the residual stream to what is added to it."""
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        """Bytes of each buffer that it uses. Layers share them: a buffer is as large as its largest user needs."""
+
+    def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
+        """Buffers that are written once, when the engine opens."""
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        """What a step must read and multiply at least."""
+
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        """None: no device computes this kind."""
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        """What the threads do in its place when a device computes it. ops: those of `ops`, with placed experts or not.
+
+        Raises ValueError for an op that it does not know.
+        """
+
+    def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        """Bytes of the buffers that threads and device share beside the others."""
+
+
+class Mixer(Half, Protocol):
+    """The half that looks at other tokens."""
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        """Of a sequence of so many tokens."""

@@ -1,0 +1,308 @@
+"""Grouped-query attention: rope, a window, sinks, biases, norms on the heads of queries and keys.
+
+Keys and values of a sequence lie as [kv head][keys | values], every run contiguous for all its tokens. int8 and fp8
+have a float32 scale for each token of a head: [keys | values | key scales | value scales].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels import KEY_BLOCK
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.mix import FormatMix
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.products import (
+    BF16,
+    FP32,
+    NORMED,
+    RESIDUAL,
+    gemm,
+    norm,
+    product_cost,
+    quantise,
+    rows_buffers,
+    rows_name,
+)
+from hybrid.models.rope import RopeSpec, inverse_frequencies
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.ops import Buffer, Callback, Choice, Op, State, Weight
+
+QkNorm = Literal["none", "head"]
+
+KEY_ALIGN = 32  # dimensions of a key are padded to this
+STATE_EXTRA = BLOCK  # floats behind the sums of a partial softmax: maximum and denominator, padded
+SCALE = 4  # bytes of the scale of a key or a value
+PART = "attention"
+
+# Buffers of a step on a device, see `device_ops`.
+NEW_KV = "device.kv"  # keys, then values of a layer for the rows of a step: float32 [rows, 2 * kv_heads * head_dim]
+ENDS = "device.ends"  # int32 [rows]: tokens from there on are mirrored by the device
+STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads, value_dim + 16]
+
+
+@dataclass(frozen=True)
+class GroupedQueryNames:
+    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`."""
+
+    norm: str = "model.layers.{layer}.input_layernorm.weight"
+    q: str = "model.layers.{layer}.self_attn.q_proj.weight"
+    k: str = "model.layers.{layer}.self_attn.k_proj.weight"
+    v: str = "model.layers.{layer}.self_attn.v_proj.weight"
+    out: str = "model.layers.{layer}.self_attn.o_proj.weight"
+    q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
+    k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
+    sinks: str = "model.layers.{layer}.self_attn.sinks"
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
+    that shares in every softmax. scale: of the scores; None: head_dim ** -0.5.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: RopeSpec | None
+    qk_norm: QkNorm = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    window: int | None = None
+    sinks: bool = False
+    scale: float | None = None
+    names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
+
+    @property
+    def width(self) -> int:
+        """Of what all query heads attended to."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of all keys, and of all values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """Rows of the fused projection: all query heads, then key heads, then value heads."""
+        return self.width + 2 * self.kv_width
+
+    @property
+    def key_dim(self) -> int:
+        return round_up(self.head_dim, KEY_ALIGN)
+
+    @property
+    def value_dim(self) -> int:
+        return round_up(self.head_dim, BLOCK)
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def state_floats(self) -> int:
+        """Of a row's partial softmaxes."""
+        return self.heads * (self.value_dim + STATE_EXTRA)
+
+    # Weights.
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        names, hidden = in_layer(self.names, place.layer), place.hidden
+        yield names.norm, (hidden,)
+        for name, rows in ((names.q, self.width), (names.k, self.kv_width), (names.v, self.kv_width)):
+            yield name, (rows, hidden)
+            if self.qkv_bias:
+                yield bias_name(name), (rows,)
+        yield names.out, (hidden, self.width)
+        if self.out_bias:
+            yield bias_name(names.out), (hidden,)
+        if self.qk_norm == "head":
+            yield names.q_norm, (self.head_dim,)
+            yield names.k_norm, (self.head_dim,)
+        if self.sinks:
+            yield names.sinks, (self.heads,)
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        names, format, width = in_layer(self.names, place.layer), place.mix.attention, self.qkv_width
+        qkv = (names.q, names.k, names.v)
+        yield shard.floats("attention.norm", "norms", Stacked((names.norm,)), place.hidden)
+        yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
+        if self.qkv_bias:
+            yield shard.bias("attention.qkv_bias", PART, qkv, width)
+        if self.qk_norm == "head":
+            yield shard.floats("attention.q_norm", "norms", Stacked((names.q_norm,)), self.head_dim)
+            yield shard.floats("attention.k_norm", "norms", Stacked((names.k_norm,)), self.head_dim)
+        if self.sinks:
+            yield shard.floats("attention.sinks", PART, Stacked((names.sinks,)), self.heads)
+        yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, place.hidden, self.width)
+        if self.out_bias:
+            yield shard.bias("attention.out_bias", PART, (names.out,), place.hidden)
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        return (mix.attention,)
+
+    # A step.
+
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        if self.rope is None:
+            return
+        table = self._table(place)
+        arguments = {
+            "inverse_frequencies": Buffer(f"{table}.frequencies"),
+            "table": Buffer(table),
+            "dim": self.rope.dim,
+            "factor": inverse_frequencies(self.rope)[1],
+        }
+        yield Op("rope_table", "other", arguments, (0, "rows"))
+
+    def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
+        if self.rope is None:
+            return {}
+        return {f"{self._table(place)}.frequencies": inverse_frequencies(self.rope)[0]}
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.attention", place.hidden
+        yield norm(place, PART, f"{prefix}.norm", format)
+        stride = row_stride(self.qkv_width)
+        yield gemm(PART, format, NORMED, f"{prefix}.qkv", "qkv", self.qkv_width, hidden, stride, bias=self.qkv_bias)
+        yield self._split_heads(place, prefix)
+        yield self._attend(place, prefix)
+        yield from quantise(PART, "attended", self.width, format)
+        yield gemm(
+            PART, format, "attended", f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
+            bias=self.out_bias, accumulate=True,
+        )  # fmt: skip
+
+    def _split_heads(self, place: Place, prefix: str) -> Op:
+        """Queries, keys and values of every row: normed, turned, and written where attention looks for them."""
+        normed = self.qk_norm == "head"
+        arguments = {
+            "qkv": Buffer("qkv"),
+            "rope": Buffer(self._table(place)) if self.rope else None,
+            "q_norm": Weight(f"{prefix}.q_norm") if normed else None,
+            "k_norm": Weight(f"{prefix}.k_norm") if normed else None,
+            "q": Buffer("q"),
+            "rope_dim": self.rope.dim if self.rope else 0,
+            "interleaved": bool(self.rope and self.rope.interleaved),
+            "qkv_stride": row_stride(self.qkv_width),
+            "eps": place.eps,
+        }
+        return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
+
+    def _attend(self, place: Place, prefix: str) -> Op:
+        arguments = {
+            "q": Buffer("q"),
+            "output": Buffer(rows_name("attended", self.width, False)),
+            "states": Buffer("states"),
+            "sinks": Weight(f"{prefix}.sinks") if self.sinks else None,
+            "output_stride": row_stride(self.width),
+            "window": self.window or 0,
+            "scale": self.softmax_scale,
+        }
+        split = (self.kv_heads, "KV heads a tile and key block")
+        return Op("attention", PART, self._shape(place) | arguments, split)
+
+    def _shape(self, place: Place) -> dict[str, Any]:
+        shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        return {"kv": State(place.layer), **shape}
+
+    def _table(self, place: Place) -> str:
+        assert self.rope is not None
+        return f"rope{place.ropes.index(self.rope)}"
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        rows, blocks = extents.rows, -(-extents.tokens // KEY_BLOCK)
+        sizes = {
+            "qkv": rows * row_stride(self.qkv_width) * FP32,
+            "q": rows * self.heads * self.key_dim * BF16,
+            "states": extents.sequences * blocks * self.state_floats * FP32,
+            **rows_buffers(NORMED, place.hidden, place.mix.attention, rows),
+            **rows_buffers("attended", self.width, place.mix.attention, rows),
+        }
+        if self.rope:
+            table = self._table(place)
+            sizes |= {table: rows * self.rope.dim * FP32, f"{table}.frequencies": self.rope.dim // 2 * FP32}
+        return sizes
+
+    # Keys and values.
+
+    def token_bytes(self, kv_format: str) -> int:
+        """What one token takes for one KV head: its key and value, padded, and the scales of both if they need any."""
+        dims = self.key_dim + self.value_dim
+        return dims * BF16 if kv_format == "bf16" else dims + 2 * SCALE
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        scaled, size = kv_format != "bf16", BF16 if kv_format == "bf16" else 1
+        stride, values = tokens * self.token_bytes(kv_format), tokens * self.key_dim * size
+        scales = stride - 2 * SCALE * tokens if scaled else stride
+        runs = [
+            run
+            for head in range(0, self.kv_heads * stride, stride)
+            for run in ((head, values), (head + values, scales - values))
+        ]
+        fields = {
+            "head_stride": stride,
+            "value_offset": values,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "format": Choice("Format", kv_format),
+            "key_scales_offset": scales * scaled,
+            "value_scales_offset": (stride - SCALE * tokens) * scaled,
+        }
+        nbytes = self.kv_heads * stride
+        return StateLayout(nbytes, nbytes // tokens, "KvLayout", fields, tuple(runs))
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        """Scores and weighted values are floats, whatever the format of keys and values."""
+        format = place.mix.attention
+        projections = product_cost(format, self.qkv_width, place.hidden, load.rows)
+        projections += product_cost(format, place.hidden, self.width, load.rows)
+        read = load.tokens * self.kv_heads * self.token_bytes(load.kv_format)
+        return projections + Cost(read, 4.0 * load.pairs * self.width)
+
+    # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
+
+    def device_needs(self, place: Place) -> DeviceNeeds:
+        hidden, width = place.hidden, self.qkv_width
+        norms = 2 * self.head_dim * (self.qk_norm == "head")
+        biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
+        return DeviceNeeds(
+            weights=(width + self.width) * hidden * BF16 + (hidden + norms + biases) * FP32,
+            token=2 * self.kv_width * BF16,
+            row_floats=3 * width + 2 * self.width,
+            scores=self.heads,
+        )
+
+    def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        rows = extents.rows
+        return {NEW_KV: rows * 2 * self.kv_width * FP32, ENDS: rows * 4, STATES: rows * self.state_floats * FP32}
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        """In the callback `attend` the device begins with what it mirrors. Then come states of older tokens, if there
+        are any, which it joins with its own in the callback `route`. Last, the step's keys and values go home.
+        """
+        found = {op.kind: op for op in ops}
+        unknown = set(found) - {"norm", "gemm", "qkv", "attention", "quantise"}
+        if unknown:
+            raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of attention")
+        attention, qkv = found["attention"], found["qkv"]
+        yield replace(attention, kind="host", arguments={"call": _call("attend", attention)}, split=(1, "thread"))
+        changes = {"output": None, "sinks": None, "ends": Buffer(ENDS), "partials": Buffer(STATES)}
+        yield replace(attention, arguments=attention.arguments | changes)  # sinks share in the softmax once: over there
+        call = {"call": _call("route", attention)}
+        yield replace(attention, kind="host", part="moe", arguments=call, split=(1, "thread"))
+        nothing = {"heads": 0, "q": None, "rope": None, "rope_dim": 0, "q_norm": None, "k_norm": None}
+        rows = {"qkv": Buffer(NEW_KV), "qkv_stride": 2 * self.kv_width}  # keys come normed and turned
+        yield replace(qkv, arguments=qkv.arguments | nothing | rows, split=(2 * self.kv_heads, "heads a row"))
+
+
+def _call(kind: str, op: Op) -> Callback:
+    assert op.layer is not None
+    return Callback(kind, op.layer)

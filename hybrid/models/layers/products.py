@@ -1,0 +1,106 @@
+"""The ops around a matrix product, which every kind of layer is made of: norm, quantise, product; and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import expert_bytes, packed_bytes
+from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.models.layers.base import Cost, Place
+from hybrid.ops import Buffer, Choice, Op, Weight
+
+RESIDUAL, NORMED, NORMED_F32 = "residual", "normed", "normed_f32"
+BF16, FP32 = 2, 4  # bytes
+
+
+def rows_name(name: str, width: int, integer: bool) -> str:
+    """Rows of different widths lie apart: what pads a row stays zero only if no wider row is ever written there."""
+    return f"{name}{'8' if integer else ''}.{width}"
+
+
+def product_rows(name: str, width: int, format: str) -> tuple[Buffer, int]:
+    """Where a product with weights of this format finds its rows, and bytes from one to the next."""
+    integer = FORMATS[format].integer
+    return Buffer(rows_name(name, width, integer)), row_bytes(width, integer)
+
+
+def rows_buffers(name: str, width: int, format: str, rows: int) -> dict[str, int]:
+    """Buffers of the rows of a product. A norm writes the kind that is read; others bf16, to be quantised."""
+    integer = FORMATS[format].integer
+    kinds = {integer} if name == NORMED else {integer, False}
+    return {rows_name(name, width, kind): rows * row_bytes(width, kind) for kind in kinds}
+
+
+def norm(place: Place, part: str, weight: str, *formats: str, f32: bool = False, last: bool = False) -> Op:
+    """Writes rows for the products with weights of `formats` that follow."""
+    inputs = {FORMATS[format].integer: product_rows(NORMED, place.hidden, format) for format in formats}
+    output, _ = inputs.get(False, (None, 0))
+    output8, stride = inputs.get(True, (None, 0))
+    arguments = {
+        "input": Buffer(RESIDUAL),
+        "weight": Weight(weight),
+        "output": output,
+        "output8": output8,
+        "output_f32": Buffer(NORMED_F32) if f32 else None,
+        "width": place.hidden,
+        "input_stride": row_stride(place.hidden),
+        "output_stride": row_stride(place.hidden),
+        "output8_stride": stride,
+        "eps": place.eps,
+        "logit_rows": last,
+    }
+    return Op("norm", part, arguments, (0, "rows"))
+
+
+def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -> Iterator[Op]:
+    """bf16 rows to int8 ones, where the product that reads them multiplies integers."""
+    if not FORMATS[format].integer:
+        return
+    arguments = {
+        "input": Buffer(rows_name(name, width, False)),
+        "output": Buffer(rows_name(name, width, True)),
+        "width": row_stride(width),
+        "input_stride": row_bytes(width, False),
+        "output_stride": row_bytes(width, True),
+        "multiple": multiple,
+    }
+    yield Op("quantise", part, arguments, (0, "rows"))
+
+
+def gemm(
+    part: str, format: str, source: str, weight: str, target: str | None, n: int, k: int, stride: int,
+    bias: bool = False, accumulate: bool = False,
+) -> Op:  # fmt: skip
+    """A product with a matrix [n, k]. target: None is the step's logits. stride: of its rows, in floats."""
+    rows, input_stride = product_rows(source, k, format)
+    arguments = {
+        "format": Choice("Format", format),
+        "input": rows,
+        "weight": Weight(weight),
+        "bias": Weight(f"{weight}_bias") if bias else None,
+        "output": Buffer(target) if target else None,
+        "columns": n,
+        "inputs": row_stride(k),
+        "input_stride": input_stride,
+        "output_stride": stride,
+        "accumulate": accumulate,
+    }
+    return Op("gemm", part, arguments, (-(-n // BLOCK), "column blocks"))
+
+
+def product_cost(format: str, n: int, k: int, rows: float) -> Cost:
+    """Of a matrix [n, k] that is read once and multiplied with these rows."""
+    return Cost(packed_bytes(format, n, k)) + operations(format, n * k * rows)
+
+
+def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows: float) -> Cost:
+    """Of `active` experts that are read once, and of `rows` rows over all of them."""
+    return Cost(active * expert_bytes(format, hidden, intermediate)) + operations(
+        format, 3.0 * rows * hidden * intermediate
+    )
+
+
+def operations(format: str, products: float) -> Cost:
+    return Cost(int_ops=2.0 * products) if FORMATS[format].integer else Cost(flops=2.0 * products)

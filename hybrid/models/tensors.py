@@ -1,0 +1,159 @@
+"""What a model stores: packed tensors, and the tensors of a checkpoint that each is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from hybrid.formats.block import BLOCK, GROUP, round_up
+from hybrid.formats.packed import Run, expert_runs, matrix_runs, run_bytes
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]  # names and shapes of checkpoint tensors
+# Experts as tensors of their own; stacked in 3-D tensors; stacked in mxfp4 blocks.
+ExpertForm = Literal["apart", "fused", "mxfp4"]
+Names = TypeVar("Names")
+# What a tensor counts as: in the plan's table of memory, and which format of a mix its matrix has.
+PARTS = ("experts", "shared", "dense", "attention", "router", "norms", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class GatedNames:
+    """Names of the gate, up and down matrices of experts, `{expert}` to be filled in, or of a dense feed-forward.
+
+    Fused experts, as transformers 5 holds them, are [experts, 2 * intermediate, hidden] (gate rows, then up rows, or
+    with fused_alternate gate row 0, up row 0, gate row 1, ...) and [experts, hidden, intermediate]; with
+    fused_transposed the last two dimensions of both are the other way round. Fused experts in mxfp4 have `_blocks` and
+    `_scales` added to their names, are never transposed, and biases of fused experts have `_bias`. A reader takes
+    whichever form the checkpoint has. Empty: the family has no such tensor.
+    """
+
+    gate: str
+    up: str
+    down: str
+    fused_gate_up: str = ""
+    fused_down: str = ""
+    fused_alternate: bool = False
+    fused_transposed: bool = False
+
+    def of_expert(self, expert: int) -> tuple[str, str, str]:
+        gate, up, down = (name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down))
+        return gate, up, down
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The rows of these tensors, one under the other. biases: of the biases beside them."""
+
+    names: tuple[str, ...]
+    biases: bool = False
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Gate, up and down of every expert."""
+
+    names: GatedNames
+    hidden: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class GatedBiases:
+    """The biases of either matrix of every expert: of gate and up in turn, or of down."""
+
+    names: GatedNames
+    down: bool
+
+
+@dataclass(frozen=True)
+class StoreTensor:
+    """One tensor of a store. `shape` is that of the stored (packed, padded) array.
+
+    part: one of PARTS. origin: what of a checkpoint it is made of. format: that of a packed matrix, whose bytes are U8,
+    or None for plain F32 values. runs: the blocks of a packed tensor, or of each expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["U8", "F32"]
+    shard: str
+    part: str
+    origin: Stacked | Gated | GatedBiases
+    format: str | None = None
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        size = {"U8": 1, "F32": 4}[self.dtype]
+        return int(np.prod(self.shape, dtype=np.int64)) * size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Makes the store tensors of one shard, in the order in which a step reads them."""
+
+    name: str
+    prefix: str = ""
+
+    def floats(self, name: str, part: str, origin: Stacked | GatedBiases, *shape: int) -> StoreTensor:
+        return StoreTensor(self.prefix + name, shape, "F32", self.name, part, origin)
+
+    def bias(self, name: str, part: str, names: tuple[str, ...], width: int) -> StoreTensor:
+        """The biases beside `names`, padded to whole blocks of their matrix."""
+        return self.floats(name, part, Stacked(names, biases=True), round_up(width, BLOCK))
+
+    def matrix(self, name: str, part: str, origin: Stacked, format: str, n: int, k: int) -> StoreTensor:
+        runs = matrix_runs(n, k)
+        shape = (run_bytes(format, runs),)
+        return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs)
+
+    def experts(self, name: str, part: str, origin: Gated, format: str, *count: int) -> StoreTensor:
+        runs = expert_runs(origin.hidden, origin.intermediate)
+        shape = (*count, run_bytes(format, runs))
+        return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs)
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias beside a weight; fused experts have no `.weight` to replace."""
+    return weight.removesuffix(".weight") + (".bias" if weight.endswith(".weight") else "_bias")
+
+
+def in_layer(names: Names, layer: int) -> Names:
+    """A dataclass of names with `{layer}` filled in, in those of its fields that are dataclasses of names too."""
+    found = {field.name: getattr(names, field.name) for field in fields(names)}  # type: ignore[arg-type]
+    return replace(names, **{name: _in_layer(value, layer) for name, value in found.items()})  # type: ignore[type-var]
+
+
+def _in_layer(value: object, layer: int) -> object:
+    if isinstance(value, str):
+        return value.replace("{layer}", str(layer))
+    return in_layer(value, layer) if isinstance(value, GatedNames) else value
+
+
+def gated_shapes(names: tuple[str, str, str], hidden: int, intermediate: int, bias: bool) -> Shapes:
+    """Gate, up and down of one expert."""
+    wide, narrow = (intermediate, hidden), (hidden, intermediate)
+    for name, shape in zip(names, (wide, wide, narrow), strict=True):
+        yield name, shape
+        if bias:
+            yield bias_name(name), shape[:1]
+
+
+def fused_shapes(origin: Gated, experts: int, form: ExpertForm, bias: bool) -> Shapes:
+    """All experts of a layer, stacked."""
+    names, hidden, intermediate = origin.names, origin.hidden, origin.intermediate
+    for name, rows, columns in (
+        (names.fused_gate_up, 2 * intermediate, hidden),
+        (names.fused_down, hidden, intermediate),
+    ):
+        if form == "fused":
+            yield name, (experts, *((columns, rows) if names.fused_transposed else (rows, columns)))
+        else:
+            groups = -(-columns // GROUP)
+            yield f"{name}_blocks", (experts, rows, groups, 16)
+            yield f"{name}_scales", (experts, rows, groups)
+        if bias:
+            yield bias_name(name), (experts, rows)

@@ -1,0 +1,121 @@
+"""Scratch is as large as each op says, for machines that are not this one too, and an op never gets less.
+
+All tests of kernels see that no op writes more: `Rig` has exactly the scratch that is stated, and behind it memory that
+may not be touched. Of AMX tests/amx/guard.h sees it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hybrid.weights.formats import FORMATS
+from rig import BF16, aligned, format_of, packed, row_stride
+from test_op_fields import OPS
+
+import cpu_kernels
+from cpu_kernels import ExpertSet
+
+BLOCKS = {"portable": 2, "avx2": 2, "avx512": 2, "avx512_bf16": 4, "amx": 4}  # that are multiplied together
+OPENED = ("int4", "fp8", "mxfp4")  # formats whose lines are opened to panels, of 8 KiB a block
+PRODUCTS = ("gemm", "gate_up", "down")
+
+
+def stated(op: str, isa: str, rows: int, **changes: Any) -> int:
+    nowhere = {name: 0 for name in OPS[op] if isinstance(OPS[op][name], int) and OPS[op][name] == OPS["embed"]["table"]}
+    return int(cpu_kernels.scratch_bytes(op, isa, rows, **OPS[op] | nowhere | changes))
+
+
+def product(isa: str, format: str, rows: int, inputs: int, copied: int) -> int:
+    """Sums, panels, and where there are tiles whole ones of rows, with copies of some."""
+    blocks, tiles = BLOCKS[isa], isa == "amx"
+    total = (-(-rows // 16) * 16 if tiles else rows) * blocks * 64 + (blocks * 8192 if format in OPENED else 0)
+    return total + (copied * (inputs * (1 if FORMATS[format].integer else 2) + 64) if tiles else 0)
+
+
+@pytest.mark.parametrize("isa", BLOCKS)
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 513])
+def test_products_need_sums_panels_and_copies(isa, format, rows) -> None:
+    whole = -(-rows // 16) * 16
+    for op, copied in (("gemm", 16), ("gate_up", whole), ("down", 16)):
+        expected = product(isa, format, rows, 192, copied)
+        assert stated(op, isa, rows, format=format_of(format), inputs=192) == expected
+        assert stated(op, isa, rows, format=format_of(format), inputs=192, node=1) == expected
+
+
+@pytest.mark.parametrize("isa", BLOCKS)
+@pytest.mark.parametrize("op", ["gate_up", "down"])
+def test_a_shared_expert_may_need_more(isa, op) -> None:
+    fields = {name: OPS[op][name] for name in ("routing", "bias", "input_stride", "expert_stride", "blocks")}
+    shared = ExpertSet(**fields, input=0, experts=0, format=format_of("fp8"), inputs=640)
+    copied = 64 if op == "gate_up" else 16
+    assert stated(op, isa, 60, inputs=64) < product(isa, "fp8", 60, 640, copied)
+    assert stated(op, isa, 60, inputs=64, shared=shared) == product(isa, "fp8", 60, 640, copied)
+
+
+@pytest.mark.parametrize("isa", BLOCKS)
+@pytest.mark.parametrize(("heads", "rows", "together"), [(4, 100, 48), (4, 5, 10), (10, 100, 45), (200, 1, 100)])
+def test_attention_needs_scores_weights_and_two_states_of_a_tile(isa, heads, rows, together) -> None:
+    """Of `together` rows times heads a KV head: at most 48 unless one row has more."""
+    expected = together * (256 * (4 + 2) + 2 * 4 * (64 + 16))
+    assert stated("attention", isa, rows, heads=heads) == expected
+    pages = {"base": 0, "sequence_stride": 0, "head_stride": 0, "value_offset": 0, "value_dim": 64}
+    for format, dim in (("int8", 64), ("fp8", 512)):
+        scales = {"key_scales_offset": 0, "value_scales_offset": 0}
+        kv = cpu_kernels.KvLayout(**pages, **scales, key_dim=dim, format=format_of(format))
+        opened = BLOCKS[isa] * 16 * max(dim, 256) * 2
+        assert stated("attention", isa, rows, heads=heads, kv=kv) == expected + opened
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (*PRODUCTS, "attention")])
+def test_other_ops_need_none(op) -> None:
+    assert stated(op, "amx", 1000) == 0
+
+
+@pytest.mark.parametrize("op", [*PRODUCTS, "attention"])
+def test_an_op_is_refused_with_less_than_it_needs(isa, op) -> None:
+    def add(scratch: int) -> None:
+        executor = cpu_kernels.Executor(
+            isa=isa, pool=cpu_kernels.ThreadPool(2, []), rows=9, sequences=1, positions=9, vocab=40,
+            scratch_bytes=scratch,
+        )  # fmt: skip
+        getattr(executor, op)(part=cpu_kernels.Part.other, **OPS[op])
+
+    needed = stated(op, isa, 9)
+    add(needed)
+    for given in (0, needed - 1):
+        message = f"^{op}: {needed} bytes of scratch are needed, {given} are given$"
+        with pytest.raises(ValueError, match=message):
+            add(given)
+
+
+def test_what_cannot_be_asked_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="'sse9' is unknown"):
+        stated("gemm", "sse9", 1)
+    with pytest.raises(ValueError, match="rows is 0; it must be at least 1"):
+        stated("gemm", "amx", 0)
+    with pytest.raises(ValueError, match="gemm: columns is -1"):
+        stated("gemm", "amx", 1, columns=-1)
+    with pytest.raises(TypeError, match="gemm has no colour"):
+        stated("gemm", "amx", 1, colour=1)
+
+
+def test_threads_have_scratch_of_their_own(isa) -> None:
+    """An odd number of bytes for each; two threads write the sums of one product."""
+    x, weight = aligned((9, 64), BF16, 1), np.ones((640, 64), BF16)
+    output = aligned((9, row_stride(640)), np.float32)
+    executor = cpu_kernels.Executor(
+        isa=isa, pool=cpu_kernels.ThreadPool(3, []), rows=9, sequences=1, positions=9, vocab=1,
+        scratch_bytes=stated("gemm", isa, 9, format=format_of("bf16")) + 1,
+    )  # fmt: skip
+    blocks = packed("bf16", weight)[0]
+    for _ in range(20):
+        executor.gemm(
+            part=cpu_kernels.Part.other, format=format_of("bf16"), input=x.ctypes.data, weight=blocks.ctypes.data,
+            bias=0, output=output.ctypes.data, columns=640, inputs=64, input_stride=128, output_stride=640,
+            accumulate=True,
+        )  # fmt: skip
+    zeros, none = np.zeros(9, np.int32), np.zeros(0, np.int32)
+    executor.step(zeros, zeros, np.arange(9, dtype=np.int32), none, np.zeros((0, 1), np.float32))
+    assert (output == 20 * 64).all()

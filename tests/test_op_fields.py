@@ -1,0 +1,267 @@
+"""The arguments of ops have names and types, and values that cannot be right are refused with op, field and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kv_pages import KvPages
+from rig import BF16, aligned
+
+import cpu_kernels
+from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing
+
+BEST = cpu_kernels.available_isas()[0]
+MEMORY = aligned(1 << 16, np.uint8)
+PLACE = MEMORY.ctypes.data
+ROUTING_FIELDS = {"offsets": PLACE, "rows": PLACE, "weights": PLACE, "active": PLACE, "count": PLACE}
+ROUTING = Routing(**ROUTING_FIELDS)
+KV = KvPages(1, 2, 64, 256).layout
+SET = {
+    **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
+    **{"expert_stride": 4096, "blocks": 2, "inputs": 64},
+}
+# Every op with arguments that are accepted; those that may be left out are.
+OPS: dict[str, dict[str, Any]] = {
+    "embed": {"table": PLACE, "output": PLACE, "hidden": 64, "pairs": 32, "output_stride": 64},
+    "rope_table": {"inverse_frequencies": PLACE, "table": PLACE, "dim": 64, "factor": 1.0},
+    "norm": {
+        **{"input": PLACE, "weight": PLACE, "output": 0, "output_f32": 0, "output8": 0, "width": 64, "eps": 1e-6},
+        **{"input_stride": 64, "output_stride": 64, "output8_stride": 0, "logit_rows": False},
+    },
+    "quantise": {
+        **{"input": PLACE, "output": PLACE, "width": 64, "input_stride": 128, "output_stride": 128, "multiple": 1},
+    },
+    "gemm": {
+        **{"format": Format.int4, "input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "columns": 40},
+        **{"inputs": 64, "input_stride": 128, "output_stride": 64, "accumulate": True},
+    },
+    "qkv": {
+        **{"qkv": PLACE, "rope": PLACE, "q_norm": 0, "k_norm": 0, "q": PLACE, "kv": KV, "heads": 4, "kv_heads": 2},
+        **{"head_dim": 64, "rope_dim": 32, "interleaved": False, "qkv_stride": 512, "eps": 1e-6},
+    },
+    "attention": {
+        **{"q": PLACE, "output": PLACE, "states": PLACE, "sinks": 0, "kv": KV, "heads": 4, "kv_heads": 2},
+        **{"head_dim": 64, "output_stride": 256, "window": 0, "scale": 0.125},
+    },
+    "router": {
+        **{"input": PLACE, "weight": PLACE, "bias": 0, "logits": PLACE, "experts": 4, "hidden": 64},
+        **{"input_stride": 64},
+    },
+    "topk": {
+        **{"logits": PLACE, "ids": PLACE, "weights": PLACE, "experts": 4, "top_k": 2, "renormalise": True},
+        **{"softmax_after": False, "scale": 1.0},
+    },
+    "group": {"ids": PLACE, "weights": 0, "routing": ROUTING, "experts": 4, "top_k": 2},
+    "gate_up": {**SET, "output": PLACE, "output_stride": 64, "activation": Activation.silu},
+    "down": {**SET, "output": PLACE, "output_stride": 64},
+    "join": {"partials": [PLACE, PLACE], "output": PLACE, "width": 64, "output_stride": 64},
+    "combine": {
+        **{"ids": PLACE, "weights": PLACE, "contributions": PLACE, "output": PLACE, "top_k": 2, "width": 64},
+        **{"stride": 64, "output_stride": 64},
+    },
+}
+EVERY_FIELD = [(op, field) for op, fields in OPS.items() for field in fields]
+
+
+def executor(**limits: Any) -> Executor:
+    sizes = {"rows": 4, "sequences": 2, "positions": 256, "vocab": 40, "scratch_bytes": 1 << 20}
+    return Executor(isa=BEST, pool=cpu_kernels.ThreadPool(1, []), **sizes | limits)
+
+
+def add(op: str, **changes: Any) -> Executor:
+    to = executor()
+    getattr(to, op)(part=Part.other, **OPS[op] | changes)
+    return to
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_added_and_tells_its_fields(op) -> None:
+    assert add(op).op_count == (2 if op == "attention" else 1)
+    text = getattr(Executor, op).__doc__
+    assert "part: Part" in text and all(f"\n    {field}: " in text for field in OPS[op])
+
+
+def test_no_op_is_missing_here() -> None:
+    with pytest.raises(ValueError, match="op 'other' is unknown; known: ") as error:
+        cpu_kernels.scratch_bytes("other", BEST, 1)
+    assert set(str(error.value).split("known: ")[1].split(", ")) == set(OPS)
+
+
+@pytest.mark.parametrize(("op", "field"), EVERY_FIELD)
+def test_a_field_that_is_left_out_is_named(op, field) -> None:
+    arguments = {name: value for name, value in OPS[op].items() if name != field}
+    with pytest.raises(TypeError, match=rf"^{op} lacks {field}$"):
+        getattr(executor(), op)(part=Part.other, **arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_that_no_op_has_are_named(op) -> None:
+    with pytest.raises(TypeError, match=rf"^{op} has no colour; it has part, node, "):
+        add(op, colour=1)
+    with pytest.raises(TypeError, match=rf"^{op} lacks part$"):
+        getattr(executor(), op)(**OPS[op])
+    with pytest.raises(TypeError):
+        getattr(executor(), op)(Part.other, **OPS[op])
+
+
+@pytest.mark.parametrize(("op", "field"), EVERY_FIELD)
+def test_a_value_of_another_type_is_named(op, field) -> None:
+    for wrong in ("text", MEMORY, None):
+        with pytest.raises(TypeError, match=rf"^{op}: {field} must be .*, not "):
+            add(op, **{field: wrong})
+    if isinstance(OPS[op][field], int) and not isinstance(OPS[op][field], bool):
+        for wrong in (1.5, True):
+            with pytest.raises(TypeError, match=rf"^{op}: {field} must be .*, not {type(wrong).__name__} {wrong}"):
+                add(op, **{field: wrong})
+
+
+def _is_number(op: str, field: str) -> bool:
+    return isinstance(OPS[op][field], int) and not isinstance(OPS[op][field], bool)
+
+
+@pytest.mark.parametrize(("op", "field"), [place for place in EVERY_FIELD if _is_number(*place)])
+def test_negative_and_too_large_numbers_are_named(op, field) -> None:
+    for wrong in (-1, -(1 << 40), 1 << 64):
+        with pytest.raises(ValueError, match=rf"^{op}: {field} is {wrong}[;,]"):
+            add(op, **{field: wrong})
+
+
+NULLABLE = {
+    *(("norm", name) for name in ("output", "output_f32", "output8")),
+    *(("gemm", name) for name in ("bias", "output")),
+    *(("qkv", name) for name in ("q_norm", "k_norm")),
+    *(("attention", "sinks"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
+    *(("gate_up", "bias"), ("down", "bias")),
+}
+ADDRESSES = [(op, field) for op, field in EVERY_FIELD if OPS[op][field] == PLACE or (op, field) in NULLABLE]
+
+
+@pytest.mark.parametrize(("op", "field"), ADDRESSES)
+def test_null_is_refused_where_something_must_be(op, field) -> None:
+    if (op, field) in NULLABLE:
+        changes = {"output_stride": 40} if (op, field) == ("gemm", "output") else {}  # the logits are written
+        assert add(op, **{field: 0}, **changes).op_count
+        return
+    with pytest.raises(ValueError, match=rf"^{op}: .*{field}.* null"):
+        add(op, **{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("op", "field", "address", "multiple"),
+    [
+        ("norm", "input", PLACE + 2, 4),
+        ("quantise", "input", PLACE + 1, 2),
+        ("group", "ids", PLACE + 2, 4),
+        ("gemm", "bias", PLACE + 2, 4),
+        ("gemm", "weight", PLACE + 32, 64),
+        ("down", "experts", PLACE + 32, 64),
+    ],
+)
+def test_an_address_fits_what_it_points_to(op, field, address, multiple) -> None:
+    message = rf"^{op}: {field} is the address {address}; it must be a multiple of {multiple}$"
+    with pytest.raises(ValueError, match=message):
+        add(op, **{field: address})
+    add(op, **{field: PLACE + multiple})
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
+        ("rope_table", {"factor": float("nan")}, "factor is -?nan"),
+        ("norm", {"eps": float("inf")}, "eps is inf"),
+        ("quantise", {"width": 65}, "width is 65; it must be a multiple of 64"),
+        ("gemm", {"inputs": 96}, "inputs is 96; it must be a multiple of 64"),
+        ("gemm", {"output": 0}, "output_stride is 64; logits have rows of 40"),
+        (
+            "gemm",
+            {"output": 0, "output_stride": 40, "first_column": 1},
+            "40 columns from column 1 on are more than the 40",
+        ),
+        ("qkv", {"head_dim": 65}, "head_dim 65 is above kv.key_dim 64"),
+        ("qkv", {"head_dim": 1025}, "head_dim 1025 is above 1024"),
+        ("qkv", {"rope_dim": 31}, "rope_dim is 31; it must be even and at most head_dim 64"),
+        ("qkv", {"rope_dim": 66}, "rope_dim is 66; it must be even and at most head_dim 64"),
+        ("qkv", {"rope": 0}, "rope is null, and rope_dim is 32"),
+        ("qkv", {"q": 0}, "q is null, and there are 4 heads"),
+        ("qkv", {"kv_heads": 0}, "kv_heads is 0; it must be at least 1"),
+        ("attention", {"heads": 5}, "5 heads cannot share 2 KV heads evenly"),
+        ("attention", {"heads": 514}, "257 query heads per KV head; at most 256 are supported"),
+        ("attention", {"output": 0}, "output and partials are null"),
+        ("topk", {"top_k": 5}, "top_k 5 is above experts 4"),
+        ("gate_up", {"shared": ExpertSet(**SET)}, "shared_output is null, and there is a shared expert"),
+        ("gate_up", {"shared": ExpertSet(**SET | {"experts": 0})}, "shared.experts is null"),
+        ("down", {"shared": ExpertSet(**SET | {"input": 0})}, "shared.input is null"),
+        ("group", {"routing": Routing(**ROUTING_FIELDS | {"active": 0})}, "routing.active is null"),
+        ("join", {"partials": []}, "partials has 0 addresses; from 1 to 16 are allowed"),
+        ("join", {"partials": [PLACE, 0]}, r"partials\[1\] is null"),
+        ("join", {"partials": [PLACE, PLACE + 1]}, r"partials\[1\] is the address"),
+        ("attention", {"node": 0}, "attention is shared by all nodes"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(op, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        add(op, **changes)
+
+
+def test_parts_of_ops_are_read_as_ops_are() -> None:
+    with pytest.raises(TypeError, match=r"^Routing lacks rows, count$"):
+        Routing(offsets=0, weights=0, active=0)
+    with pytest.raises(TypeError, match=r"^Routing has no colour; it has offsets, rows, weights, active, count$"):
+        Routing(**ROUTING_FIELDS, colour=1)
+    with pytest.raises(TypeError, match=r"^ExpertSet: routing must be Routing, not int 0$"):
+        ExpertSet(**SET | {"routing": 0})
+    with pytest.raises(ValueError, match=r"^ExpertSet: blocks is 0; it must be at least 1$"):
+        ExpertSet(**SET | {"blocks": 0})
+    with pytest.raises(ValueError, match=r"^Routing: rows is the address 2; it must be a multiple of 4$"):
+        Routing(**ROUTING_FIELDS | {"rows": 2})
+
+
+def layout(**changes: Any) -> KvLayout:
+    strides = {"sequence_stride": 1 << 20, "head_stride": 1 << 16, "value_offset": 1 << 15}
+    sizes = {"key_dim": 64, "value_dim": 64, "format": Format.int8, "key_scales_offset": 64, "value_scales_offset": 128}
+    return KvLayout(**{"base": PLACE} | strides | sizes | changes)
+
+
+def test_layouts_of_keys_and_values_are_checked() -> None:
+    add("attention", kv=layout())
+    for changes, message in (
+        ({"key_dim": 48}, "KvLayout: key_dim is 48; it must be a multiple of 32"),
+        ({"value_dim": 0}, "KvLayout: value_dim is 0; it must be at least 16"),
+        ({"head_stride": 100}, "KvLayout: head_stride is 100; it must be a multiple of 64"),
+        ({"sequence_stride": -64}, "KvLayout: sequence_stride is -64; it must be at least 0"),
+        ({"base": PLACE + 4}, "KvLayout: base is the address"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            layout(**changes)
+    with pytest.raises(ValueError, match="keys and values are stored as bf16, int8 or fp8"):
+        add("attention", kv=layout(format=Format.int4))
+    with pytest.raises(ValueError, match=r"attention: kv\.base is null"):
+        add("attention", kv=layout(base=0))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    add("norm", width=np.int32(64), output8_stride=np.int64(0), eps=np.float32(1e-6), input=np.uint64(PLACE))
+
+
+@pytest.mark.parametrize("limit", ["rows", "sequences", "positions", "vocab"])
+def test_an_executor_for_nothing_is_refused(limit) -> None:
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"{limit} is {wrong}; it must be at least 1"):
+            executor(**{limit: wrong})
+
+
+def test_more_rows_of_logits_than_planned_for_write_nothing() -> None:
+    """The norm gathers as many rows as logits are asked for."""
+    x, normed = aligned((4, 64), np.float32, 1), aligned((8, 64), BF16, 7)
+    to = executor()
+    arguments = OPS["norm"] | {"input": x.ctypes.data, "weight": x.ctypes.data, "output": normed.ctypes.data}
+    to.norm(part=Part.other, **arguments | {"logit_rows": True})
+    one, rows = np.zeros(1, np.int32), np.zeros(5, np.int32)
+    with pytest.raises(ValueError, match="logits of 5 rows; planned for at most 4"):
+        to.step(one, one, one, rows, np.zeros((5, 40), np.float32))
+    assert (normed == 7).all()
+    to.step(one, one, one, rows[:4], np.zeros((4, 40), np.float32))
+    assert (normed[:4] == 1).all() and (normed[4:] == 7).all()
