@@ -15,7 +15,7 @@ from hybrid.models.spec import ModelSpec
 
 
 def test_families_are_found_by_file_name() -> None:
-    assert supported_models() == ("gpt_oss", "llama", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe")
+    assert supported_models() == ("gpt_oss", "lfm2", "llama", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
