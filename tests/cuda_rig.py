@@ -9,9 +9,9 @@ import numpy as np
 from stream_standin import StandIn
 
 from hybrid.config import EngineConfig
-from hybrid.engine.engine import Engine
 from hybrid.engine.experts import open as devices
 from hybrid.engine.experts.slot_program import SlotProgram
+from hybrid.engine.experts.start import ExpertsStart
 from hybrid.machine import gpu as usable
 
 ROOM = 10**9  # bytes of the device
@@ -54,8 +54,8 @@ def put(
         return made[-1]
 
     monkeypatch.setattr(EngineConfig, "step_device", step_device)
-    monkeypatch.setattr(Engine, "_cpu_seconds", lambda engine: CPU_SECONDS)
-    monkeypatch.setattr(Engine, "_price_device", lambda engine, experts: None)
+    monkeypatch.setattr(ExpertsStart, "_thread_seconds", lambda start: CPU_SECONDS)
+    monkeypatch.setattr(ExpertsStart, "price", lambda start, experts: None)
     monkeypatch.setattr(devices, "cuda_parts", lambda step: (make, partial(compute, step=step) if step else compute))
     monkeypatch.setattr(usable, "why_unusable", lambda: None)
     monkeypatch.setattr(usable, "free_bytes", lambda: room)

@@ -66,7 +66,8 @@ def test_without_a_gpu_nothing_is_asked_or_said(gpu, monkeypatch) -> None:
 
 def test_without_a_gpu_a_run_imports_no_torch() -> None:
     code = (
-        "import os, sys; del os.environ['HYBRID_DEVICE']; from pathlib import Path; from hybrid.gpu import usable;"
+        "import os, sys; del os.environ['HYBRID_DEVICE']; from pathlib import Path;"
+        "from hybrid.machine import gpu as usable;"
         "usable.PCI_DEVICES = usable.WINDOWS_GPU = Path('/missing'); usable.DRIVER_MARKS = ();"
         "from hybrid import LLM; llm = LLM(); llm.generate('x');"
         "print(llm.engine.plan.device_name, 'torch' in sys.modules)"

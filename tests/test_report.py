@@ -26,7 +26,7 @@ CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4"]
 PATIENCE = 600  # seconds until a test that hangs fails
 SAYING = """
 from hybrid import main
-from hybrid.report import Recorder
+from hybrid.serving.recorder import Recorder
 
 record, left = Recorder.__call__, ["a step has been done"]
 
