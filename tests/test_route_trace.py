@@ -33,6 +33,7 @@ from hybrid.models import model_spec  # noqa: E402
 from hybrid.models.layers.feed_forward import TAKE  # noqa: E402
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model  # noqa: E402
 from hybrid.plan.route_trace import read_route_trace  # noqa: E402
+from hybrid.plan.text import plan_text
 from hybrid.weights.pack import model_config  # noqa: E402
 
 EMBEDDED: dict[str, Any] = {"threads": 2, "max_batch": 4, "chunk_size": 64, "max_seq_len": 256}
@@ -277,7 +278,7 @@ def test_without_the_flag_steps_are_as_they_were(path) -> None:
         took = len(getattr(driven, name)) - len(left)
         assert took == (0 if name.startswith("device") else SHAPE.layers), name
     assert plain.buffers == driven.buffers and plain.to_dict()["route_trace"] is None
-    assert driven.to_dict()["route_trace"] == str(path) and f"routes: those of {path}" in str(driven)
+    assert driven.to_dict()["route_trace"] == str(path) and f"routes: those of {path}" in plan_text(driven)
 
 
 def cut(trace: Trace, keep: np.ndarray) -> Trace:

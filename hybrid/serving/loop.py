@@ -267,8 +267,10 @@ def _end_all() -> None:
 def _interruptible(answers: SimpleQueue[Any]) -> Any:
     """A signal that comes just before the wait, or to another thread, does not end it: the main thread looks."""
     while True:
-        with suppress(Empty):
+        try:
             return answers.get(timeout=SIGNAL_SECONDS)
+        except Empty:
+            continue
 
 
 def _nothing() -> None:
