@@ -10,7 +10,7 @@ from kv_pages import KvPages
 from rig import BF16, aligned
 
 import cpu_kernels
-from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing
+from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing, StateLayout
 
 BEST = cpu_kernels.available_isas()[0]
 MEMORY = aligned(1 << 16, np.uint8)
@@ -18,6 +18,7 @@ PLACE = MEMORY.ctypes.data
 ROUTING_FIELDS = {"offsets": PLACE, "rows": PLACE, "weights": PLACE, "active": PLACE, "count": PLACE}
 ROUTING = Routing(**ROUTING_FIELDS)
 KV = KvPages(1, 2, 64, 256).layout
+STATE = StateLayout(base=PLACE, sequence_stride=320)
 SET = {
     **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
     **{"expert_stride": 4096, "blocks": 2, "inputs": 64},
@@ -44,6 +45,10 @@ OPS: dict[str, dict[str, Any]] = {
     "attention": {
         **{"q": PLACE, "output": PLACE, "states": PLACE, "sinks": 0, "kv": KV, "heads": 4, "kv_heads": 2},
         **{"head_dim": 64, "output_stride": 256, "window": 0, "scale": 0.125},
+    },
+    "short_conv": {
+        **{"input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "state": STATE, "width": 40, "taps": 3},
+        **{"input_stride": 128, "output_stride": 64},
     },
     "router": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "logits": PLACE, "experts": 4, "hidden": 64},
@@ -132,7 +137,7 @@ NULLABLE = {
     *(("norm", name) for name in ("output", "output_f32", "output8")),
     *(("gemm", name) for name in ("bias", "output")),
     *(("qkv", name) for name in ("q_norm", "k_norm")),
-    *(("attention", "sinks"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
+    *(("attention", "sinks"), ("short_conv", "bias"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
     *(("gate_up", "bias"), ("down", "bias")),
 }
 ADDRESSES = [(op, field) for op, field in EVERY_FIELD if OPS[op][field] == PLACE or (op, field) in NULLABLE]
@@ -149,17 +154,18 @@ def test_null_is_refused_where_something_must_be(op, field) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "field", "address", "multiple"),
+    ("op", "field", "offset", "multiple"),
     [
-        ("norm", "input", PLACE + 2, 4),
-        ("quantise", "input", PLACE + 1, 2),
-        ("group", "ids", PLACE + 2, 4),
-        ("gemm", "bias", PLACE + 2, 4),
-        ("gemm", "weight", PLACE + 32, 64),
-        ("down", "experts", PLACE + 32, 64),
+        ("norm", "input", 2, 4),
+        ("quantise", "input", 1, 2),
+        ("group", "ids", 2, 4),
+        ("gemm", "bias", 2, 4),
+        ("gemm", "weight", 32, 64),
+        ("down", "experts", 32, 64),
     ],
 )
-def test_an_address_fits_what_it_points_to(op, field, address, multiple) -> None:
+def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
+    address = PLACE + offset
     message = rf"^{op}: {field} is the address {address}; it must be a multiple of {multiple}$"
     with pytest.raises(ValueError, match=message):
         add(op, **{field: address})
@@ -170,6 +176,7 @@ def test_an_address_fits_what_it_points_to(op, field, address, multiple) -> None
     ("op", "changes", "message"),
     [
         ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
+        ("short_conv", {"taps": 9}, "taps 9 is above 8"),
         ("rope_table", {"factor": float("nan")}, "factor is -?nan"),
         ("norm", {"eps": float("inf")}, "eps is inf"),
         ("quantise", {"width": 65}, "width is 65; it must be a multiple of 64"),

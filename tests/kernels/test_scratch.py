@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hybrid.weights.formats import FORMATS
 from rig import BF16, aligned, format_of, packed, row_stride
 from test_op_fields import OPS
 
 import cpu_kernels
 from cpu_kernels import ExpertSet
+from hybrid.formats import FORMATS
 
 BLOCKS = {"portable": 2, "avx2": 2, "avx512": 2, "avx512_bf16": 4, "amx": 4}  # that are multiplied together
 OPENED = ("int4", "fp8", "mxfp4")  # formats whose lines are opened to panels, of 8 KiB a block
