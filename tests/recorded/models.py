@@ -97,7 +97,9 @@ VARIANTS = {
 }
 MODELS = {**FAMILIES, **VARIANTS}
 WITH_EXPERTS = [
-    name for name in [*FAMILIES, EMBEDDED] if name == EMBEDDED or FAMILIES[name].family not in ("llama", "qwen3")
+    name
+    for name in [*FAMILIES, EMBEDDED]
+    if name == EMBEDDED or FAMILIES[name].family not in ("llama", "qwen3", "lfm2")
 ]
 
 
