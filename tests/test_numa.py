@@ -398,8 +398,8 @@ def test_biases_of_experts_are_split_and_added_once(nodes) -> None:
     spec = with_biases(spec_of(moe_intermediate_size=320, intermediate_size=320, num_experts_per_tok=10))
     logits = []
     for numa in ("off", str(nodes)):
-        plan = plan_of(spec, numa=numa, threads=3, isa=None)
-        plan = replace(plan, isa=cpu_kernels.available_isas()[0], cpus=())
+        machine = replace(MACHINE, isa=cpu_kernels.available_isas()[0])
+        plan = replace(make_plan(spec, machine, EngineConfig(numa=numa, threads=3), uniform("bf16")), cpus=())
         with Engine(MadeUp(spec), plan) as engine:  # type: ignore[arg-type]
             logits.append(step(engine, (0, 0, TOKENS)))
     assert np.isfinite(logits[0]).all() and logits[0].any()
