@@ -116,6 +116,7 @@ std::vector<std::string> available_isas() {
 }  // namespace hybrid
 
 NB_MODULE(_ext, m) {
+  nb::set_leak_warnings(false);  // a forked process ends with objects that its parent's threads held
   using namespace hybrid;
   fetch_near = should_fetch_near();
   m.def("available_isas", &available_isas, "Instruction sets that run on this machine, best first.");
