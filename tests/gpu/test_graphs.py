@@ -174,11 +174,11 @@ def test_slots_that_are_given_back_take_their_graphs_with_them(tmp_path, capture
     class Full(OnStandIn):
         left = 9
 
-        def found(self, *arguments) -> None:
+        def run_looked_up(self, *arguments) -> None:
             Full.left -= 1
             if Full.left == 0:
                 raise DeviceFull("out of memory")
-            super().found(*arguments)
+            super().run_looked_up(*arguments)
 
     put(monkeypatch, compute=OnStandIn, step_device="cpu")
     with opened(tmp_path, device="cuda", cache=CACHE) as engine:
