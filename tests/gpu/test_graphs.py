@@ -134,7 +134,7 @@ def test_a_run_says_how_a_device_computed_it(tmp_path, capture) -> None:
 def test_inputs_that_are_not_renewed_are_found_out(tmp_path, capture, monkeypatch) -> None:
     with opened(tmp_path, **STEP) as engine:
         wanted = work(engine)
-    monkeypatch.setattr(StepInputs, "take", lambda mine, other: mine)
+    monkeypatch.setattr(StepInputs, "copy_from", lambda mine, other: mine)
     with opened(tmp_path, **STEP) as engine:
         assert not same_bits(work(engine), wanted)
 
