@@ -36,7 +36,7 @@ from hybrid.models.layers.base import Cost
 
 TRIES = 10  # of a limit, the best of which counts
 PRODUCTS = 4  # in a try of the matrix peak
-MOST_CALLS = 64  # of a layer in a sample
+MAX_CALLS = 64  # of a layer in a sample
 ROOM = 0.8  # of the free memory is for slots
 FEW_TILINGS = tuple(
     Tiling(blocks, FEW_ROWS, warps, stages) for blocks in (1, 2, 4) for warps in (1, 2, 4) for stages in (2, 3, 5, 8)
@@ -305,7 +305,7 @@ def time_experts(layer: Layer, rows: int, routing: str, tiling: Tiling, repetiti
     """The median of some samples. Raises TritonError where the device cannot run the tiling."""
     place, shape, layout = layer.place, layer.shape, layer.layout
     active = min(rows * shape.top_k, shape.experts)
-    calls = min(MOST_CALLS, max(place.sizes.calls, -(-place.sizes.cold_bytes // (active * layout.nbytes))))
+    calls = min(MAX_CALLS, max(place.sizes.calls, -(-place.sizes.cold_bytes // (active * layout.nbytes))))
     ids = layer.slot_ids(calls, rows, routing)
     slots = [torch.from_numpy(chosen).to(place.device) for chosen in ids]  # each aligned, as those of a step are
     x = torch.zeros((rows, layout.hidden_stride), dtype=torch.bfloat16, device=place.device)

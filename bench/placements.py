@@ -34,7 +34,7 @@ from hybrid.commands.plot import check_target
 from hybrid.commands.timeline import LANES, Timeline, busy_seconds, timeline_figure
 from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig
 from hybrid.core import Completion
-from hybrid.engine.experts.verdict import most_asked
+from hybrid.engine.experts.verdict import most_called
 from hybrid.errors import ConfigError
 from hybrid.machine.meters import Meters
 from hybrid.serving.recorder import Recorder
@@ -163,7 +163,7 @@ def _profile(options: Options, slots: int, keys: int, experts: int) -> list[int]
             say(f"note: the trace has {trace.sequences} of {wanted} sequences: some prompts are profiled and timed")
         llm.engine.routes.observer = count
         _generate(llm, PROFILE_PROMPTS, options.max_tokens)
-    return most_asked(asked, np.zeros(keys, np.int64), slots)
+    return most_called(asked, np.zeros(keys, np.int64), slots)
 
 
 def _run(llm: LLM, options: Options, outcome: Outcome) -> list[list[int]]:

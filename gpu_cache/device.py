@@ -1,4 +1,4 @@
-"""What a device must do for the cache. Nothing here has happened when a call returns: it has been asked for."""
+"""Operations of a device. A call only issues the work; it may complete after the call returns."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Source = Callable[[int], Pieces]  # the pieces of the expert with this key, wher
 
 
 class Compute(Protocol):
-    """Runs experts on the bytes of slots: made by the program that knows models, called by the device."""
+    """Computes experts from the bytes of slots. The program that knows the model makes it, and the device calls it."""
 
     def __call__(self, slot_ids: SlotIds) -> None:
-        """slot_ids: int32 [rows, top_k], the slot whose expert takes the row at that rank, -1 for none of ours.
+        """slot_ids: int32 [rows, top_k], the slot of the expert for that row and rank; -1 if the device does not hold
+        it.
 
         Returns when the contributions of these experts are written.
         """
@@ -32,62 +33,62 @@ class DeviceTimes:
     """Seconds and bytes since the device was opened."""
 
     run: float = 0.0  # computing experts
-    copy: float = 0.0  # copying experts, the waiting for the configured rate included
+    copy: float = 0.0  # copying experts, including waits for the configured rate
     copied_bytes: int = 0
     copies: int = 0
     failed_copies: int = 0
     streamed_bytes: int = 0
-    streamed: int = 0  # experts that a run brought with it
+    streamed: int = 0  # experts that were copied for one run
 
 
 class Device(Protocol):
-    """Slots that hold experts, copies into them and the computing of those that are there.
+    """Slots that hold experts, copies into slots, and runs of the experts in slots.
 
-    One thread calls all of it. A slot is not written while a run that uses it has not been joined: the table pins it.
+    One thread makes all calls. A slot is not written until every run that uses it is joined: the table pins it.
     """
 
-    observer: Observer | None  # told, by any thread, of every run and copy once it has ended
+    observer: Observer | None  # called by any thread, for every run and copy that has ended
 
     @property
     def times(self) -> DeviceTimes: ...
 
     def copy_in(self, slot: int, key: int) -> None:
-        """Ask for a copy of expert `key` into a slot; `poll` tells when it has ended. Copies end in order."""
+        """Issue a copy of expert `key` into a slot; `poll` returns it when it has ended. Copies end in order."""
 
     def poll(self) -> list[tuple[int, bool]]:
-        """(slot, whether it now holds its expert) of the copies that ended since the last call."""
+        """(slot, whether it now holds its expert) of each copy that ended since the last call."""
 
     @property
     def pending(self) -> int:
-        """Copies that `poll` has not told of."""
+        """Copies issued that `poll` has not yet returned."""
 
     def load(self, slot: int, key: int) -> None:
-        """Copy at once, before steps run: returns when the slot holds its expert."""
+        """Copy an expert and wait until the slot holds it. For use before the first step."""
 
     def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> Any:
-        """Ask for the experts of a layer, as `Compute` takes them; returns a ticket, which is joined before the next
-        run. slot_ids belongs to the device until then.
+        """Issue the experts of a layer, as for `Compute`; returns a ticket to join before the next run. slot_ids must
+        not change until then.
 
-        streamed: keys of experts that no slot holds. Their ids follow those of the table's slots, in this order; the
-        device copies each into a slot of its own, computes it, and forgets it. `poll` does not tell of these copies.
+        streamed: keys of experts in no slot; their ids follow those of the table's slots, in order. Each is copied to a
+        streaming slot, computed once and dropped; `poll` does not report these copies.
         """
 
     @property
-    def run_found(self) -> Callable[[int, int], Any] | None:
-        """Like `run`, for rows whose experts are known on the device alone: (key of the layer's expert 0, rows). It
-        finds those that slots hold by itself: exactly those that `load` and `poll` have told of. None where it cannot.
+    def run_looked_up(self) -> Callable[[int, int], Any] | None:
+        """Like `run`, for (key of the layer's expert 0, rows) when only the device knows the chosen experts. It looks
+        them up itself and computes those that `load` or `poll` have reported ready. None if unsupported.
         """
 
     def join(self, ticket: Any) -> None:
-        """What a run contributes may be used: by the host, once this returns, or by what is queued on the device after
-        it. Raises what it met, once; more calls do nothing.
+        """Make the results of a run usable: by the host once this returns, or by work queued on the device afterwards.
+        Raises an error of the run once; further calls do nothing.
         """
 
     def wait(self, ticket: Any) -> None:
-        """Return when a joined run has ended: for who times it."""
+        """Block until a joined run has ended; for timing."""
 
     def forget(self) -> None:
-        """No slot holds an expert any more. There are no copies on their way."""
+        """Mark every slot empty. No copy may be in flight."""
 
     def close(self) -> None:
-        """End every thread and stream. Copies that have not ended are dropped."""
+        """End every thread and stream; copies in flight are dropped."""

@@ -37,14 +37,14 @@ class Geometry:
             raise CacheError(f"mapping {self.mapping!r} is unknown: use one of {', '.join(MAPPINGS)}")
         _within("layers", self.layers, None)
         _within("experts", self.experts, None)
-        most = self.layers * self.experts
-        _within("indexes (nblocks)", self.nblocks, self.layers if self.mapping == "prefix" else most)
-        _within("ways (nways)", self.nways, most)
-        if self.slots > most:
+        maximum = self.layers * self.experts
+        _within("indexes (nblocks)", self.nblocks, self.layers if self.mapping == "prefix" else maximum)
+        _within("ways (nways)", self.nways, maximum)
+        if self.slots > maximum:
             raise CacheError(
-                f"{self.nblocks} indexes x {self.nways} ways are {self.slots} slots, the model has {most} experts "
-                f"({self.layers} layers x {self.experts}): at most {max(1, most // self.nways)} indexes of "
-                f"{self.nways} ways, or {max(1, most // self.nblocks)} ways in {self.nblocks} indexes"
+                f"{self.nblocks} indexes x {self.nways} ways are {self.slots} slots, the model has {maximum} experts "
+                f"({self.layers} layers x {self.experts}): at most {max(1, maximum // self.nways)} indexes of "
+                f"{self.nways} ways, or {max(1, maximum // self.nblocks)} ways in {self.nblocks} indexes"
             )
 
     @property
@@ -76,7 +76,7 @@ class Geometry:
 
 
 def auto_geometry(slots_that_fit: int, layers: int, experts: int, nways: int | None = None) -> Geometry:
-    """The largest cache of at most `slots_that_fit` slots: an index for each layer, if that leaves it ways enough.
+    """The largest cache of at most `slots_that_fit` slots, with one index per layer if that leaves enough ways.
 
     Raises CacheError when not even one index fits.
     """
@@ -90,9 +90,11 @@ def auto_geometry(slots_that_fit: int, layers: int, experts: int, nways: int | N
     return Geometry(nblocks - nblocks % layers if nblocks > layers else nblocks, nways, layers, experts)
 
 
-def _within(name: str, value: int, most: int | None) -> None:
-    if value < 1 or (most is not None and value > most):
-        raise CacheError(f"{name} of the cache: {value}, must be {'at least 1' if most is None else f'1 to {most}'}")
+def _within(name: str, value: int, maximum: int | None) -> None:
+    if value < 1 or (maximum is not None and value > maximum):
+        raise CacheError(
+            f"{name} of the cache: {value}, must be {'at least 1' if maximum is None else f'1 to {maximum}'}"
+        )
 
 
 def _mixed(key: int) -> int:

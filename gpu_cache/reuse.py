@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gpu_cache.errors import CacheError
 from gpu_cache.trace import Trace
 
-MOST_TOKENS = 20_000  # the first ones of a longer trace
+MAX_TOKENS = 20_000  # the first ones of a longer trace
 
 Reals = NDArray[np.float64]
 
@@ -60,8 +60,8 @@ def _membership(trace: Trace) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """[tokens, layers, experts], whether a token chose an expert, and the sequence of each token, in their order."""
     token = np.stack([trace.sequence, trace.position])
     names, number = np.unique(token, axis=1, return_inverse=True)
-    kept = number < MOST_TOKENS
-    tokens = min(names.shape[1], MOST_TOKENS)
+    kept = number < MAX_TOKENS
+    tokens = min(names.shape[1], MAX_TOKENS)
     chosen = np.zeros((tokens, trace.layers, trace.experts), bool)
     chosen[number[kept], trace.layer[kept], trace.expert[kept]] = True
     whole = np.all(chosen.any(axis=2), axis=1)

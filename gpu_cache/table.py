@@ -1,4 +1,4 @@
-"""The table of the cache: which expert lies in which slot, in what state, and what is copied where."""
+"""The table of the cache: which expert is in which slot, the state of each slot, and which copies to make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMPTY = -1  # in place of the key of a slot
 
 
 class Lookup(NamedTuple):
-    """The experts that a layer asked for, each in the order of the calls. hits: (expert, slot), pinned till release."""
+    """Result of a lookup, each list in the order of the calls. hits: (expert, slot), pinned until `release`."""
 
     hits: list[tuple[int, int]]
     loading: list[int]
@@ -91,7 +91,7 @@ class Table:
         self.admission.on_step()
 
     def lookup(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None = None) -> Lookup:
-        """Where the distinct experts that a layer asks for are; pins those that are ready.
+        """Look up the distinct experts that a layer calls, and pin the ready ones.
 
         scores: the largest gate score of each expert. Experts are not checked: 0 <= expert < geometry.experts.
         """
@@ -124,26 +124,26 @@ class Table:
         return _new(Lookup, (hits, loading, misses))
 
     def admit(self) -> list[Fill]:
-        """The copies to make of what the last lookup missed; their slots are loading from now on."""
+        """The copies to make for misses of the last lookup; marks their slots as loading."""
         layer, misses = self._missed_layer, self._missed
         self._missed = []
         return self._fill(layer, misses, self._wants, self._pinned)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Fill]:
-        """The copies to make for experts that a layer will ask for, within the quota; none evicts another of them.
+        """The copies to make for experts that a layer will call, within the quota; none evicts another of them.
 
-        Admission is not asked: what is wanted at once needs no second sign.
+        Skips the admission rule: an expert that is needed now has nothing to prove.
         """
         base, where = layer * self._experts, self._where
         ready = [where[base + expert] for expert in experts if where[base + expert] >= 0]
         return self._fill(layer, experts, None, self._pinned + ready)
 
     def release(self) -> None:
-        """Unpin everything: the layer has been joined."""
+        """Unpin all slots, after the layer has been joined."""
         self._pinned.clear()
 
     def publish(self, *slots: int) -> None:
-        """The copies into loading slots have ended: their experts are ready."""
+        """Mark loading slots as ready, after their copies have ended."""
         where, key_of = self._where, self._key_of
         for slot in slots:
             key = key_of[slot]
@@ -153,7 +153,7 @@ class Table:
         self._blocked.difference_update(slots)
 
     def abandon(self, slot: int) -> None:
-        """The copy into a loading slot has failed: the slot is empty."""
+        """Mark a loading slot as empty, after its copy has failed."""
         key = self._key_of[slot]
         if self._where[key] != LOADING:
             raise _not_loading(slot)
@@ -164,9 +164,9 @@ class Table:
         insort(self._free[slot // self.geometry.nways], slot, key=neg)
 
     def preload(self, keys: Iterable[int]) -> list[Fill]:
-        """Give experts slots before the first step, ready at once: their bytes must be there before the next lookup.
+        """Give experts slots before the first step and mark them ready; copy their bytes before the next lookup.
 
-        Experts that are there already, or whose index is full, are left out. Raises CacheError for a key that the model
+        Skips experts that already have a slot or whose index is full. Raises CacheError for a key that the model
         does not have.
         """
         fills = []
@@ -177,7 +177,7 @@ class Table:
             if index != NOWHERE and self._free[index] and self._where[key] == ABSENT:
                 slot = self._free[index].pop()
                 self._key_of[slot], self._where[key] = key, slot
-                self._tell_of_fill(index, slot, key)
+                self._report_fill(index, slot, key)
                 fills.append(Fill(slot, key, None))
         return fills
 
@@ -209,7 +209,7 @@ class Table:
         assert 0 <= self._left <= self._full_quota, "the quota is overdrawn"
 
     def _bind(self, policy: Policy, admission: Admission) -> None:
-        """Keep the hooks that do something; the others cost nothing."""
+        """Keep only the hooks that are overridden, so that the others cost nothing."""
         self.policy, self.admission = policy, admission
         self._replace = policy.replace
         self._on_lookup = _hook(policy.on_lookup, Policy.on_lookup)
@@ -222,9 +222,9 @@ class Table:
     def _fill(
         self, layer: int, experts: Iterable[int], wants: Callable[[int, int], bool] | None, kept: Sequence[int]
     ) -> list[Fill]:
-        """Give experts that are wanted slots of their indexes, while the quota lasts and where not all are blocked.
+        """Give wanted experts slots of their indexes, within the quota and if an index has an unblocked slot.
 
-        kept: ready slots that are not taken.
+        kept: ready slots that must not be evicted.
         """
         where, key_of, index_of, blocked, fills = self._where, self._key_of, self._index_of, self._blocked, list[Fill]()
         free, replace, base, left, evictions = self._free, self._replace, layer * self._experts, self._left, 0
@@ -237,7 +237,7 @@ class Table:
             evicted = None
             if free[index]:
                 slot = free[index].pop()
-                self._tell_of_fill(index, slot, key)
+                self._report_fill(index, slot, key)
             else:
                 chosen = replace(index, key, blocked)
                 if chosen is None:
@@ -257,8 +257,8 @@ class Table:
         self._evictions[layer] += evictions
         return fills
 
-    def _tell_of_fill(self, index: int, slot: int, key: int) -> None:
-        """An empty slot is taken."""
+    def _report_fill(self, index: int, slot: int, key: int) -> None:
+        """Report that an empty slot was filled."""
         if self._on_fill is not None:
             self._on_fill(slot, key)
         if self._on_admitted is not None:
@@ -276,5 +276,5 @@ _Hook = TypeVar("_Hook", bound=Callable[..., object])
 
 
 def _hook(method: _Hook, default: Callable[..., object]) -> _Hook | None:
-    """A method of an object, None if it is the one that does nothing."""
+    """A method of an object, or None if it is the default, which does nothing."""
     return None if getattr(method, "__func__", None) is default else method

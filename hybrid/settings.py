@@ -94,10 +94,10 @@ class Setting:
         return chosen
 
     def within(self, number: float) -> bool:
-        """Whether a number is neither below the minimum nor above the maximum; one that is none never is."""
-        least = -math.inf if self.minimum is None else self.minimum
-        most = math.inf if self.maximum is None else self.maximum
-        return least <= number <= most and not (self.above and number == least)
+        """Whether a number is neither below the minimum nor above the maximum. False for NaN."""
+        minimum = -math.inf if self.minimum is None else self.minimum
+        maximum = math.inf if self.maximum is None else self.maximum
+        return minimum <= number <= maximum and not (self.above and number == minimum)
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, to be said after its name; None if it is allowed."""
@@ -232,8 +232,8 @@ def _float_problem(setting: Setting, value: Any) -> str | None:
 def _number(setting: Setting) -> str:
     if setting.allowed:
         return setting.allowed
-    least = "" if setting.minimum is None else f" {'above' if setting.above else 'from'} {setting.minimum:g}"
-    return f"a number{least}" + ("" if setting.maximum is None else f" to {setting.maximum:g}")
+    lower_bound = "" if setting.minimum is None else f" {'above' if setting.above else 'from'} {setting.minimum:g}"
+    return f"a number{lower_bound}" + ("" if setting.maximum is None else f" to {setting.maximum:g}")
 
 
 def _bool_problem(setting: Setting, value: Any) -> str | None:

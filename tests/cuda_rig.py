@@ -21,7 +21,7 @@ CPU_SECONDS = 1e-6, 1e-7  # what an expert costs the threads: not measured, so t
 class SlotCompute:
     """The kernels of the CPU behind the interface of a GPU."""
 
-    stays = False
+    results_stay_on_device = False
 
     def __init__(self, *arguments: Any) -> None:
         self._program = SlotProgram(*arguments)

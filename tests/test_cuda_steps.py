@@ -70,7 +70,7 @@ def test_no_order_of_completions_changes_a_bit(expected, monkeypatch, seed) -> N
     ],
     ids=str,
 )
-def test_every_plight_gives_the_same_bits(expected, monkeypatch, cache) -> None:
+def test_every_scenario_gives_the_same_bits(expected, monkeypatch, cache) -> None:
     put(monkeypatch, seed=7)
     with on_cuda(cache) as engine:
         assert np.array_equal(all_work(engine), expected)

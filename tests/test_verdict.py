@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hybrid.engine.experts.verdict import CallCosts, Observed, judge, most_asked
+from hybrid.engine.experts.verdict import CallCosts, Observed, judge, most_called
 
 COSTS = CallCosts(cpu=100e-6, device=10e-6, start=5e-6, copy=200e-6, cpu_row=20e-6, device_row=1e-6)
 SEEN = Observed(
@@ -44,6 +44,6 @@ def test_a_cache_that_hits_wins() -> None:
 def test_every_index_keeps_what_was_asked_for_most() -> None:
     asked = np.array([5, 9, 0, 7, 7, 1, 3, 3])
     index_of = np.array([0, 0, 0, 0, 1, 1, -1, 1])
-    assert most_asked(asked, index_of, 2) == [1, 3, 4, 7]
-    assert most_asked(asked, index_of, 8) == [0, 1, 3, 4, 5, 7]  # never asked, or nowhere to lie: left out
-    assert most_asked(asked, index_of, 1) == [1, 4]
+    assert most_called(asked, index_of, 2) == [1, 3, 4, 7]
+    assert most_called(asked, index_of, 8) == [0, 1, 3, 4, 5, 7]  # never asked, or nowhere to lie: left out
+    assert most_called(asked, index_of, 1) == [1, 4]

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from hybrid.cli import COMMANDS
 from hybrid.commands import verify
-from hybrid.commands.nearness import Nearness, nearness
-from hybrid.commands.verify import Answers, compare_nearness, first_difference, make_scenarios, verify_model
+from hybrid.commands.tolerance import LogitError, measure_logit_error
+from hybrid.commands.verify import Answers, compare_within_tolerance, first_difference, make_scenarios, verify_model
 from hybrid.config import CacheConfig, EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.machine import gpu as usable
@@ -109,25 +109,25 @@ def test_a_gpu_that_cannot_be_used_is_refused(monkeypatch) -> None:
     assert result.exit_code == 2 and "allowed: simulated, cuda" in result.stderr
 
 
-def test_nearness_has_limits() -> None:
+def test_logit_errors_have_limits() -> None:
     expected = np.ones((20, 4), np.float32)
     found = expected * 1.01
-    assert nearness(found, expected).problem is None
+    assert measure_logit_error(found, expected).problem is None
     found[:2] = -1
-    assert nearness(found, expected) == Nearness(pytest.approx(0.01, abs=1e-4), 0.1)
-    assert nearness(found, expected).problem is None
+    assert measure_logit_error(found, expected) == LogitError(pytest.approx(0.01, abs=1e-4), 0.1)
+    assert measure_logit_error(found, expected).problem is None
     found[2] = -1
-    assert "15% of tokens" in (nearness(found, expected).problem or "")
+    assert "15% of tokens" in (measure_logit_error(found, expected).problem or "")
     found[2, 0] = np.nan
-    assert nearness(found, expected) == Nearness(1.0, 1.0)
-    assert "0.03 in the median" in (nearness(expected * 1.03, expected).problem or "")
-    assert nearness(expected * 1.03, expected, quantised=True).problem is None
+    assert measure_logit_error(found, expected) == LogitError(1.0, 1.0)
+    assert "0.03 in the median" in (measure_logit_error(expected * 1.03, expected).problem or "")
+    assert measure_logit_error(expected * 1.03, expected, quantised=True).problem is None
 
 
 def test_tokens_of_a_gpu_agree_up_to_the_first_that_differs() -> None:
     right, found = np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)
     other = Answers([[1, 2, 3], [4, 9, 6]], found)
-    difference, figures = compare_nearness(Answers([[1, 2, 3], [4, 5, 6]], right), other)
+    difference, figures = compare_within_tolerance(Answers([[1, 2, 3], [4, 5, 6]], right), other)
     assert difference is None and figures["agreeing_tokens"] == 4 / 6
 
 

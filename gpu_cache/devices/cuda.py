@@ -1,8 +1,7 @@
-"""A device behind streams: slots in its memory, copies on a stream of their own, events that publish.
+"""A device driven through streams: slots in its memory, copies on their own stream, and events that mark their end.
 
-A slot holds the very bytes that the host has of its expert: one copy is enough, nothing is packed again, and a slot can
-be compared with the host by checksum. Who waits for whom, and why, is a table in `docs/hybrid.md`; (1) to (7) are its
-rules.
+A slot holds exactly the host's bytes of its expert: one copy is enough, nothing is repacked, and a slot can be compared
+with the host by checksum. `docs/hybrid.md` has a table of what waits for what; (1) to (7) are its rules.
 """
 
 from __future__ import annotations
@@ -27,35 +26,39 @@ POISON = 0xFF  # as a scale or a float: not a number
 
 
 class QueuedCompute(Protocol):
-    """Runs the experts of a layer on the bytes of slots: each call but the last queues on the stream at hand.
+    """Computes the experts of a layer from the bytes of slots. Every call but `collect` queues on the current stream.
 
-    One layer at a time. `begin` is called by who asks for it, `experts` and `end` by that thread or by the worker.
+    One layer at a time. `begin` is called by the thread that runs the layer, `experts` and `end` by it or the worker.
     """
 
     def begin(self, slot_ids: SlotIds) -> None:
-        """What comes first. slot_ids: of `gpu_cache.device.Device.run`; they stay until the layer is collected."""
+        """Start a layer. slot_ids: see `gpu_cache.device.Device.run`; they do not change until `collect`."""
 
     def experts(self, ids: range, slot: int) -> None:
-        """The experts with these ids: the first lies in `slot`, the others in those that follow."""
+        """Compute the experts with these ids: the first is in `slot`, the others in the slots that follow."""
 
     def end(self) -> None:
-        """What comes after all experts."""
+        """Finish a layer after all of its experts."""
 
-    def found(self, slot_of: Memory, first: int, rows: int) -> None:
-        """All of it, for rows whose experts and their slots the device alone knows: see `CudaDevice.run_found`."""
+    def run_looked_up(self, slot_of: Memory, first: int, rows: int) -> None:
+        """Run a whole layer when only the device knows the chosen experts and their slots, see
+        `CudaDevice.run_looked_up`.
+        """
 
     def collect(self) -> None:
-        """What is left to the host once all of it has happened, or, if it `stays`, once all of it is queued."""
+        """The host's part, after the layer has ended on the device, or with `results_stay_on_device` after it is
+        queued.
+        """
 
     @property
-    def stays(self) -> bool:
-        """Whether what it makes stays on the device, for what is queued on the compute stream after it."""
+    def results_stay_on_device(self) -> bool:
+        """Whether only later work on the compute stream reads the results."""
 
 
 @dataclass(eq=False)
 class _Copy:
-    """An expert on its way. event: that its last byte is there, None until that is queued. run: for which it is
-    streamed, and where its id is `id`; None for a slot of the table.
+    """A copy in flight. event: its last byte has arrived, None until queued. run, id: for a streamed expert; run is
+    None for a slot of the table.
     """
 
     slot: int
@@ -70,7 +73,7 @@ class _Copy:
 
 @dataclass(eq=False)
 class _Run:
-    """A layer. event: that all of it has happened, None until that is queued. error: what kept it from that."""
+    """One layer on the device. event: all of it is done, None until queued. error: what made it fail."""
 
     first: Event
     event: Event = None
@@ -82,9 +85,9 @@ class _Run:
 class CudaDevice:
     """See `gpu_cache.device.Device`; here a slot may be written even while a run that uses it has not been joined.
 
-    memory: an array uint8 [slots, bytes] for each piece, the slots of streams last. slot_of: int32 [keys] on the
+    memory: an array uint8 [slots, bytes] for each piece, the streaming slots last. slot_of: int32 [keys] on the
     device, the slot of every expert or -1, for kernels on the compute stream that look experts up themselves; None
-    where none does. notes: what was asked and could not be had.
+    if none does. notes: one line for each request that could not be met.
     """
 
     def __init__(
@@ -101,14 +104,14 @@ class CudaDevice:
         staging_bytes: int = BUFFER_BYTES,
         streaming: bool = False,
     ) -> None:
-        """bind: called once with `memory`. keys: experts of all layers, where kernels look them up. pinned: all memory
-        that `source` may name, to be pinned and copied from directly. clock, poison: as for the simulated device.
-        streaming: have `STAGING` slots more. Raises DeviceFull.
+        """bind: called once with `memory`. keys: number of experts in all layers if kernels look them up, else 0.
+        pinned: all memory that `source` may return, to be pinned and copied from directly. clock, poison: as for the
+        simulated device. streaming: add `STAGING` slots. Raises DeviceFull.
         """
         self._times = DeviceTimes()
-        self._joined: deque[_Run] = deque()  # runs whose times are not known yet
+        self._joined: deque[_Run] = deque()  # joined runs whose times are not known yet
         self.notes: list[str] = []
-        self.observer: Observer | None = None  # told when the host learns of an end, which is a little late
+        self.observer: Observer | None = None  # called when the host notices an end, which is a little late
         self._streams, self._source, self._clock, self._poison = streams, source, clock, poison
         self._slots = slots
         self.memory = [streams.allocate((slots + STAGING * streaming, size)) for size in piece_bytes]
@@ -121,39 +124,39 @@ class CudaDevice:
         direct = bool(pinned) and self._pin(pinned)
         self._ring = None if direct else StagingRing(streams, piece_bytes, staging_bytes, self.notes.append)
         self._key_of: list[int | None] = [None] * slots
-        self._asked: deque[_Copy] = deque()
+        self._pending: deque[_Copy] = deque()  # copies not yet reported by `poll`
         self._lost: str | None = None  # why; an error itself would keep the frames of whoever it went through
         self._closing = False
         self._worker = streams.worker()
 
     @property
     def times(self) -> DeviceTimes:
-        """Of runs and copies that are known to have ended."""
+        """Totals of the runs and copies that are known to have ended."""
         while self._joined and self._streams.done(self._joined[0].event):
             self._account(self._joined.popleft())
         return self._times
 
     def copy_in(self, slot: int, key: int) -> None:
-        self._ask(slot, key)
+        self._request_copy(slot, key)
         if self._clock is not None:
             self._clock.issue(slot)
 
     def poll(self) -> list[tuple[int, bool]]:
         if self._clock is not None:
-            count = len([slot for slot in self._clock.due() if any(copy.slot == slot for copy in self._asked)])
+            count = len([slot for slot in self._clock.due() if any(copy.slot == slot for copy in self._pending)])
             self._finish(count)
-            return [self._tell() for _ in range(count)]
-        return [self._tell() for _ in iter(self._next_ended, False)]
+            return [self._report_copy() for _ in range(count)]
+        return [self._report_copy() for _ in iter(self._next_ended, False)]
 
     @property
     def pending(self) -> int:
-        return len(self._asked)
+        return len(self._pending)
 
     def load(self, slot: int, key: int) -> None:
-        """Before steps run there is nothing else on its way."""
-        self._ask(slot, key)
+        """No other copy is in flight, because this is called before the first step."""
+        self._request_copy(slot, key)
         self._finish(1)
-        if not self._tell()[1]:
+        if not self._report_copy()[1]:
             raise DeviceLost(self._lost or f"expert {key} cannot be read from the memory of the host")
 
     def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> _Run:
@@ -170,15 +173,15 @@ class CudaDevice:
         return run
 
     @property
-    def run_found(self) -> Callable[[int, int], _Run] | None:
-        return None if self.slot_of is None else self._run_found
+    def run_looked_up(self) -> Callable[[int, int], _Run] | None:
+        return None if self.slot_of is None else self._run_looked_up
 
-    def _run_found(self, first: int, rows: int) -> _Run:
-        """(7) It is queued behind what makes its rows and all changes of the table, and before those that follow."""
+    def _run_looked_up(self, first: int, rows: int) -> _Run:
+        """(7) Queued after the work that makes its rows and all earlier changes of the table, before later ones."""
         self._require()
         streams = self._streams
         run = _Run(streams.record(streams.compute))
-        streams.launch(streams.compute, partial(self._compute.found, self.slot_of, first, rows))
+        streams.launch(streams.compute, partial(self._compute.run_looked_up, self.slot_of, first, rows))
         run.event = streams.record(streams.compute)
         return run
 
@@ -188,7 +191,7 @@ class CudaDevice:
         ticket.joined = True
         if ticket.streamed:
             self._require_queued(ticket)
-        if self.observer is None and self._compute.stays:
+        if self.observer is None and self._compute.results_stay_on_device:
             self._joined.append(ticket)
         else:
             self._streams.synchronise(ticket.event)
@@ -204,7 +207,7 @@ class CudaDevice:
             self._streams.fill(self._streams.compute, self.slot_of, NOWHERE)
 
     def _account(self, run: _Run) -> None:
-        """It has happened."""
+        """Add the times of a run that has ended."""
         self._times.run += self._observe("hits", run.first, run.event)
         for copy in run.streamed:
             self._times.streamed += 1
@@ -217,15 +220,15 @@ class CudaDevice:
         self._closing = True
         self._worker.close()
         self._streams.close()
-        self._asked.clear()
+        self._pending.clear()
         self._joined.clear()
-        self.memory.clear()  # at once, not when nobody holds this any more: the next device may need the room
+        self.memory.clear()  # at once, not when this object is collected: the next device may need the memory
         self.slot_of = None
         del self._compute
 
-    def _ask(self, slot: int, key: int) -> None:
-        """(1) The old expert is forgotten on the compute stream, and the copy waits for that: whoever could still find
-        it there has read it by then.
+    def _request_copy(self, slot: int, key: int) -> None:
+        """(1) Remove the old expert from the device's table on the compute stream; the copy waits for that, so every
+        earlier reader of the slot is done.
         """
         self._require()
         streams = self._streams
@@ -235,7 +238,7 @@ class CudaDevice:
         self._key_of[slot] = None
         copy = _Copy(slot, key, streams.record(streams.compute))
         self._send(copy)
-        self._asked.append(copy)
+        self._pending.append(copy)
 
     def _send(self, copy: _Copy) -> None:
         if self._ring is None:
@@ -248,7 +251,7 @@ class CudaDevice:
                 self._worker.submit(partial(self._stage, self._ring, copy, number))
 
     def _begin(self, copy: _Copy) -> None:
-        """(5) The slot of a stream is written again when the expert before has been computed from it."""
+        """(5) A streaming slot is written again after the previous expert has been computed from it."""
         streams = self._streams
         streams.wait(streams.copy, copy.after if copy.run is None else self._passed[copy.slot - self._slots])
         copy.first = streams.record(streams.copy)
@@ -262,7 +265,7 @@ class CudaDevice:
             self._queue_streamed(copy, copy.run)
 
     def _queue_streamed(self, copy: _Copy, run: _Run) -> None:
-        """(6) A streamed expert is computed when its last byte is there, which the host does not wait for."""
+        """(6) A streamed expert is computed once its last byte has arrived; the host does not wait for that."""
         streams = self._streams
         streams.wait(streams.compute, copy.event)
         streams.launch(streams.compute, partial(self._compute.experts, range(copy.id, copy.id + 1), copy.slot))
@@ -272,7 +275,7 @@ class CudaDevice:
             run.event = streams.record(streams.compute)
 
     def _require_queued(self, run: _Run) -> None:
-        """Wait until all of a run is queued. Raises what came in between, once what was queued has happened."""
+        """Wait until all of a run is queued. Raises its error, if any, after the queued part has ended."""
         if not self._closing:
             self._worker.drain()
         error, run.error = run.error, None
@@ -297,7 +300,7 @@ class CudaDevice:
         except DeviceLost as error:
             self._lost = str(error)
             self._fail(copy, error)
-        except Exception as error:  # of the host: it is told of with the copy or the run, and the next may go well
+        except Exception as error:  # of the host: reported with the copy or the run; the next one may succeed
             self._fail(copy, error)
 
     def _fail(self, copy: _Copy, error: Exception) -> None:
@@ -306,21 +309,21 @@ class CudaDevice:
             copy.run.error = error
 
     def _next_ended(self) -> bool:
-        if not self._asked:
+        if not self._pending:
             return False
-        copy, done = self._asked[0], self._streams.done
+        copy, done = self._pending[0], self._streams.done
         return copy.failed or (done(copy.after) and copy.event is not None and done(copy.event))
 
     def _finish(self, count: int) -> None:
         """Wait for the next copies to end."""
         self._worker.drain()
-        for copy in list(self._asked)[:count]:
+        for copy in list(self._pending)[:count]:
             if not copy.failed:
                 self._streams.synchronise(copy.event)
 
-    def _tell(self) -> tuple[int, bool]:
-        """(3) An expert is found, here and on the device, once its last byte is known to be there."""
-        copy = self._asked.popleft()
+    def _report_copy(self) -> tuple[int, bool]:
+        """(3) An expert is in both tables, the host's and the device's, once its last byte is known to have arrived."""
+        copy = self._pending.popleft()
         if copy.failed:
             self._times.failed_copies += 1
             return copy.slot, False
@@ -332,7 +335,7 @@ class CudaDevice:
         return copy.slot, True
 
     def _observe(self, what: str, first: Event, last: Event) -> float:
-        """Returns the seconds between two events that have happened."""
+        """Report to the observer; returns the seconds between two events that have happened."""
         seconds = self._streams.seconds(first, last)
         if self.observer is not None:
             now = perf_counter()
@@ -340,7 +343,7 @@ class CudaDevice:
         return seconds
 
     def _set_slot(self, key: int, slot: int) -> None:
-        """(4) Kernels find what the host knew when it queued them: both tables change in the order of that stream."""
+        """(4) Kernels look up what the host knew when it queued them: the device's table changes in stream order."""
         if self.slot_of is not None:
             self._streams.fill(self._streams.compute, self.slot_of[key : key + 1], slot)
 

@@ -1,7 +1,7 @@
-"""A device in the memory of the host: the protocol, its races and its results, with no device at hand.
+"""A simulated device in the host's memory: it has the protocol, races and results of a real one.
 
-Experts are computed from the bytes of their slot and from nothing else, by a thread of its own; another one copies at a
-configured rate, or a `CopyClock` says when a copy ends, so that a run can be repeated exactly.
+One thread computes experts, from the bytes of their slots alone. Another copies at a configured rate, or a `CopyClock`
+decides when each copy ends, so that a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gpu_cache.errors import CacheError
 CHUNK_BYTES = 1 << 20  # copied at a time, so that a copy can be slowed down evenly, and ended
 ALIGNMENT = 64
 POISON = 0xFF  # as a scale or a float: not a number
-LOOK = 0.05  # seconds after which a run looks whether the thread whose copy it waits for is alive
+LOOK = 0.05  # seconds between checks that the copy thread is alive, while a run waits for a copy
 
 
 @dataclass(frozen=True)
 class CopySpeed:
-    """How fast a copy is: bytes per second, seconds before each begins, and up to how many more, at random."""
+    """Speed of a copy. latency: seconds before each begins. jitter: up to this many more seconds, at random."""
 
     bytes_per_second: float = float("inf")
     latency: float = 0.0
@@ -37,9 +37,7 @@ class CopySpeed:
 
 
 class SimulatedDevice:
-    """See `gpu_cache.device.Device`. A copy thread that dies takes the copies that wait with it; the next one has a new
-    thread.
-    """
+    """See `gpu_cache.device.Device`. If the copy thread dies, the pending copies fail; later ones get a new thread."""
 
     def __init__(
         self,
@@ -53,8 +51,8 @@ class SimulatedDevice:
         streams: bool = False,
     ) -> None:
         """bind: called once with the memory of the slots, an array [slots, bytes] for each piece. clock: copies end
-        when it says so, whatever `speed` is; those of a stream end within their run all the same. poison: what is
-        evicted becomes garbage at once. streams: have `STAGING` slots more.
+        when it says so, whatever `speed` is; copies of streamed experts still end within their run. poison: overwrite
+        an evicted expert at once. streams: add `STAGING` slots.
         """
         self.times = DeviceTimes()
         self.observer: Observer | None = None
@@ -63,7 +61,7 @@ class SimulatedDevice:
         self._source, self._speed, self._clock = source, speed or CopySpeed(), clock
         self._poison = poison
         self._compute = bind(self.memory)
-        self._asked: dict[int, int] = {}  # keys of the copies that `poll` has not told of, by slot
+        self._pending: dict[int, int] = {}  # slot -> key of copies not yet reported by `poll`
         self._ended: deque[int] = deque()
         self._copies = self._start_copies()
         self._runs: SimpleQueue[tuple[SlotIds, Sequence[int]] | None] = SimpleQueue()
@@ -83,12 +81,12 @@ class SimulatedDevice:
             self._clock.issue(slot)
         else:
             self._copies.waiting.put((slot, key, None))
-        self._asked[slot] = key  # last: what a signal keeps from being asked for is not waited for
+        self._pending[slot] = key  # last: a copy that a signal kept from being issued must not be waited for
 
     def poll(self) -> list[tuple[int, bool]]:
         if self._clock is not None:
-            return [self._end_copy(slot) for slot in self._clock.due() if slot in self._asked]
-        if not self._asked:
+            return [self._end_copy(slot) for slot in self._clock.due() if slot in self._pending]
+        if not self._pending:
             return []
         alive = self._copies.is_alive()
         ended = self._take_ended()
@@ -96,7 +94,7 @@ class SimulatedDevice:
 
     @property
     def pending(self) -> int:
-        return len(self._asked)
+        return len(self._pending)
 
     def load(self, slot: int, key: int) -> None:
         self._copy(slot, key, Event())
@@ -106,7 +104,7 @@ class SimulatedDevice:
         self._runs.put((slot_ids, streamed))
         return self._idle
 
-    run_found = None  # its rows are known to the host first
+    run_looked_up = None  # the host always knows the chosen experts first
 
     def join(self, ticket: Event) -> None:
         ticket.wait()
@@ -115,7 +113,7 @@ class SimulatedDevice:
             raise error
 
     def wait(self, ticket: Event) -> None:
-        """It has ended when it is joined."""
+        """Nothing to do: a joined run has ended."""
 
     def forget(self) -> None:
         if self._poison:
@@ -134,7 +132,7 @@ class SimulatedDevice:
                     self._run_streamed(slot_ids, streamed)
                 else:
                     self._run(slot_ids)
-            except BaseException as error:  # it belongs to who waits for the result
+            except BaseException as error:  # raised by `join`
                 self._error = error
             self._idle.set()
 
@@ -143,17 +141,17 @@ class SimulatedDevice:
         try:
             self._compute(slot_ids)
         finally:
-            self.times.run += self._tell("hits", start)
+            self.times.run += self._report_span("hits", start)
 
-    def _tell(self, what: str, start: float) -> float:
-        """Returns the seconds since `start`, which end something."""
+    def _report_span(self, what: str, start: float) -> float:
+        """Report a span that ends now to the observer; returns its seconds."""
         end = perf_counter()
         if self.observer is not None:
             self.observer(what, start, end)
         return end - start
 
     def _run_streamed(self, slot_ids: SlotIds, keys: Sequence[int]) -> None:
-        """One expert is copied while the one before it is computed; what slots hold is computed first."""
+        """Copy each streamed expert while the previous one is computed. Experts in slots are computed first."""
         copies = [self._stage(i, key) for i, key in enumerate(keys[:STAGING])]
         held = np.where(slot_ids < self._slots, slot_ids, -1)
         if (held >= 0).any():
@@ -165,7 +163,7 @@ class SimulatedDevice:
                 copies.append(self._stage(i + STAGING, keys[i + STAGING]))
 
     def _stage(self, number: int, key: int) -> _StagedCopy:
-        """Ask for the copy of a streamed expert; who used its slot before has been computed."""
+        """Issue the copy of a streamed expert. The previous expert in its slot has been computed."""
         slot = self._slots + number % STAGING
         self._forget(slot)
         return _StagedCopy(self._copies, slot, key)
@@ -176,10 +174,10 @@ class SimulatedDevice:
                 memory[slot] = POISON
 
     def _replace_copies(self) -> list[tuple[int, bool]]:
-        """The copies that died with their thread; those to come have a new one."""
-        failed = [(slot, False) for slot in self._asked]
+        """Start a new copy thread; returns the copies that failed with the old one."""
+        failed = [(slot, False) for slot in self._pending]
         self.times.failed_copies += len(failed)
-        self._asked.clear()
+        self._pending.clear()
         self._copies = self._start_copies()
         return failed
 
@@ -189,11 +187,11 @@ class SimulatedDevice:
     def _take_ended(self) -> list[tuple[int, bool]]:
         slots = [self._ended.popleft() for _ in range(len(self._ended))]
         for slot in slots:
-            self._asked.pop(slot, None)
+            self._pending.pop(slot, None)
         return [(slot, True) for slot in slots]
 
     def _end_copy(self, slot: int) -> tuple[int, bool]:
-        self._copy(slot, self._asked.pop(slot), Event())
+        self._copy(slot, self._pending.pop(slot), Event())
         return slot, True
 
     def _copy(self, slot: int, key: int, stop: Event) -> bool:
@@ -208,7 +206,7 @@ class SimulatedDevice:
                 left = start + done / self._speed.bytes_per_second - perf_counter()
                 if self._clock is None and left > 0 and stop.wait(left):
                     return False
-        self.times.copy += self._tell("copy", start)
+        self.times.copy += self._report_span("copy", start)
         if slot >= self._slots:
             self.times.streamed += 1
             self.times.streamed_bytes += done
@@ -253,7 +251,7 @@ class _StagedCopy:
         thread.waiting.put((slot, key, self._done))
 
     def wait(self) -> None:
-        """Returns when the slot holds the expert, which is copied here if the thread has died."""
+        """Wait until the slot holds the expert; copy it here if the thread has died."""
         while not self._done.wait(LOOK):
             if not self._thread.is_alive() and not self._done.is_set():
                 if not self._thread.copy(self.slot, self._key, self._thread.stop_asked):

@@ -1,4 +1,4 @@
-"""A ring of pinned buffers that weights pass through on their way to a device: only the ring need be pinned."""
+"""A ring of pinned buffers through which weights are copied to a device, so that only the ring must be pinned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUFFERS = 4  # one is filled, one is copied from, and two even out the differenc
 
 @dataclass(eq=False)
 class _Buffer:
-    """Staging memory, and the event that it may be written again."""
+    """Staging memory. free: the event after which it may be written again."""
 
     memory: Bytes
     free: Event = None
@@ -30,8 +30,8 @@ class StagingRing:
     """
 
     def __init__(self, streams: Streams, piece_bytes: Sequence[int], size: int, note: Callable[[str], None]) -> None:
-        """note: told of what could not be had. Memory that is not pinned serves as well: a copy from it ends before the
-        call does, and is slower.
+        """note: called with one line if memory cannot be pinned. Unpinned buffers also work: such a copy blocks, and is
+        slower.
         """
         self._streams, self._next = streams, 0
         self.chunks = list(_chunks(piece_bytes, size))
@@ -43,8 +43,8 @@ class StagingRing:
             self._buffers = [_Buffer(np.empty(size, np.uint8)) for _ in range(BUFFERS)]
 
     def copy(self, target: Memory, host: Bytes) -> None:
-        """Queue a copy of a chunk, which is read before this returns. (2) A buffer is written again when the copy from
-        it has ended.
+        """Queue a copy of a chunk; `host` may change once this returns. (2) A buffer is written again after the copy
+        from it has ended.
         """
         streams, buffer = self._streams, self._buffers[self._next]
         self._next = (self._next + 1) % len(self._buffers)
@@ -56,7 +56,7 @@ class StagingRing:
         buffer.free = streams.record(streams.copy)
 
 
-def _chunks(piece_bytes: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
+def _chunks(piece_bytes: Sequence[int], maximum: int) -> Iterator[tuple[int, int, int]]:
     for piece, size in enumerate(piece_bytes):
-        for first in range(0, size, most):
-            yield piece, first, min(size, first + most)
+        for first in range(0, size, maximum):
+            yield piece, first, min(size, first + maximum)

@@ -1,6 +1,6 @@
-"""What a device with queues must offer to `CudaDevice`: memory, copies, work, and events that order them.
+"""What `CudaDevice` needs of a device with queues: memory, copies, work, and events that order them.
 
-Two things do: `torch_streams.TorchStreams` on a GPU, and in the tests a stand-in that runs what is queued in any order
+There are two: `torch_streams.TorchStreams` on a GPU, and a stand-in in the tests that runs queued work in any order
 that streams and events allow.
 """
 
@@ -20,21 +20,21 @@ Event = Any
 
 
 class Worker(Protocol):
-    """A thread of the host that does one thing after another."""
+    """A thread of the host that runs tasks one after another."""
 
     def submit(self, task: Callable[[], None]) -> None:
-        """A task raises nothing."""
+        """Queue a task, which must not raise."""
 
     def drain(self) -> None:
-        """Return when all that was submitted is done."""
+        """Block until all submitted tasks are done."""
 
     def close(self) -> None:
-        """Return when the task at hand is done; those that wait are dropped."""
+        """Block until the current task is done; drop the waiting ones."""
 
 
 class Streams(Protocol):
-    """Nothing that takes a stream has happened when a call returns. What is queued on one stream happens in order; what
-    is on two, in any, but for `wait`.
+    """Calls that take a stream only queue. Work on one stream runs in order; between two streams only `wait` gives an
+    order.
 
     Every call may raise `DeviceLost`. One thread and the worker's tasks call it.
     """
@@ -43,39 +43,39 @@ class Streams(Protocol):
     compute: Stream
 
     def allocate(self, shape: Sequence[int], dtype: npt.DTypeLike = np.uint8) -> Memory:
-        """Memory of the device, whatever is in it. Raises DeviceFull."""
+        """Uninitialised memory of the device. Raises DeviceFull."""
 
     def staging(self, nbytes: int) -> Bytes:
         """Pinned memory of the host. Raises PinningRefused."""
 
     def pin(self, regions: Sequence[Bytes]) -> None:
-        """Pin memory that is there already, until `close`. Raises PinningRefused."""
+        """Pin existing memory until `close`. Raises PinningRefused."""
 
     def fill(self, stream: Stream, target: Memory, value: int) -> None:
         """Queue: every element of the target becomes `value`."""
 
     def upload(self, stream: Stream, target: Memory, host: Bytes) -> None:
-        """Queue a copy of bytes of the host, which may not change until it is done."""
+        """Queue a copy of host bytes, which must not change until it is done."""
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Queue what `work` does to memory of the device. On a GPU it is called at once and queues kernels."""
+        """Queue what `work` does to memory of the device. On a GPU `work` is called at once and queues kernels."""
 
     def record(self, stream: Stream) -> Event:
-        """An event that happens when all that was queued on the stream has."""
+        """An event that happens when everything queued on the stream so far is done."""
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """Queue: what comes later on this stream happens after the event."""
+        """Make later work on this stream wait for the event."""
 
     def done(self, event: Event) -> bool:
         """Whether it has happened."""
 
     def synchronise(self, event: Event) -> None:
-        """Return when it has happened."""
+        """Block until it has happened."""
 
     def seconds(self, first: Event, last: Event) -> float:
-        """From one event to another; both have happened."""
+        """Seconds from one event to the other; both must have happened."""
 
     def worker(self) -> Worker: ...
 
     def close(self) -> None:
-        """Wait for what is queued, whatever comes of it, and unpin. Raises nothing."""
+        """Wait for the queued work, ignoring its errors, and unpin. Raises nothing."""

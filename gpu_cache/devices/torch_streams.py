@@ -23,8 +23,8 @@ _READ_ONLY = 8  # cudaHostRegisterReadOnly: what a mapped file of a store is
 
 
 class TorchStreams:
-    """See `gpu_cache.devices.streams.Streams`. device: number of the GPU, as torch counts. compute: the stream of a
-    step whose rows are on the device; None: one of its own.
+    """See `gpu_cache.devices.streams.Streams`. device: torch's number of the GPU. compute: the stream of a step whose
+    rows are on the device; None: a new stream.
     """
 
     def __init__(self, device: int = 0, compute: torch.cuda.Stream | None = None) -> None:
@@ -50,7 +50,7 @@ class TorchStreams:
             self._register(first, last - first)
 
     def _register(self, address: int, size: int) -> None:
-        """As read-only first: a mapped store is, and copies only read."""
+        """Try read-only first, because a mapped store is read-only. Copies only read."""
         code = 0
         for flags in (_READ_ONLY, 0):
             code = int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
@@ -60,7 +60,9 @@ class TorchStreams:
         raise _refused(size, f"cudaHostRegister returned {code}")
 
     def _clear_error(self) -> None:
-        """CUDA keeps an error for whoever looks next, and torch looks after a kernel: best after one for nothing."""
+        """CUDA keeps the error until the next check, and torch checks after every kernel: run a dummy kernel to consume
+        it.
+        """
         with suppress(RuntimeError):
             torch.zeros(1, device=self._device)
 
@@ -139,8 +141,8 @@ class HostWorker:
 
 
 def page_ranges(regions: Sequence[Bytes]) -> list[tuple[int, int]]:
-    """[first, last) addresses of whole pages that hold the regions, ascending; those that share a page are one, because
-    a page is pinned once.
+    """Address ranges [first, last) of whole pages that cover the regions, ascending. Regions that share a page become
+    one range, because a page can be pinned only once.
     """
     ranges: list[tuple[int, int]] = []
     for start, end in sorted((region.ctypes.data, region.ctypes.data + region.nbytes) for region in regions):
@@ -154,7 +156,7 @@ def page_ranges(regions: Sequence[Bytes]) -> list[tuple[int, int]]:
 
 @contextmanager
 def _device_errors() -> Iterator[None]:
-    """What torch raises as one of our errors, in one line."""
+    """Turn torch's exceptions into ours, with one-line messages."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -174,7 +176,7 @@ def _torch_dtype(dtype: npt.DTypeLike) -> torch.dtype:
 
 
 def _as_tensor(host: Bytes) -> Any:
-    """torch warns of arrays that may not be written, as a mapped store is; a copy only reads."""
+    """Avoids torch's warning about read-only arrays, such as a mapped store; a copy only reads."""
     if host.flags.writeable:
         return torch.from_numpy(host)
     memory: Any = (ctypes.c_uint8 * host.nbytes).from_address(host.ctypes.data)

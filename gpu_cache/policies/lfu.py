@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from gpu_cache.geometry import Geometry
-from gpu_cache.policies.decayed import NOBODY, DecayedPolicy
+from gpu_cache.policies.decayed import EMPTY_VALUE, DecayedPolicy
 
 HALF_LIFE = 64  # steps
 
@@ -28,29 +28,29 @@ class Lfu(DecayedPolicy):
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        value, worth, base, standing = self._value, self._worth, layer * self._experts, self._standing
+        value, unit, base, values = self._value, self._unit, layer * self._experts, self._values_by_place
         for expert in experts:
-            value[base + expert] += worth
+            value[base + expert] += unit
         for slot in slots:
-            standing[slot] += worth
+            values[slot] += unit
 
     def on_fill(self, slot: int, key: int) -> None:
         self._key_of[slot] = key
-        self._standing[slot] = self._value[key]
+        self._values_by_place[slot] = self._value[key]
 
     def on_evict(self, slot: int, key: int) -> None:
-        self._standing[slot] = NOBODY
+        self._values_by_place[slot] = EMPTY_VALUE
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
-        standing, value, key_of = self._standing, self._value, self._key_of
-        least = self._least(index)
-        fresh = standing[least] == value[key_of[least]] and least not in blocked
-        slot = least if fresh else self._search(index, blocked)
+        values, value, key_of = self._values_by_place, self._value, self._key_of
+        smallest = self._find_min(index)
+        fresh = values[smallest] == value[key_of[smallest]] and smallest not in blocked
+        slot = smallest if fresh else self._search(index, blocked)
         if slot is not None:
-            key_of[slot], standing[slot] = key, value[key]
+            key_of[slot], values[slot] = key, value[key]
         return slot
 
-    def _least(self, index: int) -> int:
+    def _find_min(self, index: int) -> int:
         return index * self.nways + int(self._argmin[index]())
 
     def _resident(self, place: int) -> tuple[int, int]:

@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from gpu_cache.geometry import NOWHERE, Geometry
-from gpu_cache.policies.decayed import NOBODY, DecayedPolicy
+from gpu_cache.policies.decayed import EMPTY_VALUE, DecayedPolicy
 
 ALPHA = 0.5
 
 
 class Mrs(DecayedPolicy):
-    """Zhong et al., HybriMoE, DAC 2025 (arXiv 2504.05897): the least S goes.
+    """Zhong et al., HybriMoE, DAC 2025 (arXiv 2504.05897): evicts the smallest S.
 
     S = ALPHA * score + (1 - ALPHA) * S in each step; a layer's turn comes when it is looked up. Here the score of an
     expert that is not called counts as 0; HybriMoE also counts some scores just below the top-k. Where scores are
@@ -42,42 +42,42 @@ class Mrs(DecayedPolicy):
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
         self._layer = layer
-        value, worth, base = self._value, ALPHA * self._worth, layer * self._experts
+        value, unit, base = self._value, ALPHA * self._unit, layer * self._experts
         for expert, score in zip(experts, scores or [1 / len(experts)] * len(experts), strict=True):
-            value[base + expert] += worth * score
-        standing, place_of, key_of = self._standing, self._place_of, self._key_of
+            value[base + expert] += unit * score
+        values, place_of, key_of = self._values_by_place, self._place_of, self._key_of
         for slot in slots:
             key = key_of[slot]
-            standing[place_of[key]] = value[key]
+            values[place_of[key]] = value[key]
 
     def on_fill(self, slot: int, key: int) -> None:
         self._key_of[slot], self._slot_of[key] = key, slot
-        self._standing[self._place_of[key]] = self._value[key]
+        self._values_by_place[self._place_of[key]] = self._value[key]
 
     def on_evict(self, slot: int, key: int) -> None:
-        self._standing[self._place_of[key]] = NOBODY
+        self._values_by_place[self._place_of[key]] = EMPTY_VALUE
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
-        place = self._least(index)
+        place = self._find_min(index)
         old = self._key_at[place]
-        least = self._slot_of[old]
-        fresh = self._standing[place] == self._value[old] and least not in blocked
-        slot = least if fresh else self._search(index, blocked)
+        smallest = self._slot_of[old]
+        fresh = self._values_by_place[place] == self._value[old] and smallest not in blocked
+        slot = smallest if fresh else self._search(index, blocked)
         if slot is not None:
-            self._standing[self._place_of[self._key_of[slot]]] = NOBODY
+            self._values_by_place[self._place_of[self._key_of[slot]]] = EMPTY_VALUE
             self.on_fill(slot, key)
         return slot
 
-    def _least(self, index: int) -> int:
-        """The place of the least value. Layers whose turn in this step has not come have not decayed in it yet."""
-        ends, standing = self._ends[index], self._standing
+    def _find_min(self, index: int) -> int:
+        """The place of the smallest value. Layers that this step has not looked up yet have not decayed in it yet."""
+        ends, values = self._ends[index], self._values_by_place
         first, turn, last = ends[0], ends[self._layer + 1], ends[-1]
         if turn == last:
             return first + int(self._values[first:last].argmin())
         other = turn + int(self._values[turn:last].argmin())
         if first < turn:
             found = first + int(self._values[first:turn].argmin())
-            if standing[other] / self.decay >= standing[found]:
+            if values[other] / self.decay >= values[found]:
                 return found
         return other
 

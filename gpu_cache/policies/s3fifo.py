@@ -11,7 +11,7 @@ from gpu_cache.policies.base import Policy
 
 SMALL = 0.1  # of the ways of an index
 GHOSTS = 0.9
-MOST_CALLS = 3  # counted
+MAX_CALLS = 3  # counted
 CALLS_TO_MOVE = 2  # from the small queue to the main one
 
 
@@ -47,7 +47,7 @@ class S3Fifo(Policy):
     ) -> None:
         calls = self._calls
         for slot in slots:
-            if calls[slot] < MOST_CALLS:
+            if calls[slot] < MAX_CALLS:
                 calls[slot] += 1
 
     def on_fill(self, slot: int, key: int) -> None:

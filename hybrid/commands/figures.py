@@ -202,9 +202,9 @@ def layers_figure(shares: Reals, rows: Sequence[str], columns: tuple[str, float]
     return figure
 
 
-def binned(sums: Reals, most: int = _CELLS) -> tuple[Reals, int]:
-    """[rows, columns] added up in runs of columns so that at most `most` are left, and the length of a run."""
-    run = -(-sums.shape[1] // most)
+def binned(sums: Reals, maximum: int = _CELLS) -> tuple[Reals, int]:
+    """[rows, columns] added up in runs of columns so that at most `maximum` are left, and the length of a run."""
+    run = -(-sums.shape[1] // maximum)
     return np.add.reduceat(sums, np.arange(0, sums.shape[1], run), axis=1), run
 
 

@@ -1,6 +1,6 @@
-"""`hybrid verify`: the same prompts without a cache and with one in every plight must give the same.
+"""`hybrid verify`: the same prompts without a cache and in every cache scenario must give the same results.
 
-The same bits on a simulated device, whose experts have those of the CPU; on a GPU the same within rounding.
+On a simulated device, which computes experts with the CPU's kernels, the same bits; on a GPU the same within rounding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DEVICES = ("simulated", "cuda")
 
 @dataclass(frozen=True)
 class Scenario:
-    """A plight of the cache."""
+    """A cache setting under test, often a hostile one."""
 
     name: str
     cache: CacheConfig
@@ -52,13 +52,13 @@ class Scenario:
 
     @property
     def slow(self) -> bool:
-        """Whether its copies must be, as those of a simulated device alone can be made."""
+        """Whether it needs slow copies. Only a simulated device can slow its copies down."""
         return self.device == SLOW
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a scenario. difference: the first one, None if there was none. more: figures of the comparison."""
+    """Result of a scenario. difference: the first one, None if there was none. more: figures of the comparison."""
 
     scenario: str
     calls: int
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Answers:
-    """Token ids of every answer, and logits of a text: the first prompt with its answer, or one that was given.
+    """Token ids of every answer, and logits of a text: the first prompt and its answer, or a given text.
 
     quantised: whether the CPU rounds activations, or keys and values, to 8 bits.
     """
@@ -174,9 +174,8 @@ def try_scenario(
 
 
 def make_scenarios(shape: ExpertShape, thorough: bool = False, slots: int | None = None) -> Iterator[Scenario]:
-    """Every plight with LRU, then every policy, mapping and admission: each once, or `thorough`ly all together.
-
-    slots: that fit the device; None: as many as are wanted.
+    """Every scenario with LRU; then every policy, mapping and admission at least once, or with `thorough` in every
+    combination. slots: how many fit the device; None: as many as the scenarios want.
     """
     from gpu_cache.admission import ADMISSIONS
     from gpu_cache.geometry import MAPPINGS
@@ -205,42 +204,47 @@ def make_scenarios(shape: ExpertShape, thorough: bool = False, slots: int | None
 
 
 def _each_once(*names: Any) -> Iterator[tuple[str, ...]]:
-    """Tuples in which every name appears: as many as the longest list has."""
+    """As many tuples as the longest list has names; every name appears in at least one."""
     lists = [list(part) for part in names]
     for i in range(max(map(len, lists))):
         yield tuple(part[i % len(part)] for part in lists)
 
 
 def compare_bits(expected: Answers, found: Answers) -> Comparison:
-    """Every token and every bit of the logits."""
+    """Compare every token and every bit of the logits."""
     return first_difference(expected, found), {}
 
 
-def compare_nearness(expected: Answers, found: Answers) -> Comparison:
-    """The logits of one text, run whole and token by token. Answers may differ where two tokens were nearly tied."""
+def compare_within_tolerance(expected: Answers, found: Answers) -> Comparison:
+    """Compare the logits of one text, run whole and token by token. Answers may differ where two tokens nearly tied."""
     import numpy as np
 
-    from hybrid.commands.nearness import nearness
+    from hybrid.commands.tolerance import measure_logit_error
 
-    near = nearness(found.logits, np.concatenate([expected.logits] * 2), expected.quantised)
+    error = measure_logit_error(found.logits, np.concatenate([expected.logits] * 2), expected.quantised)
     pairs = list(zip(expected.tokens, found.tokens, strict=True))
-    agreeing = sum(_agreeing(right, other) for right, other in pairs) / max(1, sum(len(right) for right, _ in pairs))
-    return near.problem, {"median_error": near.median, "far_tokens": near.far, "agreeing_tokens": agreeing}
+    equal = sum(_count_equal_prefix(right, other) for right, other in pairs)
+    agreeing = equal / max(1, sum(len(right) for right, _ in pairs))
+    return error.problem, {
+        "median_error": error.median,
+        "far_tokens": error.outlier_share,
+        "agreeing_tokens": agreeing,
+    }
 
 
-def _agreeing(right: Sequence[int], other: Sequence[int]) -> int:
+def _count_equal_prefix(right: Sequence[int], other: Sequence[int]) -> int:
     """Tokens before the first that differs."""
     return next((i for i, (a, b) in enumerate(zip(right, other, strict=False)) if a != b), min(len(right), len(other)))
 
 
 COMPARISONS: dict[str, Callable[[Answers, Answers], Comparison]] = {
     "simulated": compare_bits,
-    "cuda": compare_nearness,
+    "cuda": compare_within_tolerance,
 }
 
 
 def first_difference(expected: Answers, found: Answers) -> str | None:
-    """In words, or None."""
+    """Where the answers first differ, in words; None if they are the same."""
     import numpy as np
 
     for prompt, (right, wrong) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
@@ -258,7 +262,9 @@ def first_difference(expected: Answers, found: Answers) -> str | None:
 def _answers(
     config: EngineConfig, prompts: Sequence[str], max_tokens: int, text: list[int] | None = None
 ) -> tuple[Answers, dict[str, Any]]:
-    """The answers, and what the cache did. text: whose logits are wanted, whole and then token by token."""
+    """The answers, and the report of the cache. text: compute the logits of this text, run whole and then token by
+    token; None: of the first prompt and its answer, run whole.
+    """
     from hybrid.serving.llm import LLM
 
     with LLM.from_config(config) as llm:
@@ -276,8 +282,8 @@ def _answers(
 
 
 def _both_ways(llm: LLM, text: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Logits at every token of a text that is run whole, then of the same token by token: a device has other kernels
-    for few rows.
+    """Logits at every token of a text run whole, then of the same text run token by token, because a device uses other
+    kernels for few rows.
     """
     import numpy as np
 
@@ -299,7 +305,7 @@ def _quantised(llm: LLM) -> bool:
 
 
 def _cache_plan(config: EngineConfig, device: str) -> CachePlan:
-    """With as many slots as fit; raises ConfigError for a model that has no experts."""
+    """A plan with as many slots as fit. Raises ConfigError for a model without experts."""
     from hybrid.plan.resolve import plan_model
 
     plan = plan_model(replace(config, device=device))
@@ -310,20 +316,22 @@ def _cache_plan(config: EngineConfig, device: str) -> CachePlan:
 
 def _to_text(outcomes: Sequence[Outcome]) -> str:
     width = max(len(outcome.scenario) for outcome in outcomes)
-    near = bool(outcomes[0].more)
-    heads = "  error   far  agree" if near else ""
+    within_rounding = bool(outcomes[0].more)
+    heads = "  error   far  agree" if within_rounding else ""
     lines = [f"{'scenario':<{width}}  {'calls':>7}  hits   copies  late  streamed{heads}  result"]
     for o in outcomes:
         result = "different" if o.difference else "same"
         counts = f"{o.calls:>7}  {o.hit_rate:>4.0%}  {o.fills:>7}  {o.late_copies:>4}  {o.streamed:>8}"
         lines.append(f"{o.scenario:<{width}}  {counts}{_figures(o)}  {result}")
     same = sum(not outcome.difference for outcome in outcomes)
-    what = "logits within rounding of those of the CPU" if near else "the same tokens and logits as no cache"
+    what = "logits within rounding of those of the CPU" if within_rounding else "the same tokens and logits as no cache"
     return "\n".join([*lines, f"{same} of {len(outcomes)} scenarios give {what}"])
 
 
 def _figures(outcome: Outcome) -> str:
-    """error: in the median. far: tokens whose error is large. agree: of the answers, before the first difference."""
+    """Columns: the median error, the share of tokens with a large error, and the share of answer tokens before the
+    first difference.
+    """
     if not outcome.more:
         return ""
     error, far, agreeing = (outcome.more[name] for name in ("median_error", "far_tokens", "agreeing_tokens"))

@@ -180,7 +180,7 @@ class Engine:
             raise
 
     def _leave_device(self) -> None:
-        """Steps to come are the threads' alone; they miss no token, for the home of keys and values is theirs."""
+        """Run later steps on the threads alone. They lose no token, because the threads hold all keys and values."""
         if self.experts:
             self.experts.placing = False
         if self.device_step:
@@ -188,8 +188,8 @@ class Engine:
         self.device_step, self._plain = None, self._executor
 
     def watch(self, observer: SpanObserver | None) -> None:
-        """From the next step on have it told, by several threads, of what a device, its copies and the threads beside
-        them do; None ends it.
+        """From the next step on, report spans of the device, its copies and the threads to `observer`, from several
+        threads; None stops it.
         """
         if self.device_step:
             self.device_step.observer = observer
@@ -202,7 +202,7 @@ class Engine:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be had as asked, a line each."""
+        """One line for each request that could not be met."""
         of_step = self.device_step.notes if self.device_step else []
         return of_step + (self.experts.notes if self.experts else [])
 

@@ -1,4 +1,4 @@
-"""Which experts the rows of a step chose, told while the step runs; or which they must take, by a trace."""
+"""Reports which experts the rows of a step chose, or overrides the choice from a trace."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ RouteObserver = Callable[[int, int, Ints, Ints, Ints, Floats], None]
 
 
 class Routes:
-    """Reads what the router wrote. `ids` and `weights` are those of the layer at hand, [rows * top_k] in rows; they
-    belong to the engine and change with the layer.
+    """Reads the router's output. `ids` and `weights` are those of the current layer, [rows * top_k], row after row.
+    They are buffers of the engine, which every MoE layer overwrites.
 
-    A sequence is numbered when its first token comes. observer: called in every MoE layer; None: nobody is told.
-    taken: int32 [MoE layers, rows, top_k], the experts of the step at hand that a trace names; None without a trace.
+    A sequence is numbered at its first token. observer: called in every MoE layer, or None. taken: int32 [MoE layers,
+    rows, top_k], the experts that a trace names for the current step; None without a trace.
     """
 
     def __init__(
         self, ids: int, weights: int, rows: int, top_k: int, sequences: int, trace: RouteTrace | None = None
     ) -> None:
-        """ids, weights: addresses of the buffers. trace: whose experts rows take, at the weights of their routers."""
+        """ids, weights: addresses of the buffers. trace: its experts replace the chosen ones, at the routers'
+        weights.
+        """
         self.observer: RouteObserver | None = None
         self.taken: Ints | None = None
         self.trace = trace
@@ -39,7 +41,7 @@ class Routes:
         self.reset()
 
     def reset(self, sequences: int = 0) -> None:
-        """Begin counting steps anew. sequences: the number of the next sequence."""
+        """Restart the count of steps at 0. sequences: the number of the next sequence."""
         self.step, self._next_number = -1, sequences
         self._number_of[:] = 0
         self.rows = 0
@@ -62,12 +64,12 @@ class Routes:
             self.taken = self.trace.routes(self._sequence, self._positions)
 
     def take(self, layer: int) -> None:
-        """The experts of a layer are chosen: put those of the trace in their place."""
+        """Replace the chosen experts of a layer with those of the trace."""
         assert self.taken is not None
         self.ids[:] = self.taken[layer].reshape(-1).data
 
     def observe(self, layer: int) -> None:
-        """The experts of a layer are chosen."""
+        """Report the chosen experts of a layer to the observer."""
         if self.observer is not None:
             shape = (self.rows, self.top_k)
             ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)

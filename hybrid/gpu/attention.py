@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hybrid.gpu.products import product
 from hybrid.plan.gpu_memory import SCORES
 
-LEAST_KEYS = 256  # of one part
+MIN_KEYS = 256  # of one part
 _ALIGNED = 8  # elements of bf16: kernels read the rows of a mask 16 bytes at a time
 
 # of folded queries: (q, k, v, bias, scale) to bf16 as q
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State
 
     Returns states [batch, rows, heads].
     """
-    step = max(LEAST_KEYS, SCORES // q[..., 0].numel())
+    step = max(MIN_KEYS, SCORES // q[..., 0].numel())
     parts = [slice(first, first + step) for first in range(0, k.shape[2], step)]
     states = [_attend(q, k[:, :, part], v[:, :, part], seen[..., part], scale) for part in parts]
     whole = states[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.gpu.attention import LEAST_KEYS, attend, attend_folded, attend_whole, finish
+from hybrid.gpu.attention import MIN_KEYS, attend, attend_folded, attend_whole, finish
 from hybrid.gpu.graphs import Capture
 from hybrid.plan.gpu_memory import SCORES
 
@@ -161,8 +161,8 @@ def _as_in_steps(run: Callable[[], Tensor], device: torch.device, capture: Captu
 def _random_inputs(shape: AttentionShape, device: torch.device) -> Inputs:
     """The first keys are hidden, as by a window: kernels that know nothing of parts without a key make NaN of them."""
     random = torch.Generator(device).manual_seed(0)
-    most = SCORES // (shape.batch * shape.kv_heads * shape.dim) // LEAST_KEYS * LEAST_KEYS
-    keys = min(shape.keys, max(LEAST_KEYS, most))
+    max_keys = SCORES // (shape.batch * shape.kv_heads * shape.dim) // MIN_KEYS * MIN_KEYS
+    keys = min(shape.keys, max(MIN_KEYS, max_keys))
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=random, dtype=torch.bfloat16, device=device)

@@ -1,7 +1,7 @@
-"""CUDA graphs: what a device is asked for in every step of a shape is asked once, kept, and then asked by one call.
+"""CUDA graphs: record a step's launches once per shape, then replay them with one call.
 
-A graph knows addresses, not tensors: what a work reads must lie where it lay when it was captured, and what it returned
-then is what it makes every time.
+A graph stores addresses: its inputs must stay at the addresses of the capture, and its outputs are always the same
+tensors.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ Made = TypeVar("Made")
 
 
 class Capture(Protocol):
-    """Notes what work asks of the device."""
+    """Records launches."""
 
     def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
-        """Returns what asks for the same again, and what `work` returned: tensors that mean nothing until then.
+        """Returns a replay function and what `work` returned; those tensors are undefined until the first replay.
 
-        Nothing of it has happened. Raises RuntimeError if work does what cannot be captured.
+        Recording computes nothing. Raises RuntimeError if `work` does something that cannot be captured.
         """
 
 
 class CudaCapture:
-    """Graphs on the stream at hand, all in one pool of memory: those of a step run in the order they were captured."""
+    """Captures on the current stream. All graphs share one memory pool, so those of a step must replay in capture
+    order.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that stages copies goes on meanwhile
+        # thread_local: the thread that stages copies keeps running
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             made = work()
         except BaseException:
-            with suppress(RuntimeError):  # says again what went wrong
+            with suppress(RuntimeError):  # repeats the error
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -57,8 +59,8 @@ def capture_on(device: torch.device) -> Capture | None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """inputs: of the first step of a shape, which those that follow overwrite. works: what runs each work again, and
-    what it returns; None for one that ran once.
+    """inputs: those of the first step of a shape; later steps overwrite them. works: the replay function of each work
+    and what it returns; None for a work that ran once.
     """
 
     inputs: StepInputs
@@ -66,29 +68,29 @@ class _Kept:
 
 
 class Graphs:
-    """Runs the works of steps: the first time plainly, the second captured, and from then on by their graphs. Of shapes
-    the last `SHAPES` are kept.
+    """Runs the works of steps: directly the first time, captured the second, and replayed from then on. Keeps the
+    graphs of the last `SHAPES` shapes.
 
-    problem: why capturing was given up, if it was. replayed: how many works ran by their graphs.
+    problem: why capturing was given up, or None. replayed: number of works that ran by replay.
     """
 
     def __init__(self, capture: Capture | None) -> None:
-        """capture: None where nothing can be captured, as on the CPU."""
+        """capture: None if the device has no graphs, as the CPU."""
         self.problem: str | None = None
         self.replayed = 0
         self._capture = capture
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
-        self._works: dict[Hashable, tuple[Callable[[], None], Any] | None] | None = None  # of the step at hand
+        self._works: dict[Hashable, tuple[Callable[[], None], Any] | None] | None = None  # of the current step
 
     def begin(self, shape: Hashable | None, inputs: StepInputs) -> StepInputs:
-        """A step begins; returns the inputs that its works must read. shape: steps of equal shape have the same works,
-        but for what their inputs hold; None: nothing of this one is captured.
+        """Start a step; returns the inputs that its works must read. shape: steps of equal shape have the same works
+        and differ only in the values of their inputs; None: do not capture this step.
         """
         self._works = None
         if shape is None or self._capture is None:
             return inputs
         kept = self._kept.pop(shape, None)
-        kept = _Kept(inputs, {}) if kept is None else _Kept(kept.inputs.take(inputs), kept.works)
+        kept = _Kept(inputs, {}) if kept is None else _Kept(kept.inputs.copy_from(inputs), kept.works)
         self._kept[shape] = kept
         if len(self._kept) > SHAPES:
             self._kept.popitem(last=False)
@@ -96,7 +98,7 @@ class Graphs:
         return kept.inputs
 
     def run(self, key: Hashable, work: Callable[[], Made]) -> Made:
-        """key: tells the works of a step apart."""
+        """Run a work, or replay it. key: identifies the work within a step."""
         works = self._works
         if works is None:
             return work()
@@ -113,7 +115,7 @@ class Graphs:
         return cast(Made, made)
 
     def clear(self) -> None:
-        """Memory that works read or wrote is about to go."""
+        """Drop all graphs, because memory that they read or write is about to be freed."""
         self._kept.clear()
         self._works = None
 

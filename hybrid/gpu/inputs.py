@@ -1,4 +1,4 @@
-"""What a step on the device is about: its rows, where their keys and values go, and what they see of the mirror."""
+"""Inputs of a step on the device: its rows, where their keys and values go, and which mirrored tokens they see."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
 from hybrid.gpu.parts import rope_table
 
-KEYS = 256  # rings are read in multiples of so many places: tokens come one by one, and shapes should not
+KEYS = 256  # rings are read in multiples of this, so that shapes do not change with every token
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of equal length that are attended together. rows: int64 [rows], indexes into the step. rings: of the mirror.
-    keys: places of the rings that are looked at. seen: by window, bool [runs, rows of a run, keys].
+    """Runs of equal length whose attention is computed together. rows: int64 [rows], indexes into the step. rings: of
+    the mirror. keys: number of places of each ring that are read. seen: by window, bool [runs, rows of a run, keys].
     """
 
     sequences: tuple[int, ...]
@@ -35,8 +35,8 @@ class Group:
 @dataclass(frozen=True)
 class StepInputs:
     """embedded: float32 [rows, hidden]. sequences, places: int64 [rows], where in the mirror keys and values go.
-    tables: of every rope. older: by window, whether a row sees what is not mirrored. taken: int32
-    [MoE layers, rows, top_k], experts in place of those that the routers choose, or None.
+    tables: cosines and sines of every rope. older: by window, whether any row sees tokens that are not mirrored. taken:
+    int32 [MoE layers, rows, top_k], experts that replace those of the routers, or None.
     """
 
     embedded: Tensor
@@ -54,13 +54,13 @@ class StepInputs:
 
     @property
     def whole(self) -> bool:
-        """Whether all that its rows see is mirrored."""
+        """Whether every token that its rows see is mirrored."""
         return not any(self.older.values())
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Steps of equal shape ask the device for the same, but for what their tensors hold. None for a step that is
-        more than one token of some sequences, all of which is mirrored.
+        """Key of steps that launch identical work. None unless every row is one decode token whose context is fully
+        mirrored.
         """
         if len(self.groups) != 1 or len(self.groups[0].sequences) != self.rows or not self.whole:
             return None
@@ -79,15 +79,15 @@ class StepInputs:
                 yield group.rings
             yield from group.seen.values()
 
-    def take(self, other: StepInputs) -> StepInputs:
-        """These tensors, where they are, with what those of another step of equal shape hold."""
+    def copy_from(self, other: StepInputs) -> StepInputs:
+        """Copy another step's values into these tensors, in place; shapes must match."""
         for mine, its in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(its)
         return self
 
 
 def runs_of(batch: Batch, mirror: KvMirror) -> list[Run]:
-    """Adjacent rows of one sequence each; the mirror is told that they will be written."""
+    """Split the rows into runs of one sequence each, and extend the mirror by them."""
     found, row = [], 0
     for sequence, same in groupby(batch.sequences.tolist()):
         rows, position = len(list(same)), int(batch.positions[row])
@@ -105,8 +105,8 @@ def make_inputs(
     capacity: int,
     taken: npt.NDArray[np.int32] | None = None,
 ) -> StepInputs:
-    """embedding: [vocab, hidden], on the device. ropes: frequencies there, and factors. capacity: of the rings. taken:
-    of StepInputs, on the host.
+    """embedding: [vocab, hidden], on the device. ropes: frequencies on the device, and factors. capacity: places of a
+    ring. taken: as in StepInputs, on the host.
     """
     device = embedding.device
     tokens, sequences, positions, logit_rows = (
@@ -134,7 +134,7 @@ def _group(runs: Sequence[Run], windows: Set[int | None], capacity: int, device:
 
 
 def _together(runs: Sequence[Run]) -> list[list[Run]]:
-    """Rows that decode are attended together, prompts each alone."""
+    """Groups for attention: all decode rows together, each prompt alone."""
     decoding = [run for run in runs if run.rows == 1]
     return [*([decoding] if decoding else []), *([run] for run in runs if run.rows > 1)]
 

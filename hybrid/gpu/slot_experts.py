@@ -57,7 +57,7 @@ class SlotExperts:
             torch.cuda.synchronize(device)  # zeros were written on another stream than the one that reads them
 
     @property
-    def stays(self) -> bool:
+    def results_stay_on_device(self) -> bool:
         return False
 
     def begin(self, slot_ids: npt.NDArray[np.int32]) -> None:
@@ -73,7 +73,7 @@ class SlotExperts:
             slots = torch.where(ours, slots + (slot - ids.start), -1)
         self._kernels.run(x, slots)
 
-    def found(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
+    def run_looked_up(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
         self._rows, self._highest = rows, -1
         self._calls = self._routes(rows)
         slots = slots_of(self._calls[0], slot_of, first, self._slot_ids.device[:rows])
@@ -166,12 +166,12 @@ class StepExperts(SlotExperts):
         step.graphs.clear()  # they may know slots that are gone
 
     @property
-    def stays(self) -> bool:
+    def results_stay_on_device(self) -> bool:
         return not self._strict
 
-    def found(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
+    def run_looked_up(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
         self._rows = rows  # a graph tells the device alone
-        self._step.graphs.run(("experts", first), partial(super().found, slot_of, first, rows))
+        self._step.graphs.run(("experts", first), partial(super().run_looked_up, slot_of, first, rows))
 
     def _input(self, rows: int) -> torch.Tensor:
         return expert_rows(self._step.normed[:rows], integer=False)

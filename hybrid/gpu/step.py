@@ -35,21 +35,21 @@ from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan
 
 
-class Finder(Protocol):
-    """Has the hits of a layer computed before the host knows which experts its rows take."""
+class HitLauncher(Protocol):
+    """Launches the hits of a layer on the device before the host knows which experts were chosen."""
 
     @property
-    def finds(self) -> bool:
-        """Whether it does in the step at hand."""
+    def can_launch(self) -> bool:
+        """Whether it does so in the current step."""
 
-    def find(self, layer: int) -> None:
-        """Queue them. layer: among those with experts."""
+    def launch_hits(self, layer: int) -> None:
+        """Queue the hits of MoE layer `layer`."""
 
 
 @dataclass(frozen=True)
-class _Flow:
-    """What a layer leaves: the residual stream float32 [rows, hidden]; of a MoE layer the rows that its experts get,
-    `normed`, float32 [rows, hidden], where they go, and what the shared expert made of them, if there is one.
+class _LayerOutput:
+    """Output of a layer. residual: float32 [rows, hidden]. normed: what a MoE layer's experts read, same shape.
+    routed: their routing. shared: output of the shared expert, if any.
     """
 
     residual: Tensor
@@ -59,7 +59,7 @@ class _Flow:
 
 
 def _on_device(method: Callable[..., None]) -> Callable[..., None]:
-    """What torch raises there as one of our errors, in one line."""
+    """Run on the device's stream; turn torch's exceptions into ours, with one-line messages."""
 
     @wraps(method)
     def call(self: DeviceStep, *arguments: Any) -> None:
@@ -77,9 +77,9 @@ def _on_device(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class DeviceStep:
-    """Holds the residual stream of a step. Who computes experts on the device reads `normed` and `routed`, and leaves
-    the weighted sum of each row, float32 [rows, hidden or more], in `hits` until the layer after takes it. finder:
-    asked as soon as the router is.
+    """Holds the residual stream of a step. Experts on the device read `normed` and `routed`; the weighted sum of each
+    row, float32 [rows, hidden or more], goes to `hits`, which the next layer adds. hit_launcher: called right after the
+    router is queued.
     """
 
     def __init__(
@@ -94,15 +94,17 @@ class DeviceStep:
         capture: Capture | None,
         pinning: str | None,
     ) -> None:
-        """address: of the buffers of the engine. capture: see `Graphs`. pinning: what `link` said of it."""
+        """address: of a buffer of the engine. capture: see `Graphs`. pinning: the note of `link` if memory is not
+        pinned.
+        """
         self.attention, self._pinning = attention, pinning
         self.mirror, self.link, self.graphs = mirror, link, Graphs(capture)
-        self.observer: SpanObserver | None = None  # told of the phases of a step at its end
-        self.finder: Finder | None = None
+        self.observer: SpanObserver | None = None  # called with the phases of a step at its end
+        self.hit_launcher: HitLauncher | None = None
         self.hits: Tensor | None = None
         self._spans: list[tuple[str, Any, Any]] = []
-        self._left = 0.0  # when `attend` was left
-        self._flow = _nothing(spec, plan, link.device)
+        self._attend_ended = 0.0  # when `attend` returned
+        self._output = _nothing(spec, plan, link.device)
         self._spec, self._plan, self._weights = spec, plan, weights
         self._ropes = [
             (torch.from_numpy(frequencies).to(link.device), factor)
@@ -112,12 +114,12 @@ class DeviceStep:
         shared = Shared(plan.sequences, mirror.capacity, link, self._buffers, attention, chooser(link.device))
         self._mixers, self._feed_forwards = _open_halves(spec, plan, weights, shared)
         self._windows = frozenset[int | None]().union(*(mixer.windows for mixer in self._mixers))
-        self._owes_experts = False
-        self._mixed: Any = None  # what a mixer made of the tokens that are mirrored
+        self._experts_pending = False
+        self._mixed: Any = None  # the mixer's result over mirrored tokens, between `attend` and `route`
 
     @property
     def notes(self) -> list[str]:
-        """What makes it slower than it could be."""
+        """One line for each thing that makes steps slower than they could be."""
         return [note for note in (self._pinning, self.graphs.problem) if note]
 
     def report(self) -> DeviceReport:
@@ -127,23 +129,23 @@ class DeviceStep:
 
     @property
     def normed(self) -> Tensor:
-        return self._flow.normed
+        return self._output.normed
 
     @property
     def routed(self) -> Routed:
-        assert self._flow.routed is not None
-        return self._flow.routed
+        assert self._output.routed is not None
+        return self._output.routed
 
     def begin(self, batch: Batch, logits: npt.NDArray[np.float32], taken: npt.NDArray[np.int32] | None = None) -> None:
-        """The step to come. logits: float32 [len(batch.logit_rows), vocab], written by `finish`. taken: int32 [MoE
-        layers, rows, top_k], the experts of its rows where a trace names them.
+        """Announce the next step. logits: float32 [len(batch.logit_rows), vocab], written by `finish`. taken: int32
+        [MoE layers, rows, top_k], the experts of its rows where a trace names them.
         """
-        self._asked = batch, logits, taken
+        self._pending_step = batch, logits, taken
 
     @_on_device
     def start(self, _: int = 0) -> None:
-        """The step begins: the executor has found it within the plan."""
-        batch, self._logits, taken = self._asked
+        """Start the announced step, which the executor has checked against the plan."""
+        batch, self._logits, taken = self._pending_step
         runs = runs_of(batch, self.mirror)
         embedding, capacity = self._weights.embedding, self.mirror.capacity
         inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken)
@@ -151,16 +153,16 @@ class DeviceStep:
             ends = self._buffers.whole(ENDS, torch.int32)
             for run in runs:
                 ends[run.row : run.row + run.rows] = run.start
-        self._finding = self.finder is not None and self.finder.finds
+        self._launches_hits = self.hit_launcher is not None and self.hit_launcher.can_launch
         self._inputs = self.graphs.begin(self._shape(inputs), inputs)
-        self._flow = _Flow(self._inputs.embedded, self._inputs.embedded)
-        self._owes_experts, self.hits = False, None
+        self._output = _LayerOutput(self._inputs.embedded, self._inputs.embedded)
+        self._experts_pending, self.hits = False, None
         self._clock, self._spans = Clock(self.link) if self.observer else None, []
 
     @_on_device
     def attend(self, layer: int) -> None:
-        """Where rows see older tokens: up to attention over what is mirrored, which goes on while the threads attend to
-        those. Else all of it is left to `route`.
+        """If rows see tokens that are not mirrored: queue attention over the mirrored ones, which runs while the
+        threads attend to the others. Otherwise `route` does all of it.
         """
         if self._inputs.whole:
             return
@@ -170,56 +172,58 @@ class DeviceStep:
             projected = mixer.project(residual, self._inputs)
             sent = self.link.mark()
             self._mixed = mixer.mix(projected, self._inputs)
-            self._flow = replace(self._flow, residual=residual)
+            self._output = replace(self._output, residual=residual)
             if mixer.sees_older(self._inputs):
                 self.link.wait(sent)
-        self._left = perf_counter()
+        self._attend_ended = perf_counter()
 
     @_on_device
     def route(self, layer: int) -> None:
-        """The rest of attention, and the feed-forward up to what its experts read; dense ones whole."""
+        """Run the rest of attention, and a MoE layer up to what its experts read, or all of a dense feed-forward."""
         if self._inputs.whole:
-            self._flow = self.graphs.run(("layer", layer), partial(self._whole_layer, layer))
+            self._output = self.graphs.run(("layer", layer), partial(self._whole_layer, layer))
         else:
-            self._flow = self._after_older(layer)
+            self._output = self._after_older(layer)
         sent = self.link.mark()
         is_moe = layer in self._spec.moe_layers
-        if is_moe and self._finding:
-            assert self.finder is not None
-            self.finder.find(self._spec.moe_layers.index(layer))
+        if is_moe and self._launches_hits:
+            assert self.hit_launcher is not None
+            self.hit_launcher.launch_hits(self._spec.moe_layers.index(layer))
         if self._feed_forwards[layer].has_shared:
             made = self.graphs.run(("shared", layer), partial(self._shared, layer))
-            self._flow = replace(self._flow, shared=made)
+            self._output = replace(self._output, shared=made)
         self.link.wait(sent)  # keys and values too
-        self._owes_experts, self.hits = is_moe, None
+        self._experts_pending, self.hits = is_moe, None
         if is_moe:
             self._buffers.expert_sum[: self._inputs.rows] = 0
 
     @_on_device
     def finish(self, _: int = 0) -> None:
-        """The head, for the rows whose logits are wanted."""
+        """Compute the logits of `batch.logit_rows`."""
         with self._phase("head"):
             logits = self.graphs.run("head", self._head)
             torch.from_numpy(self._logits).copy_(logits)
-        self._tell()
+        self._report_spans()
 
     def forget(self, sequence: int) -> None:
-        """The keys and values of a sequence were released, or written by others."""
+        """Drop the mirror of a sequence, because its keys and values were released or written without the device."""
         self.mirror.forget(sequence)
 
     def close(self) -> None:
-        """The buffers of the engine are about to go."""
+        """Let go of the engine's buffers, which are about to be freed."""
         self.graphs.clear()
-        self.finder = None
+        self.hit_launcher = None
         self.link.unpin()
 
     def _shape(self, inputs: StepInputs) -> tuple[object, ...] | None:
-        """Of the works of this step: see `Graphs.begin`. Spans are told of plain works alone."""
+        """Key of this step's CUDA graphs, see `Graphs.begin`. None with an observer: spans need launches without
+        graphs.
+        """
         if inputs.shape is None or self.observer is not None:
             return None
-        return (self._finding, *inputs.shape)
+        return (self._launches_hits, *inputs.shape)
 
-    def _whole_layer(self, layer: int) -> _Flow:
+    def _whole_layer(self, layer: int) -> _LayerOutput:
         mixer, inputs = self._mixers[layer], self._inputs
         with self._phase("attention"):
             residual = self._with_experts()
@@ -227,26 +231,26 @@ class DeviceStep:
         with self._phase("route"):
             return self._feed_forward(layer, residual + mixer.output(mixed, inputs))
 
-    def _after_older(self, layer: int) -> _Flow:
-        """Once the threads have attended to older tokens, if they had to."""
+    def _after_older(self, layer: int) -> _LayerOutput:
+        """Finish a layer after the threads have attended to the tokens that are not mirrored, if there are any."""
         mixer = self._mixers[layer]
         if self.observer is not None and mixer.sees_older(self._inputs):
-            self.observer("older tokens", self._left, perf_counter())
+            self.observer("older tokens", self._attend_ended, perf_counter())
         with self._phase("route"):
-            return self._feed_forward(layer, self._flow.residual + mixer.output(self._mixed, self._inputs))
+            return self._feed_forward(layer, self._output.residual + mixer.output(self._mixed, self._inputs))
 
-    def _feed_forward(self, layer: int, residual: Tensor) -> _Flow:
+    def _feed_forward(self, layer: int, residual: Tensor) -> _LayerOutput:
         feed_forward = self._feed_forwards[layer]
         normed = feed_forward.normed(residual)
         dense = feed_forward.dense(normed)
         return (
-            _Flow(residual, normed, self._send_rows(layer, normed))
+            _LayerOutput(residual, normed, self._send_rows(layer, normed))
             if dense is None
-            else _Flow(residual + dense, normed)
+            else _LayerOutput(residual + dense, normed)
         )
 
     def _send_rows(self, layer: int, normed: Tensor) -> Routed:
-        """What the threads need to compute experts: rows, ids and weights; and what the cache asks the next layer."""
+        """Send the threads rows, expert ids and weights, and with next-gate prefetching the next layer's routing."""
         buffers, routed = self._buffers, self._route(layer, normed)
         buffers.send_routes(False, routed)
         buffers.send_rows(normed)
@@ -260,19 +264,19 @@ class DeviceStep:
         return routed if taken is None else replace(routed, ids=taken[self._spec.moe_layers.index(layer)])
 
     def _shared(self, layer: int) -> Tensor:
-        """What the shared expert makes, while the host already has the rows."""
+        """Output of the shared expert, queued after the rows were sent to the host."""
         return self._feed_forwards[layer].shared(self.normed, self.routed)
 
     def _with_experts(self) -> Tensor:
-        """The residual stream with what threads and device made of the last layer's experts."""
-        if not self._owes_experts:
-            return self._flow.residual
+        """The residual stream plus the outputs of the previous layer's experts, from threads and device."""
+        if not self._experts_pending:
+            return self._output.residual
         with self._phase("join"):
             hidden = self._spec.hidden
             made = self.link.to_device(self._buffers.expert_sum[: self._inputs.rows])[:, :hidden]
-            for part in (self.hits, self._flow.shared):
+            for part in (self.hits, self._output.shared):
                 made = made if part is None else made + part[:, :hidden]
-            return self._flow.residual + made
+            return self._output.residual + made
 
     def _head(self) -> Tensor:
         """float32 [logit rows, vocab]."""
@@ -287,25 +291,25 @@ class DeviceStep:
         if start is not None:
             self._spans.append((name, start, self.link.time()))
 
-    def _tell(self) -> None:
-        """When the device was busy with what."""
+    def _report_spans(self) -> None:
+        """Report to the observer when the device ran each phase."""
         if self.observer is not None and self._clock is not None:
             for name, start, end in self._spans:
                 self.observer(name, self._clock.seconds(start), self._clock.seconds(end))
 
 
-def _nothing(spec: ModelSpec, plan: Plan, device: torch.device) -> _Flow:
-    """What there is before the first step, for who times experts."""
+def _nothing(spec: ModelSpec, plan: Plan, device: torch.device) -> _LayerOutput:
+    """Zeros in place of a layer's output, for timing experts before the first step."""
     top_k = plan.cache.shape.top_k if plan.cache else 0
     rows = torch.zeros(plan.max_rows, spec.hidden, device=device)
     ids = torch.zeros(plan.max_rows, top_k, dtype=torch.int32, device=device)
-    return _Flow(rows, rows, Routed(ids, ids.float(), None))
+    return _LayerOutput(rows, rows, Routed(ids, ids.float(), None))
 
 
 def _open_halves(
     spec: ModelSpec, plan: Plan, weights: DeviceWeights, shared: Shared
 ) -> tuple[list[DeviceMixer], list[DeviceFeedForward]]:
-    """Of every layer."""
+    """The mixer and the feed-forward of every layer, on the device."""
     loaded = (some for layer in zip(weights.mixers, weights.feed_forwards, strict=True) for some in layer)
     halves = [
         kind_of(half).open_half(half, place, its, shared)

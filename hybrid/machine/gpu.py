@@ -7,7 +7,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-LEAST_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
+MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 INSTALL = "pip install 'hybrid-moe[gpu]'"
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 DRIVER_MARKS = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version"))
@@ -93,7 +93,7 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def _capability_problem(name: str, capability: tuple[int, int]) -> str | None:
-    if capability >= LEAST_CAPABILITY:
+    if capability >= MIN_CAPABILITY:
         return None
-    have, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
-    return f"{name} has compute capability {have}, at least {least} is needed"
+    have, needed = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
+    return f"{name} has compute capability {have}, at least {needed} is needed"

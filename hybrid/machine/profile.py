@@ -1,4 +1,4 @@
-"""What experts and copies cost on this machine: measured once, kept in a file, and again when the hardware changes."""
+"""Seconds of experts and copies on this machine: measured once, stored in a file, measured again on new hardware."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROWS = (1, 2, 4, 8, 32, 128, 512)  # that an expert gets; prompts have many, tok
 
 @dataclass(frozen=True)
 class ExpertTimes:
-    """Seconds of one expert for some numbers of rows, ascending: on the threads when those of a row run together, and
-    on the device, beside what it takes to begin there. None: not measured, for a simulated device or none.
+    """Seconds of one expert by number of rows, ascending. threads: with the top_k experts of a row run together.
+    device: None where no device was measured. device_start: time to start a layer there.
     """
 
     rows: tuple[int, ...]
@@ -32,26 +32,27 @@ class ExpertTimes:
         return _between(self.rows, self.threads, rows)
 
     @property
-    def row_on_threads(self) -> float:
-        """Of an expert with many rows, each of them."""
+    def seconds_per_row_on_threads(self) -> float:
+        """Seconds per row for many rows."""
         return self.threads[-1] / self.rows[-1]
 
     @property
-    def row_on_device(self) -> float:
-        """The same there, only where it was measured."""
+    def seconds_per_row_on_device(self) -> float:
+        """Seconds per row for many rows. The device must have been measured."""
         return self.on_device(self.rows[-1]) / self.rows[-1]
 
     def on_device(self, rows: int) -> float:
-        """Only where it was measured."""
+        """Seconds of an expert. The device must have been measured."""
         assert self.device is not None, "the device was not measured"
         return _between(self.rows, self.device, rows)
 
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Bytes a second between host and device, from pinned memory: alone, and while the threads read memory.
+    """Bytes per second between host and device, from pinned memory. to_device_beside: while the threads read memory.
 
-    reads: what the threads read alone; reads_beside: while copies to the device run. latency: seconds of a small copy.
+    reads: bytes per second that the threads read; reads_beside: while copies to the device run. latency: seconds of a
+    small copy.
     """
 
     to_device: float
@@ -71,7 +72,7 @@ class MachineProfile:
 
 
 def machine_mark(hardware: HardwareSpec, threads: int, device: str = "") -> str:
-    """What tells one machine, as it is used, from another. device: its name and driver, or nothing."""
+    """A hash of the hardware and of how it is used. device: its name and driver, or empty."""
     cpu = (hardware.cpu_model, hardware.isa, hardware.cpus, threads)
     parts = (*cpu, hardware.memory_total, len(hardware.nodes), device)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -80,9 +81,9 @@ def machine_mark(hardware: HardwareSpec, threads: int, device: str = "") -> str:
 def cached_profile(
     folder: Path | None, mark: str, key: str, measure: Callable[[], tuple[ExpertTimes, LinkSpeed | None]]
 ) -> MachineProfile:
-    """The profile that the file of this machine in `folder` holds, with `key` measured if it is not in it.
+    """The profile in this machine's file in `folder`, after measuring `key` if it is not in it.
 
-    folder: None keeps nothing. A file that cannot be read is measured anew; one that cannot be written is not kept.
+    folder: None stores nothing. An unreadable file is replaced by a new measurement; failures to write are ignored.
     """
     path = folder / f"machine-{mark}.json" if folder else None
     known = _read(path) if path else None
@@ -100,7 +101,7 @@ def cached_profile(
 
 
 def _between(rows: tuple[int, ...], seconds: tuple[float, ...], count: int) -> float:
-    """By the straight line between the two nearest; beyond the last in proportion to the rows."""
+    """Linear interpolation between the nearest row counts; beyond the last in proportion to the rows."""
     if count >= rows[-1]:
         return seconds[-1] * count / rows[-1]
     after = next(i for i, known in enumerate(rows) if known >= count)

@@ -42,7 +42,7 @@ class DeviceMemory:
 
     @property
     def left(self) -> int:
-        """For slots, as long as there are none; then what nobody uses."""
+        """Room for slots before they are planned; afterwards unused bytes."""
         return self.free - self.used
 
     @property
@@ -65,20 +65,20 @@ class DeviceMemory:
 def plan_device(
     spec: ModelSpec, mix: FormatMix, free: int, extents: Extents, kv_tokens: int | None, torch_device: str
 ) -> DeviceMemory:
-    """free: bytes. kv_tokens: asked for, None: what fits.
+    """free: bytes. kv_tokens: mirrored tokens of each sequence as configured; None: what fits.
 
-    The mirror holds the rows of a step at least, and no more than a sequence. Raises ConfigError with the numbers if
+    The mirror holds at least the rows of a step and at most one full sequence. Raises ConfigError with the numbers if
     the device is too small.
     """
     weights, workspace = device_weight_bytes(spec, mix), workspace_bytes(spec, mix, extents)
     each = extents.sequences * token_bytes(spec, mix)
-    least, most = round_up(extents.rows, KV_STEP), round_up(extents.tokens, KV_STEP)
+    min_tokens, max_tokens = round_up(extents.rows, KV_STEP), round_up(extents.tokens, KV_STEP)
     left = free - weights - workspace
     if kv_tokens is None:
-        wanted = max(least, left // KV_SHARE // max(1, each) // KV_STEP * KV_STEP)
+        wanted = max(min_tokens, left // KV_SHARE // max(1, each) // KV_STEP * KV_STEP)
     else:
         wanted = round_up(kv_tokens, KV_STEP)
-    tokens = max(least, min(wanted, most))
+    tokens = max(min_tokens, min(wanted, max_tokens))
     if tokens * each > left:
         raise ConfigError(
             f"the device has {size_text(free)} free; weights take {size_text(weights)}, a step {size_text(workspace)} "
@@ -89,20 +89,20 @@ def plan_device(
 
 
 def device_weight_bytes(spec: ModelSpec, mix: FormatMix) -> int:
-    """Of all but the experts: matrices in bf16; norms, biases and routers in fp32."""
+    """Bytes of all weights but the experts: matrices in bf16; norms, biases and routers in fp32."""
     heads = 1 if spec.shares_head(mix) else 2
     outer = heads * spec.vocab * spec.hidden * BF16 + spec.hidden * FP32
     return outer + sum(needs.weights for needs in _needs(spec, mix))
 
 
 def token_bytes(spec: ModelSpec, mix: FormatMix) -> int:
-    """Of one mirrored token, over all layers."""
+    """Bytes of one mirrored token, over all layers."""
     return sum(needs.token for needs in _needs(spec, mix))
 
 
 def workspace_bytes(spec: ModelSpec, mix: FormatMix, extents: Extents) -> int:
-    """An upper bound of what a step has beside weights and mirror: intermediates of its largest layer, and logits; and
-    what the graphs of steps that decode leave from layer to layer.
+    """An upper bound of the bytes of a step beside weights and mirror: intermediates of its largest layer, logits, and
+    the outputs of layers that the CUDA graphs of decode steps keep.
     """
     needs = list(_needs(spec, mix))
     both = zip(needs[::2], needs[1::2], strict=True)  # halves of a layer
@@ -115,7 +115,7 @@ def workspace_bytes(spec: ModelSpec, mix: FormatMix, extents: Extents) -> int:
 
 
 def _needs(spec: ModelSpec, mix: FormatMix) -> Iterator[DeviceNeeds]:
-    """Of every half, in order. Raises ConfigError for a kind that no device computes."""
+    """Needs of every half, in order. Raises ConfigError for a kind that no device computes."""
     for place, half in spec.halves(mix):
         needs = half.device_needs(place)
         if needs is None:

@@ -34,13 +34,13 @@ def _cut(blocks: int, unit: int, nodes: int) -> tuple[range, ...]:
 
 
 def held_bytes(tensor: StoreTensor, parts: Parts) -> int:
-    """Bytes of a tensor over all nodes: its own, and what is told twice where scales belong to columns."""
+    """Bytes of a tensor over all nodes, including scales duplicated on every node."""
     pieces = parts.get(tensor.name, ())
     return sum(part_bytes(tensor, blocks) for blocks in pieces) if pieces else tensor.nbytes
 
 
 def part_bytes(tensor: StoreTensor, blocks: range) -> int:
-    """Bytes of the part of a tensor that `blocks` are."""
+    """Bytes of the part of a tensor with these blocks."""
     if len(tensor.runs) < 2:
         return tensor.nbytes // _count(tensor) * len(blocks)
     assert tensor.format is not None

@@ -42,8 +42,8 @@ def held(memory: list[np.ndarray], slot: int) -> int | None:
 class Reader:
     """A compute that looks what its slots hold when it happens. expected: what they had to hold, by id."""
 
-    def __init__(self, memory: list[np.ndarray], stays: bool = False) -> None:
-        self.memory, self.stays = memory, stays
+    def __init__(self, memory: list[np.ndarray], stay: bool = False) -> None:
+        self.memory, self.results_stay_on_device = memory, stay
         self.expected: dict[int, int] = {}
         self.wrong: list[tuple[int, int, int | None]] = []
         self.runs = self.ended = self.collected = 0
@@ -61,7 +61,7 @@ class Reader:
     def end(self) -> None:
         self.ended += 1
 
-    def found(self, slot_of: np.ndarray, first: int, rows: int) -> None:
+    def run_looked_up(self, slot_of: np.ndarray, first: int, rows: int) -> None:
         """What a kernel does that looks experts up by itself: it must find what the host knew when it was queued, or
         an expert would be computed in two places or in none.
         """
@@ -82,11 +82,11 @@ class Reader:
         self.collected += 1
 
 
-def make(streams: StandIn, slots: int = SLOTS, stays: bool = False, **choices) -> tuple[CudaDevice, Reader]:
+def make(streams: StandIn, slots: int = SLOTS, stay: bool = False, **choices) -> tuple[CudaDevice, Reader]:
     readers: list[Reader] = []
 
     def bind(memory):
-        readers.append(Reader(memory, stays))
+        readers.append(Reader(memory, stay))
         return readers[0]
 
     choices = {"keys": KEYS, "staging_bytes": STAGING_BYTES, "streaming": True, **choices}
@@ -116,7 +116,7 @@ def walk(streams: StandIn, seed: int, steps: int = 150, **choices) -> list[tuple
                 tickets.append(run(device, reader, dict(ready)))
             case 3:
                 expect(device, reader, dict(ready))
-                tickets.append(device.run_found(0, 1))
+                tickets.append(device.run_looked_up(0, 1))
             case 4 if tickets and random.random() < 0.3:
                 device.join(tickets.pop(0))
             case 5:
@@ -135,7 +135,7 @@ def run(device: CudaDevice, reader: Reader, expected: dict[int, int], streamed: 
 
 def expect(device: CudaDevice, reader: Reader, expected: dict[int, int]) -> None:
     """Of the run to come."""
-    device._compute = Reader(reader.memory, reader.stays)
+    device._compute = Reader(reader.memory, reader.results_stay_on_device)
     device._compute.expected, device._compute.wrong = expected, reader.wrong
 
 
@@ -174,7 +174,7 @@ def test_nor_does_it_with_all_weights_pinned_or_none(seed, work) -> None:
 
 @pytest.mark.parametrize("seed", range(SEEDS // 3))
 def test_nor_does_it_where_what_is_computed_stays(seed) -> None:
-    assert walk(StandIn(seed), seed, stays=True) == []
+    assert walk(StandIn(seed), seed, stay=True) == []
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -313,22 +313,22 @@ class Ticking(StandIn):
 
 def test_a_run_whose_results_stay_is_not_waited_for_but_its_time_is_known_once_it_has_ended() -> None:
     streams = Ticking(0)
-    device, _ = make(streams, stays=True)
+    device, _ = make(streams, stay=True)
     streams.at_once = 0
-    ticket = device.run_found(0, 1)
+    ticket = device.run_looked_up(0, 1)
     device.join(ticket)
     assert device._compute.runs == 0 and device._compute.collected == 1 and device.times.run == 0
     device.wait(ticket)
     assert device._compute.runs == 1 and device.times.run == device.times.run == 1
     device.observer = lambda *_: None  # who is told of a run is told when it ends
-    device.join(device.run_found(0, 1))
+    device.join(device.run_looked_up(0, 1))
     assert device._compute.runs == 2 and device.times.run == 2
     device.close()
 
 
 def test_without_a_table_on_the_device_it_finds_nothing_itself() -> None:
     device, _ = make(StandIn(0), keys=0)
-    assert device.run_found is None
+    assert device.run_looked_up is None
     device.forget()
     device.close()
 
@@ -338,10 +338,10 @@ def test_what_is_forgotten_is_found_no_more() -> None:
     device.load(2, 7)
     device.forget()
     expect(device, reader, {})
-    device.join(device.run_found(0, 1))
+    device.join(device.run_looked_up(0, 1))
     device.load(2, 4)
     expect(device, reader, {2: 4})
-    device.join(device.run_found(0, 1))
+    device.join(device.run_looked_up(0, 1))
     device.close()
     assert reader.wrong == []
 

@@ -134,7 +134,7 @@ def test_a_run_says_how_a_device_computed_it(tmp_path, capture) -> None:
 def test_inputs_that_are_not_renewed_are_found_out(tmp_path, capture, monkeypatch) -> None:
     with opened(tmp_path, **STEP) as engine:
         wanted = work(engine)
-    monkeypatch.setattr(StepInputs, "take", lambda mine, other: mine)
+    monkeypatch.setattr(StepInputs, "copy_from", lambda mine, other: mine)
     with opened(tmp_path, **STEP) as engine:
         assert not same_bits(work(engine), wanted)
 
@@ -174,11 +174,11 @@ def test_slots_that_are_given_back_take_their_graphs_with_them(tmp_path, capture
     class Full(OnStandIn):
         left = 9
 
-        def found(self, *arguments) -> None:
+        def run_looked_up(self, *arguments) -> None:
             Full.left -= 1
             if Full.left == 0:
                 raise DeviceFull("out of memory")
-            super().found(*arguments)
+            super().run_looked_up(*arguments)
 
     put(monkeypatch, compute=OnStandIn, step_device="cpu")
     with opened(tmp_path, device="cuda", cache=CACHE) as engine:

@@ -28,14 +28,14 @@ if torch.cuda.is_available():
 class OnStandIn(StepExperts):
     """Takes the stand-in's memory for a GPU's."""
 
-    stays = False  # torch's CPU device does not wait for what the stand-in has queued
+    results_stay_on_device = False  # torch's CPU device does not wait for what the stand-in has queued
 
     def __init__(self, plan, memory, address, step) -> None:
         super().__init__(plan, [torch.from_numpy(piece) for piece in memory], address, step)
 
-    def found(self, slot_of, first, rows) -> None:
+    def run_looked_up(self, slot_of, first, rows) -> None:
         with torch.inference_mode():  # as where it is asked for, which here is not where it happens
-            super().found(torch.from_numpy(slot_of), first, rows)
+            super().run_looked_up(torch.from_numpy(slot_of), first, rows)
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +79,13 @@ def test_the_device_finds_what_the_host_finds(tmp_path, monkeypatch) -> None:
     on_device, on_host = [], []
 
     class Watched(OnStandIn):
-        def found(self, slot_of, first, rows) -> None:
-            super().found(slot_of, first, rows)
+        def run_looked_up(self, slot_of, first, rows) -> None:
+            super().run_looked_up(slot_of, first, rows)
             on_device.append(self._slot_ids.device[:rows].numpy().copy())
 
     def share_out(experts, ids, slot_of) -> None:
         before(experts, ids, slot_of)
-        if experts.finds:
+        if experts.can_launch:
             on_host.append(np.array([slot_of.get(id, -1) for id in ids]).reshape(-1, experts._routes.top_k))
 
     before = DeviceExperts._share_out

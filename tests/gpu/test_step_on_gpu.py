@@ -8,8 +8,8 @@ from steps import agreement, greedy, in_chunks, step
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
 
-from hybrid.commands.nearness import nearness  # noqa: E402
 from hybrid.commands.timeline import Timeline, busy_seconds  # noqa: E402
+from hybrid.commands.tolerance import measure_logit_error  # noqa: E402
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 
@@ -32,7 +32,7 @@ def test_logits_are_near_those_of_the_threads(kv_tokens, mode) -> None:
         wanted = in_chunks(engine, TOKENS, 64)
     with on_gpu(gpu_kv_tokens=kv_tokens, cache=CacheConfig(14, 4, mode=mode)) as engine:
         found = in_chunks(engine, TOKENS, 64)
-    assert nearness(found, wanted).problem is None
+    assert measure_logit_error(found, wanted).problem is None
 
 
 def test_text_is_that_of_the_threads() -> None:

@@ -113,7 +113,7 @@ def test_copies_of_a_real_thread_hold_their_experts() -> None:
     until = time.monotonic() + PATIENCE
     for key in range(200):
         slot = int(random.integers(8))
-        while any(copy.slot == slot for copy in device._asked):
+        while any(copy.slot == slot for copy in device._pending):
             assert time.monotonic() < until
             for ended, whole in device.poll():
                 assert whole and all((memory[ended] == holds[ended]).all() for memory in device.memory)

@@ -18,7 +18,7 @@ from hybrid.machine.profile import ROWS, ExpertTimes, LinkSpeed, MachineProfile,
 from hybrid.plan.plan import Plan
 
 ROUNDS = 5  # of each number of rows, the fastest of which counts
-LEAST_SECONDS = 0.3  # beyond which no more rounds are made
+MAX_SECONDS = 0.3  # beyond which no more rounds are made
 
 
 def measured_rows(plan: Plan) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ def _run(device: Device, slot_ids: SlotIds) -> None:
 def _fastest(run: Callable[[int, int], float], rows: int) -> float:
     run(0, rows)
     times: list[float] = []
-    while len(times) < ROUNDS and sum(times) < LEAST_SECONDS:
+    while len(times) < ROUNDS and sum(times) < MAX_SECONDS:
         times.append(run(len(times) + 1, rows))
     return min(times)
 

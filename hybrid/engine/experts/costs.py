@@ -42,5 +42,5 @@ def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
 def measured_costs(times: ExpertTimes, link: LinkSpeed, slot_bytes: int) -> CallCosts:
     """Of a token, one row an expert, and of prompts; copies run while the threads read."""
     copy = link.latency + slot_bytes / link.to_device_beside
-    rows = times.row_on_threads, times.row_on_device
+    rows = times.seconds_per_row_on_threads, times.seconds_per_row_on_device
     return CallCosts(times.on_threads(1), times.on_device(1), times.device_start, copy, *rows)

@@ -36,10 +36,10 @@ def open_device(
     address: Address,
     step: DeviceStep | None = None,
 ) -> tuple[Device, Geometry, list[str]]:
-    """The device, the geometry that it has room for, and a line for each thing that could not be had as asked.
+    """The device, the geometry that fits it, and one line for each request that could not be met.
 
-    source: see `gpu_cache.device`. weights: all memory that it names. step: the rest of a step, if that is on a device
-    too. Raises CapacityError, DeviceLost.
+    source: see `gpu_cache.device`. weights: all memory that `source` may return. step: the rest of a step, if a device
+    computes that too. Raises CapacityError, DeviceLost.
     """
     assert plan.cache is not None
     if plan.cache.device == "cuda":
@@ -48,7 +48,7 @@ def open_device(
 
 
 def cuda_parts(step: DeviceStep | None) -> CudaParts:
-    """What a device is made of where there is a GPU; tests put others in their place."""
+    """Constructors of the parts of a GPU's device; tests replace them."""
     from gpu_cache.devices.torch_streams import TorchStreams
     from hybrid.gpu.slot_experts import SlotExperts, StepExperts
 
@@ -58,7 +58,7 @@ def cuda_parts(step: DeviceStep | None) -> CudaParts:
 
 
 def fewer_slots(geometry: Geometry) -> Geometry | None:
-    """Seven eighths of the ways, or of the indexes where there is one way; None if there is but one slot."""
+    """With an eighth fewer ways, or fewer indexes if there is one way; None if there is only one slot."""
     if geometry.nways > 1:
         return replace(geometry, nways=geometry.nways - max(1, geometry.nways // 8))
     if geometry.nblocks > 1:
@@ -89,7 +89,7 @@ def _open_cuda(
     address: Address,
     step: DeviceStep | None,
 ) -> tuple[CudaDevice, Geometry, list[str]]:
-    """With fewer slots where those that were planned do not fit: somebody else may have taken the memory since."""
+    """With fewer slots if the planned ones do not fit: another program may have taken memory since."""
     make_streams, make_compute = cuda_parts(step)
     settings, geometry = cache.settings, asked
     while True:

@@ -47,21 +47,21 @@ WARM_UP = 32  # steps that decode before `--cache auto` decides
 
 @dataclass
 class CacheTimes:
-    """Seconds since the engine was opened, of the threads that compute."""
+    """Totals since the engine was opened: seconds of the thread that calls, and counts."""
 
-    lookup: float = 0.0  # the table, its bookkeeping, asking for copies
-    start: float = 0.0  # asking the device to run
-    wait: float = 0.0  # for what it runs
+    lookup: float = 0.0  # the table, its bookkeeping, issuing copies
+    start: float = 0.0  # issuing runs of the device
+    wait: float = 0.0  # for these runs
     misses: float = 0.0  # experts that the threads computed
-    late_copies: int = 0  # experts that were asked for while they were on their way
-    streamed_layers: int = 0  # layers of steps whose misses went to the device
+    late_copies: int = 0  # experts called while their copy was in flight
+    streamed_layers: int = 0  # layers whose misses were streamed to the device
 
 
 class DeviceExperts:
     """The table, the device and the buffers that they share with the step.
 
-    placing: whether steps use the device; the engine asks before each. notes: what could not be had as asked, a line
-    each. geometry: of the slots that there are, which may be fewer than planned.
+    placing: whether steps use the device; the engine checks it before each step. notes: one line for each request that
+    could not be met. geometry: of the actual slots, which may be fewer than planned.
     """
 
     def __init__(
@@ -73,14 +73,15 @@ class DeviceExperts:
         cpu_seconds: tuple[float, float],
         step: DeviceStep | None = None,
     ) -> None:
-        """address, weights: of the buffers of the engine and of the tensors of its model. cpu_seconds: what one row of
-        one expert costs the threads, and what each of many does. step: the rest of a step, if a device computes that.
+        """address, weights: address of a buffer of the engine, and of a tensor of its model. cpu_seconds: what an
+        expert with one row costs the threads, and what each of many rows costs. step: the rest of the step, if a device
+        computes that.
         """
         assert plan.cache is not None
         self.plan: CachePlan = plan.cache
         self.placing = True
         self.times = CacheTimes()
-        self.observer: SpanObserver | None = None  # told of lookups, misses and waits
+        self.observer: SpanObserver | None = None  # called with the spans of lookups, misses and waits
         shape = self.plan.shape
         self._routes, pairs = routes, plan.max_rows * shape.top_k
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
@@ -102,15 +103,15 @@ class DeviceExperts:
         )
         self._open_device(self.plan.geometry)
         if step:
-            step.finder = self
+            step.hit_launcher = self
         self.following: str | None = None  # what `--cache auto` chose
         self.table = self._new_table(self.plan.settings.quota)
         self._decoding = False
-        self._found = False  # whether the device has been asked for the hits of the layer at hand
-        self._left = (0.0, False)  # when the threads began with what a layer leaves to them, and whether it is anything
-        self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # by tables that were given up
+        self._hits_launched = False  # whether the hits of the current layer were already launched
+        self._misses_started = (0.0, False)  # (start time, whether the threads have any experts to compute)
+        self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # of earlier tables
         self._ticket: Any = None
-        self._on_the_way: dict[int, int] = {}  # key of each slot that is being filled
+        self._pending_copies: dict[int, int] = {}  # slot -> key of each copy in flight
         self._late: set[int] = set()
         self._placing_layer = False
 
@@ -123,21 +124,21 @@ class DeviceExperts:
         self._times = replace(self.times)
 
     @property
-    def finds(self) -> bool:
-        """See `hybrid.gpu.step.Finder`. Not where many rows may have experts streamed: that is the host's to decide."""
-        return self.placing and self._decoding and self.device.run_found is not None
+    def can_launch(self) -> bool:
+        """See `hybrid.gpu.step.HitLauncher`. False when a step has many rows: the host then decides what to stream."""
+        return self.placing and self._decoding and self.device.run_looked_up is not None
 
     @phased("hits")
-    def find(self, layer: int) -> None:
-        """Have the device compute its hits of a layer: those that the lookup in `place` will find, because nothing is
-        published in between.
+    def launch_hits(self, layer: int) -> None:
+        """Launch this layer's hits on the device. They equal what `place` looks up, because nothing is published in
+        between.
         """
         start = perf_counter()
         self._placing_layer = True
         self._publish()
-        assert self.device.run_found is not None
-        self._ticket = self.device.run_found(layer * self.plan.shape.experts, self._routes.rows)
-        self._found = True
+        assert self.device.run_looked_up is not None
+        self._ticket = self.device.run_looked_up(layer * self.plan.shape.experts, self._routes.rows)
+        self._hits_launched = True
         self.times.start += perf_counter() - start
 
     @phased("lookup")
@@ -146,13 +147,13 @@ class DeviceExperts:
         start = perf_counter()
         self._placing_layer = True
         routes, table = self._routes, self.table
-        if not self._found:
+        if not self._hits_launched:
             self._publish()
         ids = routes.ids.tolist()
         experts, scores = distinct_calls(ids, routes.weights.tolist(), routes.top_k)
         found = table.lookup(layer, experts, scores)
         if self._decoding:
-            self.history.ask(layer, experts)
+            self.history.count_calls(layer, experts)
         if found.loading:
             self._note_late(layer, found.loading)
         fills = table.admit() if found.misses else []
@@ -168,13 +169,13 @@ class DeviceExperts:
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
-        if slot_of and not self._found:  # last: the device cannot begin while this thread is busy here
+        if slot_of and not self._hits_launched:  # last: the device cannot begin while this thread is busy here
             self._ticket = self.device.run(self._slot_ids[: routes.rows], streamed)
             self.times.start += perf_counter() - looked_up
-        self._placing_layer = self._found = False
+        self._placing_layer = self._hits_launched = False
         if self.observer is not None:
             self.observer("lookup", start, looked_up)
-            self._left = (perf_counter(), len(slot_of) < len(experts))
+            self._misses_started = (perf_counter(), len(slot_of) < len(experts))
 
     @phased("wait")
     def join(self, layer: int) -> None:
@@ -186,14 +187,14 @@ class DeviceExperts:
             self.times.wait += perf_counter() - start
         self.table.release()
         if self.observer is not None:
-            self._tell(start)
+            self._report_spans(start)
 
-    def _tell(self, joined: float) -> None:
-        """joined: when the threads were done with what was left to them."""
+    def _report_spans(self, joined: float) -> None:
+        """joined: when the threads had computed the misses."""
         assert self.observer is not None
-        began, some = self._left
-        if some:
-            self.observer("misses", began, joined)
+        start, any_misses = self._misses_started
+        if any_misses:
+            self.observer("misses", start, joined)
         self.observer("wait", joined, perf_counter())
 
     def end(self, result: StepResult) -> StepResult:
@@ -217,23 +218,23 @@ class DeviceExperts:
         return replace(result, times=times, cache=counts[:, : len(COUNTS)])
 
     def reprice(self, costs: CallCosts) -> None:
-        """Take costs that were measured on the device, before a step has run."""
+        """Use costs measured on the device. Called before the first step."""
         self.costs = costs
         self._contributions[:] = -0.0  # measuring left some
         self.device.forget()
         self.table = self._new_table(self.plan.settings.quota)
 
     def verdict(self) -> Verdict | None:
-        """What the steps that decoded so far say; None before the first of them."""
+        """The verdict on the decode steps so far; None before the first of them."""
         return judge(self.history.observed(), self.costs) if self.history.steps else None
 
     def preload(self, keys: Sequence[int]) -> None:
-        """Have the device hold these experts, as many of them as their indexes have room for, before a step runs."""
+        """Copy these experts to the device before a step runs, as many as fit their indexes."""
         for fill in self.table.preload(keys):
             self.device.load(fill.slot, fill.key)
 
     def _follow(self, verdict: Verdict | None) -> None:
-        """Go on in the way that is fastest: without the device, with fixed experts on it, or as before."""
+        """Continue in the fastest way: on the CPU alone, with fixed experts on the device, or with the cache."""
         if verdict is None:
             return
         self.following = verdict.best
@@ -244,11 +245,11 @@ class DeviceExperts:
             self._counts_before += self._count_table()
             self.device.forget()
             self.table = self._new_table(0)
-            self.preload(self.history.most_asked())
+            self.preload(self.history.most_called())
 
     def recover(self, error: BaseException) -> bool:
-        """A step ended before its time: what it left in the buffers and in the table is cleared. Returns whether the
-        step may be run again, because the device has got room by giving slots back.
+        """Clear what a failed step left in the buffers and the table. Returns whether the step may be run again,
+        because giving slots back has freed memory of the device.
 
         Raises KernelError if the device is lost; the next steps run without it.
         """
@@ -267,7 +268,7 @@ class DeviceExperts:
     def _clear(self, error: BaseException) -> None:
         if isinstance(error, DeviceLost):
             raise error
-        self._found = False
+        self._hits_launched = False
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
             self.device.join(ticket)
@@ -279,10 +280,10 @@ class DeviceExperts:
         self.table.release()
 
     def _give_back(self) -> None:
-        """The device needs its memory for other things: the cache starts anew with fewer slots, or not at all."""
+        """Free memory of the device: restart the cache with fewer slots, or end it if there is only one."""
         fewer = fewer_slots(self.geometry)
         self.device.close()
-        self._on_the_way.clear()
+        self._pending_copies.clear()
         self._late.clear()
         self._counts_before += self._count_table()
         self._placing_layer = False
@@ -293,11 +294,11 @@ class DeviceExperts:
         self.table = self._new_table(self.plan.settings.quota)
 
     def reset(self) -> None:
-        """Forget what the device holds, once the copies on their way have ended."""
+        """Forget what the device holds, after the copies in flight have ended."""
         while self.device.pending:
             self.device.poll()
             sleep(PAUSE)
-        self._on_the_way.clear()
+        self._pending_copies.clear()
         self._late.clear()
         self._counts_before += self._count_table()
         self.device.forget()
@@ -305,7 +306,7 @@ class DeviceExperts:
         self._placing_layer = False
 
     def drain(self) -> None:
-        """Wait for the copies that are on their way."""
+        """Wait for the copies in flight and publish them."""
         while self.device.pending:
             self._publish()
             sleep(PAUSE)
@@ -316,8 +317,8 @@ class DeviceExperts:
     def _to_stream(
         self, layer: int, ids: list[int], experts: Sequence[int], slot_of: dict[int, int], copies: int
     ) -> list[int]:
-        """Keys of the experts that go to the device although no slot holds them: all such of a layer, or none. They get
-        the ids that follow those of the slots in `slot_of`.
+        """Keys of the experts to stream: all misses of a layer, or none. In `slot_of` they get the ids that follow
+        those of the slots.
         """
         mode = self.plan.settings.stream
         missed = [expert for expert in experts if expert not in slot_of]
@@ -332,19 +333,19 @@ class DeviceExperts:
         return [layer * self.plan.shape.experts + expert for expert in missed]
 
     def _share_out(self, ids: list[int], slot_of: dict[int, int]) -> None:
-        """Write the ids that the threads compute, and the slots that the device computes."""
+        """Write the expert ids that the threads compute, and the slot ids that the device computes."""
         self._left_ids[: len(ids)] = array("i", [-1 if expert in slot_of else expert for expert in ids])
         if slot_of:
             slot = slot_of.get
             self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
 
     def _copy_in(self, slot: int, key: int) -> None:
-        self._on_the_way[slot] = key
+        self._pending_copies[slot] = key
         self.device.copy_in(slot, key)
 
     def _publish(self) -> None:
         for slot, whole in self.device.poll():
-            self._late.discard(self._on_the_way.pop(slot))
+            self._late.discard(self._pending_copies.pop(slot))
             if whole:
                 self.table.publish(slot)
             else:
@@ -356,7 +357,7 @@ class DeviceExperts:
         self.times.late_copies += len(keys)
 
     def count(self) -> npt.NDArray[np.int64]:
-        """[MoE layers, 6]: what the table counted, in the order of COUNTS and fills, since the engine was opened."""
+        """int64 [MoE layers, 6]: counts since the engine was opened, in the order of COUNTS, then fills."""
         return self._counts_before + self._count_table()
 
     def _count_table(self) -> npt.NDArray[np.int64]:

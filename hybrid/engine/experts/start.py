@@ -93,7 +93,7 @@ class ExpertsStart:
         addresses = self._addresses
         self.profile = thread_profile(self._plan, self._pool, addresses.weight, addresses.buffer, self._profiles)
         times = self.profile.experts[expert_key(shape, self._plan.formats.experts)]
-        return times.on_threads(1), times.row_on_threads
+        return times.on_threads(1), times.seconds_per_row_on_threads
 
     def _routers(self, layers: Iterable[int]) -> Iterable[npt.NDArray[np.float32]]:
         routers = (self._store.tensors[f"layers.{index}.ffn.router"] for index in layers)

@@ -1,4 +1,4 @@
-"""Whether the experts that a layer misses are brought to the device and computed there, or left to the threads."""
+"""Decides whether the missed experts of a layer are streamed to the device or left to the threads."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from hybrid.engine.experts.costs import CallCosts
 
 
-def streaming_pays(held: Sequence[int], missed: Sequence[int], copies: int, costs: CallCosts) -> bool:
-    """held, missed: rows of each expert that the device holds, and of the others. copies: asked for in this layer.
+def streaming_pays(hits: Sequence[int], misses: Sequence[int], copies: int, costs: CallCosts) -> bool:
+    """hits, misses: rows of each expert in a slot, and of each other expert. copies: issued by admission in this layer.
 
-    Left where they are, device and threads work at the same time. Streamed, one expert is copied while another is
-    computed, behind the copies that were asked for before; the first has nobody to hide behind. `docs/cache.md` has the
-    sums.
+    Without streaming, device and threads run in parallel. With it, each copy overlaps the previous expert's compute;
+    the first copy overlaps nothing. Formula: `docs/cache.md`.
     """
-    kept = costs.start * bool(held) + _seconds(held, costs.device, costs.device_row)
-    threads = _seconds(missed, costs.cpu, costs.cpu_row)
-    brought = _seconds(missed, costs.device, costs.device_row) + costs.start * len(missed)
-    link = (len(missed) + copies) * costs.copy
-    return max(link, kept + brought) + costs.copy < max(kept, threads)
+    device = costs.start * bool(hits) + _seconds(hits, costs.device, costs.device_row)
+    threads = _seconds(misses, costs.cpu, costs.cpu_row)
+    streamed = _seconds(misses, costs.device, costs.device_row) + costs.start * len(misses)
+    link = (len(misses) + copies) * costs.copy
+    return max(link, device + streamed) + costs.copy < max(device, threads)
 
 
 def _seconds(rows: Sequence[int], expert: float, row: float) -> float:
-    """An expert costs the reading of its bytes, or the arithmetic of its rows, whichever takes longer."""
+    """Seconds of experts. Each takes as long as reading its bytes or the arithmetic of its rows, whichever is
+    longer.
+    """
     return sum(max(expert, count * row) for count in rows)

@@ -1,6 +1,6 @@
 """Whether an expert cache is worth it: what a step costs without a device, with a static placement, and with the cache.
 
-Costs come from measurement (the threads) and from the device's figures; they are those of steps that decode.
+Costs are measured on the threads, and taken from the device's figures; they are those of decode steps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observed:
-    """Means over the steps that decoded, by MoE layer.
+    """Means over the decode steps, by MoE layer.
 
-    static: hits of the experts that were asked for most, as many of each index as it has slots. bookkeeping: seconds a
-    step of lookups and joins.
+    static: hits of a static placement of the most called experts, as many in each index as it has slots. bookkeeping:
+    seconds per step of lookups and joins.
     """
 
     steps: int
@@ -33,7 +33,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Milliseconds that the experts of a step cost in each way; `best` is "cpu", "static" or "cache"."""
+    """Milliseconds per step of the experts in each way; `best` is "cpu", "static" or "cache"."""
 
     steps: int
     cpu_ms: float
@@ -50,9 +50,9 @@ class Verdict:
 
 
 def judge(seen: Observed, costs: CallCosts) -> Verdict:
-    """Device and threads work at the same time: a layer takes as long as the slower of the two.
+    """Device and threads run in parallel, so a layer takes as long as the slower of the two.
 
-    Copies read the memory that the threads read too: they are charged what the same bytes cost the threads.
+    Copies read the same memory as the threads, so a copy costs what reading the same bytes costs the threads.
     """
     cpu = float(seen.calls.sum()) * costs.cpu
     static = _both(seen.calls, seen.static, costs) + seen.bookkeeping
@@ -78,13 +78,13 @@ def _reason(seen: Observed, costs: CallCosts, best: str) -> str:
     return f"it hits {hits:.0%} for {seen.fills:.1f} copies a step, fixed slots {static:.0%}, with {overhead}"
 
 
-def most_asked(asked: npt.NDArray[np.int64], index_of: npt.NDArray[np.int64], nways: int) -> list[int]:
-    """Keys of the experts that fill the slots best: of each index the `nways` that were asked for most.
+def most_called(calls: npt.NDArray[np.int64], index_of: npt.NDArray[np.int64], nways: int) -> list[int]:
+    """Keys of the experts for a static placement: in each index the `nways` most called ones.
 
-    asked: how often, by key. index_of: by key, -1 where a key may not be cached.
+    calls: number of calls, by key. index_of: by key, -1 if a key may not be cached.
     """
-    order = np.lexsort((np.arange(len(asked)), -asked, index_of))
+    order = np.lexsort((np.arange(len(calls)), -calls, index_of))
     places = index_of[order]
     first = np.searchsorted(places, places)
-    kept = order[(places >= 0) & (np.arange(len(order)) - first < nways) & (asked[order] > 0)]
+    kept = order[(places >= 0) & (np.arange(len(order)) - first < nways) & (calls[order] > 0)]
     return sorted(int(key) for key in kept)

@@ -1,4 +1,4 @@
-"""What a step on a device asks of the halves of a layer, and what it gives them."""
+"""Interface of the halves of a layer on a device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hybrid.models.layers.base import Half, Place
 
 @dataclass(frozen=True)
 class Shared:
-    """What all halves share. sequences: that run together. capacity: tokens of each that are mirrored. attention: by
-    which they attend where nothing is to be joined. choose: of a router's scores.
+    """Shared by all halves. sequences: how many run together. capacity: mirrored tokens of each. attention: used when
+    every seen token is mirrored. choose: top-k choice from a router's scores.
     """
 
     sequences: int
@@ -34,52 +34,52 @@ class Shared:
 class DeviceMixer(Protocol):
     @property
     def windows(self) -> frozenset[int | None]:
-        """Of the mirrored tokens that its rows see: None is all of them."""
+        """Attention windows in use; None is unlimited."""
 
     def sees_older(self, inputs: StepInputs) -> bool:
         """Whether the threads must attend to tokens that are not mirrored."""
 
     def project(self, residual: Tensor, inputs: StepInputs) -> Any:
-        """What is needed of its rows, of the residual stream float32 [rows, hidden]. The threads get what they need."""
+        """Projections of the residual stream, float32 [rows, hidden]; sends the threads what they need."""
 
     def mix(self, projected: Any, inputs: StepInputs) -> Any:
-        """What rows take of other tokens, of the mirrored ones where there are older ones too."""
+        """Attention over mirrored tokens, or what corresponds to it in other mixers."""
 
     def output(self, mixed: Any, inputs: StepInputs) -> Tensor:
-        """What is added to the residual stream, float32 [rows, hidden], joined with what the threads made of older
+        """What to add to the residual stream, float32 [rows, hidden], joined with the threads' result for older
         tokens.
         """
 
 
 class DeviceFeedForward(Protocol):
     def normed(self, residual: Tensor) -> Tensor:
-        """The rows that it reads, float32 [rows, hidden]."""
+        """Normalised rows, its input, float32 [rows, hidden]."""
 
     def dense(self, normed: Tensor) -> Tensor | None:
-        """What is added to the residual stream; None where there are experts."""
+        """What to add to the residual stream; None for a MoE layer."""
 
     def route(self, normed: Tensor) -> Routed:
-        """Which experts rows take."""
+        """The router's choice of experts for the rows."""
 
     @property
     def has_shared(self) -> bool:
-        """Whether an expert is shared by all rows."""
+        """Whether there is a shared expert, which all rows use."""
 
     def shared(self, normed: Tensor, routed: Routed) -> Tensor:
-        """What that one adds."""
+        """What the shared expert adds to the residual stream."""
 
 
 class Kind(Protocol):
     """A module of this folder."""
 
     def load(self, half: Any, place: Place, load: Loader) -> Any:
-        """Weights on the device."""
+        """Load the weights of a half onto the device."""
 
     def open_half(self, half: Any, place: Place, weights: Any, shared: Shared) -> Any:
         """A DeviceMixer or a DeviceFeedForward."""
 
     def whole_shape(self, half: Any) -> tuple[int, int, int] | None:
-        """Query heads, KV heads and their dimension, where it attends by `Shared.attention`; else None."""
+        """Query heads, KV heads and head dimension if it uses `Shared.attention`, else None."""
 
 
 def kind_of(half: Half) -> Kind:

@@ -1,8 +1,8 @@
-"""What is asked of a kind of layer, by the packer, the planner, the engine and the device.
+"""Interface of a layer kind: what the packer, planner, engine and device need from it.
 
 A decoder layer has two halves: a mixer, which looks at other tokens (attention and its like), and a feed-forward.
-A kind of either is a frozen dataclass with the methods of `Half`, in a file of its own. Nobody outside asks for its
-kind.
+A kind of either is a frozen dataclass with the methods of `Half`, in a file of its own. No other code depends
+on its kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hybrid.ops import Op
 
 @dataclass(frozen=True)
 class Place:
-    """What a half must know of the model around it.
+    """What a half needs to know of the model around it.
 
     layer: its number. hidden: width of the residual stream. eps: of the norms. ropes: of the whole model, a table each.
     """
@@ -45,11 +45,11 @@ class Extents:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What a mixer keeps of one sequence, zeroed when the sequence begins.
+    """Layout of a mixer's state of one sequence, which is zeroed when the sequence begins.
 
-    nbytes: in all. token_bytes: of each token, 0 where it does not grow with them. binding: the class of `cpu_kernels`
-    that says where it lies, made of `base`, `sequence_stride` and these fields. runs: (offset, bytes) of what is long
-    and contiguous. repeatable: whether a step that failed may be run again on it.
+    nbytes: in all. token_bytes: per token, 0 if the state does not grow. binding: the class of `cpu_kernels` that
+    describes it to the kernels, constructed from `base`, `sequence_stride` and `fields`. runs: (offset, bytes) of its
+    long contiguous parts. repeatable: whether a failed step may be run again on it.
     """
 
     nbytes: int
@@ -87,9 +87,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Load:
-    """A step in numbers: its sequences, its rows, the tokens that their states hold, and the pairs of a row and a token
-    that it sees.
-    """
+    """Sizes of a step: sequences, rows, tokens in the states, and pairs of a row and a token that it sees."""
 
     sequences: int
     rows: int
@@ -102,8 +100,8 @@ class Load:
 class DeviceNeeds:
     """What a device must hold to compute this half of a step.
 
-    weights: bytes. token: bytes of each mirrored token. row_floats: fp32 words of a row's intermediates. scores: of a
-    row, for each key.
+    weights: bytes. token: bytes of each mirrored token. row_floats: number of fp32 intermediates of a row. scores:
+    number of attention scores of a row for each key.
     """
 
     weights: int
@@ -117,22 +115,22 @@ class Half(Protocol):
 
     @property
     def rope(self) -> RopeSpec | None:
-        """Whose tables it reads."""
+        """Its rotary embedding, None without one."""
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
-        """The tensors that a checkpoint has for it, with its experts in this form."""
+        """Names and shapes of its tensors in a checkpoint whose experts have this form."""
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
-        """Those of the store, in the order in which a step reads them."""
+        """Tensors of the packed store, in the order a step reads them."""
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        """Of the weights of its products."""
+        """Weight formats of its products."""
 
     def first_ops(self, place: Place) -> Iterator[Op]:
-        """What a step does once for all layers, before the first of them. Equal ops are done once."""
+        """Ops to run before the first layer. Equal ops of several layers run once."""
 
     def ops(self, place: Place) -> Iterator[Op]:
-        """From the residual stream to what is added to it."""
+        """Ops from reading the residual stream to adding to it."""
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         """Bytes of each buffer that it uses. Layers share them: a buffer is as large as its largest user needs."""
@@ -141,23 +139,24 @@ class Half(Protocol):
         """Buffers that are written once, when the engine opens."""
 
     def cost(self, place: Place, load: Load) -> Cost:
-        """What a step must read and multiply at least."""
+        """Lower bound of what a step reads and multiplies."""
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """None: no device computes this kind."""
+        """What a device must hold for it; None if no device supports this kind."""
 
     def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
-        """What the threads do in its place when a device computes it. ops: those of `ops`, with placed experts or not.
+        """The ops that are left to the threads when a device computes it. ops: from `ops`, with or without placed
+        experts.
 
-        Raises ValueError for an op that it does not know.
+        Raises ValueError for an unknown op.
         """
 
     def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        """Bytes of the buffers that threads and device share beside the others."""
+        """Bytes of the additional buffers that threads and device share."""
 
 
 class Mixer(Half, Protocol):
     """The half that looks at other tokens."""
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """Of a sequence of so many tokens."""
+        """Layout of the state of one sequence of `tokens` tokens."""

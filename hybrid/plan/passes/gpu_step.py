@@ -1,4 +1,4 @@
-"""A step whose residual stream lives on a device: the threads keep experts, the home of the KV and its older tokens.
+"""A step whose residual stream is on a device: the threads keep experts, all keys and values, and older tokens.
 
 The op list of a step without such a device is turned into one in which `hybrid.gpu.step` is called back: to start,
 twice a layer, and to finish. It does what is left out here: embedding, norms, projections, rope, attention over the
@@ -10,7 +10,7 @@ tokens that it mirrors, dense and shared experts, the router and the head. In ea
     qkv          writes the keys and values of the step's rows to their home
     experts      as in the step that this one is made of, summed in a buffer that `attend` of the next layer takes
 
-What stays of a layer, its halves say (`device_ops`).
+The halves of a layer say which of its ops the threads keep (`device_ops`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _OUTER = {"embed", "rope_table", "group", "norm", "gemm"}  # outside the layers,
 
 
 def device_step_ops(spec: ModelSpec, ops: Iterable[Op]) -> list[Op]:
-    """ops: of a step on the threads alone, or of one whose experts are placed. Raises ValueError for an op that nobody
-    told it of.
+    """The ops of a step with the device. ops: of a step on the threads alone, or of one whose experts are placed.
+
+    Raises ValueError for an unknown op.
     """
     start, finish = (
         Op("host", part, {"call": Callback(kind, 0)}, (1, "thread"))
@@ -40,7 +41,7 @@ def device_step_ops(spec: ModelSpec, ops: Iterable[Op]) -> list[Op]:
 
 
 def device_step_buffers(spec: ModelSpec, mix: FormatMix, extents: Extents) -> dict[str, int]:
-    """Bytes of the buffers that such a step has beside the others."""
+    """Bytes of the additional buffers of such a step."""
     return largest(half.device_buffers(place, extents) for place, half in spec.halves(mix))
 
 

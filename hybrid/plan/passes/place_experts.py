@@ -19,18 +19,18 @@ from hybrid.ops import Buffer, Callback, Op, RoutingTable, Weight, require_known
 
 LEFT_IDS = "left_ids"  # the ids of the experts that the threads compute, -1 for those of the device
 CONTRIBUTIONS = "contributions"  # what an expert made of a row, for each (row, rank); -0 between two layers
-OBSERVE = "observe"  # the kind of the callback that is told of the experts that were chosen
+OBSERVE = "observe"  # the kind of the callback that reports the chosen experts
 PLACED_CALLS = ("place", "join")  # kinds of callbacks of a step with a device
-NEXT = "next_"  # before the buffers of the router of the next layer, which is asked early
+NEXT = "next_"  # prefix of the buffers of the next layer's router, which runs early
 
 
 def observe_routes(ops: Iterable[Op]) -> Iterator[Op]:
-    """The ops of a step that calls `observe` once the experts of a MoE layer are chosen, and changes nothing."""
+    """The ops of a step that also calls `observe` after the experts of each MoE layer are chosen."""
     return _after_choice(ops, OBSERVE)
 
 
 def take_routes(ops: Iterable[Op]) -> Iterator[Op]:
-    """The ops of a step that calls `take` there, before all others: to have other experts in the place of those."""
+    """The ops of a step that first calls `take` there, which replaces the chosen experts."""
     return _after_choice(ops, TAKE)
 
 
@@ -44,9 +44,9 @@ def _after_choice(ops: Iterable[Op], kind: str) -> Iterator[Op]:
 
 
 def place_experts(ops: Iterable[Op], next_gate: bool = False) -> list[Op]:
-    """The ops of a step with a device. next_gate: ask the router of the next layer too, on the same rows.
+    """The ops of a step with a device. next_gate: also run the next layer's router, on the same rows.
 
-    Raises ValueError for an op that nobody told it of.
+    Raises ValueError for an unknown op.
     """
     ops = require_known(ops)
     routers = [(router, topk) for router, topk in zip(ops, ops[1:], strict=False) if router.kind == "router"]
@@ -67,7 +67,7 @@ def place_experts(ops: Iterable[Op], next_gate: bool = False) -> list[Op]:
 
 
 def placement_buffers(rows: int, top_k: int, spec: ModelSpec, next_gate: bool = False) -> dict[str, int]:
-    """Bytes of the buffers that such a step has beside the others."""
+    """Bytes of the additional buffers of such a step."""
     pairs = rows * top_k
     sizes = {LEFT_IDS: pairs * 4, f"{ROUTED}.pairs": pairs * 4, CONTRIBUTIONS: pairs * row_stride(spec.hidden) * 4}
     if not next_gate:

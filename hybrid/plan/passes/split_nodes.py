@@ -27,8 +27,8 @@ _EXPERT_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class SplitStep:
-    """ops: of the step. parts: what each node holds of the tensors that are split. sizes: bytes of the buffers that all
-    share; node_sizes: of those of each node, empty where there is one node.
+    """ops: of the step. parts: which blocks of each split tensor a node holds. sizes: bytes of the shared buffers.
+    node_sizes: bytes of each node's own buffers, empty with one node.
     """
 
     ops: list[Op]
@@ -42,9 +42,9 @@ def split_over_nodes(
 ) -> SplitStep:
     """Split the ops of a step. sizes: bytes of its buffers.
 
-    What has fewer blocks than there are nodes stays whole and is shared by all threads, and so does an embedding that
-    is the head as well: rows are looked up in it, and a second copy would be memory wasted. Raises ValueError for an
-    op that nobody told it of.
+    A tensor with fewer blocks than there are nodes stays whole and is shared by all threads. So does an embedding that
+    is also the head: rows are looked up in it, and a second copy would waste memory. Raises ValueError for an unknown
+    op.
     """
     if nodes == 1:
         return SplitStep(ops, {}, dict(sizes), ())
