@@ -23,6 +23,7 @@ from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
 from gpu_cache.table import Table
 from hybrid.core import SpanObserver, StepResult
+from hybrid.engine.experts.copies import Copies
 from hybrid.engine.experts.costs import CallCosts, call_costs
 from hybrid.engine.experts.history import COUNTS, DecodeHistory
 from hybrid.engine.experts.open import fewer_slots, open_device
@@ -111,8 +112,7 @@ class DeviceExperts:
         self._misses_started = (0.0, False)  # (start time, whether the threads have any experts to compute)
         self._counts_before = np.zeros((len(shape.layers), len(COUNTS) + 1), np.int64)  # of earlier tables
         self._ticket: Any = None
-        self._pending_copies: dict[int, int] = {}  # slot -> key of each copy in flight
-        self._late: set[int] = set()
+        self._copies = Copies()
         self._placing_layer = False
 
     def begin(self) -> None:
@@ -135,7 +135,7 @@ class DeviceExperts:
         """
         start = perf_counter()
         self._placing_layer = True
-        self._publish()
+        self._copies.publish(self.device, self.table)
         assert self.device.run_looked_up is not None
         self._ticket = self.device.run_looked_up(layer * self.plan.shape.experts, self._routes.rows)
         self._hits_launched = True
@@ -148,24 +148,25 @@ class DeviceExperts:
         self._placing_layer = True
         routes, table = self._routes, self.table
         if not self._hits_launched:
-            self._publish()
+            self._copies.publish(self.device, self.table)
         ids = routes.ids.tolist()
         experts, scores = distinct_calls(ids, routes.weights.tolist(), routes.top_k)
         found = table.lookup(layer, experts, scores)
         if self._decoding:
             self.history.count_calls(layer, experts)
         if found.loading:
-            self._note_late(layer, found.loading)
+            first = layer * self.plan.shape.experts
+            self.times.late_copies += self._copies.count_late(first + expert for expert in found.loading)
         fills = table.admit() if found.misses else []
         for fill in fills:
-            self._copy_in(fill.slot, fill.key)
+            self._copies.start(self.device, fill.slot, fill.key)
         slot_of = dict(found.hits)
         streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
         self._share_out(ids, slot_of)
         if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
             early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
             for fill in table.prefetch(layer + 1, list(early)):
-                self._copy_in(fill.slot, fill.key)
+                self._copies.start(self.device, fill.slot, fill.key)
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
@@ -283,8 +284,7 @@ class DeviceExperts:
         """Free memory of the device: restart the cache with fewer slots, or end it if there is only one."""
         fewer = fewer_slots(self.geometry)
         self.device.close()
-        self._pending_copies.clear()
-        self._late.clear()
+        self._copies.clear()
         self._counts_before += self._count_table()
         self._placing_layer = False
         if fewer is None:
@@ -298,8 +298,7 @@ class DeviceExperts:
         while self.device.pending:
             self.device.poll()
             sleep(PAUSE)
-        self._pending_copies.clear()
-        self._late.clear()
+        self._copies.clear()
         self._counts_before += self._count_table()
         self.device.forget()
         self.table = self._new_table(0 if self.following == "static" else self.plan.settings.quota)
@@ -308,7 +307,7 @@ class DeviceExperts:
     def drain(self) -> None:
         """Wait for the copies in flight and publish them."""
         while self.device.pending:
-            self._publish()
+            self._copies.publish(self.device, self.table)
             sleep(PAUSE)
 
     def close(self) -> None:
@@ -338,23 +337,6 @@ class DeviceExperts:
         if slot_of:
             slot = slot_of.get
             self._flat_slot_ids[: len(ids)] = array("i", [slot(expert, -1) for expert in ids])
-
-    def _copy_in(self, slot: int, key: int) -> None:
-        self._pending_copies[slot] = key
-        self.device.copy_in(slot, key)
-
-    def _publish(self) -> None:
-        for slot, whole in self.device.poll():
-            self._late.discard(self._pending_copies.pop(slot))
-            if whole:
-                self.table.publish(slot)
-            else:
-                self.table.abandon(slot)
-
-    def _note_late(self, layer: int, loading: Sequence[int]) -> None:
-        keys = {layer * self.plan.shape.experts + expert for expert in loading} - self._late
-        self._late |= keys
-        self.times.late_copies += len(keys)
 
     def count(self) -> npt.NDArray[np.int64]:
         """int64 [MoE layers, 6]: counts since the engine was opened, in the order of COUNTS, then fills."""
