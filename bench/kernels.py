@@ -49,6 +49,11 @@ WORDS = ("op", "shape", "routing", "format", "isa")  # columns of text
 
 Progress = Callable[[str, int, int], None]
 _COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads that compute; default: those of the machine.", **_COUNT)
+]
+    int | None, typer.Option("--threads", help="Threads that compute; default: those of the machine.", **_COUNT)
+]
 Ops = Annotated[str, typer.Option(help=f"Out of {ALL_OPS}.")]
 Formats = Annotated[str, typer.Option(help="Of the weights.")]
 KvFormats = Annotated[str, typer.Option("--kv-format", help="Of keys and values.")]
@@ -88,7 +93,7 @@ def kernels(
     isa: Isas = None,
     rows: Rows = ROWS,
     repetitions: Repetitions = 5,
-    threads: f.Threads = None,
+    threads: Threads = None,
     hidden: Size = Shape.hidden,
     experts: Size = Shape.experts,
     top_k: Size = Shape.top_k,

@@ -13,7 +13,7 @@ from hybrid.settings import check_settings, setting
 DEVICES = ("auto", "cpu", "simulated", "cuda")
 STEPS = ("auto", "threads", "torch-cpu")
 OVERLAPS = {"none": "none", "next": "next-gate"}  # what is copied while misses run: names of prefetches
-WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `weights.mix` has the rest
+WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4")  # first word of --format; `formats.mix` has the rest
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
 CACHE_MODES = ("auto", "on", "off")

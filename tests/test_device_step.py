@@ -107,7 +107,7 @@ def test_attention_over_mirrored_and_older_tokens_is_that_over_all(tmp_path, cas
     with open_engine(wanted.path, tmp_path / "cache", **sizes, **STEP, gpu_kv_tokens=64) as engine:
         assert engine.device_step.mirror.capacity == 64
         parts = wanted.error(run(engine))
-        assert engine.plan.device.kv == engine.device_step.mirror.nbytes
+        assert engine.plan.device.kv == sum(mixer._rings.nbytes for mixer in engine.device_step._mixers)
     # The mirror is bf16: where the home is not, the fewer tokens lie there alone, the nearer.
     assert whole <= NEAR * threads and parts <= NEAR * threads
     if kv_format != "bf16":

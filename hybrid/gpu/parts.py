@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hybrid.gpu.products import linear
-from hybrid.models.layers.feed_forward import Activation, Router
+from hybrid.models.layers.feed_forward import SOFTMAX_AFTER, Activation, Router
 from hybrid.models.rope import RopeSpec
 
 
@@ -108,7 +108,7 @@ def choose_by_kernel(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
 
 
 def choose_by_torch(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-    after = router.kind == "topk_softmax"
+    after = SOFTMAX_AFTER[router.kind]
     chosen = torch.topk(scores if after else scores.softmax(-1), router.top_k)
     weights = chosen.values.softmax(-1) if after else chosen.values
     if router.renormalise and not after:

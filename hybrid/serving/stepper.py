@@ -30,7 +30,8 @@ class Stepper:
 
     def forward(self, jobs: Sequence[Job], batch: Batch) -> StepResult:
         """`Engine.forward`, for these jobs. Raises RequestError once stopped."""
-        self._jobs = jobs
+        with self._lock:  # a cut of the step before comes before this one begins, and so hits its first op
+            self._jobs = jobs
         try:
             while not self._stopping:
                 try:
@@ -72,6 +73,8 @@ class Stepper:
             self._engine.cancel()
 
     def _meant(self, jobs: Sequence[Job]) -> bool:
-        """Whether a step that was cancelled should have been. One that should not is run again: it writes the same."""
+        """Whether a step that was cancelled should have been. One that should not has ended after its first op, which
+        touches no state, and is run again.
+        """
         late, self._late = self._late, max(0, self._late - 1)
         return not late or all(job.unwanted for job in jobs)

@@ -140,17 +140,17 @@ def test_inputs_that_are_not_renewed_are_found_out(tmp_path, capture, monkeypatc
 
 
 def test_what_cannot_be_captured_is_done_plainly_and_said(tmp_path, capture, monkeypatch) -> None:
-    from hybrid.gpu import step as device
+    from hybrid.gpu.layers import feed_forward
 
     with opened(tmp_path, **STEP) as engine:
         wanted = work(engine)
-    norm = device.rms_norm
+    norm = feed_forward.rms_norm
 
     def waiting(x, *rest) -> Any:
         float(x.sum())  # the host waits for it
         return norm(x, *rest)
 
-    monkeypatch.setattr(device, "rms_norm", waiting)
+    monkeypatch.setattr(feed_forward, "rms_norm", waiting)
     with opened(tmp_path, **STEP) as engine:
         assert same_bits(work(engine), wanted)
         made = engine.device_step.graphs

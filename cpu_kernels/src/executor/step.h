@@ -8,7 +8,7 @@ namespace hybrid {
 
 using bf16 = uint16_t;  // bit pattern
 
-// How a matrix is stored; hybrid/weights/formats says the same in Python.
+// How a matrix is stored; hybrid/formats says the same in Python.
 enum class Format { bf16, int8, int4, fp8, mxfp4 };
 constexpr int kFormats = 5;
 

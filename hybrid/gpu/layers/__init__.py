@@ -1,5 +1,5 @@
 """The torch half of every kind of layer: `<kind>.py` here belongs to `hybrid/models/layers/<kind>.py`.
 
-Each has two functions: `load`, which brings the weights of a half to the device, and `open_half`, which makes of them
-what a step calls. `base.py` says what that is.
+Each has three functions: `load` brings the weights of a half to the device, `open_half` makes of them what a step
+calls, `whole_shape` says whether it uses the attention that is chosen by measurement. `base.py` says what they return.
 """

@@ -50,6 +50,7 @@ from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 Activation = Literal["silu", "swiglu_clamped"]
 RouterKind = Literal["softmax", "topk_softmax"]
 
+SOFTMAX_AFTER: dict[RouterKind, bool] = {"softmax": False, "topk_softmax": True}  # whether top_k are chosen before
 ROUTED, DENSE, SHARED = "routing", "dense", "shared"  # tables that say which rows an expert gets
 IDS, WEIGHTS = "expert_ids", "expert_weights"  # what a router chose, for each (row, rank)
 ACTIVATION = "activation"  # what experts make of their rows between their two products
@@ -244,7 +245,7 @@ class FeedForward:
             "experts": self.experts,
             "top_k": router.top_k,
             "renormalise": router.renormalise,
-            "softmax_after": router.kind == "topk_softmax",
+            "softmax_after": SOFTMAX_AFTER[router.kind],
             "scale": router.scale,
         }
         yield Op("topk", "moe", choose, (0, "rows"))
