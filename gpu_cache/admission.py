@@ -1,4 +1,4 @@
-"""Which misses are worth a copy. The table asks for each, and tells what is called and filled."""
+"""Admission: which misses are worth a copy. The table calls these rules for every miss, call and fill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Costs:
 
 
 class Admission:
-    """What the table calls; this one admits every miss."""
+    """Interface of an admission rule. This one admits every miss."""
 
     name = "always"
 
@@ -34,18 +34,18 @@ class Admission:
         """A step begins."""
 
     def on_call(self, keys: Sequence[int]) -> None:
-        """The experts that a layer asks for."""
+        """A layer calls these experts."""
 
     def on_fill(self, index: int) -> None:
         """An expert is being copied into a slot of an index."""
 
     def wants(self, index: int, key: int) -> bool:
-        """Whether to copy a missed expert into its index. Asked once for each miss, after `on_call`."""
+        """Whether to copy a missed expert into its index. Called once for each miss, after `on_call`."""
         return True
 
 
 class SecondTouch(Admission):
-    """Only what missed before, at most `WINDOW` steps ago.
+    """Admits an expert that missed before, at most `WINDOW` steps ago.
 
     The rule of content delivery networks (Maggs and Sitaraman, Algorithmic nuggets in content delivery, 2015), with an
     exact memory in place of a Bloom filter.
@@ -66,7 +66,7 @@ class SecondTouch(Admission):
 
 
 class BreakEven(Admission):
-    """Only what is expected to save more time on the device than its copy takes; `docs/cache.md` derives the rule.
+    """Admits an expert if it should save more time on the device than its copy takes; `docs/cache.md` derives the rule.
 
     Calls and fills are counted with a weight that halves in `HALF_LIFE` steps. With f calls of an expert, this one
     included, and F fills of an index of M ways, its expected calls while it is there are (f - 1) * min(1, M / F).
@@ -120,7 +120,9 @@ ADMISSIONS: Mapping[str, type[Admission]] = {rule.name: rule for rule in (Admiss
 
 
 def make_admission(name: str, geometry: Geometry, costs: Costs | None = None) -> Admission:
-    """The rule of a name of `ADMISSIONS`, in any case. Raises CacheError for others, and where costs are missing."""
+    """The rule with this name in `ADMISSIONS`, in any case. Raises CacheError if it is unknown or needs missing
+    costs.
+    """
     rule = ADMISSIONS.get(name.lower())
     if rule is None:
         raise CacheError(f"admission {name!r} is unknown: use one of {', '.join(ADMISSIONS)}")

@@ -147,7 +147,7 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
 
 
 def static_best(calls: Calls, geometry: Geometry) -> Schedule:
-    """In each index the experts that the trace asks for most, there from the start and for ever."""
+    """A placement that never changes: in each index the most called experts of the trace."""
     count = np.bincount(calls.key, minlength=calls.layers * calls.experts)
     index = geometry.indexes()
     order = np.lexsort((-count, index))

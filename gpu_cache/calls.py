@@ -1,4 +1,4 @@
-"""The calls of a layer: every distinct expert that its rows ask for, once."""
+"""The calls of a layer: the distinct experts that its rows chose."""
 
 from __future__ import annotations
 

@@ -6,17 +6,17 @@ class CacheError(ValueError):
 
 
 class DeviceFull(MemoryError):
-    """The device has no room for what was asked: one line, with both sizes. Fewer slots may fit."""
+    """The device has too little memory for a request: one line, with both sizes. Fewer slots may fit."""
 
 
 class PinningRefused(MemoryError):
-    """The system pins no more memory of the host: one line, with the size that was asked."""
+    """The system refuses to pin more host memory: one line, with the requested size."""
 
 
 class DeviceLost(Exception):
-    """The device does not answer any more, for the reason that is said; nothing it still owed will come."""
+    """The device no longer works, for the reason in the message; results still pending are lost."""
 
 
 def first_line(error: object) -> str:
-    """Of what an error says; its kind where it says nothing."""
+    """First line of an error's message; the error's class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

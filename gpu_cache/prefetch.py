@@ -1,4 +1,4 @@
-"""Copying experts before they are asked for."""
+"""Copying experts before they are called."""
 
 from __future__ import annotations
 

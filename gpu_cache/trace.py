@@ -1,4 +1,4 @@
-"""Traces of routing: which experts each token asked for, layer by layer, and the calls of the cache they make."""
+"""Traces of routing: which experts each token chose in each layer, and the calls of the cache that follow."""
 
 from __future__ import annotations
 

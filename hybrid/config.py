@@ -1,4 +1,4 @@
-"""What a user chooses, frozen. Each setting is declared once: default, help and what is allowed (`hybrid.settings`)."""
+"""Settings of the user, frozen. Each is declared once with default, help and allowed values (`hybrid.settings`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ABOVE_0: dict[str, Any] = {"minimum": 1e-6, "allowed": "a number above 0"}
 
 
 def _is_numa(numa: str) -> bool:
-    """The number of threads, which it may not exceed either, is known to the plan alone."""
+    """Check the text alone. The plan checks that there are no more nodes than threads."""
     number = numa.isdecimal() and len(numa) < 20
     return numa in ("auto", "off") or (number and 1 <= int(numa) <= MAX_NODES)
 
@@ -118,7 +118,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """A simulated device; what is not said is an RTX 4090 on PCIe 4.0 x16. Units are those of the names, 10^9 bytes."""
+    """A simulated device; the defaults are an RTX 4090 on PCIe 4.0 x16. Units are those of the names, 10^9 bytes."""
 
     PREFIX: ClassVar[str] = "device_"
     GROUP: ClassVar[str] = "device"
@@ -135,7 +135,9 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """None means: chosen by `hybrid.plan.plan` from the model and the machine. Made by hand it asks no environment."""
+    """None means: chosen by `hybrid.plan.plan` from the model and the machine. Constructed directly it ignores the
+    environment.
+    """
 
     GROUP: ClassVar[str] = "engine"
 

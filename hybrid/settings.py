@@ -34,7 +34,7 @@ def setting(default: T, help: str, **words: Any) -> T:
 
 
 def required(help: str, **words: Any) -> Any:
-    """The same without a default: its value is MISSING until it is given."""
+    """A setting without a default: its value is MISSING until it is given."""
     return field(metadata={"help": help, **words})
 
 
@@ -88,7 +88,7 @@ class Setting:
         return self.option if self.flag else f"{self.owner.__name__}.{self.field}"
 
     def of(self, chosen: Any) -> Any:
-        """Its value in an instance of the dataclass that was asked for."""
+        """Its value in an instance of the outermost dataclass."""
         for name in self.path:
             chosen = getattr(chosen, name)
         return chosen

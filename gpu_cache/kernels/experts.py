@@ -31,7 +31,7 @@ class Tiling:
 
     @property
     def options(self) -> dict[str, int]:
-        """Those of a launch."""
+        """Options of a kernel launch."""
         named = {"num_warps": self.warps, "num_stages": self.stages}
         return {name: value for name, value in named.items() if value is not None}
 

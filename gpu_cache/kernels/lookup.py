@@ -1,4 +1,4 @@
-"""Where experts are, asked on the device: hits can be launched before the host knows what the router chose."""
+"""Slot lookup on the device: hits can be launched before the host knows what the router chose."""
 
 from __future__ import annotations
 

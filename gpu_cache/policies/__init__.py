@@ -22,12 +22,12 @@ POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in _found
 
 
 def make_policy(name: str, geometry: Geometry, seed: int = 0) -> Policy:
-    """A policy by its name in `POLICIES`, in any case. Raises CacheError for others. seed: of those that draw lots."""
+    """A policy by its name in `POLICIES`, in any case. Raises CacheError if unknown. seed: for random policies."""
     return POLICIES[known_policy(name)](geometry, seed)
 
 
 def known_policy(name: str, policies: Collection[str] = POLICIES.keys()) -> str:
-    """The one of some policies that is meant, as it is spelt there. Raises CacheError if it is none of them."""
+    """The name as it is spelt in the list of policies, for a name in any case. Raises CacheError if it is unknown."""
     for known in policies:
         if known.lower() == name.lower():
             return known

@@ -1,4 +1,4 @@
-"""What the table tells a replacement policy and asks of it."""
+"""Interface of a replacement policy, called by the table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu_cache.geometry import Geometry
 class Policy:
     """One object for the whole cache, with a state for each index. Slots and keys are as `Geometry` numbers them.
 
-    Few calls that do much, because calls are what costs: the table leaves out hooks that a policy does not override.
+    Few hooks that do much, because Python calls are slow: the table does not call hooks that are not overridden.
     Order within a lookup: `on_lookup`, then for each fill `on_fill` or `replace`.
     """
 
@@ -26,7 +26,7 @@ class Policy:
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        """A layer asks for experts, resident or not. scores: the largest gate score of each; None: unknown.
+        """A layer calls experts, resident or not. scores: the largest gate score of each; None: unknown.
 
         slots: of those that are ready, in the order of the experts.
         """
@@ -35,7 +35,7 @@ class Policy:
         """An expert is given a slot that was empty, and its copy begins."""
 
     def on_evict(self, slot: int, key: int) -> None:
-        """An expert leaves its slot, which stays empty: its copy failed."""
+        """The copy of an expert failed: its slot is empty again."""
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         """Evict an expert of an index and give its slot to `key`, whose copy begins; returns the slot.

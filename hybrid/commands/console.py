@@ -67,7 +67,7 @@ def _prepare_streams() -> None:
 
 
 def _drop_stdout() -> None:
-    """What is still buffered is lost, or the interpreter would complain that it cannot flush it."""
+    """Drop buffered output, because at exit the interpreter would report that it cannot flush it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -46,8 +46,8 @@ class Wanted(Protocol):
 
 class Outputs:
     """Observes a run while it is entered, and writes its files when it is left: by SIGTERM too, which ends the run as
-    Ctrl-C does; after other errors the trace alone. What cannot be written is told once, by `warn`, and the run goes
-    on.
+    Ctrl-C does; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
+    run goes on.
     """
 
     def __init__(self, wanted: Wanted, llm: LLM, warn: Callable[[str], None]) -> None:

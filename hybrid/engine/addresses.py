@@ -1,4 +1,4 @@
-"""Where everything lies that ops refer to: the memory of an engine."""
+"""The memory of an engine: addresses of everything that ops refer to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hybrid.weights.store import Store
 class Addresses:
     """Weights, buffers and states, allocated as a plan says: see `hybrid.plan.binding.References`.
 
-    A store whose weights are copied is closed. Raises CapacityError for what cannot be had.
+    A store whose weights are copied is closed. Raises CapacityError if memory cannot be allocated.
     """
 
     def __init__(self, store: Store, plan: Plan, progress: Progress | None = None) -> None:
@@ -41,11 +41,11 @@ class Addresses:
 
     @property
     def arena(self) -> tuple[int, int]:
-        """Address and bytes of what holds the buffers that all share."""
+        """Address and bytes of the memory of all shared buffers."""
         return self._arena.address, self._arena.size
 
     def granted(self) -> MemoryGrant:
-        """What the system granted of what was asked for."""
+        """How much of the requested kinds of memory the system granted."""
         arenas = self._weights.arenas if isinstance(self._weights, CopiedWeights) else []
         places = zip(self._plan.node_ids, arenas, strict=False)
         nodes = tuple(NodeMemory(id, arena.placed, arena.size, arena.huge_bytes()) for id, arena in places)
@@ -56,7 +56,7 @@ class Addresses:
         self._kv.release(sequence)
 
     def buffer(self, name: str, node: int = -1) -> int:
-        """Address of a buffer that all share, or of one of a node."""
+        """Address of a shared buffer, or of a buffer of one memory node."""
         if node < 0:
             return int(self._arena.address) + self._plan.buffers[name][0]
         return int(self._node_arenas[node].address) + self._plan.node_buffers[node][name][0]
@@ -68,7 +68,7 @@ class Addresses:
         return self._kv.layout(layer)
 
     def answer(self, owner: Any, *kinds: str) -> None:
-        """Callbacks of these kinds are methods of `owner` of that name."""
+        """Bind callbacks of these kinds to the methods of `owner` with the same names."""
         self._owners |= dict.fromkeys(kinds, owner)
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
@@ -82,7 +82,7 @@ class Addresses:
 
 
 def _load(store: Store, plan: Plan, progress: Progress | None) -> Store | CopiedWeights:
-    """The weights where the ops read them."""
+    """Load the weights to where the ops read them."""
     if plan.load == "map":
         return store
     copied = CopiedWeights(store, plan.parts, plan.node_ids, plan.threads, progress)

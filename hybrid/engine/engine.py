@@ -161,7 +161,9 @@ class Engine:
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
-        """A step with a device, or one without while `experts` says so. A step may be run again: it writes the same."""
+        """Run a step with the device, or without it if `experts` says so. Running a step again writes the same
+        values.
+        """
         while experts.placing:
             experts.begin()
             try:
@@ -172,7 +174,9 @@ class Engine:
         return self._run(self._plain, batch, logits)
 
     def _recover(self, experts: DeviceExperts, error: BaseException) -> bool:
-        """Whether the step may be run again: not where the state of sequences has gone on meanwhile."""
+        """Clean up after a failed step. Returns whether it may be run again: not if that would change sequences
+        twice.
+        """
         try:
             return experts.recover(error) and self.plan.kv.repeatable
         except KernelError:

@@ -37,7 +37,7 @@ class KvArena:
         self.huge_runs = self._use_huge(tails) if has_huge_pages(plan.huge_pages) else 0
 
     def _use_huge(self, tails: list[tuple[int, int]]) -> int:
-        """Ask for huge pages sequence by sequence until there may be no more; returns how many tails have them."""
+        """Request huge pages sequence by sequence until the limit is reached; returns how many tails have them."""
         stride = self._plan.kv.sequence_stride
         places = [
             (sequence * stride + offset, size) for sequence in range(self._plan.sequences) for offset, size in tails
@@ -46,7 +46,7 @@ class KvArena:
         return next(refused, min(len(places), MAX_HUGE_RUNS))
 
     def layout(self, layer: int) -> Any:
-        """Where the kernels find the state of a layer, of a class of `cpu_kernels`."""
+        """The state of a layer as the kernels read it, an object of a class of `cpu_kernels`."""
         return self._plan.kv.bound(layer, self._arena.address)
 
     def release(self, sequence: int) -> None:

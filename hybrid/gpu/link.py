@@ -1,4 +1,4 @@
-"""What passes between the memory of the host and the device: copies that nobody waits for until they are needed."""
+"""Copies between host and device memory that are only waited for when their data is needed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hybrid.machine.memory import view
 
 
 class Link:
-    """Copies between buffers of the engine and tensors of a device, in the order in which they are asked for.
+    """Copies between buffers of the engine and tensors of a device, in the order of the calls.
 
-    On the CPU device a copy has happened when the call returns, and there is nothing to wait for. stream: of all that
-    a step asks of a GPU, None on the CPU device.
+    On torch's CPU device a copy is complete when the call returns. stream: the stream of all work of a step on a GPU,
+    None on the CPU device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,19 +25,19 @@ class Link:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def queue(self) -> AbstractContextManager[object]:
-        """What is asked for inside goes to the stream."""
+        """Context in which work is queued on the stream."""
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def to_host(self, buffer: Tensor, tensor: Tensor) -> None:
-        """What is in the buffer means nothing before `wait`."""
+        """Queue a copy into a buffer, whose content is undefined before `wait`."""
         buffer.copy_(tensor, non_blocking=True)
 
     def to_device(self, buffer: Tensor) -> Tensor:
-        """A copy; the buffer must not change before `wait`."""
+        """Queue a copy from a buffer, which must not change before `wait`."""
         return buffer.to(self.device, non_blocking=True, copy=True)
 
     def mark(self) -> Any:
-        """A point in what the device was asked to do, for `wait`."""
+        """An event after all work queued so far, for `wait`."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -45,12 +45,12 @@ class Link:
         return event
 
     def wait(self, mark: Any) -> None:
-        """Until the device has done all that it was asked for before the mark."""
+        """Block until the device has done all work before the mark."""
         if mark is not None:
             mark.synchronize()
 
     def time(self) -> Any:
-        """The time at which the device has done all that it was asked for, for `Clock`."""
+        """A time stamp after all work queued so far, for `Clock`."""
         if self.device.type != "cuda":
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -58,8 +58,8 @@ class Link:
         return event
 
     def pin(self, address: int, size: int) -> str | None:
-        """Let the device read and write this memory by itself, until `unpin`. Returns why it may not: then every copy
-        waits for those before it.
+        """Pin this memory, so that copies are asynchronous, until `unpin`. Returns why it was refused, or None; without
+        it every copy waits for the earlier ones.
         """
         if self.device.type != "cuda":
             return None
@@ -76,7 +76,7 @@ class Link:
 
 
 class Clock:
-    """Turns times of a link into seconds of time.perf_counter, once the device has done what they belong to."""
+    """Turns time stamps of a link into seconds of time.perf_counter, after the device has reached them."""
 
     def __init__(self, link: Link) -> None:
         """Waits for the device."""

@@ -1,6 +1,6 @@
 """The keys and values of the most recent tokens of every sequence, on the device. Their home is in the CPU's memory.
 
-Each sequence has a ring: the token at position p lies at p modulo `capacity`. Evicting is overwriting: nothing is lost.
+Each sequence has a ring: the token at position p lies at p modulo `capacity`. Overwriting a token loses nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KvMirror:
         return self._starts[sequence], end
 
     def forget(self, sequence: int) -> None:
-        """What is mirrored of a sequence means nothing any more."""
+        """Drop the mirrored tokens of a sequence."""
         self._starts[sequence] = self._ends[sequence] = 0
 
 

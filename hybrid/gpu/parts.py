@@ -101,7 +101,7 @@ def chooser(device: torch.device) -> Choose:
 
 
 def choose_by_kernel(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-    """One kernel, where what torch does is up to seven."""
+    """Top-k choice in one kernel instead of up to seven of torch's."""
     from gpu_cache.kernels.router import TopK, choose
 
     return choose(scores, TopK(router.kind, scores.shape[1], router.top_k, router.renormalise, router.scale))

@@ -1,4 +1,4 @@
-"""Products of bf16 matrices whose sums are fp32: they are rounded by who reads them, if at all."""
+"""Products of bf16 matrices with fp32 sums, which are not rounded here."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 @dataclass(frozen=True)
 class DeviceReport:
     """decoding, prompts: whose attention was taken for rows of either kind; the seconds of a call, by name, of all that
-    were tried. replayed: works that ran by CUDA graphs; notes: what made it slower than it could be.
+    were tried. replayed: works that ran by CUDA graphs; notes: one line for each thing that made steps slower.
     """
 
     decoding: str

@@ -1,4 +1,4 @@
-"""The experts of a layer on a GPU, between the buffers of the engine: rows go there, sums come back."""
+"""The experts of a layer on a GPU: copies rows from the engine's buffers to the device and sums back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SlotExperts:
     """
 
     def __init__(self, plan: Plan, memory: Sequence[torch.Tensor], address: Callable[[str], int]) -> None:
-        """memory: uint8 [slots, bytes] of every piece of an expert. address: of the engine's buffers."""
+        """memory: uint8 [slots, bytes] for each piece of an expert. address: of a buffer of the engine."""
         assert plan.cache is not None
         rows, top_k = plan.max_rows, plan.cache.shape.top_k
         self._strict = plan.cache.settings.strict_placement
@@ -84,7 +84,7 @@ class SlotExperts:
             self._slot_ids.download(rows)
 
     def end(self) -> None:
-        """Experts are added in one order, whichever were streamed."""
+        """Sum the experts in a fixed order, whichever of them were streamed."""
         rows, top_k = self._rows, self._kernels.top_k
         contributions = self._kernels.contributions[: rows * top_k]
         if self._strict:
@@ -104,7 +104,7 @@ class SlotExperts:
         return self._expert_ids.upload(ids), self._gates.upload(weights)
 
     def _leave_sums(self, rows: int) -> None:
-        """Queue what must happen to the sums beside their making."""
+        """Queue the copy of the sums to the host, if they are needed there."""
         self._result.download(rows)
 
     def _collect_sums(self, rows: int) -> None:
@@ -137,7 +137,7 @@ class _Mirror:
 
 
 def expert_layout(plan: Plan) -> ExpertLayout:
-    """That of the routed experts. Widths are padded to whole blocks, whose padding has no weight."""
+    """Layout of the routed experts. Widths are padded to whole blocks with weights of zero."""
     gate_up, down = (next(op for op in plan.placed_ops if _is(op, kind)) for kind in ("gate_up", "down"))
     return ExpertLayout(
         format=plan.formats.experts,
@@ -154,8 +154,8 @@ def _is(op: Op, kind: str) -> bool:
 
 
 class StepExperts(SlotExperts):
-    """The same where the rest of the step is on the device too, on the same stream: rows and routes are there, and sums
-    stay.
+    """`SlotExperts` for a step that runs on the device, on the same stream: its rows and routes are already there, and
+    the sums stay there.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class StepExperts(SlotExperts):
         return not self._strict
 
     def run_looked_up(self, slot_of: torch.Tensor, first: int, rows: int) -> None:
-        self._rows = rows  # a graph tells the device alone
+        self._rows = rows  # here, because replaying a graph does not run the code
         self._step.graphs.run(("experts", first), partial(super().run_looked_up, slot_of, first, rows))
 
     def _input(self, rows: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Memory: what the system granted of what was asked for, sizes for people, and arrays over what somebody else owns."""
+"""Memory: what the system granted, sizes as text, and arrays over memory that is owned elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """The weights on one memory node. id: the system's number, -1 if simulated. placed: whether it took the wish for
+    """The weights on one memory node. id: the system's number, -1 if simulated. placed: whether the system agreed to
     its node. huge_bytes: those in huge pages.
     """
 

@@ -21,7 +21,7 @@ class NodeChoice:
 
 
 def choose_nodes(hardware: HardwareSpec, config: EngineConfig, threads: int) -> NodeChoice:
-    """What --numa means on this machine. Raises ConfigError for nodes that cannot be had."""
+    """What --numa means on this machine. Raises ConfigError if it cannot be met."""
     own = len(hardware.nodes)
     if config.numa in ("auto", "off"):
         note = _against(hardware, config, threads) if config.numa == "auto" and own > 1 else ""

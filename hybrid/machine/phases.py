@@ -1,4 +1,4 @@
-"""Names of what goes on, for profilers: nvtx ranges of the domain `hybrid`, if nvtx is installed."""
+"""Named phases for profilers: nvtx ranges of the domain `hybrid`, if nvtx is installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NVTX = _nvtx()
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What runs inside."""
+    """Mark the code inside as a phase."""
     if _NVTX is None:
         yield
         return
@@ -33,7 +33,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def phased(name: str) -> Callable[[Method], Method]:
-    """All of a method, which stays as it is where nobody looks."""
+    """Mark a whole method as a phase. Without nvtx the method is returned unchanged."""
 
     def mark(method: Method) -> Method:
         if _NVTX is None:

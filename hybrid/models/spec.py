@@ -61,7 +61,7 @@ class ModelSpec:
 
     @property
     def top_k(self) -> int:
-        """Experts that a row takes in a layer, at most; 0 without experts."""
+        """Largest number of experts per row in any layer; 0 without experts."""
         routers = (self.layers[index].feed_forward.router for index in self.moe_layers)
         return max((router.top_k for router in routers if router), default=0)
 
@@ -73,7 +73,7 @@ class ModelSpec:
         return Place(layer, self.hidden, self.eps, mix, self.ropes)
 
     def halves(self, mix: FormatMix) -> Iterator[tuple[Place, Half]]:
-        """Those of all layers, in the order of a step."""
+        """The halves of all layers, in the order of a step."""
         for index, layer in enumerate(self.layers):
             place = self.place(index, mix)
             yield from ((place, half) for half in layer.halves)
@@ -95,7 +95,7 @@ class ModelSpec:
             yield self.names.head, (self.vocab, self.hidden)
 
     def with_fused_experts(self) -> ModelSpec:
-        """The same with the names that a checkpoint has beside fused experts."""
+        """A copy with the names of checkpoints with fused experts."""
         layers = tuple(replace(layer, feed_forward=layer.feed_forward.fused()) for layer in self.layers)
         return replace(self, layers=layers)
 

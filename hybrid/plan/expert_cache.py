@@ -42,7 +42,7 @@ class CachePlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots, those for streams included."""
+        """Bytes of all slots, including the streaming ones."""
         return (self.geometry.slots + self.staging) * self.slot_bytes
 
     @property

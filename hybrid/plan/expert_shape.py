@@ -24,7 +24,7 @@ class ExpertShape:
 
     @property
     def nbytes(self) -> int:
-        """Of one expert, biases included."""
+        """Bytes of one expert, including biases."""
         return sum(size for _, size in self.pieces)
 
 

@@ -39,7 +39,7 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
 
 
 def resolve_device(config: EngineConfig, notice: Notice | None = None) -> EngineConfig:
-    """The same with a device in place of "auto": that of HYBRID_DEVICE, else a GPU that can be used, else the CPU.
+    """A copy with a device in place of "auto": that of HYBRID_DEVICE, else a usable GPU, else the CPU.
 
     Other flags that exclude a GPU make it the CPU. notice: called with a line if a GPU is here and cannot be used.
     Raises ConfigError for values out of range.

@@ -1,4 +1,4 @@
-"""What a step must read and multiply at least, and so the fastest that a machine could run it."""
+"""Lower bounds of what a step reads and multiplies, and so of its time on a machine."""
 
 from __future__ import annotations
 

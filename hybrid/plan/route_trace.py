@@ -60,7 +60,7 @@ def read_route_trace(path: Path, spec: ModelSpec) -> RouteTrace:
 
 @lru_cache(maxsize=1)
 def _read(path: Path, mark: Any, layers: int, top_k: int, experts: int) -> RouteTrace:
-    """mark: what is different once the file is."""
+    """mark: part of the key of the kept reading, which changes when the file does."""
     from gpu_cache.trace import read_trace
 
     with cache_errors("--route-trace"):

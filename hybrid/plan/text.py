@@ -65,7 +65,7 @@ def _nodes_text(plan: Plan) -> str:
 
 
 def _huge_text(plan: Plan) -> str:
-    """What is asked for; what was granted is known once it is there."""
+    """What is requested; what the system grants is only known after allocation."""
     wanted = [*["weights"] * (plan.load == "copy"), "buffers", "long keys and values"]
     asked = f"for {', '.join(wanted)}" if has_huge_pages(plan.huge_pages) else "cannot be had"
     return f"{asked} (system: {plan.huge_pages})"

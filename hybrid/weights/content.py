@@ -111,7 +111,7 @@ class Content:
 
 
 def _in_order(tasks: Iterator[Task]) -> Iterator[Array]:
-    """What the tasks make, in their order; threads work a few of them ahead."""
+    """Results of the tasks, in order; threads run a few tasks ahead."""
     pool, ahead = ThreadPoolExecutor(THREADS), deque[Future[Array]]()
     try:
         for task in tasks:

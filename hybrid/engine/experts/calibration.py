@@ -22,7 +22,7 @@ MAX_SECONDS = 0.3  # beyond which no more rounds are made
 
 
 def measured_rows(plan: Plan) -> tuple[int, ...]:
-    """Those of `ROWS` that a step may have."""
+    """The values of `ROWS` that a step can have."""
     return tuple(rows for rows in ROWS if rows <= plan.max_rows)
 
 
@@ -89,7 +89,9 @@ def time_device(plan: Plan, device: Device) -> tuple[float, tuple[float, ...]]:
 def measure_device(
     plan: Plan, device: Device, place: str, threads: tuple[float, ...], read: Callable[[], float]
 ) -> tuple[ExpertTimes, LinkSpeed]:
-    """place: where `device` has its slots, as torch says. threads: what experts cost there. read: of `measure_link`."""
+    """place: torch's name of the device with the slots. threads: seconds of experts on the threads. read: see
+    `measure_link`.
+    """
     from hybrid.gpu.link_speed import measure_link
 
     start, times = time_device(plan, device)

@@ -1,4 +1,4 @@
-"""What one expert costs: on the threads, on a device, and on the way there."""
+"""Costs of one expert: computed on the threads, computed on a device, and copied there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CallCosts:
 
 
 def expert_key(shape: ExpertShape, format: str) -> str:
-    """Experts that cost the same."""
+    """Key of experts that cost the same."""
     return f"{format} {shape.nbytes} bytes, {shape.top_k} together"
 
 
@@ -40,7 +40,7 @@ def call_costs(plan: CachePlan, cpu: float, cpu_row: float) -> CallCosts:
 
 
 def measured_costs(times: ExpertTimes, link: LinkSpeed, slot_bytes: int) -> CallCosts:
-    """Of a token, one row an expert, and of prompts; copies run while the threads read."""
+    """Measured costs of experts with one row and with many rows. Copies are timed while the threads read."""
     copy = link.latency + slot_bytes / link.to_device_beside
     rows = times.seconds_per_row_on_threads, times.seconds_per_row_on_device
     return CallCosts(times.on_threads(1), times.on_device(1), times.device_start, copy, *rows)

@@ -1,4 +1,4 @@
-"""Where the bytes of experts lie in the memory of the host."""
+"""The bytes of experts in host memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hybrid.plan.expert_cache import CachePlan
 
 
 def pieces_of(pieces: list[list[Bytes]], experts: int, key: int) -> list[Bytes]:
-    """Those of the expert `key`. pieces: of `expert_pieces`. experts: of a layer."""
+    """Pieces of the expert `key`. pieces: from `expert_pieces`. experts: number per layer."""
     layer, expert = divmod(key, experts)
     return [piece[expert] for piece in pieces[layer]]
 
 
 def whole_memory(pieces: list[list[Bytes]]) -> list[Bytes]:
-    """All memory that they lie in."""
+    """All memory that contains the pieces."""
     return [piece.reshape(-1) for layer in pieces for piece in layer]
 
 

@@ -13,12 +13,13 @@ from hybrid.machine.memory import size_text
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Hit rates are over all expert calls: every distinct expert that a layer asks for in a step, uncached layers too.
+    """Hit rates are over all expert calls: every distinct expert that a layer calls in a step, including layers without
+    slots.
 
-    late_copies: experts that were asked for while they were on their way. streamed: experts brought to the device for
-    one layer of a prompt, which count as misses, in streamed_layers layers. miss_seconds: what the threads took for
-    experts in steps with the device. modelled_seconds: what the figures of the device make of its hits. following: what
-    `--cache auto` chose, None without.
+    late_copies: experts called while their copy was in flight. streamed: experts brought to the device for one layer of
+    a prompt, which count as misses, in streamed_layers layers. miss_seconds: what the threads took for experts in steps
+    with the device. modelled_seconds: what the figures of the device make of its hits. following: what `--cache auto`
+    chose, None without.
     """
 
     geometry: str

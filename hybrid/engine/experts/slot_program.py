@@ -59,7 +59,7 @@ class SlotProgram:
         self._step(slot_ids)
 
     def seconds(self, slot_ids: npt.NDArray[np.int32]) -> float:
-        """The same; returns how long the experts took."""
+        """Compute as a call does; returns the seconds that it took."""
         attention, moe, head, other, experts, *_ = self._step(slot_ids)
         return experts
 

@@ -57,7 +57,7 @@ class ExpertsStart:
             raise DeviceFailed(f"the device is lost: {error}") from error
 
     def warm_keys(self) -> list[int]:
-        """Experts that are to be there from the start."""
+        """Keys of the experts to copy to the device before the first step."""
         assert self._plan.cache is not None
         warm = self._plan.cache.settings.warm
         return read_warm(warm, self.model_mark(), self._plan.cache.shape) if warm else []
@@ -100,7 +100,7 @@ class ExpertsStart:
         return (view(self._addresses.weight(router.name), router.shape, np.float32) for router in routers)
 
     def _read_bandwidth(self) -> float:
-        """Bytes a second that all threads read of the largest tensor."""
+        """Bytes per second at which all threads together read the largest tensor."""
         largest = max(self._store.tensors.values(), key=lambda tensor: tensor.nbytes)
         address = self._addresses.weight(largest.name)
         return float(cpu_kernels.read_bandwidth(self._pool, self._plan.isa, address, largest.nbytes))

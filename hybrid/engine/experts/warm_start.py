@@ -32,7 +32,7 @@ def write_warm(path: Path, mark: str, shape: ExpertShape, keys: Iterable[int]) -
 
 
 def read_warm(path: Path, mark: str, shape: ExpertShape) -> list[int]:
-    """Keys in the order of the file. Raises ConfigError for what is no such file, or of another model."""
+    """Keys in the order of the file. Raises ConfigError for another kind of file, or one of another model."""
     try:
         body = read_json_object(path)
     except WeightsError as error:

@@ -39,7 +39,7 @@ def load(half: FeedForward, place: Place, load: Loader) -> Weights:
 
 
 def whole_shape(half: FeedForward) -> None:
-    """It attends to nothing."""
+    """None: a feed-forward has no attention."""
 
 
 def open_half(half: FeedForward, place: Place, weights: Weights, shared: Shared) -> GatedFeedForward:

@@ -53,7 +53,7 @@ def load(half: GroupedQueryAttention, place: Place, load: Loader) -> Weights:
 
 
 def whole_shape(half: GroupedQueryAttention) -> tuple[int, int, int] | None:
-    """None with sinks: they are joined, so nothing is whole."""
+    """None with sinks, because these are always joined in a separate step."""
     return None if half.sinks else (half.heads, half.kv_heads, half.head_dim)
 
 
@@ -62,7 +62,7 @@ def open_half(half: GroupedQueryAttention, place: Place, weights: Weights, share
 
 
 class MirroredAttention:
-    """A `DeviceMixer`. Where rows see older tokens the threads attend to those, and both softmaxes are joined."""
+    """A `DeviceMixer`. The threads attend to tokens that are not mirrored, and both softmaxes are joined."""
 
     def __init__(self, half: GroupedQueryAttention, place: Place, weights: Weights, shared: Shared) -> None:
         self._half, self._eps, self._weights, self._shared = half, place.eps, weights, shared
@@ -78,7 +78,7 @@ class MirroredAttention:
         return inputs.older[self._half.window]
 
     def project(self, residual: Tensor, inputs: StepInputs) -> Heads:
-        """Queries, keys and values; the home of the latter two is told of them."""
+        """Queries, keys and values. Keys and values are also sent to the threads, which store them."""
         weights, buffers, link = self._weights, self._shared.buffers, self._shared.link
         rows = rms_norm(residual, weights.norm, self._eps).bfloat16()
         q, k, v = self._heads(linear(rows, weights.qkv, weights.qkv_bias), inputs)

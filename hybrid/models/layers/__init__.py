@@ -1,1 +1,1 @@
-"""Kinds of layers: one file each, which answers all that is asked of such a layer; `base.py` says what that is."""
+"""Kinds of layers, one file each; `base.py` has their interface."""

@@ -129,7 +129,7 @@ class FeedForward:
 
     @property
     def scores(self) -> int:
-        """Of a row: one an expert, and behind them the gate of a shared expert."""
+        """Router scores of a row: one per expert, followed by the gate of a shared expert."""
         return self.experts + self.shared_gate
 
     @property
@@ -137,7 +137,7 @@ class FeedForward:
         return None
 
     def fused(self) -> FeedForward:
-        """The same with the router's name beside fused experts."""
+        """A copy with the router's name in checkpoints with fused experts."""
         return replace(self, names=replace(self.names, router=self.names.fused_router))
 
     # Weights.
@@ -193,7 +193,7 @@ class FeedForward:
         return mix.experts if self.is_moe else mix.dense
 
     def _groups(self, mix: FormatMix) -> list[_Experts]:
-        """Those that a row chooses among, then the shared expert if there is one."""
+        """The routed experts, then the shared expert if there is one."""
         table = (ROUTED, self.router.top_k) if self.router else (DENSE, 1)
         routed = _Experts("experts", self._format(mix), self.intermediate, *table, ACTIVATION, self.bias)
         if not self.shared_intermediate:

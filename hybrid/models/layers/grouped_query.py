@@ -81,12 +81,12 @@ class GroupedQueryAttention:
 
     @property
     def width(self) -> int:
-        """Of what all query heads attended to."""
+        """Width of the output of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Of all keys, and of all values."""
+        """Width of all keys, and of all values."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -108,7 +108,7 @@ class GroupedQueryAttention:
 
     @property
     def state_floats(self) -> int:
-        """Of a row's partial softmaxes."""
+        """Floats of a row's partial softmaxes."""
         return self.heads * (self.value_dim + STATE_EXTRA)
 
     # Weights.

@@ -91,12 +91,12 @@ def gemm(
 
 
 def product_cost(format: str, n: int, k: int, rows: float) -> Cost:
-    """Of a matrix [n, k] that is read once and multiplied with these rows."""
+    """Cost of reading a matrix [n, k] once and multiplying it with these rows."""
     return Cost(packed_bytes(format, n, k)) + operations(format, n * k * rows)
 
 
 def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows: float) -> Cost:
-    """Of `active` experts that are read once, and of `rows` rows over all of them."""
+    """Cost of reading `active` experts once, and of `rows` rows over all of them."""
     return Cost(active * expert_bytes(format, hidden, intermediate)) + operations(
         format, 3.0 * rows * hidden * intermediate
     )

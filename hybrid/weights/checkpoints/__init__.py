@@ -1,1 +1,1 @@
-"""What is read: the sources that weights are packed from."""
+"""Checkpoints: the sources that weights are packed from."""
