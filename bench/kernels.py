@@ -52,8 +52,6 @@ _COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads that compute; default: those of the machine.", **_COUNT)
 ]
-    int | None, typer.Option("--threads", help="Threads that compute; default: those of the machine.", **_COUNT)
-]
 Ops = Annotated[str, typer.Option(help=f"Out of {ALL_OPS}.")]
 Formats = Annotated[str, typer.Option(help="Of the weights.")]
 KvFormats = Annotated[str, typer.Option("--kv-format", help="Of keys and values.")]
