@@ -86,6 +86,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "lfm2 tied, biases": ("lfm2", {}),
+    "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),
 }
 
 
@@ -181,6 +183,18 @@ def test_a_rewound_slot_goes_on_as_if_it_had_never_gone_further(saved, opened) -
     assert np.array_equal(whole[50:], step(engine, (0, 50, tokens[50:])))
     engine.release(0)
     assert np.array_equal(whole, step(engine, (0, 0, tokens)))
+
+
+def test_a_recurrent_state_makes_the_same_bits_in_chunks_beside_others_and_when_freed(tmp_path) -> None:
+    saved = oracle.save(tmp_path / "hf", "lfm2")
+    tokens = saved.tokens
+    with open_engine(saved.path, tmp_path / "cache") as engine:
+        whole = step(engine, (0, 0, tokens))
+        assert np.array_equal(whole, in_chunks(engine, tokens, 1, slot=1))
+        step(engine, (2, 0, tokens[::-1][:20]))
+        assert np.array_equal(whole, step(engine, (2, 20, tokens[:1]), (3, 0, tokens))[1:])
+        engine.release(0)
+        assert np.array_equal(whole, in_chunks(engine, tokens, 7, slot=0))
 
 
 def test_greedy_tokens_are_the_same_on_every_path(saved, opened) -> None:
