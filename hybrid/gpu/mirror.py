@@ -49,7 +49,7 @@ class KvRings:
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return int(self.keys.nbytes + self.values.nbytes)
 
     def write(self, sequences: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """keys, values [rows, heads, dim]; sequences [rows]; places [rows]: positions modulo the capacity."""
