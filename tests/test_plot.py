@@ -132,7 +132,7 @@ def test_times_add_up(folder: Path) -> None:
 
 
 def test_columns_are_added_up_in_runs() -> None:
-    sums, run = binned(np.arange(10.0).reshape(2, 5), most=2)
+    sums, run = binned(np.arange(10.0).reshape(2, 5), maximum=2)
     assert run == 3 and sums.tolist() == [[3, 7], [18, 17]]
 
 
