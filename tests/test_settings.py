@@ -318,8 +318,8 @@ def test_a_flag_that_must_be_given_may_be_a_variable(monkeypatch) -> None:
     assert refused("simulate").startswith("/missing.csv: there is no such file")
 
 
-def test_the_readme_lists_the_flags_that_exist() -> None:
-    section = (ROOT / "README.md").read_text().split("## Flags of `hybrid run`")[1].split("\n## ")[0]
+def test_the_documents_list_the_flags_that_exist() -> None:
+    section = (ROOT / "docs/settings.md").read_text().split("## Flags of `hybrid run`")[1].split("\n## ")[0]
     rows = [re.split(r"(?<!\\)\|", line)[1] for line in section.splitlines() if line.startswith("| `--")]
     listed = [flag.replace("--no-", "--") for row in rows for flag in re.findall(r"--[a-z-]+", row)]
     known = [setting.option for kind in OF_RUN for setting in settings_of(kind) if setting.flag]
