@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.commands.console import exit_codes, progress_bar, run_app, say
+from hybrid.commands.console import exit_codes, progress_bar, run_app, say, show
 from hybrid.commands.flags import parse_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -35,7 +35,7 @@ def main(
     """Pack a model once, so that every later start maps it. An interrupted run is resumed by the next one."""
     with exit_codes(interrupted=f"{output_path} is no store yet, the same command resumes it"):
         packed = _pack(input_path, output_path, format, check, force)
-        print(f"{output_path}: packed" if packed else f"{output_path}: already complete, nothing to do")
+        show(f"{output_path}: packed" if packed else f"{output_path}: already complete, nothing to do")
 
 
 def _pack(source: Path, output: Path, format: str, check: bool, force: bool) -> bool:

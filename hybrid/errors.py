@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybrid.printable import printable
+
 
 class HybridError(Exception):
-    """Base of everything this library raises on purpose; the command line turns it into exit code 2."""
+    """Base of everything this library raises on purpose; the command line turns it into exit code 2.
+
+    Its text is safe to show, whatever a file or a flag put into it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(HybridError):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of hybrid/, lowest first: a room imports those before it, and its own files. Those of one line know nothing
 # of each other.
 ORDER = (
+    ("printable",),
     ("core", "errors", "ops"),
     ("files", "formats", "settings"),
     ("config", "models", "text"),

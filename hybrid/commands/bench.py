@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say
+from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app, only
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
@@ -63,7 +63,7 @@ def bench(
         chunk_size=max(EngineConfig.chunk_size, largest_batch),
     )
     check_lengths(config, tests)
-    print(FORMATS[options.output](run(config, tests, options.repetitions)))
+    show(FORMATS[options.output](run(config, tests, options.repetitions)))
 
 
 def parse_counts(text: str) -> list[int]:

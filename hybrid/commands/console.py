@@ -9,16 +9,32 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from hybrid.errors import HybridError
+from hybrid.printable import printable
 
 if TYPE_CHECKING:
     import typer
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+_LONGEST_ERROR = 1000  # characters
 
 
 def say(line: str) -> None:
-    """One line on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """A message on stderr; stdout is for results."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def show(text: str, end: str = "\n", dim: bool = False) -> None:
+    """A result on stdout. A terminal gets it without control characters, a file or a pipe as it is."""
+    if sys.stdout.isatty():
+        text = f"\033[2m{printable(text)}\033[0m" if dim else printable(text)
+    print(text, end=end, flush=True)
+
+
+def one_line(error: object) -> str:
+    """The message of an error on one line, which is cut in its middle if it is very long."""
+    text = " ".join(str(error).split())
+    kept = _LONGEST_ERROR // 2
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:kept]} ... {text[-kept:]}"
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -31,7 +47,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         raise SystemExit(app(args=arguments, prog_name=name, standalone_mode=False))
     except usage_error as error:
         reason = error.format_message()  # type: ignore[attr-defined]
-        say(f"error: {' '.join(reason.split()).rstrip('.')}; {name} --help lists what is allowed")
+        say(f"error: {one_line(reason).rstrip('.')}; {name} --help lists what is allowed")
         raise SystemExit(EXIT_ERROR) from None
 
 
@@ -43,7 +59,7 @@ def exit_codes(interrupted: str = "every file that was written is whole") -> Ite
         yield
         sys.stdout.flush()
     except HybridError as error:
-        say("error: " + " ".join(str(error).split()))
+        say(f"error: {one_line(error)}")
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         say(f"interrupted; {interrupted}")
@@ -53,7 +69,7 @@ def exit_codes(interrupted: str = "every file that was written is whole") -> Ite
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         _drop_stdout()
-        say(f"error: reading or writing failed: {' '.join(str(error).split())}")
+        say(f"error: reading or writing failed: {one_line(error)}")
         raise SystemExit(EXIT_ERROR) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing, suppress
 
-from hybrid.commands.console import say
+from hybrid.commands.console import say, show
 from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
 from hybrid.serving.llm import LLM
@@ -46,7 +46,7 @@ class Conversation:
             with closing(self._llm.stream_chat(self.messages, self._params)) as deltas:
                 for delta in deltas:
                     answer += delta.text
-                    print(delta.text, end="", flush=True)
+                    show(delta.text, end="")
         except KeyboardInterrupt:
             print(" ...", end="")
         except RequestError as error:

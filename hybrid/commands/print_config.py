@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybrid.commands.console import show
 from hybrid.errors import ConfigError
 from hybrid.settings import ENVIRONMENT, Choice, check_settings
 
@@ -22,7 +23,7 @@ def print_choices(choices: Sequence[Choice], chosen: Iterable[Any]) -> None:
         check_settings(part)
     choices = [_now(choice) for choice in choices]
     as_json = any((choice.setting.name, choice.value) in (("json", True), ("output", "json")) for choice in choices)
-    print(to_json(choices) if as_json else to_text(choices))
+    show(to_json(choices) if as_json else to_text(choices))
 
 
 def _now(choice: Choice) -> Choice:

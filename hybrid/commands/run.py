@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say
+from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import Version, command, new_app
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
 from hybrid.config import OVERLAPS, EngineConfig, check_config
@@ -88,7 +88,7 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
     summary = outputs.recorder.summary(llm.engine.load_seconds, llm.engine.plan.isa, llm.engine.plan.threads)
     cache = outputs.cache_report()
     if options.json:
-        print(_json_report(llm, prompts or [], completions, summary, cache))
+        show(_json_report(llm, prompts or [], completions, summary, cache))
     else:
         parts = (summary, cache, llm.engine.device_report(), f"memory       {llm.engine.memory}")
         say("\n" + "\n".join(str(part) for part in parts if part))
@@ -132,7 +132,7 @@ def _print_plan(config: EngineConfig, as_json: bool) -> None:
     from hybrid.plan.text import plan_text
 
     plan = plan_model(config, say)
-    print(json.dumps(plan.to_dict()) if as_json else plan_text(plan))
+    show(json.dumps(plan.to_dict()) if as_json else plan_text(plan))
     plan.require_fit()
 
 
@@ -182,20 +182,20 @@ def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) ->
     _print_prompt(prompt)
     with llm.stream(tokens, params) as deltas:
         for delta in deltas:
-            print(delta.text, end="", flush=True)
-    print()
+            show(delta.text, end="")
+    show("")
 
 
 def _print_texts(prompts: Sequence[str], completions: Sequence[Completion]) -> None:
     for prompt, completion in zip(prompts, completions, strict=True):
         _print_prompt(prompt)
-        print(completion.text)
+        show(completion.text)
 
 
 def _print_prompt(prompt: str) -> None:
     """Dimmed, for a person at a terminal; a file or a pipe gets the responses alone."""
     if sys.stdout.isatty():
-        print(f"\033[2m{prompt}\033[0m", end="", flush=True)
+        show(prompt, end="", dim=True)
 
 
 def _json_report(

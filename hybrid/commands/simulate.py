@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say
+from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.settings import check_settings, required, setting
@@ -82,7 +82,7 @@ def simulate(options: SimulateOptions) -> None:
         settings = make_settings(grouped, options)
         warn_of_few_ways(grouped, settings)
         workers = options.workers or len(os.sched_getaffinity(0))
-        print(FORMATS[options.output](run(grouped, settings, machine, workers, options.results)))
+        show(FORMATS[options.output](run(grouped, settings, machine, workers, options.results)))
 
 
 def load_trace(path: Path, layers: int | None, experts: int | None) -> Trace:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say
+from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app, only
 from hybrid.commands.run import RunOptions
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
@@ -124,7 +124,7 @@ def verify(
             lambda done, total: progress("scenarios", done, total),
             options.device,
         )
-    print(_to_json(outcomes) if printed.json else _to_text(outcomes))
+    show(_to_json(outcomes) if printed.json else _to_text(outcomes))
     different = [outcome for outcome in outcomes if outcome.difference]
     if different:
         say(f"different: {different[0].scenario}: {different[0].difference}")
