@@ -230,7 +230,7 @@ def against_llama_cpp(
 def _duel(
     settings: Settings, report: Report, engine: Engine, theirs: LlamaCpp, progress: Progress, what: str
 ) -> tuple[list[Duel], MachineProbe]:
-    ours, probe = Ours(engine), MachineProbe(engine)
+    ours, probe = Ours(engine), MachineProbe.of(engine)
     ours.touch()
     theirs.touch()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> None:
     rows = [int(count) for count in counts]
     ours = OurLayer(Path(path), int(threads) or None, Path(work_dir), max(rows))
     theirs = TheirLayer(Checkpoint.open(Path(path)), ours.engine.plan.threads, max(rows))
-    probe = MachineProbe(ours.engine)
+    probe = MachineProbe.of(ours.engine)
     said: dict[str, Any] = {"rows": [compare(ours, theirs, probe, count, int(repetitions)) for count in rows]}
     said |= {"version": f"kt-kernel {version('kt-kernel')}", "machine": bench.describe_machine(ours.engine, probe)}
     print(json.dumps(said))

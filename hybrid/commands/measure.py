@@ -62,21 +62,26 @@ class Measurement:
 
 
 class MachineProbe:
-    """Reads memory and multiplies in registers with the pool and instruction set of an engine."""
+    """Reads memory and multiplies in registers with the threads and the instruction set that an engine uses."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, integers: bool) -> None:
+        """integers: whether 8-bit integers are multiplied, too."""
+        self._pool, self._isa = pool, isa
         self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
         for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
             ctypes.memset(self._memory.address + start, 0, min(_TOUCH_BYTES, PROBE_BYTES - start))
         self.read: list[float] = []  # bytes a second
         self.peaks: dict[str, list[float]] = {"bf16": []}  # operations a second by what is multiplied
-        if uses_integers(engine.spec, engine.plan.formats):
+        if integers:
             self.peaks["int8"] = []
+
+    @classmethod
+    def of(cls, engine: Engine) -> MachineProbe:
+        return cls(engine.pool, engine.plan.isa, uses_integers(engine.spec, engine.plan.formats))
 
     def measure(self) -> None:
         """Add one sample of each."""
-        pool, isa = self._engine.pool, self._engine.plan.isa
+        pool, isa = self._pool, self._isa
         self.read.append(cpu_kernels.read_bandwidth(pool, isa, self._memory.address, PROBE_BYTES))
         self.peaks["bf16"].append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
         if "int8" in self.peaks:
@@ -92,7 +97,7 @@ def run_tests(
     engine: Engine, tests: Iterable[Test], repetitions: int, progress: Callable[[str, int, int], None]
 ) -> tuple[list[Measurement], MachineProbe]:
     """Every test `repetitions` times, all tests once before any twice, with random tokens."""
-    probe = MachineProbe(engine)
+    probe = MachineProbe.of(engine)
     touch_weights(engine)
     measurements = [Measurement(test) for test in tests]
     for repetition in range(repetitions):
