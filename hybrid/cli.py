@@ -10,6 +10,7 @@ from hybrid.errors import ConfigError
 
 COMMANDS = {
     "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
+    "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),
     "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),
     "verify": ("hybrid.commands.verify", "compare results with and without an expert cache"),
     "simulate": ("hybrid.commands.simulate", "replay a trace through expert caches of many shapes and policies"),

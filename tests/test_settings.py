@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
-from hybrid.commands import bench, run, simulate, verify
+from hybrid.commands import bench, fit, run, simulate, verify
 from hybrid.commands.bench import BenchOptions
+from hybrid.commands.fit import FitOptions
 from hybrid.commands.flags import command, new_app, only
 from hybrid.commands.run import RunOptions
 from hybrid.commands.simulate import SimulateOptions
@@ -32,9 +33,9 @@ from hybrid.settings import Setting, build, check_settings, choose, named_as_giv
 
 ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions)
-KINDS = (*OF_RUN, BenchOptions, VerifyOptions, SimulateOptions)
+KINDS = (*OF_RUN, FitOptions, BenchOptions, VerifyOptions, SimulateOptions)
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
-APPS = {"run": run.app, "bench": bench.app, "verify": verify.app, "simulate": simulate.app}
+APPS = {"run": run.app, "fit": fit.app, "bench": bench.app, "verify": verify.app, "simulate": simulate.app}
 
 
 def named(name: str, kind: type = EngineConfig) -> Setting:

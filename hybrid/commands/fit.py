@@ -1,0 +1,245 @@
+"""`hybrid fit`: what a model needs, whether it fits a machine, and about how fast it would run there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from hybrid.commands.flags import command, new_app, only
+from hybrid.config import EngineConfig
+from hybrid.errors import ConfigError
+from hybrid.settings import check_settings, setting
+
+if TYPE_CHECKING:
+    from hybrid.formats.mix import FormatMix
+    from hybrid.machine.hardware import HardwareSpec
+    from hybrid.models.spec import ModelSpec
+    from hybrid.plan.fit import Fit, Rates
+
+app = new_app()
+
+OTHERS = ("int8", "int4")  # what is shown beside the format that a model is published in
+INTEGER_RATE = 2.0  # operations on 8-bit integers for each in bf16, where --tflops says only these
+PROBES = 3
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d*)?) *([KMGT]?)(i?)B?(?:/s)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The machine in question, and what is asked about it."""
+
+    COMMAND: ClassVar[str] = "fit"
+    GROUP: ClassVar[str] = "model"
+
+    memory: str | None = setting(
+        None, "Memory of the machine, as 64GB or 512GiB.", metavar="SIZE", shown="what is free here"
+    )
+    bandwidth: str | None = setting(
+        None, "What it reads from memory in a second, as 80GB/s.", metavar="SIZE", shown="measured here"
+    )
+    tflops: float | None = setting(
+        None,
+        "Its operations in bf16, in 10^12 a second; twice as many on 8-bit integers are assumed.",
+        minimum=0,
+        above=True,
+        shown="measured here; unknown with --bandwidth",
+    )
+    gpu: str | None = setting(None, "Memory of a GPU in it, as 24GB.", metavar="SIZE", shown="none")
+    format: tuple[str, ...] = setting((), "A format or a mix, as --format of run takes them")
+    depth: int = setting(0, "Tokens already read, for the predicted speeds.", minimum=0)
+    json: bool = setting(False, "Print one JSON object.", group="output")
+
+
+@command(app)
+def fit(
+    model: Annotated[Path, typer.Argument(help="A config.json, the directory of a model, or a packed store.")],
+    config: Annotated[EngineConfig, only("kv_format", "max_seq_len")],
+    options: FitOptions,
+) -> None:
+    """Tell from a model's config.json alone what it needs, what fits a machine, and about how fast it would run.
+
+    Speeds are predictions: the limit of the machine times the share of it that was reached in measurements.
+    """
+    check_settings(options)
+    from hybrid.models import model_spec
+
+    contents, native = read_model(model)
+    spec = model_spec(contents)
+    hardware, rates = machine_of(options)
+    found = fits_of(spec, native, hardware, rates, replace(config, numa="off"), options)
+    print(json.dumps(report(spec, hardware, rates, found)) if options.json else text(spec, hardware, rates, found))
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], FormatMix]:
+    """The contents of a config.json, and the mix of formats that the model is published in."""
+    from hybrid.files import read_json_object
+    from hybrid.weights.checkpoints.published import native_mix
+    from hybrid.weights.pack import model_config, model_formats
+
+    if path.is_dir() or not path.exists():
+        return model_config(path), model_formats(path)
+    config = read_json_object(path)
+    return config, native_mix(config)
+
+
+def machine_of(options: FitOptions) -> tuple[HardwareSpec, Rates]:
+    """The machine that the options describe, this one where they say nothing."""
+    from hybrid.machine.hardware import probe
+
+    hardware = probe()
+    if options.memory:
+        size = parse_size(options.memory, "--memory")
+        hardware = replace(hardware, memory_available=size, memory_total=size)
+    if options.gpu:
+        hardware = replace(hardware, device_memory=parse_size(options.gpu, "--gpu"))
+    return hardware, rates_of(options, hardware)
+
+
+def rates_of(options: FitOptions, hardware: HardwareSpec) -> Rates:
+    """What is given; the rest is measured, or 0 for the operations of another machine."""
+    from hybrid.plan.fit import Rates
+
+    flops = (options.tflops or 0.0) * 1e12
+    if options.bandwidth:
+        return Rates(parse_size(options.bandwidth, "--bandwidth"), flops, INTEGER_RATE * flops)
+    measured = measured_rates(hardware)
+    return Rates(measured.read, flops, INTEGER_RATE * flops) if flops else measured
+
+
+def measured_rates(hardware: HardwareSpec) -> Rates:
+    """Medians of what all threads of this machine reach, in about a second."""
+    import statistics
+
+    import cpu_kernels
+    from hybrid.commands.measure import MachineProbe
+    from hybrid.plan.fit import Rates
+
+    pool = cpu_kernels.ThreadPool(hardware.default_threads, [])
+    probe = MachineProbe(pool, hardware.isa, integers=True)
+    for _ in range(PROBES):
+        probe.measure()
+    return Rates(*(statistics.median(samples) for samples in (probe.read, probe.peaks["bf16"], probe.peaks["int8"])))
+
+
+def parse_size(text: str, flag: str) -> int:
+    """'64GB', '512 GiB' or '80GB/s' to bytes. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    number = float(match[1]) if match else 0.0
+    if not match or not number or len(match[1]) > 15:
+        raise ConfigError(f"{flag} {text!r:.80} is not a size; write a number above 0 and a unit, as 64GB or 512GiB")
+    unit = match[2].upper()
+    scale = 1024 ** "KMGT".index(unit) * 1024 if match[3] and unit else _UNITS[unit]
+    return int(number * scale)
+
+
+def fits_of(
+    spec: ModelSpec,
+    native: FormatMix,
+    hardware: HardwareSpec,
+    rates: Rates,
+    config: EngineConfig,
+    options: FitOptions,
+) -> list[Fit]:
+    """The model in every format that was asked for, or in its own and those that need less."""
+    from hybrid.formats.mix import parse_mix
+    from hybrid.plan.fit import fit_model
+
+    if hardware.device_memory:
+        config = replace(config, device="cuda")
+    names: dict[FormatMix, str] = {}
+    for name in options.format or ("auto", *OTHERS):
+        names.setdefault(parse_mix(name, native), name)
+    return [fit_model(spec, name, mix, hardware, rates, config, options.depth) for mix, name in names.items()]
+
+
+def report(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit]) -> dict[str, Any]:
+    """What `--json` prints."""
+    from dataclasses import asdict
+
+    from hybrid.plan.fit import parameters
+
+    total, used = parameters(spec)
+    return {
+        "model": {"model_type": spec.model_type, "parameters": total, "parameters_per_token": used},
+        "machine": {"memory_bytes": hardware.memory_available, "gpu_bytes": hardware.device_memory, **asdict(rates)},
+        "formats": [found.to_dict() for found in fits],
+    }
+
+
+HEADER = ("format", "weights", "KV of 1000 tokens", "context", "memory", "fits", "read a token", "decode", "prompt")
+
+
+def text(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit]) -> str:
+    """What people read: the model, the machine, a row for each format, and what follows from them."""
+    rows = [HEADER, *(_row(found) for found in fits)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    published = [f"auto: {found.plan.format_text}" for found in fits if found.name == "auto"]
+    return "\n".join(
+        [*_heading(spec, hardware, rates), *published, "", *lines, "", *_conclusions(spec, hardware, fits)]
+    )
+
+
+def _heading(spec: ModelSpec, hardware: HardwareSpec, rates: Rates) -> list[str]:
+    from hybrid.machine.memory import size_text
+    from hybrid.plan.fit import parameters
+
+    total, used = parameters(spec)
+    multiplies = f", multiplies {rates.flops / 1e9:.0f} GFLOP/s (bf16), {rates.int_ops / 1e9:.0f} GOP/s (int8)"
+    gpu = f", a GPU of {size_text(hardware.device_memory)}" if hardware.device_memory else ""
+    return [
+        f"model: {spec.model_type}, {len(spec.layers)} layers, {_count(total)} parameters, {_count(used)} for a token",
+        f"machine: {size_text(hardware.memory_available)} of memory{gpu}, reads {rates.read / 1e9:.0f} GB/s"
+        + (multiplies if rates.flops else ""),
+    ]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
+
+
+def _row(found: Fit) -> tuple[str, ...]:
+    from hybrid.machine.memory import size_text
+
+    plan, prompt = found.plan, found.prompt_speed
+    return (
+        found.name,
+        size_text(found.weights),
+        size_text(1000 * plan.kv.token_bytes),
+        str(plan.max_seq_len),
+        size_text(found.needed),
+        "no" if plan.problem else "yes",
+        size_text(found.decode.bytes),
+        f"{found.decode_speed:.1f} tok/s",
+        f"{prompt:.0f} tok/s" if prompt else "-",
+    )
+
+
+def _conclusions(spec: ModelSpec, hardware: HardwareSpec, fits: Sequence[Fit]) -> list[str]:
+    from hybrid.machine.memory import size_text
+
+    lines = [
+        "Speeds are predicted for one sequence: the limit of the machine, times the share reached in measurements."
+    ]
+    fitting = [found for found in fits if not found.plan.problem]
+    if not fitting:
+        least = min(fits, key=lambda found: found.needed)
+        missing = size_text(least.needed - hardware.memory_available)
+        lines.append(
+            f"None of these fits: {least.name} needs {missing} more; --max-seq-len or --kv-format int8 need less."
+        )
+    elif len(fits) > 1:
+        longest = max(found.plan.max_seq_len for found in fitting)
+        best = next(found for found in fitting if found.plan.max_seq_len == longest)
+        lines.append(f"Take --format {best.name}: the first that fits with {longest} tokens of context.")
+    for found in fits:
+        if found.plan.cache and not found.plan.problem:
+            lines.append(f"On the GPU, {found.name}: {found.plan.cache}.")
+    return lines

@@ -1,0 +1,167 @@
+"""`hybrid fit`: sizes are exact, speeds those that were measured, and any machine can be described."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CONFIGS as SMALL
+from checkpoints import write_checkpoint
+from test_plan import MACHINE
+
+from hybrid.config import EngineConfig
+from hybrid.errors import ConfigError
+from hybrid.formats.mix import MIXES
+from hybrid.models import model_spec
+from hybrid.models.spec import ModelSpec
+from hybrid.plan.fit import Fit, Rates, fit_model, parameters
+from hybrid.weights.pack import cached_store
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+from synthetic_checkpoint import CONFIGS  # noqa: E402
+
+QWEN3_235B = {
+    **CONFIGS["qwen3-30b-a3b"],
+    "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536,
+}  # fmt: skip
+
+
+def fit(spec: ModelSpec, name: str = "int4", rates: Rates | None = None, depth: int = 0, **config: Any) -> Fit:
+    return fit_model(spec, name, MIXES[name], MACHINE, rates or Rates(80e9), EngineConfig(**config), depth)
+
+
+@pytest.mark.parametrize(
+    "config, count",
+    [
+        # total_size in the published indexes, divided by two bytes
+        (CONFIGS["qwen3-30b-a3b"], 30_532_122_624),
+        (CONFIGS["mixtral-8x7b"], 46_702_792_704),
+        (QWEN3_235B, 235_093_634_560),
+        (CONFIGS["gpt-oss-20b"], 20_914_757_184),
+    ],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "qwen3-235b-a22b", "gpt-oss-20b"],
+)
+def test_parameters_are_those_of_the_published_model(config, count) -> None:
+    assert parameters(model_spec(config))[0] == count
+
+
+def test_a_token_uses_its_experts_alone() -> None:
+    """3.3 billion by the model card, of which 0.3 are the embedding, which is looked up."""
+    assert parameters(model_spec(CONFIGS["qwen3-30b-a3b"]))[1] == pytest.approx(3.04e9, rel=0.01)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_sizes_are_those_of_the_packed_store(tmp_path, family) -> None:
+    source = write_checkpoint(tmp_path / "hf", family)
+    with cached_store(source, tmp_path / "cache", "int8") as store:
+        assert fit(model_spec(SMALL[family]), "int8").weights == store.nbytes
+
+
+@pytest.mark.parametrize(
+    "results, format, read, peaks",
+    [
+        ("2026-11-21-qwen3-30b-a3b-8-layers.json", "bf16", 45.01e9, (1004.5e9, 0.0)),
+        ("2026-11-21-compare-int8-again.json", "int8", 60e9, (1000e9, 2000e9)),
+        ("2026-11-21-compare-int4.json", "int4", 60e9, (1000e9, 2000e9)),
+    ],
+)
+def test_predicted_shares_of_the_limit_are_those_of_recorded_runs(results, format, read, peaks) -> None:
+    """Within 15 %. Speeds scale with the machine; the share of its limit is what a run says of this runtime."""
+    rates = Rates(read, *peaks)
+    spec = model_spec({**CONFIGS["qwen3-30b-a3b"], "num_hidden_layers": 8})
+    compared = 0
+    for result in json.loads((ROOT / "bench/results" / results).read_text())["results"]:
+        if result["test"] not in ("pp512", "tg32") or result["batch"] > 1 or result["depth"] > 4096:
+            continue
+        found = fit(spec, format, rates, result["depth"])
+        cost, speed, tokens = (
+            (found.prompt, found.prompt_speed, 512)
+            if result["test"] == "pp512"
+            else (found.decode, found.decode_speed, 1)
+        )
+        assert speed is not None
+        share = rates.seconds(cost) * speed / tokens
+        assert share == pytest.approx(result["limit_share"], rel=0.15), result
+        compared += 1
+    assert compared >= 2
+
+
+def test_prompts_are_not_predicted_for_a_machine_whose_operations_are_unknown() -> None:
+    found = fit(model_spec(SMALL["qwen3_moe"]))
+    assert found.prompt_speed is None and found.decode_speed > 0
+
+
+def test_a_model_that_does_not_fit_is_described() -> None:
+    spec = model_spec(CONFIGS["mixtral-8x7b"])
+    small = replace(MACHINE, memory_available=16 << 30)
+    found = fit_model(spec, "int4", MIXES["int4"], small, Rates(80e9), EngineConfig())
+    assert found.plan.problem and found.needed > 26e9
+    assert json.dumps(found.to_dict())
+
+
+def test_a_gpu_gets_the_experts_that_fit() -> None:
+    spec = model_spec(CONFIGS["gpt-oss-20b"])
+    config = EngineConfig(device="cuda")
+    found = fit_model(spec, "int4", MIXES["int4"], replace(MACHINE, device_memory=12 << 30), Rates(80e9), config)
+    assert found.plan.cache and 0 < found.plan.cache.geometry.slots < 768
+    assert found.to_dict()["cache"]["slots"] == found.plan.cache.geometry.slots
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("64GB", 64e9), ("512 GiB", 512 << 30), ("80GB/s", 80e9), ("1.5tb", 1.5e12), ("100", 100), ("2K", 2e3)],
+)
+def test_sizes_are_read_with_their_units(text, size) -> None:
+    from hybrid.commands.fit import parse_size
+
+    assert parse_size(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "1e5", "nan", "64XB", "1" * 400])
+def test_what_is_no_size_is_refused(text) -> None:
+    from hybrid.commands.fit import parse_size
+
+    with pytest.raises(ConfigError, match="--memory .* is not a size; write a number above 0 and a unit"):
+        parse_size(text, "--memory")
+
+
+def run_fit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hybrid.cli", "fit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_the_command_reads_a_configuration_alone(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["qwen3-30b-a3b"]))
+    machine = ("--memory", "32GB", "--bandwidth", "80GB/s", "--tflops", "1", "--gpu", "24GB")
+    lines = run_fit(str(path), *machine).stdout.splitlines()
+    assert lines[0] == "model: qwen3_moe, 48 layers, 30.53 billion parameters, 3.04 billion for a token"
+    rows = {line.split()[0]: line for line in lines if line.split()[:1] in (["auto"], ["int8"], ["int4"])}
+    assert " no " in rows["auto"] and " yes " in rows["int4"]
+    assert "Take --format int4: the first that fits with 32768 tokens of context." in lines
+    assert any(line.startswith("On the GPU, int4: 48 indexes of ") for line in lines)
+    report = json.loads(run_fit(str(path), *machine, "--json", "--format", "int4,head=int8").stdout)
+    assert [entry["name"] for entry in report["formats"]] == ["int4,head=int8"]
+    assert report["model"]["parameters"] == 30_532_122_624
+    assert report["machine"]["gpu_bytes"] == 24e9
+
+
+def test_the_command_measures_the_machine_that_it_runs_on() -> None:
+    rates = json.loads(run_fit(str(ROOT / "hybrid/assets/tiny_moe"), "--json").stdout)["machine"]
+    assert min(rates["read"], rates["flops"], rates["int_ops"]) > 0
+
+
+def test_the_command_names_what_is_wrong(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    for path, message in (
+        (tmp_path / "config.json", "model_type 'unheard_of' is not supported"),
+        (tmp_path / "missing", "no such directory"),
+    ):
+        result = run_fit(str(path), "--bandwidth", "1GB")
+        assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
