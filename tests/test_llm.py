@@ -122,7 +122,7 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind() -> None:
 def test_an_empty_prompt_is_the_bos_token_where_there_is_one() -> None:
     class WithBos:
         bos_id = 77
-        special_ids = frozenset()
+        specials: dict[str, int] = {}
 
         def encode(self, text: str, special_tokens: bool = True) -> list[int]:
             return []

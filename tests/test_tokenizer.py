@@ -64,6 +64,32 @@ def test_sentencepiece_spaces_and_bytes_stream_right(parts: list[str]) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@given(st.lists(st.sampled_from(["▁", "▁a", "b", "▁▁"]), max_size=40), st.integers(0, 40))
+def test_a_prompt_and_its_pieces_are_the_text_of_all_tokens(words: list[str], cut: int) -> None:
+    tokens = [id for word in words if (id := PIECES.token_id(word)) is not None]
+    stream = TextStream(PIECES, (), tokens[:cut])
+    pieces = "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+    assert PIECES.decode(tokens[:cut]) + pieces == PIECES.decode(tokens)
+
+
+@given(TEXTS.filter(lambda text: "\ufffd" not in text), st.integers(0, 40))
+def test_pieces_begin_with_the_character_that_a_prompt_ends_within(text: str, cut: int) -> None:
+    tokens = BYTES.encode(text)
+    stream = TextStream(BYTES, (), tokens[:cut])
+    pieces = "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+    assert BYTES.decode(tokens[:cut]).rstrip("\ufffd") + pieces == text
+
+
+def test_the_space_after_a_prompt_and_the_character_that_it_ends_within() -> None:
+    word, space = 258, 260  # "▁a", "▁▁"
+    assert TextStream(PIECES, (), [word]).push(word) == " a"
+    assert TextStream(PIECES, ()).push(word) == "a"
+    assert TextStream(PIECES, (), [word] * 100).push(space) == "  "
+    half = TextStream(BYTES, (), [0x61, 0xE4])
+    assert [half.push(token) for token in (0xBD, 0xA0, 0x62)] == ["", "你", "b"]
+    assert TextStream(BYTES, (), BYTES.encode("a\ufffd"), whole=True).push(0x62) == "b"
+
+
 def test_text_is_given_out_as_soon_as_it_is_certain() -> None:
     assert streamed(BYTES, list("é你".encode()) + [SPECIAL]) == ["", "é", "", "", "你", "", ""]
     assert streamed(BYTES, [0x61, 0xE4, 0xBD]) == ["a", "", "", "\ufffd"]
@@ -76,7 +102,7 @@ def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
 @pytest.mark.parametrize("tokens", [[0x61], [0x80], [SPECIAL], [0xE4, 0xBD, 0xA0]])
 def test_a_push_decodes_a_bounded_window(tokens: list[int]) -> None:
     class Counting:
-        special_ids = BYTES.special_ids
+        specials = BYTES.specials
         longest = 0
 
         def decode(self, token_ids: list[int]) -> str:
@@ -129,6 +155,46 @@ def test_a_text_stream_joins_to_the_cut_text(text: str, stops: list[str]) -> Non
         if stream.stopped:
             break
     assert joined + stream.finish() == naive_cut(text, stops)
+
+
+def marked(text: str, stops: list[str], shown: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """Streams a text whose every <end> is the special token."""
+    stream = TextStream(BYTES, stops, shown=shown)
+    tokens = BYTES.encode(text)
+    joined = ""
+    for token in tokens:
+        joined += stream.push(token)
+        if stream.stopped:
+            break
+    return joined + stream.finish(), stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "right"),
+    [
+        ("ab<end>c", ["<end>"], ("ab", True)),
+        ("ab<end>c", ["b<end>c"], ("a", True)),
+        ("ab<end>c", ["b<end>d"], ("abc", False)),
+        ("ab<end>c", ["bc"], ("a", True)),  # what is not seen does not keep a stop string from matching
+        ("ab<end>c", ["bc", "<end>x"], ("a", True)),
+        ("ab<end><end>c", ["<end><end>"], ("ab", True)),
+        ("ab<end>", ["end", "<end"], ("ab", False)),  # a special token is one thing
+        ("a 你<end>", ["<end>"], ("a 你", True)),
+    ],
+)
+def test_stop_strings_may_hold_special_tokens(text: str, stops: list[str], right: tuple[str, bool]) -> None:
+    assert marked(text, stops) == right
+
+
+def test_the_text_of_a_special_token_as_plain_text_stops_as_well() -> None:
+    stream = TextStream(BYTES, ["<end>"])
+    assert "".join(stream.push(token) for token in b"ab<end>c") == "ab" and stream.stopped
+
+
+def test_special_tokens_that_are_wanted_are_shown() -> None:
+    assert marked("a<end>b", [], ("<end>",)) == ("a<end>b", False)
+    assert marked("a<end>b", ["<end>c"], ("<end>",)) == ("a<end>b", False)
+    assert marked("a<end>b", ["<end>b"], ("<end>",)) == ("a", True)
 
 
 def test_a_stop_string_that_the_last_held_character_completes_counts() -> None:

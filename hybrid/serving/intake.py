@@ -40,7 +40,9 @@ class Intake:
         self._limits.check(tokens)
         if params.stop and self._tokenizer is None:
             raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
-        text = TextStream(self._tokenizer, params.stop) if self._tokenizer else None
+        text = None
+        if self._tokenizer:
+            text = TextStream(self._tokenizer, params.stop, tokens.tolist(), whole=isinstance(prompt, str))
         return Request(tokens, params, self._eos_ids, text, index)
 
     def score(self, token_ids: Sequence[int]) -> Score:

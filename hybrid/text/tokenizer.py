@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = bos_id
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids; `special_tokens` lets the tokenizer add its own (a bos token, for example).
