@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("structure", "extending", "settings", "hybrid", "kernels", "cache")),
+    *(
+        f"docs/{name}.md"
+        for name in ("structure", "extending", "settings", "hybrid", "kernels", "cache", "shared_machines")
+    ),
 ]
 # A path in backquotes, or in bold ones, from any of these folders.
 ROOTS = [

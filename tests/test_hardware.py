@@ -1,4 +1,4 @@
-"""The machine is described as this process may use it: affinity, cgroup limits, one processor a core."""
+"""The machine is described as this process may use it: affinity, one processor a core."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ import pytest
 import cpu_kernels
 from hybrid.errors import ConfigError, KernelError
 from hybrid.machine import hardware
-
-
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({}, None),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "50000 100000\n"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
-        ({"cpu/cpu.cfs_quota_us": "200000\n"}, None),
-    ],
-    ids=str,
-)
-def test_cgroups_of_both_versions_limit_processors(tmp_path, files, quota) -> None:
-    write(tmp_path, files)
-    assert hardware.cpu_quota(tmp_path) == quota
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -152,20 +134,6 @@ def test_the_affinity_of_the_process_counts(monkeypatch) -> None:
     found = hardware.probe()
     assert (found.cpus, found.default_threads) == ((one,), 1)
     assert [node.cpus for node in found.nodes] == [(one,)]
-
-
-def test_a_cgroup_limits_memory_but_its_page_cache_counts_as_free(tmp_path, monkeypatch) -> None:
-    total, available = hardware.memory()
-    assert 0 < available <= total
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
-    write(tmp_path, {"memory.max": "max\n"})
-    assert hardware.memory()[0] >= total
-    limit = 1 << 29
-    write(
-        tmp_path,
-        {"memory.max": f"{limit}\n", "memory.current": "300000000\n", "memory.stat": "anon 1\nfile 100000000\n"},
-    )
-    assert hardware.memory() == (limit, limit - 200_000_000)
 
 
 def test_the_best_instruction_set_is_taken_unless_one_is_forced(monkeypatch) -> None:

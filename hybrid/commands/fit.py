@@ -96,7 +96,7 @@ def machine_of(options: FitOptions) -> tuple[HardwareSpec, Rates]:
     hardware = probe()
     if options.memory:
         size = parse_size(options.memory, "--memory")
-        hardware = replace(hardware, memory_available=size, memory_total=size)
+        hardware = replace(hardware, memory_available=size, memory_total=size, memory_limit=None)
     if options.gpu:
         hardware = replace(hardware, device_memory=parse_size(options.gpu, "--gpu"))
     return hardware, rates_of(options, hardware)

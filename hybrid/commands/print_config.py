@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.commands.console import show
+from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.settings import ENVIRONMENT, Choice, check_settings
 
@@ -19,11 +20,20 @@ def print_choices(choices: Sequence[Choice], chosen: Iterable[Any]) -> None:
 
     Raises ConfigError for a value that is not allowed.
     """
+    chosen = list(chosen)
     for part in chosen:
         check_settings(part)
     choices = [_now(choice) for choice in choices]
     as_json = any((choice.setting.name, choice.value) in (("json", True), ("output", "json")) for choice in choices)
-    show(to_json(choices) if as_json else to_text(choices))
+    show(to_json(choices) if as_json else "\n".join([to_text(choices), *_limit_lines(chosen)]))
+
+
+def _limit_lines(chosen: list[Any]) -> list[str]:
+    """What decides beside the settings of an engine: how much of this machine may be used."""
+    from hybrid.machine.hardware import probe
+
+    limits = probe().limits if any(isinstance(part, EngineConfig) for part in chosen) else ()
+    return ["", *(f"limit: {limit}" for limit in limits)] if limits else []
 
 
 def _now(choice: Choice) -> Choice:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cpu_kernels
 from hybrid.config import MAX_THREADS
 from hybrid.errors import ConfigError, KernelError
+from hybrid.machine.cgroup import PROC, Limit, control_groups
+from hybrid.machine.memory import size_text
 
-CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 NODE_TOPOLOGY = Path("/sys/devices/system/node")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -31,7 +36,8 @@ class HardwareSpec:
 
     default_threads: cores, less what a cgroup quota or OMP_NUM_THREADS takes away. isas: usable, best first.
     nodes: the same cpus by memory node, ascending by id. huge_pages: who gets them, as `huge_pages` says.
-    device_memory: what is free on a GPU that is asked for, else 0.
+    device_memory: what is free on a GPU that is asked for, else 0. memory_limit, cpu_limit: what leaves this process
+    less than the machine has, and its file.
     """
 
     cpu_model: str
@@ -44,23 +50,39 @@ class HardwareSpec:
     nodes: tuple[MemoryNode, ...] = ()
     huge_pages: str = "unsupported"
     device_memory: int = 0
+    memory_limit: Limit | None = None
+    cpu_limit: Limit | None = None
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What this process is left with, and by which file, in a line each."""
+        memory, cpu = self.memory_limit, self.cpu_limit
+        lines = []
+        if memory:
+            sizes = f"{size_text(self.memory_total)}, {size_text(memory.left)} of it free"
+            lines.append(f"memory of at most {sizes} ({memory.file})")
+        if cpu:
+            lines.append(f"{cpu.amount:g} of {len(self.cpus)} cores ({cpu.file})")
+        return tuple(lines)
 
 
 def probe(isa: str | None = None) -> HardwareSpec:
     """Look at the machine. isa: None takes HYBRID_ISA, or the best. Raises KernelError if it cannot run here."""
     cpus = physical_cpus(os.sched_getaffinity(0), CPU_TOPOLOGY)
-    total, available = memory()
+    found, quota = memory(), control_groups().cpu_limit()
     isas = tuple(cpu_kernels.available_isas())
     return HardwareSpec(
         cpu_model=_cpu_model(),
         cpus=cpus,
-        default_threads=default_threads(len(cpus), cpu_quota(CGROUP), os.environ.get("OMP_NUM_THREADS")),
-        memory_total=total,
-        memory_available=available,
+        default_threads=default_threads(len(cpus), quota.amount if quota else None, os.environ.get("OMP_NUM_THREADS")),
+        memory_total=found.total,
+        memory_available=found.available,
         isa=choose_isa(isa or os.environ.get("HYBRID_ISA") or None, isas),
         isas=isas,
         nodes=memory_nodes(cpus, NODE_TOPOLOGY),
         huge_pages=huge_pages(HUGE_PAGES),
+        memory_limit=found.limit,
+        cpu_limit=quota if quota and quota.amount < len(cpus) else None,
     )
 
 
@@ -105,7 +127,7 @@ def memory_nodes(cpus: tuple[int, ...], topology: Path) -> tuple[MemoryNode, ...
     """`cpus` by memory node, without nodes that have none of them; all in one node where the system does not say."""
     nodes = []
     for folder in sorted(topology.glob("node[0-9]*"), key=_node_id):
-        near = _cpu_list(folder / "cpulist").intersection(cpus)
+        near = _number_set("".join(_lines(folder / "cpulist"))).intersection(cpus)
         if near:
             nodes.append(MemoryNode(_node_id(folder), tuple(sorted(near))))
     if sum(len(node.cpus) for node in nodes) != len(cpus):
@@ -117,12 +139,9 @@ def _node_id(folder: Path) -> int:
     return int(folder.name.removeprefix("node"))
 
 
-def _cpu_list(path: Path) -> set[int]:
-    """The system's way to write processors: "0-3,8" means 0, 1, 2, 3 and 8."""
-    try:
-        parts = [part.split("-") for part in path.read_text().strip().split(",") if part]
-    except OSError:
-        return set()
+def _number_set(text: str) -> set[int]:
+    """The system's way to write processors and nodes: "0-3,8" means 0, 1, 2, 3 and 8."""
+    parts = [part.split("-") for part in text.strip().split(",") if part]
     return {cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)}
 
 
@@ -154,30 +173,56 @@ def has_huge_pages(setting: str) -> bool:
     return setting in ("always", "madvise")
 
 
-def cpu_quota(cgroup: Path) -> float | None:
-    """Processors that the cgroup (version 2 or 1) grants, or None without a limit."""
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
+class Memory(NamedTuple):
+    """Bytes that this process may use, and those that are free: file cache is. limit: what leaves it less than the
+    machine has.
+    """
+
+    total: int
+    available: int
+    limit: Limit | None = None
 
 
-def memory() -> tuple[int, int]:
-    """(total, available) bytes; available counts the page cache, and a cgroup limit where there is one."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+def memory(proc: Path = PROC, meminfo: Path = MEMINFO, nodes: Path = NODE_TOPOLOGY) -> Memory:
+    """The least that machine, memory nodes and control groups leave. Swap is not counted: weights in it would be read
+    from a disk for every token.
+    """
+    fields = _kib_fields(meminfo)
+    total, available = fields["MemTotal"], fields["MemAvailable"]
+    found = (*control_groups(proc).memory_limits(), *_node_limit(proc, nodes))
+    limits = [limit for limit in found if limit.amount < total or limit.left < available]
+    if not limits:
+        return Memory(total, available)
+    tightest = min(limits, key=lambda limit: (limit.left, limit.amount))
+    least = min(total, *(limit.amount for limit in limits))
+    return Memory(int(least), int(min(available, tightest.left)), tightest)
+
+
+def _node_limit(proc: Path, nodes: Path) -> Iterator[Limit]:
+    """Memory of the nodes that this process may take it from, where these are not all."""
+    status = dict(line.partition(":")[::2] for line in _lines(proc / "status"))
+    allowed = _number_set(status.get("Mems_allowed_list", ""))
+    sizes = {_node_id(file.parent): _kib_fields(file) for file in nodes.glob("node[0-9]*/meminfo")}
+    sizes = {id: fields for id, fields in sizes.items() if fields.get("MemTotal")}
+    if allowed.issuperset(sizes) or not allowed.intersection(sizes):
+        return
+    parts = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
+    own = [fields for id, fields in sizes.items() if id in allowed]
+    free = sum(fields.get(part, 0) for fields in own for part in parts)
+    yield Limit(sum(fields["MemTotal"] for fields in own), free, f"Mems_allowed_list of {proc / 'status'}")
+
+
+def _kib_fields(file: Path) -> dict[str, int]:
+    """Bytes by name. Lines are "MemTotal: 8 kB", those of a memory node begin with "Node 0 "."""
+    words = (re.sub(r"^Node \d+ ", "", line).split() for line in _lines(file))
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in words if len(row) == 3 and row[1].isdecimal()}
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return min(total, limit), min(available, limit - used + int(cached.get("file", 0)))
-    except (OSError, ValueError):
-        return total, available
+        return file.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _cpu_model() -> str:

@@ -38,7 +38,8 @@ ALIGN = 64
 class Plan:
     """Everything the engine needs to allocate and run; `plan.text.plan_text` is what `--dry-run` prints.
 
-    device_name: of EngineConfig, without "auto".
+    device_name: of EngineConfig, without "auto". memory_limit: the file that limits `memory_available`, or ""; limits:
+    what the system leaves of the machine, as HardwareSpec says it.
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
@@ -71,6 +72,8 @@ class Plan:
     kv: KvPlan
     kv_token_budget: int
     memory_available: int
+    memory_limit: str
+    limits: tuple[str, ...]
     parts: Parts
     ops: tuple[Op, ...]
     placed_ops: tuple[Op, ...] = ()
@@ -103,10 +106,12 @@ class Plan:
         needed = self.fixed_bytes + self.max_seq_len * self.kv.token_bytes
         if self.kv_token_budget >= self.max_seq_len:
             return None
+        limit = f" within the limit that {self.memory_limit} sets" if self.memory_limit else ""
         return (
             f"the model does not fit in memory: {size_text(self.fixed_bytes)} for weights and buffers and "
             f"{size_text(needed - self.fixed_bytes)} for {self.max_seq_len} tokens make {size_text(needed)}, "
-            f"{size_text(self.memory_available)} are free; use a smaller model or --max-seq-len, or free memory"
+            f"{size_text(self.memory_available)} are free{limit}; use a smaller model or --max-seq-len, "
+            f"or {'raise that limit' if limit else 'free memory'}"
         )
 
     @property
@@ -197,6 +202,8 @@ def _sized(
         kv=kv,
         kv_token_budget=0,
         memory_available=hardware.memory_available,
+        memory_limit=hardware.memory_limit.file if hardware.memory_limit else "",
+        limits=hardware.limits,
         parts=step.parts,
         ops=tuple(driven(observe_routes(step.ops) if config.routes else step.ops)),
         placed_ops=tuple(place_experts(driven(step.ops), next_gate)) if shape else (),

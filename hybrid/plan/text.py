@@ -36,6 +36,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
         + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
         + f", device {plan.device_name}, steps of up to {plan.max_rows} rows",
+        *(f"limit: {limit}" for limit in plan.limits),
         f"formats: {plan.format_text}; keys and values {plan.kv.format}"
         + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
         f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
