@@ -182,6 +182,13 @@ class EngineConfig:
     isa: str | None = setting(None, "Instruction set; the best of the machine.", flag=False, late=True)
     cache_dir: Path | None = setting(None, "Where packed models are kept.", shown="user cache")
     check: bool = setting(False, "Verify every weight while loading.")
+    # How answers in a chat are written; `hybrid.text.answer_format` knows the names and checks them.
+    reasoning_parser: str = setting(
+        "auto", "Marks around reasoning in answers; auto: what the chat template says.", group="model"
+    )
+    tool_parser: str = setting(
+        "auto", "Dialect of tool calls in answers; auto: what the chat template says.", group="model"
+    )
     cache: CacheConfig = field(default_factory=CacheConfig)
     simulated: DeviceConfig = field(default_factory=DeviceConfig)
     routes: bool = setting(False, "Whether `Engine.routes` may get an observer.", flag=False)

@@ -80,9 +80,22 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that a model wants to be called. arguments: JSON of an object, unless the model wrote something else."""
+
+    name: str
+    arguments: str
+    id: str
+
+
 @dataclass
 class Completion:
-    """What one prompt produced. `text` never contains the stop string or half a character."""
+    """What one prompt produced. `text` never contains the stop string or half a character.
+
+    Of a chat it is what the assistant says; `reasoning`, what it thought before, and `tool_calls` are apart. They are
+    empty for a raw prompt, whose text is whatever the model wrote.
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
@@ -90,16 +103,22 @@ class Completion:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     index: int = 0  # position of the prompt in the list given to `generate`
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """One piece of streamed text; `finish_reason` is set on the last piece only."""
+    """One piece of a streamed completion, whose fields it has; `finish_reason` is set on the last piece only. A call of
+    a tool comes whole.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     index: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

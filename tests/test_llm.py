@@ -123,6 +123,7 @@ def test_an_empty_prompt_is_the_bos_token_where_there_is_one() -> None:
     class WithBos:
         bos_id = 77
         specials: dict[str, int] = {}
+        added: dict[str, int] = {}
 
         def encode(self, text: str, special_tokens: bool = True) -> list[int]:
             return []

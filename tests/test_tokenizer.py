@@ -159,7 +159,7 @@ def test_a_text_stream_joins_to_the_cut_text(text: str, stops: list[str]) -> Non
 
 def marked(text: str, stops: list[str], shown: tuple[str, ...] = ()) -> tuple[str, bool]:
     """Streams a text whose every <end> is the special token."""
-    stream = TextStream(BYTES, stops, shown=shown)
+    stream = TextStream(BYTES, stops, shown=dict.fromkeys(shown, "<END>"))
     tokens = BYTES.encode(text)
     joined = ""
     for token in tokens:
@@ -192,8 +192,8 @@ def test_the_text_of_a_special_token_as_plain_text_stops_as_well() -> None:
 
 
 def test_special_tokens_that_are_wanted_are_shown() -> None:
-    assert marked("a<end>b", [], ("<end>",)) == ("a<end>b", False)
-    assert marked("a<end>b", ["<end>c"], ("<end>",)) == ("a<end>b", False)
+    assert marked("a<end>b", [], ("<end>",)) == ("a<END>b", False)
+    assert marked("a<end>b", ["<end>c"], ("<end>",)) == ("a<END>b", False)
     assert marked("a<end>b", ["<end>b"], ("<end>",)) == ("a", True)
 
 

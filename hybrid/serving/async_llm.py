@@ -52,7 +52,11 @@ class AsyncLLM:
         """As `LLM.generate`; progress is called by the event loop."""
         check_callback("progress", progress)
         self._loop.require_open()
-        requests = self._intake.requests(prompts, params)
+        return await self._complete(self._intake.requests(prompts, params), progress)
+
+    async def _complete(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+    ) -> list[Completion]:
         answers = _Answers()
         for request in requests:
             request.sink = last_only(answers.put)
@@ -73,12 +77,14 @@ class AsyncLLM:
 
     async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """As `LLM.chat`."""
-        (completion,) = await self.generate(self.encode_chat(messages), params)
+        self._loop.require_open()
+        (completion,) = await self._complete([self._intake.chat_request(messages, params)])
         return completion
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> AsyncStream:
         """The same, piece by piece."""
-        return self.stream(self.encode_chat(messages), params)
+        self._loop.require_open()
+        return AsyncStream(self._loop, self._intake.chat_request(messages, params))
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `LLM.logits`."""

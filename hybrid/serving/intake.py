@@ -12,6 +12,8 @@ from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
 from hybrid.serving.request import Limits, Request, Score, Tokens
 from hybrid.serving.sampler import check_params
+from hybrid.text.answer import AnswerStream
+from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, Message
 from hybrid.text.detokenizer import TextStream
 from hybrid.text.tokenizer import Tokenizer
@@ -20,30 +22,49 @@ Prompt = str | Sequence[int]
 
 
 class Intake:
-    """Makes the requests of one model; on any thread. What it refuses is a RequestError."""
+    """Makes the requests of one model; on any thread. What it refuses is a RequestError.
+
+    answers: how answers in a chat are written; None: as the template and the tokenizer say.
+    """
 
     def __init__(
-        self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], template: ChatTemplate | None
+        self,
+        limits: Limits,
+        tokenizer: Tokenizer | None,
+        eos_ids: frozenset[int],
+        template: ChatTemplate | None,
+        answers: AnswerFormat | None = None,
     ) -> None:
         self._limits, self._tokenizer, self._eos_ids, self._template = limits, tokenizer, eos_ids, template
+        if answers is None and template and tokenizer:
+            answers = choose_format(template.source, tokenizer.added)
+        self.answers = answers or AnswerFormat()
 
     def requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None) -> list[Request]:
         """One for each prompt, or none at all."""
         return [self.request(prompt, params, index) for index, prompt in enumerate(_prompt_list(prompts))]
 
     def request(self, prompt: Prompt, params: SamplingParams | None, index: int = 0) -> Request:
-        params = SamplingParams() if params is None else params
-        check_params(params)
         tokens = _token_array(self._encode(prompt) if isinstance(prompt, str) else prompt)
         if not len(tokens) and self._tokenizer and self._tokenizer.bos_id is not None:
             tokens = _token_array([self._tokenizer.bos_id])
-        self._limits.check(tokens)
-        if params.stop and self._tokenizer is None:
-            raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
-        text = None
+        params = self._checked(params, tokens)
+        answer = None
         if self._tokenizer:
-            text = TextStream(self._tokenizer, params.stop, tokens.tolist(), whole=isinstance(prompt, str))
-        return Request(tokens, params, self._eos_ids, text, index)
+            whole = isinstance(prompt, str)
+            answer = AnswerStream(TextStream(self._tokenizer, params.stop, tokens.tolist(), whole))
+        return Request(tokens, params, self._eos_ids, answer, index)
+
+    def chat_request(self, messages: Sequence[Message], params: SamplingParams | None, index: int = 0) -> Request:
+        """A request for the assistant's answer, whose parts are told apart. Its text begins with its own first token:
+        a space that only joins it to the prompt is no part of it.
+        """
+        tokenizer, prompt = self._chat_prompt(messages)
+        tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
+        params = self._checked(params, tokens)
+        text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
+        answer = AnswerStream(text, self.answers.parser(prompt=prompt))
+        return Request(tokens, params, self._eos_ids, answer, index)
 
     def score(self, token_ids: Sequence[int]) -> Score:
         """Nothing is to be computed for one without tokens."""
@@ -54,9 +75,21 @@ class Intake:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
+        tokenizer, prompt = self._chat_prompt(messages)
+        return tokenizer.encode(prompt, special_tokens=False)
+
+    def _chat_prompt(self, messages: Sequence[Message]) -> tuple[Tokenizer, str]:
         if self._template is None or self._tokenizer is None:
             raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
-        return self._tokenizer.encode(self._template.render(messages), special_tokens=False)
+        return self._tokenizer, self._template.render(messages)
+
+    def _checked(self, params: SamplingParams | None, tokens: Tokens) -> SamplingParams:
+        params = SamplingParams() if params is None else params
+        check_params(params)
+        self._limits.check(tokens)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
+        return params
 
     def _encode(self, prompt: str) -> list[int]:
         if self._tokenizer is None:

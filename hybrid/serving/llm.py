@@ -17,10 +17,11 @@ from hybrid.plan.resolve import EMBEDDED_MODEL
 from hybrid.serving.arguments import Arguments, configure, signed_by
 from hybrid.serving.intake import Intake, Prompt, check_callback
 from hybrid.serving.loop import Loop
-from hybrid.serving.request import Limits
+from hybrid.serving.request import Limits, Request
 from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
 from hybrid.settings import named_as_given
+from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, Message, load_template
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
@@ -82,9 +83,15 @@ class LLM:
         path = config.model_path or EMBEDDED_MODEL
         tokenizer, template = load_tokenizer(path), load_template(path)
         eos_ids = read_eos_ids(path, tokenizer)
+        answers = choose_format(
+            template.source if template else "",
+            tokenizer.added if tokenizer else (),
+            config.reasoning_parser,
+            config.tool_parser,
+        )
         engine = Engine.open(config, progress, notice)
         try:
-            self._assemble(engine, tokenizer, eos_ids, template)
+            self._assemble(engine, tokenizer, eos_ids, template, answers)
         except BaseException:
             engine.close()
             raise
@@ -95,10 +102,11 @@ class LLM:
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
         template: ChatTemplate | None,
+        answers: AnswerFormat | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._intake = Intake(Limits.of(engine), tokenizer, eos_ids, template)
+        self._intake = Intake(Limits.of(engine), tokenizer, eos_ids, template, answers)
         self._loop = Loop(engine)
 
     def __enter__(self) -> LLM:
@@ -145,7 +153,11 @@ class LLM:
         """
         check_callback("progress", progress)
         self._loop.require_open()
-        requests = self._intake.requests(prompts, params)
+        return self._complete(self._intake.requests(prompts, params), progress)
+
+    def _complete(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+    ) -> list[Completion]:
         answers: SimpleQueue[Any] = SimpleQueue()
         for request in requests:
             request.sink = last_only(answers.put)
@@ -166,11 +178,13 @@ class LLM:
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """The assistant's answer to messages like {"role": "user", "content": "..."}."""
-        return self.generate(self.encode_chat(messages), params)[0]
+        self._loop.require_open()
+        return self._complete([self._intake.chat_request(messages, params)])[0]
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
         """The same, piece by piece."""
-        return self.stream(self.encode_chat(messages), params)
+        self._loop.require_open()
+        return Stream(self._loop, self._intake.chat_request(messages, params))
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""

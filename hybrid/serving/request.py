@@ -13,12 +13,14 @@ import numpy.typing as npt
 from hybrid.core import Completion, FinishReason, SamplingParams, TextDelta, TokenLogprob
 from hybrid.errors import CapacityError, RequestError
 from hybrid.serving.sampler import Sampler
-from hybrid.text.detokenizer import TextStream
+from hybrid.text.answer import AnswerStream
+from hybrid.text.parts import Parts
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
 Tokens = npt.NDArray[np.int32]
+_NOTHING = Parts()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Request(Job):
         prompt: Tokens,
         params: SamplingParams,
         eos_ids: frozenset[int] = frozenset(),
-        text: TextStream | None = None,
+        text: AnswerStream | None = None,
         index: int = 0,
     ) -> None:
         super().__init__(prompt)
@@ -124,23 +126,23 @@ class Request(Job):
             self.completion.logprobs.append(logprob)
         if token in self._eos_ids:
             return self.finish("stop")
-        piece = self._text.push(token) if self._text else ""
+        parts = self._text.push(token) if self._text else Parts()
         if self._text and self._text.stopped:
-            return self.finish("stop", piece)
+            return self.finish("stop", parts)
         if self.length == len(self.tokens):
-            return self.finish("length", piece)
-        if piece or not self._text:
-            self._tell(piece)
+            return self.finish("length", parts)
+        if parts or not self._text:
+            self._tell(parts)
 
-    def finish(self, reason: FinishReason, piece: str = "") -> None:
+    def finish(self, reason: FinishReason, parts: Parts = _NOTHING) -> None:
         """Give out the last text, whatever was held back included. A second call does nothing."""
         if self.finished:
             return
         if self._text:
-            piece += self._text.finish()
+            parts += self._text.finish(whole=reason == "stop")
             if self._text.stopped:
                 reason = "stop"
-        self._tell(piece, reason)
+        self._tell(parts, reason)
         self.completion.finish_reason = reason
 
     def cancel(self) -> None:
@@ -157,12 +159,14 @@ class Request(Job):
         if self.error is not None:
             self.sink(self.error)
 
-    def _tell(self, piece: str, reason: FinishReason | None = None) -> None:
+    def _tell(self, parts: Parts, reason: FinishReason | None = None) -> None:
         completion = self.completion
-        completion.text += piece
+        completion.text += parts.text
+        completion.reasoning += parts.reasoning
+        completion.tool_calls += parts.tool_calls
         fresh = tuple(completion.token_ids[self._told :])
         self._told = len(completion.token_ids)
-        self.deltas.append(TextDelta(piece, fresh, reason, completion.index))
+        self.deltas.append(TextDelta(parts.text, fresh, reason, completion.index, parts.reasoning, parts.tool_calls))
 
 
 class Score(Job):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from hybrid.text.parts import overlap
 
 _REPLACEMENT = "\ufffd"
 _CHAR_TOKENS = 4  # a UTF-8 character has four bytes at most, so four tokens
@@ -99,8 +101,8 @@ class StopMatcher:
             found = view.find(stop)
             if found >= 0:
                 ends.append((places[found + len(stop) - 1], -len(stop), places[found]))
-            elif overlap := _overlap(view, stop):
-                certain = min(certain, places[len(view) - overlap])
+            elif held := overlap(view, stop):
+                certain = min(certain, places[len(view) - held])
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)[2]]
@@ -116,7 +118,8 @@ class StopMatcher:
 class TextStream:
     """Tokens in, text out: a StreamDecoder followed by a StopMatcher.
 
-    A stop string may hold the text of special tokens, though the text that comes out has none but those in `shown`.
+    A stop string may hold the text of special tokens, though the text that comes out has none but those in `shown`, as
+    what that says.
     before, whole: as `StreamDecoder` has them.
     """
 
@@ -126,13 +129,13 @@ class TextStream:
         stop: Sequence[str],
         before: Sequence[int] = (),
         whole: bool = False,
-        shown: Collection[str] = (),
+        shown: Mapping[str, str] = {},  # noqa: B006  it is only read
     ) -> None:
         self._decoder = StreamDecoder(decoder, before, whole)
         wanted = [text for text in decoder.specials if text and (text in shown or any(text in s for s in stop))]
         stand_ins = {text: chr(_STAND_IN + i) for i, text in enumerate(sorted(wanted, key=len, reverse=True))}
         self._stand_ins = {decoder.specials[text]: stand_in for text, stand_in in stand_ins.items()}
-        self._texts = {ord(stand_in): text if text in shown else "" for text, stand_in in stand_ins.items()}
+        self._texts = {ord(stand_in): shown.get(text, "") for text, stand_in in stand_ins.items()}
         self._matcher = StopMatcher([form for text in stop for form in _forms(text, stand_ins)])
 
     @property
@@ -166,9 +169,3 @@ def _view(text: str, stop: str) -> tuple[str, Sequence[int]]:
         return text, range(len(text))
     places = [place for place, character in enumerate(text) if character not in passed_over]
     return "".join(text[place] for place in places), places
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -26,6 +26,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = bos_id
         added = backend.get_added_tokens_decoder()
+        self.added: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
