@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from hybrid.serving.intake import Prompt, check_callback
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request
-from hybrid.text.chat_template import Message
+from hybrid.text.messages import ChatInput, Document, Message, Tool
 
 
 class AsyncLLM:
@@ -75,16 +75,34 @@ class AsyncLLM:
         self._loop.require_open()
         return AsyncStream(self._loop, self._intake.request(prompt, params))
 
-    async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion:
         """As `LLM.chat`."""
+        chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        (completion,) = await self._complete([self._intake.chat_request(messages, params)])
+        (completion,) = await self._complete([self._intake.chat_request(chat, params)])
         return completion
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> AsyncStream:
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncStream:
         """The same, piece by piece."""
+        chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        return AsyncStream(self._loop, self._intake.chat_request(messages, params))
+        return AsyncStream(self._loop, self._intake.chat_request(chat, params))
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `LLM.logits`."""
@@ -101,9 +119,16 @@ class AsyncLLM:
             self._loop.leave([score])
         return score.logits
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """As `LLM.encode_chat`."""
-        return self._intake.encode_chat(messages)
+        return self._intake.encode_chat(ChatInput(messages, tools, documents, template_kwargs))
 
 
 class AsyncStream(AsyncIterator[TextDelta]):

@@ -14,8 +14,9 @@ from hybrid.serving.request import Limits, Request, Score, Tokens
 from hybrid.serving.sampler import check_params
 from hybrid.text.answer import AnswerStream
 from hybrid.text.answer_format import AnswerFormat, choose_format
-from hybrid.text.chat_template import ChatTemplate, Message
+from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.detokenizer import TextStream
+from hybrid.text.messages import ChatInput
 from hybrid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -55,15 +56,15 @@ class Intake:
             answer = AnswerStream(TextStream(self._tokenizer, params.stop, tokens.tolist(), whole))
         return Request(tokens, params, self._eos_ids, answer, index)
 
-    def chat_request(self, messages: Sequence[Message], params: SamplingParams | None, index: int = 0) -> Request:
+    def chat_request(self, chat: ChatInput, params: SamplingParams | None, index: int = 0) -> Request:
         """A request for the assistant's answer, whose parts are told apart. Its text begins with its own first token:
         a space that only joins it to the prompt is no part of it.
         """
-        tokenizer, prompt = self._chat_prompt(messages)
+        tokenizer, prompt = self._chat_prompt(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
         params = self._checked(params, tokens)
         text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
-        answer = AnswerStream(text, self.answers.parser(prompt=prompt))
+        answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
         return Request(tokens, params, self._eos_ids, answer, index)
 
     def score(self, token_ids: Sequence[int]) -> Score:
@@ -73,15 +74,15 @@ class Intake:
             self._limits.check(tokens)
         return Score(tokens, self._limits.vocab)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, chat: ChatInput) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
-        tokenizer, prompt = self._chat_prompt(messages)
+        tokenizer, prompt = self._chat_prompt(chat)
         return tokenizer.encode(prompt, special_tokens=False)
 
-    def _chat_prompt(self, messages: Sequence[Message]) -> tuple[Tokenizer, str]:
+    def _chat_prompt(self, chat: ChatInput) -> tuple[Tokenizer, str]:
         if self._template is None or self._tokenizer is None:
             raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
-        return self._tokenizer, self._template.render(messages)
+        return self._tokenizer, self._template.render(chat.messages, chat.tools, chat.documents, chat.template_kwargs)
 
     def _checked(self, params: SamplingParams | None, tokens: Tokens) -> SamplingParams:
         params = SamplingParams() if params is None else params

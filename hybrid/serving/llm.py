@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
 from hybrid.settings import named_as_given
 from hybrid.text.answer_format import AnswerFormat, choose_format
-from hybrid.text.chat_template import ChatTemplate, Message, load_template
+from hybrid.text.chat_template import ChatTemplate, load_template
+from hybrid.text.messages import ChatInput, Document, Message, Tool
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
 T = TypeVar("T")
@@ -176,15 +177,36 @@ class LLM:
         self._loop.require_open()
         return Stream(self._loop, self._intake.request(prompt, params))
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to messages like {"role": "user", "content": "..."}."""
-        self._loop.require_open()
-        return self._complete([self._intake.chat_request(messages, params)])[0]
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """The assistant's answer to messages like {"role": "user", "content": "..."}.
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
-        """The same, piece by piece."""
+        The rest is what the chat template takes besides: `ChatTemplate.render` says what.
+        """
+        chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        return Stream(self._loop, self._intake.chat_request(messages, params))
+        return self._complete([self._intake.chat_request(chat, params)])[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """The same, piece by piece."""
+        chat = ChatInput(messages, tools, documents, template_kwargs)
+        self._loop.require_open()
+        return Stream(self._loop, self._intake.chat_request(chat, params))
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""
@@ -201,9 +223,16 @@ class LLM:
             self._loop.cancel([score])
         return score.logits
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
-        return self._intake.encode_chat(messages)
+        return self._intake.encode_chat(ChatInput(messages, tools, documents, template_kwargs))
 
 
 def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:

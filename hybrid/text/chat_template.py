@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import ConfigError, RequestError
+from hybrid.text.messages import (
+    RARE_ROLES,
+    ROLES,
+    Document,
+    Message,
+    Tool,
+    join_text_parts,
+    plain_data,
+    plain_messages,
+    plain_objects,
+)
 from hybrid.text.tokenizer import import_transformers, read_json, token_text
 
-Message = Mapping[str, str]
-ROLES = ("system", "developer", "user", "assistant", "tool")
+_OWN_NAMES = ("messages", "tools", "documents")  # what a template gets from arguments of their own
+_READS_PARTS = re.compile(r"\{%-?\s*for\s[^%]*content")  # a template that goes through the parts of a content
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template and the variables it may use besides the messages (bos_token, eos_token, ...)."""
+    """A Jinja template and the variables it may use besides the messages (bos_token, eos_token, ...).
+
+    with_tools: another template, for requests with tools; some models have two.
+    """
 
     source: str
     variables: dict[str, str] = field(default_factory=dict)
+    with_tools: str | None = None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt that asks for the assistant's next message; it holds its special tokens already.
 
-        Each message has a `role` and a `content`. Raises RequestError.
+        A message has a `role`, and a `content`, which is a text or a list of parts, or `tool_calls`; it may have the
+        model's reasoning, and whatever else the template reads. tools: JSON schemas of functions. documents: objects
+        with a title and a text. template_kwargs: variables of this template, such as `enable_thinking` or
+        `reasoning_effort`; `add_generation_prompt` is one too. Raises RequestError.
         """
-        _check_messages(messages)
+        source = self.with_tools if tools is not None and self.with_tools is not None else self.source
+        plain = plain_messages(messages, _allowed_roles(source))
+        variables = {
+            "add_generation_prompt": True,
+            **self.variables,
+            **_check_template_kwargs(template_kwargs),
+            "messages": plain if _READS_PARTS.search(source) else join_text_parts(plain),
+            "tools": plain_objects("tools", tools, '{"type": "function", "function": {...}}'),
+            "documents": plain_objects("documents", documents, '{"title": "...", "text": "..."}'),
+        }
         # Templates are untrusted programs: transformers runs them in a sandbox.
         renderer = import_transformers("transformers.utils.chat_template_utils")
-        conversation = [dict(message) for message in messages]
+        conversation = variables.pop("messages")
         try:
-            rendered, _ = renderer.render_jinja_template(
-                [conversation], chat_template=self.source, add_generation_prompt=True, **self.variables
-            )
+            rendered, _ = renderer.render_jinja_template([conversation], chat_template=source, **variables)
         except Exception as error:  # whatever the template does wrong
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"the chat template refuses these messages: {reason}") from None
@@ -44,8 +76,10 @@ def load_template(model_path: Path) -> ChatTemplate | None:
     """The chat template of a model directory, None where it has none."""
     config = read_json(model_path / "tokenizer_config.json")
     file = model_path / "chat_template.jinja"
-    source = _read_text(file) if file.is_file() else _configured(config.get("chat_template"))
-    return ChatTemplate(source, _special_tokens(config)) if source else None
+    named = {"default": _read_text(file)} if file.is_file() else _configured(config.get("chat_template"))
+    if "default" not in named:
+        return None
+    return ChatTemplate(named["default"], _special_tokens(config), named.get("tool_use"))
 
 
 def _read_text(path: Path) -> str:
@@ -55,12 +89,11 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); restore the file") from None
 
 
-def _configured(template: Any) -> str | None:
-    """One template, or a list of named ones of which `default` is for chat."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _configured(template: Any) -> dict[str, str]:
+    """One template, or a list of named ones: `default` is for chat, `tool_use` for chat with tools."""
+    entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -68,11 +101,17 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise RequestError('messages must be a list like [{"role": "user", "content": "..."}] with one or more entries')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise RequestError(f"message {index} must be an object with a role and a text content, not {message!r:.80}")
-        if message.get("role") not in ROLES:
-            raise RequestError(f"message {index} has the role {message.get('role')!r}; allowed: {', '.join(ROLES)}")
+def _allowed_roles(source: str) -> tuple[str, ...]:
+    """Those of all templates, and those that only some know, where this one names them."""
+    return ROLES + tuple(role for role in RARE_ROLES if f"'{role}'" in source or f'"{role}"' in source)
+
+
+def _check_template_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RequestError(f'template_kwargs must be an object like {{"enable_thinking": false}}, not {given!r:.80}')
+    if taken := sorted(set(given) & set(_OWN_NAMES)):
+        raise RequestError(f"template_kwargs has {taken[0]!r}, which is an argument of its own; give it there")
+    variables: dict[str, Any] = plain_data(given)
+    return variables
