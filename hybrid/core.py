@@ -105,6 +105,7 @@ class Completion:
     index: int = 0  # position of the prompt in the list given to `generate`
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had left
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ class DummyPlan:
     kv_token_budget: int = 256
     threads: int = 1
     isa: str = "dummy"
+    repeatable: bool = True
+
+    @property
+    def kv(self):
+        return SimpleNamespace(repeatable=self.repeatable)
 
     def to_dict(self):
         return {"max_seq_len": self.max_seq_len}
@@ -67,7 +72,9 @@ class DummyEngine:
 
     def _write(self, token: int, sequence: int, position: int) -> np.ndarray:
         tokens = self.sequences.setdefault(int(sequence), [])
-        assert position == len(tokens), "a row must follow the tokens that its sequence holds"
+        assert position <= len(tokens), "a row must follow the tokens that its sequence holds"
+        assert position == len(tokens) or self.plan.repeatable, "a recurrent state cannot be rewound"
+        del tokens[position:]
         tokens.append(int(token))
         logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))
         logits[self._next(tokens)] = 4.0

@@ -85,7 +85,8 @@ class Request(Job):
     """A prompt to complete. The sink gets its deltas; `completion` is whole with the last one.
 
     prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
-    produced.
+    produced. keep: whether its keys and values stay for a request whose prompt begins with the same tokens, and whether
+    it looks for such.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class Request(Job):
         eos_ids: frozenset[int] = frozenset(),
         text: AnswerStream | None = None,
         index: int = 0,
+        keep: bool = False,
     ) -> None:
         super().__init__(prompt)
         self.params = params
+        self.keep = keep
         self.completion = Completion(prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index)
         self.deltas: deque[TextDelta] = deque()
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
@@ -107,6 +110,7 @@ class Request(Job):
         self.sampler: Sampler | None = None
         self.tokens = prompt  # the prompt and what was produced, with room for what may come
         self.length = len(prompt)
+        self.reserved = 0  # tokens that its sequence may hold
 
     @property
     def finished(self) -> bool:

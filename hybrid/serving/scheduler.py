@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Batch, StepResult, StepTimes
+from hybrid.errors import StepCancelled
+from hybrid.serving.kept import Kept, KeptSequences
 from hybrid.serving.request import Job, Limits, Request, Score, Tokens
 from hybrid.serving.sampler import Sampler
 
@@ -41,6 +43,10 @@ class StepRecord:
 class Scheduler:
     """Runs requests on an engine, as many together as its sequences and its memory for keys and values hold.
 
+    A request that says so leaves its sequence behind, and one that says so goes on with it where its prompt begins
+    with the same tokens (`hybrid.serving.kept`): the same bits as if it were computed anew. What is left behind gives
+    way to whatever needs its place.
+
     One thread calls it: that of a `Loop`. forward: runs a step of these jobs; `Engine.forward` if it is not given.
     on_step: called with the record of every step of requests. One that raises is called no more; what it raised is
     `observer_error`.
@@ -55,6 +61,7 @@ class Scheduler:
         self._limits = Limits.of(engine)
         self._waiting: deque[Job] = deque()
         self._running: list[Request] = []  # in order of admission; a sequence is free when none of these has it
+        self._kept = KeptSequences(engine.plan.kv.repeatable)
         self._scoring: Score | None = None  # has the steps to itself, and nothing is admitted meanwhile
 
     @property
@@ -75,6 +82,7 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> list[Job]:
         """End every job by an error; returns them."""
         scoring = [self._scoring] if self._scoring else []
+        self.forget()
         return self._fail([*self._running, *scoring, *self._waiting], error)
 
     def step(self) -> list[Job]:
@@ -124,7 +132,7 @@ class Scheduler:
         while self._waiting and not self._scoring:
             job = self._waiting[0]
             length = self._length(job)
-            if not self._fits(length):
+            if not self._can_fit(length):
                 break
             self._waiting.popleft()
             try:
@@ -135,21 +143,50 @@ class Scheduler:
                 done.append(job)
         return done
 
+    def forget(self) -> None:
+        """Free the sequences that were left behind."""
+        while kept := self._kept.pop_oldest():
+            self._engine.release(kept.sequence)
+
     def _length(self, job: Job) -> int:
         """Tokens to reserve."""
         more = job.params.max_tokens if isinstance(job, Request) else 0
         return min(len(job.prompt) + more, self._limits.tokens)
 
-    def _fits(self, length: int) -> bool:
-        reserved = sum(len(request.tokens) for request in self._running)
-        return len(self._running) < self._plan.sequences and reserved + length <= self._plan.kv_token_budget
+    def _can_fit(self, length: int) -> bool:
+        """Whether there is room for so many tokens, if what was left behind gives way."""
+        return len(self._running) < self._plan.sequences and self._reserved + length <= self._plan.kv_token_budget
+
+    @property
+    def _reserved(self) -> int:
+        """Tokens that the running requests may come to."""
+        return sum(request.reserved for request in self._running)
+
+    def _make_room(self, length: int, besides: Kept | None = None) -> bool:
+        """Have what was left behind give way to so many tokens, the sequence `besides` last; returns whether it
+        stays.
+        """
+        more = max(length - len(besides.tokens), 0) if besides else length
+        places = self._plan.sequences - len(self._running) - (besides is None)
+        while len(self._kept) > places or self._reserved + self._kept.tokens + more > self._plan.kv_token_budget:
+            oldest = self._kept.pop_oldest(besides)
+            if oldest is None:
+                break
+            self._engine.release(oldest.sequence)
+        else:
+            return besides is not None
+        if besides:
+            self._kept.take(besides)
+            self._engine.release(besides.sequence)
+        return False
 
     def _free_sequence(self) -> int:
-        used = {request.sequence for request in self._running}
+        used = {request.sequence for request in self._running} | self._kept.sequences
         return next(sequence for sequence in range(self._plan.sequences) if sequence not in used)
 
     def _enter(self, job: Job, length: int) -> None:
         if isinstance(job, Score):
+            self._make_room(length)
             job.sequence, self._scoring = self._free_sequence(), job
         elif isinstance(job, Request):
             if length == len(job.prompt):
@@ -157,8 +194,28 @@ class Scheduler:
             job.tokens = np.empty(length, np.int32)
             job.tokens[: job.length] = job.prompt
             job.sampler = Sampler(job.params, job.prompt, self._engine.spec.vocab)
-            job.sequence = self._free_sequence()
+            self._settle(job)
             self._running.append(job)
+
+    def _settle(self, job: Request) -> None:
+        """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one."""
+        job.reserved = len(job.tokens)
+        found = self._kept.find(job.prompt) if job.keep and not self._routes_matter else None
+        if found and self._make_room(job.reserved, found[0]):
+            kept, job.computed = found
+            self._kept.take(kept)
+            job.sequence = kept.sequence
+            job.reserved = max(job.reserved, len(kept.tokens))
+            job.completion.cached_tokens = job.computed
+        else:
+            self._make_room(job.reserved)
+            job.sequence = self._free_sequence()
+
+    @property
+    def _routes_matter(self) -> bool:
+        """Whether the experts of every token are recorded, or told by a trace: then every token is computed."""
+        routes = self._engine.routes
+        return routes is not None and (routes.observer is not None or routes.trace is not None)
 
     def _leave(self, job: Job) -> None:
         """Take a job from wherever it is, and free its sequence."""
@@ -171,7 +228,18 @@ class Scheduler:
         elif isinstance(job, Request):
             self._running.remove(job)
         sequence, job.sequence = job.sequence, None
-        self._engine.release(sequence)
+        if isinstance(job, Request) and self._leaves_behind(job):
+            self._kept.put(Kept(sequence, job.tokens[: job.computed].copy(), len(job.prompt)))
+        else:
+            self._engine.release(sequence)
+
+    def _leaves_behind(self, job: Request) -> bool:
+        """Whether the state of its sequence is kept. That of a step which was cut is whole up to the rows of that
+        step, if a state can be rewound.
+        """
+        if not job.keep or not job.computed:
+            return False
+        return job.error is None or (isinstance(job.error, StepCancelled) and self._kept.rewindable)
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> list[Job]:
         """End jobs by an error; returns them."""

@@ -1,0 +1,74 @@
+"""Sequences whose keys and values outlive their request, for a prompt that begins with the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A sequence that holds the state after these tokens, of which `prompt` many were a prompt."""
+
+    sequence: int
+    tokens: Tokens
+    prompt: int
+
+
+class KeptSequences:
+    """The kept sequences, least recently used first.
+
+    rewindable: whether the state of a sequence after some of its tokens is part of the state after all of them. Keys
+    and values are that; a recurrent state is not, and can only be continued where it is.
+    """
+
+    def __init__(self, rewindable: bool) -> None:
+        self.rewindable = rewindable
+        self._kept: list[Kept] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def sequences(self) -> set[int]:
+        return {kept.sequence for kept in self._kept}
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(kept.tokens) for kept in self._kept)
+
+    def put(self, kept: Kept) -> None:
+        self._kept.append(kept)
+
+    def find(self, prompt: Tokens) -> tuple[Kept, int] | None:
+        """The one that saves most of a prompt, and how many of its tokens need not be computed.
+
+        It must share half of its own prompt at least: otherwise it belongs to another conversation, which would lose
+        more than this one gains. One token of the prompt is always computed, for its logits.
+        """
+        found = [(self._shared(kept, prompt), place) for place, kept in enumerate(self._kept)]
+        shared, place = max(found, default=(0, 0))
+        return (self._kept[place], shared) if shared else None
+
+    def take(self, kept: Kept) -> None:
+        """Give a sequence up, because a request goes on with it."""
+        self._kept.remove(kept)
+
+    def pop_oldest(self, besides: Kept | None = None) -> Kept | None:
+        """Give up the one that was used longest ago; None if there is no other than `besides`."""
+        oldest = next((kept for kept in self._kept if kept is not besides), None)
+        if oldest:
+            self._kept.remove(oldest)
+        return oldest
+
+    def _shared(self, kept: Kept, prompt: Tokens) -> int:
+        most = min(len(kept.tokens), len(prompt) - 1)
+        differing = np.flatnonzero(kept.tokens[:most] != prompt[:most])
+        shared = int(differing[0]) if len(differing) else most
+        if not self.rewindable:
+            return shared if shared == len(kept.tokens) else 0
+        return shared if 2 * shared >= kept.prompt else 0
