@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gpu_cache.trace_writer import TraceWriter
 from hybrid import LLM, SamplingParams
+from hybrid.trace_files import open_trace
 
 TOKENS = 48  # of each answer
 PROMPTS = {
@@ -39,7 +39,7 @@ PROMPTS = {
 def record(folder: Path, name: str, prompts: list[str]) -> None:
     with (
         LLM(device="cpu", routes=True, max_batch=1, threads=1) as llm,
-        TraceWriter(folder / f"{name}.csv", print) as writer,
+        open_trace(folder / f"{name}.csv", print) as writer,
     ):
         assert llm.engine.routes is not None
         llm.engine.routes.observer = writer.write

@@ -1,10 +1,9 @@
-"""Many replays of one trace: in parallel processes, resumable, each with where it came from."""
+"""Many replays of one trace: in parallel processes, each with a name of what it depends on, so that it can be kept."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import signal
 import tempfile
@@ -13,18 +12,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict, astuple
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from gpu_cache.admission import Costs
 from gpu_cache.costs import Machine, cpu_only, predict
-from gpu_cache.simulator import Result, Setting, replay
+from gpu_cache.policies import known_policy
+from gpu_cache.simulator import Result, Setting, policy_names, replay
+from gpu_cache.source import source_digest
 from gpu_cache.trace import Calls
 
-VERSION = (
-    1  # of what a replay counts: raise it when the same setting gives other numbers, and kept results are made anew
-)
 Row = dict[str, Any]
 Report = Callable[[int, int], None]
 
@@ -32,52 +30,63 @@ _COLUMNS = ("step", "layer", "start", "expert", "score")
 _calls: Calls  # of a worker process
 
 
+class Kept(Protocol):
+    """Results of earlier sweeps, to which new ones are added as they come."""
+
+    def get(self, name: str) -> Row | None: ...
+    def add(self, name: str, row: Row, trace: str, code: str) -> None: ...
+
+
 def sweep(
     calls: Calls,
     settings: Sequence[Setting],
     machine: Machine | None = None,
     workers: int = 1,
-    kept: Path | None = None,
+    kept: Kept | None = None,
     report: Report = lambda done, total: None,
 ) -> list[Row]:
     """Replay every setting; rows in the order of the settings, as `row_of` makes them.
 
-    kept: a file of results, a JSON object a line. What it has is not replayed again; what is new is appended at
-    once, so an interrupted sweep goes on where it stopped. report: called with (done, total). Raises CacheError for
-    a setting that no cache can have.
+    kept: what it has is not replayed again, and what is new is added at once, so that an interrupted sweep goes on
+    where it stopped. report: called with (done, total). Raises CacheError for a setting that no cache can have.
     """
     for setting in settings:
         setting.check(calls, _costs(machine))
     digest = calls.digest()
     names = [result_name(digest, setting, machine) for setting in settings]
-    rows = _read(kept)
+    rows = {name: row for name in names if kept is not None and (row := kept.get(name)) is not None}
     todo = {name: setting for name, setting in zip(names, settings, strict=True) if name not in rows}
     done = len(set(names)) - len(todo)
     report(done, done + len(todo))
     for name, row in _run(calls, todo, machine, workers):
         rows[name] = row
-        _append(kept, name, row, digest)
+        if kept is not None:
+            kept.add(name, row, digest, source_digest(_policy(todo[name])))
         done += 1
         report(done, len(set(names)))
     return [rows[name] for name in names]
 
 
 def result_name(digest: str, setting: Setting, machine: Machine | None) -> str:
-    """A name for the result of these calls, this setting and this machine."""
-    parts = [VERSION, digest, astuple(setting), machine and astuple(machine)]
+    """A name for the result of these calls, this setting, this machine, and the code that replays it."""
+    parts = [source_digest(_policy(setting)), digest, astuple(setting), machine and astuple(machine)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def provenance(calls: Calls, version: str) -> Row:
-    """What results depend on besides their parameters. version: of the program."""
+def _policy(setting: Setting) -> str:
+    return known_policy(setting.policy, policy_names())
+
+
+def describe_trace(calls: Calls) -> Row:
+    """What results depend on of a trace."""
     shape = {"layers": calls.layers, "experts": calls.experts, "steps": calls.steps, "calls": calls.total}
+    return {"digest": calls.digest(), **shape}
+
+
+def provenance(version: str) -> Row:
+    """What results depend on besides trace and parameters. version: of the program."""
     machine = {"system": platform.platform(), "python": platform.python_version(), "numpy": np.__version__}
-    return {
-        "version": version,
-        "replay_version": VERSION,
-        "trace": {"digest": calls.digest(), **shape},
-        "machine": machine,
-    }
+    return {"version": version, "code": source_digest(""), "machine": machine}
 
 
 def row_of(result: Result, machine: Machine | None) -> Row:
@@ -139,34 +148,3 @@ def _costs(machine: Machine | None) -> Costs | None:
 
 def _replay_one(setting: Setting, machine: Machine | None) -> Row:
     return row_of(replay(_calls, setting, _costs(machine)), machine)
-
-
-def _read(kept: Path | None) -> dict[str, Row]:
-    """Results by name; a line that was cut off by the end of a run is none."""
-    rows: dict[str, Row] = {}
-    if kept is None or not kept.exists():
-        return rows
-    with open(kept, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-                rows[entry["name"]] = entry["result"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return rows
-
-
-def _append(kept: Path | None, name: str, row: Row, digest: str) -> None:
-    if kept is None:
-        return
-    entry = {"name": name, "trace": digest, "replay_version": VERSION, "result": row}
-    with open(kept, "a+b") as file:
-        text = json.dumps(entry) + "\n"
-        if file.tell() and not _ends_a_line(file):
-            text = "\n" + text
-        file.write(text.encode())
-
-
-def _ends_a_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from gpu_cache.errors import CacheError
 
 COLUMNS = ("step", "sequence", "position", "layer", "rank", "expert", "score")
-SUFFIXES = (".csv", ".parquet")
+MAX_LAYERS, MAX_EXPERTS = 1 << 10, 1 << 13  # several times what any model has; a simulator keeps tables of both
+_MAX_STEP = 1 << 40
+_MAX_ROWS = 1 << 28  # of parquet, whose rows may take next to no bytes
+_LONGEST_LINE = 1 << 16  # bytes
+_PARQUET = b"PAR1"
 _ROW = np.dtype([(name, "f4" if name == "score" else "i8") for name in COLUMNS])
 _GROUPS_AT_A_TIME = 1 << 15  # turned into Python lists together
 _LARGEST_COMPARED = 16  # calls of a group that are compared in pairs, without sorting
@@ -141,19 +145,21 @@ def _distinct(call: Ints, score: Floats) -> tuple[Ints, Floats]:
 
 
 def make_trace(columns: dict[str, Any], layers: int | None = None, experts: int | None = None, name: str = "") -> Trace:
-    """Check columns and put them into a `Trace`. layers, experts: of the model; None: the largest that occurs.
+    """Check columns and put them into a `Trace`. layers, experts: of the model; None: what the largest number implies.
 
     Raises CacheError naming the first row that is wrong, counted from 1.
     """
     where = name or "trace"
+    for what, given, maximum in (("layers", layers, MAX_LAYERS), ("experts", experts, MAX_EXPERTS)):
+        if given is not None and not 1 <= given <= maximum:
+            raise CacheError(f"{where}: {given} {what} are no model's; allowed: 1 to {maximum}")
     data = {column: np.asarray(columns[column], _ROW[column]) for column in COLUMNS}
     if not len(data["step"]):
         raise CacheError(f"{where}: holds no rows; record at least one step")
-    layers = int(data["layer"].max()) + 1 if layers is None else layers
-    experts = int(data["expert"].max()) + 1 if experts is None else experts
-    for column, limit in (("layer", layers), ("expert", experts), ("step", 1 << 40)):
+    for column, limit in (("layer", layers or MAX_LAYERS), ("expert", experts or MAX_EXPERTS), ("step", _MAX_STEP)):
         wrong = (data[column] < 0) | (data[column] >= limit)
         _refuse(where, wrong, data[column], f"unknown {column}", f"allowed: 0 to {limit - 1}")
+    layers, experts = layers or int(data["layer"].max()) + 1, experts or int(data["expert"].max()) + 1
     unsorted = np.diff(data["step"], prepend=0) < 0
     _refuse(where, unsorted, data["step"], "unsorted step", "steps must not descend; sort the rows by step")
     _refuse(where, ~np.isfinite(data["score"]), data["score"], "bad score", "it must be a finite number")
@@ -166,67 +172,69 @@ def _refuse(where: str, wrong: NDArray[np.bool_], values: NDArray[Any], what: st
         raise CacheError(f"{where}: row {row + 1} has the {what} {values[row]}; {cure}")
 
 
-def read_trace(path: Path, layers: int | None = None, experts: int | None = None) -> Trace:
-    """Read a CSV or parquet file with the columns of a trace; others are ignored. Raises CacheError."""
-    check_suffix(path)
-    if not path.is_file():
-        raise CacheError(f"{path}: there is no such file; `hybrid run --trace FILE` records one")
-    columns = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    return make_trace(columns, layers, experts, str(path))
+def read_trace(file: BinaryIO, name: str, layers: int | None = None, experts: int | None = None) -> Trace:
+    """Read CSV or parquet with the columns of a trace; others are ignored. file: read once, from its beginning on, so
+    that it may be a pipe. name: for errors. Raises CacheError.
+    """
+    begin = file.read(len(_PARQUET))
+    columns = _read_parquet(file, begin, name) if begin == _PARQUET else _read_csv(file, begin, name)
+    return make_trace(columns, layers, experts, name)
 
 
-def check_suffix(path: Path) -> None:
-    """Raise CacheError unless the name ends as a trace does, and what reads it is installed."""
-    if path.suffix not in SUFFIXES:
-        raise CacheError(f"{path}: a trace ends in {' or '.join(SUFFIXES)}; name it so")
-    if path.suffix == ".parquet":
-        parquet()
-
-
-def _read_csv(path: Path) -> dict[str, Any]:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = [name.strip() for name in file.readline().split(",")]
-        _check_columns(path, header)
-        if not file.readline():
-            return dict.fromkeys(COLUMNS, ())
-    picked = [header.index(name) for name in COLUMNS]
+def _read_csv(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
+    first = begin if b"\n" in begin else begin + file.readline(_LONGEST_LINE)
+    header = [column.strip() for column in first.decode("utf-8-sig", "replace").split(",")]
+    _check_columns(name, header)
+    picked = [header.index(column) for column in COLUMNS]
+    lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
     try:
-        rows = np.loadtxt(path, _ROW, delimiter=",", skiprows=1, usecols=picked, ndmin=1, encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of no rows, which are refused
+            rows = np.loadtxt(lines, _ROW, delimiter=",", usecols=picked, ndmin=1, encoding="utf-8")
     except (ValueError, OverflowError) as error:
-        raise _damaged(path, error) from None
-    return {name: rows[name] for name in COLUMNS}
+        raise _damaged(name, error) from None
+    return {column: rows[column] for column in COLUMNS}
 
 
-def _read_parquet(path: Path) -> dict[str, Any]:
+def _read_parquet(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
+    parquet = import_parquet()
+    from pyarrow import BufferReader
+
+    source = BufferReader(begin + file.read())  # it reads the end first
     try:
-        with parquet().ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            table = file.read(columns=list(COLUMNS))
-        if any(table[name].null_count for name in COLUMNS):
+        with parquet.ParquetFile(source) as opened:
+            _check_columns(name, opened.schema_arrow.names)
+            if not 0 <= opened.metadata.num_rows <= _MAX_ROWS:
+                raise ValueError(f"it has {opened.metadata.num_rows} rows, {_MAX_ROWS} are allowed")
+            table = opened.read(columns=list(COLUMNS))
+        if any(table[column].null_count for column in COLUMNS):
             raise ValueError("it has empty cells")
-        return {name: table[name].to_numpy().astype(_ROW[name], casting="same_kind") for name in COLUMNS}
+        return {column: table[column].to_numpy().astype(_ROW[column], casting="same_kind") for column in COLUMNS}
     except CacheError:
         raise
-    except (ValueError, TypeError, OSError) as error:
-        raise _damaged(path, error) from None
+    except Exception as error:  # a damaged file makes pyarrow raise many kinds
+        raise _damaged(name, error) from None
 
 
-def parquet() -> Any:
+def import_parquet() -> Any:
     """The module that reads and writes parquet. Raises CacheError where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise CacheError(
-            "parquet needs pyarrow, which is not installed: pip install 'hybrid-moe[research]', or name a .csv file"
+            "parquet needs pyarrow, which is not installed: pip install 'hybrid-moe[research]', or use CSV"
         ) from None
     return pyarrow.parquet
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
-    missing = [name for name in COLUMNS if name not in names]
+def _check_columns(name: str, found: list[str]) -> None:
+    missing = [column for column in COLUMNS if column not in found]
     if missing:
-        raise CacheError(f"{path}: has no column {', '.join(missing)}; a trace has {','.join(COLUMNS)}")
+        raise CacheError(f"{name}: has no column {', '.join(missing)}; a trace has {','.join(COLUMNS)}")
+    twice = [column for column in COLUMNS if found.count(column) > 1]
+    if twice:
+        raise CacheError(f"{name}: has the column {', '.join(twice)} twice; a trace has {','.join(COLUMNS)}")
 
 
-def _damaged(path: Path, error: Exception) -> CacheError:
-    return CacheError(f"{path}: is not a whole trace ({' '.join(str(error).split())[:160]}); record it again")
+def _damaged(name: str, error: Exception) -> CacheError:
+    return CacheError(f"{name}: is not a whole trace ({' '.join(str(error).split())[:160]}); record it again")

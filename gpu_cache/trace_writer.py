@@ -1,37 +1,42 @@
-"""Writes a trace while an engine runs: the file gets its name when it is whole, whatever ends the run."""
+"""Writes a trace while an engine runs, into a file that is committed when it is whole, whatever ends the run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpu_cache.trace import COLUMNS, Trace, check_suffix, parquet
+from gpu_cache.trace import COLUMNS, Trace, import_parquet
 
 _ROWS_BUFFERED = 1 << 16
 
 
-class TraceWriter:
-    """A context manager; leaving it, by an exception too, gives the file its name with every row written so far.
+class Target(Protocol):
+    """An open file that is committed once it is whole, or discarded. What fails raises OSError."""
 
-    When the disk fills or fails, `warn` gets one line, the unfinished file is removed and later rows are dropped: a run
-    never ends because of its trace. Raises CacheError for a suffix that is unknown or needs what is not installed.
+    @property
+    def file(self) -> BinaryIO: ...
+    def commit(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class TraceWriter:
+    """A context manager; leaving it, by an exception too, commits the file with every row written so far.
+
+    When the disk fills or fails, `warn` gets one line that begins with `name`, the file is discarded and later rows are
+    dropped: a run never ends because of its trace. Raises CacheError for parquet where it is not installed.
     """
 
-    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        check_suffix(path)
-        self._path, self._warn = path, warn
-        self._temporary = path.with_name(path.name + ".tmp")
+    def __init__(self, target: Target, name: str, warn: Callable[[str], None], parquet: bool = False) -> None:
+        self._target, self._name, self._warn = target, name, warn
         self._blocks: list[NDArray[np.float64]] = []
         self._scores: list[NDArray[np.float32]] = []
         self._buffered = 0
-        self._sink: _CsvSink | _ParquetSink | None = None
-        self._failed = not self._try(self._open)
+        self._sink = _sink(target.file, parquet)
+        self._failed = False
 
     def write(self, step: int, layer: int, sequence: ArrayLike, position: ArrayLike, expert: Any, score: Any) -> None:
         """Append the rows of one (step, layer). sequence, position: (tokens,); expert, score: (tokens, top_k)."""
@@ -68,34 +73,28 @@ class TraceWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open(self) -> None:
-        self._sink = (_ParquetSink if self._path.suffix == ".parquet" else _CsvSink)(self._temporary)
-
     def _write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
-        assert self._sink is not None
         self._sink.write(integers, scores)
 
     def _finish(self) -> None:
-        assert self._sink is not None
         self._sink.close()
-        os.replace(self._temporary, self._path)
+        self._target.commit()
 
     def _try(self, action: Callable[[], None]) -> bool:
         try:
             action()
         except OSError as error:
-            self._warn(f"{self._path}: the trace is not written ({error.strerror or error}); the run goes on without")
-            if self._sink is not None:
-                self._sink.abandon()
-            self._temporary.unlink(missing_ok=True)
+            self._warn(f"{self._name}: the trace is not written ({error.strerror or error}); the run goes on without")
+            self._sink.abandon()
+            self._target.discard()
             return False
         return True
 
 
 class _CsvSink:
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  open until the trace ends
-        self._file.write((",".join(COLUMNS) + "\n").encode())
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        file.write((",".join(COLUMNS) + "\n").encode())
 
     def write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
         """Scores are written so that reading gives the same float32."""
@@ -104,22 +103,20 @@ class _CsvSink:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Nothing follows the rows."""
 
     def abandon(self) -> None:
-        with suppress(OSError):  # what is buffered cannot be written either
-            self._file.close()
+        """Nothing is held but the file."""
 
 
 class _ParquetSink:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        parquet = import_parquet()
         import pyarrow
 
         fields = [(name, pyarrow.float32() if name == "score" else pyarrow.int64()) for name in COLUMNS]
         self._schema = pyarrow.schema(fields)
-        self._writer = parquet().ParquetWriter(path, self._schema)
+        self._writer = parquet.ParquetWriter(file, self._schema)
 
     def write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None:
         import pyarrow
@@ -134,18 +131,15 @@ class _ParquetSink:
             self._writer.close()
 
 
-def write_trace(path: Path, trace: Trace) -> None:
-    """Write a whole trace. Raises CacheError for the suffix and OSError when it cannot be written."""
-    check_suffix(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        sink = (_ParquetSink if path.suffix == ".parquet" else _CsvSink)(temporary)
-        integers = np.array([getattr(trace, name) for name in COLUMNS[:-1]])
-        for first in range(0, len(trace), _ROWS_BUFFERED):
-            part = slice(first, first + _ROWS_BUFFERED)
-            sink.write(integers[:, part], trace.score[part])
-        sink.close()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _sink(file: BinaryIO, parquet: bool) -> _CsvSink | _ParquetSink:
+    return _ParquetSink(file) if parquet else _CsvSink(file)
+
+
+def write_trace(file: BinaryIO, trace: Trace, parquet: bool = False) -> None:
+    """Write a whole trace. Raises CacheError for parquet where it is not installed, and OSError."""
+    sink = _sink(file, parquet)
+    integers = np.array([getattr(trace, name) for name in COLUMNS[:-1]])
+    for first in range(0, len(trace), _ROWS_BUFFERED):
+        part = slice(first, first + _ROWS_BUFFERED)
+        sink.write(integers[:, part], trace.score[part])
+    sink.close()

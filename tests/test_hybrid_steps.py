@@ -21,11 +21,11 @@ from gpu_cache.admission import ADMISSIONS, Costs
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.policies import POLICIES
 from gpu_cache.simulator import Setting, replay
-from gpu_cache.trace import calls, read_trace
-from gpu_cache.trace_writer import TraceWriter
+from gpu_cache.trace import calls
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, StepCancelled
+from hybrid.trace_files import open_trace, read_trace
 
 EMBEDDED = {"max_batch": 8, "chunk_size": 128, "threads": 2, "max_seq_len": 256}
 FAMILIES = ("qwen3_moe", "qwen2_moe", "gpt_oss", "mixtral")
@@ -120,7 +120,7 @@ def test_shared_experts_biases_and_dense_layers_work(tmp_path, family, text) -> 
 
 def traced(engine: Engine, path: Path) -> np.ndarray:
     """Runs all work; returns what was counted, [layers, 6], and leaves a trace."""
-    with TraceWriter(path, pytest.fail) as writer:
+    with open_trace(path, pytest.fail) as writer:
         engine.routes.observer = writer.write
         all_work(engine)
     return engine.experts.count()
@@ -144,7 +144,7 @@ def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, adm
 
 
 def test_a_trace_needs_no_cache_and_changes_nothing(tmp_path, expected) -> None:
-    with embedded(routes=True) as engine, TraceWriter(tmp_path / "trace.csv", pytest.fail) as writer:
+    with embedded(routes=True) as engine, open_trace(tmp_path / "trace.csv", pytest.fail) as writer:
         engine.routes.observer = writer.write
         assert np.array_equal(all_work(engine), expected)
     trace = read_trace(tmp_path / "trace.csv")

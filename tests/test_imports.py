@@ -16,7 +16,7 @@ ORDER = (
     ("printable",),
     ("core", "errors", "ops"),
     ("files", "formats", "settings"),
-    ("config", "models", "text"),
+    ("config", "models", "text", "trace_files"),
     ("machine",),
     ("weights",),
     ("plan",),

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import placements  # noqa: E402
 
 from gpu_cache.trace import make_trace  # noqa: E402
-from gpu_cache.trace_writer import write_trace  # noqa: E402
 from hybrid.commands.timeline import LANES, Span, Timeline, busy_seconds  # noqa: E402
+from hybrid.trace_files import write_trace  # noqa: E402
 
 
 def test_all_ways_choose_the_same_tokens_and_none_has_more_slots(tmp_path, capsys) -> None:

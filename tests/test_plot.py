@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from gpu_cache.reuse import measure_reuse
 from gpu_cache.trace import make_trace
-from gpu_cache.trace_writer import write_trace
 from hybrid.commands import plot, simulate
 from hybrid.commands.figures import binned
+from hybrid.trace_files import write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
 HITS = """step,layer,calls,hits,loading,misses,evictions

@@ -186,7 +186,7 @@ def test_one_run_writes_every_file(tmp_path) -> None:
 
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch) -> None:
     def full(path: Path, columns: object, rows: object) -> None:
-        with report.atomic_file(path):
+        with report.output_file(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("hybrid.commands.outputs.write_csv", full)

@@ -23,8 +23,7 @@ from seed_geometries import Shape, made_up_trace, main  # noqa: E402
 
 from gpu_cache.admission import Costs  # noqa: E402
 from gpu_cache.simulator import Setting, replay  # noqa: E402
-from gpu_cache.trace import COLUMNS, Trace, calls, read_trace  # noqa: E402
-from gpu_cache.trace_writer import TraceWriter, write_trace  # noqa: E402
+from gpu_cache.trace import COLUMNS, Trace, calls  # noqa: E402
 from hybrid.commands import run as commands
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
@@ -34,6 +33,7 @@ from hybrid.models.layers.feed_forward import TAKE  # noqa: E402
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model  # noqa: E402
 from hybrid.plan.route_trace import read_route_trace  # noqa: E402
 from hybrid.plan.text import plan_text
+from hybrid.trace_files import open_trace, read_trace, write_trace  # noqa: E402
 from hybrid.weights.pack import model_config  # noqa: E402
 
 EMBEDDED: dict[str, Any] = {"threads": 2, "max_batch": 4, "chunk_size": 64, "max_seq_len": 256}
@@ -235,7 +235,7 @@ def test_the_simulator_counts_for_the_trace_what_the_engine_did(made_up, path, p
 
 
 def recorded(engine: Engine, path: Path, work: Any) -> np.ndarray:
-    with TraceWriter(path, pytest.fail) as writer:
+    with open_trace(path, pytest.fail) as writer:
         engine.routes.observer = writer.write
         return work(engine)
 

@@ -10,9 +10,9 @@ import pytest
 from routing import random_trace
 from typer.testing import CliRunner
 
-from gpu_cache.trace import COLUMNS, read_trace
-from gpu_cache.trace_writer import write_trace
+from gpu_cache.trace import COLUMNS
 from hybrid.commands.simulate import app
+from hybrid.trace_files import read_trace, write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
 

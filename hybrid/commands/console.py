@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from hybrid.commands.signals import Terminated, ending_signals
 from hybrid.errors import HybridError
 from hybrid.printable import printable
 
@@ -20,7 +21,10 @@ _LONGEST_ERROR = 1000  # characters
 
 def say(line: str) -> None:
     """A message on stderr; stdout is for results."""
-    print(printable(line), file=sys.stderr, flush=True)
+    try:
+        print(printable(line), file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told, which is no reason to end otherwise
+        _drop(2)
 
 
 def show(text: str, end: str = "\n", dim: bool = False) -> None:
@@ -44,31 +48,34 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     # Typer gives no name of its own to the base of its errors.
     usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
     try:
-        raise SystemExit(app(args=arguments, prog_name=name, standalone_mode=False))
+        with exit_codes():
+            code = app(args=arguments, prog_name=name, standalone_mode=False)
     except usage_error as error:
         reason = error.format_message()  # type: ignore[attr-defined]
         say(f"error: {one_line(reason).rstrip('.')}; {name} --help lists what is allowed")
-        raise SystemExit(EXIT_ERROR) from None
+        code = EXIT_ERROR
+    raise SystemExit(code)
 
 
 @contextmanager
 def exit_codes(interrupted: str = "every file that was written is whole") -> Iterator[None]:
-    """End the process as commands do: HybridError with 2, Ctrl-C with 130, a reader that left with 141."""
+    """End the process as commands do: HybridError with 2, Ctrl-C and SIGTERM with 130, a reader that left with 141."""
     _prepare_streams()
     try:
-        yield
+        with ending_signals():
+            yield
         sys.stdout.flush()
     except HybridError as error:
         say(f"error: {one_line(error)}")
         raise SystemExit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        say(f"interrupted; {interrupted}")
+    except (KeyboardInterrupt, Terminated):
+        say("\n" * sys.stderr.isatty() + f"interrupted; {interrupted}")  # a terminal shows ^C before it
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        _drop_stdout()
+        _drop(1)
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
-        _drop_stdout()
+        _drop(1)
         say(f"error: reading or writing failed: {one_line(error)}")
         raise SystemExit(EXIT_ERROR) from None
 
@@ -82,9 +89,9 @@ def _prepare_streams() -> None:
             getattr(sys, name).reconfigure(errors="replace")
 
 
-def _drop_stdout() -> None:
+def _drop(descriptor: int) -> None:
     """Drop buffered output, because at exit the interpreter would report that it cannot flush it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextmanager
@@ -94,6 +101,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
@@ -101,7 +109,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(escape(printable(what)), total=total)
             bar.update(tasks[what], completed=done, total=total)
 
         yield update

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.files import FileKind, output_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,6 +44,11 @@ STYLE = {
     "svg.hashsalt": "hybrid",
 }
 BOUND, STATIC = "bypass-Belady", ("static-best", "static-layers")
+FIGURE_KINDS = {
+    "png": FileKind("a PNG figure", lambda head: head.startswith(b"\x89PNG")),
+    "svg": FileKind("an SVG figure", lambda head: b"<svg" in head),
+    "pdf": FileKind("a PDF figure", lambda head: head.startswith(b"%PDF")),
+}
 _CELLS = 240  # columns of a heat map and points of an area at most
 
 
@@ -68,11 +75,9 @@ def styled(draw: Callable[[], Figure], path: Path) -> None:
     """Draw in our style and write PNG or SVG, the same bytes for the same data; the file is whole or not there."""
     import matplotlib
 
-    from hybrid.files import atomic_file
-
     kind = path.suffix.lower().lstrip(".")
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE), atomic_file(path) as file:
+    with matplotlib.rc_context(STYLE), output_file(path, FIGURE_KINDS.get(kind)) as file:
         draw().savefig(file, format=kind, dpi=200, metadata=metadata)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from hybrid.commands.signals import Interruptible, Terminated
 from hybrid.errors import HybridError
+from hybrid.files import check_output, csv_kind
 from hybrid.machine.meters import Meters
 from hybrid.serving.recorder import (
     BREAKDOWN_COLUMNS,
@@ -19,12 +18,21 @@ from hybrid.serving.recorder import (
     POWER_COLUMNS,
     TOKEN_COLUMNS,
     Recorder,
+    Summary,
     write_csv,
 )
 
 if TYPE_CHECKING:
     from hybrid.engine.experts.report import CacheReport
     from hybrid.serving.llm import LLM
+
+T = TypeVar("T")
+CSV_FILES = {
+    "breakdown-csv": BREAKDOWN_COLUMNS,
+    "cachehit-csv": CACHEHIT_COLUMNS,
+    "token-csv": TOKEN_COLUMNS,
+    "power-csv": POWER_COLUMNS,
+}
 
 
 class Wanted(Protocol):
@@ -45,8 +53,8 @@ class Wanted(Protocol):
 
 
 class Outputs:
-    """Observes a run while it is entered, and writes its files when it is left: by SIGTERM too, which ends the run as
-    Ctrl-C does; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
+    """Observes a run, and writes its files when it has ended: by a signal too, and then without being cut short by
+    another one; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
     run goes on.
     """
 
@@ -54,23 +62,19 @@ class Outputs:
         self._wanted, self._llm, self._warn = wanted, llm, warn
         metered = wanted.token_csv or wanted.power_csv
         self.recorder = Recorder(Meters(llm.engine.plan.cpus) if metered else None)
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Outputs:
-        self._llm.observe(self.recorder)
-        if self._wanted.trace:
-            self._trace(self._wanted.trace)
-        if threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGTERM, _interrupt)
-            self._stack.callback(signal.signal, signal.SIGTERM, before)
-        return self
+    def record(self, body: Callable[[], T]) -> T:
+        """Run the body and write what it made the engine do."""
+        with Interruptible() as interruptible, ExitStack() as stack:
+            self._llm.observe(self.recorder)
+            stack.push(self._write)
+            if self._wanted.trace:
+                self._trace(self._wanted.trace, stack)
+            return interruptible.run(body)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        if error is None or isinstance(error, KeyboardInterrupt):  # another error leaves what was there
-            self._write()
+    def summary(self) -> Summary:
+        engine = self._llm.engine
+        return self.recorder.summary(engine.load_seconds, engine.plan.isa, engine.plan.threads)
 
     def cache_report(self) -> CacheReport | None:
         """What the expert cache did; None without one."""
@@ -81,18 +85,23 @@ class Outputs:
 
         return report(experts)
 
-    def _trace(self, path: Path) -> None:
+    def _trace(self, path: Path, stack: ExitStack) -> None:
         """Written as steps run: it may be larger than memory."""
-        from gpu_cache.trace_writer import TraceWriter
+        from hybrid.trace_files import open_trace
 
-        writer = self._stack.enter_context(TraceWriter(path, lambda line: self._warn(f"note: {line}")))
+        try:
+            writer = stack.enter_context(open_trace(path, lambda line: self._warn(f"note: {line}")))
+        except HybridError as error:
+            return self._warn(f"note: {error}")
         routes = self._llm.engine.routes
         assert routes is not None
         observe = partial(setattr, routes, "observer")
         self._llm.run(partial(observe, writer.write))
-        self._stack.callback(self._llm.run, partial(observe, None))  # before the file is closed
+        stack.callback(self._llm.run, partial(observe, None))  # before the file is closed
 
-    def _write(self) -> None:
+    def _write(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not (error is None or isinstance(error, KeyboardInterrupt | Terminated)):
+            return  # another error leaves what was there
         wanted, recorder = self._wanted, self.recorder
         self._write_csv(wanted.breakdown_csv, BREAKDOWN_COLUMNS, recorder.breakdown_rows)
         self._write_csv(wanted.cachehit_csv, CACHEHIT_COLUMNS, recorder.cachehit_rows)
@@ -114,5 +123,15 @@ class Outputs:
             self._warn(f"note: {error}")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def check_outputs(wanted: Wanted) -> None:
+    """Raise ConfigError for the first path where no such file can be written, before a model is loaded."""
+    for flag, columns in CSV_FILES.items():
+        check_output(f"--{flag}", getattr(wanted, flag.replace("-", "_")), csv_kind(columns))
+    if wanted.trace:
+        from hybrid.trace_files import check_trace_output
+
+        check_trace_output("--trace", wanted.trace)
+    if wanted.cache_save:
+        from hybrid.engine.experts.warm_start import WARM_KIND
+
+        check_output("--cache-save", wanted.cache_save, WARM_KIND)

@@ -123,11 +123,11 @@ def _label(row: Row) -> str:
 def reuse(source: Path, title: str | None) -> Callable[[], Figure]:
     from gpu_cache.reuse import measure_reuse
     from hybrid.commands.figures import reuse_figure
-    from hybrid.commands.simulate import load_trace
     from hybrid.errors import cache_errors
+    from hybrid.trace_files import read_trace
 
     with cache_errors():
-        measured = measure_reuse(load_trace(source, None, None))
+        measured = measure_reuse(read_trace(source))
     return lambda: reuse_figure(measured, title or "Reuse of experts")
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import Version, command, new_app
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
+from hybrid.commands.signals import Terminated
 from hybrid.config import OVERLAPS, EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams
-from hybrid.errors import ConfigError, cache_errors
+from hybrid.errors import ConfigError
 from hybrid.settings import check_settings, setting
 
 if TYPE_CHECKING:
+    from hybrid.commands.outputs import Outputs
     from hybrid.engine.experts.report import CacheReport
     from hybrid.serving.llm import LLM
     from hybrid.serving.recorder import Summary
@@ -80,33 +82,38 @@ def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> N
 
 
 def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: RunOptions) -> None:
-    """Whatever ends the run, a signal too, what it measured is written."""
+    """Whatever ends the run, a signal too, what it measured is written and said."""
     from hybrid.commands.outputs import Outputs
 
-    with Outputs(options, llm, say) as outputs:
-        completions = _converse(llm, params) if prompts is None else _generate(llm, prompts, params, options)
-    summary = outputs.recorder.summary(llm.engine.load_seconds, llm.engine.plan.isa, llm.engine.plan.threads)
-    cache = outputs.cache_report()
+    outputs = Outputs(options, llm, say)
+    try:
+        completions = outputs.record(
+            lambda: _converse(llm, params) if prompts is None else _generate(llm, prompts, params, options)
+        )
+    except (KeyboardInterrupt, Terminated):
+        _say_summary(llm, outputs)
+        raise
     if options.json:
-        show(_json_report(llm, prompts or [], completions, summary, cache))
+        show(_json_report(llm, prompts or [], completions, outputs.summary(), outputs.cache_report()))
     else:
-        parts = (summary, cache, llm.engine.device_report(), f"memory       {llm.engine.memory}")
-        say("\n" + "\n".join(str(part) for part in parts if part))
+        _say_summary(llm, outputs)
+
+
+def _say_summary(llm: LLM, outputs: Outputs) -> None:
+    parts = (outputs.summary(), outputs.cache_report(), llm.engine.device_report())
+    say("\n" + "\n".join(str(part) for part in (*parts, f"memory       {llm.engine.memory}") if part))
 
 
 def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
     """Everything that can be known to be wrong before a model is loaded."""
+    from hybrid.commands.outputs import check_outputs
     from hybrid.formats.mix import FormatMix, parse_mix
-    from hybrid.serving.recorder import check_csv_path
     from hybrid.serving.sampler import check_params
 
     check_config(config)
     parse_mix(config.weight_format, FormatMix.uniform("bf16"))  # the words alone: what "auto" is, the model says later
     check_params(params)
-    for flag in ("breakdown-csv", "cachehit-csv", "token-csv", "power-csv", "trace", "cache-save"):
-        check_csv_path(f"--{flag}", getattr(options, flag.replace("-", "_")))
-    if options.trace:
-        _check_trace(options.trace)
+    check_outputs(options)
 
 
 def _check_cache(config: EngineConfig, options: RunOptions) -> None:
@@ -118,13 +125,6 @@ def _check_cache(config: EngineConfig, options: RunOptions) -> None:
             "note: the expert cache has no effect on this machine: the run is on the CPU, whose memory holds "
             "every expert; --device simulated tries one"
         )
-
-
-def _check_trace(path: Path) -> None:
-    from gpu_cache.trace import check_suffix
-
-    with cache_errors("--trace"):
-        check_suffix(path)
 
 
 def _print_plan(config: EngineConfig, as_json: bool) -> None:
@@ -180,10 +180,15 @@ def _complete(llm: LLM, inputs: Sequence[Any], params: SamplingParams) -> list[C
 
 def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) -> None:
     _print_prompt(prompt)
-    with llm.stream(tokens, params) as deltas:
-        for delta in deltas:
-            show(delta.text, end="")
-    show("")
+    begun = False
+    try:
+        with llm.stream(tokens, params) as deltas:
+            for delta in deltas:
+                show(delta.text, end="")
+                begun = True
+    finally:
+        if begun:  # after Ctrl-C, too, what follows begins a line
+            show("")
 
 
 def _print_texts(prompts: Sequence[str], completions: Sequence[Completion]) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app
+from hybrid.commands.kept_results import KeptResults
+from hybrid.commands.simulate_output import to_csv, to_json, to_table
 from hybrid.errors import ConfigError, cache_errors
-from hybrid.settings import check_settings, required, setting
+from hybrid.files import FileKind, Reading, check_output, csv_kind, output_file, read_json_object
+from hybrid.settings import check_settings, setting
+from hybrid.trace_files import check_trace_output, read_trace, write_trace
 
 if TYPE_CHECKING:
     from gpu_cache.costs import Machine
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 OUTPUTS = ("table", "csv", "json")
+PROFILES = Reading(64 << 20, "make it with `hybrid bench --output json > FILE`", prefix="--profile")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class SimulateOptions:
 
     COMMAND: ClassVar[str] = "simulate"
 
-    trace: Path = required("CSV or parquet of `hybrid run --trace`, or expert_choices.csv.")
+    trace: tuple[str, ...] = setting(
+        (), "CSV or parquet of `hybrid run --trace`, or expert_choices.csv", metavar="PATH"
+    )
     nblocks: str | None = setting(None, "Indexes, as 14,16.", shown="the number of layers", metavar="LIST")
     nways: str | None = setting(None, "Slots of each.", shown="a quarter and half of the experts", metavar="LIST")
     policy: str = setting(
@@ -45,8 +50,8 @@ class SimulateOptions:
     mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST")
     quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST")
     copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST")
-    layers: int | None = setting(None, "MoE layers of the model.", shown="what the trace has")
-    experts: int | None = setting(None, "Experts of a layer.", shown="what the trace has")
+    layers: int | None = setting(None, "MoE layers of the model.", shown="what the trace has", minimum=1)
+    experts: int | None = setting(None, "Experts of a layer.", shown="what the trace has", minimum=1)
     seed: int = setting(0, "Of policies that draw lots.")
     pcie_gbps: float | None = setting(None, "GB/s of copies to the device.")
     device_gbps: float | None = setting(None, "GB/s with which the device reads experts.")
@@ -64,47 +69,68 @@ class SimulateOptions:
 
 @command(app, "what was replayed is in the file of --results, if there is one")
 def simulate(options: SimulateOptions) -> None:
-    """Replay a trace through every combination of the given shapes and policies; count hits, copies and evictions.
+    """Replay traces through every combination of the given shapes and policies; count hits, copies and evictions.
 
+    With several traces, which are given one by one, every figure is their mean with its standard deviation.
     Belady and bypass-Belady know the future, static-best and static-layers never copy. With the rates of a machine,
     hits become predicted tokens a second.
     """
     check_settings(options)
     with cache_errors():
         machine = make_machine(options)
-        _check_files({f"--{name}": getattr(options, name) for name in ("results", "libcachesim", "convert")})
-        recorded = load_trace(options.trace, options.layers, options.experts)
-        if _convert(recorded, options.libcachesim, options.convert):
+        check_output("--libcachesim", options.libcachesim, _libcachesim_kind())
+        check_trace_output("--convert", options.convert)
+        kept = KeptResults(options.results)
+        traces = read_traces(options)
+        if _convert(traces, options.libcachesim, options.convert):
             return
         from gpu_cache.trace import calls
 
-        grouped = calls(recorded)
-        settings = make_settings(grouped, options)
-        warn_of_few_ways(grouped, settings)
+        grouped = {name: calls(trace) for name, trace in traces.items()}
+        settings = make_settings(next(iter(grouped.values())), options)
+        warn_of_few_ways(grouped.values(), settings)
         workers = options.workers or len(os.sched_getaffinity(0))
-        show(FORMATS[options.output](run(grouped, settings, machine, workers, options.results)))
+        show(FORMATS[options.output](run(grouped, settings, machine, workers, kept)))
 
 
-def load_trace(path: Path, layers: int | None, experts: int | None) -> Trace:
-    """A trace, or the seed's list of expert choices, which its first line tells apart."""
-    from gpu_cache.converters import from_expert_choices, is_expert_choices
-    from gpu_cache.trace import read_trace
+def read_traces(options: SimulateOptions) -> dict[str, Trace]:
+    """Every trace by its path, each once. Raises ConfigError unless they can be of one model."""
+    paths = list(dict.fromkeys(options.trace))
+    if not paths:
+        raise ConfigError("there is no trace to replay; give --trace FILE, which `hybrid run --trace FILE` records")
+    traces = {path: read_trace(Path(path).expanduser(), options.layers, options.experts, "--trace") for path in paths}
+    for what in ("layers", "experts"):
+        found = {path: getattr(trace, what) for path, trace in traces.items()}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"the traces have {', '.join(map(str, found.values()))} {what}; if they are of one model, say how many "
+                f"it has: --{what} {max(found.values())}"
+            )
+    return traces
 
-    if is_expert_choices(path):
-        return from_expert_choices(path, layers, experts)
-    return read_trace(path, layers, experts)
 
-
-def _convert(trace: Trace, libcachesim: Path | None, convert: Path | None) -> bool:
+def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Path | None) -> bool:
+    """Whether the trace was to be converted."""
     from gpu_cache.converters import to_libcachesim
     from gpu_cache.trace import calls
-    from gpu_cache.trace_writer import write_trace
 
+    if libcachesim is None and convert is None:
+        return False
+    if len(traces) > 1:
+        raise ConfigError(f"{len(traces)} traces cannot be converted into one file; give one --trace")
+    (trace,) = traces.values()
     if libcachesim is not None:
-        to_libcachesim(calls(trace), libcachesim)
+        with output_file(libcachesim, _libcachesim_kind()) as file:
+            to_libcachesim(calls(trace), file)
     if convert is not None:
         write_trace(convert, trace)
-    return libcachesim is not None or convert is not None
+    return True
+
+
+def _libcachesim_kind() -> FileKind:
+    from gpu_cache.converters import LIBCACHESIM_COLUMNS
+
+    return csv_kind(LIBCACHESIM_COLUMNS)
 
 
 def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
@@ -131,11 +157,12 @@ def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
     return list(dict.fromkeys(settings))
 
 
-def warn_of_few_ways(calls: Calls, settings: list[Setting]) -> None:
-    few = sorted({setting.nways for setting in settings if setting.nways < calls.largest})
+def warn_of_few_ways(traces: Iterable[Calls], settings: list[Setting]) -> None:
+    largest = max(calls.largest for calls in traces)
+    few = sorted({setting.nways for setting in settings if setting.nways < largest})
     if few:
         say(
-            f"warning: a layer asks for up to {calls.largest} experts in a step, which an index of "
+            f"warning: a layer asks for up to {largest} experts in a step, which an index of "
             f"{', '.join(map(str, few))} ways cannot hold together: what it lacks goes to the CPU"
         )
 
@@ -158,90 +185,37 @@ def make_machine(options: SimulateOptions) -> Machine | None:
 
 
 def _read_bandwidth(profile: Path) -> float:
+    found = read_json_object(profile, PROFILES)
     try:
-        return float(json.loads(profile.read_bytes())["machine"]["read_gbps"])
-    except OSError as error:
-        raise ConfigError(f"--profile {profile} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"--profile {profile} has no read bandwidth; make it with `hybrid bench --output json > FILE`"
-        ) from None
+        return float(found["machine"]["read_gbps"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise PROFILES.refuse(profile, "has no read bandwidth") from None
 
 
 def run(
-    calls: Calls, settings: list[Setting], machine: Machine | None, workers: int, kept: Path | None
+    traces: Mapping[str, Calls], settings: list[Setting], machine: Machine | None, workers: int, kept: KeptResults
 ) -> dict[str, Any]:
-    """Replay and describe: {"provenance": ..., "cost_model": ..., "results": [...]}."""
-    from gpu_cache.sweep import provenance, sweep
+    """Replay and describe: {"provenance": ..., "cost_model": ..., "results": [...]}. With several traces, "results" has
+    the mean of each setting, and "replays" what it is the mean of.
+    """
+    from gpu_cache.sweep import describe_trace, provenance, sweep
     from hybrid import __version__
 
+    replays: list[dict[str, Any]] = []
     with progress_bar() as progress:
-        rows = sweep(calls, settings, machine, workers, kept, lambda done, total: progress("replays", done, total))
+        for path, calls in traces.items():
+            name = "replays" if len(traces) == 1 else f"replays of {path}"
+            rows = sweep(calls, settings, machine, workers, kept, partial(progress, name))
+            replays += [{"trace": path, "steps": calls.steps, **row} for row in rows]
+    described = [{"file": path, **describe_trace(calls)} for path, calls in traces.items()]
+    about = {**provenance(__version__), "trace": described[0]}
     model = None if machine is None else asdict(machine)
-    return {"provenance": provenance(calls, __version__), "cost_model": model, "results": rows}
+    if len(traces) == 1:
+        return {"provenance": about, "cost_model": model, "results": replays}
+    from hybrid.commands.spread import mean_rows
 
-
-def to_json(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=2)
-
-
-def to_csv(report: dict[str, Any]) -> str:
-    """One line a replay; what JSON has by layer or part is left out."""
-    rows = report["results"]
-    columns = [name for name, value in rows[0].items() if not isinstance(value, list | dict)]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
-
-
-PARAMETERS = ("nblocks", "nways", "mapping", "quota", "delay", "policy", "admission")
-COUNTED = {
-    "hits": lambda row: f"{row['hit_rate']:.1%}",
-    "of the bound": lambda row: _share_of_bound(row),
-    "copies a step": lambda row: f"{row['fills'] / row['steps']:.2f}",
-    "loading": lambda row: f"{row['loading'] / row['calls']:.1%}",
-}
-
-
-def to_table(report: dict[str, Any]) -> str:
-    """A markdown table; parameters that are the same everywhere stand above it."""
-    rows, trace = report["results"], report["provenance"]["trace"]
-    varied = [name for name in PARAMETERS if name == "policy" or len({str(row[name]) for row in rows}) > 1]
-    fixed = ", ".join(f"{name} {_text(rows[0][name])}" for name in PARAMETERS if name not in varied)
-    bounds = {_place(row): row["upper_bound"] for row in rows if row["policy"] == "bypass-Belady"}
-    rows = [{**row, "steps": trace["steps"], "bound": bounds.get(_place(row))} for row in rows]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        **{name: lambda row, name=name: _text(row[name]) for name in varied},  # type: ignore[misc]
-        **COUNTED,
-    }
-    if "tokens_per_second" in rows[0]:
-        columns["tokens/s"] = lambda row: f"{row['tokens_per_second']:.2f}"
-    lines = [
-        f"{trace['calls']} calls of {trace['layers']} layers x {trace['experts']} experts in {trace['steps']} steps"
-        + (f"; {fixed}" if fixed else ""),
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "".join("---|" if name in ("policy", "admission", "mapping") else "---:|" for name in columns),
-    ]
-    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
-    if "cpu_tokens_per_second" in rows[0]:
-        lines += ["", f"with every expert on the CPU: {rows[0]['cpu_tokens_per_second']:.2f} tokens/s"]
-    return "\n".join(lines)
-
-
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a bound depends on; delays do not lower it."""
-    return row["nblocks"], row["nways"], row["mapping"], row["quota"]
-
-
-def _share_of_bound(row: dict[str, Any]) -> str:
-    return f"{row['hits'] / row['bound']:.1%}" if row["bound"] else "-"
-
-
-def _text(value: Any) -> str:
-    return "none" if value is None else str(value)
+    results = mean_rows(replays, len(settings))
+    return {"provenance": {**about, "traces": described}, "cost_model": model, "results": results, "replays": replays}
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], str]] = dict(zip(OUTPUTS, (to_table, to_csv, to_json), strict=True))
@@ -263,11 +237,3 @@ def _count(flag: str, word: str) -> int:
         return int(word)
     except ValueError:
         raise ConfigError(f"{flag} has {word!r:.80}, which is not a whole number; write a list as 14,16") from None
-
-
-def _check_files(files: dict[str, Path | None]) -> None:
-    for flag, path in files.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {path}: there is no directory {path.parent}; make it first")
-        if path is not None and path.is_dir():
-            raise ConfigError(f"{flag} {path} is a directory; name a file")

@@ -61,10 +61,10 @@ def read_route_trace(path: Path, spec: ModelSpec) -> RouteTrace:
 @lru_cache(maxsize=1)
 def _read(path: Path, mark: Any, layers: int, top_k: int, experts: int) -> RouteTrace:
     """mark: part of the key of the kept reading, which changes when the file does."""
-    from gpu_cache.trace import read_trace
+    from hybrid.trace_files import read_trace
 
     with cache_errors("--route-trace"):
-        trace = read_trace(path)
+        trace = read_trace(path, flag="--route-trace")
     _check(f"--route-trace {path}", trace, layers, top_k, experts)
     return _arranged(f"--route-trace {path}", trace, layers, top_k)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import ConfigError
-from hybrid.files import atomic_file
+from hybrid.files import csv_kind, output_file
 from hybrid.machine.meters import Meters
 from hybrid.serving.scheduler import StepRecord
 
@@ -140,25 +138,13 @@ def _readable(value: float | None) -> str:
     return UNREADABLE if value is None else f"{value:.3f}"
 
 
-def check_csv_path(flag: str, path: Path | None) -> None:
-    """Raise ConfigError unless a file can be written there."""
-    if path is None:
-        return
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{flag} {path} is not a file; name one that may be written")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no directory {path.parent}; make it first")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ConfigError(f"{flag} {path}: {path.parent} cannot be written; name another directory")
-
-
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write the whole file or leave what was there."""
+    """Write the whole file or leave what was there. Raises ConfigError and CapacityError."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    with atomic_file(path) as file:
+    with output_file(path, csv_kind(columns)) as file:
         file.write(text.getvalue().encode())
 
 

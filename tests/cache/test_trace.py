@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from routing import random_trace
 
 from gpu_cache.converters import from_expert_choices, to_libcachesim
 from gpu_cache.errors import CacheError
-from gpu_cache.trace import COLUMNS, Trace, calls, make_trace, read_trace
-from gpu_cache.trace_writer import TraceWriter, write_trace
+from gpu_cache.trace import COLUMNS, Trace, calls, make_trace
+from hybrid.errors import ConfigError
+from hybrid.trace_files import open_trace, read_trace, write_trace
 
 HEADER = ",".join(COLUMNS)
 
@@ -43,7 +45,7 @@ def test_a_writer_keeps_what_it_was_given_though_the_arrays_change(tmp_path: Pat
     needs(suffix)
     path = tmp_path / f"trace{suffix}"
     experts, scores = np.array([[3, 1], [2, 3]], np.int32), np.array([[0.7, 0.3], [0.1, 0.9]], np.float32)
-    with TraceWriter(path, pytest.fail) as writer:
+    with open_trace(path, pytest.fail) as writer:
         writer.write(0, 0, [0, 1], [5, 9], experts, scores)
         experts[:], scores[:] = 0, 0
         assert not path.exists()
@@ -55,7 +57,7 @@ def test_a_writer_keeps_what_it_was_given_though_the_arrays_change(tmp_path: Pat
 
 def test_a_run_that_is_interrupted_leaves_a_whole_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
-    with pytest.raises(KeyboardInterrupt), TraceWriter(path, pytest.fail) as writer:
+    with pytest.raises(KeyboardInterrupt), open_trace(path, pytest.fail) as writer:
         writer.write(0, 0, [0], [0], [[1]], [[1.0]])
         raise KeyboardInterrupt
     assert path.read_text() == f"{HEADER}\n0,0,0,0,0,1,1.0\n" and len(list(tmp_path.iterdir())) == 1
@@ -67,17 +69,16 @@ def test_a_full_disk_warns_once_and_leaves_nothing(tmp_path: Path, monkeypatch) 
 
     warnings: list[str] = []
     monkeypatch.setattr(os, "fsync", full)
-    with TraceWriter(tmp_path / "trace.csv", warnings.append) as writer:
+    with open_trace(tmp_path / "trace.csv", warnings.append) as writer:
         writer.write(0, 0, [0], [0], [[1]], [[1.0]])
     writer.write(1, 0, [0], [0], [[1]], [[1.0]])
     writer.close()
     assert len(warnings) == 1 and "No space left" in warnings[0] and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_warns(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    TraceWriter(tmp_path / "missing" / "trace.csv", warnings.append).close()
-    assert len(warnings) == 1 and "missing" in warnings[0]
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no directory .*missing"):
+        open_trace(tmp_path / "missing" / "trace.csv", pytest.fail)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 5))
@@ -147,10 +148,13 @@ def test_a_parquet_that_is_cut_off_or_lacks_a_column_says_so(tmp_path: Path) -> 
         read_trace(path)
 
 
-def test_names_that_no_trace_has_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"\.csv or \.parquet"):
-        read_trace(tmp_path / "trace.txt")
-    with pytest.raises(CacheError, match="no such file"):
+def test_a_trace_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    needs(".parquet")
+    trace = random_trace(1, tokens=3)
+    for suffix in (".csv", ".parquet"):
+        write_trace(tmp_path / f"trace{suffix}", trace)
+        assert same(trace, read_trace((tmp_path / f"trace{suffix}").rename(tmp_path / f"{suffix[1:]}.txt")))
+    with pytest.raises(ConfigError, match="no such file"):
         read_trace(tmp_path / "trace.csv")
 
 
@@ -164,7 +168,7 @@ CHOICES = """Index,Block_0,Block_0,Block_1,Block_1
 def test_expert_choices_of_the_seed_are_converted(tmp_path: Path) -> None:
     path = tmp_path / "expert_choices.csv"
     path.write_text(CHOICES)
-    trace = from_expert_choices(path, experts=8)
+    trace = read_trace(path, experts=8)
     assert [group[:3] for group in calls(trace)] == [(0, 0, [2, 5]), (0, 1, [0, 7]), (1, 0, [2, 3]), (1, 1, [6, 7])]
     assert trace.rank.tolist() == [0, 1] * 4 and set(trace.score.tolist()) == {0.5} and trace.layers == 2
 
@@ -180,15 +184,15 @@ def test_expert_choices_of_the_seed_are_converted(tmp_path: Path) -> None:
         (CHOICES + "3,1,2,3,9\n", "unknown expert 9"),
     ],
 )
-def test_expert_choices_that_are_wrong_say_where(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "expert_choices.csv"
-    path.write_text(text)
+def test_expert_choices_that_are_wrong_say_where(text: str, words: str) -> None:
     with pytest.raises(CacheError, match=words):
-        from_expert_choices(path, experts=8)
+        from_expert_choices(io.BytesIO(text.encode()), "expert_choices.csv", experts=8)
 
 
-def test_libcachesim_gets_a_line_a_call(tmp_path: Path) -> None:
-    path, grouped = tmp_path / "trace.csv", calls(random_trace(1, steps=1, layers=2))
-    to_libcachesim(grouped, path)
+def test_libcachesim_gets_a_line_a_call() -> None:
+    file, grouped = io.BytesIO(), calls(random_trace(1, steps=1, layers=2))
+    to_libcachesim(grouped, file)
     keys = grouped.key.tolist()
-    assert path.read_text() == "time,object,size\n" + "".join(f"{i // 2},{key},1\n" for i, key in enumerate(keys))
+    assert file.getvalue().decode() == "time,object,size\n" + "".join(
+        f"{i // 2},{key},1\n" for i, key in enumerate(keys)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.errors import ConfigError, WeightsError
-from hybrid.files import read_json_object, write_json
+from hybrid.errors import ConfigError
+from hybrid.files import FileKind, Reading, output_file, read_json_object
 from hybrid.plan.expert_shape import ExpertShape
 
 KIND = "hybrid-experts"
+WARM = Reading(64 << 20, "write one with --cache-save", prefix="--cache-warm")
+WARM_KIND = FileKind(
+    "a list of experts", lambda head: KIND.encode() in head or head.startswith(b'{\n "experts": [')
+)  # the second as older versions began
 
 
 def model_mark(shape: ExpertShape, routers: Iterable[npt.NDArray[np.float32]]) -> str:
@@ -28,15 +33,13 @@ def model_mark(shape: ExpertShape, routers: Iterable[npt.NDArray[np.float32]]) -
 def write_warm(path: Path, mark: str, shape: ExpertShape, keys: Iterable[int]) -> None:
     """keys: of the experts, as [layer, expert] in the file."""
     experts = [list(divmod(key, shape.experts)) for key in keys]
-    write_json(path, {"kind": KIND, "model": mark, "experts": experts})
+    with output_file(path, WARM_KIND) as file:
+        file.write(json.dumps({"kind": KIND, "model": mark, "experts": experts}, indent=1).encode())
 
 
 def read_warm(path: Path, mark: str, shape: ExpertShape) -> list[int]:
     """Keys in the order of the file. Raises ConfigError for another kind of file, or one of another model."""
-    try:
-        body = read_json_object(path)
-    except WeightsError as error:
-        raise ConfigError(f"--cache-warm {error}") from None
+    body = read_json_object(path, WARM)
     if body.get("kind") != KIND or not isinstance(body.get("experts"), list):
         raise ConfigError(f"--cache-warm {path} is no list of experts; write one with --cache-save")
     if body.get("model") != mark:

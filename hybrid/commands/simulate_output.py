@@ -1,0 +1,90 @@
+"""The results of `hybrid simulate` as a table, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hybrid.commands.spread import spread
+from hybrid.commands.tables import markdown
+
+Row = dict[str, Any]
+PARAMETERS = ("nblocks", "nways", "mapping", "quota", "delay", "policy", "admission")
+WORDS = ("policy", "admission", "mapping")
+
+
+def to_json(report: Row) -> str:
+    return json.dumps(report, indent=2)
+
+
+def to_csv(report: Row) -> str:
+    """One line a setting, and with several traces one a replay before them. By layer or part only JSON says it."""
+    rows = [*report.get("replays", ()), *report["results"]]
+    columns = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list | dict))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+def to_table(report: Row) -> str:
+    """A markdown table; parameters that are the same everywhere stand above it."""
+    results: list[Row] = report["results"]
+    replays: list[Row] = report.get("replays", results)
+    varied = [name for name in PARAMETERS if name == "policy" or len({str(row[name]) for row in results}) > 1]
+    fixed = ", ".join(f"{name} {_text(results[0][name])}" for name in PARAMETERS if name not in varied)
+    bounds = {_place(row): row["upper_bound"] for row in replays if row["policy"] == "bypass-Belady"}
+    replays = [{**row, "bound": bounds.get(_place(row))} for row in replays]
+    figures = {**FIGURES}
+    if "tokens_per_second" in replays[0]:
+        figures["tokens/s"] = (lambda row: float(row["tokens_per_second"]), "{:.2f}")
+    body = [
+        [_text(row[name]) for name in varied] + [_cell(replays[at :: len(results)], *how) for how in figures.values()]
+        for at, row in enumerate(results)
+    ]
+    lines = [_heading(report) + (f"; {fixed}" if fixed else ""), ""]
+    lines += markdown([*varied, *figures], body, [name in WORDS for name in (*varied, *figures)])
+    if "cpu_tokens_per_second" in replays[0]:
+        cpu = _cell(replays[:: len(results)], lambda row: float(row["cpu_tokens_per_second"]), "{:.2f}")
+        lines += ["", f"with every expert on the CPU: {cpu} tokens/s"]
+    return "\n".join(lines)
+
+
+FIGURES: dict[str, tuple[Callable[[Row], float | None], str]] = {
+    "hits": (lambda row: 100 * row["hit_rate"], "{:.1f}%"),
+    "of the bound": (lambda row: 100 * row["hits"] / row["bound"] if row["bound"] else None, "{:.1f}%"),
+    "copies a step": (lambda row: row["fills"] / row["steps"], "{:.2f}"),
+    "loading": (lambda row: 100 * row["loading"] / row["calls"], "{:.1f}%"),
+}
+
+
+def _cell(rows: Sequence[Row], figure: Callable[[Row], float | None], form: str) -> str:
+    """The figure of one replay, or of several the mean and the standard deviation."""
+    values = [value for row in rows if (value := figure(row)) is not None]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return form.format(values[0])
+    mean, deviation = spread(values)
+    return f"{form.format(mean)} ± {form.format(deviation).removesuffix('%')}"
+
+
+def _heading(report: Row) -> str:
+    traces = report["provenance"].get("traces", [report["provenance"]["trace"]])
+    calls, steps = (sum(trace[name] for trace in traces) for name in ("calls", "steps"))
+    several = f"{len(traces)} traces, mean ± standard deviation: " if len(traces) > 1 else ""
+    shape = f"{traces[0]['layers']} layers x {traces[0]['experts']} experts"
+    return f"{several}{calls} calls of {shape} in {steps} steps"
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """What a bound depends on; delays do not lower it."""
+    return row["trace"], row["nblocks"], row["nways"], row["mapping"], row["quota"]
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else str(value)
