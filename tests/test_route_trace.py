@@ -343,7 +343,6 @@ def test_what_is_no_trace_is_refused(tmp_path, made_up) -> None:
             embedded(route_trace=tmp_path / name, **choices)
 
     refuse("--route-trace .*there is no such file")
-    refuse("ends in .csv or .parquet", "trace.txt")
     write_trace(tmp_path / "trace.csv", replace(made_up, expert=made_up.expert * 0 + 3))
     refuse("names expert 3 twice for a token in layer 0")
     write_trace(tmp_path / "trace.csv", cut(made_up, (made_up.layer + made_up.rank) % 17 > 0))
