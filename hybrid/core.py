@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,7 @@ class SamplingParams:
     """How to choose tokens. Checked by `hybrid.serving.sampler.check_params`, not on construction. The `metadata` are
     attributes of `hybrid.settings.Setting`.
 
+    max_tokens None is 128 for a prompt; an answer in a chat then goes on to its end or to that of the context.
     temperature 0 is greedy. top_k 0, top_p 1.0 and min_p 0.0 switch those filters off; repetition_penalty 1.0,
     presence_penalty 0.0 and frequency_penalty 0.0 switch the penalties off. logprobs: None, or how many of the most
     likely tokens to report beside the chosen one (0 reports the chosen one alone). seed None draws a fresh one.
@@ -28,8 +29,13 @@ class SamplingParams:
 
     GROUP: ClassVar[str] = "sampling"
 
-    max_tokens: int = field(
-        default=128, metadata={"help": "Tokens to generate at most, for each prompt.", "minimum": 0}
+    max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to generate at most, for each prompt.",
+            "minimum": 0,
+            "shown": "128, but in a chat to the end of the answer or of the context",
+        },
     )
     temperature: float = field(
         default=0.0,
@@ -88,6 +94,10 @@ class ToolCall:
     arguments: str
     id: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """As messages hold it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
 
 @dataclass
 class Completion:
@@ -106,6 +116,18 @@ class Completion:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had left
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, to be sent back with the next question. Its reasoning is there for chat templates
+        that read it; those that do not want it leave it out.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
+        return message
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dummy_engine import DummyEngine, GatedEngine, reference_tokens
 from dummy_tokenizer import BYTES, SPECIAL
 
 from hybrid import LLM, EngineConfig, SamplingParams
+from hybrid.core import Completion, ToolCall
 from hybrid.errors import ConfigError, KernelError, RequestError
 from hybrid.text.chat_template import ChatTemplate, load_template
 
@@ -143,6 +144,53 @@ def test_a_model_without_tokenizer_takes_tokens_only() -> None:
     for call in (lambda: llm.generate("text"), lambda: llm.generate([1], SamplingParams(stop=("a",)))):
         with pytest.raises(RequestError, match="no tokenizer"):
             call()
+
+
+def test_many_conversations_are_answered_together() -> None:
+    engine = DummyEngine()
+    llm = make(engine)
+    chats = [[{"role": "user", "content": text}] for text in ("a", "bc", "d")]
+    answers = llm.chat(chats, SamplingParams(max_tokens=3))
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert [answer.text for answer in answers] == [llm.chat(chat, SamplingParams(max_tokens=3)).text for chat in chats]
+    assert max(len(set(batch.sequences.tolist())) for batch in engine.steps) > 1
+    with pytest.raises(RequestError, match="message 0"):
+        llm.chat([chats[0], [{"role": "nobody", "content": "x"}]])
+    with pytest.raises(RequestError, match="one or more entries"):
+        llm.chat([chats[0], []])
+
+
+def test_an_answer_goes_on_to_the_end_of_the_context_and_a_completion_does_not() -> None:
+    llm = make(DummyEngine(max_seq_len=300, kv_token_budget=600))
+    answer = llm.chat([{"role": "user", "content": "hi"}])
+    assert len(answer.prompt_token_ids) + len(answer.token_ids) == 300 and answer.finish_reason == "length"
+    assert len(llm.generate("hi")[0].token_ids) == 128
+    assert len(llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=5)).token_ids) == 5
+
+
+def test_a_chat_that_keeps_computes_only_what_is_new() -> None:
+    engine = DummyEngine()
+    llm = make(engine)
+    messages = [{"role": "user", "content": "hello"}]
+    first = llm.chat(messages, SamplingParams(max_tokens=2), keep=True)
+    again = llm.chat(messages, SamplingParams(max_tokens=2), keep=True)
+    assert (first.cached_tokens, again.cached_tokens) == (0, len(first.prompt_token_ids) - 1)
+    assert again.token_ids == first.token_ids and engine.sequences
+    llm.forget()
+    assert not engine.sequences
+    with llm.stream_chat(messages, SamplingParams(max_tokens=2), keep=True) as deltas:
+        assert [token for delta in deltas for token in delta.token_ids] == first.token_ids
+
+
+def test_a_message_is_what_the_next_question_sends_back() -> None:
+    assert Completion([1], text="Hi.").message == {"role": "assistant", "content": "Hi."}
+    call = ToolCall("add", '{"a": 1}', "abcdefghi")
+    message = Completion([1], reasoning="Hm.", tool_calls=[call]).message
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    call_object = {"id": "abcdefghi", "type": "function", "function": function}
+    assert message == {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call_object]}
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments.a }}")
+    assert template.render([message]) == "1"
 
 
 def test_chat_renders_the_template_once() -> None:

@@ -284,7 +284,7 @@ def test_unknown_flags_exit_with_2() -> None:
 
 def test_defaults_of_flags_are_those_of_the_configuration() -> None:
     text = " ".join(invoke("--help").stdout.split())
-    assert f"[default: {SamplingParams.max_tokens}]" in text and f"[default: {EngineConfig.chunk_size}]" in text
+    assert f"[default: {SamplingParams.temperature}]" in text and f"[default: {EngineConfig.chunk_size}]" in text
     issue = (
         "model-path prompt prompt-path n-prompts max-tokens cache-nblocks cache-nways cache-quota "
         "cache-replace-policy breakdown-csv cachehit-csv hide-resp device threads format kv-format batch-invariant "

@@ -175,7 +175,7 @@ def test_logprobs_beyond_the_vocabulary_report_the_whole_of_it() -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     {
-        "max_tokens": (-1, 1.5, None, True),
+        "max_tokens": (-1, 1.5, "many", True),
         "temperature": (-0.1, float("nan"), float("inf"), "warm"),
         "top_p": (0, 1.01, float("nan")),
         "top_k": (-1, 2.0),

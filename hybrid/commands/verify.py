@@ -119,7 +119,7 @@ def verify(
         outcomes = verify_model(
             config,
             printed.prompt,
-            params.max_tokens,
+            params.max_tokens or 0,
             options.thorough,
             lambda done, total: progress("scenarios", done, total),
             options.device,

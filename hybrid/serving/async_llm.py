@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.errors import HybridError
-from hybrid.serving.intake import Prompt, check_callback
+from hybrid.serving.intake import Prompt, check_callback, is_many
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request
@@ -75,6 +75,7 @@ class AsyncLLM:
         self._loop.require_open()
         return AsyncStream(self._loop, self._intake.request(prompt, params))
 
+    @overload
     async def chat(
         self,
         messages: Sequence[Message],
@@ -83,12 +84,34 @@ class AsyncLLM:
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Completion:
+        keep: bool = False,
+    ) -> Completion: ...
+    @overload
+    async def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+    ) -> list[Completion]: ...
+    async def chat(
+        self,
+        messages: Any,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+    ) -> Completion | list[Completion]:
         """As `LLM.chat`."""
         chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        (completion,) = await self._complete([self._intake.chat_request(chat, params)])
-        return completion
+        completions = await self._complete(self._intake.chat_requests(chat, params, keep))
+        return completions if is_many(chat) else completions[0]
 
     def stream_chat(
         self,
@@ -98,11 +121,12 @@ class AsyncLLM:
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
     ) -> AsyncStream:
-        """The same, piece by piece."""
+        """As `LLM.stream_chat`, for `async for`."""
         chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        return AsyncStream(self._loop, self._intake.chat_request(chat, params))
+        return AsyncStream(self._loop, self._intake.chat_request(chat, params, keep=keep))
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `LLM.logits`."""

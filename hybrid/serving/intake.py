@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -20,6 +21,7 @@ from hybrid.text.messages import ChatInput
 from hybrid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+DEFAULT_TOKENS = 128  # that a prompt is continued by
 
 
 class Intake:
@@ -56,16 +58,24 @@ class Intake:
             answer = AnswerStream(TextStream(self._tokenizer, params.stop, tokens.tolist(), whole))
         return Request(tokens, params, self._eos_ids, answer, index)
 
-    def chat_request(self, chat: ChatInput, params: SamplingParams | None, index: int = 0) -> Request:
+    def chat_requests(self, chat: ChatInput, params: SamplingParams | None, keep: bool = False) -> list[Request]:
+        """One for each conversation, or none at all; `messages` may be a list of conversations."""
+        conversations: Sequence[Any] = chat.messages if is_many(chat) else [chat.messages]
+        chats = [replace(chat, messages=messages) for messages in conversations]
+        return [self.chat_request(each, params, index, keep) for index, each in enumerate(chats)]
+
+    def chat_request(
+        self, chat: ChatInput, params: SamplingParams | None, index: int = 0, keep: bool = False
+    ) -> Request:
         """A request for the assistant's answer, whose parts are told apart. Its text begins with its own first token:
         a space that only joins it to the prompt is no part of it.
         """
         tokenizer, prompt = self._chat_prompt(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
-        params = self._checked(params, tokens)
+        params = self._checked(params, tokens, self._limits.tokens)
         text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
         answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
-        return Request(tokens, params, self._eos_ids, answer, index)
+        return Request(tokens, params, self._eos_ids, answer, index, keep)
 
     def score(self, token_ids: Sequence[int]) -> Score:
         """Nothing is to be computed for one without tokens."""
@@ -84,9 +94,14 @@ class Intake:
             raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
         return self._tokenizer, self._template.render(chat.messages, chat.tools, chat.documents, chat.template_kwargs)
 
-    def _checked(self, params: SamplingParams | None, tokens: Tokens) -> SamplingParams:
+    def _checked(
+        self, params: SamplingParams | None, tokens: Tokens, max_tokens: int = DEFAULT_TOKENS
+    ) -> SamplingParams:
+        """Those that a request goes by. max_tokens: what no number means."""
         params = SamplingParams() if params is None else params
         check_params(params)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=max_tokens)
         self._limits.check(tokens)
         if params.stop and self._tokenizer is None:
             raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
@@ -102,6 +117,12 @@ def check_callback(name: str, callback: Any) -> None:
     """Raise RequestError if it can be called neither now nor never."""
     if callback is not None and not callable(callback):
         raise RequestError(f"{name} is {callback!r:.80}; it must be a function, or None")
+
+
+def is_many(chat: ChatInput) -> bool:
+    """Whether its messages are a list of conversations."""
+    messages = chat.messages
+    return isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
 
 
 def _prompt_list(prompts: Any) -> list[Any]:

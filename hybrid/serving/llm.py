@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from hybrid.core import Completion, SamplingParams
 from hybrid.engine.engine import Engine
 from hybrid.plan.resolve import EMBEDDED_MODEL
 from hybrid.serving.arguments import Arguments, configure, signed_by
-from hybrid.serving.intake import Intake, Prompt, check_callback
+from hybrid.serving.intake import Intake, Prompt, check_callback, is_many
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Limits, Request
 from hybrid.serving.scheduler import StepRecord
@@ -177,6 +177,7 @@ class LLM:
         self._loop.require_open()
         return Stream(self._loop, self._intake.request(prompt, params))
 
+    @overload
     def chat(
         self,
         messages: Sequence[Message],
@@ -185,14 +186,41 @@ class LLM:
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """The assistant's answer to messages like {"role": "user", "content": "..."}.
+        keep: bool = False,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+    ) -> list[Completion]: ...
+    def chat(
+        self,
+        messages: Any,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Document] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+    ) -> Completion | list[Completion]:
+        """The assistant's answer to messages like {"role": "user", "content": "..."}; of a list of conversations, those
+        to each, which are computed together.
 
-        The rest is what the chat template takes besides: `ChatTemplate.render` says what.
+        Reasoning and calls of tools are apart from the text; `Completion.message` is what the next question sends back.
+        Without `max_tokens` an answer goes on to its end, or to that of the context. keep: keys and values stay, so
+        that a call whose messages go on from these computes only what is new; `forget` frees them. The rest is what the
+        chat template takes besides: `ChatTemplate.render` says what.
         """
         chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        return self._complete([self._intake.chat_request(chat, params)])[0]
+        completions = self._complete(self._intake.chat_requests(chat, params, keep))
+        return completions if is_many(chat) else completions[0]
 
     def stream_chat(
         self,
@@ -202,11 +230,16 @@ class LLM:
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        keep: bool = False,
     ) -> Stream:
-        """The same, piece by piece."""
+        """The answer of one conversation, piece by piece."""
         chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        return Stream(self._loop, self._intake.chat_request(chat, params))
+        return Stream(self._loop, self._intake.chat_request(chat, params, keep=keep))
+
+    def forget(self) -> None:
+        """Free the keys and values that chats have kept."""
+        self._loop.forget()
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""

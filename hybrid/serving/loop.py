@@ -103,6 +103,10 @@ class Loop:
         self._post(_Command(partial(_answer, future, call), partial(_refuse, future)))
         return future
 
+    def forget(self) -> None:
+        """Free the sequences that requests have left behind."""
+        self.run(self._worker.scheduler.forget)
+
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have it called with the record of every step. Raises what the one before raised, which ended it then."""
         self.run(partial(setattr, self._worker.scheduler, "on_step", on_step))

@@ -150,7 +150,7 @@ class Scheduler:
 
     def _length(self, job: Job) -> int:
         """Tokens to reserve."""
-        more = job.params.max_tokens if isinstance(job, Request) else 0
+        more = job.params.max_tokens or 0 if isinstance(job, Request) else 0
         return min(len(job.prompt) + more, self._limits.tokens)
 
     def _can_fit(self, length: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -97,8 +98,23 @@ def _plain_message(message: Any, index: int, roles: Sequence[str]) -> dict[str, 
     if not any(name in plain for name in _SAYS):
         raise RequestError(f"message {index} says nothing: it needs a content, or tool_calls, not {message!r:.80}")
     _check_content(plain.get("content", ""), index)
+    if isinstance(plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_call_with_object(call) for call in plain["tool_calls"]]
     reasoning = next((plain[name] for name in REASONING_FIELDS if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _call_with_object(call: Any) -> Any:
+    """A call whose arguments are an object, which templates want, where they are JSON text of one, as clients have."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _check_content(content: Any, index: int) -> None:
