@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from dummy_engine import DummyEngine
-from dummy_tokenizer import BYTES, SPECIAL
+from dummy_tokenizer import BYTES, SPECIAL, byte_level
 
 from hybrid import LLM, AsyncLLM, SamplingParams
 from hybrid.errors import RequestError
 from hybrid.text.chat_template import ChatTemplate, load_template
+from hybrid.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "hi"}
 EVERYTHING = ChatTemplate(
@@ -117,6 +118,15 @@ def test_a_message_that_holds_itself_is_refused() -> None:
     message["tool_calls"] = [message]
     with pytest.raises(RequestError, match="nested too deeply"):
         EVERYTHING.render([message])
+
+
+def test_a_chat_ends_at_the_end_of_the_tokenizer_too() -> None:
+    """A fine-tune may have changed the tokenizer alone; a raw prompt ends where generation_config.json says."""
+    engine = DummyEngine(next_token=lambda tokens: SPECIAL if len(tokens) == 12 else ord("x"))
+    with LLM.from_engine(engine, Tokenizer(byte_level(), eos_id=SPECIAL), frozenset([257]), EVERYTHING) as llm:
+        many = SamplingParams(max_tokens=20)
+        assert llm.chat([USER], many, template_kwargs={"thinking": False}).finish_reason == "stop"
+        assert llm.generate("user:hi;", many)[0].finish_reason == "length"
 
 
 def test_roles_that_only_some_templates_know() -> None:

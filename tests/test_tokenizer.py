@@ -250,12 +250,18 @@ def test_damaged_tokenizer_files_give_one_line(tmp_path: Path, content: bytes) -
 
 
 def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
-    write(tmp_path, tokenizer_config={"eos_token": "<end>"})
-    assert read_eos_ids(tmp_path, BYTES) == {SPECIAL}
-    write(tmp_path, config={"eos_token_id": 7})
+    named = Tokenizer(byte_level(), eos_id=SPECIAL)
+    assert read_eos_ids(tmp_path, named) == {SPECIAL}
+    write(tmp_path, config={"text_config": {"eos_token_id": 6}})
+    assert read_eos_ids(tmp_path, named) == {6}
+    write(tmp_path, config={"eos_token_id": 7, "text_config": {"eos_token_id": 6}})
     assert read_eos_ids(tmp_path, BYTES) == {7}
     write(tmp_path, generation_config={"eos_token_id": [8, 9]})
     assert read_eos_ids(tmp_path, BYTES) == {8, 9}
-    write(tmp_path, generation_config={"eos_token_id": "<end>"})
-    with pytest.raises(HybridError, match="eos_token_id is '<end>'"):
-        read_eos_ids(tmp_path, BYTES)
+    for none in (None, [], -1):
+        write(tmp_path, generation_config={"eos_token_id": none})
+        assert read_eos_ids(tmp_path, BYTES) == {7}
+    for wrong in ("<end>", 2.0, [1, "x"], True):
+        write(tmp_path, generation_config={"eos_token_id": wrong})
+        with pytest.raises(HybridError, match="eos_token_id is"):
+            read_eos_ids(tmp_path, BYTES)

@@ -68,14 +68,14 @@ class Intake:
         self, chat: ChatInput, params: SamplingParams | None, index: int = 0, keep: bool = False
     ) -> Request:
         """A request for the assistant's answer, whose parts are told apart. Its text begins with its own first token:
-        a space that only joins it to the prompt is no part of it.
+        a space that only joins it to the prompt is no part of it. It ends at the tokenizer's end of a text as well.
         """
         tokenizer, prompt = self._chat_prompt(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
         params = self._checked(params, tokens, self._limits.tokens)
         text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
         answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
-        return Request(tokens, params, self._eos_ids, answer, index, keep)
+        return Request(tokens, params, self._eos_ids | tokenizer.eos_ids, answer, index, keep)
 
     def score(self, token_ids: Sequence[int]) -> Score:
         """Nothing is to be computed for one without tokens."""

@@ -20,7 +20,8 @@ from hybrid.text.messages import (
     plain_messages,
     plain_objects,
 )
-from hybrid.text.tokenizer import import_transformers, read_json, token_text
+from hybrid.text.special_tokens import read_json, read_special_tokens
+from hybrid.text.tokenizer import import_transformers
 
 _OWN_NAMES = ("messages", "tools", "documents")  # what a template gets from arguments of their own
 _READS_PARTS = re.compile(r"\{%-?\s*for\s[^%]*content")  # a template that goes through the parts of a content
@@ -79,7 +80,9 @@ def load_template(model_path: Path) -> ChatTemplate | None:
     named = {"default": _read_text(file)} if file.is_file() else _configured(config.get("chat_template"))
     if "default" not in named:
         return None
-    return ChatTemplate(named["default"], _special_tokens(config), named.get("tool_use"))
+    tokens = read_special_tokens(model_path)
+    variables = {**tokens.defaults, **tokens.texts()}
+    return ChatTemplate(named["default"], variables, named.get("tool_use"))
 
 
 def _read_text(path: Path) -> str:
@@ -94,11 +97,6 @@ def _configured(template: Any) -> dict[str, str]:
     entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
     named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
     return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    texts = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
-    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _allowed_roles(source: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import ConfigError, RequestError
-from hybrid.files import read_json_object
+from hybrid.text.special_tokens import read_json, read_special_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -18,13 +18,25 @@ _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 
 class Tokenizer:
-    """Encodes and decodes. `bos_id` is None when the model names no token that begins a text."""
+    """Encodes and decodes. `bos_id` is None when the model names no token that begins a text; `eos_ids` is empty or has
+    the one that ends a text.
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None = None) -> None:
+    adds_bos: a text begins with `bos_id`, whether or not the backend adds it.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        adds_bos: bool = False,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.bos_id = bos_id
+        self.eos_ids = frozenset(() if eos_id is None else (eos_id,))
+        self._adds_bos = adds_bos and bos_id is not None
         added = backend.get_added_tokens_decoder()
         self.added: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
@@ -41,7 +53,10 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, "
                 "which no UTF-8 text can hold; remove it"
             ) from None
-        return list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
+        ids = list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
+        if special_tokens and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -56,24 +71,25 @@ def load_tokenizer(model_path: Path) -> Tokenizer | None:
     backend = _load_backend(model_path)
     if backend is None:
         return None
-    bos = token_text(read_json(model_path / "tokenizer_config.json").get("bos_token"))
-    return Tokenizer(backend, backend.token_to_id(bos) if bos else None)
+    tokens = read_special_tokens(model_path)
+    tokens.add_to(backend)
+    texts = {**tokens.defaults, **tokens.texts()}
+    bos_id, eos_id = (
+        backend.token_to_id(texts[name]) if name in texts else None for name in ("bos_token", "eos_token")
+    )
+    adds_bos = read_json(model_path / "tokenizer_config.json").get("add_bos_token") is True
+    return Tokenizer(backend, bos_id, eos_id, adds_bos)
 
 
 def read_eos_ids(model_path: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens that end a text: from generation_config.json, else config.json, else the tokenizer's own."""
     for name in ("generation_config.json", "config.json"):
-        eos = read_json(model_path / name).get("eos_token_id")
-        if eos is not None:
-            return _token_ids(eos, model_path / name)
-    token = token_text(read_json(model_path / "tokenizer_config.json").get("eos_token"))
-    eos_id = tokenizer.token_id(token) if tokenizer and token else None
-    return frozenset() if eos_id is None else frozenset([eos_id])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file. Raises WeightsError."""
-    return read_json_object(path) if path.is_file() else {}
+        config = read_json(model_path / name)
+        for values in (config, config.get("text_config")):
+            eos = values.get("eos_token_id") if isinstance(values, dict) else None
+            if eos is not None and (ids := _token_ids(eos, model_path / name)):
+                return ids
+    return tokenizer.eos_ids if tokenizer else frozenset()
 
 
 def import_transformers(module: str) -> Any:
@@ -115,16 +131,11 @@ def _convert_backend(model_path: Path) -> tokenizers.Tokenizer:
 
 
 def _token_ids(eos: Any, path: Path) -> frozenset[int]:
+    """One id or a list of them. Some files write -1 for none."""
     ids = eos if isinstance(eos, list) else [eos]
-    if not all(type(token) is int and token >= 0 for token in ids):
+    if not all(type(token) is int for token in ids):
         raise ConfigError(f"{path}: eos_token_id is {eos!r:.80}; it must be a token id or a list of them")
-    return frozenset(ids)
-
-
-def token_text(token: Any) -> str | None:
-    """tokenizer_config.json writes a token as its text or as an object that holds it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    return frozenset(token for token in ids if token >= 0)
 
 
 def _first_line(error: Exception) -> str:
