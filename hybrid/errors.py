@@ -46,6 +46,11 @@ class StepCancelled(HybridError):
     """The running step was cancelled between two of its operations; what it wrote must be discarded."""
 
 
+def forked_error() -> KernelError:
+    """What a child of a process says of the models that its parent has opened."""
+    return KernelError("this model was opened before a fork, which its threads do not survive: open it again")
+
+
 @contextmanager
 def cache_errors(flag: str = "") -> Iterator[None]:
     """What `gpu_cache` refuses is a ConfigError of ours, which names the flag if there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -47,3 +49,12 @@ def in_time(future):
 def settle_steps(engine: GatedEngine, steps: int) -> None:
     for _ in range(steps):
         engine.rows()
+
+
+def run_script(script: str) -> subprocess.CompletedProcess:
+    """In a process of its own, on the embedded model."""
+    pytest.importorskip("cpu_kernels", exc_type=ImportError)
+    head = "import os, sys, threading\nfrom hybrid import LLM, SamplingParams as S\nllm = LLM(threads=2)\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + script], capture_output=True, text=True, timeout=WATCHDOG, check=False
+    )

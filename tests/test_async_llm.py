@@ -150,9 +150,9 @@ def test_a_stream_that_is_left_is_cancelled(plain: AsyncLLM, engine: GatedEngine
         engine.permit(1)
         async for delta in plain.stream([1], SamplingParams(max_tokens=40)):
             assert delta.token_ids
+            await begun(engine)
+            await begun(engine)  # or it would be dropped before that
             break
-        await begun(engine)
-        await begun(engine)
         engine.permit(1)
         assert not await asyncio.to_thread(plain.llm.run, lambda: engine.sequences)
         stream = plain.stream([1], SamplingParams(max_tokens=40))

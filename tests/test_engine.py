@@ -234,6 +234,16 @@ def test_steps_outside_the_plan_are_refused(saved, opened) -> None:
     assert len(step(engine, (1, 63, saved.tokens[:1]))) == 1
 
 
+def test_a_closed_engine_says_so_and_is_closed_once(saved, opened) -> None:
+    engine = opened()
+    for _ in range(2):
+        engine.close()
+        engine.cancel()
+        engine.release(0)
+    with pytest.raises(KernelError, match="closed"):
+        step(engine, (0, 0, saved.tokens[:1]))
+
+
 def test_a_cancelled_step_raises_and_the_next_one_is_whole(saved, opened) -> None:
     engine = opened()
     whole = step(engine, (0, 0, saved.tokens))

@@ -128,6 +128,80 @@ def test_a_stream_that_the_collector_closes_inside_a_step_breaks_nobody(llm: LLM
     assert request() is None and not engine.sequences
 
 
+class OnCollection:
+    """Garbage in a cycle that calls something when it is collected, as a generator around a stream would."""
+
+    def __init__(self, call) -> None:
+        self.call, self.itself = call, self
+
+    def __del__(self) -> None:
+        self.call()
+
+
+@pytest.mark.parametrize("use", ["close", "generate", "run", "close the model"])
+def test_a_finalizer_that_waits_does_not_stop_a_cancellation(use: str) -> None:
+    """The collector comes while a thread cancels a step and the engine's thread waits for that."""
+
+    class Collecting(GatedEngine):
+        def cancel(self) -> None:
+            self.permit(1)  # the step ends, and its thread comes to the lock of the next
+            gc.collect()
+            super().cancel()
+
+    gc.disable()
+    try:
+        engine, calls = Collecting(), []
+        llm = LLM.from_engine(engine)
+        other, stream = llm.stream([7], FOUR), llm.stream([1], FOUR)
+        uses = {
+            "close": other.close, "generate": lambda: llm.generate([3], FOUR),
+            "run": lambda: llm.run(list), "close the model": llm.close,
+        }  # fmt: skip
+
+        def finalize() -> None:
+            calls.append(use)
+            try:
+                uses[use]()
+            except RequestError as error:
+                calls.append(type(error))
+
+        OnCollection(finalize)
+        engine.permit(1)
+        next(stream)
+        settle_steps(engine, 2)
+        stream.close()
+        assert calls == [use] + [RequestError] * (use in ("generate", "run"))
+        llm.close()
+        assert engine.closed
+    finally:
+        gc.enable()
+
+
+def test_the_collector_may_come_inside_a_sink(llm: LLM, engine: GatedEngine, callers) -> None:
+    gone = llm.stream([1], SamplingParams(max_tokens=40))
+    engine.permit(1)
+    next(gone)
+    OnCollection(gone.close)
+    request = llm._intake.request([2, 3], FOUR)
+    answers: SimpleQueue = SimpleQueue()
+    request.sink = lambda delta: (gc.collect(), answers.put(delta))
+    del gone
+    llm._loop.submit([request])
+    engine.permit(99)
+    assert [llm._loop.wait(answers).token_ids[0] for _ in range(4)] == reference_tokens([2, 3], 4)
+    settle(llm)
+    assert not engine.sequences
+
+
+def test_a_progress_may_close_the_model(engine: GatedEngine) -> None:
+    engine.plan = type(engine.plan)(sequences=1)
+    llm = LLM.from_engine(engine)
+    engine.permit(1)
+    with pytest.raises(RequestError, match="closed"):
+        llm.generate([[1], [2]], SamplingParams(max_tokens=1), lambda done, total: llm.close())
+    assert engine.closed
+
+
 def test_a_stream_that_is_dropped_leaves_within_one_step(llm: LLM, engine: GatedEngine) -> None:
     stream = llm.stream([1], SamplingParams(max_tokens=40))
     engine.permit(1)

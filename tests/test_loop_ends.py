@@ -14,10 +14,11 @@ from functools import partial
 
 import pytest
 from dummy_engine import WATCHDOG, DummyEngine, GatedEngine, reference_tokens
-from loop_rig import FOUR, callers_fixture, engine_fixture, in_time, llm_fixture, settle, settle_steps, tokens  # noqa: F401
+from loop_rig import FOUR, callers_fixture, engine_fixture, in_time, llm_fixture, run_script, settle_steps, tokens  # noqa: F401
 
 from hybrid import LLM
 from hybrid.errors import HybridError
+from hybrid.serving import loop as loops
 
 
 def test_a_model_that_nobody_holds_is_collected_with_its_thread() -> None:
@@ -128,15 +129,6 @@ def test_a_child_that_inherits_a_model_says_so_and_waits_for_nothing(llm: LLM, e
     assert len(list(stream)) == 3
 
 
-def run_script(script: str) -> subprocess.CompletedProcess:
-    """In a process of its own, on the embedded model."""
-    pytest.importorskip("cpu_kernels", exc_type=ImportError)
-    head = "import os, sys, threading\nfrom hybrid import LLM, SamplingParams as S\nllm = LLM(threads=2)\n"
-    return subprocess.run(
-        [sys.executable, "-c", head + script], capture_output=True, text=True, timeout=WATCHDOG, check=False
-    )
-
-
 DAEMONS = """
 began = threading.Barrier(5)
 def work():
@@ -146,6 +138,51 @@ def work():
 for _ in range(4): threading.Thread(target=work, daemon=True).start()
 began.wait()
 """
+
+
+def test_ctrl_c_does_not_keep_the_end_from_waiting_for_the_thread(engine: GatedEngine, monkeypatch) -> None:
+    """Both times when the interpreter ends: while the step is cut, and while its thread is joined."""
+
+    def first_interrupted(call: Callable[[], None]) -> Callable[[], None]:
+        interrupts = iter([KeyboardInterrupt])
+
+        def called() -> None:
+            for error in interrupts:
+                raise error
+            call()
+
+        return called
+
+    llm = LLM.from_engine(engine)
+    worker = llm._loop._worker
+    threading.Thread(target=tokens, args=(llm, [1]), daemon=True).start()  # it never gets an answer
+    engine.rows()
+    monkeypatch.setattr(loops, "_running", {worker})
+    monkeypatch.setattr(worker.stepper, "stop", first_interrupted(worker.stepper.stop))
+    monkeypatch.setattr(worker.thread, "join", first_interrupted(worker.thread.join))
+    loops._end_all()
+    assert engine.closed and not worker.thread.is_alive()
+
+
+AWAITED = """
+import asyncio
+from hybrid import AsyncLLM
+began = threading.Event()
+async def work():
+    async for delta in AsyncLLM(llm).stream('Once', S(max_tokens=1900, ignore_eos=True)): began.set()
+left, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
+threading.Thread(target=left.run_until_complete, args=(work(),), daemon=True).start()
+task = closed.create_task(work())
+while not began.is_set(): closed.run_until_complete(asyncio.sleep(0))
+closed.close()
+print('fine')
+"""
+
+
+def test_the_interpreter_ends_in_peace_inside_a_step_that_is_awaited() -> None:
+    """By the event loop of a daemon thread, and by one that was closed with a task in it."""
+    result = run_script(AWAITED)
+    assert (result.returncode, result.stdout) == (0, "fine\n") and "Fatal" not in result.stderr, result.stderr
 
 
 def test_the_interpreter_ends_in_peace_while_daemon_threads_generate() -> None:
@@ -163,18 +200,3 @@ def test_a_call_while_the_interpreter_ends_is_refused() -> None:
         capture_output=True, text=True, timeout=WATCHDOG, check=False,
     )  # fmt: skip
     assert early.stderr.strip().endswith("hybrid.errors.RequestError: this LLM was closed; make a new one")
-
-
-def test_a_child_of_a_running_model_ends() -> None:
-    script = """
-stream = llm.stream('Once', S(max_tokens=1900, ignore_eos=True))
-next(stream)
-child = os.fork()
-if not child:
-    import signal; signal.alarm(60)
-    sys.exit(0)
-assert os.waitpid(child, 0)[1] == 0
-next(stream); stream.close(); llm.close(); print('fine')
-"""
-    result = run_script(script)
-    assert result.stdout == "fine\n", result.stderr

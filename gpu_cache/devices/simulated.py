@@ -100,6 +100,9 @@ class SimulatedDevice:
         self._copy(slot, key, Event())
 
     def run(self, slot_ids: SlotIds, streamed: Sequence[int] = ()) -> Event:
+        on_thread = bool(self._pending) and self._clock is None  # `poll` reports these before their thread is replaced
+        if streamed and not on_thread and not self._copies.is_alive():
+            self._copies = self._start_copies()
         self._idle.clear()
         self._runs.put((slot_ids, streamed))
         return self._idle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.engine.addresses import Addresses
 from hybrid.engine.experts.warm_start import write_warm
 from hybrid.engine.routes import Routes
-from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled
+from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled, forked_error
 from hybrid.machine.profile import MachineProfile
 from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
 from hybrid.plan.binding import bind
@@ -55,7 +55,7 @@ class Engine:
         plan.require_fit()
         if store.mix != plan.formats:
             raise ConfigError(f"the store has {store.mix}, the plan is for {plan.formats}: make the plan of this store")
-        self._process = os.getpid()
+        self._process, self._closed = os.getpid(), False
         self.spec, self.plan, self.store = store.spec, plan, store
         try:
             self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus), plan.nodes)
@@ -124,11 +124,14 @@ class Engine:
     def forward(self, batch: Batch) -> StepResult:
         """Run one step. `logits` belongs to the engine and is overwritten by the next step.
 
-        Raises KernelError if the batch leaves the plan's extents or in a forked process, StepCancelled after `cancel`,
-        KeyboardInterrupt on Ctrl-C (main thread); after the last two what the step wrote must be discarded.
+        Raises KernelError if the batch leaves the plan's extents, once closed and in a forked process, StepCancelled
+        after `cancel`, KeyboardInterrupt on Ctrl-C (main thread); after the last two what the step wrote must be
+        discarded.
         """
         if os.getpid() != self._process:
-            raise KernelError("this model was opened before a fork, which its threads do not survive: open it again")
+            raise forked_error()
+        if self._closed:
+            raise KernelError("this engine was closed; open it again")
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         if self.routes:
@@ -157,6 +160,8 @@ class Engine:
         except ValueError as error:
             raise KernelError(f"step refused: {error}") from None
         except RuntimeError as error:
+            if os.getpid() != self._process:  # forked by a callback or by the handler of a signal
+                raise forked_error() from None
             raise StepCancelled(str(error)) from None
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
@@ -212,18 +217,27 @@ class Engine:
 
     def release(self, sequence: int) -> None:
         """Free and zero the state of a sequence: its keys and values."""
+        if self._closed:
+            return
         self.addresses.release(sequence)
         if self.device_step:
             self.device_step.forget(sequence)
 
     def cancel(self) -> None:
-        """End the running step (or the next) between two of its ops; from any thread."""
+        """End the running step (or the next) between two of its ops; from any thread. Does nothing once closed."""
+        if self._closed:
+            return
         for executor in {self._executor, self._plain, self._placed}:
             if executor:
                 executor.cancel()
 
     def close(self) -> None:
-        """Give everything back; the engine cannot be used afterwards."""
+        """Give everything back; the engine cannot be used afterwards. A second call does nothing, nor does one in a
+        forked process, where everything is the parent's.
+        """
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
         if self.experts:
             self._close_experts()
         if self.device_step:
@@ -283,7 +297,8 @@ class Engine:
         ops = self.plan.device_placed_ops or self.plan.placed_ops
         self._placed = bind(self._new_executor(), ops, self.addresses)
         self._start.price(self.experts)
-        self._close_experts = weakref.finalize(self, self.experts.close)  # its threads would outlive the engine
+        # Or its threads would outlive the engine.
+        self._close_experts = weakref.finalize(self, _call_unless_forked, self._process, self.experts.close)
         self.experts.preload(warm)
 
     @property
@@ -296,6 +311,12 @@ class Engine:
         if not self.experts or not self._start:
             raise ConfigError("--cache-save has nothing to save: this run has no expert cache")
         write_warm(path, self._start.model_mark(), self.experts.plan.shape, self.experts.table.resident())
+
+
+def _call_unless_forked(process: int, call: Callable[[], None]) -> None:
+    """The device of a forked process is its parent's."""
+    if os.getpid() == process:
+        call()
 
 
 def _step_times(parts: Sequence[float], total: float) -> StepTimes:

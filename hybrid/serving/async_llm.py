@@ -187,7 +187,9 @@ class AsyncStream(AsyncIterator[TextDelta]):
         if any(not job.finished for job in self._begun):
             self._loop.leave(self._begun)
             with suppress(HybridError):
-                await asyncio.wrap_future(self._loop.post(lambda: None))
+                answers = _Answers()
+                self._loop.post(lambda: None, answers.put)
+                await answers.get()
 
     @property
     def _begun(self) -> list[Job]:

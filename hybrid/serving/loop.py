@@ -13,14 +13,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid.errors import CapacityError, KernelError, RequestError
+from hybrid.errors import CapacityError, KernelError, RequestError, forked_error
 from hybrid.serving.request import Job
 from hybrid.serving.scheduler import Scheduler, StepRecord
 from hybrid.serving.stepper import Stepper, closed_error
@@ -59,7 +58,7 @@ class Loop:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, which are admitted together. Raises RequestError on the engine's thread, which cannot wait."""
         self.require_open()
-        if self._inside:
+        if not self._may_wait:
             raise RequestError("a callback of the engine cannot ask it for more, for it would wait for itself")
         self._post(_Command(partial(self._worker.add, jobs), partial(self._worker.refuse, jobs)))
 
@@ -88,20 +87,26 @@ class Loop:
     def cancel(self, jobs: Sequence[Job]) -> None:
         """`leave`, and wait until their sequences are free; unless a step of others runs."""
         finished = all(job.finished for job in jobs)
-        if not finished and self.leave(jobs) and not self._inside:
+        if not finished and self.leave(jobs) and self._may_wait:
             with suppress(RequestError, KernelError):
-                self.post(_nothing).result()
+                self.run(_nothing)
 
     def run(self, call: Callable[[], T]) -> T:
         """Have this called by the engine's thread between two steps; returns what it returns."""
-        return call() if self._inside else self.post(call).result()
+        if self._inside:
+            return call()
+        results: list[T] = []
+        answers: SimpleQueue[Any] = SimpleQueue()  # not a Future, which locks: finalizers may come to wait in there
+        self.post(lambda: results.append(call()), answers.put)
+        self.wait(answers)
+        return results[0]
 
-    def post(self, call: Callable[[], T]) -> Future[T]:
-        """The same without waiting."""
+    def post(self, call: Callable[[], object], sink: Callable[[BaseException | None], object]) -> None:
+        """The same without waiting: the sink is given None when it has been called, or the error."""
         self.require_open()
-        future: Future[T] = Future()
-        self._post(_Command(partial(_answer, future, call), partial(_refuse, future)))
-        return future
+        if self._worker.stepper.cancelling:
+            raise RequestError("a finalizer cannot ask the engine for anything; call close() or leave the with block")
+        self._post(_Command(partial(_answer, sink, call), partial(_give, sink)))
 
     def forget(self) -> None:
         """Free the sequences that requests have left behind."""
@@ -122,14 +127,15 @@ class Loop:
     def close(self) -> None:
         """Cut the running step, fail every job by RequestError, close the engine. A second call waits for the first.
 
-        Called by the engine's thread it does not wait. In a forked process it does nothing: the engine is the parent's.
+        Called by the engine's thread it does not wait, nor in a finalizer that interrupts a cancellation. In a forked
+        process it does nothing: the engine is the parent's.
         """
         worker = self._worker
         if os.getpid() != worker.process:
             return
         worker.closing = True
         worker.stop()
-        if not self._inside:
+        if self._may_wait:
             worker.thread.join()
             error, worker.close_error = worker.close_error, None
             if error is not None:
@@ -138,6 +144,11 @@ class Loop:
     @property
     def _inside(self) -> bool:
         return threading.get_ident() == self._worker.thread.ident
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether the engine's thread does not wait for this one."""
+        return not (self._inside or self._worker.stepper.cancelling)
 
     def _post(self, command: _Command) -> None:
         """The thread may end meanwhile: either it sees the command, or we see that it has ended."""
@@ -185,7 +196,7 @@ class _Worker:
 
     def require_process(self) -> None:
         if os.getpid() != self.process:
-            raise KernelError("this model was opened before a fork, which its threads do not survive: open it again")
+            raise forked_error()
 
     def add(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -259,13 +270,19 @@ _running: set[_Worker] = set()
 
 
 def _end_all() -> None:
-    """A thread that came back from C++ after the interpreter has ended would abort the process."""
+    """A thread that came back from C++ after the interpreter has ended would abort the process; so Ctrl-C does not
+    keep this from waiting.
+    """
     workers = [worker for worker in list(_running) if worker.process == os.getpid()]
-    for worker in workers:
-        worker.exiting = worker.closing = True
-        worker.stop()
-    for worker in workers:
-        worker.thread.join()
+    while any(worker.thread.is_alive() for worker in workers):
+        try:
+            for worker in workers:
+                worker.exiting = worker.closing = True
+                worker.stop()
+            for worker in workers:
+                worker.thread.join()
+        except KeyboardInterrupt:
+            continue
 
 
 def _interruptible(answers: SimpleQueue[Any]) -> Any:
@@ -281,14 +298,15 @@ def _nothing() -> None:
     """Waiting for it is waiting for all that was asked for before."""
 
 
-def _answer(future: Future[T], call: Callable[[], T]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
+def _answer(sink: Callable[[BaseException | None], object], call: Callable[[], object]) -> None:
+    try:
+        call()
+    except BaseException as error:
+        _give(sink, error)
+    else:
+        _give(sink, None)
 
 
-def _refuse(future: Future[T], error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+def _give(sink: Callable[[BaseException | None], object], answer: BaseException | None) -> None:
+    with suppress(Exception):  # its event loop was closed
+        sink(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import RLock
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING
 
 from hybrid.core import Batch, StepResult
@@ -26,6 +26,7 @@ class Stepper:
         self._jobs: Sequence[Job] = ()  # those of the running step
         self._late = 0  # steps that may yet be ended by a cut that came too late for its own
         self._lock = RLock()  # held while another thread cancels a step, and while the engine is closed
+        self._canceller: int | None = None  # the thread that cancels a step
         self._stopping = self._closed = False
 
     def forward(self, jobs: Sequence[Job], batch: Batch) -> StepResult:
@@ -47,18 +48,31 @@ class Stepper:
         """End the running step if all its jobs are unwanted; returns whether no step of others runs."""
         with self._lock:
             jobs = self._jobs
-            if not all(job.unwanted for job in jobs):
-                return False
-            if jobs:
-                self._cancel()
+            before, self._canceller = self._canceller, get_ident()
+            try:
+                if not all(job.unwanted for job in jobs):
+                    return False
+                if jobs:
+                    self._cancel()
+            finally:
+                self._canceller = before
         return True
 
     def stop(self) -> None:
         """End the running step, and let there be no other."""
         self._stopping = True
         with self._lock:
-            if self._jobs:
-                self._cancel()
+            before, self._canceller = self._canceller, get_ident()
+            try:
+                if self._jobs:
+                    self._cancel()
+            finally:
+                self._canceller = before
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether this thread is inside `cut` or `stop`: a finalizer that the collector calls there must not wait."""
+        return self._canceller == get_ident()
 
     def close(self) -> None:
         """Close the engine; nothing may run any more."""

@@ -313,6 +313,7 @@ def _locked_directory(output: Path, source: Path, notice: Notice) -> Iterator[No
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing it would not unlock what a forked process still has open
         os.close(descriptor)
         with suppress(OSError):
             output.rmdir()

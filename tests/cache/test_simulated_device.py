@@ -155,6 +155,23 @@ def test_a_run_ends_a_copy_whose_thread_has_died(monkeypatch) -> None:
     device.close()
 
 
+@pytest.mark.parametrize("clock", [None, CopyClock(3)])
+def test_streams_get_a_new_copy_thread_when_theirs_has_died(clock, monkeypatch) -> None:
+    """Although no copy was asked for, so that none can fail."""
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    device = SimulatedDevice(4, SIZES, source, Reader().bind, clock=clock, streams=True)
+    for pending in (0, 1) if clock else (0,):  # a clock's copies are not the thread's
+        if pending:
+            device.copy_in(0, 3)
+        thread = device.copy_thread
+        thread.waiting.put((0, 0))  # what it cannot unpack
+        thread.join(PATIENCE)
+        device.join(device.run(np.array([[4, 5]], np.int32), [7, 8]))
+        assert device.copy_thread is not thread and device.copy_thread.is_alive()
+        assert device.times.failed_copies == 0
+    device.close()
+
+
 def test_a_device_that_is_closed_in_the_middle_of_a_stream_says_so() -> None:
     device = SimulatedDevice(4, SIZES, source, Reader().bind, CopySpeed(bytes_per_second=0.001), streams=True)
     ticket = device.run(np.array([[4]], np.int32), [7])

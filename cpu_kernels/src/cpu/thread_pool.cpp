@@ -74,8 +74,10 @@ ThreadPool::ThreadPool(int threads, std::vector<int> cpus, int nodes)
 ThreadPool::~ThreadPool() { end(); }
 
 void ThreadPool::end() {
-  if (getpid() != process_) {  // after a fork the workers live in the parent only
-    for (std::thread& worker : workers_) worker.detach();
+  if (getpid() != process_) {  // after a fork the workers live in the parent only, and nothing of them may be touched:
+    // a condition waits in its destructor for those who wait, and a handle may by now be that of another thread.
+    static_cast<void>(wake_.release());
+    static_cast<void>(new std::vector<std::thread>(std::move(workers_)));
     return;
   }
   {
@@ -83,11 +85,17 @@ void ThreadPool::end() {
     stop_ = true;
     epoch_.fetch_add(1);
   }
-  wake_.notify_all();
+  wake_->notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
+void ThreadPool::require_process() const {
+  if (getpid() != process_)
+    throw std::runtime_error("these threads were started before a fork, which they do not survive");
+}
+
 void ThreadPool::run(Job job, void* context) {
+  require_process();
   std::lock_guard<std::mutex> lock(one_caller_);
   PinnedCaller pinned(cpus_);
   job_ = job;
@@ -96,7 +104,7 @@ void ThreadPool::run(Job job, void* context) {
     std::lock_guard<std::mutex> guard(sleep_);
     epoch_.fetch_add(1, std::memory_order_release);
   }
-  wake_.notify_all();
+  wake_->notify_all();
   job(context, 0);
   barrier();
 }
@@ -123,7 +131,7 @@ void ThreadPool::wait_for_job(unsigned seen) {
     for (int i = 0; i < 64; ++i) _mm_pause();
     if (std::chrono::steady_clock::now() < until) continue;
     std::unique_lock<std::mutex> lock(sleep_);
-    wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+    wake_->wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
   }
 }
 

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -27,7 +28,9 @@ class ThreadPool {
   // The threads of a node are [first_thread(node), first_thread(node + 1)).
   int first_thread(int node) const { return int(int64_t(threads_) * node / nodes_); }
   int node_of(int thread) const { return int((int64_t(nodes_) * (thread + 1) - 1) / threads_); }
-  // Calls function(thread) on every thread and returns when all have; one caller at a time.
+  // Throws std::runtime_error in a process that was forked: its parent alone has the threads.
+  void require_process() const;
+  // Calls function(thread) on every thread and returns when all have; one caller at a time. Needs the process, too.
   template <class Function>
   void run(Function& function) {
     run([](void* f, int thread) { (*static_cast<Function*>(f))(thread); }, &function);
@@ -56,7 +59,7 @@ class ThreadPool {
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> generation_{0};  // counts barriers
   std::mutex sleep_;
-  std::condition_variable wake_;
+  std::unique_ptr<std::condition_variable> wake_ = std::make_unique<std::condition_variable>();
   std::vector<std::thread> workers_;
 };
 

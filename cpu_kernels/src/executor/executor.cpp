@@ -149,7 +149,9 @@ Outcome Executor::asked_to_stop(Interrupted interrupted) {
   const double time = now();
   if (time < next_check_) return Outcome::done;
   next_check_ = time + 0.1;
-  return interrupted && interrupted() ? Outcome::interrupted : Outcome::done;
+  const bool end = interrupted && interrupted();
+  pool_->require_process();  // a signal's handler may have forked
+  return end ? Outcome::interrupted : Outcome::done;
 }
 
 // Scratch ends where the arena does: what the last thread writes behind its own meets no other memory.
@@ -169,6 +171,7 @@ bool Executor::run(int index, const Step& step, int thread) {
 }
 
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
+  pool_->require_process();
   std::lock_guard<std::mutex> lock(one_step_);
   check(step);
   step.tile_rows = limits_.batch_invariant ? 1 : 0;
@@ -185,6 +188,7 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
       const Op& op = ops_[size_t(i)];
       if (!needed(op, step)) continue;
       const bool goes_on = run(i, step, thread);
+      if (std::holds_alternative<HostArgs>(op.nodes[0])) pool_->require_process();  // Python may have forked
       if (thread == 0 && may_end(size_t(i))) {
         outcome = goes_on ? asked_to_stop(interrupted) : Outcome::interrupted;
         if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
