@@ -24,7 +24,7 @@ from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source
-from hybrid.weights.pack import source_fingerprint
+from hybrid.weights.source import source_fingerprint
 
 TYPES = {"BF16": gguf.GGMLQuantizationType.BF16, "Q8_0": gguf.GGMLQuantizationType.Q8_0,
          "Q4_0": gguf.GGMLQuantizationType.Q4_0}  # fmt: skip

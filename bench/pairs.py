@@ -13,8 +13,9 @@ from hybrid.commands.measure import PROBE_BYTES, Test
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.files import write_json
 from hybrid.models import model_spec
-from hybrid.weights.checkpoints.huggingface import Checkpoint, read_config
-from hybrid.weights.pack import source_fingerprint
+from hybrid.weights.checkpoints.files import read_config
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.source import source_fingerprint
 
 BUFFERS = 1_200_000_000  # both engines' steps and logits, llama.cpp's spare block, Python
 F16_BYTES = 2

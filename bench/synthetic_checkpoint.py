@@ -17,7 +17,7 @@ from hybrid.errors import HybridError
 from hybrid.files import atomic_file, write_json
 from hybrid.formats.fp8 import SQUARE
 from hybrid.models import model_spec
-from hybrid.weights.checkpoints.huggingface import INDEX
+from hybrid.weights.checkpoints.files import INDEX
 from hybrid.weights.shard import gap, make_header
 
 SHARD_BYTES = 4_000_000_000

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import (
@@ -15,14 +15,19 @@ from checkpoints import (
     DTYPES,
     STACKED,
     gated,
+    packed,
     random_tensors,
     save_with_transformers,
     write_checkpoint,
     write_tensors,
 )
 
+from hybrid import LLM
 from hybrid.errors import ConfigError, HybridError, WeightsError
+from hybrid.formats import FORMATS
+from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.pack import model_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -95,10 +100,46 @@ def test_a_stacked_tensor_that_is_missing_is_the_one_named(tmp_path: Path) -> No
     _refused(write_tensors(tmp_path, CONFIGS["gpt_oss"], tensors), "tensor model.layers.0.mlp.experts.gate_up_proj is")
 
 
-def test_a_head_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("change", ["other", "same", "other type"])
+def test_a_head_beside_tied_embeddings_is_used_if_it_differs(tmp_path: Path, shards: int, change: str) -> None:
+    """As transformers 5 does: a config.json that says they are tied is wrong then."""
     tensors = random_tensors(CONFIGS["qwen3"])
-    tensors["lm_head.weight"] = np.zeros((131, 96), ml_dtypes.bfloat16)
-    assert _open(write_tensors(tmp_path, CONFIGS["qwen3"], tensors)).spec.tied
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding.copy()
+    if change == "other":
+        head[130, 95] += 1
+    tensors["lm_head.weight"] = head.astype(np.float32) if change == "other type" else head
+    source = write_tensors(tmp_path / "hf", CONFIGS["qwen3"], tensors, shards)
+    assert _open(source).spec.tied == (change == "same") == model_spec(model_config(source)).tied
+    with packed(source) as store:
+        assert store.spec.tied == (change == "same") == ("head" not in store.tensors)
+        if change != "same":
+            found = FORMATS["bf16"].unpack(store.array("head"), 131, 96)
+            assert (found == head.astype(np.float32)).all()
+
+
+def test_a_head_without_the_embeddings_that_it_is_tied_to_is_both(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIGS["llama"])
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    source = write_tensors(tmp_path / "hf", CONFIGS["llama"], tensors)
+    for mix in ("bf16", "bf16,head=int8"):
+        with packed(source, mix) as store:
+            embedding = FORMATS["bf16"].unpack(store.array("embedding"), 131, 96)
+            assert (embedding == tensors["lm_head.weight"].astype(np.float32)).all() and store.spec.tied
+        shutil.rmtree(store.path)
+
+
+def test_a_head_that_differs_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tensors = random_tensors(CONFIGS["llama"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    source = write_tensors(tmp_path / "hf", CONFIGS["llama"], tensors)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected = model(torch.tensor([[1, 2, 3]])).logits[0].detach().numpy()
+    with LLM(source, threads=1, cache_dir=tmp_path / "cache") as llm:
+        found = llm.logits([1, 2, 3])
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def _remove(name: str) -> Callable[[Path], object]:

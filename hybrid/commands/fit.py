@@ -81,10 +81,10 @@ def read_model(path: Path) -> tuple[dict[str, Any], FormatMix]:
     """The contents of a config.json, and the mix of formats that the model is published in."""
     from hybrid.files import read_json_object
     from hybrid.weights.checkpoints.published import native_mix
-    from hybrid.weights.pack import model_config, model_formats
+    from hybrid.weights.pack import describe
 
     if path.is_dir() or not path.exists():
-        return model_config(path), model_formats(path)
+        return describe(path)
     config = read_json_object(path)
     return config, native_mix(config)
 

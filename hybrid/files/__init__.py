@@ -1,8 +1,8 @@
 """Files that are read within bounds, and files that are written whole or not at all."""
 
-from hybrid.files.json import parse_json, read_json_object, write_json
-from hybrid.files.places import is_stream
-from hybrid.files.reading import Reading, input_file, read_file
+from hybrid.files.json import MODEL_FILE, parse_json, read_json_object, write_json
+from hybrid.files.places import is_file, is_stream
+from hybrid.files.reading import Reading, input_descriptor, input_file, read_file
 from hybrid.files.writing import (
     FileKind,
     NewFile,
@@ -15,6 +15,7 @@ from hybrid.files.writing import (
 )
 
 __all__ = [
+    "MODEL_FILE",
     "FileKind",
     "NewFile",
     "Reading",
@@ -22,7 +23,9 @@ __all__ = [
     "check_output",
     "csv_kind",
     "disk_errors",
+    "input_descriptor",
     "input_file",
+    "is_file",
     "is_stream",
     "open_output",
     "output_file",

@@ -12,6 +12,7 @@ from hybrid.files.reading import Reading, read_file
 from hybrid.files.writing import atomic_file
 
 MODEL_FILE = Reading(64 << 20, "give a complete model directory", streams=False, error=WeightsError)
+MAX_DEPTH = 64  # of nested lists and objects; what is deeper could be read and not be written again
 _AGAIN = "fetch the file again"
 
 
@@ -23,6 +24,8 @@ def read_json_object(path: Path, reading: Reading = MODEL_FILE) -> dict[str, Any
     value = parse_json(data, path, reading)
     if not isinstance(value, dict):
         raise reading.refuse(path, f"holds a {type(value).__name__}, not a JSON object")
+    if _is_deep(value):
+        raise reading.refuse(path, f"is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
@@ -34,6 +37,16 @@ def parse_json(data: bytes | str, path: Path, reading: Reading) -> Any:
         raise reading.refuse(path, f"is not valid JSON ({' '.join(str(error).split())})") from None
     except MemoryError:
         raise reading.refuse(path, "needs more memory than there is") from None
+
+
+def _is_deep(value: dict[str, Any]) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for items in children for child in items if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from hybrid.errors import WeightsError
+
 _MAX_LINKS = 40  # as the system follows
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -37,6 +39,20 @@ def descriptor_of(path: Path) -> int | None:
         except OSError:
             return None
     return None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is something other than a directory. Raises WeightsError if that cannot be told."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror or error}); give a complete model directory that may be read"
+        ) from None
+    except ValueError as error:  # a name that no file can have
+        raise WeightsError(f"{path}: cannot be read ({error}); give a complete model directory") from None
 
 
 def is_stream(path: Path) -> bool:

@@ -45,10 +45,25 @@ def input_file(path: Path, reading: Reading) -> Iterator[io.BufferedReader[Any]]
 
     A pipe that nobody writes to is empty, and is not waited for.
     """
-    try:
+    with _errors(path, reading), io.BufferedReader(_Bounded(_open(path, reading), path, reading)) as file:
+        yield file
+
+
+@contextmanager
+def input_descriptor(path: Path, reading: Reading) -> Iterator[int]:
+    """The same as a descriptor: to be mapped, or read at places."""
+    with _errors(path, reading):
         descriptor = _open(path, reading)
-        with io.BufferedReader(_Bounded(descriptor, path, reading)) as file:
-            yield file
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _errors(path: Path, reading: Reading) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise reading.refuse(path, "there is no such file") from None
     except OSError as error:
@@ -65,7 +80,10 @@ def read_file(path: Path, reading: Reading) -> bytes:
 
 def _open(path: Path, reading: Reading) -> int:
     """A descriptor of our own for a path that may be read."""
-    own = descriptor_of(path)
+    try:
+        own = descriptor_of(path)
+    except ValueError as error:  # a name that no file can have
+        raise reading.refuse(path, f"cannot be read ({error})") from None
     _check(path, reading, os.stat(path) if own is None else os.fstat(own))  # a device is not opened to be refused
     if own is not None:
         return os.dup(own)

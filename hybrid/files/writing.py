@@ -70,7 +70,8 @@ class NewFile:
         with suppress(OSError):  # what is buffered cannot be written
             self.file.close()
         if self._temporary:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that became read-only; the error that came first counts
+                self._temporary.unlink(missing_ok=True)
 
     def _keep_permissions(self, status: os.stat_result) -> None:
         with suppress(OSError):  # only root may give a file away

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models.layers.base import Half, Mixer, Place
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor
+from hybrid.models.tensors import ExpertForm, GatedNames, Shapes, Shard, Stacked, StoreTensor, in_layer
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,18 @@ class ModelSpec:
             tensors += half.store_tensors(place, Shard(f"layer-{place.layer:05d}", f"layers.{place.layer}."))
         return tensors
 
-    def checkpoint_shapes(self, form: ExpertForm = "apart") -> Shapes:
-        """Name and shape of every tensor that a checkpoint has, with its experts in this form."""
+    def expert_names(self) -> dict[int, GatedNames]:
+        """Names of the experts in a checkpoint, by layer."""
+        return {index: in_layer(self.layers[index].feed_forward.names.experts, index) for index in self.moe_layers}
+
+    def checkpoint_shapes(self, form: ExpertForm | Mapping[int, ExpertForm] = "apart") -> Shapes:
+        """Name and shape of every tensor that a checkpoint has, with all experts or those of each layer in this
+        form.
+        """
         yield self.names.embedding, (self.vocab, self.hidden)
         for place, half in self.halves(FormatMix.uniform("bf16")):
-            yield from half.checkpoint_shapes(place, form)
+            of_layer = form if isinstance(form, str) else form.get(place.layer, "apart")
+            yield from half.checkpoint_shapes(place, of_layer)
         yield self.names.final_norm, (self.hidden,)
         if not self.tied:
             yield self.names.head, (self.vocab, self.hidden)

@@ -14,7 +14,7 @@ from hybrid.machine.hardware import probe
 from hybrid.models import model_spec
 from hybrid.plan.plan import Plan, make_plan
 from hybrid.plan.route_trace import read_route_trace
-from hybrid.weights.pack import Notice, model_config, model_formats
+from hybrid.weights.pack import Notice, describe
 
 EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_moe"
 
@@ -30,12 +30,13 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
     if config.device == "cuda":
         hardware = replace(hardware, device_memory=_device_memory())
     path = config.model_path or EMBEDDED_MODEL
-    spec = model_spec(model_config(path))
+    contents, native = describe(path)
+    spec = model_spec(contents)
     if config.route_trace:
         read_route_trace(config.route_trace, spec)
         if notice:
             notice(f"note: experts are those of {config.route_trace}, not of the model's routers: texts mean nothing")
-    return make_plan(spec, hardware, config, parse_mix(config.weight_format, model_formats(path)))
+    return make_plan(spec, hardware, config, parse_mix(config.weight_format, native))
 
 
 def resolve_device(config: EngineConfig, notice: Notice | None = None) -> EngineConfig:

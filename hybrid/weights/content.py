@@ -30,7 +30,8 @@ Piece = tuple[Source, int, int]  # rows of a matrix
 class Content:
     """Packed tensors of one checkpoint. `check`: raise `WeightsError` on a tensor that is not finite.
 
-    Scales that are not finite, and values that would be quantised and are not, are always refused.
+    Always refused are the few tensors of plain floats (norms, routers, biases, sinks), because one NaN in them spoils
+    every token, scales, and values that would be quantised or would overflow, because no one could see it later.
     """
 
     def __init__(self, checkpoint: Checkpoint, check: bool = False) -> None:
@@ -56,17 +57,21 @@ class Content:
                 return iter([partial(self._floats, [bias_name(n) for n in names] if biases else names, tensor)])
 
     def _floats(self, names: Sequence[str], tensor: StoreTensor) -> Floats:
-        parts = [self._checked(name, self._checkpoint.read(name)).reshape(-1) for name in names]
-        values = np.concatenate(parts).astype(np.float32)
+        parts = [self._checked(name, self._checkpoint.read(name), always=True).reshape(-1) for name in names]
+        values = np.concatenate([part.astype(np.float32) for part in parts])
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
     def _expert_biases(self, names: GatedNames, of_down: bool, tensor: StoreTensor) -> Floats:
         """Padded to whole blocks, those of gate and up in turn as their blocks are."""
-        biases = [self._checkpoint.gated_biases(names, expert) for expert in range(tensor.shape[0])]
-        gate, up, down = (self._checked(tensor.name, np.stack(part)) for part in zip(*biases, strict=True))
+        biases = [self._biases_of(names, expert) for expert in range(tensor.shape[0])]
+        gate, up, down = (np.stack(part) for part in zip(*biases, strict=True))
         chosen = [down] if of_down else [gate, up]
-        padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % BLOCK))).astype(np.float32) for part in chosen]
+        padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % BLOCK))) for part in chosen]
         return np.stack([part.reshape(len(part), -1, BLOCK) for part in padded], axis=2)
+
+    def _biases_of(self, names: GatedNames, expert: int) -> list[Floats]:
+        found = self._checkpoint.gated_biases(names, expert)
+        return [self._checked(name, bias, always=True).astype(np.float32) for name, bias in found]
 
     def _gated(self, matrices: tuple[Source, Source, Source], tensor: StoreTensor) -> Iterator[Task]:
         """An expert's blob: gate and up interleaved, then down."""
@@ -96,7 +101,20 @@ class Content:
     def _quantised(self, format: str, pieces: Sequence[Piece]) -> Bytes:
         lossless = format == "bf16"
         rows = [self._checked(part.name, part.floats(*span), always=not lossless) for part, *span in pieces]
-        return FORMATS[format].pack(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        if len({values.dtype for values in rows}) > 1:
+            rows = [values.astype(np.float32) for values in rows]
+        blocks = FORMATS[format].pack(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        if lossless and rows[0].dtype == np.float32:  # it has larger values than bf16
+            self._require_room(pieces, blocks)
+        return blocks
+
+    def _require_room(self, pieces: Sequence[Piece], blocks: Bytes) -> None:
+        if not all_finite(blocks.view(np.uint16)):
+            names = " or ".join(part.name for part, *_ in pieces)
+            raise WeightsError(
+                f"{self._checkpoint.path}: tensor {names} holds NaN, infinity or a value too large for bf16: "
+                "take another checkpoint"
+            )
 
     def _checked(self, name: str, values: Array, always: bool = False) -> Array:
         if (self._check or always) and not all_finite(values):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import read_json_object, write_json
@@ -22,8 +23,9 @@ KIND = "hybrid-store"
 class Manifest:
     """What a store says of itself.
 
-    mix: the format of each part. config: contents of the model's config.json. source: fingerprint of the
-    checkpoint. shards: bytes by file name. tensors: crc32 of the stored bytes by tensor name.
+    mix: the format of each part. config: contents of the model's config.json. source, place: of the checkpoint, by
+    `hybrid.weights.source`. origin: its folder. shards: bytes by file name. tensors: crc32 of the stored bytes by
+    tensor name.
     """
 
     mix: FormatMix
@@ -31,6 +33,8 @@ class Manifest:
     source: str
     shards: dict[str, int]
     tensors: dict[str, int]
+    place: str = ""
+    origin: str = ""
 
     def write(self, path: Path) -> None:
         body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self), "mix": asdict(self.mix)}
@@ -45,13 +49,23 @@ class Manifest:
             raise WeightsError(f"{path}: is not the manifest of a packed store; its kind must be {KIND!r}")
         if version != LAYOUT_VERSION:
             raise WeightsError(
-                f"{path}: the store has layout version {version!r}, this program reads {LAYOUT_VERSION}: "
+                f"{path}: the store has layout version {reprlib.repr(version)}, this program reads {LAYOUT_VERSION}: "
                 "pack the model again with weights_preprocessor.py"
             )
         if checksum != _checksum(body):
             raise WeightsError(f"{path}: its checksum is wrong, so it was changed or damaged: pack the model again")
-        del body["kind"], body["layout_version"]
-        return cls(**{**body, "mix": _read_mix(path, body.get("mix"))})
+        config: Any
+        config, shards, tensors = (body.get(name) for name in ("config", "shards", "tensors"))
+        texts = [body.get(name, "") for name in ("source", "place", "origin")]
+        wrong = not isinstance(config, dict) or not all(isinstance(text, str) for text in texts)
+        if wrong or not _counts(shards) or not _counts(tensors):
+            raise WeightsError(f"{path}: its fields are not those of a packed store: pack the model again")
+        source, place, origin = texts
+        return cls(_read_mix(path, body.get("mix")), config, source, shards, tensors, place, origin)
+
+
+def _counts(value: Any) -> TypeGuard[dict[str, int]]:
+    return isinstance(value, dict) and all(type(count) is int and count >= 0 for count in value.values())
 
 
 def _read_mix(path: Path, value: Any) -> FormatMix:
@@ -59,7 +73,8 @@ def _read_mix(path: Path, value: Any) -> FormatMix:
         return FormatMix(**value)
     except (TypeError, ConfigError) as error:
         raise WeightsError(
-            f"{path}: the store has formats {value!r} ({error}): pack the model again with weights_preprocessor.py"
+            f"{path}: the store has formats {reprlib.repr(value)} ({str(error)[:200]}): pack the model again with "
+            "weights_preprocessor.py"
         ) from None
 
 

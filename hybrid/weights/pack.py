@@ -16,25 +16,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hybrid.errors import CapacityError, ConfigError, WeightsError
-from hybrid.files import atomic_file, disk_errors
+from hybrid.files import atomic_file, disk_errors, is_file
 from hybrid.formats.mix import FormatMix, parse_mix
 from hybrid.formats.packed import LAYOUT_VERSION
 from hybrid.models.tensors import StoreTensor
-from hybrid.weights.checkpoints.huggingface import INDEX, Checkpoint, read_config
-from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.checkpoints.files import has_weights, may_read_weights
+from hybrid.weights.checkpoints.huggingface import Checkpoint, describe_checkpoint
+from hybrid.weights.companions import copy_companions
 from hybrid.weights.content import Content
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import checksum, gap, make_header, read_header
+from hybrid.weights.source import source_fingerprint, source_place
 from hybrid.weights.store import Store, is_store, read_manifest, shard_file
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 Notice = Callable[[str], None]
 
-# Small files beside the weights that make a store self-contained.
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab*", "merges.txt", "chat_template*", "*.tiktoken", "*.model",
-)  # fmt: skip
+_KEY_LETTERS, _LABEL_BYTES = 16, 100  # of the name of a cached store
 
 
 def pack(
@@ -56,8 +54,9 @@ def pack(
     output = Path(output)
     checkpoint.check()
     _keep_freed_memory()
-    with _locked_directory(output, checkpoint.path, notice or (lambda line: None)):
-        return _Packer(checkpoint, output, mix or checkpoint.native, progress, check).run(force)
+    notice = notice or (lambda line: None)
+    with _locked_directory(output, checkpoint.path, notice):
+        return _Packer(checkpoint, output, mix or checkpoint.native, progress, check, notice).run(force)
 
 
 def cached_store(
@@ -76,10 +75,14 @@ def cached_store(
     if _is_packed(path):
         _require_mix(path, mix_text)
         return Store.open(path, check)
-    mix = parse_mix(mix_text, model_formats(path))
-    target = _cached_path(path, cache_dir or default_cache_dir(), mix)
+    config, native = describe(path)
+    mix, cache_dir = parse_mix(mix_text, native), cache_dir or default_cache_dir()
+    if has_weights(path) and not may_read_weights(path) and (found := _store_of_place(path, cache_dir, config, mix)):
+        return Store.open(found, check)
+    target = _cached_path(path, cache_dir, mix)
     if is_store(target):
-        _copy_companions(path, target)
+        with suppress(WeightsError, CapacityError):  # the cache may be read-only: the model has the originals
+            copy_companions(path, target, lambda line: None)
         return Store.open(target, check)
     checkpoint = Checkpoint.open(path)
     _require_writable(target.parent)
@@ -90,13 +93,21 @@ def cached_store(
 
 
 def model_config(path: Path) -> dict[str, Any]:
-    """The contents of the config.json of a checkpoint, or of the one that a store was packed from."""
-    return read_manifest(path).config if _is_packed(path) else read_config(path)
+    """The contents of the config.json of a store or checkpoint, corrected where a checkpoint's tensors differ."""
+    return describe(path)[0]
 
 
 def model_formats(path: Path) -> FormatMix:
-    """The formats of a store, or those in which a checkpoint is published: from its manifest or config.json alone."""
-    return read_manifest(path).mix if _is_packed(path) else native_mix(read_config(path))
+    """The formats of a store, or those in which a checkpoint is published."""
+    return describe(path)[1]
+
+
+def describe(path: Path) -> tuple[dict[str, Any], FormatMix]:
+    """Both of the above. Of a checkpoint at most headers are read, unless it has a head beside tied embeddings."""
+    if _is_packed(path):
+        manifest = read_manifest(path)
+        return manifest.config, manifest.mix
+    return describe_checkpoint(path)
 
 
 def default_cache_dir() -> Path:
@@ -109,18 +120,9 @@ def default_cache_dir() -> Path:
         raise ConfigError("no home directory to keep packed models in; give one with --cache-dir") from None
 
 
-def source_fingerprint(path: Path) -> str:
-    """Changes with config.json and the names, sizes and times of the weight files; reads no weights."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(file for file in [*path.glob("*.safetensors"), *path.glob(INDEX)] if file.is_file()):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
 def _is_packed(path: Path) -> bool:
     """Whether it is a store, even one whose packing was not finished."""
-    return is_store(path) or (path / UNFINISHED).is_file()
+    return is_store(path) or is_file(path / UNFINISHED)
 
 
 def _require_mix(store: Path, mix_text: str) -> None:
@@ -136,7 +138,7 @@ def _require_mix(store: Path, mix_text: str) -> None:
 def _require_writable(cache_dir: Path) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(cache_dir, os.W_OK | os.X_OK) else "Permission denied"
+        reason = "" if os.access(cache_dir, os.W_OK | os.X_OK, effective_ids=True) else "Permission denied"
     except OSError as error:
         reason = error.strerror or type(error).__name__
     if reason:
@@ -147,8 +149,27 @@ def _require_writable(cache_dir: Path) -> None:
 
 
 def _cached_path(path: Path, cache_dir: Path, mix: FormatMix) -> Path:
-    identity = f"{source_fingerprint(path)} {mix} {LAYOUT_VERSION}"
-    return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    """Where the store of a checkpoint is or is to be: found by its key alone, because a model may be renamed."""
+    key = hashlib.sha256(f"{source_fingerprint(path)} {mix} {LAYOUT_VERSION}".encode()).hexdigest()[:_KEY_LETTERS]
+    found = (place for place in sorted(cache_dir.glob(f"*-{key}")) if is_store(place))
+    return next(found, cache_dir / f"{_label(path.resolve())}-{key}")
+
+
+def _store_of_place(path: Path, cache_dir: Path, config: dict[str, Any], mix: FormatMix) -> Path | None:
+    """The store of a checkpoint whose weights this user may not read, packed by somebody who may."""
+    wanted = (source_place(path), config, mix)
+    for file in sorted(cache_dir.glob(f"*/{MANIFEST}")):
+        with suppress(WeightsError):
+            found = Manifest.read(file)
+            if (found.place, found.config, found.mix) == wanted:
+                return file.parent
+    return None
+
+
+def _label(path: Path) -> str:
+    """The name of a model: of its folder, or of its repository in the cache of the hub."""
+    name = path.parent.parent.name.removeprefix("models--") if path.parent.name == "snapshots" else path.name
+    return os.fsencode(name)[:_LABEL_BYTES].decode(errors="ignore") or "model"
 
 
 def _keep_freed_memory() -> None:
@@ -164,23 +185,30 @@ class _Packer:
     """One run over one locked output directory."""
 
     def __init__(
-        self, checkpoint: Checkpoint, output: Path, mix: FormatMix, progress: Progress | None, check: bool
+        self,
+        checkpoint: Checkpoint,
+        output: Path,
+        mix: FormatMix,
+        progress: Progress | None,
+        check: bool,
+        notice: Notice,
     ) -> None:
         self._source, self._output = checkpoint.path, output
         self._content = Content(checkpoint, check)
-        self._progress = progress
+        self._progress, self._notice = progress, notice
         tensors = checkpoint.spec.store_tensors(mix)
         self._shards = {
             shard_file(shard): list(group) for shard, group in groupby(tensors, key=lambda tensor: tensor.shard)
         }
         self._sizes = {file: _shard_bytes(tensors) for file, tensors in self._shards.items()}
         self._done_bytes, self._total_bytes = 0, sum(tensor.nbytes for tensor in tensors)
-        self._manifest = Manifest(mix, checkpoint.config, source_fingerprint(checkpoint.path), {}, {})
+        source, place = source_fingerprint(self._source), source_place(self._source)
+        self._manifest = Manifest(mix, checkpoint.config, source, {}, {}, place, str(self._source.resolve()))
 
     def run(self, force: bool) -> bool:
         if is_store(self._output) and not force:
             if self._matches(self._output / MANIFEST):
-                _copy_companions(self._source, self._output)
+                copy_companions(self._source, self._output, self._notice)
                 (self._output / UNFINISHED).unlink(missing_ok=True)
                 return False
             raise WeightsError(
@@ -190,7 +218,8 @@ class _Packer:
         self._check_space()
         self._discard_old()
         self._write_shards()
-        _copy_companions(self._source, self._output)
+        self._require_unchanged()
+        copy_companions(self._source, self._output, self._notice)
         self._manifest.write(self._output / MANIFEST)
         (self._output / UNFINISHED).unlink()
         return True
@@ -252,6 +281,13 @@ class _Packer:
                 self._record(file, checksums)
                 self._manifest.write(self._output / UNFINISHED)
 
+    def _require_unchanged(self) -> None:
+        if source_fingerprint(self._source) != self._manifest.source:
+            self._manifest.shards.clear()  # which of them are of the old weights, nobody knows
+            self._discard_old()
+            self._manifest.write(self._output / UNFINISHED)
+            raise WeightsError(f"{self._source}: was changed while it was packed; start again when it is whole")
+
     def _write_shard(self, file: BinaryIO, tensors: list[StoreTensor]) -> dict[str, int]:
         file.write(_header(tensors))
         checksums = {}
@@ -284,20 +320,6 @@ def _shard_bytes(tensors: list[StoreTensor]) -> int:
     return len(_header(tensors)) + sum(tensor.nbytes + gap(tensor.nbytes) for tensor in tensors)
 
 
-def _copy_companions(source: Path, output: Path) -> None:
-    """Copy tokenizer and configuration files, unless the copy is already as old and long as the original."""
-    for original in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
-        status, copy = original.stat(), output / original.name
-        if copy.is_file() and (copy.stat().st_size, copy.stat().st_mtime_ns) == (
-            status.st_size,
-            status.st_mtime_ns,
-        ):
-            continue
-        with atomic_file(copy) as target, open(original, "rb") as file:
-            shutil.copyfileobj(file, target)
-        os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 @contextmanager
 def _locked_directory(output: Path, source: Path, notice: Notice) -> Iterator[None]:
     """Make `output` and hold its lock, one process at a time; remove it again if it stays empty."""
@@ -305,12 +327,13 @@ def _locked_directory(output: Path, source: Path, notice: Notice) -> Iterator[No
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
     try:
-        _refuse_foreign(output, source)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notice(f"another process is packing into {output}; waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with disk_errors(output):
+            _refuse_foreign(output, source)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                notice(f"another process is packing into {output}; waiting for it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing it would not unlock what a forked process still has open

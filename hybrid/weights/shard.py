@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import reprlib
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import WeightsError
+from hybrid.files import Reading, input_file
 
 ALIGNMENT = 64  # bytes: a cache line and the widest vector register
 PADDING = "__pad_"  # tensors of this name fill the gaps, because safetensors allows none
 
+SHARD = Reading(1 << 62, "fetch or make the file again", streams=False, error=WeightsError)
 _LENGTH_BYTES = 8
 _READ_BYTES = 1 << 20
 _MAX_HEADER = 100_000_000  # that of the format; keeps a damaged length from reading gigabytes
+_MAX_SIZE, _MAX_RANK = 1 << 60, 16  # of tensors; far above what exists, far below what cannot be printed
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -41,16 +44,18 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name. Raises `WeightsError` on anything that is not sound."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data_start, header = _read_header_object(path, file, size)
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+    with input_file(path, SHARD) as file:
+        size = path.stat().st_size
+        data_start, header = _read_header_object(path, file, size)
     tensors = {name: value for name, value in header.items() if name != "__metadata__"}
     entries = {name: _entry(path, name, value, data_start, size) for name, value in tensors.items()}
     _check_overlaps(path, entries)
     return entries
+
+
+def header_end(prefix: bytes, size: int) -> int:
+    """Where the header of a file of `size` bytes ends that begins with these 8 bytes, sound or not."""
+    return min(len(prefix) + int.from_bytes(prefix, "little"), size, _MAX_HEADER)
 
 
 def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
@@ -94,6 +99,15 @@ def read_bytes(entry: Entry, start: int, end: int) -> npt.NDArray[np.uint8]:
     return data
 
 
+def same_bytes(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are the same in type, shape and every byte; reads no further than the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    size = one.end - one.start
+    spans = ((start, min(start + _READ_BYTES, size)) for start in range(0, size, _READ_BYTES))
+    return all(np.array_equal(read_bytes(one, *span), read_bytes(other, *span)) for span in spans)
+
+
 def checksum(entry: Entry) -> int:
     """crc32 of a tensor's bytes."""
     crc, size = 0, entry.end - entry.start
@@ -122,13 +136,14 @@ def _read_header_object(path: Path, file: BinaryIO, size: int) -> tuple[int, dic
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Entry:
     if not _well_formed(value):
-        raise _damaged(path, f"has a malformed header entry for tensor {name}")
+        raise _damaged(path, f"has a malformed header entry for tensor {name:.200}")
     (start, end), shape, dtype = value["data_offsets"], tuple(value["shape"]), value["dtype"]
     if data_start + end > size:
-        raise _damaged(path, f"is truncated: tensor {name} ends at byte {data_start + end}, the file has {size}")
+        raise _damaged(path, f"is truncated: tensor {name:.200} ends at byte {data_start + end}, the file has {size}")
     expected = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
     if dtype in _ITEM_BYTES and end - start != expected:
-        raise _damaged(path, f"gives tensor {name} {end - start} bytes, {dtype} {list(shape)} takes {expected}")
+        found = f"{name:.200} {end - start} bytes, {dtype} {reprlib.repr(list(shape))}"
+        raise _damaged(path, f"gives tensor {found} takes {expected}")
     return Entry(path, dtype, shape, data_start + start, data_start + end)
 
 
@@ -138,14 +153,15 @@ def _well_formed(value: Any) -> bool:
     offsets, shape = value.get("data_offsets"), value.get("shape")
     if not isinstance(offsets, list) or not isinstance(shape, list) or len(offsets) != 2:
         return False
-    return all(type(n) is int and n >= 0 for n in [*offsets, *shape]) and offsets[0] <= offsets[1]
+    sizes = all(type(n) is int and 0 <= n < _MAX_SIZE for n in [*offsets, *shape])
+    return sizes and offsets[0] <= offsets[1] and len(shape) <= _MAX_RANK
 
 
 def _check_overlaps(path: Path, entries: Mapping[str, Entry]) -> None:
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].end))
     for (before, first), (after, second) in zip(ordered, ordered[1:], strict=False):
         if second.start < first.end:
-            raise _damaged(path, f"has overlapping tensors {before} and {after}")
+            raise _damaged(path, f"has overlapping tensors {before:.200} and {after:.200}")
 
 
 def _damaged(path: Path, what: str) -> WeightsError:

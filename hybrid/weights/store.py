@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import WeightsError
+from hybrid.files import input_descriptor, is_file
 from hybrid.formats import FORMATS
 from hybrid.formats.block import Bytes, all_finite
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import StoreTensor
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
-from hybrid.weights.shard import ALIGNMENT, Entry, read_header
+from hybrid.weights.shard import ALIGNMENT, SHARD, Entry, read_header
 
 ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
 
@@ -86,7 +88,7 @@ class Store:
 
 
 def is_store(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    return is_file(path / MANIFEST)
 
 
 def shard_file(shard: str) -> str:
@@ -97,7 +99,7 @@ def read_manifest(path: Path) -> Manifest:
     """That of a whole store; raises `WeightsError` for anything else."""
     if is_store(path):
         return Manifest.read(path / MANIFEST)
-    if (path / UNFINISHED).is_file():
+    if is_file(path / UNFINISHED):
         raise WeightsError(f"{path}: packing it was not finished: run weights_preprocessor.py again to resume")
     raise WeightsError(f"{path}: is not a packed store, it has no {MANIFEST}: make one with weights_preprocessor.py")
 
@@ -144,14 +146,14 @@ def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[int, Bytes
 
 
 def _map_file(path: Path, size: int | None) -> npt.NDArray[np.uint8]:
-    try:
-        with open(path, "rb") as file:
-            found = path.stat().st_size
-            if found != size:
-                raise _damaged(path, f"has {found} bytes, the manifest says {size}")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+    with input_descriptor(path, SHARD) as file:
+        found = os.fstat(file).st_size
+        if found != size:
+            raise _damaged(path, f"has {found} bytes, the manifest says {size}")
+        try:
+            return np.frombuffer(mmap.mmap(file, found, prot=mmap.PROT_READ), np.uint8)
+        except (OSError, ValueError) as error:  # of an empty file
+            raise _damaged(path, f"cannot be mapped ({error})") from None
 
 
 def _check_entry(path: Path, tensor: StoreTensor, entry: Entry | None) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrid.errors import WeightsError
-from hybrid.files import read_json_object
 from hybrid.formats.block import Array
 from hybrid.formats.fp8 import SQUARE
 from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name, in_layer
+from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name
+from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, read_config
 from hybrid.weights.checkpoints.matrices import (
     FLOATS,
     FP8_DTYPE,
@@ -27,9 +28,9 @@ from hybrid.weights.checkpoints.matrices import (
     TransposedSource,
 )
 from hybrid.weights.checkpoints.published import native_mix
-from hybrid.weights.shard import Entry, read_header
+from hybrid.weights.shard import Entry, same_bytes
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FORMS: tuple[ExpertForm, ...] = ("mxfp4", "fused", "apart")  # in the order in which one layer decides for all
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Read config.json and the headers. Raises `ConfigError` and `WeightsError`; see also `check`."""
         path = Path(path)
-        config = read_config(path)
-        spec, native, entries = model_spec(config), native_mix(config), _find_tensors(path)
+        config, entries = read_config(path), find_tensors(path)
+        config = _corrected(config, entries)
+        spec = model_spec(config)
         form = _expert_form(spec, entries)
         if form != "apart":
             spec = spec.with_fused_experts()
-        return cls(path, config, spec, native, entries, form)
+        if spec.tied and spec.names.embedding not in entries and spec.names.head in entries:
+            spec = replace(spec, names=replace(spec.names, embedding=spec.names.head))
+        return cls(path, config, spec, native_mix(config, entries), entries, form)
 
     def names(self) -> list[str]:
         return sorted(self.entries)
@@ -81,7 +85,7 @@ class Checkpoint:
     def gated(self, origin: Gated, expert: int) -> tuple[Source, Source, Source]:
         """Gate, up and down of one expert, or of a dense feed-forward, which counts as one expert."""
         names = origin.names
-        if not self._stacks(names):
+        if self._form(names) == "apart":
             gate_name, up_name, down_name = names.of_expert(expert)
             return self.matrix(gate_name), self.matrix(up_name), self.matrix(down_name)
         first, size = 2 * origin.intermediate * expert, origin.intermediate
@@ -92,26 +96,30 @@ class Checkpoint:
             self._fused(names, names.fused_down, origin.hidden * expert, origin.hidden, 1),
         )
 
-    def gated_biases(self, names: GatedNames, expert: int) -> tuple[Array, Array, Array]:
-        """Biases of gate, up [intermediate] and down [hidden] of one expert or of a dense feed-forward."""
-        if not self._stacks(names):
-            gate, up, down = (self.read(bias_name(name)) for name in names.of_expert(expert))
-            return gate, up, down
-        fused = (names.fused_gate_up, names.fused_down)
-        both, down = (self.rows(bias_name(name), expert, 1).floats(0, 1)[0] for name in fused)
+    def gated_biases(self, names: GatedNames, expert: int) -> list[tuple[str, Array]]:
+        """Biases of gate, up [intermediate] and down [hidden] of one expert or of a dense feed-forward, each with the
+        name of its tensor.
+        """
+        if self._form(names) == "apart":
+            return [(bias_name(name), self.read(bias_name(name))) for name in names.of_expert(expert)]
+        of_both, of_down = (bias_name(name) for name in (names.fused_gate_up, names.fused_down))
+        both, down = (self.rows(name, expert, 1).floats(0, 1)[0] for name in (of_both, of_down))
         gate, up = (both[0::2], both[1::2]) if names.fused_alternate else np.split(both, 2)
-        return gate, up, down
+        return [(of_both, gate), (of_both, up), (of_down, down)]
 
-    def _stacks(self, names: GatedNames) -> bool:
-        """Whether these are stacked here, all experts of a layer in one tensor."""
-        return self.form != "apart" and bool(names.fused_gate_up)
+    def _form(self, names: GatedNames) -> ExpertForm:
+        """That of the experts of one layer: a few layers of a quantised checkpoint may not be quantised."""
+        return _layer_form(names, self.entries) or (self.form if names.fused_gate_up else "apart")
 
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there with its shape and dtype."""
-        for name, shape in self.spec.checkpoint_shapes(self.form):
+        experts = self.spec.expert_names()
+        forms = {layer: self._form(names) for layer, names in experts.items()}
+        blocked = "mxfp4" in forms.values()
+        for name, shape in self.spec.checkpoint_shapes(forms):
             entry = self._entry(name)
             quantised = entry.dtype == FP8_DTYPE and len(shape) > 1
-            blocks = self.form == "mxfp4" and name.endswith(("_blocks", "_scales"))
+            blocks = blocked and name.endswith(("_blocks", "_scales"))
             _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*FLOATS, *[FP8_DTYPE] * quantised))
             _require_shape(name, entry, shape)
             if quantised:
@@ -121,10 +129,11 @@ class Checkpoint:
                 _require_shape(scales, self._entry(scales), squares)
 
     def _fused(self, names: GatedNames, name: str, start: int, count: int, step: int) -> Source:
-        if self.form == "fused" and names.fused_transposed:
+        fused = self._form(names) == "fused"
+        if fused and names.fused_transposed:
             _require_dtype(name, self._entry(name), tuple(FLOATS))
             return TransposedSource(name, self._entry(name), start, count, step)
-        if self.form == "fused":
+        if fused:
             return self.rows(name, start, count, step)
         blocks, scales = self._entry(f"{name}_blocks"), self._entry(f"{name}_scales")
         return Mxfp4Source(name, blocks, start, count, step, scales=scales)
@@ -135,34 +144,48 @@ class Checkpoint:
         return self.entries[name]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The contents of config.json in a model directory; raises `WeightsError` when there is none."""
-    if not path.exists():
-        raise WeightsError(f"{path}: no such directory; give the directory of a model, with its config.json")
-    if not path.is_dir():
-        raise WeightsError(f"{path}: is not a directory; give the directory of a model, with its config.json")
-    try:
-        empty = not any(path.iterdir())
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror}); allow reading it") from None
-    if empty:
-        raise WeightsError(f"{path}: the directory is empty; it must hold config.json and safetensors files")
-    if not (path / "config.json").is_file():
-        raise WeightsError(f"{path}: has no config.json; give the directory of a Hugging Face model")
-    return read_json_object(path / "config.json")
+def describe_checkpoint(path: Path) -> tuple[dict[str, Any], FormatMix]:
+    """Contents of config.json as `Checkpoint.config` has them, and `Checkpoint.native`; of config.json alone where no
+    weights are, or none that may be read. Headers are read only if something depends on them.
+    """
+    config = read_config(path)
+    depends = config.get("quantization_config") is not None or model_spec(config).tied
+    if not depends or not may_read_weights(path):
+        return config, native_mix(config)
+    entries = find_tensors(path)
+    config = _corrected(config, entries)
+    return config, native_mix(config, entries)
+
+
+def _corrected(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """A head beside embeddings that config.json calls tied is used if it differs, as `transformers` does."""
+    spec = model_spec(config)
+    embedding, head = (entries.get(name) for name in (spec.names.embedding, spec.names.head))
+    if not spec.tied or not embedding or not head or same_bytes(embedding, head):
+        return config
+    return {**config, "tie_word_embeddings": False}
 
 
 def _expert_form(spec: ModelSpec, entries: Mapping[str, Entry]) -> ExpertForm:
-    experts = [in_layer(spec.layers[index].feed_forward.names.experts, index) for index in spec.moe_layers]
-    if any(f"{names.fused_gate_up}_blocks" in entries for names in experts):
+    """That of the whole model: of mxfp4 if any layer is."""
+    experts = spec.expert_names().values()
+    forms = {_layer_form(names, entries) or ("apart" if names.gate else "fused") for names in experts}
+    return next((form for form in _FORMS if form in forms), "apart")
+
+
+def _layer_form(names: GatedNames, entries: Mapping[str, Entry]) -> ExpertForm | None:
+    """The form in which experts of these names are found, None if they are not."""
+    if f"{names.fused_gate_up}_blocks" in entries:
         return "mxfp4"
-    return "fused" if any(names.fused_gate_up in entries or not names.gate for names in experts) else "apart"
+    if names.fused_gate_up in entries:
+        return "fused"
+    return "apart" if names.of_expert(0)[0] in entries else None
 
 
 def _require_dtype(name: str, entry: Entry, allowed: tuple[str, ...]) -> None:
     if entry.dtype not in allowed:
         raise WeightsError(
-            f"{entry.path}: tensor {name} has dtype {entry.dtype}, allowed are {', '.join(allowed)}: "
+            f"{entry.path}: tensor {name} has dtype {entry.dtype:.40}, allowed are {', '.join(allowed)}: "
             "take the unquantised checkpoint"
         )
 
@@ -170,46 +193,6 @@ def _require_dtype(name: str, entry: Entry, allowed: tuple[str, ...]) -> None:
 def _require_shape(name: str, entry: Entry, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
         raise WeightsError(
-            f"{entry.path}: tensor {name} has shape {list(entry.shape)}, "
+            f"{entry.path}: tensor {name} has shape {reprlib.repr(list(entry.shape))}, "
             f"config.json asks for {list(shape)}: one of them belongs to another model"
         )
-
-
-def _find_tensors(path: Path) -> dict[str, Entry]:
-    if (path / SINGLE).is_file():
-        return read_header(path / SINGLE)
-    if (path / INDEX).is_file():
-        return _read_shards(path, _read_index(path / INDEX))
-    found = (
-        "pytorch .bin files are not read: convert them to safetensors"
-        if any(path.glob("*.bin"))
-        else ("fetch all files of the model again")
-    )
-    raise WeightsError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Shard file by tensor name; the files must lie in the directory of the index."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index}: has no weight_map from tensor names to files; fetch the file again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
-            raise WeightsError(
-                f"{index}: places tensor {name} in {file!r}; it must be a file name without a directory: "
-                "fetch the file again"
-            )
-    return weight_map
-
-
-def _read_shards(path: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
-    for file in sorted(set(weight_map.values())):
-        if not (path / file).is_file():
-            raise WeightsError(f"{path / file}: named in {INDEX} but missing; fetch all files of the model again")
-    headers = {file: read_header(path / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise WeightsError(
-                f"{path / file}: has no tensor {name}, which {INDEX} places there; fetch both files again"
-            )
-    return {name: headers[file][name] for name, file in weight_map.items()}

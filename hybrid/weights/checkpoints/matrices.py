@@ -14,10 +14,11 @@ from hybrid.errors import WeightsError
 from hybrid.formats import FP8, MXFP4
 from hybrid.formats import fp8 as fp8_format
 from hybrid.formats import mxfp4 as mxfp4_format
-from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats, all_finite
+from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
 from hybrid.weights.shard import Entry, read_bytes
 
 FLOATS: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+_LARGEST_SCALE = np.finfo(np.float32).max / np.float32(fp8_format.LARGEST)
 FP8_DTYPE, MXFP4_DTYPE = "F8_E4M3", "U8"
 
 
@@ -61,7 +62,7 @@ class Source:
 
     def _bad_scales(self) -> WeightsError:
         return WeightsError(
-            f"{self.entry.path}: the scales of tensor {self.name} hold NaN or infinity, they must be finite: "
+            f"{self.entry.path}: the scales of tensor {self.name} hold NaN or infinity, or make its values infinite: "
             "take another checkpoint"
         )
 
@@ -118,10 +119,11 @@ class Fp8Source(Source):
         """Scales of the whole matrix, [rows / 128, columns / 128]."""
         shape, dtype = self.scales.shape[-2:], np.dtype(FLOATS[self.scales.dtype])
         size, matrix = shape[0] * shape[1] * dtype.itemsize, self.start // self.entry.shape[-2]
-        grid: npt.NDArray[Any] = read_bytes(self.scales, matrix * size, (matrix + 1) * size).view(dtype)
-        if not all_finite(grid):
+        stored: npt.NDArray[Any] = read_bytes(self.scales, matrix * size, (matrix + 1) * size).view(dtype)
+        grid = stored.astype(np.float32)
+        if not (np.abs(grid) <= _LARGEST_SCALE).all():
             raise self._bad_scales()
-        return grid.astype(np.float32).reshape(shape)
+        return grid.reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""The files of a checkpoint: config.json, and the safetensors files that hold its tensors."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import WeightsError
+from hybrid.files import is_file, read_json_object
+from hybrid.weights.shard import Entry, read_header
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of config.json in a model directory; raises `WeightsError` when there is none."""
+    try:
+        if not path.exists():
+            raise WeightsError(f"{path}: no such directory; give the directory of a model, with its config.json")
+        if not path.is_dir():
+            raise WeightsError(f"{path}: is not a directory; give the directory of a model, with its config.json")
+        empty = not any(path.iterdir())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"{path}: cannot be read ({reason}); allow reading it") from None
+    if empty:
+        raise WeightsError(f"{path}: the directory is empty; it must hold config.json and safetensors files")
+    if not is_file(path / CONFIG):
+        raise WeightsError(f"{path}: has no config.json; give the directory of a Hugging Face model")
+    return read_json_object(path / CONFIG)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether there are tensors here, or only a config.json."""
+    return is_file(path / SINGLE) or is_file(path / INDEX)
+
+
+def may_read_weights(path: Path) -> bool:
+    """Whether this user has the right to, where there are any."""
+    return has_weights(path) and all(os.access(file, os.R_OK, effective_ids=True) for file in weight_files(path))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the tensors, sorted. Raises `WeightsError` if one is missing."""
+    return [path / SINGLE] if is_file(path / SINGLE) else _shards(path, _read_index(path))
+
+
+def find_tensors(path: Path) -> dict[str, Entry]:
+    """Where each tensor lies, by name. Raises `WeightsError` for files that are damaged or missing."""
+    if is_file(path / SINGLE):
+        return read_header(path / SINGLE)
+    weight_map = _read_index(path)
+    headers = {file.name: read_header(file) for file in _shards(path, weight_map)}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise WeightsError(
+                f"{path / file}: has no tensor {name:.200}, which {INDEX} places there; fetch both files again"
+            )
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Shard file by tensor name; the files must lie in the directory of the index."""
+    index = path / INDEX
+    if not is_file(index):
+        raise WeightsError(f"{path}: has neither {SINGLE} nor {INDEX}; {_instead(path)}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index}: has no weight_map from tensor names to files; fetch the file again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+            raise WeightsError(
+                f"{index}: places tensor {name:.200} in {reprlib.repr(file)}; it must be a file name without a "
+                "directory: fetch the file again"
+            )
+    return weight_map
+
+
+def _shards(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    files = [path / file for file in sorted(set(weight_map.values()))]
+    for file in files:
+        if not is_file(file):
+            raise WeightsError(f"{file}: named in {INDEX} but missing; fetch all files of the model again")
+    return files
+
+
+def _instead(path: Path) -> str:
+    if any(path.glob("*.bin")):
+        return "pytorch .bin files are not read: convert them to safetensors"
+    return "fetch all files of the model again"

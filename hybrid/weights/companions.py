@@ -1,0 +1,60 @@
+"""The small files beside the weights that a store has copies of, so that nothing else is needed to use it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hybrid.files import atomic_file, input_file, is_file
+from hybrid.weights.shard import SHARD
+
+# By name, because what else a checkpoint has or links to is nobody's business.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "vocab.bpe", "sentencepiece.bpe.model", "tiktoken.model", "qwen.tiktoken",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def copy_companions(source: Path, output: Path, notice: Callable[[str], None]) -> None:
+    """Copy them with their permissions, unless the copy is already as old and long as the original.
+
+    A link is followed within the checkpoint, or to a blob of the cache of the hub that it lies in. Where it leads
+    elsewhere, `notice` is told that the file is not copied. Raises WeightsError and CapacityError.
+    """
+    for original in _companions(source):
+        copy = output / original.name
+        if not _is_inside(original, source):
+            notice(f"note: {original} is a link out of the checkpoint, so the store has no copy of it")
+        elif not _same(original, copy):
+            _copy(original, copy)
+
+
+def _companions(source: Path) -> Iterator[Path]:
+    return (source / name for name in COMPANIONS if is_file(source / name))
+
+
+def _is_inside(original: Path, source: Path) -> bool:
+    """In the cache of the hub, models--NAME/snapshots/REVISION/FILE is a link to models--NAME/blobs/HASH."""
+    folder, target = source.resolve(), original.resolve()
+    blobs = folder.parent.with_name("blobs")
+    return target.is_relative_to(folder) or (folder.parent.name == "snapshots" and target.parent == blobs)
+
+
+def _same(original: Path, copy: Path) -> bool:
+    if not is_file(copy):
+        return False
+    one, other = original.stat(), copy.stat()
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+
+def _copy(original: Path, copy: Path) -> None:
+    with input_file(original, SHARD) as file:
+        status = original.stat()
+        with atomic_file(copy) as target:
+            os.fchmod(target.fileno(), status.st_mode & 0o777)
+            shutil.copyfileobj(file, target)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
