@@ -216,7 +216,7 @@ def test_values_that_bf16_cannot_hold_are_refused(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIGS["qwen3_moe"], "fp32")
     tensors[name][0, 0] = 3.4e38
     source = write_tensors(tmp_path / "hf", CONFIGS["qwen3_moe"], tensors)
-    with pytest.raises(WeightsError, match=f"tensor {name} holds NaN, infinity or a value too large for bf16"):
+    with pytest.raises(WeightsError, match=f"tensor {name} holds a value too large for bf16"):
         packed(source)
 
 
