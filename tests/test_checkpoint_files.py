@@ -72,7 +72,7 @@ def test_odd_files_of_a_store_are_refused_at_once(tmp_path: Path, name: str, odd
     store = packed(write_checkpoint(tmp_path / "model", "qwen3_moe")).path
     change, message = ODD[odd]
     change(store / name)
-    with pytest.raises(WeightsError, match=f"{message}|manifest says|is not a packed store|no such file"):
+    with pytest.raises(WeightsError, match=f"{message}|manifest says|is not a packed store|No such file"):
         Store.open(store)
 
 

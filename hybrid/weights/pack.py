@@ -32,7 +32,7 @@ from hybrid.weights.store import Store, is_store, read_manifest, shard_file
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 Notice = Callable[[str], None]
 
-_KEY_LETTERS, _LABEL_BYTES = 16, 100  # of the name of a cached store
+_KEY_LETTERS, _LABEL_BYTES = 12, 100  # of the name of a cached store
 
 
 def pack(

@@ -147,7 +147,7 @@ def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[int, Bytes
 
 def _map_file(path: Path, size: int | None) -> npt.NDArray[np.uint8]:
     if not is_file(path):
-        raise _damaged(path, "cannot be read, there is no such file")
+        raise _damaged(path, "cannot be read (No such file or directory)")
     with input_descriptor(path, SHARD) as file:
         found = os.fstat(file).st_size
         if found != size:
