@@ -20,8 +20,8 @@ from hybrid.text.messages import (
     plain_messages,
     plain_objects,
 )
+from hybrid.text.rendering import render
 from hybrid.text.special_tokens import read_json, read_special_tokens
-from hybrid.text.tokenizer import import_transformers
 
 _OWN_NAMES = ("messages", "tools", "documents")  # what a template gets from arguments of their own
 _READS_PARTS = re.compile(r"\{%-?\s*for\s[^%]*content")  # a template that goes through the parts of a content
@@ -53,24 +53,19 @@ class ChatTemplate:
         `reasoning_effort`; `add_generation_prompt` is one too. Raises RequestError.
         """
         source = self.with_tools if tools is not None and self.with_tools is not None else self.source
-        plain = plain_messages(messages, _allowed_roles(source))
-        variables = {
-            "add_generation_prompt": True,
-            **self.variables,
-            **_check_template_kwargs(template_kwargs),
-            "messages": plain if _READS_PARTS.search(source) else join_text_parts(plain),
-            "tools": plain_objects("tools", tools, '{"type": "function", "function": {...}}'),
-            "documents": plain_objects("documents", documents, '{"title": "...", "text": "..."}'),
-        }
-        # Templates are untrusted programs: transformers runs them in a sandbox.
-        renderer = import_transformers("transformers.utils.chat_template_utils")
-        conversation = variables.pop("messages")
         try:
-            rendered, _ = renderer.render_jinja_template([conversation], chat_template=source, **variables)
-        except Exception as error:  # whatever the template does wrong
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RequestError(f"the chat template refuses these messages: {reason}") from None
-        return str(rendered[0])
+            plain = plain_messages(messages, _allowed_roles(source))
+            variables = {
+                "add_generation_prompt": True,
+                **self.variables,
+                **_check_template_kwargs(template_kwargs),
+                "messages": plain if _READS_PARTS.search(source) else join_text_parts(plain),
+                "tools": plain_objects("tools", tools, '{"type": "function", "function": {...}}'),
+                "documents": plain_objects("documents", documents, '{"title": "...", "text": "..."}'),
+            }
+        except RecursionError:
+            raise RequestError("the messages are nested too deeply, or hold themselves; give plain data") from None
+        return render(source, variables)
 
 
 def load_template(model_path: Path) -> ChatTemplate | None:

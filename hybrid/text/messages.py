@@ -86,10 +86,7 @@ def join_text_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plain_message(message: Any, index: int, roles: Sequence[str]) -> dict[str, Any]:
-    try:
-        plain = plain_data(message)
-    except RecursionError:
-        raise RequestError(f"message {index} is nested too deeply, or holds itself; give plain data") from None
+    plain = plain_data(message)
     if not isinstance(plain, dict):
         raise RequestError(f"message {index} must be an object with a role and a content, not {message!r:.80}")
     plain = {name: value for name, value in plain.items() if value is not None}
