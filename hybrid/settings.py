@@ -158,6 +158,18 @@ def check_settings(chosen: Any) -> None:
             raise ConfigError(f"{setting.label} {problem}")
 
 
+def as_utf8(value: Any) -> Any:
+    """A text of the command line or the environment as UTF-8, or a list of them, where the locale is another."""
+    if isinstance(value, list):
+        return [as_utf8(part) for part in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        return value
+
+
 @dataclass(frozen=True)
 class Choice:
     """The value of a setting, and where it came from."""
@@ -186,7 +198,7 @@ def _choice(setting: Setting, given: Mapping[str, Any], environment: Mapping[str
         value = given[setting.name]
         return Choice(setting, tuple(value) if setting.kind is tuple else value, FLAG)
     if not setting.late and (text := environment.get(setting.variable)):
-        return Choice(setting, setting.parse(text), ENVIRONMENT)
+        return Choice(setting, setting.parse(as_utf8(text)), ENVIRONMENT)
     return Choice(setting, setting.default)
 
 

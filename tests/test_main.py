@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from test_report import PATIENCE, interrupted
 from typer.testing import CliRunner
 
 from hybrid import LLM
+from hybrid.commands import prompts
 from hybrid.commands.conversation import Conversation
 from hybrid.commands.prompts import DEFAULT_PROMPT, gather_prompts, read_prompts
 from hybrid.commands.run import app
@@ -98,6 +100,51 @@ def test_prompt_files_may_be_json(tmp_path) -> None:
         assert read_prompts(file) == ["a\nb", "c"]
     brace.write_text("{not json\n")
     assert read_prompts(brace) == ["{not json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("p.jsonl", '"a\\nb"\n\n{"prompt": "c"}\r\n{"text": "d", "id": 1}', ["a\nb", "c", "d"]),
+        ("p.ndjson", '{"prompt": "c"}', ["c"]),
+        ("p.JSONL", '"a"', ["a"]),
+        ("p.json", '["a", {"prompt": "b"}]', ["a", "b"]),
+        ("p.json", '{"prompts": [{"prompt": "a"}, "b"]}', ["a", "b"]),
+        ("p.json", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        ("p", '\ufeff["a",\n "b"]', ["a", "b"]),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        ("p.txt", '{"prompt": "a"}\nand so on\n', ['{"prompt": "a"}', "and so on"]),
+        ("p.txt", '{"name": "a"}\n', ['{"name": "a"}']),
+        ("p.txt", "[1] a footnote\n", ["[1] a footnote"]),
+        ("p.txt", "\ufeffone\r\ntwo\r\n", ["one", "two"]),
+    ],
+)
+def test_prompts_are_text_or_json_of_every_usual_form(tmp_path, name: str, text: str, prompts: list[str]) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_prompts(tmp_path / name) == prompts
+
+
+def test_line_ends_of_windows_are_no_part_of_a_prompt(loaded) -> None:
+    for data, prompt in ((b"One.\r\n", "One."), (b"One,\r\ntwo.\r\n\r\n", "One,\ntwo."), (b"a\rb.\n", "a\rb.")):
+        assert json.loads(invoke("--json", stdin=data).stdout)["completions"][0]["prompt"] == prompt
+
+
+def test_prompts_of_a_pipe_are_read_and_endless_ones_refused(loaded, monkeypatch) -> None:
+    out, into = os.pipe()
+    os.write(into, b"one.\ntwo.\n")
+    os.close(into)
+    assert invoke("--prompt-path", f"/dev/fd/{out}").stdout == "Hé!\nHé!\n"
+    os.close(out)
+    monkeypatch.setattr(prompts, "PROMPTS", replace(prompts.PROMPTS, limit=1000))
+    assert "longer than" in refused("--prompt-path", "/dev/zero")
+    assert "standard input is longer" in refused(stdin="x" * 1001)
+
+
+def test_json_and_prompts_survive_every_locale(tmp_path) -> None:
+    flags = ["-m", "hybrid.main", "--prompt", "caf\u00e9", "--max-tokens", "1", "--json"]
+    for more in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        result = command(*flags, env={**os.environ, **more})
+        assert json.loads(result.stdout)["completions"][0]["prompt"] == "caf\u00e9", result.stderr
 
 
 def test_standard_input_is_the_prompt(loaded) -> None:
@@ -260,7 +307,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(arguments: list[str], words: lis
         ("p.txt", b"\n \n", ["no prompt"]),
         ("p.json", b"{", ["JSON"]),
         ("p.json", b'{"prompts": ' + b"[" * 100_000, ["JSON"]),
-        ("p.json", b'["a"]', ['"prompts"']),
+        ("p.json", b'["a", 1]', ['"prompts"']),
+        ("p.json", b'{"a": "b"}', ['"prompts"']),
+        ("p.json", b'{"prompt": "a"}\n{"prompt": 1}', ["line 2", '"prompt"']),
+        ("p.jsonl", b'"a"\n["b"]', ["line 2", '"prompt"']),
+        ("p.jsonl", b'"a"\nb', ["line 2", "JSON"]),
+        ("p.jsonl", b'"' + b"9" * 5000 + b'"\n' + b"9" * 5000, ["line 2", "JSON"]),
         ("p.json", b'{"prompts": [1]}', ['"prompts"']),
         ("p.json", b'{"prompts": []}', ["no prompt"]),
     ],

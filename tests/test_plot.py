@@ -14,6 +14,8 @@ from gpu_cache.reuse import measure_reuse
 from gpu_cache.trace import make_trace
 from hybrid.commands import plot, simulate
 from hybrid.commands.figures import binned
+from hybrid.commands.kept_results import KeptResults
+from hybrid.commands.plot_data import read_hits, read_results, read_times
 from hybrid.trace_files import write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
@@ -46,7 +48,11 @@ def folder(tmp_path_factory) -> Path:
         file.write('{"name": "cut o')
     line = (folder / "kept.jsonl").read_text().splitlines()[0]
     trace = json.loads(line)["trace"]
-    (folder / "two.jsonl").write_text(f"{line}\n{line.replace(trace, 'another')}\n")
+    for name in ("two", "one-trace"):
+        kept = KeptResults(folder / f"{name}.jsonl")
+        entry = json.loads(line)
+        kept.add("a", entry["result"], trace, "code")
+        kept.add("b", entry["result"] | {"hits": 1}, "another" if name == "two" else trace, "newer code")
     (folder / "cut.jsonl").write_text(line[:50])
     return folder
 
@@ -72,22 +78,24 @@ FIGURES = [
 @pytest.mark.parametrize(("kind", "source", "words"), FIGURES, ids=lambda value: str(value)[:20])
 def test_every_figure_is_drawn_in_both_formats(folder: Path, tmp_path: Path, kind: str, source: str, words) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra [research]")
-    for suffix in (".png", ".svg", ".again.svg"):
+    for suffix in (".png", ".svg", ".again.svg", ".pdf"):
         target = tmp_path / f"figure{suffix}"
         result = CliRunner().invoke(plot.app, [kind, str(folder / source), str(target), "--title", "A title"])
-        assert (result.exit_code, result.output) == (0, ""), result.output
+        assert (result.exit_code, result.stdout) == (0, ""), result.output
+        assert ("--shape" in result.stderr) == (kind == "layers" and source != "hits.csv")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     drawing = (tmp_path / "figure.svg").read_text()
     assert all(word in drawing for word in ["A title", *words])
     assert drawing == (tmp_path / "figure.again.svg").read_text()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["pie", "hits.csv", "f.png"], ["'pie'", "hit-rate, speed, layers, reuse, breakdown"]),
-        (["layers", "hits.csv", "f.pdf"], [".png or .svg"]),
+        (["layers", "hits.csv", "f.gif"], [".png, .svg or .pdf"]),
         (["layers", "missing.csv", "f.png"], ["missing.csv", "no such file"]),
         (["layers", "hits.csv", "no/f.png"], ["no directory"]),
         (["hit-rate", "hits.csv", "f.png"], ["hybrid simulate", "--output csv, --output json or --results"]),
@@ -120,14 +128,40 @@ def test_results_without_rates_have_no_speed(folder: Path, tmp_path: Path) -> No
     assert result.exit_code == 2 and "--pcie-gbps" in result.stderr
 
 
+def test_one_shape_of_several_is_chosen_and_said(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra [research]")
+    arguments = ["layers", str(folder / "results.json"), str(tmp_path / "f.svg")]
+    result = CliRunner().invoke(plot.app, arguments)
+    assert "drawn for 2x8 slots, the middle one of 2x2, 2x4, 4x2, 2x8, 4x4, 4x8" in result.stderr
+    assert "2×8 slots" in (tmp_path / "f.svg").read_text()
+    assert CliRunner().invoke(plot.app, [*arguments, "--shape", "4x2"]).stderr == ""
+    assert "4×2 slots" in (tmp_path / "f.svg").read_text()
+    wrong = CliRunner().invoke(plot.app, [*arguments, "--shape", "9x9"])
+    assert wrong.exit_code == 2 and "it has 2x2, 2x4" in wrong.stderr
+
+
+def test_the_title_names_model_and_trace(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra [research]")
+    for source in ("results.json", "results.csv"):
+        arguments = ["hit-rate", str(folder / source), str(tmp_path / "f.svg"), "--model", "A model"]
+        CliRunner().invoke(plot.app, arguments)
+        drawing = (tmp_path / "f.svg").read_text()
+        assert "Hit rate of the expert cache" in drawing and "A model, trace.csv" in drawing
+
+
+def test_results_of_newer_code_replace_the_older(folder: Path) -> None:
+    source = folder / "one-trace.jsonl"
+    (row,) = read_results(source, source.read_text()).rows
+    assert row["hits"] == 1
+
+
 def test_hits_are_shares_of_calls(folder: Path) -> None:
-    shares, run = plot.read_hits(folder / "hits.csv")
+    shares, run = read_hits(folder / "hits.csv", HITS)
     assert run == 1 and shares.tolist() == [[0, 1], [0.5, 0]]
 
 
 def test_times_add_up(folder: Path) -> None:
-    columns = plot.read_columns(folder / "times.csv", ("total",))
-    parts, beside = plot.split_times(folder / "times.csv", columns)
+    parts, beside = read_times(folder / "times.csv", TIMES)
     assert sum(times[0] for times in parts.values()) == 8 and set(beside) == {"experts on the device", "copies"}
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import os
+import statistics
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from routing import random_trace
 from typer.testing import CliRunner
 
+from gpu_cache import simulator
+from gpu_cache.source import source_digest
 from gpu_cache.trace import COLUMNS
 from hybrid.commands.simulate import app
 from hybrid.trace_files import read_trace, write_trace
@@ -76,6 +85,104 @@ def test_results_are_kept_and_not_replayed_again(trace: Path, tmp_path: Path, mo
     assert simulate(trace, *GRID, *kept, "--output", "csv") == first
 
 
+def edited(getsource: Callable[[ModuleType], str], name: str, module: ModuleType) -> str:
+    """The source of modules, where one has been edited."""
+    return getsource(module) + "# edited" * (module.__name__ == name)
+
+
+def test_results_of_other_code_are_not_taken(trace: Path, tmp_path: Path, monkeypatch) -> None:
+    """A policy's own source, what it is made of, and the simulator's."""
+    kept = ("--results", str(tmp_path / "results.jsonl"), "--policy", "FIFO,LFU", "--nways", "2", "--workers", "1")
+    replayed: list[str] = []
+
+    def replay(calls, setting, costs):
+        replayed.append(setting.policy)
+        return simulator.replay(calls, setting, costs)
+
+    monkeypatch.setattr("gpu_cache.sweep.replay", replay)
+    for changed, again in (
+        ("", ["FIFO", "LFU"]),
+        ("", []),
+        ("gpu_cache.policies.fifo", ["FIFO"]),
+        ("gpu_cache.policies.decayed", ["LFU"]),
+        ("gpu_cache.policies.sieve", []),
+        ("gpu_cache.table", ["FIFO", "LFU"]),
+        ("gpu_cache.policies.base", ["FIFO", "LFU"]),
+    ):
+        source_digest.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(inspect, "getsource", partial(edited, inspect.getsource, changed))
+            simulate(trace, *kept)
+        assert sorted(replayed) == again, changed
+        replayed.clear()
+    source_digest.cache_clear()
+
+
+def test_results_that_were_changed_or_cut_off_are_replayed_again(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    kept = ("--results", str(path), "--policy", "LRU,LFU", "--nways", "2", "--output", "csv", "--workers", "1")
+    first = simulate(trace, *kept)
+    one, two = path.read_text().splitlines()
+    path.write_text(one.replace('"admission": "always", ', "") + "\n" + "[" * 100_000 + "\n" + two[:-30])
+    assert simulate(trace, *kept) == first and path.read_text().count("\n") == 5
+    assert simulate(trace, *kept) == first and path.read_text().count("\n") == 5
+
+
+def test_a_file_that_holds_no_results_is_kept(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    for text in ("dear diary\n", "{}\n", "[" * 100_000):
+        path.write_text(text)
+        result = CliRunner().invoke(app, ["--trace", str(trace), "--results", str(path)])
+        assert result.exit_code == 2 and "something else" in result.stderr and path.read_text() == text
+    for place in (tmp_path, Path("/dev/zero")):
+        result = CliRunner().invoke(app, ["--trace", str(trace), "--results", str(place)])
+        assert result.exit_code == 2 and "no regular file" in result.stderr
+
+
+def test_several_traces_are_all_replayed(trace: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    write_trace(other, random_trace(2, steps=30, layers=4, experts=8, top_k=2))
+    grid = ("--policy", "LRU,bypass-Belady", "--nways", "2,4", *RATES)
+    alone = [json.loads(simulate(path, *grid, "--output", "json"))["results"] for path in (trace, other)]
+    both = json.loads(simulate(trace, "--trace", str(other), *grid, "--output", "json"))
+    assert both["replays"] == [*alone[0], *alone[1]] and len(both["provenance"]["traces"]) == 2
+    for mean, first, second in zip(both["results"], *alone, strict=True):
+        rates = [first["hit_rate"], second["hit_rate"]]
+        assert mean["hit_rate"] == pytest.approx(sum(rates) / 2, abs=1e-6)
+        assert mean["hit_rate_stdev"] == pytest.approx(statistics.stdev(rates), abs=1e-6)
+        assert mean["traces"] == 2 and mean["hits"] == first["hits"] + second["hits"]
+    table = simulate(trace, "--trace", str(other), *grid)
+    first, second = (row["hit_rate"] * 100 for row in (alone[0][0], alone[1][0]))
+    assert "2 traces, mean ± standard deviation: 720 calls" in table
+    assert f"{(first + second) / 2:.1f}% ± {statistics.stdev([first, second]):.1f}" in table
+    rows = list(csv.DictReader(simulate(trace, "--trace", str(other), *grid, "--output", "csv").splitlines()))
+    assert [row["trace"] for row in rows].count("") == 4 and len(rows) == 12
+    assert simulate(trace, "--trace", str(trace), *grid) == simulate(trace, *grid)
+
+
+def test_traces_of_different_models_are_not_averaged(trace: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    write_trace(other, random_trace(2, steps=30, layers=3, experts=8, top_k=2))
+    result = CliRunner().invoke(app, ["--trace", str(trace), "--trace", str(other)])
+    assert result.exit_code == 2 and "4, 3 layers" in result.stderr and "--layers 4" in result.stderr
+    both = ("--trace", str(other), "--layers", "4", "--policy", "LRU")
+    assert "2 traces" in simulate(trace, *both)
+    result = CliRunner().invoke(app, ["--trace", str(trace), *both, "--convert", str(tmp_path / "c.csv")])
+    assert result.exit_code == 2 and "one --trace" in result.stderr
+    assert CliRunner().invoke(app, []).exit_code == 2
+
+
+def test_a_trace_may_come_from_a_pipe(trace: Path) -> None:
+    out, into = os.pipe()
+    writer = threading.Thread(target=lambda: (os.write(into, trace.read_bytes()), os.close(into)))
+    writer.start()
+    grid = ("--policy", "LRU", "--nways", "2", "--output", "csv")
+    fields = [line.split(",")[1:] for path in (trace, f"/dev/fd/{out}") for line in simulate(path, *grid).splitlines()]
+    writer.join()
+    assert fields[:2] == fields[2:]
+    os.close(out)
+
+
 def test_a_trace_is_converted(trace: Path, tmp_path: Path) -> None:
     copy, choices = tmp_path / "copy.csv", tmp_path / "expert_choices.csv"
     assert simulate(trace, "--convert", str(copy), "--libcachesim", str(tmp_path / "other.csv")) == ""
@@ -123,6 +230,9 @@ def test_few_ways_are_warned_of(trace: Path) -> None:
         ([*RATES[:7], "0"], ["expert bytes"]),
         (["--experts", "4"], ["unknown expert"]),
         (["--layers", "3"], ["unknown layer 3", "0 to 2"]),
+        (["--experts", "0"], ["--experts", "0", "1"]),
+        (["--experts", str(1 << 63)], [str(1 << 63), "8192"]),
+        (["--layers", "-5"], ["--layers", "-5"]),
         (["--results", "/missing/results"], ["--results", "/missing"]),
         (["--convert", "trace.txt"], [".csv or .parquet"]),
         (["--profile", "/missing/bench.json", *RATES[:4], *RATES[6:]], ["--profile", "/missing"]),

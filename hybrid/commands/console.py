@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from hybrid.commands.signals import Terminated, ending_signals
 from hybrid.errors import HybridError
@@ -32,6 +33,12 @@ def show(text: str, end: str = "\n", dim: bool = False) -> None:
     if sys.stdout.isatty():
         text = f"\033[2m{printable(text)}\033[0m" if dim else printable(text)
     print(text, end=end, flush=True)
+
+
+def show_json(value: Any, indent: int | None = None) -> None:
+    """JSON on stdout, in ASCII where stdout cannot show all characters."""
+    whole = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    show(json.dumps(value, ensure_ascii=not whole, indent=indent))
 
 
 def one_line(error: object) -> str:

@@ -45,9 +45,9 @@ STYLE = {
 }
 BOUND, STATIC = "bypass-Belady", ("static-best", "static-layers")
 FIGURE_KINDS = {
-    "png": FileKind("a PNG figure", lambda head: head.startswith(b"\x89PNG")),
-    "svg": FileKind("an SVG figure", lambda head: b"<svg" in head),
-    "pdf": FileKind("a PDF figure", lambda head: head.startswith(b"%PDF")),
+    ".png": FileKind("a PNG figure", lambda head: head.startswith(b"\x89PNG")),
+    ".svg": FileKind("an SVG figure", lambda head: b"<svg" in head),
+    ".pdf": FileKind("a PDF figure", lambda head: head.startswith(b"%PDF")),
 }
 _CELLS = 240  # columns of a heat map and points of an area at most
 
@@ -59,6 +59,7 @@ class Series:
     label: str
     x: list[float]
     y: list[float]
+    spread: list[float]  # of y over several traces, 0 of one
     look: dict[str, Any]
 
 
@@ -72,12 +73,12 @@ def new_figure(width: float, height: float, columns: int = 1, **more: Any) -> tu
 
 
 def styled(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw in our style and write PNG or SVG, the same bytes for the same data; the file is whole or not there."""
+    """Draw in our style and write PNG, SVG or PDF, the same bytes for the same data; the file is whole or not there."""
     import matplotlib
 
     kind = path.suffix.lower().lstrip(".")
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE), output_file(path, FIGURE_KINDS.get(kind)) as file:
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {"Software": None})
+    with matplotlib.rc_context(STYLE), output_file(path, FIGURE_KINDS[f".{kind}"]) as file:
         draw().savefig(file, format=kind, dpi=200, metadata=metadata)
 
 
@@ -89,27 +90,49 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
         panels: list[tuple[str, list[Row]]] = [("", list(rows))]
     else:
         panels = [(f"N = {count} indexes", [row for row in rows if row["nblocks"] == count]) for count in blocks]
-    figure, axes = new_figure(max(5.6, 3.4 * len(panels) + 1.6), 3.6, len(panels), sharey=True)
+    figure, axes = new_figure(max(5.6, 3.4 * len(panels) + 1.6), 3.8, len(panels), sharex=True, sharey=True)
     for axis, (name, members) in zip(axes, panels, strict=True):
-        for series in _lines(members, "slots", lambda row: 100 * _hit_share(row)):
-            bound = " (bound)" if series.label.startswith(BOUND) else ""
-            axis.plot(series.x, series.y, label=series.label + bound, **series.look)
+        for series in _lines(members, "slots", _hit_percent):
+            _draw(axis, series, " (bound)" if series.label.startswith(BOUND) else "")
         axis.set(xlabel="expert slots on the device (N × M)", title=name if len(panels) > 1 else "")
         axis.set_ylim(0, 100)
+        _whole_ticks(axis)
     axes[0].set_ylabel("hits, % of all expert calls")
     _legend(figure, axes)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
 
 
-def _hit_share(row: Row) -> float:
-    """Of a bound what it bounds: with a quota that is more than its own schedule hits."""
+def _draw(axis: Axes, series: Series, note: str = "") -> None:
+    """A line, and around it a band of the standard deviation over several traces."""
+    axis.plot(series.x, series.y, label=series.label + note, **series.look)
+    if any(series.spread):
+        low, high = np.subtract(series.y, series.spread), np.add(series.y, series.spread)
+        axis.fill_between(series.x, low, high, color=series.look["color"], alpha=0.15, linewidth=0)
+
+
+def _whole_ticks(axis: Axes) -> None:
+    """Slots, layers and steps are counted."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+
+
+def _hit_percent(row: Row) -> tuple[float, float]:
+    """And its deviation. Of a bound what it bounds: with a quota that is more than its own schedule hits."""
+    spread = 100 * float(row.get("hit_rate_stdev", 0))
     if row["policy"] == BOUND and row.get("upper_bound"):
-        return float(row["upper_bound"]) / float(row["calls"])
-    return float(row["hits"]) / float(row["calls"])
+        return 100 * float(row["upper_bound"]) / float(row["calls"]), spread
+    if spread:
+        return 100 * float(row["hit_rate"]), spread
+    return 100 * float(row["hits"]) / float(row["calls"]), 0.0
 
 
-def _lines(rows: Sequence[Row], x: str, y: Callable[[Row], float]) -> list[Series]:
+def _speed(row: Row) -> tuple[float, float]:
+    return float(row["tokens_per_second"]), float(row.get("tokens_per_second_stdev", 0))
+
+
+def _lines(rows: Sequence[Row], x: str, y: Callable[[Row], tuple[float, float]]) -> list[Series]:
     """A line for each policy, and for each other parameter that varies; the bound last, so that it lies on top."""
     varied = [name for name in ("admission", "mapping", "quota", "delay") if len({str(row[name]) for row in rows}) > 1]
     groups: dict[str, list[Row]] = {}
@@ -120,9 +143,9 @@ def _lines(rows: Sequence[Row], x: str, y: Callable[[Row], float]) -> list[Serie
     causal = [label for label in groups if not _knows_the_future(label)]
     lines = []
     for label, members in groups.items():
-        points = sorted((float(row[x]), y(row)) for row in members)
-        look = _look(label, causal)
-        lines.append(Series(label, [a for a, _ in points], [b for _, b in points], look))
+        points = sorted((float(row[x]), *y(row)) for row in members)
+        at, values, spread = (list(part) for part in zip(*points, strict=True))
+        lines.append(Series(label, at, values, spread, _look(label, causal)))
     return lines
 
 
@@ -164,11 +187,11 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
     shared = {slots: sorted(found) for slots, found in sorted(shapes.items()) if len(found) > 1}
     if not shared:
         shared = {0: sorted({shape for found in shapes.values() for shape in found})}
-    figure, axes = new_figure(max(5.6, 3.0 * len(shared) + 1.8), 3.6, len(shared), sharey=True)
+    figure, axes = new_figure(max(5.6, 3.0 * len(shared) + 1.8), 3.8, len(shared), sharey=True)
     for axis, (slots, found) in zip(axes, shared.items(), strict=True):
         members = [{**row, "at": found.index(place)} for row in rows if (place := _shape(row)) in found]
-        for series in _lines(members, "at", lambda row: float(row["tokens_per_second"])):
-            axis.plot(series.x, series.y, label=series.label, **series.look)
+        for series in _lines(members, "at", _speed):
+            _draw(axis, series)
         axis.axhline(float(members[0]["cpu_tokens_per_second"]), color=BLACK, linewidth=0.8, label="CPU alone")
         axis.set_xticks(range(len(found)), [f"{n}×{m}" for n, m in found])
         axis.set_xlim(-0.4, len(found) - 0.6)
@@ -202,6 +225,8 @@ def layers_figure(shares: Reals, rows: Sequence[str], columns: tuple[str, float]
         every = max(1, shares.shape[1] // 16)
         ticks = range(0, shares.shape[1], every)
         axis.set_xticks([0.5 + at for at in ticks], list(map(str, ticks)))
+    else:
+        _whole_ticks(axis)
     figure.colorbar(image, ax=axis, label="hits, % of expert calls", pad=0.02)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
@@ -225,7 +250,8 @@ def reuse_figure(reuse: Reuse, title: str) -> Figure:
         near.plot(distance, middle, label=label, color=colour, marker=marker)
         near.fill_between(distance, low, high, color=colour, alpha=0.15, linewidth=0)
     near.set(xlabel="distance d, tokens", ylabel="experts chosen before, %", title="between tokens (band: layers)")
-    near.set_xticks(distance)
+    for axis in (near, depth, across):
+        _whole_ticks(axis)
     layers = np.arange(reuse.tokens.shape[1])
     depth.plot(layers, 100 * reuse.tokens[0], color=COLOURS[0], marker="o", label="experts of the token before")
     depth.plot(layers, 100 * reuse.same_sets, color=COLOURS[2], marker="D", label="whole sets the same")
@@ -253,6 +279,7 @@ def breakdown_figure(parts: Mapping[str, Reals], beside: Mapping[str, Reals], ti
     )
     run.set(xlabel="decoding step", ylabel="time, ms", title="threads, step by step")
     run.margins(x=0)
+    _whole_ticks(run)
     _mean_bars(mean, {"threads": parts, "device": beside} if beside else {"threads": parts}, colours)
     figure.legend(*mean.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title, x=0.01, ha="left", weight="bold")

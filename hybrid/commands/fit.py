@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from hybrid.commands.console import show, show_json
 from hybrid.commands.flags import command, new_app, only
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
@@ -74,7 +74,10 @@ def fit(
     spec = model_spec(contents)
     hardware, rates = machine_of(options)
     found = fits_of(spec, native, hardware, rates, replace(config, numa="off"), options)
-    print(json.dumps(report(spec, hardware, rates, found)) if options.json else text(spec, hardware, rates, found))
+    if options.json:
+        show_json(report(spec, hardware, rates, found))
+    else:
+        show(text(spec, hardware, rates, found))
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], FormatMix]:

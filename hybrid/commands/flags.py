@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from hybrid.commands.console import exit_codes
-from hybrid.settings import Choice, Setting, build, choose, named_as_given, settings_of
+from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, settings_of
 
 GROUPS = ("model", "prompts", "sampling", "engine", "cache", "gpu", "device", "files", "output", "")  # in --help
 
@@ -104,7 +104,7 @@ def _chosen(kind: type, few: Only | None) -> tuple[Setting, ...]:
 def _said(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of flags that were given, not those of defaults."""
     sources = {name: context.get_parameter_source(name) for name in given}
-    return {name: given[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return {name: as_utf8(given[name]) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def _require(context: typer.Context, choices: Sequence[Choice]) -> None:

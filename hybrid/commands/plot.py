@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from hybrid.commands import flags as f
-from hybrid.commands.console import exit_codes
+from hybrid.commands.console import exit_codes, say
+from hybrid.commands.figures import FIGURE_KINDS
+from hybrid.commands.plot_data import is_json, layers_of_policies, read_hits, read_results, read_text, read_times
 from hybrid.errors import ConfigError
+from hybrid.files import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-Reals = NDArray[np.float64]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-SUFFIXES = (".png", ".svg")
-RESULT_COLUMNS = ("policy", "nblocks", "nways", "slots", "admission", "mapping", "quota", "delay", "calls", "hits")
+SUFFIXES = (".png", ".svg", ".pdf")
 _PATH: dict[str, Any] = {"parser": f.parse_path, "metavar": "PATH"}
 Kind = Annotated[str, typer.Argument(help="hit-rate, speed, layers, reuse or breakdown.", metavar="KIND")]
 Source = Annotated[Path, typer.Argument(help="What to draw; see above.", **_PATH)]
-Target = Annotated[Path, typer.Argument(help="The figure: .png or .svg.", **_PATH)]
-Title = Annotated[str | None, typer.Option("--title", help="Above the figure.", show_default="what was drawn")]
+Target = Annotated[Path, typer.Argument(help="The figure: .png, .svg or .pdf.", **_PATH)]
+Title = Annotated[
+    str | None, typer.Option("--title", help="Above the figure.", metavar="TEXT", show_default="what was drawn")
+]
+Model = Annotated[str | None, typer.Option("--model", help="The model, named in the title.", metavar="TEXT")]
+Shape = Annotated[
+    str | None,
+    typer.Option("--shape", help="For layers: which of several caches.", metavar="NxM", show_default="the middle one"),
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is drawn, and what stands above it."""
+
+    source: Path
+    title: str | None
+    model: str | None
+    shape: str | None
+
+    def heading(self, what: str, about: str = "") -> str:
+        """The title; without one what is drawn, and below it of which model and trace."""
+        below = ", ".join(part for part in (self.model, about or self.source.name) if part)
+        return self.title or f"{what}\n{below}"
 
 
 @app.command()
-def plot(kind: Kind, source: Source, figure: Target, title: Title = None) -> None:
+def plot(
+    kind: Kind, source: Source, figure: Target, title: Title = None, model: Model = None, shape: Shape = None
+) -> None:
     """Draw a figure.
 
     hit-rate: hits against slots by policy, with the bound, from CSV, JSON or --results of hybrid simulate.
@@ -47,9 +67,7 @@ def plot(kind: Kind, source: Source, figure: Target, title: Title = None) -> Non
         if kind not in KINDS:
             raise ConfigError(f"there is no figure {kind!r}; allowed: {', '.join(KINDS)}")
         check_target(figure)
-        if not source.is_file():
-            raise ConfigError(f"{source}: there is no such file; give what hybrid run or hybrid simulate wrote")
-        draw = KINDS[kind](source, title)
+        draw = KINDS[kind](Wanted(source, title, model, shape))
         _check_matplotlib()
         from hybrid.commands.figures import styled
 
@@ -59,9 +77,8 @@ def plot(kind: Kind, source: Source, figure: Target, title: Title = None) -> Non
 def check_target(path: Path) -> None:
     """Raise ConfigError unless a figure can be written there."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path}: a figure ends in {' or '.join(SUFFIXES)}; name it so")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
+        raise ConfigError(f"{path}: a figure ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; name it so")
+    check_output("FIGURE", path, FIGURE_KINDS[path.suffix.lower()])
 
 
 def _check_matplotlib() -> None:
@@ -73,174 +90,73 @@ def _check_matplotlib() -> None:
         ) from None
 
 
-def hit_rate(source: Path, title: str | None) -> Callable[[], Figure]:
+def hit_rate(wanted: Wanted) -> Callable[[], Figure]:
     from hybrid.commands.figures import hit_rate_figure
 
-    rows = read_results(source)
-    return lambda: hit_rate_figure(rows, title or "Hit rate of the expert cache")
+    results = read_results(wanted.source, read_text(wanted.source))
+    return lambda: hit_rate_figure(results.rows, wanted.heading("Hit rate of the expert cache", results.about))
 
 
-def speed(source: Path, title: str | None) -> Callable[[], Figure]:
+def speed(wanted: Wanted) -> Callable[[], Figure]:
     from hybrid.commands.figures import speed_figure
 
-    rows = read_results(source)
-    if not rows[0].get("tokens_per_second"):
-        raise ConfigError(f"{source}: has no tokens/s; give hybrid simulate the rates of a machine (--pcie-gbps ...)")
-    return lambda: speed_figure(rows, title or "Predicted speed at equal slots")
+    results = read_results(wanted.source, read_text(wanted.source))
+    if not all({"tokens_per_second", "cpu_tokens_per_second"} <= set(row) for row in results.rows):
+        raise ConfigError(
+            f"{wanted.source}: has no tokens/s; give hybrid simulate the rates of a machine (--pcie-gbps ...)"
+        )
+    return lambda: speed_figure(results.rows, wanted.heading("Predicted speed at equal slots", results.about))
 
 
-def layers(source: Path, title: str | None) -> Callable[[], Figure]:
+def layers(wanted: Wanted) -> Callable[[], Figure]:
     from hybrid.commands.figures import layers_figure
 
-    if _is_json(source.read_text(encoding="utf-8", errors="replace")):
-        shares, names, shape = layers_of_policies(read_results(source))
-        return lambda: layers_figure(
-            shares, names, ("MoE layer", 1.0), "", title or f"Hit rate by layer, {shape} slots"
-        )
-    shares, run = read_hits(source)
+    text = read_text(wanted.source)
+    if not is_json(text):
+        return _layers_over_steps(wanted, text)
+    results = read_results(wanted.source, text)
+    shares, names, shape, shapes = layers_of_policies(wanted.source, results.rows, wanted.shape)
+    if len(shapes) > 1 and wanted.shape is None:
+        say(f"note: drawn for {shape} slots, the middle one of {', '.join(shapes)}; --shape NxM chooses another")
+    heading = wanted.heading(f"Hit rate by layer, {shape.replace('x', '×')} slots", results.about)
+    return lambda: layers_figure(shares, names, ("MoE layer", 1.0), "", heading)
+
+
+def _layers_over_steps(wanted: Wanted, text: str) -> Callable[[], Figure]:
+    from hybrid.commands.figures import layers_figure
+
+    if wanted.shape is not None:
+        raise ConfigError("--shape chooses among the caches of hybrid simulate; a run has one cache, drop it")
+    shares, run = read_hits(wanted.source, text)
     numbers = [str(layer) for layer in range(len(shares))]
-    heading = title or "Hit rate by layer" + (f" (means of {run} steps)" if run > 1 else "")
+    heading = wanted.heading("Hit rate by layer" + (f" (means of {run} steps)" if run > 1 else ""))
     return lambda: layers_figure(shares, numbers, ("step", float(run)), "MoE layer", heading)
 
 
-def layers_of_policies(rows: list[Row]) -> tuple[Reals, list[str], str]:
-    """Hit rates [policies, layers] at one shape, the middle one of several; names of the policies; the shape."""
-    shapes = sorted({(row["slots"], row["nblocks"], row["nways"]) for row in rows})
-    middle = shapes[len(shapes) // 2]
-    chosen = {_label(row): row for row in rows if (row["slots"], row["nblocks"], row["nways"]) == middle}
-    calls = np.array([row["layer_calls"] for row in chosen.values()], np.float64)
-    hits = np.array([row["layer_hits"] for row in chosen.values()], np.float64)
-    shares = np.divide(hits, calls, out=np.full_like(hits, np.nan), where=calls > 0)
-    return shares, list(chosen), f"{middle[1]}×{middle[2]}"
-
-
-def _label(row: Row) -> str:
-    """A policy and what is not as usual."""
-    usual = {"admission": "always", "mapping": "modulo", "quota": None, "delay": 0}
-    return ", ".join([row["policy"], *(f"{name} {row[name]}" for name in usual if row[name] != usual[name])])
-
-
-def reuse(source: Path, title: str | None) -> Callable[[], Figure]:
+def reuse(wanted: Wanted) -> Callable[[], Figure]:
     from gpu_cache.reuse import measure_reuse
     from hybrid.commands.figures import reuse_figure
     from hybrid.errors import cache_errors
     from hybrid.trace_files import read_trace
 
     with cache_errors():
-        measured = measure_reuse(read_trace(source))
-    return lambda: reuse_figure(measured, title or "Reuse of experts")
+        trace = read_trace(wanted.source)
+        measured = measure_reuse(trace)
+    about = f"{wanted.source.name}, {trace.layers} MoE layers of {trace.experts} experts"
+    return lambda: reuse_figure(measured, wanted.heading("Reuse of experts", about))
 
 
-def breakdown(source: Path, title: str | None) -> Callable[[], Figure]:
+def breakdown(wanted: Wanted) -> Callable[[], Figure]:
     from hybrid.commands.figures import breakdown_figure
 
-    parts, beside = split_times(source, read_columns(source, ("total", "prompt_rows", "attention", "moe")))
-    return lambda: breakdown_figure(parts, beside, title or "Where the time of a decoding step goes")
+    parts, beside = read_times(wanted.source, read_text(wanted.source))
+    return lambda: breakdown_figure(parts, beside, wanted.heading("Where the time of a decoding step goes"))
 
 
-KINDS: dict[str, Callable[[Path, str | None], Callable[[], Figure]]] = {
+KINDS: dict[str, Callable[[Wanted], Callable[[], Figure]]] = {
     "hit-rate": hit_rate,
     "speed": speed,
     "layers": layers,
     "reuse": reuse,
     "breakdown": breakdown,
 }
-
-
-def read_results(source: Path) -> list[Row]:
-    """The results of `hybrid simulate`. Raises ConfigError for another file."""
-    try:
-        text = source.read_text(encoding="utf-8")
-        rows = _json_rows(source, text) if _is_json(text) else list(csv.DictReader(text.splitlines()))
-        usable = bool(rows) and all(name in rows[0] for name in RESULT_COLUMNS)
-        if usable:
-            return [{**row, **{name: int(row[name]) for name in ("nblocks", "nways", "slots")}} for row in rows]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        usable = False
-    raise ConfigError(
-        f"{source}: is not what `hybrid simulate` wrote with --output csv, --output json or --results; write it again"
-    )
-
-
-def _is_json(text: str) -> bool:
-    return text.lstrip().startswith("{")
-
-
-def _json_rows(source: Path, text: str) -> list[Row]:
-    """The results of --output json, one object, or of --results, an object a line, whose last may be cut off."""
-    try:
-        whole = json.loads(text)
-        if "results" in whole:
-            return list(whole["results"])
-    except ValueError:
-        pass
-    entries = [entry for entry in map(_entry, text.splitlines()) if entry is not None]
-    traces = {entry["trace"] for entry in entries}
-    if len(traces) > 1:
-        raise ConfigError(
-            f"{source}: holds results of {len(traces)} traces, which one figure cannot compare; "
-            "give hybrid simulate a --results file for each"
-        )
-    return list({entry["name"]: entry["result"] for entry in entries}.values())
-
-
-def _entry(line: str) -> Row | None:
-    """A line of --results."""
-    try:
-        entry: Row = json.loads(line)
-    except ValueError:
-        return None
-    return entry
-
-
-def read_columns(source: Path, needed: tuple[str, ...]) -> dict[str, Reals]:
-    """The columns of a CSV of numbers. Raises ConfigError naming what is missing or wrong."""
-    with open(source, newline="", encoding="utf-8", errors="replace") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    missing = [name for name in needed if name not in header]
-    if missing:
-        raise ConfigError(f"{source}: has no column {', '.join(missing)}; give a CSV that hybrid run wrote")
-    if not rows:
-        raise ConfigError(f"{source}: holds no steps; record some first")
-    try:
-        return dict(zip(header, np.array(rows, np.float64).T, strict=True))
-    except ValueError as error:
-        raise ConfigError(f"{source}: is not whole ({error}); write it again") from None
-
-
-def read_hits(source: Path) -> tuple[Reals, int]:
-    """Hit rates [layers, runs of steps] of --cachehit-csv, NaN where nothing was called, and the steps of a run."""
-    from hybrid.commands.figures import binned
-
-    columns = read_columns(source, ("step", "layer", "calls", "hits"))
-    step, layer = columns["step"].astype(int), columns["layer"].astype(int)
-    _, step = np.unique(step, return_inverse=True)
-    sums = np.zeros((2, layer.max() + 1, step.max() + 1))
-    for at, name in enumerate(("hits", "calls")):
-        np.add.at(sums[at], (layer, step), columns[name])
-    hits, run = binned(sums[0])
-    calls, _ = binned(sums[1])
-    return np.divide(hits, calls, out=np.full_like(hits, np.nan), where=calls > 0), run
-
-
-def split_times(source: Path, columns: dict[str, Reals]) -> tuple[dict[str, Reals], dict[str, Reals]]:
-    """What the threads did, adding up to the whole, and what the device did beside them; ms of each decoding step."""
-    decoding = columns["prompt_rows"] == 0
-    if not decoding.any():
-        raise ConfigError(f"{source}: holds no decoding steps; run with a larger --max-tokens")
-    times: dict[str, Reals] = {name: values[decoding] for name, values in columns.items()}
-    within = {label: times[name] for name, label in WITHIN_EXPERTS.items() if name in times and times[name].any()}
-    router = np.maximum(times["moe"] - sum(within.values()), 0)
-    first = {"attention": times["attention"], "router and rest of MoE" if within else "MoE": router}
-    last: dict[str, Reals] = {name: times[name] for name in ("head", "other", "sampling") if name in times}
-    beside = {label: times[name] for name, label in BESIDE.items() if name in times and times[name].any()}
-    return {**first, **within, **last}, beside
-
-
-WITHIN_EXPERTS = {
-    "cpu_experts": "experts on the CPU",
-    "lookup": "cache lookup",
-    "join": "join",
-    "wait": "wait for device",
-}
-BESIDE = {"device_experts": "experts on the device", "copy": "copies"}

@@ -25,7 +25,10 @@ def print_choices(choices: Sequence[Choice], chosen: Iterable[Any]) -> None:
         check_settings(part)
     choices = [_now(choice) for choice in choices]
     as_json = any((choice.setting.name, choice.value) in (("json", True), ("output", "json")) for choice in choices)
-    show(to_json(choices) if as_json else "\n".join([to_text(choices), *_limit_lines(chosen)]))
+    if as_json:
+        show_json(to_json(choices))
+    else:
+        show("\n".join([to_text(choices), *_limit_lines(chosen)]))
 
 
 def _limit_lines(chosen: list[Any]) -> list[str]:
@@ -62,8 +65,8 @@ def _text(choice: Choice) -> str:
     return {True: "yes", False: "no"}[choice.value] if choice.setting.kind is bool else str(choice.value)
 
 
-def to_json(choices: Sequence[Choice]) -> str:
-    rows = {
+def to_json(choices: Sequence[Choice]) -> dict[str, Any]:
+    return {
         choice.setting.name: {
             "value": str(choice.value) if isinstance(choice.value, Path) else choice.value,
             "source": choice.source,
@@ -71,4 +74,3 @@ def to_json(choices: Sequence[Choice]) -> str:
         }
         for choice in choices
     }
-    return json.dumps(rows, ensure_ascii=False)

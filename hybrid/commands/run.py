@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say, show
+from hybrid.commands.console import progress_bar, say, show, show_json
 from hybrid.commands.flags import Version, command, new_app
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
 from hybrid.commands.signals import Terminated
@@ -94,7 +93,7 @@ def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: R
         _say_summary(llm, outputs)
         raise
     if options.json:
-        show(_json_report(llm, prompts or [], completions, outputs.summary(), outputs.cache_report()))
+        show_json(_json_report(llm, prompts or [], completions, outputs.summary(), outputs.cache_report()))
     else:
         _say_summary(llm, outputs)
 
@@ -132,7 +131,7 @@ def _print_plan(config: EngineConfig, as_json: bool) -> None:
     from hybrid.plan.text import plan_text
 
     plan = plan_model(config, say)
-    show(json.dumps(plan.to_dict()) if as_json else plan_text(plan))
+    show_json(plan.to_dict()) if as_json else show(plan_text(plan))
     plan.require_fit()
 
 
@@ -209,11 +208,11 @@ def _json_report(
     completions: Sequence[Completion],
     summary: Summary,
     cache: CacheReport | None,
-) -> str:
+) -> dict[str, Any]:
     from hybrid.machine.hardware import probe
 
     device = llm.engine.device_report()
-    report = {
+    return {
         "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
         "summary": asdict(summary),
         "cache": cache.to_dict() if cache else None,
@@ -222,4 +221,3 @@ def _json_report(
         "memory": asdict(llm.engine.memory),
         "machine": asdict(probe()),
     }
-    return json.dumps(report, ensure_ascii=False)

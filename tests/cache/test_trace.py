@@ -143,6 +143,10 @@ def test_a_parquet_that_is_cut_off_or_lacks_a_column_says_so(tmp_path: Path) -> 
     pyarrow.parquet.write_table(pyarrow.table({"step": [0]}), path)
     with pytest.raises(CacheError, match="no column sequence"):
         read_trace(path)
+    rows = pyarrow.table({name: [0] for name in COLUMNS})
+    pyarrow.parquet.write_table(rows.append_column("step", [[0]]), path)
+    with pytest.raises(CacheError, match="the column step twice"):
+        read_trace(path)
     pyarrow.parquet.write_table(pyarrow.table({name: ["a"] for name in COLUMNS}), path)
     with pytest.raises(CacheError, match="whole trace"):
         read_trace(path)
@@ -163,6 +167,24 @@ CHOICES = """Index,Block_0,Block_0,Block_1,Block_1
 1,2,5,0,7
 2,2,3,6,7
 """
+
+
+def test_a_byte_order_mark_is_no_part_of_a_header(tmp_path: Path) -> None:
+    path, choices = tmp_path / "trace.csv", tmp_path / "expert_choices.csv"
+    path.write_text(f"{HEADER}\r\n0,0,0,0,0,1,1.0\r\n", encoding="utf-8-sig")
+    choices.write_text(CHOICES, encoding="utf-8-sig")
+    assert read_trace(path).expert.tolist() == [1] and read_trace(choices).layers == 2
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(0, None), (None, 1 << 63), (-5, 8), (1 << 40, None)])
+def test_numbers_that_no_model_has_are_refused(tmp_path: Path, layers: int | None, experts: int | None) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"{HEADER}\n0,0,0,0,0,1,1.0\n")
+    with pytest.raises(CacheError, match="are no model's"):
+        read_trace(path, layers, experts)
+    path.write_text(f"{HEADER}\n0,0,0,0,0,{1 << 40},1.0\n")
+    with pytest.raises(CacheError, match="unknown expert"):
+        read_trace(path)
 
 
 def test_expert_choices_of_the_seed_are_converted(tmp_path: Path) -> None:

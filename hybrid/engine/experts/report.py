@@ -16,10 +16,11 @@ class CacheReport:
     """Hit rates are over all expert calls: every distinct expert that a layer calls in a step, including layers without
     slots.
 
-    late_copies: experts called while their copy was in flight. streamed: experts brought to the device for one layer of
-    a prompt, which count as misses, in streamed_layers layers. miss_seconds: what the threads took for experts in steps
-    with the device. modelled_seconds: what the figures of the device make of its hits. following: what `--cache auto`
-    chose, None without.
+    late_copies: experts called while their copy was in flight. repeatable: whether copies end by the count of
+    layers, so that the hits do not depend on how fast they are. streamed: experts brought to the device for one
+    layer of a prompt, which count as misses, in streamed_layers layers. miss_seconds: what the threads took for
+    experts in steps with the device. modelled_seconds: what the figures of the device make of its hits. following:
+    what `--cache auto` chose, None without.
     """
 
     geometry: str
@@ -43,17 +44,24 @@ class CacheReport:
     lookup_seconds: float
     wait_seconds: float
     modelled_seconds: float
+    repeatable: bool
     verdict: Verdict | None
     following: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def _load_note(self) -> str:
+        if not self.late_copies or self.repeatable:
+            return ""
+        return "; copies came late, so it depends on the load of this machine: --cache-delay 0 repeats it"
+
     def __str__(self) -> str:
         layers = " ".join(f"{rate:.0%}"[:-1] for rate in self.layer_hit_rates)
         lines = [
             f"cache        {self.hit_rate:.1%} of {self.calls} expert calls hit ({self.geometry}, {self.policy}, "
-            f"admission {self.admission})",
+            f"admission {self.admission})" + self._load_note,
             f"by layer     {layers} %",
             f"copies       {self.fills}, {size_text(self.copied_bytes)}, {self.late_copies} late"
             + (f", {self.failed_copies} failed" if self.failed_copies else ""),
@@ -93,6 +101,7 @@ def report(experts: DeviceExperts) -> CacheReport:
         lookup_seconds=times.lookup,
         wait_seconds=times.wait,
         modelled_seconds=totals["hits"] * experts.costs.device,
+        repeatable=settings.delay is not None,
         verdict=experts.verdict(),
         following=experts.following,
         **totals,
