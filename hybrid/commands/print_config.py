@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.commands.console import show
+from hybrid.commands.console import show, show_json
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.settings import ENVIRONMENT, Choice, check_settings
