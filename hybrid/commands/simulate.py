@@ -97,7 +97,7 @@ def read_traces(options: SimulateOptions) -> dict[str, Trace]:
     """Every trace by its path, each once. Raises ConfigError unless they can be of one model."""
     paths = list(dict.fromkeys(options.trace))
     if not paths:
-        raise ConfigError("there is no trace to replay; give --trace FILE, which `hybrid run --trace FILE` records")
+        raise ConfigError("Missing option '--trace'; give a file that `hybrid run --trace FILE` records")
     traces = {path: read_trace(Path(path).expanduser(), options.layers, options.experts, "--trace") for path in paths}
     for what in ("layers", "experts"):
         found = {path: getattr(trace, what) for path, trace in traces.items()}
