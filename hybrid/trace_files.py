@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gpu_cache.trace_writer import TraceWriter
 
 SUFFIXES = (".csv", ".parquet")
-TRACES = Reading(8 << 30, "give what `hybrid run --trace FILE` records")
+TRACES = Reading(8 << 30, "give a trace that `hybrid run` recorded")
 
 
 def read_trace(path: Path, layers: int | None = None, experts: int | None = None, flag: str = "") -> Trace:

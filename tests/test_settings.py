@@ -316,7 +316,7 @@ def test_a_command_names_settings_that_exist() -> None:
 def test_a_flag_that_must_be_given_may_be_a_variable(monkeypatch) -> None:
     assert "Missing option '--trace'" in invoke("simulate").stderr
     monkeypatch.setenv("HYBRID_SIMULATE_TRACE", "/missing.csv")
-    assert refused("simulate").startswith("/missing.csv: there is no such file")
+    assert refused("simulate").startswith("HYBRID_SIMULATE_TRACE /missing.csv: there is no such file")
 
 
 def test_the_documents_list_the_flags_that_exist() -> None:
