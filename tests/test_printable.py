@@ -85,8 +85,8 @@ def hostile(tmp_path_factory) -> Path:
 
 
 def test_a_model_cannot_steer_the_terminal(hostile, tmp_path) -> None:
-    flags = ["--model-path", str(hostile), "--cache-dir", str(tmp_path), "--max-tokens", "3"]
-    for prompts in (["--prompt", TITLE], ["--prompt", "a", "--prompt", "b"]):
+    flags = ["--model-path", str(hostile), "--cache-dir", str(tmp_path), "--max-tokens", "16"]
+    for prompts in (["--prompt", TITLE], ["--prompt", "Once upon a time", "--prompt", "The fox"]):
         shown = at_a_terminal("hybrid.main", *flags, *prompts)
         assert TITLE.encode() not in shown and b"\\u001b]0;title\\u0007" in shown
 

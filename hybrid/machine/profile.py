@@ -123,7 +123,7 @@ def _read(path: Path) -> MachineProfile | None:
             return None
         experts = {key: _times(times) for key, times in body["experts"].items()}
         return MachineProfile(experts, LinkSpeed(**body["link"]) if body["link"] else None)
-    except (HybridError, KeyError, TypeError, AttributeError, ValueError):
+    except (HybridError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
 
 
