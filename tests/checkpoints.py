@@ -34,6 +34,7 @@ _COMMON: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
+    "qwen2": {**_COMMON, "model_type": "qwen2"},
     "qwen3": {**_COMMON, "model_type": "qwen3", "tie_word_embeddings": True},
     "mixtral": {**_COMMON, "model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -81,8 +82,66 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "olmoe": {
+        **_COMMON,
+        "model_type": "olmoe",
+        "num_key_value_heads": 6,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "glm4_moe": {
+        **_COMMON,
+        "model_type": "glm4_moe",
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 40,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "minimax_m2": {
+        **_COMMON,
+        "model_type": "minimax_m2",
+        "rotary_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "ernie4_5_moe": {
+        **_COMMON,
+        "model_type": "ernie4_5_moe",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "moe_intermediate_size": 40,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "hunyuan_v1_moe": {
+        **_COMMON,
+        "model_type": "hunyuan_v1_moe",
+        "num_experts": 6,
+        "moe_topk": 3,
+    },
+    "granitemoe": {
+        **_COMMON,
+        "model_type": "granitemoe",
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0625,
+    },
 }
-STACKED = ("gpt_oss",)  # families whose experts are never apart
+STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
 ON_DEVICE = [family for family in CONFIGS if family != "lfm2"]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

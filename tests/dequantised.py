@@ -60,7 +60,7 @@ def _attention(store: Store, index: int) -> Named:
     yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.heads * attention.head_dim)
     if attention.out_bias:
         yield _bias(out), store.array(f"{prefix}.out_bias")[: spec.hidden]
-    if attention.qk_norm == "head":
+    if attention.qk_norm != "none":
         yield names.q_norm, store.array(f"{prefix}.q_norm")
         yield names.k_norm, store.array(f"{prefix}.k_norm")
     if attention.sinks:
@@ -97,7 +97,10 @@ def _feed_forward(store: Store, index: int) -> Named:
         yield from zip(parts, _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate), strict=True)
     if ffn.router and ffn.router.bias:
         yield _bias(router), store.array(f"layers.{index}.ffn.router_bias")
-    if names.experts.fused_transposed:
+    if ffn.router and ffn.router.correction:
+        correction = store.array(f"layers.{index}.ffn.router_correction")
+        yield names.correction, correction[None] if names.correction_row else correction
+    if not names.experts.gate:
         yield from _stacked(store, index, layer)
         return
     for expert in range(ffn.experts):
@@ -105,10 +108,14 @@ def _feed_forward(store: Store, index: int) -> Named:
 
 
 def _stacked(store: Store, index: int, layer: LayerSpec) -> Named:
-    """The experts of gpt-oss with their biases, as transformers holds them."""
+    """Experts in one tensor, with their biases, as transformers holds them."""
     ffn, prefix = layer.feed_forward, f"layers.{index}.ffn"
     names = in_layer(ffn.names.experts, index)
     gate, up, down = map(np.stack, zip(*(_expert(store, index, layer, e) for e in range(ffn.experts)), strict=True))
+    if not names.fused_alternate:
+        yield names.fused_gate_up, np.concatenate([gate, up], axis=1)
+        yield names.fused_down, down
+        return
     both = np.stack([gate, up], axis=2).reshape(ffn.experts, -1, store.spec.hidden)
     blocks = store.array(f"{prefix}.gate_up_bias").transpose(0, 1, 3, 2).reshape(ffn.experts, -1)
     biases = blocks[:, : both.shape[1]], store.array(f"{prefix}.down_bias")[:, : store.spec.hidden]

@@ -198,7 +198,7 @@ def _add_gate(rig: Rig, gate: np.ndarray, weights: np.ndarray) -> None:
         experts=1,
         top_k=1,
         renormalise=False,
-        softmax_after=False,
+        scoring=cpu_kernels.Scoring.softmax,
         scale=1.0,
     )
 

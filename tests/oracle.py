@@ -50,10 +50,13 @@ def _spread_norms(model: Any) -> None:
     """transformers starts norms at 1, biases and sinks near 0: that would hide one left out or taken for another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(".bias"):
                 parameter += 0.1 * torch.randn_like(parameter)
             if name.endswith("sinks"):
                 parameter += 2 * torch.randn_like(parameter)
+        for name, buffer in [*model.named_buffers(), *model.named_parameters()]:
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.1 * torch.randn_like(buffer)
 
 
 def logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:

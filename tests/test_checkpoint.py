@@ -50,11 +50,12 @@ def test_tensors_are_read_bit_for_bit(tmp_path: Path, family: str, dtype: str, s
 @pytest.mark.parametrize("fused", [False, True])
 def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtype: str, fused: bool) -> None:
     pytest.importorskip("torch")
+    if fused and family == "granitemoe":
+        pytest.skip("it is published stacked, under names of its own")
     model = save_with_transformers(tmp_path, family, dtype=dtype, max_shard_size="100KB", fused=fused)
     checkpoint = _open(tmp_path)
     assert (tmp_path / INDEX).is_file()
-    moe = checkpoint.spec.layers[0].feed_forward.is_moe
-    assert checkpoint.form == ("fused" if (moe and fused) or family in STACKED else "apart")
+    assert checkpoint.form == ("fused" if (checkpoint.spec.moe_layers and fused) or family in STACKED else "apart")
     expected = model.get_input_embeddings().weight.detach().float().numpy()
     assert (checkpoint.read("model.embed_tokens.weight").astype(np.float32) == expected).all()
 

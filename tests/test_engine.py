@@ -86,6 +86,59 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "llama, biases in the feed-forward": ("llama", {"mlp_bias": True, **SHARP}),
+    "qwen2": ("qwen2", SHARP),
+    "qwen2 tied, window": (
+        "qwen2",
+        {
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "max_window_layers": 1,
+            **SHARP,
+        },
+    ),
+    "olmoe": ("olmoe", {}),
+    "olmoe, weights renormalised": (
+        "olmoe",
+        {"norm_topk_prob": True, "num_key_value_heads": 3, "num_experts_per_tok": 8},  # of 8: no near-tie decides
+    ),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe, one group, no norms": (
+        "glm4_moe",
+        {
+            "n_group": 1,
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            **SHARP,
+        },
+    ),
+    "minimax_m2": ("minimax_m2", {}),
+    "ernie4_5_moe": ("ernie4_5_moe", {}),
+    "ernie4_5_moe, rope matters": ("ernie4_5_moe", {"moe_k": 8, **SHARP}),  # of 8: no near-tie decides
+    "ernie4_5_moe, none shared": (
+        "ernie4_5_moe",
+        {"moe_num_shared_experts": 0, "moe_layer_interval": 2, "tie_word_embeddings": False, **SHARP},
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"moe_topk": 2}),
+    "hunyuan_v1_moe, stretched rope": (
+        "hunyuan_v1_moe",
+        {"moe_topk": 3, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, "rope_theta": 10000.0},
+    ),
+    "granitemoe": ("granitemoe", SHARP),
+    "granitemoe, no multipliers": (
+        "granitemoe",
+        {
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            **SHARP,
+        },
+    ),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),
 }

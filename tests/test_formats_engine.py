@@ -44,8 +44,11 @@ def bound(spec: ModelSpec, mix: FormatMix, kv_format: str = "bf16") -> float:
 def all_active(family: str) -> dict[str, int]:
     """The change that makes every expert active, so that rounding cannot send a near-tie to another one."""
     config = CONFIGS[family]
-    experts = config.get("num_experts", config.get("num_local_experts"))
-    return {"num_experts_per_tok": experts} if experts else {}
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    chosen = ("num_experts_per_tok", "moe_k", "moe_topk")
+    experts = next((config[name] for name in counts if name in config), None)
+    groups = {"n_group": 1} if "n_group" in config else {}
+    return groups | {name: experts for name in chosen if name in config} if experts else {}
 
 
 def relative_error(logits: np.ndarray, exact: np.ndarray) -> float:

@@ -15,12 +15,12 @@ from hybrid.models.spec import ModelSpec
 
 
 def test_families_are_found_by_file_name() -> None:
-    assert supported_models() == ("gpt_oss", "lfm2", "llama", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe")
+    assert supported_models() == tuple(sorted(CONFIGS))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
 def test_unsupported_families_are_refused_with_the_supported_ones(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match="gpt_oss, lfm2, llama, mixtral, qwen2_moe, qwen3, qwen3_moe"):
+    with pytest.raises(ConfigError, match=", ".join(sorted(CONFIGS))):
         model_spec({**CONFIGS["llama"], "model_type": model_type})
 
 
@@ -40,7 +40,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"}
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
-    sizes |= {"shared_expert_intermediate_size"}
+    sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
     filled = transformers.AutoConfig.for_model(**config).to_dict()
@@ -57,6 +57,35 @@ def test_router_renormalises_as_the_family_does() -> None:
     assert _spec("mixtral").layers[0].feed_forward.router == Router(2, "softmax", renormalise=True)
     moe = {name: value for name, value in CONFIGS["qwen3_moe"].items() if name != "norm_topk_prob"}
     assert model_spec(moe).layers[0].feed_forward.router == Router(3, "softmax", renormalise=False)
+
+
+def test_glm4_moe_chooses_among_groups_and_shares_an_expert() -> None:
+    dense, *sparse = _spec("glm4_moe").layers
+    assert not dense.feed_forward.is_moe and dense.mixer.rope.dim == 12
+    router = Router(3, "sigmoid", scale=1.5, correction=True, groups=2, top_groups=1)
+    assert [(layer.feed_forward.router, layer.feed_forward.shared_intermediate) for layer in sparse] == [
+        (router, 80)
+    ] * 2
+
+
+def test_hunyuan_may_choose_more_experts_in_some_layers() -> None:
+    layers = _spec("hunyuan_v1_moe", moe_topk=[2, 3]).layers
+    assert [layer.feed_forward.router.top_k for layer in layers] == [2, 3]
+    assert all(layer.mixer.norm_last for layer in layers)
+
+
+def test_the_stretched_base_of_hunyuan_is_that_of_transformers() -> None:
+    rope = (
+        _spec("hunyuan_v1_moe", rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}).layers[0].mixer.rope
+    )
+    assert rope.kind == "default" and rope.theta == 10000.0 * 1000.0 ** (24 / 22)
+
+
+def test_ernie_has_experts_in_a_run_of_layers() -> None:
+    spec = _spec(
+        "ernie4_5_moe", num_hidden_layers=6, moe_layer_start_index=1, moe_layer_end_index=4, moe_layer_interval=2
+    )
+    assert [layer.feed_forward.is_moe for layer in spec.layers] == [False, True, False, True, False, False]
 
 
 def test_gpt_oss_has_its_own_router_and_experts() -> None:
@@ -155,7 +184,7 @@ def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], w
         ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
         ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
         ({"vocab_size": None}, "vocab_size is missing"),
-        ({"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads [26]"),
         ({"head_dim": 23}, "odd"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
@@ -184,7 +213,20 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
-        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ("glm4_moe", {"n_group": 3}, "8 experts in n_group 3 groups"),
+        ("glm4_moe", {"n_group": 8}, "8 experts in n_group 8 groups"),
+        ("glm4_moe", {"num_experts_per_tok": 5}, "topk_group 1 are chosen among, cannot give each token 5"),
+        ("glm4_moe", {"topk_group": 3}, "topk_group is 3"),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 of heads of 24 dimensions"),
+        ("glm4_moe", {"partial_rotary_factor": 0.01}, "turns 0"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("minimax_m2", {"n_group": 2}, "n_group is 2"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias is True"),
+        ("hunyuan_v1_moe", {"moe_topk": [2]}, "moe_topk has 1 entries, and there is a layer 1"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, "x"]}, "moe_topk is 'x'"),
+        ("hunyuan_v1_moe", {"rope_scaling": {"type": "linear", "alpha": 2.0}}, "type is 'linear'"),
+        ("granitemoe", {"residual_multiplier": 0}, "residual_multiplier is 0"),
         ("llama", {"head_dim": None, "hidden_size": 97}, "97 is not a multiple of num_attention_heads 6"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types.*a list of 2"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),

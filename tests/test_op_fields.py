@@ -10,7 +10,7 @@ from kv_pages import KvPages
 from rig import BF16, aligned
 
 import cpu_kernels
-from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing, StateLayout
+from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing, Scoring, StateLayout
 
 BEST = cpu_kernels.available_isas()[0]
 MEMORY = aligned(1 << 16, np.uint8)
@@ -56,7 +56,7 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "topk": {
         **{"logits": PLACE, "ids": PLACE, "weights": PLACE, "experts": 4, "top_k": 2, "renormalise": True},
-        **{"softmax_after": False, "scale": 1.0},
+        **{"scoring": Scoring.softmax, "scale": 1.0},
     },
     "group": {"ids": PLACE, "weights": 0, "routing": ROUTING, "experts": 4, "top_k": 2},
     "gate_up": {**SET, "output": PLACE, "output_stride": 64, "activation": Activation.silu},

@@ -104,6 +104,7 @@ def make_inputs(
     windows: Set[int | None],
     capacity: int,
     taken: npt.NDArray[np.int32] | None = None,
+    embedding_scale: float = 1.0,
 ) -> StepInputs:
     """embedding: [vocab, hidden], on the device. ropes: frequencies on the device, and factors. capacity: places of a
     ring. taken: as in StepInputs, on the host.
@@ -114,7 +115,7 @@ def make_inputs(
         for array in (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
     )
     return StepInputs(
-        embedded=embedding[tokens].float(),
+        embedded=embedding[tokens].float() * embedding_scale,
         logit_rows=logit_rows,
         sequences=sequences,
         places=positions % capacity,

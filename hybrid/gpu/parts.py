@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hybrid.gpu.products import linear
-from hybrid.models.layers.feed_forward import SOFTMAX_AFTER, Activation, Router
+from hybrid.models.layers.feed_forward import Activation, Router
 from hybrid.models.rope import RopeSpec
 
 
@@ -32,8 +32,9 @@ class GatedWeights:
     down_bias: Tensor | None = None
 
 
-# From scores float32 [rows, experts], which may be part of wider rows: ids int32 and weights float32 [rows, top_k].
-Choose = Callable[[Tensor, Router], tuple[Tensor, Tensor]]
+# From logits float32 [rows, experts], which may be part of wider rows, and corrections float32 [experts] or None: ids
+# int32 and weights float32 [rows, top_k].
+Choose = Callable[[Tensor, Router, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,30 +88,55 @@ def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def route(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, router: Router, shared_gate: bool, choose: Choose
-) -> Routed:
-    """rows float32 [rows, hidden], weight float32 [experts, hidden], behind them the gate of a shared expert if any."""
-    scores = torch.nn.functional.linear(rows, weight, bias)
+@dataclass(frozen=True)
+class RouterWeights:
+    """float32: weight [experts, hidden], behind them the gate of a shared expert if any; bias and correction [experts]
+    or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
+
+
+def route(rows: Tensor, weights: RouterWeights, router: Router, shared_gate: bool, choose: Choose) -> Routed:
+    """rows float32 [rows, hidden]."""
+    scores = torch.nn.functional.linear(rows, weights.weight, weights.bias)
     shared = torch.sigmoid(scores[:, -1]) if shared_gate else None
-    return Routed(*choose(scores[:, :-1] if shared_gate else scores, router), shared)
+    return Routed(*choose(scores[:, :-1] if shared_gate else scores, router, weights.correction), shared)
 
 
 def chooser(device: torch.device) -> Choose:
     return choose_by_kernel if device.type == "cuda" else choose_by_torch
 
 
-def choose_by_kernel(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+def choose_by_kernel(logits: Tensor, router: Router, correction: Tensor | None) -> tuple[Tensor, Tensor]:
     """Top-k choice in one kernel instead of up to seven of torch's."""
     from gpu_cache.kernels.router import TopK, choose
 
-    return choose(scores, TopK(router.kind, scores.shape[1], router.top_k, router.renormalise, router.scale))
+    groups = (router.groups, router.top_groups)
+    top = TopK(router.kind, logits.shape[1], router.top_k, router.renormalise, router.scale, *groups)
+    return choose(logits, top, correction)
 
 
-def choose_by_torch(scores: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-    after = SOFTMAX_AFTER[router.kind]
-    chosen = torch.topk(scores if after else scores.softmax(-1), router.top_k)
-    weights = chosen.values.softmax(-1) if after else chosen.values
-    if router.renormalise and not after:
+def choose_by_torch(logits: Tensor, router: Router, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    after = router.kind == "topk_softmax"
+    scores = logits if after else logits.sigmoid() if router.kind == "sigmoid" else logits.softmax(-1)
+    keys = scores if correction is None else scores + correction
+    if router.groups > 1:
+        keys = _within_best_groups(keys, router)
+    ids = torch.topk(keys, router.top_k).indices
+    weights = scores.gather(1, ids)
+    if after:
+        weights = weights.softmax(-1)
+    elif router.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    return chosen.indices.int(), weights * router.scale
+    return ids.int(), weights * router.scale
+
+
+def _within_best_groups(keys: Tensor, router: Router) -> Tensor:
+    """Keys of experts outside the best groups become -inf. A group is worth its two largest keys."""
+    grouped = keys.unflatten(1, (router.groups, -1))
+    best = grouped.topk(2).values.sum(-1).topk(router.top_groups).indices
+    kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=keys.device).scatter(1, best, True)
+    return torch.where(kept[..., None], grouped, -torch.inf).flatten(1)

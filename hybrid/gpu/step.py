@@ -148,7 +148,8 @@ class DeviceStep:
         batch, self._logits, taken = self._pending_step
         runs = runs_of(batch, self.mirror)
         embedding, capacity = self._weights.embedding, self.mirror.capacity
-        inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken)
+        scale = self._spec.embedding_scale
+        inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken, scale)
         if ENDS in self._buffers:
             ends = self._buffers.whole(ENDS, torch.int32)
             for run in runs:
@@ -281,7 +282,8 @@ class DeviceStep:
     def _head(self) -> Tensor:
         """float32 [logit rows, vocab]."""
         residual = self._with_experts()[self._inputs.logit_rows]
-        return linear(rms_norm(residual, self._weights.final_norm, self._spec.eps).bfloat16(), self._weights.head)
+        rows = rms_norm(residual, self._weights.final_norm, self._spec.eps).bfloat16()
+        return linear(rows, self._weights.head) * self._spec.logit_scale
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

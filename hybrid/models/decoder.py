@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid.errors import ConfigError
 from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames, Router
@@ -15,7 +15,20 @@ from hybrid.models.spec import (
     ModelSpec,
     OuterNames,
 )
+from hybrid.models.tensors import gated_names
 
+# The expert that all rows share, as DeepSeek and those after it name it.
+SHARED_EXPERTS = FeedForwardNames(shared=gated_names("model.layers.{layer}.mlp.shared_experts"))
+_MIXTRAL = "model.layers.{layer}.block_sparse_moe"
+MIXTRAL_NAMES = FeedForwardNames(
+    router=f"{_MIXTRAL}.gate.weight",
+    experts=replace(
+        FeedForwardNames().experts,
+        gate=f"{_MIXTRAL}.experts.{{expert}}.w1.weight",
+        up=f"{_MIXTRAL}.experts.{{expert}}.w3.weight",
+        down=f"{_MIXTRAL}.experts.{{expert}}.w2.weight",
+    ),
+)
 FULL, SLIDING = "full_attention", "sliding_attention"  # words of `layer_types`
 
 
@@ -32,6 +45,8 @@ class Defaults:
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
+    rope_part: float | None = None  # of the dimensions of a head; None: all, and config.json may not say otherwise
+    rope_interleaved: bool = False
 
 
 def read_attention(
@@ -51,7 +66,14 @@ def read_attention(
             "correct one of them so that every key head serves the same number of query heads"
         )
     dim = _read_head_dim(fields, heads, defaults)
-    rope = read_rope(fields, dim, theta=defaults.theta, max_position=read_max_position(fields, defaults))
+    rope = read_rope(
+        fields,
+        dim,
+        theta=defaults.theta,
+        max_position=read_max_position(fields, defaults),
+        part=defaults.rope_part,
+        interleaved=defaults.rope_interleaved,
+    )
     return GroupedQueryAttention(
         heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window
     )
@@ -64,14 +86,46 @@ def read_windows(fields: Fields, window: int | None, *, default: Sequence[str]) 
     return [window if kind == SLIDING else None for kind in kinds]
 
 
+def read_late_windows(fields: Fields) -> list[int | None]:
+    """Each layer's window in Qwen2 and Qwen3: named by `layer_types`, or those from `max_window_layers` on slide."""
+    window = fields.optional_size("sliding_window", default=4096) if fields.flag("use_sliding_window") else None
+    first = fields.size("max_window_layers", default=28, minimum=0) if window else read_layer_count(fields)
+    default = [SLIDING if layer >= first else FULL for layer in range(read_layer_count(fields))]
+    return read_windows(fields, window, default=default)
+
+
 def read_experts(
     fields: Fields, intermediate: int, *, renormalise: bool, names: FeedForwardNames | None = None
 ) -> FeedForward:
-    """Routed experts, chosen by a softmax over all; transformers 4 and 5 name their number differently."""
-    experts = fields.size("num_experts", "num_local_experts", maximum=10**5)
-    top_k = fields.size("num_experts_per_tok", maximum=experts, maximum_of="the number of experts")
+    """Routed experts, chosen by a softmax over all; versions of transformers and families name their number
+    differently.
+    """
+    experts = fields.size("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", maximum=10**5)
+    top_k = fields.size("num_experts_per_tok", "moe_k", "moe_topk", maximum=experts, maximum_of="the number of experts")
     router = Router(top_k, "softmax", renormalise=renormalise)
     return FeedForward(intermediate, experts, router, names=names or FeedForwardNames())
+
+
+def read_grouped_sigmoid(fields: Fields, experts: FeedForward, *, scale: float) -> FeedForward:
+    """The same experts, chosen by sigmoids and corrections within groups, as DeepSeek-V3 does. scale: the default."""
+    assert experts.router is not None
+    groups = fields.size("n_group", default=1, maximum=64)
+    top_groups = fields.size("topk_group", default=1, maximum=groups, maximum_of="n_group")
+    size, rest = divmod(experts.experts, groups)
+    if rest or (groups > 1 and size < 2) or top_groups * size < experts.router.top_k:
+        raise ConfigError(
+            f"config.json: {experts.experts} experts in n_group {groups} groups, of which topk_group {top_groups} are "
+            f"chosen among, cannot give each token {experts.router.top_k}: correct one of them"
+        )
+    router = replace(
+        experts.router,
+        kind="sigmoid",
+        correction=True,
+        groups=groups,
+        top_groups=top_groups,
+        scale=fields.number("routed_scaling_factor", default=scale),
+    )
+    return replace(experts, router=router)
 
 
 def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward]:
@@ -83,6 +137,14 @@ def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward
         return [experts for _ in layers]
     plain = FeedForward(fields.size("intermediate_size"))
     return [experts if is_routed else plain for is_routed in routed]
+
+
+def read_first_dense(fields: Fields, experts: FeedForward) -> list[FeedForward]:
+    """The first `first_k_dense_replace` layers are dense, the others have these experts."""
+    count = read_layer_count(fields)
+    dense = fields.size("first_k_dense_replace", default=1, minimum=0)
+    plain = FeedForward(fields.size("intermediate_size"))
+    return [plain if layer < dense else experts for layer in range(count)]
 
 
 def read_model(

@@ -34,14 +34,22 @@ class RopeSpec:
     parameters: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
 
 
-def read_rope(fields: Fields, dim: int, *, theta: float, max_position: int) -> RopeSpec:
-    """Rotary embedding of `dim` dimensions, from `rope_parameters`, or `rope_theta` and `rope_scaling`.
+def read_rope(
+    fields: Fields,
+    head_dim: int,
+    *,
+    theta: float,
+    max_position: int,
+    part: float | None = None,
+    interleaved: bool = False,
+) -> RopeSpec:
+    """Rotary embedding of heads, from `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
-    theta: the family's default. max_position: the context length, which the types with scaling start from.
+    theta: the family's default. part: the same of the part of the dimensions that turn, None where all do.
+    max_position: the context length, which the types with scaling start from.
     """
     scaling = fields.group("rope_scaling", "rope_parameters")
-    for place in (fields, scaling):
-        place.refuse("partial_rotary_factor", neutral=1.0)
+    dim = _read_dim(fields, scaling, head_dim, part)
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
     kind = scaling.choice("rope_type", "type", default="default", allowed=tuple(_KINDS))
     parameters: dict[str, Any] = _KINDS[kind][0](scaling)
@@ -49,7 +57,30 @@ def read_rope(fields: Fields, dim: int, *, theta: float, max_position: int) -> R
         inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
         outer = fields.size("original_max_position_embeddings", default=inner, maximum=10**9)
         parameters["original_max_position"] = outer
-    return RopeSpec(theta, dim, cast(RopeKind, kind), max_position=max_position, parameters=tuple(parameters.items()))
+    return RopeSpec(
+        theta,
+        dim,
+        cast(RopeKind, kind),
+        interleaved=interleaved,
+        max_position=max_position,
+        parameters=tuple(parameters.items()),
+    )
+
+
+def _read_dim(fields: Fields, scaling: Fields, head_dim: int, part: float | None) -> int:
+    """How many leading dimensions of a head turn."""
+    if part is None:
+        for place in (fields, scaling):
+            place.refuse("partial_rotary_factor", neutral=1.0)
+        return head_dim
+    part = scaling.number("partial_rotary_factor", default=fields.number("partial_rotary_factor", default=part))
+    dim = int(head_dim * part)
+    if part > 1 or dim < 2 or dim % 2:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor {part:g} of heads of {head_dim} dimensions turns {dim}; "
+            "it must be an even number of them, from 2 on: correct it"
+        )
+    return dim
 
 
 def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:

@@ -37,7 +37,7 @@ class OuterNames:
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole model. eps: of all norms, which are x * rsqrt(mean(x^2) + eps) * weight. tied: the output head is the
-    embedding.
+    embedding. embedding_scale: of a token's embedding. logit_scale: of the logits.
     """
 
     model_type: str
@@ -47,6 +47,8 @@ class ModelSpec:
     eps: float
     max_position: int
     tied: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     names: OuterNames = field(default_factory=OuterNames)
 
     @cached_property

@@ -43,6 +43,11 @@ class GatedNames:
         return gate, up, down
 
 
+def gated_names(prefix: str) -> GatedNames:
+    """The usual names of the three matrices below a module."""
+    return GatedNames(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight")
+
+
 @dataclass(frozen=True)
 class Stacked:
     """The rows of these tensors, one under the other. biases: of the biases beside them."""

@@ -54,6 +54,7 @@ def _embed(spec: ModelSpec) -> Op:
         "hidden": spec.hidden,
         "pairs": pairs(spec.hidden),
         "output_stride": row_stride(spec.hidden),
+        "scale": spec.embedding_scale,
     }
     return Op("embed", "other", arguments, (0, "rows"))
 
@@ -61,4 +62,4 @@ def _embed(spec: ModelSpec) -> Op:
 def _head(spec: ModelSpec, mix: FormatMix) -> Iterator[Op]:
     yield norm(spec.place(0, mix), "head", "final_norm", mix.head, last=True)
     weight = "embedding" if spec.shares_head(mix) else "head"
-    yield gemm("head", mix.head, NORMED, weight, None, spec.vocab, spec.hidden, spec.vocab)
+    yield gemm("head", mix.head, NORMED, weight, None, spec.vocab, spec.hidden, spec.vocab, scale=spec.logit_scale)

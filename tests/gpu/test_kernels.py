@@ -23,7 +23,7 @@ from gpu_cache.kernels.sums import weighted_sums  # noqa: E402
 from hybrid.formats import FORMATS as PACKED  # noqa: E402
 from hybrid.formats.block import round_up  # noqa: E402
 from hybrid.formats.packed import down_offset, expert_bytes  # noqa: E402
-from hybrid.gpu.parts import choose_by_kernel, choose_by_torch, route  # noqa: E402
+from hybrid.gpu.parts import RouterWeights, choose_by_kernel, choose_by_torch, route  # noqa: E402
 from hybrid.models.layers.feed_forward import Router  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -190,13 +190,16 @@ def test_rows_choose_their_experts(top) -> None:
         Router(4),
         Router(3, renormalise=False, scale=2.5),
         Router(2, kind="topk_softmax", scale=0.5),
+        Router(3, kind="sigmoid", correction=True, groups=4, top_groups=2),
     ],
     ids=str,
 )
 def test_a_step_chooses_the_same_by_the_kernel_and_by_torch(router) -> None:
     rows = torch.randn((5, 32), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     weight = torch.randn((13, 32), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    by_kernel, by_torch = (route(rows, weight, None, router, True, by) for by in (choose_by_kernel, choose_by_torch))
+    correction = torch.randn(12, generator=torch.Generator().manual_seed(4)).to(DEVICE) if router.correction else None
+    weights = RouterWeights(weight, None, correction)
+    by_kernel, by_torch = (route(rows, weights, router, True, by) for by in (choose_by_kernel, choose_by_torch))
     assert torch.equal(by_kernel.ids, by_torch.ids) and by_kernel.ids.dtype == by_torch.ids.dtype
     assert torch.allclose(by_kernel.weights, by_torch.weights, rtol=1e-5, atol=1e-7)
 

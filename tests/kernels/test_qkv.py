@@ -16,7 +16,7 @@ EPS = 1e-6
 PLACES = [(0, 0), (0, 1), (2, 15), (2, 16), (2, 17), (1, 255), (3, 256)]  # (slot, position) of each row
 
 
-def run(isa, x, pages: KvPages, heads, table, norms, *, rope_dim, interleaved=False, threads=1) -> np.ndarray:
+def run(isa, x, pages: KvPages, heads, table, norms, *, rope_dim, interleaved=False, threads=1, **more) -> np.ndarray:
     """The queries [rows, heads, key_dim] of x [rows, (heads + 2 kv_heads) * head_dim]; the rest goes to the pages."""
     rows, width = x.shape
     inputs = aligned((rows, row_stride(width)), np.float32)
@@ -38,6 +38,7 @@ def run(isa, x, pages: KvPages, heads, table, norms, *, rope_dim, interleaved=Fa
         interleaved=interleaved,
         qkv_stride=row_stride(width),
         eps=EPS,
+        **more,
     )
     rig.step(PLACES)
     return q
@@ -98,6 +99,37 @@ def test_heads_are_normed_turned_and_stored(isa, kv_format, heads, kv_heads, hea
             assert_stored(pages, 0, slot, position, parts["k"])
     assert not q[:, :, head_dim:].any()
     assert pages.used() == len(set(PLACES))
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_one_norm_may_span_all_heads_or_come_behind_rope(isa, kv_format) -> None:
+    random, rows, heads, kv_heads, dim = np.random.default_rng(3), len(PLACES), 6, 2, 24
+    x = random.standard_normal((rows, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    angles = random.uniform(-3, 3, (rows, dim // 2))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    split = x.reshape(rows, -1, dim)
+    parts = split[:, :heads], split[:, heads : heads + kv_heads]
+    for whole in (True, False):
+        norms = [random.standard_normal(part[0].size if whole else dim).astype(np.float32) for part in parts]
+        pages = KvPages(slots=4, heads=kv_heads, head_dim=dim, tokens=512, format=kv_format)
+        flags = {"norm_whole": whole, "norm_last": not whole}
+        q = run(isa, x, pages, heads, table, norms, rope_dim=dim, threads=2, **flags)
+        for row, (slot, position) in enumerate(PLACES):
+            expected = []
+            for part, weight in zip(parts, norms, strict=True):
+                own = part[row]
+                if whole:
+                    near = rms_norm(own.reshape(-1), weight, EPS)
+                    near = rotate(
+                        Near(near.value.reshape(own.shape), near.bound.reshape(own.shape)), table[row], dim, False
+                    )
+                else:
+                    near = rotate(Near(own.astype(np.float64), np.zeros(own.shape)), table[row], dim, False)
+                    normed = rms_norm(near.value, weight, EPS)
+                    near = Near(normed.value, normed.bound + 8 * FP32 * np.abs(weight) * np.abs(normed.value).max())
+                expected.append(near)
+            assert_near(q[row, :, :dim], expected[0].as_bf16())
+            assert_near(pages.keys(slot)[:, position, :dim], stored(expected[1], kv_format))
 
 
 def fp8_values() -> np.ndarray:

@@ -7,6 +7,8 @@ import pytest
 from kernel_reference import EXP, FP32, Near, assert_near, product, softmax
 from rig import Rig, aligned, row_stride
 
+from cpu_kernels import Scoring
+
 
 def score(isa, x: np.ndarray, weight: np.ndarray, *, bias=None, threads=1) -> np.ndarray:
     """Logits [rows, experts] of x [rows, row_stride(hidden)]."""
@@ -41,7 +43,7 @@ def test_router_scores_are_products_of_fp32(isa, rows, experts, hidden) -> None:
         assert np.array_equal(logits + bias, score(isa, x, weight, bias=bias, threads=threads))
 
 
-def choose(isa, logits, top_k, *, renormalise=False, softmax_after=False, scale=1.0, threads=1, gate=None):
+def choose(isa, logits, top_k, *, renormalise=False, scoring="softmax", scale=1.0, threads=1, gate=None, **more):
     """(ids, weights) [rows, top_k] of logits [rows, experts]; gate: for the weights [rows] of the shared expert."""
     rows, experts = logits.shape[0], logits.shape[1] - (gate is not None)
     ids, weights = aligned((rows, top_k), np.int32, -7), aligned((rows, top_k), np.float32)
@@ -55,8 +57,9 @@ def choose(isa, logits, top_k, *, renormalise=False, softmax_after=False, scale=
         experts=experts,
         top_k=top_k,
         renormalise=renormalise,
-        softmax_after=softmax_after,
+        scoring=getattr(Scoring, scoring),
         scale=scale,
+        **more,
     )
     rig.run(rows)
     return ids, weights
@@ -77,18 +80,18 @@ def test_the_largest_are_chosen_and_weighed(isa, experts, top_k, scale) -> None:
     for arguments, expected in (
         ({}, probabilities),
         ({"renormalise": True}, share),
-        ({"softmax_after": True}, share),
-        ({"softmax_after": True, "renormalise": True}, share),
+        ({"scoring": "topk_softmax"}, share),
+        ({"scoring": "topk_softmax", "renormalise": True}, share),
     ):
         ids, weights = choose(isa, logits, top_k, scale=scale, threads=2, **arguments)
         assert np.array_equal(ids, order)
         assert_near(weights, relative(scale * expected, logits))
 
 
-@pytest.mark.parametrize("softmax_after", [False, True])
-def test_of_equal_scores_the_lowest_index_wins(isa, softmax_after) -> None:
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax"])
+def test_of_equal_scores_the_lowest_index_wins(isa, scoring) -> None:
     logits = np.array([[1, 2, 2, 0, 2], [5, 5, 5, 5, 5], [0, 0, 3, 0, 0]])
-    ids, weights = choose(isa, logits, 3, renormalise=True, softmax_after=softmax_after)
+    ids, weights = choose(isa, logits, 3, renormalise=True, scoring=scoring)
     assert ids.tolist() == [[1, 2, 4], [0, 1, 2], [2, 0, 1]]
     assert np.allclose(weights[:2], 1 / 3, rtol=EXP)
 
@@ -99,16 +102,60 @@ def test_scores_far_apart_neither_overflow_nor_vanish_together(isa) -> None:
     assert np.allclose(weights, [[1, 0], [1, 0]], atol=1e-37)
 
 
-@pytest.mark.parametrize("softmax_after", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax"])
 @pytest.mark.parametrize("experts", [4, 16, 33])
-def test_the_gate_of_a_shared_expert_is_a_sigmoid_of_its_own(isa, experts, softmax_after) -> None:
+def test_the_gate_of_a_shared_expert_is_a_sigmoid_of_its_own(isa, experts, scoring) -> None:
     """Behind the logits of the experts, which do not see it: largest of all, it is never chosen."""
     random = np.random.default_rng(experts)
     logits = random.standard_normal((9, experts + 1)).astype(np.float32)
     logits[:, -1] = [-1e30, -200, -88, -3, 0, 0.5, 30, 200, 1e30]
-    plain = choose(isa, logits[:, :-1], 3, softmax_after=softmax_after)
+    plain = choose(isa, logits[:, :-1], 3, scoring=scoring)
     gate = aligned(9, np.float32)
-    gated = choose(isa, logits, 3, softmax_after=softmax_after, gate=gate, threads=2)
+    gated = choose(isa, logits, 3, scoring=scoring, gate=gate, threads=2)
     assert all(np.array_equal(one, other) for one, other in zip(plain, gated, strict=True))
     expected = 1 / (1 + np.exp(-np.clip(logits[:, -1].astype(np.float64), -88, 88)))
     assert np.allclose(gate, expected, rtol=1e-6, atol=0)
+
+
+def chosen_by_sigmoid(logits: np.ndarray, top_k: int, correction: np.ndarray, groups: int, top_groups: int):
+    """(ids, scores) as DeepSeek-V3 describes them, in float64; a group is worth its two best keys."""
+    scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    keys = (scores + correction).reshape(len(logits), groups, -1)
+    worth = np.sort(keys, axis=2)[:, :, -2:].sum(2)
+    best = np.argsort(-worth, axis=1, kind="stable")[:, :top_groups]
+    kept = np.full_like(keys, -np.inf)
+    for row, own in enumerate(best):
+        kept[row, own] = keys[row, own]
+    ids = np.argsort(-kept.reshape(len(logits), -1), axis=1, kind="stable")[:, :top_k]
+    return ids, np.take_along_axis(scores, ids, 1)
+
+
+@pytest.mark.parametrize(("experts", "groups", "top_groups", "top_k"), [(10, 1, 1, 3), (32, 8, 4, 6), (64, 2, 1, 8)])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_sigmoids_are_chosen_with_corrections_among_the_best_groups(
+    isa, experts, groups, top_groups, top_k, corrected, renormalise
+) -> None:
+    random = np.random.default_rng(experts)
+    logits = random.standard_normal((9, experts)).astype(np.float32)
+    correction = random.standard_normal(experts).astype(np.float32)
+    ids, weights = choose(
+        isa, logits, top_k, scoring="sigmoid", renormalise=renormalise, scale=2.5, threads=2,
+        correction=correction if corrected else None, groups=groups if groups > 1 else 0, top_groups=top_groups,
+    )  # fmt: skip
+    expected, scores = chosen_by_sigmoid(logits, top_k, correction * corrected, groups, top_groups)
+    assert np.array_equal(ids, expected)
+    total = scores.sum(1, keepdims=True) if renormalise else 1.0
+    assert np.allclose(weights, 2.5 * scores / total, rtol=1e-6)
+
+
+def test_a_correction_chooses_but_does_not_weigh(isa) -> None:
+    logits, correction = np.array([[2.0, 1.0, 0.0]]), np.array([-10, 0, 0], np.float32)
+    ids, weights = choose(isa, logits, 2, correction=correction)
+    assert ids.tolist() == [[1, 2]]
+    assert np.allclose(weights, softmax(logits)[:, 1:], rtol=1e-6)
+
+
+def test_sigmoids_that_vanish_together_leave_finite_weights(isa) -> None:
+    _, weights = choose(isa, np.full((1, 4), -1e4), 2, scoring="sigmoid", renormalise=True)
+    assert np.isfinite(weights).all() and (weights >= 0).all()

@@ -24,6 +24,8 @@ std::string type_name() {
     return "Format";
   else if constexpr (std::is_same_v<T, Activation>)
     return "Activation";
+  else if constexpr (std::is_same_v<T, Scoring>)
+    return "Scoring";
   else if constexpr (std::is_same_v<T, Part>)
     return "Part";
   else if constexpr (std::is_same_v<T, KvLayout>)

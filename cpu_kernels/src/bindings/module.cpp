@@ -156,6 +156,10 @@ NB_MODULE(_ext, m) {
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
       .value("swiglu_clamped", Activation::swiglu_clamped);
+  nb::enum_<Scoring>(m, "Scoring")
+      .value("softmax", Scoring::softmax)
+      .value("topk_softmax", Scoring::topk_softmax)
+      .value("sigmoid", Scoring::sigmoid);
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int, std::vector<int>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)

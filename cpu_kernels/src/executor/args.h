@@ -11,6 +11,7 @@ struct EmbedArgs {
   const char* table;  // packed [vocab, hidden]
   float* output;
   int hidden, pairs, output_stride;
+  float scale = 1.0f;
 
   template <class Field>
   void fields(Field& field) {
@@ -19,6 +20,7 @@ struct EmbedArgs {
     field("hidden", hidden);
     field("pairs", pairs);
     field("output_stride", output_stride);
+    field("scale", scale, kOptional);
   }
 };
 
@@ -92,8 +94,9 @@ struct GemmArgs {
   int columns, inputs;   // inputs: padded
   int64_t input_stride;  // bytes
   int output_stride;
-  bool accumulate;   // add to output
-  int first_column;  // of the logits, where a node's part of them begins
+  bool accumulate;     // add to output
+  int first_column;    // of the logits, where a node's part of them begins
+  float scale = 1.0f;  // of the product and its bias
 
   template <class Field>
   void fields(Field& field) {
@@ -108,6 +111,7 @@ struct GemmArgs {
     field("output_stride", output_stride);
     field("accumulate", accumulate);
     field("first_column", first_column, kOptional);
+    field("scale", scale, kOptional);
   }
 };
 

@@ -30,7 +30,7 @@ struct KvLayout {
 struct QkvArgs {
   const float* qkv;
   const float* rope;    // [rows, rope_dim]; null if that is 0
-  const float* q_norm;  // null, or [head_dim]
+  const float* q_norm;  // null, or [head_dim]; with norm_whole [heads * head_dim]
   const float* k_norm;
   bf16* q;  // null if there are no heads: only keys and values are stored
   KvLayout kv;
@@ -38,6 +38,8 @@ struct QkvArgs {
   bool interleaved;
   int qkv_stride;
   float eps;
+  bool norm_whole;  // one norm over all heads of the queries, and one over those of the keys
+  bool norm_last;   // norms come behind rope
 
   template <class Field>
   void fields(Field& field) {
@@ -54,6 +56,8 @@ struct QkvArgs {
     field("interleaved", interleaved);
     field("qkv_stride", qkv_stride);
     field("eps", eps);
+    field("norm_whole", norm_whole, kOptional);
+    field("norm_last", norm_last, kOptional);
   }
 };
 

@@ -49,6 +49,13 @@ void check_fit(const AttentionArgs& a, const std::string& place) {
 
 void check_fit(const TopkArgs& a, const std::string& place) {
   require(a.top_k <= a.experts, place + "top_k " + text(a.top_k) + " is above experts " + text(a.experts));
+  if (!a.groups) return;
+  require(a.groups <= kMaxGroups && a.experts % a.groups == 0 && a.experts >= 2 * a.groups,
+          place + text(a.experts) + " experts in " + text(a.groups) +
+              " groups; they must be equal, of at least 2, and " + "at most " + text(kMaxGroups));
+  require(a.top_groups >= 1 && a.top_groups <= a.groups && a.top_k <= a.top_groups * (a.experts / a.groups),
+          place + "top_groups " + text(a.top_groups) + " must be from 1 to groups " + text(a.groups) +
+              " and hold top_k " + text(a.top_k) + " experts");
 }
 
 void check_fit(const ShortConvArgs& a, const std::string& place) {

@@ -31,8 +31,11 @@ struct TopkArgs {
   float* weights;         // [rows, top_k]
   float* shared_weights;  // null: no gate; or [rows], the sigmoid of the gate
   int experts, top_k;
-  bool renormalise, softmax_after;
+  bool renormalise;
+  Scoring scoring;
   float scale;
+  const float* correction;  // null, or [experts]: added to scores when experts are chosen, not when they are weighed
+  int groups, top_groups;   // 0: none; else equal groups of experts, and how many of them are chosen among
 
   template <class Field>
   void fields(Field& field) {
@@ -42,9 +45,12 @@ struct TopkArgs {
     field("experts", experts, kPositive);
     field("top_k", top_k, kPositive);
     field("renormalise", renormalise);
-    field("softmax_after", softmax_after);
+    field("scoring", scoring);
     field("scale", scale);
     field("shared_weights", shared_weights, kOptional);
+    field("correction", correction, kOptional);
+    field("groups", groups, kOptional);
+    field("top_groups", top_groups, kOptional);
   }
 };
 

@@ -17,7 +17,7 @@ struct Rule {
 };
 constexpr Rule kPlain{false, false, 0, 1};
 constexpr Rule kNullable{true, false, 0, 1};
-constexpr Rule kOptional{true, true, 0, 1};  // if it is left out it is 0, null or absent
+constexpr Rule kOptional{true, true, 0, 1};  // if it is left out it is null, absent, or the member's default
 constexpr Rule kPositive{false, false, 1, 1};
 constexpr Rule kLines{false, false, 0, kLine};     // instruction sets read whole lines there
 constexpr Rule kPadded{false, false, 0, kInputs};  // inputs of a matrix

@@ -14,6 +14,9 @@ constexpr int kFormats = 5;
 
 enum class Activation { silu, swiglu_clamped };
 
+// What a router makes of its logits: a softmax over all experts or over the chosen ones, or a sigmoid each.
+enum class Scoring { softmax, topk_softmax, sigmoid };
+
 // Whether weights that are read once are fetched into the first-level cache, a little ahead, or into the second, far
 // ahead. The processor decides, when the module is loaded; results are the same.
 inline bool fetch_near = false;
@@ -31,7 +34,8 @@ constexpr int kAttentionRows = 48;  // query rows times heads of one attention t
 
 constexpr int kMaxTileRows = 256;  // query heads of one KV head
 constexpr int kMaxHeadDim = 1024;
-constexpr int kMaxNodes = 16;  // memory nodes
+constexpr int kMaxNodes = 16;   // memory nodes
+constexpr int kMaxGroups = 64;  // of experts that a router chooses among
 
 // A run of adjacent rows of one sequence that attention treats together.
 struct AttentionTile {

@@ -18,6 +18,7 @@ static void embed(const EmbedArgs& args, const Step& step, const Work& work) {
       __builtin_memcpy(&half, at, sizeof half);
       const uint32_t bits = uint32_t(half) << 16;
       __builtin_memcpy(out + i, &bits, sizeof bits);
+      out[i] *= args.scale;
     }
   }
 }

@@ -20,6 +20,7 @@ static HYBRID_KERNEL void gemm_rows(const GemmArgs& args, const Step& step, cons
         float* out = output + int64_t(row) * args.output_stride + column;
         F32 value = Isa::load(sums);
         if (args.bias) value = Isa::add(value, load_some(args.bias + column, some));
+        value = Isa::mul(value, Isa::set(args.scale));
         if (args.accumulate) value = Isa::add(value, load_some(out, some));
         store_some(out, value, some);
       }

@@ -7,8 +7,7 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-static HYBRID_INLINE void normalise(float* x, const float* weight, int width, float eps) {
-  const float scale = inverse_rms(x, width, eps);
+static HYBRID_INLINE void normalise(float* x, float scale, const float* weight, int width) {
   for (int i = 0; i < width; ++i) x[i] = x[i] * scale * weight[i];
 }
 
@@ -32,11 +31,19 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     const int row = task / per_row, head = task % per_row;
     const bool is_query = head < args.heads, is_key = !is_query && head < args.heads + args.kv_heads;
     const int sequence = step.sequences[row], position = step.positions[row];
-    __builtin_memcpy(x, args.qkv + int64_t(row) * args.qkv_stride + head * dim, dim * sizeof(float));
+    const float* all = args.qkv + int64_t(row) * args.qkv_stride;
+    __builtin_memcpy(x, all + head * dim, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
-      if (weight) normalise(x, weight, dim, args.eps);
+      const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans
+      if (weight && args.norm_whole) {
+        const int width = (is_query ? args.heads : args.kv_heads) * dim;
+        normalise(x, inverse_rms(all + first * dim, width, args.eps), weight + (head - first) * dim, dim);
+      } else if (weight && !args.norm_last) {
+        normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
+      }
       if (args.rope_dim) rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
+      if (weight && args.norm_last) normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
     }
     if (is_query)
       to_bf16(args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim, x, dim);

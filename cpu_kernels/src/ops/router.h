@@ -72,24 +72,60 @@ static HYBRID_INLINE void softmax_all(float* x, int count) {
 
 static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)); }
 
-// Softmax then top-k, or top-k then softmax over those; the scores are the op's to overwrite.
+// The expert with the largest score plus correction, the lowest on ties. What must not be chosen has score -inf.
+static HYBRID_INLINE int best_expert(const float* scores, const float* correction, int count) {
+  if (!correction) return index_of_max(scores, count);
+  int best = 0;
+  for (int i = 1; i < count; ++i)
+    if (scores[i] + correction[i] > scores[best] + correction[best]) best = i;
+  return best;
+}
+
+// What a group of experts is worth: its two largest scores plus corrections.
+static HYBRID_INLINE float worth(const float* scores, const float* correction, int count) {
+  float first = -__builtin_inff(), second = first;
+  for (int i = 0; i < count; ++i) {
+    const float key = scores[i] + (correction ? correction[i] : 0.0f);
+    second = key > first ? first : key > second ? key : second;
+    first = key > first ? key : first;
+  }
+  return first + second;
+}
+
+// Scores outside the best groups become -inf.
+static HYBRID_INLINE void keep_best_groups(const TopkArgs& args, float* scores) {
+  const int size = args.experts / args.groups;
+  float worths[kMaxGroups];
+  for (int group = 0; group < args.groups; ++group)
+    worths[group] = worth(scores + group * size, args.correction ? args.correction + group * size : nullptr, size);
+  for (int i = 0; i < args.top_groups; ++i) worths[index_of_max(worths, args.groups)] = -__builtin_inff();
+  for (int group = 0; group < args.groups; ++group) {
+    if (worths[group] == -__builtin_inff()) continue;  // chosen
+    for (int i = 0; i < size; ++i) scores[group * size + i] = -__builtin_inff();
+  }
+}
+
+// Scores, then top-k, or top-k then a softmax over those; the logits are the op's to overwrite.
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
   const Range rows = share(step.rows, work);
   const int stride = args.experts + (args.shared_weights ? 1 : 0);
+  const bool after = args.scoring == Scoring::topk_softmax, sigmoids = args.scoring == Scoring::sigmoid;
   for (int row = rows.first; row < rows.last; ++row) {
     float* scores = const_cast<float*>(args.logits) + int64_t(row) * stride;
     if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
     int32_t* ids = args.ids + int64_t(row) * args.top_k;
     float* weights = args.weights + int64_t(row) * args.top_k;
-    if (!args.softmax_after) softmax_all(scores, args.experts);
-    float total = 0.0f;
+    if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
+    for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
+    if (args.groups) keep_best_groups(args, scores);
+    float total = sigmoids ? 1e-20f : 0.0f;  // all of them may have vanished
     for (int i = 0; i < args.top_k; ++i) {
-      ids[i] = index_of_max(scores, args.experts);
+      ids[i] = best_expert(scores, args.correction, args.experts);
       total += weights[i] = scores[ids[i]];
       scores[ids[i]] = -__builtin_inff();
     }
-    if (args.softmax_after) softmax_all(weights, args.top_k);
-    const float scale = args.renormalise && !args.softmax_after ? args.scale / total : args.scale;
+    if (after) softmax_all(weights, args.top_k);
+    const float scale = args.renormalise && !after ? args.scale / total : args.scale;
     for (int i = 0; i < args.top_k; ++i) weights[i] *= scale;
   }
 }

@@ -8,23 +8,19 @@ from torch import Tensor
 
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.loader import Loader
-from hybrid.gpu.parts import GatedWeights, Routed, gated, rms_norm, route
+from hybrid.gpu.parts import GatedWeights, Routed, RouterWeights, gated, rms_norm, route
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.feed_forward import FeedForward
 
 
 @dataclass(frozen=True)
 class Weights:
-    """dense: the whole feed-forward of a layer without a router. shared: the expert that all rows share.
-
-    router: float32 [experts, hidden], behind them the gate of the shared expert if it has one.
-    """
+    """dense: the whole feed-forward of a layer without a router. shared: the expert that all rows share."""
 
     norm: Tensor
     dense: GatedWeights | None
     shared: GatedWeights | None
-    router: Tensor | None
-    router_bias: Tensor | None
+    router: RouterWeights | None
 
 
 def load(half: FeedForward, place: Place, load: Loader) -> Weights:
@@ -33,9 +29,12 @@ def load(half: FeedForward, place: Place, load: Loader) -> Weights:
         norm=load.floats(f"{at}.norm"),
         dense=None if half.is_moe else load.gated(f"{at}.experts", half.intermediate),
         shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
-        router=load.some_floats(f"{at}.router"),
-        router_bias=load.some_floats(f"{at}.router_bias"),
+        router=_load_router(load, f"{at}.router") if half.is_moe else None,
     )
+
+
+def _load_router(load: Loader, at: str) -> RouterWeights:
+    return RouterWeights(load.floats(at), load.some_floats(f"{at}_bias"), load.some_floats(f"{at}_correction"))
 
 
 def whole_shape(half: FeedForward) -> None:
@@ -62,7 +61,7 @@ class GatedFeedForward:
     def route(self, normed: Tensor) -> Routed:
         half, weights = self._half, self._weights
         assert half.router is not None and weights.router is not None
-        return route(normed, weights.router, weights.router_bias, half.router, half.shared_gate, self._choose)
+        return route(normed, weights.router, half.router, half.shared_gate, self._choose)
 
     @property
     def has_shared(self) -> bool:

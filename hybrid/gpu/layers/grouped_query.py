@@ -111,18 +111,27 @@ class MirroredAttention:
                 states = self._shared.link.to_device(buffer)
                 mixed = join(mixed, read_states(states, half.heads, half.head_dim))
             mixed = finish(mixed, weights.sinks)
-        return linear(mixed.flatten(1).bfloat16(), weights.out, weights.out_bias)
+        return linear(mixed.flatten(1).bfloat16(), weights.out, weights.out_bias) * half.out_scale
 
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
         half, weights = self._half, self._weights
         counts = [half.heads, half.kv_heads, half.kv_heads]
         q, k, v = qkv.unflatten(1, (-1, half.head_dim)).split(counts, 1)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = (rms_norm(x, w, self._eps) for x, w in ((q, weights.q_norm), (k, weights.k_norm)))
+        if not half.norm_last:
+            q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
         if half.rope is not None and self._rope is not None:
             rope, table = half.rope, inputs.tables[self._rope]
             q, k = (rotate(x, table, rope) for x in (q, k))
+        if half.norm_last:
+            q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
         return q, k, v
+
+    def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return heads
+        if self._half.qk_norm == "whole":
+            return rms_norm(heads.flatten(1), weight, self._eps).view_as(heads)
+        return rms_norm(heads, weight, self._eps)
 
     def _group(
         self, q: Tensor, group: Group, attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Made]

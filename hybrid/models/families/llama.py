@@ -15,7 +15,6 @@ DEFAULTS = Defaults(max_position=2048)
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
-    fields.refuse("mlp_bias", neutral=False)
     attention = read_attention(fields, DEFAULTS, bias=fields.flag("attention_bias"))
-    layer = LayerSpec(attention, FeedForward(fields.size("intermediate_size")))
+    layer = LayerSpec(attention, FeedForward(fields.size("intermediate_size"), bias=fields.flag("mlp_bias")))
     return read_model(fields, "llama", [layer] * read_layer_count(fields), DEFAULTS)

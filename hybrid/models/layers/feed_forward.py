@@ -42,15 +42,15 @@ from hybrid.models.tensors import (
     StoreTensor,
     bias_name,
     fused_shapes,
+    gated_names,
     gated_shapes,
     in_layer,
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
 Activation = Literal["silu", "swiglu_clamped"]
-RouterKind = Literal["softmax", "topk_softmax"]
+RouterKind = Literal["softmax", "topk_softmax", "sigmoid"]
 
-SOFTMAX_AFTER: dict[RouterKind, bool] = {"softmax": False, "topk_softmax": True}  # whether top_k are chosen before
 ROUTED, DENSE, SHARED = "routing", "dense", "shared"  # tables that say which rows an expert gets
 IDS, WEIGHTS = "expert_ids", "expert_weights"  # what a router chose, for each (row, rank)
 ACTIVATION = "activation"  # what experts make of their rows between their two products
@@ -61,23 +61,31 @@ _PREFIX = "model.layers.{layer}.mlp"
 
 @dataclass(frozen=True)
 class Router:
-    """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone."""
+    """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone.
+    sigmoid: of each score, then top_k of them.
+
+    correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
+    many in each; only those of the `top_groups` groups whose two best scores are largest together are chosen among.
+    """
 
     top_k: int
     kind: RouterKind = "softmax"
     renormalise: bool = True
     scale: float = 1.0
     bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
 
 
 @dataclass(frozen=True)
 class FeedForwardNames:
-    """Names in a checkpoint. fused_router: that of the router beside fused experts."""
+    """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
+    whether corrections are a matrix of one row.
+    """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
-    dense: GatedNames = GatedNames(
-        f"{_PREFIX}.gate_proj.weight", f"{_PREFIX}.up_proj.weight", f"{_PREFIX}.down_proj.weight"
-    )
+    dense: GatedNames = gated_names(_PREFIX)
     router: str = f"{_PREFIX}.gate.weight"
     fused_router: str = f"{_PREFIX}.gate.weight"
     experts: GatedNames = GatedNames(
@@ -87,12 +95,11 @@ class FeedForwardNames:
         f"{_PREFIX}.experts.gate_up_proj",
         f"{_PREFIX}.experts.down_proj",
     )
-    shared: GatedNames = GatedNames(
-        f"{_PREFIX}.shared_expert.gate_proj.weight",
-        f"{_PREFIX}.shared_expert.up_proj.weight",
-        f"{_PREFIX}.shared_expert.down_proj.weight",
-    )
+    shared: GatedNames = gated_names(f"{_PREFIX}.shared_expert")
     shared_gate: str = f"{_PREFIX}.shared_expert_gate.weight"
+    correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
+    fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
+    correction_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,9 @@ class FeedForward:
         return None
 
     def fused(self) -> FeedForward:
-        """A copy with the router's name in checkpoints with fused experts."""
-        return replace(self, names=replace(self.names, router=self.names.fused_router))
+        """A copy with the names of the router in checkpoints with fused experts."""
+        names = self.names
+        return replace(self, names=replace(names, router=names.fused_router, correction=names.fused_correction))
 
     # Weights.
 
@@ -152,6 +160,9 @@ class FeedForward:
         yield router, (self.experts, hidden)
         if self.router and self.router.bias:
             yield bias_name(router), (self.experts,)
+        if self.router and self.router.correction:
+            correction = names.correction if form == "apart" else names.fused_correction
+            yield correction, ((1, self.experts) if names.correction_row else (self.experts,))
         if form == "apart":
             for expert in range(self.experts):
                 yield from gated_shapes(names.experts.of_expert(expert), hidden, self.intermediate, self.bias)
@@ -176,6 +187,8 @@ class FeedForward:
             yield shard.floats("ffn.router", "router", Stacked(router), self.scores, hidden)
         if self.router and self.router.bias:
             yield shard.floats("ffn.router_bias", "router", Stacked((names.router,), biases=True), self.scores)
+        if self.router and self.router.correction:
+            yield shard.floats("ffn.router_correction", "router", Stacked((names.correction,)), self.experts)
         yield shard.experts("ffn.experts", part, origin, self._format(place.mix), count)
         if self.bias:
             up, down = (GatedBiases(origin.names, down=down) for down in (False, True))
@@ -245,8 +258,11 @@ class FeedForward:
             "experts": self.experts,
             "top_k": router.top_k,
             "renormalise": router.renormalise,
-            "softmax_after": SOFTMAX_AFTER[router.kind],
+            "scoring": Choice("Scoring", router.kind),
             "scale": router.scale,
+            "correction": Weight(f"{weight}_correction") if router.correction else None,
+            "groups": router.groups if router.groups > 1 else 0,
+            "top_groups": router.top_groups,
         }
         yield Op("topk", "moe", choose, (0, "rows"))
         yield _group("moe", ROUTED, self.experts, router.top_k)
@@ -300,8 +316,8 @@ class FeedForward:
     def device_needs(self, place: Place) -> DeviceNeeds:
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
-        bias = self.router is not None and self.router.bias
-        router = self.scores * (hidden + bias) if self.is_moe else 0
+        rows = hidden + (self.router.bias + self.router.correction if self.router else 0)
+        router = self.scores * rows if self.is_moe else 0
         return DeviceNeeds(
             weights=3 * intermediate * hidden * BF16 + (hidden + router) * FP32,
             token=0,

@@ -34,7 +34,7 @@ from hybrid.models.rope import RopeSpec, inverse_frequencies
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
 from hybrid.ops import Buffer, Callback, Choice, Op, State, Weight
 
-QkNorm = Literal["none", "head"]
+QkNorm = Literal["none", "head", "whole"]  # of queries and keys: each head, or all heads of a row together
 
 KEY_ALIGN = 32  # dimensions of a key are padded to this
 STATE_EXTRA = BLOCK  # floats behind the sums of a partial softmax: maximum and denominator, padded
@@ -64,7 +64,8 @@ class GroupedQueryNames:
 @dataclass(frozen=True)
 class GroupedQueryAttention:
     """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
-    that shares in every softmax. scale: of the scores; None: head_dim ** -0.5.
+    that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
+    come after rope. out_scale: of what is added to the residual stream.
     """
 
     heads: int
@@ -77,6 +78,8 @@ class GroupedQueryAttention:
     window: int | None = None
     sinks: bool = False
     scale: float | None = None
+    norm_last: bool = False
+    out_scale: float = 1.0
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
 
     @property
@@ -93,6 +96,13 @@ class GroupedQueryAttention:
     def qkv_width(self) -> int:
         """Rows of the fused projection: all query heads, then key heads, then value heads."""
         return self.width + 2 * self.kv_width
+
+    @property
+    def norm_widths(self) -> tuple[int, int]:
+        """How many values share a norm, of queries and of keys; 0 without norms."""
+        if self.qk_norm == "whole":
+            return self.width, self.kv_width
+        return (self.head_dim,) * 2 if self.qk_norm == "head" else (0, 0)
 
     @property
     def key_dim(self) -> int:
@@ -123,9 +133,9 @@ class GroupedQueryAttention:
         yield names.out, (hidden, self.width)
         if self.out_bias:
             yield bias_name(names.out), (hidden,)
-        if self.qk_norm == "head":
-            yield names.q_norm, (self.head_dim,)
-            yield names.k_norm, (self.head_dim,)
+        for name, size in zip((names.q_norm, names.k_norm), self.norm_widths, strict=True):
+            if size:
+                yield name, (size,)
         if self.sinks:
             yield names.sinks, (self.heads,)
 
@@ -136,9 +146,9 @@ class GroupedQueryAttention:
         yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
         if self.qkv_bias:
             yield shard.bias("attention.qkv_bias", PART, qkv, width)
-        if self.qk_norm == "head":
-            yield shard.floats("attention.q_norm", "norms", Stacked((names.q_norm,)), self.head_dim)
-            yield shard.floats("attention.k_norm", "norms", Stacked((names.k_norm,)), self.head_dim)
+        for name, source, size in zip("qk", (names.q_norm, names.k_norm), self.norm_widths, strict=True):
+            if size:
+                yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,)), size)
         if self.sinks:
             yield shard.floats("attention.sinks", PART, Stacked((names.sinks,)), self.heads)
         yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, place.hidden, self.width)
@@ -177,12 +187,12 @@ class GroupedQueryAttention:
         yield from quantise(PART, "attended", self.width, format)
         yield gemm(
             PART, format, "attended", f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
-            bias=self.out_bias, accumulate=True,
+            bias=self.out_bias, accumulate=True, scale=self.out_scale,
         )  # fmt: skip
 
     def _split_heads(self, place: Place, prefix: str) -> Op:
         """Queries, keys and values of every row: normed, turned, and written where attention looks for them."""
-        normed = self.qk_norm == "head"
+        normed = self.qk_norm != "none"
         arguments = {
             "qkv": Buffer("qkv"),
             "rope": Buffer(self._table(place)) if self.rope else None,
@@ -193,6 +203,8 @@ class GroupedQueryAttention:
             "interleaved": bool(self.rope and self.rope.interleaved),
             "qkv_stride": row_stride(self.qkv_width),
             "eps": place.eps,
+            "norm_whole": self.qk_norm == "whole",
+            "norm_last": self.norm_last,
         }
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
@@ -271,7 +283,7 @@ class GroupedQueryAttention:
 
     def device_needs(self, place: Place) -> DeviceNeeds:
         hidden, width = place.hidden, self.qkv_width
-        norms = 2 * self.head_dim * (self.qk_norm == "head")
+        norms = sum(self.norm_widths)
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
         return DeviceNeeds(
             weights=(width + self.width) * hidden * BF16 + (hidden + norms + biases) * FP32,

@@ -71,9 +71,11 @@ def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -
 
 def gemm(
     part: str, format: str, source: str, weight: str, target: str | None, n: int, k: int, stride: int,
-    bias: bool = False, accumulate: bool = False,
+    bias: bool = False, accumulate: bool = False, scale: float = 1.0,
 ) -> Op:  # fmt: skip
-    """A product with a matrix [n, k]. target: None is the step's logits. stride: of its rows, in floats."""
+    """A product with a matrix [n, k]. target: None is the step's logits. stride: of its rows, in floats. scale: of the
+    product and its bias.
+    """
     rows, input_stride = product_rows(source, k, format)
     arguments = {
         "format": Choice("Format", format),
@@ -86,6 +88,7 @@ def gemm(
         "input_stride": input_stride,
         "output_stride": stride,
         "accumulate": accumulate,
+        "scale": scale,
     }
     return Op("gemm", part, arguments, (-(-n // BLOCK), "column blocks"))
 
