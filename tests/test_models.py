@@ -9,7 +9,7 @@ from checkpoints import CONFIGS
 
 from hybrid.errors import ConfigError
 from hybrid.models import model_spec, supported_models
-from hybrid.models.layers.feed_forward import Router
+from hybrid.models.layers.router import Router
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import ModelSpec
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hybrid.gpu.products import linear
-from hybrid.models.layers.feed_forward import Activation, Router
+from hybrid.models.layers.feed_forward import Activation
+from hybrid.models.layers.router import Router
 from hybrid.models.rope import RopeSpec
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hybrid.errors import ConfigError
-from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames, Router
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, QkNorm
+from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.reading import Fields
 from hybrid.models.rope import read_rope
 from hybrid.models.spec import (

@@ -163,13 +163,12 @@ def _sized(
     nodes: NodeChoice,
     length: int,
 ) -> Plan:
-    rows, sequences = config.chunk_size, config.max_batch
-    extents = Extents(rows, sequences, length)
+    extents = Extents(config.chunk_size, config.max_batch, length)
     tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
     sizes = build_buffers(spec, mix, extents)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
-        sizes |= placement_buffers(rows, shape.top_k, spec, next_gate)
+        sizes |= placement_buffers(extents.rows, shape.top_k, spec, next_gate)
     if config.step_device:
         sizes |= device_step_buffers(spec, mix, extents)
     step = split_over_nodes(build_ops(spec, mix), tensors, sizes, len(nodes.ids))
@@ -177,7 +176,6 @@ def _sized(
     own = [lay_out(sizes) for sizes in step.node_sizes]
     kv = lay_out_kv(spec, length, config.kv_format)
     driven = take_routes if config.route_trace else tuple
-    invariant = hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant
     plan = Plan(
         model_type=spec.model_type,
         isa=hardware.isa,
@@ -188,17 +186,17 @@ def _sized(
         load=("map" if len(nodes.ids) == 1 else "copy") if config.load == "auto" else config.load,
         huge_pages=hardware.huge_pages,
         max_seq_len=length,
-        sequences=sequences,
-        max_rows=rows,
+        sequences=extents.sequences,
+        max_rows=extents.rows,
         buffers=buffers,
         arena_bytes=arena_bytes,
         node_buffers=tuple(buffers for buffers, _ in own),
         node_arena_bytes=tuple(size for _, size in own),
-        scratch_bytes=scratch_bytes(step.ops, rows, hardware.isa, kv),
-        logits_bytes=sequences * spec.vocab * 4,
+        scratch_bytes=scratch_bytes(step.ops, extents.rows, hardware.isa, kv),
+        logits_bytes=extents.sequences * spec.vocab * 4,
         formats=mix,
         weight_bytes=weight_bytes(spec, mix, step.parts),
-        batch_invariant=invariant,
+        batch_invariant=hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant,
         kv=kv,
         kv_token_budget=0,
         memory_available=hardware.memory_available,
@@ -215,7 +213,7 @@ def _sized(
     if shape:
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
     budget = max(0, hardware.memory_available - plan.fixed_bytes) // max(1, kv.token_bytes)
-    return replace(plan, kv_token_budget=min(sequences * length, budget))
+    return replace(plan, kv_token_budget=min(extents.sequences * length, budget))
 
 
 def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:

@@ -24,7 +24,7 @@ from hybrid.formats import FORMATS as PACKED  # noqa: E402
 from hybrid.formats.block import round_up  # noqa: E402
 from hybrid.formats.packed import down_offset, expert_bytes  # noqa: E402
 from hybrid.gpu.parts import RouterWeights, choose_by_kernel, choose_by_torch, route  # noqa: E402
-from hybrid.models.layers.feed_forward import Router  # noqa: E402
+from hybrid.models.layers.router import Router  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOTS, TOP_K = 3, 2

@@ -16,7 +16,8 @@ from hybrid.models.decoder import (
     read_model,
     read_windows,
 )
-from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames, Router
+from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.tensors import GatedNames

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybrid.models.decoder import Defaults, read_attention, read_experts, read_layer_count, read_model
-from hybrid.models.layers.feed_forward import FeedForwardNames, Router
+from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.tensors import GatedNames

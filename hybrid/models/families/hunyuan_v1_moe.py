@@ -8,8 +8,9 @@ from typing import Any
 
 from hybrid.errors import ConfigError
 from hybrid.models.decoder import Defaults, read_attention, read_experts, read_layer_count, read_model
-from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryNames
+from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.tensors import gated_names

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from hybrid.models.decoder import FULL, Defaults, read_attention, read_layer_count, read_model
-from hybrid.models.layers.feed_forward import FeedForward, FeedForwardNames
+from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryNames
+from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames

@@ -30,76 +30,29 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
+from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import (
     ExpertForm,
     Gated,
     GatedBiases,
-    GatedNames,
     Shapes,
     Shard,
     Stacked,
     StoreTensor,
     bias_name,
     fused_shapes,
-    gated_names,
     gated_shapes,
     in_layer,
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
 Activation = Literal["silu", "swiglu_clamped"]
-RouterKind = Literal["softmax", "topk_softmax", "sigmoid"]
-
 ROUTED, DENSE, SHARED = "routing", "dense", "shared"  # tables that say which rows an expert gets
 IDS, WEIGHTS = "expert_ids", "expert_weights"  # what a router chose, for each (row, rank)
 ACTIVATION = "activation"  # what experts make of their rows between their two products
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
 TAKE = "take"  # the kind of the callback that replaces what a router chose
-_PREFIX = "model.layers.{layer}.mlp"
-
-
-@dataclass(frozen=True)
-class Router:
-    """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone.
-    sigmoid: of each score, then top_k of them.
-
-    correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
-    many in each; only those of the `top_groups` groups whose two best scores are largest together are chosen among.
-    """
-
-    top_k: int
-    kind: RouterKind = "softmax"
-    renormalise: bool = True
-    scale: float = 1.0
-    bias: bool = False
-    correction: bool = False
-    groups: int = 1
-    top_groups: int = 1
-
-
-@dataclass(frozen=True)
-class FeedForwardNames:
-    """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
-    whether corrections are a matrix of one row.
-    """
-
-    norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
-    dense: GatedNames = gated_names(_PREFIX)
-    router: str = f"{_PREFIX}.gate.weight"
-    fused_router: str = f"{_PREFIX}.gate.weight"
-    experts: GatedNames = GatedNames(
-        f"{_PREFIX}.experts.{{expert}}.gate_proj.weight",
-        f"{_PREFIX}.experts.{{expert}}.up_proj.weight",
-        f"{_PREFIX}.experts.{{expert}}.down_proj.weight",
-        f"{_PREFIX}.experts.gate_up_proj",
-        f"{_PREFIX}.experts.down_proj",
-    )
-    shared: GatedNames = gated_names(f"{_PREFIX}.shared_expert")
-    shared_gate: str = f"{_PREFIX}.shared_expert_gate.weight"
-    correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
-    fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
-    correction_row: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""How rows choose experts, and what a checkpoint calls the tensors of a feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybrid.models.tensors import GatedNames, gated_names
+
+RouterKind = Literal["softmax", "topk_softmax", "sigmoid"]
+_PREFIX = "model.layers.{layer}.mlp"
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone.
+    sigmoid: of each score, then top_k of them.
+
+    correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
+    many in each; only those of the `top_groups` groups whose two best scores are largest together are chosen among.
+    """
+
+    top_k: int
+    kind: RouterKind = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True)
+class FeedForwardNames:
+    """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
+    whether corrections are a matrix of one row.
+    """
+
+    norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
+    dense: GatedNames = gated_names(_PREFIX)
+    router: str = f"{_PREFIX}.gate.weight"
+    fused_router: str = f"{_PREFIX}.gate.weight"
+    experts: GatedNames = GatedNames(
+        f"{_PREFIX}.experts.{{expert}}.gate_proj.weight",
+        f"{_PREFIX}.experts.{{expert}}.up_proj.weight",
+        f"{_PREFIX}.experts.{{expert}}.down_proj.weight",
+        f"{_PREFIX}.experts.gate_up_proj",
+        f"{_PREFIX}.experts.down_proj",
+    )
+    shared: GatedNames = gated_names(f"{_PREFIX}.shared_expert")
+    shared_gate: str = f"{_PREFIX}.shared_expert_gate.weight"
+    correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
+    fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
+    correction_row: bool = False
