@@ -190,8 +190,9 @@ def _read_csv(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of no rows, which are refused
+            warnings.simplefilter("error", DeprecationWarning)  # numpy before 2.3 reads 0.5 or 10^20 as a whole number
             rows = np.loadtxt(lines, _ROW, delimiter=",", usecols=picked, ndmin=1, encoding="utf-8")
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, DeprecationWarning) as error:
         raise _damaged(name, error) from None
     return {column: rows[column] for column in COLUMNS}
 

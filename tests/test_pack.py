@@ -60,7 +60,7 @@ def test_an_interrupted_run_leaves_no_store_and_is_resumed(tmp_path: Path, inter
         with pytest.raises(KeyboardInterrupt):
             pack(checkpoint, store, progress=interrupt)
         assert not list(store.glob("*.tmp"))
-        with pytest.raises(WeightsError, match="not finished: run weights_preprocessor.py again"):
+        with pytest.raises(WeightsError, match="not finished: run hybrid pack again"):
             cached_store(store)
         finished = {file.name: file.stat().st_ino for file in store.glob("*.safetensors")}
         assert len(finished) == interrupted_after

@@ -51,6 +51,13 @@ def test_another_store_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert Store.open(store).spec.model_type == "qwen3"
 
 
+def test_the_script_is_the_same_command(tmp_path: Path) -> None:
+    source, store = write_checkpoint(tmp_path / "hf", "llama"), tmp_path / "store"
+    command = [sys.executable, "weights_preprocessor.py", "--input-path", str(source), "--output-path", str(store)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"{store}: packed\n")
+
+
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
     _refused(_run(tmp_path / "missing", tmp_path / "store"), "missing: no such directory")
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
@@ -67,13 +74,13 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
 def test_an_interrupt_ends_with_one_line_and_code_130(tmp_path: Path) -> None:
     source, store = write_checkpoint(tmp_path / "hf", "qwen3_moe"), tmp_path / "store"
     script = (
-        "import os, signal, weights_preprocessor; from hybrid.weights.content import Content\n"
+        "import os, signal; from hybrid.commands import console, pack; from hybrid.weights.content import Content\n"
         "chunks = Content.chunks\n"
         "def interrupted(self, tensor):\n"
         "    if tensor.name == 'layers.1.ffn.experts': os.kill(os.getpid(), signal.SIGINT)\n"
         "    return chunks(self, tensor)\n"
         "Content.chunks = interrupted\n"
-        "weights_preprocessor.run_app(weights_preprocessor.app, 'pack')\n"
+        "console.run_app(pack.app, 'hybrid pack')\n"
     )
     options = ["--input-path", source, "--output-path", store]
     command = [sys.executable, "-c", script, *options]
@@ -159,7 +166,7 @@ def synthetic() -> ModuleType:
 
 def _run(source: Path, store: Path, *options: str) -> subprocess.CompletedProcess[str]:
     paths = ["--input-path", str(source), "--output-path", str(store)]
-    command = [sys.executable, "weights_preprocessor.py", *paths, *options]
+    command = [sys.executable, "-m", "hybrid.cli", "pack", *paths, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

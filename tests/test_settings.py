@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
-from hybrid.commands import bench, fit, run, simulate, verify
+from hybrid.commands import bench, fit, pack, run, simulate, verify
 from hybrid.commands.bench import BenchOptions
 from hybrid.commands.fit import FitOptions
 from hybrid.commands.flags import command, new_app, only
+from hybrid.commands.pack import PackOptions
 from hybrid.commands.run import RunOptions
 from hybrid.commands.simulate import SimulateOptions
 from hybrid.commands.verify import VerifyOptions
@@ -33,9 +34,10 @@ from hybrid.settings import Setting, build, check_settings, choose, named_as_giv
 
 ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions)
-KINDS = (*OF_RUN, FitOptions, BenchOptions, VerifyOptions, SimulateOptions)
+KINDS = (*OF_RUN, PackOptions, FitOptions, BenchOptions, VerifyOptions, SimulateOptions)
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
-APPS = {"run": run.app, "fit": fit.app, "bench": bench.app, "verify": verify.app, "simulate": simulate.app}
+MODULES = {"run": run, "pack": pack, "fit": fit, "bench": bench, "verify": verify, "simulate": simulate}
+APPS = {name: module.app for name, module in MODULES.items()}
 
 
 def named(name: str, kind: type = EngineConfig) -> Setting:
@@ -314,9 +316,9 @@ def test_a_command_names_settings_that_exist() -> None:
 
 
 def test_a_flag_that_must_be_given_may_be_a_variable(monkeypatch) -> None:
-    assert "Missing option '--trace'" in invoke("simulate").stderr
-    monkeypatch.setenv("HYBRID_SIMULATE_TRACE", "/missing.csv")
-    assert refused("simulate").startswith("HYBRID_SIMULATE_TRACE /missing.csv: there is no such file")
+    assert "Missing option '--input-path'" in invoke("pack", "--output-path", "store").stderr
+    monkeypatch.setenv("HYBRID_PACK_INPUT_PATH", "/missing")
+    assert refused("pack", "--output-path", "store").startswith("/missing: no such directory")
 
 
 def test_the_documents_list_the_flags_that_exist() -> None:

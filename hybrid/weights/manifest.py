@@ -50,7 +50,7 @@ class Manifest:
         if version != LAYOUT_VERSION:
             raise WeightsError(
                 f"{path}: the store has layout version {reprlib.repr(version)}, this program reads {LAYOUT_VERSION}: "
-                "pack the model again with weights_preprocessor.py"
+                "pack the model again with hybrid pack"
             )
         if checksum != _checksum(body):
             raise WeightsError(f"{path}: its checksum is wrong, so it was changed or damaged: pack the model again")
@@ -74,7 +74,7 @@ def _read_mix(path: Path, value: Any) -> FormatMix:
     except (TypeError, ConfigError) as error:
         raise WeightsError(
             f"{path}: the store has formats {reprlib.repr(value)} ({str(error)[:200]}): pack the model again with "
-            "weights_preprocessor.py"
+            "hybrid pack"
         ) from None
 
 

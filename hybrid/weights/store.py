@@ -100,8 +100,8 @@ def read_manifest(path: Path) -> Manifest:
     if is_store(path):
         return Manifest.read(path / MANIFEST)
     if is_file(path / UNFINISHED):
-        raise WeightsError(f"{path}: packing it was not finished: run weights_preprocessor.py again to resume")
-    raise WeightsError(f"{path}: is not a packed store, it has no {MANIFEST}: make one with weights_preprocessor.py")
+        raise WeightsError(f"{path}: packing it was not finished: run hybrid pack again to resume")
+    raise WeightsError(f"{path}: is not a packed store, it has no {MANIFEST}: make one with hybrid pack")
 
 
 def _map_tensors(path: Path, manifest: Manifest, tensors: dict[str, StoreTensor]) -> dict[str, npt.NDArray[np.generic]]:
@@ -165,4 +165,4 @@ def _check_entry(path: Path, tensor: StoreTensor, entry: Entry | None) -> None:
 
 
 def _damaged(path: Path, what: str) -> WeightsError:
-    return WeightsError(f"{path}: {what}: pack the model again with weights_preprocessor.py")
+    return WeightsError(f"{path}: {what}: pack the model again with hybrid pack")

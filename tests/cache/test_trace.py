@@ -119,6 +119,7 @@ def test_the_digest_names_the_calls() -> None:
         (f"{HEADER}\n0,0,0,0,0,1,1\n0,0,0", ["whole trace"]),
         (f"{HEADER}\n0,0,0,0,0,one,1\n", ["whole trace", "one"]),
         (f"{HEADER}\n0,0,0,0,0,99999999999999999999,1\n", ["whole trace"]),
+        (f"{HEADER}\n0.5,0,0,0,0,1,1\n", ["whole trace"]),
     ],
 )
 def test_a_csv_that_is_wrong_says_where(tmp_path: Path, text: str, words: list[str]) -> None:
