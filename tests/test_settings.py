@@ -350,3 +350,14 @@ def test_nothing_heavy_is_imported_for_a_configuration() -> None:
     code = "import sys, hybrid.config, hybrid.settings, hybrid.core; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"typer", "numpy", "gpu_cache", "cpu_kernels"} & set(modules.stdout.split())
+
+
+def test_a_variable_that_means_nothing_is_said_once(monkeypatch) -> None:
+    monkeypatch.setenv("HYBRID_THREAD", "2")
+    monkeypatch.setenv("HYBRID_BENCH_DEPTH", "0")  # of another command
+    monkeypatch.setenv("HYBRID_XYZZY", "1")
+    lines = invoke("run", "--print-config").stderr.splitlines()
+    assert lines == [
+        "warning: HYBRID_THREAD is no setting and has no effect; did you mean HYBRID_THREADS?",
+        "warning: HYBRID_XYZZY is no setting and has no effect; hybrid run --print-config lists the settings",
+    ]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from hybrid.commands.console import exit_codes
+from hybrid.commands.environment import warn_of_unknown_variables
 from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, settings_of
 
 GROUPS = ("model", "prompts", "sampling", "engine", "cache", "gpu", "device", "files", "output", "")  # in --help
@@ -45,6 +46,7 @@ def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None
 
         def call(context: typer.Context, print_config: bool, **given: Any) -> None:
             with exit_codes(*interrupted):
+                warn_of_unknown_variables(settings)
                 choices = choose(settings, _said(context, given))
                 _require(context, choices)
                 with named_as_given(choices):
