@@ -127,7 +127,7 @@ def kernels(
 
 def parse_rows(text: str) -> list[int]:
     """'1,8' to [1, 8]. Raises ConfigError."""
-    rows = parse_counts(text)
+    rows = parse_counts(text, "--rows")
     if 0 in rows:
         raise ConfigError("--rows 0 is out of range; it must be at least 1")
     return rows

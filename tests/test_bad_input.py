@@ -139,8 +139,8 @@ def test_the_environment_cannot_ask_for_a_million_threads() -> None:
 
 
 def test_bench_speaks_of_its_own_flags() -> None:
-    with pytest.raises(ConfigError, match="'²' is not a list of counts"):
-        parse_counts("²")
+    with pytest.raises(ConfigError, match="--depth '²' is not a list of counts"):
+        parse_counts("²", "--depth")
     with pytest.raises(ConfigError, match="tg8 at depth 2040 .* 2049 .* 2048.*--depth"):
         check_lengths(EngineConfig(), make_tests([0], [8], [2040], [1]))
     check_lengths(EngineConfig(), make_tests([0], [8], [2039], [1]))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
+import statistics
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import hybrid
 from hybrid.commands import measure
 from hybrid.commands.bench import app
+from hybrid.config import EngineConfig
+from hybrid.engine.engine import Engine
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 from hybrid.models import model_spec
 from hybrid.models.layers.base import Cost
@@ -40,14 +47,18 @@ SMALL = ("-p", "8,3", "-n", "2", "-d", "0,5", "--batch", "1,2", "-r", "2", "--th
 
 def test_json_has_the_machine_and_a_result_for_every_test(cache) -> None:
     report = json.loads(bench(cache, *SMALL, "--output", "json"))
-    assert set(report) == {"machine", "results"}
+    assert set(report) == {"version", "date", "model", "machine", "results"}
+    assert report["version"] == hybrid.__version__ and datetime.fromisoformat(report["date"]).tzinfo
+    assert set(report["model"]) == {"path", "type", "weights_gb", "format"} and report["model"]["path"] == "embedded"
     machine = report["machine"]
     assert machine["read_gbps"] > 0 and machine["peak_gflops"]["bf16"] > 0 and machine["threads"] == 2
     assert machine["device"] == "cpu"
     assert {"cpu", "isa", "memory_gb", "model", "weights_gb"} <= set(machine)
     assert (machine["format"], machine["kv_format"], set(machine["peak_gflops"])) == ("bf16", "bf16", {"bf16"})
-    keys = {"test", "depth", "batch", "tokens_per_second", "stddev", "limit_share"}
-    assert all(set(result) == keys for result in report["results"])
+    keys = {"test", "depth", "batch", "tokens_per_second", "samples", "stddev", "limit_share"}
+    assert all(set(result) == keys and len(result["samples"]) == 2 for result in report["results"])
+    for result in report["results"]:
+        assert result["tokens_per_second"] == pytest.approx(statistics.median(result["samples"]), abs=0.02)
     assert {(r["test"], r["depth"], r["batch"]) for r in report["results"]} == {
         (test, depth, batch) for test in ("pp8", "pp3", "tg2") for depth in (0, 5) for batch in (1, 2)
     }
@@ -59,7 +70,53 @@ def test_csv_and_markdown_have_a_row_for_every_test(cache) -> None:
     assert [(row["test"], row["stddev"]) for row in rows] == [("pp8", "0.0"), ("tg2", "0.0")]
     lines = bench(cache, "-p", "0", "-n", "2", "-r", "1").splitlines()
     assert "GB/s" in lines[0] and "GFLOP/s" in lines[0]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["test", "---", "tg2"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["test", "----", "tg2"]
+    assert len({len(line) for line in lines[2:]}) == 1
+
+
+def test_rows_are_printed_as_they_come(cache, monkeypatch) -> None:
+    """The first is there when the second test fails."""
+
+    def measure_one(engine, probe, measurement) -> None:
+        if measurement.test.generate:
+            raise KeyboardInterrupt
+        measurement.tokens_per_second.append(1.0)
+        measurement.limit_shares.append(0.5)
+
+    monkeypatch.setattr(measure, "_measure", measure_one)
+    for form in ("md", "csv"):
+        arguments = ["--cache-dir", str(cache), "-p", "8", "-n", "2", "-r", "1", "--output", form]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 130 and "pp8" in result.stdout.splitlines()[-1]
+
+
+def test_a_depth_is_filled_once_and_not_computed_whole(cache, monkeypatch) -> None:
+    computed: list[tuple[int, int]] = []
+    run_sequence = measure.run_sequence
+
+    def count(engine, sequence, start, rows, logits) -> None:
+        computed.append((start, rows))
+        run_sequence(engine, sequence, start, rows, logits)
+
+    monkeypatch.setattr(measure, "run_sequence", count)
+    for kv_format in ("bf16", "int8"):
+        computed.clear()
+        flags = ("-p", "8", "-n", "2", "-d", "1900", "-r", "2", "--kv-format", kv_format, "--output", "csv")
+        assert len(bench(cache, *flags).splitlines()) == 3
+        assert computed == [(0, 512), (0, 512), (1900, 8), (1900, 8)]  # weights touched, filled, measured twice
+
+
+def test_the_filled_state_is_that_of_the_first_tokens_over_and_over() -> None:
+    with Engine.open(EngineConfig(device="cpu", threads=1, max_seq_len=1024, max_batch=1)) as engine:
+        measure.run_sequence(engine, 0, 0, 256, logits=False)
+        kv, base = engine.plan.kv, engine.addresses._kv._arena.address
+        engine.addresses.repeat(0, 256, 1000)
+        for offset, size in kv.layers[0].runs:
+            width = size // kv.tokens
+            run = np.frombuffer((ctypes.c_ubyte * (1000 * width)).from_address(base + offset), np.uint8)
+            assert run[: 256 * width].any()
+            assert (run[256 * width : 512 * width] == run[: 256 * width]).all()
+            assert (run[768 * width :] == run[: 232 * width]).all()
 
 
 def test_formats_are_measured_and_named(cache) -> None:

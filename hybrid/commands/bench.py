@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hybrid.commands.console import progress_bar, say, show
+from hybrid.commands.console import progress_bar, say, show, show_json
 from hybrid.commands.flags import command, new_app, only
+from hybrid.commands.tables import heading, line
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.settings import check_settings, setting
@@ -54,7 +56,8 @@ def bench(
     processors and their memory, whatever the device.
     """
     check_settings(options)
-    tests = make_tests(*map(parse_counts, (options.prompt, options.generate, options.depth, options.batch)))
+    counts = (parse_counts(getattr(options, name), f"--{name}") for name in ("prompt", "generate", "depth", "batch"))
+    tests = make_tests(*counts)
     largest_batch = max(test.batch for test in tests)
     config = replace(
         config,
@@ -63,14 +66,16 @@ def bench(
         chunk_size=max(EngineConfig.chunk_size, largest_batch),
     )
     check_lengths(config, tests)
-    show(FORMATS[options.output](run(config, tests, options.repetitions)))
+    run(config, tests, options.repetitions, WRITERS[options.output])
 
 
-def parse_counts(text: str) -> list[int]:
-    """'128,512' to [128, 512]. Raises ConfigError."""
+def parse_counts(text: str, flag: str = "") -> list[int]:
+    """'128,512' to [128, 512]. flag: that gave it. Raises ConfigError."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
-        raise ConfigError(f"{text!r} is not a list of counts; write numbers with commas between them, as 128,512")
+        raise ConfigError(
+            f"{flag} {text!r:.80} is not a list of counts; write numbers with commas between them, as 128,512".lstrip()
+        )
     return [int(part) for part in parts]
 
 
@@ -101,14 +106,30 @@ def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
             )
 
 
-def run(config: EngineConfig, tests: list[Test], repetitions: int) -> dict[str, Any]:
-    """Open the engine, measure, and describe: {"machine": ..., "results": [...]}."""
-    from hybrid.commands.measure import run_tests
+def run(config: EngineConfig, tests: list[Test], repetitions: int, writer: type[Writer]) -> None:
+    """Open the engine, measure, and hand every result on as soon as it is there."""
+    from hybrid.commands.measure import MachineProbe, run_tests, touch_weights
     from hybrid.engine.engine import Engine
 
-    with progress_bar() as progress, Engine.open(config, progress, say) as engine:
-        measurements, probe = run_tests(engine, tests, repetitions, progress)
-        return {"machine": describe_machine(engine, probe), "results": [_result(m) for m in measurements]}
+    with progress_bar() as progress:
+        engine = Engine.open(config, progress, say)
+    with engine:
+        probe = MachineProbe.of(engine)
+        touch_weights(engine)
+        probe.measure()
+        written = writer(describe_machine(engine, probe), describe_model(config, engine), tests)
+        for measurement in run_tests(engine, probe, tests, repetitions, progress_bar):
+            written.add(_result(measurement))
+        written.finish(describe_machine(engine, probe))
+
+
+def describe_model(config: EngineConfig, engine: Engine) -> dict[str, Any]:
+    return {
+        "path": str(config.model_path) if config.model_path else "embedded",
+        "type": engine.spec.model_type,
+        "weights_gb": round(engine.store.nbytes / 1e9, 2),
+        "format": str(engine.plan.formats),
+    }
 
 
 def describe_machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
@@ -138,37 +159,84 @@ def _result(measurement: Measurement) -> dict[str, Any]:
         "depth": measurement.test.depth,
         "batch": measurement.test.batch,
         "tokens_per_second": round(measurement.median, 2),
+        "samples": [round(speed, 2) for speed in measurement.tokens_per_second],
         "stddev": round(measurement.stddev, 2),
         "limit_share": round(measurement.limit_share, 4),
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    units = {"bf16": "GFLOP/s", "int8": "GOP/s"}
-    peaks = ", ".join(f"{peak} {units[kind]} ({kind})" for kind, peak in machine["peak_gflops"].items())
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, device {machine['device']}; "
-        f"{machine['model']}, "
-        f"{machine['weights_gb']} GB ({machine['format']}), keys and values {machine['kv_format']}; "
-        f"reads {machine['read_gbps']} GB/s, multiplies {peaks}",
-        "",
-        "| test | depth | batch | tokens/s | share of limit |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for r in report["results"]:
-        speed = f"{r['tokens_per_second']:.2f} ± {r['stddev']:.2f}"
-        lines.append(f"| {r['test']} | {r['depth']} | {r['batch']} | {speed} | {r['limit_share']:.1%} |")
-    return "\n".join(lines)
+class Writer:
+    """Shows results in a form. machine: as measured at the start."""
+
+    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None:
+        raise NotImplementedError
+
+    def add(self, result: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def finish(self, machine: dict[str, Any]) -> None:
+        """machine: with the rates of the whole time."""
 
 
-def to_csv(report: dict[str, Any]) -> str:
-    rows = report["results"]
-    return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+class Markdown(Writer):
+    """A table whose rows are printed as they come, so that its widths are chosen before."""
+
+    COLUMNS = ("test", "depth", "batch", "tokens/s", "share of limit")
+    WORDS = (True, False, False, False, False)
+
+    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None:
+        units = {"bf16": "GFLOP/s", "int8": "GOP/s"}
+        peaks = ", ".join(f"{peak} {units[kind]} ({kind})" for kind, peak in machine["peak_gflops"].items())
+        names, depths, batches = ([str(part) for part in column] for column in zip(*map(_place, tests), strict=True))
+        longest = (max(map(len, names)), max(map(len, depths)), max(map(len, batches)), len("99999.99 ± 999.99"), 0)
+        self._widths = [max(part, len(column)) for part, column in zip(longest, self.COLUMNS, strict=True)]
+        show(
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, device {machine['device']}; "
+            f"{model['type']}, {model['weights_gb']} GB ({model['format']}), keys and values {machine['kv_format']}; "
+            f"reads {machine['read_gbps']} GB/s, multiplies {peaks}\n"
+        )
+        show("\n".join(heading(self.COLUMNS, self._widths, self.WORDS)))
+
+    def add(self, result: dict[str, Any]) -> None:
+        speed = f"{result['tokens_per_second']:.2f} ± {result['stddev']:.2f}"
+        cells = [str(result[name]) for name in ("test", "depth", "batch")] + [speed, f"{result['limit_share']:.1%}"]
+        show(line(cells, self._widths, self.WORDS))
+
+
+class Csv(Writer):
+    COLUMNS = ("test", "depth", "batch", "tokens_per_second", "stddev", "limit_share")
+
+    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None:
+        show(",".join(self.COLUMNS))
+
+    def add(self, result: dict[str, Any]) -> None:
+        show(",".join(str(result[name]) for name in self.COLUMNS))
+
+
+class Json(Writer):
+    """One object, once all is there."""
+
+    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None:
+        self._model = model
+        self._date = datetime.now(UTC).isoformat(timespec="seconds")
+        self._results: list[dict[str, Any]] = []
+
+    def add(self, result: dict[str, Any]) -> None:
+        self._results.append(result)
+
+    def finish(self, machine: dict[str, Any]) -> None:
+        from hybrid import __version__
+
+        about = {"version": __version__, "date": self._date, "model": self._model}
+        show_json({**about, "machine": machine, "results": self._results}, indent=2)
+
+
+def _place(test: Test) -> tuple[str, int, int]:
+    return test.name, test.depth, test.batch
 
 
 def to_json(report: dict[str, Any]) -> str:
     return json.dumps(report, indent=2)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any]], str]] = dict(zip(OUTPUTS, (to_markdown, to_csv, to_json), strict=True))
+WRITERS: dict[str, type[Writer]] = dict(zip(OUTPUTS, (Markdown, Csv, Json), strict=True))

@@ -112,7 +112,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 import cpu_kernels
+from cpu_kernels import KEY_BLOCK
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
+from hybrid.formats.block import round_up
 from hybrid.models.layers.base import Cost
 from hybrid.plan.roofline import step_cost, uses_integers
 
+Progress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]  # a bar for each test
 PROBE_BYTES = 1 << 30  # many times any cache
 PROBE_ROUNDS = 10_000_000
 _TOUCH_BYTES = 1 << 26  # touched at a time, so that Ctrl-C need not wait for all
@@ -94,18 +98,18 @@ class MachineProbe:
 
 
 def run_tests(
-    engine: Engine, tests: Iterable[Test], repetitions: int, progress: Callable[[str, int, int], None]
-) -> tuple[list[Measurement], MachineProbe]:
-    """Every test `repetitions` times, all tests once before any twice, with random tokens."""
-    probe = MachineProbe.of(engine)
-    touch_weights(engine)
-    measurements = [Measurement(test) for test in tests]
-    for repetition in range(repetitions):
-        for i, measurement in enumerate(measurements):
-            progress("measuring", repetition * len(measurements) + i, repetitions * len(measurements))
-            _measure(engine, probe, measurement, fill=repetition == 0 or len(measurements) > 1)
-    progress("measuring", repetitions * len(measurements), repetitions * len(measurements))
-    return measurements, probe
+    engine: Engine, probe: MachineProbe, tests: Iterable[Test], repetitions: int, progress: Progress
+) -> Iterator[Measurement]:
+    """Every test `repetitions` times with random tokens; each as soon as it is done."""
+    filled: dict[int, int] = {}  # tokens that a sequence holds, by sequence
+    for test in tests:
+        measurement = Measurement(test)
+        with progress() as report:
+            fill(engine, test, filled)
+            for repetition in range(repetitions):
+                report(f"measuring {test.name} at depth {test.depth}", repetition, repetitions)
+                _measure(engine, probe, measurement)
+        yield measurement
 
 
 def touch_weights(engine: Engine) -> None:
@@ -113,10 +117,8 @@ def touch_weights(engine: Engine) -> None:
     run_sequence(engine, 0, 0, min(engine.plan.max_rows, engine.plan.max_seq_len), logits=True)
 
 
-def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement, fill: bool) -> None:
+def _measure(engine: Engine, probe: MachineProbe, measurement: Measurement) -> None:
     test = measurement.test
-    if fill:
-        _fill(engine, test)
     decode_steps(engine, test.batch, test.depth, 1)  # wake the threads and the caches
     probe.measure()
     start = time.perf_counter()
@@ -148,9 +150,21 @@ def limit_seconds(engine: Engine, probe: MachineProbe, test: Test) -> float:
     return total
 
 
-def _fill(engine: Engine, test: Test) -> None:
+def fill(engine: Engine, test: Test, filled: dict[int, int]) -> None:
+    """Give the sequences of a test the tokens that it begins behind. filled: how many each has already.
+
+    On the CPU a chunk is computed and then copied, because the time of a whole prompt grows with its square.
+    """
+    plan = engine.plan
+    chunk = round_up(plan.max_rows, KEY_BLOCK)
     for sequence in range(test.batch):
-        run_sequence(engine, sequence, 0, test.depth, logits=False)
+        if filled.get(sequence, 0) >= test.depth:
+            continue
+        known = min(test.depth, chunk if plan.device_name == "cpu" else test.depth)
+        run_sequence(engine, sequence, 0, known, logits=False)
+        if known < test.depth:
+            engine.addresses.repeat(sequence, known, test.depth)
+        filled[sequence] = test.depth
 
 
 def prefill_prompt(engine: Engine, test: Test) -> None:

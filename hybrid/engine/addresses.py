@@ -55,6 +55,10 @@ class Addresses:
         """Free and zero the state of a sequence."""
         self._kv.release(sequence)
 
+    def repeat(self, sequence: int, known: int, tokens: int) -> None:
+        """As `KvArena.repeat`."""
+        self._kv.repeat(sequence, known, tokens)
+
     def buffer(self, name: str, node: int = -1) -> int:
         """Address of a shared buffer, or of a buffer of one memory node."""
         if node < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,20 @@ class KvArena:
     def layout(self, layer: int) -> Any:
         """The state of a layer as the kernels read it, an object of a class of `cpu_kernels`."""
         return self._plan.kv.bound(layer, self._arena.address)
+
+    def repeat(self, sequence: int, known: int, tokens: int) -> None:
+        """Copy the first `known` tokens of a sequence over those behind them, up to `tokens`.
+
+        For measurements, which need memory that holds keys and values, whatever they say. known: a multiple of
+        KEY_BLOCK.
+        """
+        kv = self._plan.kv
+        for start, layer in zip(kv.offsets, kv.layers, strict=True):
+            for offset, size in layer.runs:
+                width = size // kv.tokens
+                run = self._arena.address + sequence * kv.sequence_stride + start + offset
+                for first in range(known, tokens, known):
+                    ctypes.memmove(run + first * width, run, min(known, tokens - first) * width)
 
     def release(self, sequence: int) -> None:
         """Give the memory of a sequence back to the system."""
