@@ -7,7 +7,7 @@ CPP := $(filter cpu_kernels/%,$(NATIVE)) $(wildcard tests/amx/*.cpp tests/amx/*.
 TOO_OLD := "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12"
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"], sep="\n")
 
-.PHONY: help demo test lint format bench kernels device compare sanitize clean
+.PHONY: help demo test lint format bench kernels device gpu compare sanitize clean
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench    speed of the embedded model; ARGS=\"--model-path DIR\" for another"
 	@echo "make kernels  speed of single kernels; ARGS=\"--ops moe --rows 1,8,512\""
 	@echo "make device   speed of experts on a GPU and of copies to it, beside its limits; ARGS=\"--shapes phi --tune\""
+	@echo "make gpu      install the gpu extra, then all tests and measurements of a GPU; ARGS=\"--stand-in\" tries it"
 	@echo "make compare  install the compare extra and time other engines on the same weights; ARGS=\"--layers 4\""
 	@echo "make sanitize run tests of the kernels under ASan and UBSan, and the threads under TSan"
 	@echo "make clean    remove what these commands made"
@@ -47,6 +48,9 @@ kernels: $(VENV)/installed
 device: $(VENV)/installed
 	$(RUN) bench/device.py $(ARGS)
 
+gpu: $(VENV)/test $(VENV)/gpu
+	$(RUN) bench/on_gpu.py results-gpu $(ARGS)
+
 compare: $(VENV)/compare
 	$(RUN) bench/compare.py $(ARGS)
 
@@ -71,6 +75,6 @@ $(VENV)/oracle: $(VENV)/test
 	@touch $@
 
 # The extras of pyproject.toml, without building the extension again.
-$(VENV)/test $(VENV)/lint $(VENV)/compare: $(VENV)/installed
+$(VENV)/test $(VENV)/lint $(VENV)/compare $(VENV)/gpu: $(VENV)/installed
 	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	@touch $@
