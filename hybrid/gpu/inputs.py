@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid.core import Batch
 from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
-from hybrid.gpu.parts import rope_table
+from hybrid.gpu.parts import rope_table, scaled
 
 KEYS = 256  # rings are read in multiples of this, so that shapes do not change with every token
 
@@ -115,7 +115,7 @@ def make_inputs(
         for array in (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
     )
     return StepInputs(
-        embedded=embedding[tokens].float() * embedding_scale,
+        embedded=scaled(embedding[tokens].float(), embedding_scale),
         logit_rows=logit_rows,
         sequences=sequences,
         places=positions % capacity,

@@ -24,7 +24,7 @@ from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
 from hybrid.gpu.layers.base import DeviceFeedForward, DeviceMixer, Shared, kind_of
 from hybrid.gpu.link import Clock, Link
 from hybrid.gpu.mirror import KvMirror
-from hybrid.gpu.parts import Routed, chooser, rms_norm
+from hybrid.gpu.parts import Routed, chooser, rms_norm, scaled
 from hybrid.gpu.products import linear
 from hybrid.gpu.report import DeviceReport
 from hybrid.gpu.weights import DeviceWeights
@@ -283,7 +283,7 @@ class DeviceStep:
         """float32 [logit rows, vocab]."""
         residual = self._with_experts()[self._inputs.logit_rows]
         rows = rms_norm(residual, self._weights.final_norm, self._spec.eps).bfloat16()
-        return linear(rows, self._weights.head) * self._spec.logit_scale
+        return scaled(linear(rows, self._weights.head), self._spec.logit_scale)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

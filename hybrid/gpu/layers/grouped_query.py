@@ -15,7 +15,7 @@ from hybrid.gpu.inputs import Group, StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import KvRings
-from hybrid.gpu.parts import rms_norm, rotate
+from hybrid.gpu.parts import rms_norm, rotate, scaled
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV, STATES, GroupedQueryAttention
@@ -111,7 +111,7 @@ class MirroredAttention:
                 states = self._shared.link.to_device(buffer)
                 mixed = join(mixed, read_states(states, half.heads, half.head_dim))
             mixed = finish(mixed, weights.sinks)
-        return linear(mixed.flatten(1).bfloat16(), weights.out, weights.out_bias) * half.out_scale
+        return scaled(linear(mixed.flatten(1).bfloat16(), weights.out, weights.out_bias), half.out_scale)
 
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
         half, weights = self._half, self._weights
