@@ -30,6 +30,7 @@ MIXTRAL_NAMES = FeedForwardNames(
         down=f"{_MIXTRAL}.experts.{{expert}}.w2.weight",
     ),
 )
+MAX_LAYERS = 1024  # published models have up to 126; a plan takes a millisecond for each
 FULL, SLIDING = "full_attention", "sliding_attention"  # words of `layer_types`
 
 
@@ -173,7 +174,7 @@ def read_model(
 
 
 def read_layer_count(fields: Fields) -> int:
-    return fields.size("num_hidden_layers", maximum=10_000)
+    return fields.size("num_hidden_layers", maximum=MAX_LAYERS)
 
 
 def read_max_position(fields: Fields, defaults: Defaults) -> int:

@@ -15,6 +15,7 @@ from hybrid.models.reading import Fields
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
+_MANY_TURNS = 1e300  # infinity has no nearest dimension
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
 
 
@@ -154,7 +155,7 @@ def _yarn(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, f
 
 def _rotation_dim(rope: RopeSpec, p: dict[str, Any], rotations: float) -> float:
     """The dimension that turns `rotations` times over the original context."""
-    turns = p["original_max_position"] / (rotations * 2 * math.pi)
+    turns = min(p["original_max_position"] / (rotations * 2 * math.pi), _MANY_TURNS)
     return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
 
 

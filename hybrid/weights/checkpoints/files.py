@@ -13,6 +13,7 @@ from hybrid.files import is_file, read_json_object
 from hybrid.weights.shard import Entry, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_LONGEST_NAME = 255  # that a file system allows
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -71,12 +72,16 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: has no weight_map from tensor names to files; fetch the file again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+        if not isinstance(file, str) or not _is_name(file):
             raise WeightsError(
                 f"{index}: places tensor {name:.200} in {reprlib.repr(file)}; it must be a file name without a "
                 "directory: fetch the file again"
             )
     return weight_map
+
+
+def _is_name(file: str) -> bool:
+    return file not in ("", ".", "..") and Path(file).name == file and "\0" not in file and len(file) <= _LONGEST_NAME
 
 
 def _shards(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
