@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     model_type = config.get("model_type")
     if model_type not in supported_models():
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_models())}"
+            f"config.json: model_type {reprlib.repr(model_type)} is not supported; "
+            f"supported: {', '.join(supported_models())}"
         )
     family = importlib.import_module(f"{families.__name__}.{model_type}")
     spec: ModelSpec = family.spec(config)
