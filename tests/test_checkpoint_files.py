@@ -15,6 +15,7 @@ from checkpoints import packed, write_checkpoint
 from hybrid.errors import WeightsError
 from hybrid.files import atomic_file, read_json_object
 from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.mapped import MappedFile
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
 
@@ -80,9 +81,7 @@ def test_an_empty_shard_of_a_manifest_that_agrees_is_refused(tmp_path: Path) -> 
     store = packed(write_checkpoint(tmp_path / "model", "llama"))
     os.truncate(store.path / "outer.safetensors", 0)
     with pytest.raises(WeightsError, match="cannot be mapped"):
-        from hybrid.weights.store import _map_file
-
-        _map_file(store.path / "outer.safetensors", 0)
+        MappedFile(store.path / "outer.safetensors", 0)
 
 
 def test_json_is_bounded_in_depth_and_digits(tmp_path: Path) -> None:

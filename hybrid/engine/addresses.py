@@ -88,6 +88,7 @@ class Addresses:
 def _load(store: Store, plan: Plan, progress: Progress | None) -> Store | CopiedWeights:
     """Load the weights to where the ops read them."""
     if plan.load == "map":
+        store.verify_in_background()
         return store
     copied = CopiedWeights(store, plan.parts, plan.node_ids, plan.threads, progress)
     store.close()

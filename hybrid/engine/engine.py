@@ -109,6 +109,8 @@ class Engine:
         store = cached_store(path, config.cache_dir, config.weight_format, progress, notice, config.check)
         if notice and plan.cache and plan.cache.warning:
             notice(f"note: {plan.cache.warning}")
+        if notice and store.unverified:
+            notice(f"note: checksums of {store.nbytes / 1e9:.1f} GB of weights are verified once, while they are used")
         profiles = (config.cache_dir or default_cache_dir()) if plan.cache else None
         try:
             engine = cls(store, plan, progress, profiles)
@@ -126,12 +128,13 @@ class Engine:
 
         Raises KernelError if the batch leaves the plan's extents, once closed and in a forked process, StepCancelled
         after `cancel`, KeyboardInterrupt on Ctrl-C (main thread); after the last two what the step wrote must be
-        discarded.
+        discarded. WeightsError if the weights were changed in their files, or are found to be damaged.
         """
         if os.getpid() != self._process:
             raise forked_error()
         if self._closed:
             raise KernelError("this engine was closed; open it again")
+        self.store.require_sound()
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         if self.routes:

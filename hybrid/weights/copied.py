@@ -48,6 +48,8 @@ class CopiedWeights:
     def _fill(self, store: Store, parts: Parts, threads: int, progress: Callable[[str, int, int], None]) -> None:
         def copy(place: tuple[str, int]) -> None:
             name, node = place
+            if store.unverified and node <= 0:
+                store.verify(name)
             tensor, array = store.tensors[name], store.array(name)
             if node < 0:
                 self._memory(name, node)[...] = array.reshape(-1).view(np.uint8)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import WeightsError
-from hybrid.files import input_descriptor, is_file
+from hybrid.files import is_file
 from hybrid.formats import FORMATS
 from hybrid.formats.block import Bytes, all_finite
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import StoreTensor
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
-from hybrid.weights.shard import ALIGNMENT, SHARD, Entry, read_header
+from hybrid.weights.mapped import MappedFile, Stamp, Verification, damaged
+from hybrid.weights.shard import ALIGNMENT, Entry, read_header
 
 ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
 
@@ -43,20 +42,68 @@ class Store:
         self.tensors = {tensor.name: tensor for tensor in self.spec.store_tensors(self.mix)}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self._checksums = manifest.tensors
-        self._arrays = _map_tensors(path, manifest, self.tensors)
+        self._files: dict[str, MappedFile] = {}
+        try:
+            self._entries = _map_files(path, manifest, self.tensors, self._files)
+        except BaseException:
+            self.close()
+            raise
+        self._arrays = {name: self._view(tensor) for name, tensor in self.tensors.items()}
+        self._verification = Verification(path, self._files, self._entries, manifest.tensors)
+        self.unverified = False
 
     @classmethod
     def open(cls, path: Path, check: bool = False) -> Store:
         """Map a store. Raises `WeightsError` when it is not whole.
 
         Checksums of the tensors are verified for a store of at most `ALWAYS_VERIFIED` bytes, or when `check`
-        is set, which also looks for values that are not finite.
+        is set, which also looks for values that are not finite. Those of others are not, which `unverified` says,
+        unless their files are as old as when they were found right: `verify` or `verify_in_background` does it.
         """
         path = Path(path)
         store = cls(path, read_manifest(path))
-        if check or store.nbytes <= ALWAYS_VERIFIED:
-            store._verify(finite=check)
+        try:
+            if check or store.nbytes <= ALWAYS_VERIFIED:
+                store._verify(finite=check)
+            else:
+                store.unverified = store._verification.needed
+        except BaseException:
+            store.close()
+            raise
         return store
+
+    def verify(self, name: str) -> None:
+        """Raise WeightsError if a tensor is damaged; reads it without touching what is mapped."""
+        self._verification.verify([name])
+
+    def verify_in_background(self) -> None:
+        """Verify all tensors in a thread, once. What it finds, `require_sound` raises."""
+        if self.unverified:
+            self.unverified = False
+            self._verification.start()
+
+    def require_sound(self) -> None:
+        """Raise WeightsError if a mapped file was cut or changed, or if verification has found damage. It is cheap.
+
+        To touch what is mapped of a file that was cut kills the process, so this comes before every step.
+        """
+        if self._verification.problem:
+            raise self._verification.problem
+        for file in self._files.values():
+            stamp = file.stamp_now()
+            if stamp != file.stamp:
+                self._require_unchanged(file, stamp)
+
+    def _require_unchanged(self, file: MappedFile, stamp: Stamp) -> None:
+        """A file that was only touched, or written with the same content, is as good as before."""
+        advice = "open the model again; --load copy keeps weights where nobody changes them"
+        if stamp[0] < file.stamp[0]:
+            raise WeightsError(f"{file.path}: was cut to {stamp[0]} bytes while it was in use: {advice}")
+        try:
+            self._verification.verify(self._verification.names_in(file.path.name))
+        except (WeightsError, OSError) as error:
+            raise WeightsError(f"{file.path}: was changed while it was in use ({error}): {advice}") from None
+        file.stamp = stamp
 
     def array(self, name: str) -> npt.NDArray[np.generic]:
         """A read-only view: packed bytes (uint8), or float32, in the shape that `layout` gives."""
@@ -69,7 +116,13 @@ class Store:
 
     def close(self) -> None:
         """Unmap, as soon as no view of a tensor is in use any more."""
-        self._arrays.clear()
+        if hasattr(self, "_verification"):
+            self._verification.stop()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if hasattr(self, "_arrays"):
+            self._arrays.clear()
 
     def __enter__(self) -> Store:
         return self
@@ -79,10 +132,15 @@ class Store:
     ) -> None:
         self.close()
 
+    def _view(self, tensor: StoreTensor) -> npt.NDArray[np.generic]:
+        entry = self._entries[tensor.name]
+        whole = self._files[shard_file(tensor.shard)].bytes
+        return whole[entry.start : entry.end].view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
     def _verify(self, finite: bool) -> None:
         for name, array in self._arrays.items():
             if zlib.crc32(array.data) != self._checksums[name]:
-                raise _damaged(self.path, f"tensor {name} has a wrong checksum")
+                raise damaged(self.path, f"tensor {name} has a wrong checksum")
             if finite and not _all_finite(self.tensors[name], array):
                 raise WeightsError(f"{self.path}: tensor {name} holds NaN or infinity: take another checkpoint")
 
@@ -104,22 +162,19 @@ def read_manifest(path: Path) -> Manifest:
     raise WeightsError(f"{path}: is not a packed store, it has no {MANIFEST}: make one with hybrid pack")
 
 
-def _map_tensors(path: Path, manifest: Manifest, tensors: dict[str, StoreTensor]) -> dict[str, npt.NDArray[np.generic]]:
+def _map_files(
+    path: Path, manifest: Manifest, tensors: dict[str, StoreTensor], files: dict[str, MappedFile]
+) -> dict[str, Entry]:
+    """Map all shards into `files`; where each tensor lies in them."""
     if set(manifest.tensors) != set(tensors):
-        raise _damaged(path, "the manifest lists other tensors than its model has")
+        raise damaged(path, "the manifest lists other tensors than its model has")
     entries: dict[str, Entry] = {}
-    buffers: dict[str, npt.NDArray[np.uint8]] = {}
     for file in sorted({shard_file(tensor.shard) for tensor in tensors.values()}):
-        buffers[file] = _map_file(path / file, manifest.shards.get(file))
+        files[file] = MappedFile(path / file, manifest.shards.get(file))
         entries.update(read_header(path / file))
     for tensor in tensors.values():
         _check_entry(path, tensor, entries.get(tensor.name))
-    return {
-        name: buffers[shard_file(tensor.shard)][entries[name].start : entries[name].end]
-        .view(_DTYPES[tensor.dtype])
-        .reshape(tensor.shape)
-        for name, tensor in tensors.items()
-    }
+    return {name: entries[name] for name in tensors}
 
 
 def _all_finite(tensor: StoreTensor, array: npt.NDArray[np.generic]) -> bool:
@@ -145,24 +200,7 @@ def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[int, Bytes
         yield from ((run.inputs, blocks[first : first + step]) for first in range(0, run.count, step))
 
 
-def _map_file(path: Path, size: int | None) -> npt.NDArray[np.uint8]:
-    if not is_file(path):
-        raise _damaged(path, "cannot be read (No such file or directory)")
-    with input_descriptor(path, SHARD) as file:
-        found = os.fstat(file).st_size
-        if found != size:
-            raise _damaged(path, f"has {found} bytes, the manifest says {size}")
-        try:
-            return np.frombuffer(mmap.mmap(file, found, prot=mmap.PROT_READ), np.uint8)
-        except (OSError, ValueError) as error:  # of an empty file
-            raise _damaged(path, f"cannot be mapped ({error})") from None
-
-
 def _check_entry(path: Path, tensor: StoreTensor, entry: Entry | None) -> None:
     expected = (path / shard_file(tensor.shard), tensor.dtype, tensor.shape)
     if entry is None or (entry.path, entry.dtype, entry.shape) != expected or entry.start % ALIGNMENT:
-        raise _damaged(path / shard_file(tensor.shard), f"tensor {tensor.name} is missing or laid out otherwise")
-
-
-def _damaged(path: Path, what: str) -> WeightsError:
-    return WeightsError(f"{path}: {what}: pack the model again with hybrid pack")
+        raise damaged(path / shard_file(tensor.shard), f"tensor {tensor.name} is missing or laid out otherwise")
