@@ -194,7 +194,7 @@ def _joules(recorder: Recorder, tokens: int) -> list[float]:
     rows = recorder.power_rows()
     total = 0.0
     for _, _, seconds, *watts, _ in rows:
-        known = [float(value) for value in watts if value != "unreadable"]
+        known = [float(value) for value in watts if value]
         if not known:
             return []
         total += sum(known) * float(seconds)

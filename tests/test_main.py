@@ -195,8 +195,8 @@ def test_the_breakdown_has_a_row_for_every_step(loaded, tmp_path) -> None:
         ("2", "0", "1"),
     ]
     for row in rows:
-        parts = sum(float(row[name]) for name in ("attention", "moe", "head", "other", "sampling"))
-        assert parts == pytest.approx(float(row["total"]), abs=1e-3)
+        parts = sum(float(row[f"{name}_ms"]) for name in ("attention", "moe", "head", "other", "sampling"))
+        assert parts == pytest.approx(float(row["total_ms"]), abs=1e-3)
     assert [entry.name for entry in tmp_path.iterdir()] == ["steps.csv"]
 
 

@@ -18,7 +18,7 @@ from hybrid.commands import run as main
 from hybrid.core import StepTimes
 from hybrid.machine.meters import EnergyMeter, FrequencyMeter, Meters, Reading
 from hybrid.serving import recorder as report
-from hybrid.serving.recorder import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, UNREADABLE, Recorder
+from hybrid.serving.recorder import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, Recorder
 from hybrid.serving.scheduler import StepRecord
 
 RUN = ["--prompt", "Once upon a time", "--max-tokens", "12", "--max-seq-len", "256", "--ignore-eos", "--hide-resp"]
@@ -65,7 +65,7 @@ def recorded(*readings: Reading) -> Recorder:
     recorder = Recorder(Script(*readings))  # type: ignore[arg-type]
     counts = np.array([[2, 1, 0, 1, 0], [3, 0, 1, 2, 1]])
     recorder(StepRecord(4, 0, 0, StepTimes(), 0.5))
-    recorder(StepRecord(1, 1, 2, StepTimes(), 0.25, counts))
+    recorder(StepRecord(1, 1, 2, StepTimes(), 0.25, counts, (1, 0)))
     return recorder
 
 
@@ -73,22 +73,22 @@ def test_a_row_for_every_token_and_every_layer() -> None:
     rows = [Reading(None, None, None), Reading(2000.0, 1.0, None), Reading(3000.5, 3.0, None)]
     recorder = recorded(*rows)
     assert list(recorder.token_rows()) == [
-        [1, 1, "0.250000", "0.750000", "1.33", "3000.500"],
-        [2, 1, "0.250000", "0.750000", "2.67", "3000.500"],
+        [1, 1, 1, "0.250000", "0.750000", "1.33", "3000.500"],
+        [2, 0, 1, "0.250000", "0.750000", "2.67", "3000.500"],
     ]
     assert list(recorder.cachehit_rows()) == [[1, 0, 2, 1, 0, 1, 0], [1, 1, 3, 0, 1, 2, 1]]
 
 
-def test_power_is_energy_over_time_and_unreadable_where_nothing_tells() -> None:
+def test_power_is_energy_over_time_and_empty_where_nothing_tells() -> None:
     recorder = recorded(Reading(None, 1.0, None), Reading(None, 2.0, None), Reading(None, 5.0, None))
     assert list(recorder.power_rows()) == [
-        [0, 0, "0.500000", "2.000", UNREADABLE, ""],
-        [1, 2, "0.250000", "12.000", UNREADABLE, "1.500"],
+        [0, 0, "0.500000", "2.000", "", ""],
+        [1, 2, "0.250000", "12.000", "", "1.500"],
     ]
     both = recorded(Reading(None, 1.0, 1.0), Reading(None, 2.0, 1.0), Reading(None, 5.0, 2.0))
     assert list(both.power_rows())[1] == [1, 2, "0.250000", "12.000", "4.000", "2.000"]
     nothing = recorded(*[Reading(None, None, None)] * 3)
-    assert list(nothing.power_rows())[1] == [1, 2, "0.250000", UNREADABLE, UNREADABLE, UNREADABLE]
+    assert list(nothing.power_rows())[1] == [1, 2, "0.250000", "", "", ""]
 
 
 def test_rapl_counters_begin_anew_when_they_are_full(tmp_path, monkeypatch) -> None:
@@ -176,8 +176,8 @@ def test_one_run_writes_every_file(tmp_path) -> None:
     assert cache["hit_rate"] == cache["hits"] / cache["calls"] and len(cache["layer_hit_rates"]) == 16
     assert cache["verdict"]["best"] in ("cpu", "static", "cache")
     parts = ("cpu_experts", "device_experts", "copy", "lookup", "join", "wait")
-    assert all(float(row[part]) >= 0 for row in breakdown for part in parts)
-    assert sum(float(row["device_experts"]) for row in breakdown) > 0
+    assert all(float(row[f"{part}_ms"]) >= 0 for row in breakdown for part in parts)
+    assert sum(float(row["device_experts_ms"]) for row in breakdown) > 0
     assert tuple(rows(files["token-csv"])[0]) == TOKEN_COLUMNS and len(rows(files["token-csv"])) == 12
     assert tuple(rows(files["power-csv"])[0]) == POWER_COLUMNS
     assert tuple(rows(files["trace"])[0]) == ("step", "sequence", "position", "layer", "rank", "expert", "score")

@@ -30,11 +30,12 @@ class FileKind:
 
 
 def csv_kind(columns: Sequence[str]) -> FileKind:
-    """CSV whose header has our columns, or at least half of its own among them: other versions had others."""
+    """CSV at least half of whose columns are ours, with a unit in their name or without: other versions had others."""
 
     def begins(head: bytes) -> bool:
-        names = head.decode("utf-8-sig", "replace").split("\n")[0].split(",")
-        return sum(name.strip() in columns for name in names) * 2 >= len(names)
+        names = [name.strip() for name in head.decode("utf-8-sig", "replace").split("\n")[0].split(",")]
+        ours = [name for name in names if name in columns or any(column.startswith(f"{name}_") for column in columns)]
+        return 2 * len(ours) >= len(names)
 
     return FileKind(f"a CSV with the columns {', '.join(columns[:3])}, ...", begins)
 

@@ -14,11 +14,7 @@ from hybrid.files import csv_kind, output_file
 from hybrid.machine.meters import Meters
 from hybrid.serving.scheduler import StepRecord
 
-BREAKDOWN_COLUMNS = (
-    "step",
-    "rows",
-    "prompt_rows",
-    "decode_rows",
+TIMES = (
     "attention",
     "moe",
     "head",
@@ -31,11 +27,11 @@ BREAKDOWN_COLUMNS = (
     "lookup",
     "join",
     "wait",
-)
+)  # of a step, as `StepTimes` names them
+BREAKDOWN_COLUMNS = ("step", "rows", "prompt_rows", "decode_rows", *(f"{part}_ms" for part in TIMES))
 CACHEHIT_COLUMNS = ("step", "layer", "calls", "hits", "loading", "misses", "evictions")
-TOKEN_COLUMNS = ("token", "step", "seconds", "elapsed", "tokens_per_second", "cpu_mhz")
+TOKEN_COLUMNS = ("token", "prompt", "step", "seconds", "elapsed_seconds", "tokens_per_second", "cpu_mhz")
 POWER_COLUMNS = ("step", "tokens", "seconds", "package_watts", "gpu_watts", "joules_per_token")
-UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -113,10 +109,10 @@ class Recorder:
         token, elapsed = 0, 0.0
         for step, (record, reading) in enumerate(zip(self.records, self._readings[1:], strict=False)):
             elapsed += record.seconds
-            for _ in range(record.sampled):
+            for prompt in record.prompts:
                 token += 1
                 times = [f"{record.seconds:.6f}", f"{elapsed:.6f}", f"{token / elapsed:.2f}"]
-                yield [token, step, *times, _readable(reading.cpu_mhz)]
+                yield [token, prompt, step, *times, _readable(reading.cpu_mhz)]
 
     def power_rows(self) -> Iterator[list[Any]]:
         """One row per step as POWER_COLUMNS name them; the energy per token is of what can be read."""
@@ -126,8 +122,7 @@ class Recorder:
             known = [joules for joules in (package, gpu) if joules is not None]
             each = sum(known) / record.sampled if known and record.sampled else None
             watts = [None if joules is None else joules / record.seconds for joules in (package, gpu)]
-            per_token = "" if known and not record.sampled else _readable(each)
-            yield [step, record.sampled, f"{record.seconds:.6f}", *map(_readable, watts), per_token]
+            yield [step, record.sampled, f"{record.seconds:.6f}", *map(_readable, watts), _readable(each)]
 
 
 def _spent(before: float | None, after: float | None) -> float | None:
@@ -135,7 +130,8 @@ def _spent(before: float | None, after: float | None) -> float | None:
 
 
 def _readable(value: float | None) -> str:
-    return UNREADABLE if value is None else f"{value:.3f}"
+    """An empty cell is what this machine does not tell."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -150,7 +146,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def _breakdown_row(step: int, record: StepRecord) -> list[Any]:
     parts = asdict(record.times)
-    times = [f"{parts[name] * 1000:.4f}" for name in BREAKDOWN_COLUMNS if name in parts]
+    times = [f"{parts[name] * 1000:.4f}" for name in TIMES]
     rows = record.prompt_rows + record.decode_rows
     return [step, rows, record.prompt_rows, record.decode_rows, *times]
 

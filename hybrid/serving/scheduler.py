@@ -29,7 +29,8 @@ class StepRecord:
     """One step: how many rows of prompts and of produced tokens it computed, and how long that took.
 
     times: as the executor measured them, with sampling. seconds: the whole step, from choosing its rows to
-    the text of its tokens. cache: that of its `StepResult`.
+    the text of its tokens. cache: that of its `StepResult`. prompts: of each token that was chosen the number of its
+    prompt, in the list that was given to `generate`.
     """
 
     prompt_rows: int
@@ -38,6 +39,7 @@ class StepRecord:
     times: StepTimes
     seconds: float
     cache: npt.NDArray[np.int64] | None = None
+    prompts: tuple[int, ...] = ()
 
 
 class Scheduler:
