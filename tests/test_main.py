@@ -383,6 +383,29 @@ def test_a_terminal_without_prompt_chats() -> None:
     assert shown.decode().count("Hé!") == 2 and b"/exit" in notes
 
 
+def at_a_terminal(*flags: str) -> str:
+    """What a run with the dummy model shows there."""
+    main, terminal = pty.openpty()
+    code = TERMINAL.replace("app([])", f"app({[str(flag) for flag in flags]})")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.DEVNULL
+    )
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # when all has been read
+        while part := os.read(main, 65536):
+            shown += part
+    os.close(main)
+    assert process.wait(PATIENCE) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_several_prompts_are_told_apart_at_a_terminal() -> None:
+    shown = at_a_terminal("--prompt", "a.", "--prompt", "b.")
+    assert shown == "\033[2m[1 of 2]\na.\033[0mHé!\n\033[2m[2 of 2]\nb.\033[0mHé!\n"
+    assert at_a_terminal("--prompt", "a", "--chat") == "\033[2ma\n\033[0mHé!\n"
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = TERMINAL.replace("app([])", "app(['--prompt', 'x.', '--json', '--n-prompts', '3000'])")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -31,7 +31,7 @@ def say(line: str) -> None:
 def show(text: str, end: str = "\n", dim: bool = False) -> None:
     """A result on stdout. A terminal gets it without control characters, a file or a pipe as it is."""
     if sys.stdout.isatty():
-        text = f"\033[2m{printable(text)}\033[0m" if dim else printable(text)
+        text, end = (f"\033[2m{printable(text)}{end}\033[0m", "") if dim else (printable(text), end)
     print(text, end=end, flush=True)
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 app = new_app()
 
+SHOWN = 1000  # characters of a prompt
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -160,11 +162,11 @@ def _generate(llm: LLM, prompts: Sequence[str], params: SamplingParams, options:
     inputs = [_as_question(llm, prompt) for prompt in prompts] if options.chat else prompts
     shown = not (options.json or options.hide_resp)
     if shown and len(prompts) == 1:
-        _print_stream(llm, prompts[0], inputs[0], params)
+        _print_stream(llm, prompts[0], inputs[0], params, options.chat)
         return []
     completions = _complete(llm, inputs, params)
     if shown:
-        _print_texts(prompts, completions)
+        _print_texts(prompts, completions, options.chat)
     return completions
 
 
@@ -177,8 +179,8 @@ def _complete(llm: LLM, inputs: Sequence[Any], params: SamplingParams) -> list[C
         return llm.generate(inputs, params, lambda done, total: progress("prompts", done, total))
 
 
-def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) -> None:
-    _print_prompt(prompt)
+def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams, chat: bool) -> None:
+    _print_prompt(prompt, chat)
     begun = False
     try:
         with llm.stream(tokens, params) as deltas:
@@ -190,16 +192,19 @@ def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams) ->
             show("")
 
 
-def _print_texts(prompts: Sequence[str], completions: Sequence[Completion]) -> None:
-    for prompt, completion in zip(prompts, completions, strict=True):
-        _print_prompt(prompt)
+def _print_texts(prompts: Sequence[str], completions: Sequence[Completion], chat: bool) -> None:
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
+        _print_prompt(prompt, chat, f"[{number} of {len(prompts)}]\n")
         show(completion.text)
 
 
-def _print_prompt(prompt: str) -> None:
-    """Dimmed, for a person at a terminal; a file or a pipe gets the responses alone."""
-    if sys.stdout.isatty():
-        show(prompt, end="", dim=True)
+def _print_prompt(prompt: str, chat: bool, number: str = "") -> None:
+    """Dimmed, for a person at a terminal; a file or a pipe gets the responses alone. A long one is shortened."""
+    if not sys.stdout.isatty():
+        return
+    if len(prompt) > SHOWN:
+        prompt = f"{prompt[: SHOWN // 2]} [{len(prompt) - SHOWN} characters] {prompt[-SHOWN // 2 :]}"
+    show(f"{number}{prompt}", end="\n" if chat else "", dim=True)
 
 
 def _json_report(

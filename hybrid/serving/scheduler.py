@@ -109,7 +109,7 @@ class Scheduler:
         sampled = self._sample(chunks, result.logits)
         ended = perf_counter()
         result = replace(result, times=_with_sampling(result.times, ended - sampling))
-        self._report(chunks, len(sampled), result, ended - started)
+        self._report(chunks, sampled, result, ended - started)
         return touched + sampled
 
     def _score(self, score: Score) -> list[Job]:
@@ -276,14 +276,18 @@ class Scheduler:
                 self._leave(request)
         return [*whole]
 
-    def _report(self, chunks: Sequence[tuple[Request, int]], sampled: int, result: StepResult, seconds: float) -> None:
+    def _report(
+        self, chunks: Sequence[tuple[Request, int]], sampled: Sequence[Job], result: StepResult, seconds: float
+    ) -> None:
         if self.on_step is None:
             return
         rows = sum(rows for _, rows in chunks)
         prompt_rows = sum(_prompt_rows(request, rows) for request, rows in chunks)
         decode_rows = rows - prompt_rows
         try:
-            self.on_step(StepRecord(prompt_rows, decode_rows, sampled, result.times, seconds, result.cache))
+            prompts = tuple(job.completion.index for job in sampled if isinstance(job, Request))
+            counts = (prompt_rows, decode_rows, len(sampled))
+            self.on_step(StepRecord(*counts, result.times, seconds, result.cache, prompts))
         except BaseException as error:
             self.on_step, self.observer_error = None, error
 
