@@ -10,6 +10,7 @@ from hybrid.errors import ConfigError
 
 COMMANDS = {
     "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
+    "chat": ("hybrid.commands.chat", "talk with a model"),
     "pack": ("hybrid.commands.pack", "pack a model once, so that every start maps it"),
     "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),
     "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),

@@ -21,6 +21,7 @@ class DummyPlan:
     kv_token_budget: int = 256
     threads: int = 1
     isa: str = "dummy"
+    format_text: str = "all of it dummy"
     repeatable: bool = True
 
     @property

@@ -13,7 +13,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     *(
         f"docs/{name}.md"
-        for name in ("structure", "extending", "settings", "hybrid", "kernels", "cache", "shared_machines")
+        for name in ("structure", "extending", "settings", "chat", "hybrid", "kernels", "cache", "shared_machines")
     ),
 ]
 # A path in backquotes, or in bold ones, from any of these folders.

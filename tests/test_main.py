@@ -428,7 +428,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(loaded, monkeypatch, capsys
     conversation = Conversation(loaded.open(EngineConfig()), SamplingParams())
     conversation.run()
     assert interrupted
-    assert capsys.readouterr().out == "H ...\nHé!\n\n"
+    assert capsys.readouterr().out == "H ...\nHé!\n"
     assert [m["content"] for m in conversation.messages] == ["one", "H", "two", "Hé!"]
 
 

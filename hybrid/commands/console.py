@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 _LONGEST_ERROR = 1000  # characters
+_STYLES = {"bold": "1", "dim": "2"}
+_BAR = 30  # characters
 
 
 def say(line: str) -> None:
@@ -31,7 +33,7 @@ def say(line: str) -> None:
 def show(text: str, end: str = "\n", dim: bool = False) -> None:
     """A result on stdout. A terminal gets it without control characters, a file or a pipe as it is."""
     if sys.stdout.isatty():
-        text, end = (f"\033[2m{printable(text)}{end}\033[0m", "") if dim else (printable(text), end)
+        text, end = (coloured(f"{printable(text)}{end}", "dim"), "") if dim else (printable(text), end)
     print(text, end=end, flush=True)
 
 
@@ -39,6 +41,35 @@ def show_json(value: Any, indent: int | None = None) -> None:
     """JSON on stdout, in ASCII where stdout cannot show all characters."""
     whole = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     show(json.dumps(value, ensure_ascii=not whole, indent=indent))
+
+
+def coloured(text: str, style: str, editing: bool = False) -> str:
+    """Text for a terminal, without colours where NO_COLOR asks for none. editing: for the prompt of a line editor,
+    which must know what takes no room.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    begin, end = f"\033[{_STYLES[style]}m", "\033[0m"
+    return f"\001{begin}\002{text}\001{end}\002" if editing else f"{begin}{text}{end}"
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that draws on stderr how much of a prompt was read; gone when the context is left."""
+    drawn = False
+
+    def update(done: int, total: int) -> None:
+        nonlocal drawn
+        drawn = True
+        full = done * _BAR // max(total, 1)
+        bar = "#" * full + "-" * (_BAR - full)
+        print(f"\r\033[Kprompt {done} of {total} [{bar}]", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield update if sys.stderr.isatty() else lambda done, total: None
+    finally:
+        if drawn:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def one_line(error: object) -> str:

@@ -14,7 +14,19 @@ from hybrid.commands.console import exit_codes
 from hybrid.commands.environment import warn_of_unknown_variables
 from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, settings_of
 
-GROUPS = ("model", "prompts", "sampling", "engine", "cache", "gpu", "device", "files", "output", "")  # in --help
+GROUPS = (
+    "model",
+    "prompts",
+    "chat",
+    "sampling",
+    "engine",
+    "cache",
+    "gpu",
+    "device",
+    "files",
+    "output",
+    "",
+)  # in --help
 
 
 def new_app() -> typer.Typer:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hybrid.commands.chat import ChatOptions
 from hybrid.commands.console import progress_bar, say, show, show_json
+from hybrid.commands.conversation import ChatInputs, Conversation, show_progress
 from hybrid.commands.flags import Version, command, new_app
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
 from hybrid.commands.signals import Terminated
 from hybrid.config import OVERLAPS, EngineConfig, check_config
-from hybrid.core import Completion, SamplingParams
+from hybrid.core import Completion, SamplingParams, ToolCall
 from hybrid.errors import ConfigError
 from hybrid.settings import check_settings, setting
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from hybrid.engine.experts.report import CacheReport
     from hybrid.serving.llm import LLM
     from hybrid.serving.recorder import Summary
+    from hybrid.serving.stream import Stream
 
 app = new_app()
 
@@ -58,15 +61,22 @@ class RunOptions:
 
 
 @command(app)
-def run(config: EngineConfig, params: SamplingParams, options: RunOptions, version: Version = False) -> None:
+def run(
+    config: EngineConfig,
+    params: SamplingParams,
+    options: RunOptions,
+    chat: ChatOptions,
+    version: Version = False,
+) -> None:
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
     check_settings(options)
+    check_settings(chat)
     if options.overlap != "none":  # the prefetch that runs while the misses do
         config = replace(config, cache=replace(config.cache, prefetch=OVERLAPS[options.overlap]))
-    _run(replace(config, routes=config.routes or options.trace is not None), params, options)
+    _run(replace(config, routes=config.routes or options.trace is not None), params, options, chat.inputs())
 
 
-def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> None:
+def _run(config: EngineConfig, params: SamplingParams, options: RunOptions, chat: ChatInputs) -> None:
     _check(config, params, options)
     from hybrid.plan.resolve import resolve_device
 
@@ -79,17 +89,17 @@ def _run(config: EngineConfig, params: SamplingParams, options: RunOptions) -> N
     with progress_bar() as progress:
         llm = LLM.from_config(config, progress, say)
     with llm:
-        _use(llm, prompts, params, options)
+        _use(llm, prompts, params, options, chat)
 
 
-def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: RunOptions) -> None:
+def _use(llm: LLM, prompts: list[str] | None, params: SamplingParams, options: RunOptions, chat: ChatInputs) -> None:
     """Whatever ends the run, a signal too, what it measured is written and said."""
     from hybrid.commands.outputs import Outputs
 
     outputs = Outputs(options, llm, say)
     try:
         completions = outputs.record(
-            lambda: _converse(llm, params) if prompts is None else _generate(llm, prompts, params, options)
+            lambda: _converse(llm, params, chat) if prompts is None else _generate(llm, prompts, params, options, chat)
         )
     except (KeyboardInterrupt, Terminated):
         _say_summary(llm, outputs)
@@ -150,52 +160,61 @@ def _prompts(options: RunOptions) -> list[str] | None:
     return gather_prompts([text or DEFAULT_PROMPT], None, options.n_prompts)
 
 
-def _converse(llm: LLM, params: SamplingParams) -> list[Completion]:
-    from hybrid.commands.conversation import Conversation
-
-    Conversation(llm, params).run()
+def _converse(llm: LLM, params: SamplingParams, chat: ChatInputs) -> list[Completion]:
+    Conversation(llm, params, chat).run()
     return []
 
 
-def _generate(llm: LLM, prompts: Sequence[str], params: SamplingParams, options: RunOptions) -> list[Completion]:
+def _generate(
+    llm: LLM, prompts: Sequence[str], params: SamplingParams, options: RunOptions, chat: ChatInputs
+) -> list[Completion]:
     """Print the texts where they are wanted: one as it comes, many when all are there."""
-    inputs = [_as_question(llm, prompt) for prompt in prompts] if options.chat else prompts
+    conversations = [chat.messages(prompt) for prompt in prompts] if options.chat else None
+    words: dict[str, Any] = {"tools": chat.tools, "template_kwargs": chat.template_kwargs}
     shown = not (options.json or options.hide_resp)
     if shown and len(prompts) == 1:
-        _print_stream(llm, prompts[0], inputs[0], params, options.chat)
+        stream = llm.stream_chat(conversations[0], params, **words) if conversations else llm.stream(prompts[0], params)
+        _print_stream(prompts[0], stream, options.chat)
         return []
-    completions = _complete(llm, inputs, params)
+    with progress_bar() as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar("prompts", done, total)
+
+        if conversations:
+            completions = llm.chat(conversations, params, progress=progress, **words)
+        else:
+            completions = llm.generate(prompts, params, progress)
     if shown:
         _print_texts(prompts, completions, options.chat)
     return completions
 
 
-def _as_question(llm: LLM, prompt: str) -> list[int]:
-    return llm.encode_chat([{"role": "user", "content": prompt}])
-
-
-def _complete(llm: LLM, inputs: Sequence[Any], params: SamplingParams) -> list[Completion]:
-    with progress_bar() as progress:
-        return llm.generate(inputs, params, lambda done, total: progress("prompts", done, total))
-
-
-def _print_stream(llm: LLM, prompt: str, tokens: Any, params: SamplingParams, chat: bool) -> None:
+def _print_stream(prompt: str, stream: Stream, chat: bool) -> None:
     _print_prompt(prompt, chat)
     begun = False
     try:
-        with llm.stream(tokens, params) as deltas:
+        with stream as deltas:
+            show_progress(stream)
             for delta in deltas:
                 show(delta.text, end="")
+                _print_calls(delta.tool_calls)
                 begun = True
     finally:
         if begun:  # after Ctrl-C, too, what follows begins a line
             show("")
 
 
+def _print_calls(calls: Sequence[ToolCall]) -> None:
+    for call in calls:
+        show_json(call.to_dict())
+
+
 def _print_texts(prompts: Sequence[str], completions: Sequence[Completion], chat: bool) -> None:
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         _print_prompt(prompt, chat, f"[{number} of {len(prompts)}]\n")
         show(completion.text)
+        _print_calls(completion.tool_calls)
 
 
 def _print_prompt(prompt: str, chat: bool, number: str = "") -> None:

@@ -38,6 +38,8 @@ class LLM:
     loading. notice: called with one line that is worth telling. Raises the errors of `hybrid.errors`.
     """
 
+    _name = "a model"
+
     @signed_by(Arguments)
     def __init__(
         self,
@@ -90,6 +92,7 @@ class LLM:
             config.reasoning_parser,
             config.tool_parser,
         )
+        self._name = path.absolute().name if config.model_path else "the embedded model"
         engine = Engine.open(config, progress, notice)
         try:
             self._assemble(engine, tokenizer, eos_ids, template, answers)
@@ -107,7 +110,8 @@ class LLM:
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._intake = Intake(Limits.of(engine), tokenizer, eos_ids, template, answers)
+        self._limits = Limits.of(engine)
+        self._intake = Intake(self._limits, tokenizer, eos_ids, template, answers)
         self._loop = Loop(engine)
 
     def __enter__(self) -> LLM:
@@ -127,6 +131,16 @@ class LLM:
         """
         self._loop.close()
         self._loop.raise_observer_error()
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        return self._limits.tokens
+
+    def describe(self) -> str:
+        """One line: the model, its context, its formats, how its answers are written."""
+        weights, answers = self.engine.plan.format_text, self._intake.answers
+        return f"{self._name}: {weights}; context {self.max_tokens} tokens; answers {answers}"
 
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have `on_step` called with the record of every step from now on; None ends it.
@@ -187,6 +201,7 @@ class LLM:
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Completion: ...
     @overload
     def chat(
@@ -198,6 +213,7 @@ class LLM:
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]: ...
     def chat(
         self,
@@ -208,18 +224,20 @@ class LLM:
         documents: Sequence[Document] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Completion | list[Completion]:
         """The assistant's answer to messages like {"role": "user", "content": "..."}; of a list of conversations, those
         to each, which are computed together.
 
         Reasoning and calls of tools are apart from the text; `Completion.message` is what the next question sends back.
         Without `max_tokens` an answer goes on to its end, or to that of the context. keep: keys and values stay, so
-        that a call whose messages go on from these computes only what is new; `forget` frees them. The rest is what the
-        chat template takes besides: `ChatTemplate.render` says what.
+        that a call whose messages go on from these computes only what is new; `forget` frees them. progress: as for
+        `generate`. The rest is what the chat template takes besides: `ChatTemplate.render` says what.
         """
         chat = ChatInput(messages, tools, documents, template_kwargs)
         self._loop.require_open()
-        completions = self._complete(self._intake.chat_requests(chat, params, keep))
+        check_callback("progress", progress)
+        completions = self._complete(self._intake.chat_requests(chat, params, keep), progress)
         return completions if is_many(chat) else completions[0]
 
     def stream_chat(
