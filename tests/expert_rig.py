@@ -94,6 +94,12 @@ class Routed(Rows):
     shared: Rows | None = None
 
 
+def assert_padded(rows: np.ndarray, width: int) -> None:
+    """What lies behind `width` is zero, but in rows of NaN or infinity."""
+    sound = np.isfinite(rows[:, :width].astype(np.float32)).all(axis=1)
+    assert not rows[sound, width:].any()
+
+
 class Part:
     """A set of experts in a step: its buffers, and its arguments of the ops."""
 
@@ -135,7 +141,7 @@ class Part:
 
     def left(self) -> dict[str, np.ndarray]:
         """The fields of `Rows`."""
-        assert not self.activation[:, self.experts.intermediate :].any()
+        assert_padded(self.activation, self.experts.intermediate)
         active = self.integers["active"][: self.integers["count"][0]]
         lists = {"offsets": self.integers["offsets"], "rows": self.integers["rows"], "active": active}
         activation = self.activation[:, : self.experts.intermediate]
@@ -180,7 +186,7 @@ def run(isa, experts: Experts, x, ids, weights, onto, *, shared=None, gate=None,
         part.quantise(rig)
     rig.add("down", **_sets(rig, [part.down() for part in parts]), output=output, output_stride=output.shape[1])
     rig.run(len(x))
-    assert not output[:, hidden:].any()
+    assert_padded(output, hidden)
     left = [part.left() for part in parts]
     return Routed(**left[0], output=output[:, :hidden], shared=Rows(**left[1]) if shared is not None else None)
 

@@ -180,7 +180,7 @@ def test_mxfp4_scales_that_are_not_finite_are_refused(tmp_path: Path, exponent: 
 
 
 def test_values_that_are_not_finite_are_never_quantised(tmp_path: Path) -> None:
-    """Taken as they are they can be found later, quantised they could not."""
+    """Nor taken as published in fp8, which the kernels could not tell from numbers."""
     name = "model.layers.2.mlp.experts.9.down_proj.weight"
     tensors = random_tensors(CONFIGS["qwen3_moe"])
     tensors[name][5, 7] = np.inf
@@ -194,9 +194,7 @@ def test_values_that_are_not_finite_are_never_quantised(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=f"tensor {name} holds NaN"):
         packed(source, "int8")
     with pytest.raises(WeightsError, match=f"tensor {name} holds NaN"):
-        pack(Checkpoint.open(source), tmp_path / "checked", check=True)
-    with pytest.raises(WeightsError, match="tensor layers.2.ffn.experts holds NaN"):
-        packed(source)
+        pack(Checkpoint.open(source), tmp_path / "published")
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,12 @@ def _dot(rows, codes, sums):
 
 @triton.jit
 def activate(gate, up, ACTIVATION: tl.constexpr):
-    """silu, or gpt-oss's: gate at most 7, up within 7; gate * sigmoid(1.702 gate) * (up + 1)."""
+    """silu, or gpt-oss's: gate at most 7, up within 7; gate * sigmoid(1.702 gate) * (up + 1).
+
+    Zero times a value is added to what a bound made of it: of NaN and infinity no number must become.
+    """
     if ACTIVATION == "silu":
         return gate / (1.0 + tl.exp(-gate)) * up
-    g, u = tl.minimum(gate, GATE_LIMIT), tl.minimum(tl.maximum(up, -GATE_LIMIT), GATE_LIMIT)
+    g = tl.minimum(gate, GATE_LIMIT) + gate * 0.0
+    u = tl.minimum(tl.maximum(up, -GATE_LIMIT), GATE_LIMIT) + up * 0.0
     return g / (1.0 + tl.exp(-g * GATE_SLOPE)) * (u + 1.0)

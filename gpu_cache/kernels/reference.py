@@ -59,7 +59,7 @@ def _by_slot(slot_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.
 def activate(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "silu":
         return torch.nn.functional.silu(gate) * up
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    gate, up = gate.clamp(max=7.0) + gate * 0, up.clamp(-7.0, 7.0) + up * 0  # infinity becomes NaN
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
@@ -80,6 +80,16 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gpu_cache.kernels.router.choose`."""
     logits = logits[:, : top.experts]
+    sound = logits.isfinite().all(1) & (correction is None or correction.isfinite().all())
+    ids, weights = _choose(logits, top, correction)
+    return (
+        torch.where(sound[:, None], ids, torch.arange(top.top_k, dtype=torch.int32)),
+        torch.where(sound[:, None], weights, torch.nan),
+    )
+
+
+def _choose(logits: torch.Tensor, top: TopK, correction: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choice of rows of finite logits."""
     if top.kind == "sparsemixer":
         return _sparsemixer(logits, top)
     scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid()}.get(top.kind, logits)

@@ -31,7 +31,8 @@ class TopK:
 def choose(
     logits: torch.Tensor, top: TopK, correction: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32, weights float32), each [rows, top_k], the best first; of equal ones the lowest id.
+    """(ids int32, weights float32), each [rows, top_k], the best first; of equal ones the lowest id. A row with a logit
+    or correction that is NaN or infinite gets the first experts with weights of NaN.
 
     logits: float32 [rows, at least experts]. correction: float32 [experts], added to scores for the choice
     alone.
@@ -65,9 +66,11 @@ def _choose(
         scores = 1.0 / (1.0 + tl.exp(-x))
     else:
         scores = x
-    keys = scores
+    keys, damaged = scores, _is_damaged(x, there)
     if CORRECTED:
-        keys += tl.load(correction + expert, mask=there, other=0.0)
+        corrections = tl.load(correction + expert, mask=there, other=0.0)
+        keys += corrections
+        damaged = damaged | _is_damaged(corrections, there)
     keys = tl.where(there, keys, -float("inf"))
     if GROUPS > 1:
         keys = _within_groups(keys, expert, EXPERTS // GROUPS, GROUPS, TOP_GROUPS)
@@ -85,8 +88,16 @@ def _choose(
         values = values / tl.sum(values, axis=0)
     elif RENORMALISE and KIND != "sparsemixer":
         values = values / tl.sum(tl.where(rank < TOP_K, values, 0.0), axis=0)
+    chosen, values = tl.where(damaged, rank, chosen), tl.where(damaged, float("nan"), values * scale)
     tl.store(ids + row * TOP_K + rank, chosen, mask=rank < TOP_K)
-    tl.store(weights + row * TOP_K + rank, values * scale, mask=rank < TOP_K)
+    tl.store(weights + row * TOP_K + rank, values, mask=rank < TOP_K)
+
+
+@triton.jit
+def _is_damaged(x, there):
+    """Whether any of those that are there is NaN or infinite, by their bits: none of them is the largest then."""
+    sizes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.where(there, sizes, 0), axis=0) >= 0x7F800000
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     if kind == "silu":
         return silu(gate) * up
     assert kind == "swiglu_clamped", f"activation {kind} is refused by the plan"
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    gate, up = gate.clamp(max=7.0) + gate * 0, up.clamp(-7.0, 7.0) + up * 0  # infinity becomes NaN, no number
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
@@ -126,6 +126,9 @@ def choose_by_kernel(logits: Tensor, router: Router, correction: Tensor | None) 
 
 
 def choose_by_torch(logits: Tensor, router: Router, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits = logits + logits.sum(-1, keepdim=True) * 0  # NaN and infinity are those of the row
+    if correction is not None:
+        logits = logits + correction.sum() * 0
     after = router.kind == "topk_softmax"
     scores = logits if after else logits.sigmoid() if router.kind == "sigmoid" else logits.softmax(-1)
     keys = scores if correction is None else scores + correction

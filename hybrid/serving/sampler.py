@@ -46,13 +46,10 @@ class Sampler:
 
     def choose(self, logits: Floats) -> tuple[int, TokenLogprob | None]:
         """The next token from logits [vocab], which stay as they are. KernelError on NaN or infinity."""
+        if not isfinite(logits.sum()):  # one pass that finds NaN and both infinities
+            raise _damaged(logits)
         scores = self._penalties.apply(logits) if self._penalties else logits
-        best = int(scores.argmax())  # the first NaN if there is one
-        if not isfinite(scores[best]):
-            raise KernelError(
-                f"the model computed {scores[best]} as the logit of token {best}: its weights are damaged "
-                "or its numbers overflow; load it with --check"
-            )
+        best = int(scores.argmax())
         token = best if self._params.temperature == 0 else self._draw(scores, best)
         if self._penalties:
             self._penalties.count(token)
@@ -76,6 +73,15 @@ class Sampler:
         if kept is None:
             return _inverse_cdf(weights, uniform)
         return int(kept[_inverse_cdf(weights[kept], uniform)])
+
+
+def _damaged(logits: Floats) -> KernelError:
+    """An error that names the first logit that is NaN or infinite."""
+    token = int(np.isfinite(logits).argmin())
+    return KernelError(
+        f"the model computed {logits[token]} as the logit of token {token}: its weights are damaged "
+        "or its numbers overflow; load it with --check"
+    )
 
 
 def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:

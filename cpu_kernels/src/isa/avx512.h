@@ -35,10 +35,17 @@ struct Avx512 {
   static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static F32 max_magnitude(F32 top, F32 x) {
+    const __m512i size = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(top), size));
+  }
   static F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F32 times_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
   static float sum(F32 x) { return _mm512_reduce_add_ps(x); }
   static float max_lane(F32 x) { return _mm512_reduce_max_ps(x); }
+  static float max_magnitude_lane(F32 x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(x)))));
+  }
   static F32 keep(F32 x, int first, int last, float other) {
     const __mmask16 lanes = __mmask16(((1u << last) - 1) & ~((1u << first) - 1));
     return _mm512_mask_blend_ps(lanes, set(other), x);
@@ -46,7 +53,10 @@ struct Avx512 {
   static void store_bf16(bf16* p, F32 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff)));
+    const __m512i half = _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff));
+    // Adding to a NaN could make a number of it.
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __m512i rounded = _mm512_mask_add_epi32(_mm512_set1_epi32(-1), number, bits, half);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
 

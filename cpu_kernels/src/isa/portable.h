@@ -4,6 +4,10 @@
 // columns by a pair of bf16 inputs and the Pair it meets; for the integer kind the Bytes of 16 columns by four unsigned
 // weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value, fp4 as twice
 // its value.
+//
+// max(a, b) is b unless a is larger, so also where one of them is NaN. max_magnitude compares |x| with a `top` that is
+// not negative, max_magnitude_lane the lanes of such a one: there infinity is larger than any number, NaN than
+// infinity.
 #pragma once
 
 #include "isa/widened_fp4.h"
@@ -69,12 +73,19 @@ struct Portable {
   static F32 max(F32 a, F32 b) {
     return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  static F32 max_magnitude(F32 top, F32 x) {
+    return each([&](int i) {
+      const uint32_t size = float_to_bits(x.lane[i]) & 0x7fffffffu, before = float_to_bits(top.lane[i]);
+      return bits_to_float(size > before ? size : before);
+    });
+  }
   static F32 round(F32 x) {
     // Adding and taking away 1.5 * 2^23 rounds to nearest even for |x| < 2^22, which is all that exp asks for.
     return each([&](int i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; });
   }
   static F32 times_power_of_two(F32 x, F32 n) {
-    return each([&](int i) { return x.lane[i] * bits_to_float(uint32_t(int(n.lane[i]) + 127) << 23); });
+    // Beside 1.5 * 2^23 the low bits of the sum are those of the whole number n, and of NaN they are some.
+    return each([&](int i) { return x.lane[i] * bits_to_float((float_to_bits(n.lane[i] + 12582912.0f) + 127) << 23); });
   }
   static float sum(F32 x) {
     for (int width = 8; width > 0; width /= 2)
@@ -86,6 +97,11 @@ struct Portable {
       for (int i = 0; i < width; ++i) x.lane[i] = x.lane[i] > x.lane[i + width] ? x.lane[i] : x.lane[i + width];
     return x.lane[0];
   }
+  static float max_magnitude_lane(F32 x) {
+    uint32_t top = 0;
+    for (float lane : x.lane) top = float_to_bits(lane) > top ? float_to_bits(lane) : top;
+    return bits_to_float(top);
+  }
   static F32 keep(F32 x, int first, int last, float other) {
     return each([&](int i) { return i >= first && i < last ? x.lane[i] : other; });
   }
@@ -93,7 +109,7 @@ struct Portable {
     for (int i = 0; i < 16; ++i) {
       uint32_t bits;
       __builtin_memcpy(&bits, &x.lane[i], sizeof bits);
-      p[i] = bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+      p[i] = x.lane[i] == x.lane[i] ? bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : bf16(0xffff);
     }
   }
 

@@ -56,9 +56,9 @@ static HYBRID_INLINE void for_runs(int count, int unit, const Work& work, Functi
   }
 }
 
-// e^x to about 1 ulp for x up to 88: x = n ln 2 + r, and a polynomial for e^r. Below -87 it stays at e^-87.
+// e^x to about 1 ulp for x up to 88: x = n ln 2 + r, and a polynomial for e^r. Below -87 it stays at e^-87. NaN of NaN.
 static HYBRID_INLINE F32 exponential(F32 x) {
-  x = Isa::max(x, Isa::set(-87.0f));
+  x = Isa::max(Isa::set(-87.0f), x);
   const F32 n = Isa::round(Isa::mul(x, Isa::set(1.44269504f)));
   const F32 r = Isa::fma(n, Isa::set(2.12194440e-4f), Isa::fma(n, Isa::set(-0.693359375f), x));
   F32 p = Isa::set(1.9875691500e-4f);
@@ -87,6 +87,9 @@ static HYBRID_INLINE F32 silu(F32 x) {
   return Isa::div(x, Isa::add(Isa::set(1.0f), exponential(minus)));
 }
 
+// What a bound made of x, or NaN if x is none or infinite: damage must not become a number on its way to the logits.
+static HYBRID_INLINE F32 unless_damaged(F32 bounded, F32 x) { return Isa::fma(x, Isa::zero(), bounded); }
+
 // Lanes [0, count) of x go to p; count <= 16.
 static HYBRID_INLINE void store_some(float* p, F32 x, int count) {
   if (count == kBlock) return Isa::store(p, x);
@@ -100,6 +103,13 @@ static HYBRID_INLINE F32 load_some(const float* p, int count) {
   float lanes[kBlock] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return Isa::load(lanes);
+}
+
+// The largest |x[i]|: NaN if any is NaN, else infinite if any is.
+static HYBRID_INLINE float largest_magnitude(const float* x, int count) {
+  F32 top = Isa::zero();
+  for (int i = 0; i < count; i += kBlock) top = Isa::max_magnitude(top, load_some(x + i, min(kBlock, count - i)));
+  return Isa::max_magnitude_lane(top);
 }
 
 static HYBRID_INLINE void store_some_bf16(bf16* p, F32 x, int count) {

@@ -100,14 +100,14 @@ static HYBRID_INLINE float* value_scale(const KvLayout& kv, int sequence, int he
 }
 
 // Codes of x [dim], rounded up to whole vectors; returns their scale. The largest magnitude gets the largest code.
+// Where one is NaN or infinite, codes are zero and the scale is that one.
 template <class Kv>
 static HYBRID_INLINE float encode(char* codes, const float* x, int dim) {
-  F32 top = Isa::zero();
-  for (int i = 0; i < dim; i += kBlock) {
-    const F32 some = load_some(x + i, min(kBlock, dim - i));
-    top = Isa::max(top, Isa::max(some, Isa::sub(Isa::zero(), some)));
+  const float maximum = largest_magnitude(x, dim);
+  if (!__builtin_isfinite(maximum)) {
+    __builtin_memset(codes, 0, size_t(dim));
+    return maximum;
   }
-  const float maximum = Isa::max_lane(top);
   const F32 factor = Isa::set(maximum > kMinScaled ? Kv::max_code / maximum : 0.0f);
   for (int i = 0; i < dim; i += kBlock) Kv::encode(codes + i, Isa::mul(load_some(x + i, min(kBlock, dim - i)), factor));
   return maximum / Kv::max_code;

@@ -10,7 +10,8 @@ namespace HYBRID_ISA {
 // gpt-oss: gate at most 7, up within 7; gate * sigmoid(1.702 gate) * (up + 1).
 static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
   const F32 limit = Isa::set(7.0f), slope = Isa::set(1.702f);
-  const F32 g = min(gate, limit), u = Isa::max(min(up, limit), Isa::set(-7.0f));
+  const F32 g = unless_damaged(min(gate, limit), gate);
+  const F32 u = unless_damaged(Isa::max(min(up, limit), Isa::set(-7.0f)), up);
   const F32 swish = Isa::div(silu(Isa::mul(g, slope)), slope);
   return Isa::mul(swish, Isa::add(u, Isa::set(1.0f)));
 }

@@ -5,14 +5,15 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// 1 / sqrt(mean(x^2) + eps)
+// 1 / sqrt(mean(x^2) + eps); NaN where the squares overflow, which else would make zeros of the row
 static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
   F32 squares = Isa::zero();
   for (int i = 0; i < width; i += kBlock) {
     const F32 v = load_some(x + i, min(kBlock, width - i));
     squares = Isa::fma(v, v, squares);
   }
-  return 1.0f / __builtin_sqrtf(Isa::sum(squares) / float(width) + eps);
+  const float sum = Isa::sum(squares);
+  return 1.0f / __builtin_sqrtf(sum / float(width) + eps) + 0.0f * sum;
 }
 
 static void norm(const NormArgs& args, const Step& step, const Work& work) {

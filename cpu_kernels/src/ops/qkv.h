@@ -22,6 +22,11 @@ static HYBRID_INLINE void rotate(float* x, const float* table, int dim, bool int
   }
 }
 
+constexpr float kMaxBf16 = 3.3895314e38f;
+
+// Whether x [dim] are numbers, in bf16 too.
+static HYBRID_INLINE bool is_sound(const float* x, int dim) { return largest_magnitude(x, dim) <= kMaxBf16; }
+
 template <class Kv>
 static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const Work& work) {
   const int per_row = args.heads + 2 * args.kv_heads, dim = args.head_dim;
@@ -45,6 +50,10 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
       if (args.rope_dim) rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
       if (weight && args.norm_last) normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
     }
+    // A key of NaN says for the value too that it is damaged. Rows that do not see the token replace its score, but
+    // multiply its value, by zero: so that must be a number.
+    if (is_key && !(is_sound(x, dim) && is_sound(all + (head + args.kv_heads) * dim, dim))) x[0] = __builtin_nanf("");
+    if (!is_query && !is_key && !is_sound(x, dim)) __builtin_memset(x, 0, dim * sizeof(float));
     if (is_query)
       to_bf16(args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim, x, dim);
     else if (is_key)

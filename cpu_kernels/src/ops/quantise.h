@@ -16,13 +16,15 @@ static HYBRID_INLINE void quantise_row(ValueAt value_at, int inputs, char* out) 
   for (int group = 0; group < inputs; group += kScaleInputs) {
     const int end = min(inputs, group + kScaleInputs);
     F32 top = Isa::zero();
-    for (int i = group; i < end; i += kBlock) {
-      const F32 x = value_at(i);
-      top = Isa::max(top, Isa::max(x, Isa::sub(Isa::zero(), x)));
-    }
-    const float maximum = Isa::max_lane(top);
+    for (int i = group; i < end; i += kBlock) top = Isa::max_magnitude(top, value_at(i));
+    const float maximum = Isa::max_magnitude_lane(top);
     const F32 factor = Isa::set(maximum > kMinQuantised ? 127.0f / maximum : 0.0f);
     scales[group / kScaleInputs] = maximum / 127.0f;
+    if (!__builtin_isfinite(maximum)) {  // no int8 says so, but zeros times such a scale are NaN
+      __builtin_memset(out + group, 0, size_t(end - group));
+      __builtin_memset(sums + group / kSumInputs, 0, size_t(end - group) / kSumInputs * sizeof *sums);
+      continue;
+    }
     for (int i = group; i < end; i += kSumInputs) {
       const F32 low = Isa::round(Isa::mul(value_at(i), factor));
       const F32 high = Isa::round(Isa::mul(value_at(i + kBlock), factor));

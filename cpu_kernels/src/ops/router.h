@@ -70,7 +70,20 @@ static HYBRID_INLINE void softmax_all(float* x, int count) {
   for (int i = 0; i < count; ++i) x[i] *= scale;
 }
 
-static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)); }
+static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)) + 0.0f * x; }
+
+static HYBRID_INLINE bool is_finite(const float* x, int count) {
+  return __builtin_isfinite(largest_magnitude(x, count));
+}
+
+// What a row gets whose scores are NaN or infinite, of which none is the largest: some experts, so that ids stay in
+// range and differ, and weights by which its logits become NaN.
+static HYBRID_INLINE void choose_nothing(int32_t* ids, float* weights, int top_k) {
+  for (int i = 0; i < top_k; ++i) {
+    ids[i] = i;
+    weights[i] = __builtin_nanf("");
+  }
+}
 
 // The expert with the largest score plus correction, the lowest on ties. What must not be chosen has score -inf.
 static HYBRID_INLINE int best_expert(const float* scores, const float* correction, int count) {
@@ -115,6 +128,10 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
     int32_t* ids = args.ids + int64_t(row) * args.top_k;
     float* weights = args.weights + int64_t(row) * args.top_k;
+    if (!(is_finite(scores, args.experts) && (!args.correction || is_finite(args.correction, args.experts)))) {
+      choose_nothing(ids, weights, args.top_k);
+      continue;
+    }
     if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
     for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
     if (args.groups) keep_best_groups(args, scores);
