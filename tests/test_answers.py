@@ -180,6 +180,19 @@ def test_channels_of_gpt_oss() -> None:
     assert plain(parsed(format, "<|channel|>fin", whole=False)) == ("", "", [])
 
 
+def test_a_call_of_gpt_oss_is_sent_back_with_one_text() -> None:
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    both = {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [call]}
+    one = {**both, "content": "", "reasoning_content": "Hm.\n\nI look."}
+    others = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "thinking": "b"},
+        {**both, "content": ""},
+    ]
+    assert AnswerFormat(harmony=True).sent_back([*others, both]) == [*others, one]
+    assert AnswerFormat().sent_back([both]) == [both]
+
+
 @pytest.mark.parametrize("marks", REASONING_MARKS.values(), ids=lambda marks: marks.name)
 def test_every_kind_of_reasoning(marks: Any) -> None:
     format = AnswerFormat(marks)

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from hybrid.commands.console import reading_bar, say, show
+from hybrid.commands.console import reading_bar, say, show, show_json
 from hybrid.commands.keyboard import Keyboard
 from hybrid.core import Completion, SamplingParams, ToolCall
 from hybrid.errors import HybridError, RequestError
@@ -152,16 +152,16 @@ class Conversation:
 
     def _stream(self) -> Completion:
         """Show an answer as it is made; Ctrl-C ends it."""
-        printer = _Printer(self._inputs.hide_reasoning)
+        printer = AnswerPrinter(self._inputs.hide_reasoning)
         with closing(self._open()) as stream:
             try:
                 show_progress(stream)
                 for delta in stream:
                     printer.show(delta.reasoning, delta.text, delta.tool_calls)
             except KeyboardInterrupt:
-                show(" ...", end="")
+                printer.show("", " ...", ())
             finally:
-                show("")
+                printer.end()
         return stream.completion
 
     def _open(self) -> Stream:
@@ -226,26 +226,40 @@ class Conversation:
 _FULL = "/clear forgets the conversation, /drop its oldest turn, --when-full drop does that by itself"
 
 
-class _Printer:
-    """Shows the parts of an answer: at a terminal reasoning dimmed, with an empty line before what is said."""
+class AnswerPrinter:
+    """Shows the parts of an answer. A terminal gets reasoning too, dimmed, with an empty line before what is said; a
+    file or a pipe gets calls as JSON.
+    """
 
-    def __init__(self, hide_reasoning: bool) -> None:
-        self._hide = hide_reasoning or not sys.stdout.isatty()
-        self._thinking = False
+    def __init__(self, hide_reasoning: bool = False) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._hide = hide_reasoning or not self._terminal
+        self.shown = False
+        self._thinking = self._line = False  # whether reasoning was shown last; whether a line is begun
 
     def show(self, reasoning: str, text: str, calls: Sequence[ToolCall]) -> None:
         if reasoning and not self._hide:
             show(reasoning, end="", dim=True)
-            self._thinking = True
+            self._thinking = self.shown = True
         if (text or calls) and self._thinking:
             show("\n")
             self._thinking = False
         if text:
             show(text, end="")
+            self._line = self.shown = True
         for call in calls:
-            show(
-                f"\n{call.name}({call.arguments})" if sys.stdout.isatty() else f"\n{call.name} {call.arguments}", end=""
-            )
+            self.end()
+            self.shown = True
+            if self._terminal:
+                show(f"{call.name}({call.arguments})")
+            else:
+                show_json(call.to_dict())
+
+    def end(self) -> None:
+        """What follows begins a line."""
+        if self._line or self._thinking:
+            show("")
+        self._line = self._thinking = False
 
 
 def show_progress(stream: Stream) -> None:

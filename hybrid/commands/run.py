@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybrid.commands.chat import ChatOptions
 from hybrid.commands.console import progress_bar, say, show, show_json
-from hybrid.commands.conversation import ChatInputs, Conversation, show_progress
+from hybrid.commands.conversation import AnswerPrinter, ChatInputs, Conversation, show_progress
 from hybrid.commands.flags import Version, command, new_app
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
 from hybrid.commands.signals import Terminated
@@ -174,7 +174,7 @@ def _generate(
     shown = not (options.json or options.hide_resp)
     if shown and len(prompts) == 1:
         stream = llm.stream_chat(conversations[0], params, **words) if conversations else llm.stream(prompts[0], params)
-        _print_stream(prompts[0], stream, options.chat)
+        _print_stream(prompts[0], stream, options.chat, chat.hide_reasoning)
         return []
     with progress_bar() as bar:
 
@@ -190,19 +190,21 @@ def _generate(
     return completions
 
 
-def _print_stream(prompt: str, stream: Stream, chat: bool) -> None:
+def _print_stream(prompt: str, stream: Stream, chat: bool, hide_reasoning: bool) -> None:
     _print_prompt(prompt, chat)
+    printer = AnswerPrinter(hide_reasoning)
     begun = False
     try:
         with stream as deltas:
             show_progress(stream)
             for delta in deltas:
-                show(delta.text, end="")
-                _print_calls(delta.tool_calls)
+                printer.show(delta.reasoning, delta.text, delta.tool_calls)
                 begun = True
     finally:
         if begun:  # after Ctrl-C, too, what follows begins a line
-            show("")
+            printer.end()
+            if not printer.shown:
+                show("")
 
 
 def _print_calls(calls: Sequence[ToolCall]) -> None:

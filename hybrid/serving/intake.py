@@ -40,7 +40,7 @@ class Intake:
     ) -> None:
         self._limits, self._tokenizer, self._eos_ids, self._template = limits, tokenizer, eos_ids, template
         if answers is None and template and tokenizer:
-            answers = choose_format(template.source, tokenizer.added)
+            answers = choose_format(template.sources, tokenizer.added)
         self.answers = answers or AnswerFormat()
 
     def requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None) -> list[Request]:
@@ -92,7 +92,8 @@ class Intake:
     def _chat_prompt(self, chat: ChatInput) -> tuple[Tokenizer, str]:
         if self._template is None or self._tokenizer is None:
             raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
-        return self._tokenizer, self._template.render(chat.messages, chat.tools, chat.documents, chat.template_kwargs)
+        messages = self.answers.sent_back(chat.messages)
+        return self._tokenizer, self._template.render(messages, chat.tools, chat.documents, chat.template_kwargs)
 
     def _checked(
         self, params: SamplingParams | None, tokens: Tokens, max_tokens: int = DEFAULT_TOKENS

@@ -87,7 +87,7 @@ class LLM:
         tokenizer, template = load_tokenizer(path), load_template(path)
         eos_ids = read_eos_ids(path, tokenizer)
         answers = choose_format(
-            template.source if template else "",
+            template.sources if template else "",
             tokenizer.added if tokenizer else (),
             config.reasoning_parser,
             config.tool_parser,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid.errors import ConfigError
 from hybrid.text.harmony import MARKS, HarmonyParser
+from hybrid.text.messages import REASONING_FIELDS, Message
 from hybrid.text.parts import AnswerParser
 from hybrid.text.reasoning import REASONING, ReasoningMarks, TaggedParser
 from hybrid.text.tool_parsers import deepseek, gemma4, glm4, hermes, invoke, json_blocks, kimi, lfm2, llama3, mistral
@@ -62,6 +63,14 @@ class AnswerFormat:
         opened = self.reasoning is not None and prompt.rstrip().endswith(self.reasoning.start.rstrip())
         return TaggedParser(self.reasoning, self.dialect, tools, opened)
 
+    def sent_back(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages as the template takes them: that of gpt-oss refuses a call with both reasoning and a text before it,
+        and writes either as analysis.
+        """
+        if not self.harmony or not isinstance(messages, (list, tuple)):
+            return messages
+        return [_joined_analysis(message) for message in messages]
+
     def shown(self, specials: Collection[str]) -> dict[str, str]:
         """The special tokens that a parser must see, and as what: those in a mark, and variants that begin with one."""
         marks: tuple[str, ...] = MARKS if self.harmony else ()
@@ -86,6 +95,16 @@ def choose_format(
     marks = REASONING_MARKS.get(reasoning) or (_reasoning(template, tokens) if reasoning == AUTO else None)
     dialect = DIALECTS.get(tool_parser) or (_dialect(template, tokens) if tool_parser == AUTO else None)
     return AnswerFormat(marks, dialect)
+
+
+def _joined_analysis(message: Message) -> Message:
+    if not isinstance(message, Mapping) or not message.get("tool_calls"):
+        return message
+    name = next((name for name in REASONING_FIELDS if message.get(name)), None)
+    text = message.get("content")
+    if name is None or not isinstance(text, str) or not text:
+        return message
+    return {**message, "content": "", name: f"{message[name]}\n\n{text}"}
 
 
 def _check(flag: str, name: str, known: Collection[str]) -> None:

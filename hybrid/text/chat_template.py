@@ -38,6 +38,11 @@ class ChatTemplate:
     variables: dict[str, str] = field(default_factory=dict)
     with_tools: str | None = None
 
+    @property
+    def sources(self) -> str:
+        """All that its templates say, of how answers are written too."""
+        return self.source + (self.with_tools or "")
+
     def render(
         self,
         messages: Sequence[Message],
