@@ -141,7 +141,12 @@ class EngineConfig:
 
     GROUP: ClassVar[str] = "engine"
 
-    model_path: Path | None = setting(None, "Model directory or packed store.", shown="embedded model", group="model")
+    model_path: Path | None = setting(
+        None,
+        "Model directory, packed store, or a repository of the Hugging Face hub (org/name).",
+        shown="embedded model",
+        group="model",
+    )
     device: str = setting(  # what auto is on a machine, `hybrid.plan.resolve` decides
         "auto",
         f"One of {', '.join(DEVICES)}; auto is cuda where a GPU can be used, or cpu.",

@@ -95,9 +95,11 @@ def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
     """Raise ConfigError naming the first test that is longer than the model's context."""
     from hybrid.models import model_spec
     from hybrid.plan.resolve import EMBEDDED_MODEL
+    from hybrid.weights.hub import with_local_model
     from hybrid.weights.pack import model_config
 
-    limit = model_spec(model_config(config.model_path or EMBEDDED_MODEL)).max_position
+    path = with_local_model(config, only_config=True).model_path or EMBEDDED_MODEL
+    limit = model_spec(model_config(path)).max_position
     for test in tests:
         if test.length >= limit:
             raise ConfigError(

@@ -59,7 +59,7 @@ class FitOptions:
 
 @command(app)
 def fit(
-    model: Annotated[Path, typer.Argument(help="A config.json, the directory of a model, or a packed store.")],
+    model: Annotated[Path, typer.Argument(help="A config.json, a model directory, a packed store, or org/name.")],
     config: Annotated[EngineConfig, only("kv_format", "max_seq_len")],
     options: FitOptions,
 ) -> None:
@@ -69,8 +69,9 @@ def fit(
     """
     check_settings(options)
     from hybrid.models import model_spec
+    from hybrid.weights.hub import local_model
 
-    contents, native = read_model(model)
+    contents, native = read_model(local_model(model, only_config=True))
     spec = model_spec(contents)
     hardware, rates = machine_of(options)
     found = fits_of(spec, native, hardware, rates, replace(config, numa="off"), options)

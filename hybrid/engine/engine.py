@@ -30,6 +30,7 @@ from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
 from hybrid.plan.plan import Plan
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model
 from hybrid.plan.route_trace import read_route_trace
+from hybrid.weights.hub import with_local_model
 from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir
 from hybrid.weights.store import Store
 
@@ -80,11 +81,13 @@ class Engine:
 
     @classmethod
     def open(cls, config: EngineConfig, progress: Progress | None = None, notice: Notice | None = None) -> Engine:
-        """Plan, refuse what does not fit, map the store (packing a Hugging Face directory the first time), bind.
+        """Fetch a model by name, plan, refuse what does not fit, map the store (packing a Hugging Face directory the
+        first time), bind.
 
         progress and notice are those of `hybrid.weights.pack.cached_store`; progress also tells of the weights that
         are copied, notice of too many threads, of memory nodes and of a GPU that are not used.
         """
+        config = with_local_model(config, progress)
         plan = plan_model(config, notice)
         try:
             return cls._open(config, plan, progress, notice)

@@ -14,6 +14,7 @@ from hybrid.machine.hardware import probe
 from hybrid.models import model_spec
 from hybrid.plan.plan import Plan, make_plan
 from hybrid.plan.route_trace import read_route_trace
+from hybrid.weights.hub import with_local_model
 from hybrid.weights.pack import Notice, describe
 
 EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_moe"
@@ -25,7 +26,7 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
     notice: that of `resolve_device`, and called with a line if a trace routes in place of the model. Raises
     ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
-    config = resolve_device(config, notice)
+    config = resolve_device(with_local_model(config, only_config=True), notice)
     hardware = probe(config.isa)
     if config.device == "cuda":
         hardware = replace(hardware, device_memory=_device_memory())

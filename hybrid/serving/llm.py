@@ -25,6 +25,7 @@ from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, load_template
 from hybrid.text.messages import ChatInput, Document, Message, Tool
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from hybrid.weights.hub import with_local_model
 
 T = TypeVar("T")
 
@@ -83,6 +84,7 @@ class LLM:
         notice: Callable[[str], None] | None,
     ) -> None:
         check_config(config)
+        config = with_local_model(config, progress)
         path = config.model_path or EMBEDDED_MODEL
         tokenizer, template = load_tokenizer(path), load_template(path)
         eos_ids = read_eos_ids(path, tokenizer)

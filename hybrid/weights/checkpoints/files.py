@@ -20,7 +20,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """The contents of config.json in a model directory; raises `WeightsError` when there is none."""
     try:
         if not path.exists():
-            raise WeightsError(f"{path}: no such directory; give the directory of a model, with its config.json")
+            raise WeightsError(
+                f"{path}: no such directory; give the directory of a model, with its config.json, "
+                "or a repository as org/name"
+            )
         if not path.is_dir():
             raise WeightsError(f"{path}: is not a directory; give the directory of a model, with its config.json")
         empty = not any(path.iterdir())

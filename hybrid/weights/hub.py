@@ -1,0 +1,166 @@
+"""Models by name: `org/name` is fetched from the Hugging Face hub, into its own cache, by `huggingface_hub`.
+
+Its variables count: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. A fetch that was interrupted is resumed by the
+next one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hybrid.config import EngineConfig
+from hybrid.errors import ConfigError, WeightsError
+
+Progress = Callable[[str, int, int], None]
+
+PREFIX = "hf:"
+CONFIG = "config.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TEXT = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:@\s]+))?(:(?P<file>\S+))?")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a user wrote, taken as a name of the hub."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def with_local_model(config: EngineConfig, progress: Progress | None = None, only_config: bool = False) -> EngineConfig:
+    """A copy whose model is a directory here; see `local_model`."""
+    return replace(config, model_path=config.model_path and local_model(config.model_path, progress, only_config))
+
+
+def local_model(path: Path, progress: Progress | None = None, only_config: bool = False) -> Path:
+    """The directory of a model: `path` itself, or that of the repository which it names, fetched if it is not here.
+
+    only_config: without weights and tokenizer. A directory that is here wins over a repository of that name. Raises
+    ConfigError and WeightsError; a path that is neither is given back, for its reader to refuse.
+    """
+    repository = None if os.path.exists(path) else parse_name(str(path))
+    return path if repository is None else _fetch(repository, progress, only_config)
+
+
+def parse_name(text: str) -> Repository | None:
+    """`org/name`, `hf:org/name`, with `@revision` or without; None for what can be a path alone. Raises ConfigError."""
+    found = _NAME.fullmatch(text.removeprefix(PREFIX))
+    if found is None:
+        if text.startswith(PREFIX):
+            raise ConfigError(f"{text}: is no name of a repository; write hf:org/name or hf:org/name@revision")
+        return None
+    if found["file"]:
+        raise ConfigError(
+            f"{text}: a single file of a repository cannot be used, GGUF is not read yet; name a repository with "
+            "config.json and safetensors, as org/name"
+        )
+    return Repository(found["name"], found["revision"])
+
+
+def _fetch(repository: Repository, progress: Progress | None, only_config: bool) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import utils
+    except ImportError:
+        raise ConfigError(
+            f"{repository}: there is no such directory; to fetch it as a repository of the Hugging Face hub, "
+            "pip install 'hybrid-moe[hub]'"
+        ) from None
+    bars, verbosity = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
+    utils.disable_progress_bars()  # ours is the only one
+    utils.logging.set_verbosity_error()  # what it tries again is nobody's concern
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=[CONFIG] if only_config else [CONFIG, *WEIGHTS, *TEXT],
+            ignore_patterns=["*/*"],  # other forms of the same weights
+            tqdm_class=_bar(f"fetching {repository}", progress),
+        )
+    except Exception as error:  # of several libraries
+        _refuse(repository, error)
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if not bars:
+            utils.enable_progress_bars()
+    return _checked(repository, Path(folder), only_config)
+
+
+def _bar(what: str, progress: Progress | None) -> Any:
+    """A bar as huggingface_hub wants it, which reports to ours."""
+    from tqdm.auto import tqdm
+
+    most = 0  # of what came over the network and what was put together, which have bars of their own
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.counts_bytes, self.total, self.seen = kwargs.get("unit") == "B", kwargs.get("total") or 0, 0
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most
+            self.seen += int(n or 0)
+            if progress and self.counts_bytes and self.seen > most:
+                most = self.seen
+                progress(what, most, max(self.total or 0, most))
+
+    return Bar
+
+
+def _refuse(repository: Repository, error: Exception) -> NoReturn:
+    """Raise what a user can do something about."""
+    from huggingface_hub import constants, errors
+
+    line = " ".join(str(error).split())[:300] or type(error).__name__
+    neither = f"{repository}: there is no such directory, and as a repository of {constants.ENDPOINT} it"
+    if isinstance(error, errors.GatedRepoError):
+        raise WeightsError(
+            f"{repository}: access to the repository is granted by its owner: ask for it on its page, "
+            "then set HF_TOKEN to a token of that account"
+        ) from None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise WeightsError(f"{repository}: the repository has no revision {repository.revision!r}") from None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise WeightsError(
+            f"{neither} is not there or not yours to see: check the spelling; for a private one set HF_TOKEN"
+        ) from None
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"{neither} is not in the cache, and HF_HUB_OFFLINE is set; unset it to fetch") from None
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        raise WeightsError(f"{neither} cannot be reached and is not in the cache; connect, then try again") from None
+    raise WeightsError(f"{repository}: fetching it failed ({line}); the same command resumes it") from None
+
+
+def _checked(repository: Repository, folder: Path, only_config: bool) -> Path:
+    """Raise WeightsError for a repository without what is needed."""
+    if not (folder / CONFIG).is_file():
+        raise WeightsError(
+            f"{repository}: the repository has no {CONFIG} at its top, so it is no model for this program"
+        )
+    if not only_config and not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{repository}: the repository has no safetensors at its top; .bin, .pt and GGUF are not read: "
+            "name another repository of the model"
+        )
+    return folder
