@@ -62,7 +62,7 @@ def test_a_trace_routes_in_all_ways_and_other_sequences_of_it_are_profiled(tmp_p
     [
         (["--policies", "LRU,best"], "best is unknown; allowed: all, FIFO"),
         (["--device", "cpu"], "has no slots to compare"),
-        (["--timeline", "token.pdf"], "a figure ends in .png, .svg or .pdf"),
+        (["--timeline", "token.gif"], "a figure ends in .png, .svg or .pdf"),
     ],
 )
 def test_what_is_unknown_is_refused(flags, words, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
         _whole_ticks(axis)
     axes[0].set_ylabel("hits, % of all expert calls")
     _legend(figure, axes)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    _title(figure, title)
     return figure
 
 
@@ -170,13 +171,20 @@ def _look(label: str, causal: Sequence[str]) -> dict[str, Any]:
     return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "markerfacecolor": filled}
 
 
+def _title(figure: Figure, title: str) -> None:
+    """Bold lines above the panels, none longer than the figure is wide."""
+    longest = int(11 * figure.get_figwidth())  # characters of this size
+    lines = [part for line in title.splitlines() for part in wrap(line, longest)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", weight="bold")
+
+
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """Beside the panels, each line once."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+    figure.legend(entries.values(), entries.keys(), loc="outside right center")
 
 
 def speed_figure(rows: Sequence[Row], title: str) -> Figure:
@@ -199,7 +207,7 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
     axes[0].set_ylabel("predicted speed, tokens/s")
     axes[0].set_ylim(bottom=0)
     _legend(figure, axes)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    _title(figure, title)
     return figure
 
 
@@ -228,7 +236,7 @@ def layers_figure(shares: Reals, rows: Sequence[str], columns: tuple[str, float]
     else:
         _whole_ticks(axis)
     figure.colorbar(image, ax=axis, label="hits, % of expert calls", pad=0.02)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    _title(figure, title)
     return figure
 
 
@@ -262,7 +270,7 @@ def reuse_figure(reuse: Reuse, title: str) -> Figure:
         axis.axhline(100 * reuse.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
         axis.set_ylim(0, 100)
         axis.legend(loc="best", framealpha=0.8)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    _title(figure, title)
     return figure
 
 
@@ -281,8 +289,8 @@ def breakdown_figure(parts: Mapping[str, Reals], beside: Mapping[str, Reals], ti
     run.margins(x=0)
     _whole_ticks(run)
     _mean_bars(mean, {"threads": parts, "device": beside} if beside else {"threads": parts}, colours)
-    figure.legend(*mean.get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    figure.legend(*mean.get_legend_handles_labels(), loc="outside right center")
+    _title(figure, title)
     return figure
 
 
