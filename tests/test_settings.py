@@ -345,6 +345,9 @@ def test_the_flags_of_run_stand_in_their_groups() -> None:
     )
     places = [re.search(rf"^  --{flag} ", text, re.M).start() for flag in order]  # type: ignore[union-attr]
     assert places == sorted(places)
+    heads = re.findall(r"^(\w.*):$", text, re.M)
+    assert heads[:6] == ["Model", "Prompts", "Sampling", "Engine", "Expert cache", "GPU"] and "<str>" not in text
+    assert re.findall(r"^(\w.*):$", invoke("simulate", "--help").stdout, re.M)[:2] == ["Traces", "Caches to replay"]
 
 
 def test_nothing_heavy_is_imported_for_a_configuration() -> None:

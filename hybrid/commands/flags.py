@@ -6,27 +6,31 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from hybrid.commands.console import exit_codes
 from hybrid.commands.environment import warn_of_unknown_variables
 from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, settings_of
 
-GROUPS = (
-    "model",
-    "prompts",
-    "chat",
-    "sampling",
-    "engine",
-    "cache",
-    "gpu",
-    "device",
-    "files",
-    "output",
-    "",
-)  # in --help
+GROUPS = {
+    "model": "Model",
+    "prompts": "Prompts",
+    "chat": "Chat",
+    "sampling": "Sampling",
+    "engine": "Engine",
+    "cache": "Expert cache",
+    "gpu": "GPU",
+    "device": "Simulated device",
+    "traces": "Traces",
+    "caches": "Caches to replay",
+    "rates": "Rates of the machine, for predicted speeds",
+    "files": "Files",
+    "output": "Output",
+    "": "Others",
+}  # in --help, in this order
 
 
 def new_app() -> typer.Typer:
@@ -54,7 +58,8 @@ def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
         wanted, others = _parameters_of(body)
-        settings = sorted((s for part in wanted.values() for s in part.settings), key=lambda s: GROUPS.index(s.group))
+        order = list(GROUPS)
+        settings = sorted((s for part in wanted.values() for s in part.settings), key=lambda s: order.index(s.group))
 
         def call(context: typer.Context, print_config: bool, **given: Any) -> None:
             with exit_codes(*interrupted):
@@ -72,10 +77,26 @@ def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None
         flags = [_parameter(setting) for setting in settings if setting.flag]
         call.__signature__ = inspect.Signature([_CONTEXT, *flags, *others, _PRINT_CONFIG])  # type: ignore[attr-defined]
         call.__annotations__, call.__name__, call.__doc__ = {}, body.__name__, body.__doc__
-        app.command()(call)
+        app.command(cls=type("Grouped", (Grouped,), {"groups": {s.name: s.group for s in settings}}))(call)
         return body
 
     return register
+
+
+class Grouped(TyperCommand):
+    """A command whose help has a section for each group of flags."""
+
+    groups: ClassVar[Mapping[str, str]] = {}  # by the name of a setting
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for parameter in self.get_params(ctx):
+            if (line := parameter.get_help_record(ctx)) is not None:
+                sections[self.groups.get(parameter.name or "", "")].append(line)
+        for group, lines in sections.items():
+            if lines:
+                with formatter.section(GROUPS[group]):
+                    formatter.write_dl(lines)
 
 
 @dataclass(frozen=True)
@@ -158,6 +179,7 @@ def _typing(setting: Setting) -> dict[str, Any]:
         int: {"parser": parse_whole, "metavar": "INTEGER"},
         float: {"parser": parse_real, "metavar": "NUMBER"},
         Path: {"parser": parse_path, "metavar": "PATH"},
+        str: {"metavar": "TEXT"},
         tuple: {"show_default": False, "metavar": "TEXT"},
     }
     return dict(kinds.get(setting.kind, {}))

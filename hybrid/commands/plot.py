@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_PATH: dict[str, Any] = {"parser": f.parse_path, "metavar": "PATH"}
+_PATH: dict[str, Any] = {"parser": f.parse_path}
 Kind = Annotated[str, typer.Argument(help="hit-rate, speed, layers, reuse or breakdown.", metavar="KIND")]
-Source = Annotated[Path, typer.Argument(help="What to draw; see above.", **_PATH)]
-Target = Annotated[Path, typer.Argument(help="The figure: .png, .svg or .pdf.", **_PATH)]
+Source = Annotated[Path, typer.Argument(help="What to draw; see above.", metavar="SOURCE", **_PATH)]
+Target = Annotated[Path, typer.Argument(help="The figure: .png, .svg or .pdf.", metavar="FIGURE", **_PATH)]
 Title = Annotated[
     str | None, typer.Option("--title", help="Above the figure.", metavar="TEXT", show_default="what was drawn")
 ]
@@ -57,11 +57,17 @@ def plot(
 ) -> None:
     """Draw a figure.
 
-    hit-rate: hits against slots by policy, with the bound, from CSV, JSON or --results of hybrid simulate.
-    speed: predicted tokens/s against N x M at equal slots, from the same with rates.
-    layers: a map of hit rates by layer, over steps from --cachehit-csv, or by policy from JSON or --results.
-    reuse: how often tokens and layers choose the same experts, from a trace.
-    breakdown: where the time of decoding steps goes, from --breakdown-csv.
+    \b
+    hit-rate   hits against slots by policy, with the bound, from CSV,
+               JSON or --results of hybrid simulate
+    speed      predicted tokens/s against N x M at equal slots, from
+               the same with rates
+    layers     hit rates by layer, over steps from --cachehit-csv, or
+               by policy from JSON or --results
+    reuse      how often tokens and layers choose the same experts,
+               from a trace
+    breakdown  where the time of decoding steps goes, from
+               --breakdown-csv
     """
     with exit_codes():
         if kind not in KINDS:

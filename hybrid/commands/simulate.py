@@ -37,34 +37,43 @@ class SimulateOptions:
     COMMAND: ClassVar[str] = "simulate"
 
     trace: tuple[str, ...] = setting(
-        (), "CSV or parquet of `hybrid run --trace`, or expert_choices.csv", metavar="PATH"
+        (), "CSV or parquet of `hybrid run --trace`, or expert_choices.csv", metavar="PATH", group="traces"
     )
-    nblocks: str | None = setting(None, "Indexes, as 14,16.", shown="the number of layers", metavar="LIST")
-    nways: str | None = setting(None, "Slots of each.", shown="a quarter and half of the experts", metavar="LIST")
+    nblocks: str | None = setting(
+        None, "Indexes, as 14,16.", shown="the number of layers", metavar="LIST", group="caches"
+    )
+    nways: str | None = setting(
+        None, "Slots of each.", shown="a quarter and half of the experts", metavar="LIST", group="caches"
+    )
     policy: str = setting(
         "LRU,LFU,Belady,bypass-Belady",
         "Policies, or all: LRU,LFU,Belady,...; a wrong one lists them.",
         metavar="LIST",
+        group="caches",
     )
-    admission: str = setting("always", "always, second-touch, break-even.", metavar="LIST")
-    mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST")
-    quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST")
-    copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST")
-    layers: int | None = setting(None, "MoE layers of the model.", shown="what the trace has", minimum=1)
-    experts: int | None = setting(None, "Experts of a layer.", shown="what the trace has", minimum=1)
-    seed: int = setting(0, "Of policies that draw lots.")
-    pcie_gbps: float | None = setting(None, "GB/s of copies to the device.")
-    device_gbps: float | None = setting(None, "GB/s with which the device reads experts.")
-    cpu_gbps: float | None = setting(None, "GB/s with which the CPU reads experts.")
-    expert_mb: float | None = setting(None, "MB of an expert.")
-    other_ms: float = setting(0.0, "Time of a step besides its experts.")
-    layer_ms: float = setting(0.0, "Time to begin and join a layer on the device.")
-    profile: Path | None = setting(None, "JSON of `hybrid bench`: its read bandwidth is that of the CPU.")
-    workers: int | None = setting(None, "Processes.", minimum=1, shown="one for each processor")
-    results: Path | None = setting(None, "Keep results here, and do not replay again what is there.")
-    libcachesim: Path | None = setting(None, "Write the calls as CSV for libCacheSim, replay nothing.")
-    convert: Path | None = setting(None, "Write the trace as CSV or parquet, replay nothing.")
-    output: str = setting("table", "table, csv or json.", choices=OUTPUTS)
+    admission: str = setting("always", "always, second-touch, break-even.", metavar="LIST", group="caches")
+    mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST", group="caches")
+    quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST", group="caches")
+    copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST", group="caches")
+    layers: int | None = setting(
+        None, "MoE layers of the model.", shown="what the trace has", minimum=1, group="traces"
+    )
+    experts: int | None = setting(None, "Experts of a layer.", shown="what the trace has", minimum=1, group="traces")
+    seed: int = setting(0, "Of policies that draw lots.", group="caches")
+    pcie_gbps: float | None = setting(None, "GB/s of copies to the device.", group="rates")
+    device_gbps: float | None = setting(None, "GB/s with which the device reads experts.", group="rates")
+    cpu_gbps: float | None = setting(None, "GB/s with which the CPU reads experts.", group="rates")
+    expert_mb: float | None = setting(None, "MB of an expert.", group="rates")
+    other_ms: float = setting(0.0, "Time of a step besides its experts.", group="rates")
+    layer_ms: float = setting(0.0, "Time to begin and join a layer on the device.", group="rates")
+    profile: Path | None = setting(
+        None, "JSON of `hybrid bench`: its read bandwidth is that of the CPU.", group="rates"
+    )
+    workers: int | None = setting(None, "Processes.", minimum=1, shown="one for each processor", group="output")
+    results: Path | None = setting(None, "Keep results here, and do not replay again what is there.", group="files")
+    libcachesim: Path | None = setting(None, "Write the calls as CSV for libCacheSim, replay nothing.", group="files")
+    convert: Path | None = setting(None, "Write the trace as CSV or parquet, replay nothing.", group="files")
+    output: str = setting("table", "table, csv or json.", choices=OUTPUTS, group="output")
 
 
 @command(app, "what was replayed is in the file of --results, if there is one")
