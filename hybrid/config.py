@@ -124,13 +124,15 @@ class DeviceConfig:
     GROUP: ClassVar[str] = "device"
 
     copy_gbps: float = setting(25.0, "Of the simulated device: GB/s of copies to it.", **_ABOVE_0)
-    latency_us: float = setting(10.0, "Microseconds before a copy or a layer begins there.", minimum=0)
+    latency_us: float = setting(10.0, "Microseconds before a copy or a layer begins there.", minimum=0, maximum=1e9)
     read_gbps: float = setting(1008.0, "GB/s of its memory, for modelled times.", **_ABOVE_0)  # decides for few rows
     tflops: float = setting(  # decides for many rows
         165.0, "10^12 operations a second there, for modelled times.", **_ABOVE_0
     )
     memory_gb: float = setting(24.0, "GB of its memory: slots, and with --step-on all else.", **_ABOVE_0)
-    jitter_us: float = setting(0.0, "Up to so much later, at random, a copy begins.", flag=False, minimum=0)
+    jitter_us: float = setting(
+        0.0, "Up to so much later, at random, a copy begins.", flag=False, minimum=0, maximum=1e9
+    )
 
 
 @dataclass(frozen=True)

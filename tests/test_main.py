@@ -283,6 +283,7 @@ def test_flags_reach_the_configuration(loaded) -> None:
         (["--cache", "perhaps"], ["perhaps", "auto", "on", "off"]),
         (["--device", "simulated", "--numa", "2"], ["--numa", "--cache off"]),
         (["--device", "simulated", "--device-copy-gbps", "0"], ["--device-copy-gbps", "0"]),
+        (["--device", "simulated", "--device-latency-us", "9e18"], ["--device-latency-us", "9e+18"]),
         (["--cache-save", "x.json"], ["--cache-save", "--device simulated"]),
         (["--trace", "x.txt"], ["--trace", "x.txt", ".csv", ".parquet"]),
         (["--power-csv", "/missing/x.csv"], ["--power-csv", "/missing"]),

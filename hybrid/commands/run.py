@@ -39,7 +39,7 @@ class RunOptions:
 
     prompt: tuple[str, ...] = setting((), "A prompt", group="prompts")
     prompt_path: Path | None = setting(
-        None, 'Text file, a prompt a line; JSON lines; or a JSON list, also as {"prompts": []}.', group="prompts"
+        None, 'A text file, a prompt a line; JSON lines; or a JSON list, also as {"prompts": []}.', group="prompts"
     )
     n_prompts: int | None = setting(
         None, "Repeat or cut the list of prompts to this many.", group="prompts", minimum=1, maximum=MAX_PROMPTS

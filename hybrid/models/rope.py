@@ -88,7 +88,7 @@ def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]
     """Radians per position, float32 [dim / 2], and the factor on both cosine and sine.
 
     Computed in float32 step by step as `transformers` does, so that angles agree at large positions too.
-    Raises `ConfigError` for a type that is not computed here.
+    Raises `ConfigError` for a type that is not computed here, and for angles that are not finite.
     """
     if rope.kind not in _KINDS:
         raise ConfigError(
@@ -96,7 +96,11 @@ def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]
         )
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     periods = np.float32(rope.theta) ** exponents
-    frequencies, attention_factor = _KINDS[rope.kind][1](rope, periods, dict(rope.parameters))
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        frequencies, attention_factor = _KINDS[rope.kind][1](rope, periods, dict(rope.parameters))
+    if not (np.isfinite(frequencies).all() and math.isfinite(attention_factor)):
+        parameters = ", ".join(f"{name} {value}" for name, value in dict(rope.parameters).items())
+        raise ConfigError(f"rope type {rope.kind!r} has angles that are not finite ({parameters}): correct config.json")
     return frequencies.astype(np.float32, copy=False), attention_factor
 
 

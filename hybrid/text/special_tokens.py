@@ -8,6 +8,7 @@ added_tokens.json       texts and ids
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,8 @@ def read_special_tokens(model_path: Path) -> SpecialTokens:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file. Raises WeightsError."""
-    return read_json_object(path) if path.is_file() else {}
+    """The object in a JSON file, empty where there is no such file. Raises WeightsError, for a link to nowhere too."""
+    return read_json_object(path) if os.path.lexists(path) else {}
 
 
 def token_text(token: Any) -> str | None:
