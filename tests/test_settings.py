@@ -346,7 +346,7 @@ def test_the_flags_of_run_stand_in_their_groups() -> None:
     places = [re.search(rf"^  --{flag} ", text, re.M).start() for flag in order]  # type: ignore[union-attr]
     assert places == sorted(places)
     heads = re.findall(r"^(\w.*):$", text, re.M)
-    assert heads[:6] == ["Model", "Prompts", "Sampling", "Engine", "Expert cache", "GPU"] and "<str>" not in text
+    assert heads[:6] == ["Model", "Prompts", "Chat", "Sampling", "Engine", "Expert cache"] and "<str>" not in text
     assert re.findall(r"^(\w.*):$", invoke("simulate", "--help").stdout, re.M)[:2] == ["Traces", "Caches to replay"]
 
 
