@@ -12,6 +12,7 @@ COMMANDS = {
     "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
     "chat": ("hybrid.commands.chat", "talk with a model"),
     "pack": ("hybrid.commands.pack", "pack a model once, so that every start maps it"),
+    "store": ("hybrid.commands.store", "list and remove packed models"),
     "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),
     "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),
     "verify": ("hybrid.commands.verify", "compare results with and without an expert cache"),

@@ -136,4 +136,4 @@ class Verification:
 
 
 def damaged(path: Path, what: str) -> WeightsError:
-    return WeightsError(f"{path}: {what}: pack the model again with weights_preprocessor.py")
+    return WeightsError(f"{path}: {what}: pack the model again with hybrid pack")

@@ -24,6 +24,7 @@ from hybrid.weights.checkpoints.files import has_weights, may_read_weights
 from hybrid.weights.checkpoints.huggingface import Checkpoint, describe_checkpoint
 from hybrid.weights.companions import copy_companions
 from hybrid.weights.content import Content
+from hybrid.weights.kept import note_use
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import checksum, gap, make_header, read_header
 from hybrid.weights.source import source_fingerprint, source_place
@@ -83,6 +84,7 @@ def cached_store(
     if is_store(target):
         with suppress(WeightsError, CapacityError):  # the cache may be read-only: the model has the originals
             copy_companions(path, target, lambda line: None)
+        note_use(target, path)
         return Store.open(target, check)
     checkpoint = Checkpoint.open(path)
     _require_writable(target.parent)
