@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -48,7 +49,7 @@ def mutated(value: Any, chance: random.Random) -> Any:
             case 2 if type(parent[key]) is int:
                 parent[key] += chance.choice([-64, -2, -1, 1, 2, 64])
             case _:
-                parent[key] = chance.choice(ODD)
+                parent[key] = copy.deepcopy(chance.choice(ODD))
         if not value:
             break
     return value
