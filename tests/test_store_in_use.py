@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from hybrid.errors import HybridError, WeightsError
 from hybrid.weights import store as stores
 from hybrid.weights.store import Store
 
+ROOT = Path(__file__).parent.parent
 SHARD = "layer-00001.safetensors"
 TENSOR = "layers.1.ffn.experts"
 
@@ -69,6 +73,43 @@ def test_what_does_not_change_the_mapped_bytes_is_no_error(store: Path, change: 
         NO_HARM[change](store / SHARD)
         for _ in range(2):
             assert (llm.logits([1, 2, 3]) == expected).all()
+
+
+CUT_IN_A_STEP = """
+import os, sys
+from pathlib import Path
+from hybrid import LLM
+from hybrid.errors import WeightsError
+from hybrid.weights.store import Store
+
+path, shard = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
+sound = Store.require_sound
+with LLM(path, threads=2) as llm:
+    llm.logits([1, 2, 3])
+    content = shard.read_bytes()
+    # As late as can be: what comes before a step has been looked at already. Afterwards all is as it was.
+    Store.require_sound = lambda store: (sound(store), os.truncate(shard, 0))
+    for attempt in (1, 2):
+        try:
+            llm.logits([1, 2, 3])
+        except WeightsError as error:
+            print(error)
+        Store.require_sound = sound
+        shard.write_bytes(content)
+with LLM(path, threads=2) as llm:
+    print(llm.logits([1, 2, 3]).shape)
+sys.stdout.flush()
+os.kill(os.getpid(), 7)
+"""
+
+
+def test_a_shard_that_is_cut_in_the_middle_of_a_step_is_an_error(store: Path) -> None:
+    """And SIGBUS for any other reason ends the process as ever."""
+    command = [sys.executable, "-c", CUT_IN_A_STEP, store, SHARD]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    first, second, shape = result.stdout.splitlines()
+    assert first == second and f"{SHARD}: was cut while it was read: open the model again" in first
+    assert shape == "(3, 131)" and result.returncode == -signal.SIGBUS
 
 
 def test_copied_weights_do_not_care_about_their_files(store: Path) -> None:

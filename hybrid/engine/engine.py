@@ -146,8 +146,9 @@ class Engine:
             if self.device_step:
                 self.device_step.begin(batch, logits, self.routes.taken if self.routes else None)
             if self.experts and self.experts.placing:
-                return self._forward_placed(batch, logits, self.experts)
-            return self._run(self._plain, batch, logits)
+                result = self._forward_placed(batch, logits, self.experts)
+            else:
+                result = self._run(self._plain, batch, logits)
         except DeviceFailed:
             self._leave_device()
             raise
@@ -158,6 +159,8 @@ class Engine:
             raise DeviceFailed(
                 f"the device has no memory left ({error}); steps to come run on the CPU alone"
             ) from error
+        self.store.require_unharmed()
+        return result
 
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cpu_kernels
 from hybrid.errors import HybridError, WeightsError
 from hybrid.files import input_descriptor, is_file, read_json_object, write_json
 from hybrid.formats.block import Bytes
@@ -26,7 +27,7 @@ Stamp = tuple[int, int]  # size and time of change
 
 class MappedFile:
     """One file, mapped read-only. It stays what it is if its name is given to another or removed, but whoever cuts it
-    or writes into it changes what is mapped.
+    or writes into it changes what is mapped. Pages that were cut off read as zeros, and `harmed` says so.
     """
 
     def __init__(self, path: Path, size: int | None) -> None:
@@ -36,16 +37,23 @@ class MappedFile:
         with input_descriptor(path, SHARD) as opened:
             self.path, self._descriptor = path, os.dup(opened)
         self.stamp = self.stamp_now()
+        self._range: cpu_kernels.MappedRange | None = None
         try:
             if self.stamp[0] != size:
                 raise damaged(path, f"has {self.stamp[0]} bytes, the manifest says {size}")
             self.bytes: Bytes = np.frombuffer(mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ), np.uint8)
-        except (OSError, ValueError) as error:  # ValueError: it is empty
+            self._range = cpu_kernels.MappedRange(self.bytes.ctypes.data, size)
+        except (OSError, ValueError, RuntimeError) as error:  # ValueError: it is empty
             self.close()
             raise damaged(path, f"cannot be mapped ({error})") from None
         except BaseException:
             self.close()
             raise
+
+    @property
+    def harmed(self) -> bool:
+        """Whether zeros were read in place of a page that the file no longer had."""
+        return bool(self._range and self._range.damaged)
 
     def stamp_now(self) -> Stamp:
         status = os.fstat(self._descriptor)
@@ -64,6 +72,7 @@ class MappedFile:
 
     def close(self) -> None:
         """What is mapped stays until no view of it is in use."""
+        self._range = None
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -23,6 +23,7 @@ from hybrid.weights.shard import ALIGNMENT, Entry, read_header
 
 ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
 
+_ADVICE = "open the model again; --load copy keeps weights where nobody changes them"
 _DTYPES: dict[str, npt.DTypeLike] = {"U8": np.uint8, "F32": np.float32}
 _FINITE_BYTES = 1 << 24  # looked at together, so that a check needs little memory
 
@@ -85,24 +86,30 @@ class Store:
     def require_sound(self) -> None:
         """Raise WeightsError if a mapped file was cut or changed, or if verification has found damage. It is cheap.
 
-        To touch what is mapped of a file that was cut kills the process, so this comes before every step.
+        For before every step. A file that is cut in the middle of one, `require_unharmed` finds after it.
         """
         if self._verification.problem:
             raise self._verification.problem
+        self.require_unharmed()
         for file in self._files.values():
             stamp = file.stamp_now()
             if stamp != file.stamp:
                 self._require_unchanged(file, stamp)
 
+    def require_unharmed(self) -> None:
+        """Raise WeightsError if zeros were read in place of weights, because their file had been cut."""
+        for file in self._files.values():
+            if file.harmed:
+                raise WeightsError(f"{file.path}: was cut while it was read: {_ADVICE}")
+
     def _require_unchanged(self, file: MappedFile, stamp: Stamp) -> None:
         """A file that was only touched, or written with the same content, is as good as before."""
-        advice = "open the model again; --load copy keeps weights where nobody changes them"
         if stamp[0] < file.stamp[0]:
-            raise WeightsError(f"{file.path}: was cut to {stamp[0]} bytes while it was in use: {advice}")
+            raise WeightsError(f"{file.path}: was cut to {stamp[0]} bytes while it was in use: {_ADVICE}")
         try:
             self._verification.verify(self._verification.names_in(file.path.name))
         except (WeightsError, OSError) as error:
-            raise WeightsError(f"{file.path}: was changed while it was in use ({error}): {advice}") from None
+            raise WeightsError(f"{file.path}: was changed while it was in use ({error}): {_ADVICE}") from None
         file.stamp = stamp
 
     def array(self, name: str) -> npt.NDArray[np.generic]:

@@ -13,6 +13,7 @@
 
 #include "bindings/ops.h"
 #include "cpu/features.h"
+#include "cpu/mapped_range.h"
 #include "executor/executor.h"
 #include "instances/tables.h"
 
@@ -175,6 +176,15 @@ NB_MODULE(_ext, m) {
       .def("huge_bytes", &Arena::huge_bytes, nb::call_guard<nb::gil_scoped_release>())
       .def("use_huge", &Arena::use_huge, "offset"_a, "bytes"_a)
       .def("clear", &Arena::clear, "offset"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<MappedRange>(m, "MappedRange")
+      .def(
+          "__init__",
+          [](MappedRange* self, Address address, size_t bytes) {
+            new (self) MappedRange(reinterpret_cast<void*>(address), bytes);
+          },
+          "address"_a, "bytes"_a, "Until it is gone, pages of a mapped file that was cut read as zeros.")
+      .def_prop_ro("damaged", &MappedRange::damaged, "Whether a page was missing when it was read.");
 
   nb::class_<Executor> executor(m, "Executor");
   executor
