@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -23,6 +24,7 @@ from hybrid.serving.stream import Stream
 from hybrid.settings import named_as_given
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, load_template
+from hybrid.text.convert import needs_conversion
 from hybrid.text.messages import ChatInput, Document, Message, Tool
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 from hybrid.weights.hub import with_local_model
@@ -86,18 +88,12 @@ class LLM:
         check_config(config)
         config = with_local_model(config, progress)
         path = config.model_path or EMBEDDED_MODEL
-        tokenizer, template = load_tokenizer(path), load_template(path)
-        eos_ids = read_eos_ids(path, tokenizer)
-        answers = choose_format(
-            template.sources if template else "",
-            tokenizer.added if tokenizer else (),
-            config.reasoning_parser,
-            config.tool_parser,
-        )
+        # Files that have to be converted are known only once there is a store; all others are wrong before it is made.
+        texts = None if needs_conversion(path) else _read_texts(path, config)
         self._name = path.absolute().name if config.model_path else "the embedded model"
         engine = Engine.open(config, progress, notice)
         try:
-            self._assemble(engine, tokenizer, eos_ids, template, answers)
+            self._assemble(engine, *(texts or _read_texts(path, config, engine.store.path)))
         except BaseException:
             engine.close()
             raise
@@ -296,3 +292,13 @@ def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:
             put(item)
 
     return sink
+
+
+def _read_texts(
+    path: Path, config: EngineConfig, store_path: Path | None = None
+) -> tuple[Tokenizer | None, frozenset[int], ChatTemplate | None, AnswerFormat]:
+    """What a model directory says of texts: tokenizer, ends, chat template, and how answers are written."""
+    tokenizer, template = load_tokenizer(path, store_path), load_template(path)
+    source, tokens = template.sources if template else "", tokenizer.added if tokenizer else ()
+    answers = choose_format(source, tokens, config.reasoning_parser, config.tool_parser)
+    return tokenizer, read_eos_ids(path, tokenizer), template, answers

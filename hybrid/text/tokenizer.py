@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import ConfigError, RequestError
+from hybrid.files import is_file
+from hybrid.text.convert import CONVERTED, convert_tokenizer, needs_conversion
 from hybrid.text.special_tokens import read_json, read_special_tokens
+from hybrid.text.tokenizer_backend import backend_errors, parse_backend, read_backend
 
 if TYPE_CHECKING:
     import tokenizers
-
-_SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 
 class Tokenizer:
@@ -53,26 +52,32 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, "
                 "which no UTF-8 text can hold; remove it"
             ) from None
-        ids = list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
+        with backend_errors("the tokenizer fails on this text", "change the text, or its tokenizer.json", RequestError):
+            ids = list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
         if special_tokens and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        with backend_errors("the tokenizer fails on these tokens", "restore its tokenizer.json", RequestError):
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
 
-def load_tokenizer(model_path: Path) -> Tokenizer | None:
-    """The tokenizer of a model directory, None where it has no tokenizer files. Raises ConfigError."""
-    backend = _load_backend(model_path)
+def load_tokenizer(model_path: Path, store_path: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a model directory, None where it has no tokenizer files. Raises ConfigError.
+
+    store_path: the store of the model, which has the tokenizer.json that was made of other files.
+    """
+    backend = _load_backend(model_path, store_path)
     if backend is None:
         return None
     tokens = read_special_tokens(model_path)
-    tokens.add_to(backend)
+    with backend_errors(f"the tokens of {model_path} cannot be added", "restore its tokenizer files", ConfigError):
+        tokens.add_to(backend)
     texts = {**tokens.defaults, **tokens.texts()}
     bos_id, eos_id = (
         backend.token_to_id(texts[name]) if name in texts else None for name in ("bos_token", "eos_token")
@@ -92,42 +97,14 @@ def read_eos_ids(model_path: Path, tokenizer: Tokenizer | None) -> frozenset[int
     return tokenizer.eos_ids if tokenizer else frozenset()
 
 
-def import_transformers(module: str) -> Any:
-    """Import a module of transformers without its notice that torch is missing: nothing here needs torch."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    return import_module(module)
-
-
-def _load_backend(model_path: Path) -> tokenizers.Tokenizer | None:
-    fast = model_path / "tokenizer.json"
-    if fast.is_file():
-        import tokenizers
-
-        try:
-            return tokenizers.Tokenizer.from_file(str(fast))
-        except Exception as error:  # the Rust side raises plain Exception
-            raise ConfigError(f"{fast} cannot be read ({_first_line(error)}); restore the file") from None
-    if any((model_path / name).is_file() for name in _SLOW_FILES):
-        return _convert_backend(model_path)
-    return None
-
-
-def _convert_backend(model_path: Path) -> tokenizers.Tokenizer:
-    """For models without tokenizer.json (sentencepiece, for example): transformers converts their files."""
-    loader = import_transformers("transformers").AutoTokenizer
-    logging = import_transformers("transformers.utils.logging")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it tries on the way is nobody's concern
-    try:
-        backend: tokenizers.Tokenizer = loader.from_pretrained(str(model_path), local_files_only=True).backend_tokenizer
-        return backend
-    except Exception as error:  # many kinds, one meaning
-        raise ConfigError(
-            f"the tokenizer files in {model_path} cannot be read ({_first_line(error)}); "
-            "add the tokenizer.json of the model"
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
+def _load_backend(model_path: Path, store_path: Path | None) -> tokenizers.Tokenizer | None:
+    if is_file(model_path / CONVERTED):
+        return read_backend(model_path / CONVERTED)
+    if not needs_conversion(model_path):
+        return None
+    if store_path and is_file(store_path / CONVERTED):
+        return read_backend(store_path / CONVERTED)
+    return parse_backend(convert_tokenizer(model_path), model_path)
 
 
 def _token_ids(eos: Any, path: Path) -> frozenset[int]:
@@ -136,7 +113,3 @@ def _token_ids(eos: Any, path: Path) -> frozenset[int]:
     if not all(type(token) is int for token in ids):
         raise ConfigError(f"{path}: eos_token_id is {eos!r:.80}; it must be a token id or a list of them")
     return frozenset(token for token in ids if token >= 0)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

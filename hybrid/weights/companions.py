@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hybrid.errors import ConfigError
 from hybrid.files import atomic_file, input_file, is_file
+from hybrid.text.convert import CONVERTED, convert_tokenizer, needs_conversion
 from hybrid.weights.shard import SHARD
 
 # By name, because what else a checkpoint has or links to is nobody's business.
@@ -23,7 +25,8 @@ def copy_companions(source: Path, output: Path, notice: Callable[[str], None]) -
     """Copy them with their permissions, unless the copy is already as old and long as the original.
 
     A link is followed within the checkpoint, or to a blob of the cache of the hub that it lies in. Where it leads
-    elsewhere, `notice` is told that the file is not copied. Raises WeightsError and CapacityError.
+    elsewhere, `notice` is told that the file is not copied. Tokenizer files without a tokenizer.json are converted to
+    one; where that fails, `notice` is told. Raises WeightsError and CapacityError.
     """
     for original in _companions(source):
         copy = output / original.name
@@ -31,6 +34,23 @@ def copy_companions(source: Path, output: Path, notice: Callable[[str], None]) -
             notice(f"note: {original} is a link out of the checkpoint, so the store has no copy of it")
         elif not _same(original, copy):
             _copy(original, copy)
+    if needs_conversion(source):
+        _convert(source, output, notice)
+
+
+def _convert(source: Path, output: Path, notice: Callable[[str], None]) -> None:
+    """As old as the youngest of the files that it is made of."""
+    target, time = output / CONVERTED, max(path.stat().st_mtime_ns for path in _companions(source))
+    if is_file(target) and target.stat().st_mtime_ns == time:
+        return
+    try:
+        converted = convert_tokenizer(source)
+    except ConfigError as error:
+        notice(f"note: the store has no {CONVERTED}: {error}")
+        return
+    with atomic_file(target) as file:
+        file.write(converted)
+    os.utime(target, ns=(time, time))
 
 
 def _companions(source: Path) -> Iterator[Path]:
