@@ -18,6 +18,7 @@ from hybrid import LLM, AsyncLLM, SamplingParams
 from hybrid.errors import RequestError
 from hybrid.text.chat_template import ChatTemplate, load_template
 from hybrid.text.tokenizer import Tokenizer
+from hybrid.weights.companions import copy_companions
 
 USER = {"role": "user", "content": "hi"}
 EVERYTHING = ChatTemplate(
@@ -71,6 +72,20 @@ def test_a_second_template_is_for_requests_with_tools(tmp_path: Path) -> None:
     template = load_template(tmp_path)
     assert template is not None
     assert template.render([USER]) == "plain" and template.render([USER], tools=[{"name": "add"}]) == "add"
+
+
+def test_files_of_templates_count_more_than_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "configured"}))
+    (tmp_path / "chat_template.jinja").write_text("file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    template = load_template(tmp_path)
+    assert template is not None
+    assert template.render([USER]) == "file" and template.render([USER], tools=[]) == "tools"
+    output = tmp_path / "store"
+    output.mkdir()
+    copy_companions(tmp_path, output, pytest.fail)
+    assert load_template(output) == template
 
 
 def test_variables_of_the_caller_beat_those_of_the_model() -> None:

@@ -13,7 +13,17 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     *(
         f"docs/{name}.md"
-        for name in ("structure", "extending", "settings", "chat", "hybrid", "kernels", "cache", "shared_machines")
+        for name in (
+            "structure",
+            "extending",
+            "settings",
+            "chat",
+            "hybrid",
+            "kernels",
+            "cache",
+            "shared_machines",
+            "texts",
+        )  # fmt: skip
     ),
 ]
 # A path in backquotes, or in bold ones, from any of these folders.
@@ -26,7 +36,7 @@ ROOTS = [
     ROOT / "gpu_cache",
 ]
 NAMED = re.compile(r"`([\w./<>*-]+/[\w.<>*-]*|[\w-]+\.(?:py|cpp|h|md))`")
-OTHERS = ("/", "expert_choices.csv", "config.json", "org/")
+OTHERS = ("/", "expert_choices.csv", "config.json", "org/", "additional_chat_templates/")
 
 
 def named(document: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from checkpoints import write_checkpoint
 from dummy_tokenizer import byte_level
 
 from hybrid import LLM
-from hybrid.errors import ConfigError, RequestError
+from hybrid.errors import ConfigError, HybridError, RequestError
 from hybrid.serving import llm as serving
 from hybrid.text import convert, tokenizer
-from hybrid.text.tokenizer import load_tokenizer
+from hybrid.text.chat_template import load_template
+from hybrid.text.tokenizer import load_tokenizer, read_eos_ids
 from hybrid.text.tokenizer_backend import backend_errors
 from hybrid.weights import companions
 
@@ -186,3 +188,59 @@ def test_what_the_compiled_code_raises_is_one_line(tmp_path: Path) -> None:
 def test_interrupts_are_no_errors_of_a_tokenizer() -> None:
     with pytest.raises(KeyboardInterrupt), backend_errors("x", "y", ConfigError):
         raise KeyboardInterrupt
+
+
+ODD: tuple[Any, ...] = (
+    None, True, 0, -1, 2**70, 1.5, "", "a", "\0", [], {}, [1], ["a"], {"content": 5}, {"content": ""}, [[[]]],
+    {"content": "x", "special": "y"}, {"type": "Replace"}, {"__type": "AddedToken"}, "\ud800", "x" * 5000,
+)  # fmt: skip
+WHOLE: dict[str, Any] = {
+    "tokenizer": {
+        **json.loads(byte_level().to_str()),
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, replace("x", "y")]},
+    },
+    "tokenizer_config": {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"},
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "extra_special_tokens": {"think_token": "<t>"},
+        "added_tokens_decoder": {"300": {"content": "<q>", "special": True}},
+        "add_bos_token": True,
+        "chat_template": [{"name": "default", "template": "{{ bos_token }}"}],
+    },
+    "special_tokens_map": {"bos_token": {"content": "<s>"}, "additional_special_tokens": ["<a>"]},
+    "added_tokens": {"<k>": 301},
+    "generation_config": {"eos_token_id": [1, 2]},
+}
+
+
+def mutated(value: Any, choose: random.Random) -> Any:
+    """The same with one place changed, anywhere."""
+    if isinstance(value, dict | list) and value and choose.random() < 0.8:
+        copy = value.copy()
+        key = choose.choice([*copy] if isinstance(copy, dict) else range(len(copy)))
+        if choose.random() < 0.15:
+            del copy[key]
+        else:
+            copy[key] = mutated(copy[key], choose)
+        return copy
+    return choose.choice(ODD)
+
+
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    for seed in range(250):
+        choose = random.Random(seed)
+        damaged = choose.choice([*WHOLE])
+        for name, content in WHOLE.items():
+            written = mutated(content, choose) if name == damaged else content
+            if name == "tokenizer_config" and damaged in ("special_tokens_map", "added_tokens"):
+                written = {key: value for key, value in written.items() if key != "added_tokens_decoder"}
+            (tmp_path / f"{name}.json").write_text(json.dumps(written))
+        try:
+            loaded = load_tokenizer(tmp_path)
+            read_eos_ids(tmp_path, loaded)
+            load_template(tmp_path)
+            if loaded:
+                loaded.decode(loaded.encode("<s>ab x é <a><q>"))
+        except HybridError as error:
+            assert "\n" not in str(error), seed

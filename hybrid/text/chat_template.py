@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.errors import ConfigError, RequestError
+from hybrid.files import Reading, is_file, read_file
 from hybrid.text.messages import (
     RARE_ROLES,
     ROLES,
@@ -23,6 +24,8 @@ from hybrid.text.messages import (
 from hybrid.text.rendering import render
 from hybrid.text.special_tokens import read_json, read_special_tokens
 
+FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+_FILE = Reading(16 << 20, "restore the file", streams=False)
 _OWN_NAMES = ("messages", "tools", "documents")  # what a template gets from arguments of their own
 _READS_PARTS = re.compile(r"\{%-?\s*for\s[^%]*content")  # a template that goes through the parts of a content
 
@@ -75,9 +78,9 @@ class ChatTemplate:
 
 def load_template(model_path: Path) -> ChatTemplate | None:
     """The chat template of a model directory, None where it has none."""
-    config = read_json(model_path / "tokenizer_config.json")
-    file = model_path / "chat_template.jinja"
-    named = {"default": _read_text(file)} if file.is_file() else _configured(config.get("chat_template"))
+    named = _configured(read_json(model_path / "tokenizer_config.json").get("chat_template"))
+    if files := {name: _read_text(model_path / file) for name, file in FILES.items() if is_file(model_path / file)}:
+        named = files  # they count more than the configuration, as a whole
     if "default" not in named:
         return None
     tokens = read_special_tokens(model_path)
@@ -87,16 +90,16 @@ def load_template(model_path: Path) -> ChatTemplate | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path, _FILE).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); restore the file") from None
 
 
 def _configured(template: Any) -> dict[str, str]:
     """One template, or a list of named ones: `default` is for chat, `tool_use` for chat with tools."""
     entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
-    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
-    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    named = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    return {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
 
 
 def _allowed_roles(source: str) -> tuple[str, ...]:

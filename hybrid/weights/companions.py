@@ -17,7 +17,7 @@ COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "vocab.bpe", "sentencepiece.bpe.model", "tiktoken.model", "qwen.tiktoken",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def copy_companions(source: Path, output: Path, notice: Callable[[str], None]) -
     one; where that fails, `notice` is told. Raises WeightsError and CapacityError.
     """
     for original in _companions(source):
-        copy = output / original.name
+        copy = output / original.relative_to(source)
         if not _is_inside(original, source):
             notice(f"note: {original} is a link out of the checkpoint, so the store has no copy of it")
         elif not _same(original, copy):
@@ -72,6 +72,7 @@ def _same(original: Path, copy: Path) -> bool:
 
 
 def _copy(original: Path, copy: Path) -> None:
+    copy.parent.mkdir(exist_ok=True)
     with input_file(original, SHARD) as file:
         status = original.stat()
         with atomic_file(copy) as target:
