@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 
-_MEMORY = 8 << 30
+_MEMORY = 32 << 30  # addresses; torch, which transformers may import, takes many and uses few
 _SECONDS = 600
 
 
