@@ -11,6 +11,7 @@ from rig import BF16, aligned
 
 import cpu_kernels
 from cpu_kernels import Activation, Executor, ExpertSet, Format, KvLayout, Part, Routing, Scoring, StateLayout
+from hybrid.formats import FORMATS
 
 BEST = cpu_kernels.available_isas()[0]
 MEMORY = aligned(1 << 16, np.uint8)
@@ -21,7 +22,7 @@ KV = KvPages(1, 2, 64, 256).layout
 STATE = StateLayout(base=PLACE, sequence_stride=320)
 SET = {
     **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
-    **{"expert_stride": 4096, "blocks": 2, "inputs": 64},
+    **{"expert_stride": 8192, "blocks": 2, "inputs": 64},
 }
 # Every op with arguments that are accepted; those that may be left out are.
 OPS: dict[str, dict[str, Any]] = {
@@ -228,7 +229,8 @@ def test_parts_of_ops_are_read_as_ops_are() -> None:
 
 def layout(**changes: Any) -> KvLayout:
     strides = {"sequence_stride": 1 << 20, "head_stride": 1 << 16, "value_offset": 1 << 15}
-    sizes = {"key_dim": 64, "value_dim": 64, "format": Format.int8, "key_scales_offset": 64, "value_scales_offset": 128}
+    sizes = {"key_dim": 64, "value_dim": 64, "format": Format.int8}
+    sizes |= {"key_scales_offset": 49152, "value_scales_offset": 50176}
     return KvLayout(**{"base": PLACE} | strides | sizes | changes)
 
 
@@ -247,6 +249,70 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         add("attention", kv=layout(format=Format.int4))
     with pytest.raises(ValueError, match=r"attention: kv\.base is null"):
         add("attention", kv=layout(base=0))
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        ("embed", {"pairs": 31}, "pairs is 31; what it steps over has 32"),
+        ("norm", {"input_stride": 63}, "input_stride is 63; what it steps over has 64"),
+        ("norm", {"output": PLACE, "output_stride": 60}, "output_stride is 60"),
+        ("norm", {"output8": PLACE, "output8_stride": 72}, "output8_stride is 72; what it steps over has 76"),
+        ("norm", {"output8": PLACE, "output8_stride": 78}, "output8_stride is 78; it must be a multiple of 4"),
+        ("norm", {"output8": PLACE + 1, "output8_stride": 80}, "output8 is .*; it must be a multiple of 4"),
+        ("quantise", {"input_stride": 126}, "input_stride is 126; what it steps over has 128"),
+        ("quantise", {"output_stride": 64}, "output_stride is 64; what it steps over has 76"),
+        ("gemm", {"input_stride": 72}, "input_stride is 72; what it steps over has 76"),
+        ("gemm", {"format": Format.bf16, "input_stride": 127}, "input_stride is 127; what it steps over has 128"),
+        ("gemm", {"columns": 65}, "output_stride is 64; what it steps over has 65"),
+        ("gemm", {"columns": (1 << 28) + 1}, "columns is 268435457; it must be at most 268435456"),
+        ("qkv", {"qkv_stride": 511}, "qkv_stride is 511; what it steps over has 512"),
+        ("attention", {"output_stride": 255}, "output_stride is 255; what it steps over has 256"),
+        ("attention", {"kv": layout(value_offset=8192)}, r"kv\.value_offset is 8192; what it steps over has 16384"),
+        ("qkv", {"kv": layout(key_scales_offset=32768)}, r"kv\.key_scales_offset is 32768; .* has 49152"),
+        ("qkv", {"kv": layout(value_scales_offset=49152)}, r"kv\.value_scales_offset is 49152; .* has 50176"),
+        ("qkv", {"kv": layout(head_stride=51136)}, r"kv\.head_stride is 51136; what it steps over has 51200"),
+        ("qkv", {"kv": layout(sequence_stride=65536)}, r"kv\.sequence_stride is 32768; .* has 65536"),
+        ("short_conv", {"input_stride": 119}, "input_stride is 119; what it steps over has 120"),
+        ("short_conv", {"taps": 4}, r"state\.sequence_stride is 320; what it steps over has 480"),
+        ("router", {"input_stride": 63}, "input_stride is 63; what it steps over has 64"),
+        ("gate_up", {"expert_stride": 8128}, "expert_stride is 8128; what it steps over has 8192"),
+        ("gate_up", {"output_stride": 31}, "output_stride is 31; what it steps over has 32"),
+        ("down", {"expert_stride": 4032}, "expert_stride is 4032; what it steps over has 4096"),
+        ("down", {"output_stride": 31}, "output_stride is 31; what it steps over has 32"),
+        ("down", {"shared": ExpertSet(**SET | {"blocks": 3, "expert_stride": 6144})}, "shared.blocks is 3; both sets"),
+        ("join", {"output_stride": 63}, "output_stride is 63; what it steps over has 64"),
+        ("combine", {"stride": 63}, "stride is 63; what it steps over has 64"),
+        ("combine", {"width": 65}, "stride is 64; what it steps over has 80"),
+    ],
+)
+def test_strides_hold_what_they_step_over(op, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        add(op, **changes)
+
+
+@pytest.mark.parametrize(
+    ("op", "changes"),
+    [
+        ("quantise", {"multiple": 1 << 28}),
+        ("group", {"top_k": 1 << 28}),
+        ("qkv", {"heads": 1 << 21, "qkv_stride": 1 << 28}),
+    ],
+)
+def test_steps_whose_tasks_cannot_be_counted_are_refused(op, changes) -> None:
+    to = executor(rows=1024)
+    with pytest.raises(ValueError, match=f"{op}: [0-9]+ tasks in a step are more than can be counted"):
+        getattr(to, op)(part=Part.other, **OPS[op] | changes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_stride_of_experts_is_that_of_their_packed_bytes(name) -> None:
+    for inputs in (64, 128, 320, 1088):
+        size = 2 * 2 * FORMATS[name].block_bytes(inputs)
+        given = {"format": getattr(Format, name), "inputs": inputs, "input_stride": 4096, "expert_stride": size}
+        add("gate_up", **given)
+        with pytest.raises(ValueError, match=f"what it steps over has {size}"):
+            add("gate_up", **given | {"expert_stride": size - 64})
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -138,6 +138,7 @@ class Engine:
         if self._closed:
             raise KernelError("this engine was closed; open it again")
         self.store.require_sound()
+        self._check(batch)
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
         if self.routes:
@@ -161,6 +162,16 @@ class Engine:
             ) from error
         self.store.require_unharmed()
         return result
+
+    def _check(self, batch: Batch) -> None:
+        """Raise KernelError for what a step would refuse, before anything is prepared for it."""
+        try:
+            self._plain.check_rows(batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
+        except ValueError as error:
+            raise KernelError(f"step refused: {error}") from None
+        except TypeError:
+            kinds = ", ".join(f"{name} {_kind(value)}" for name, value in vars(batch).items())
+            raise KernelError(f"step refused: {kinds}; all must be int32 arrays of one dimension") from None
 
     def _run(self, executor: cpu_kernels.Executor, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
         start = time.perf_counter()
@@ -326,6 +337,13 @@ def _call_unless_forked(process: int, call: Callable[[], None]) -> None:
     """The device of a forked process is its parent's."""
     if os.getpid() == process:
         call()
+
+
+def _kind(value: object) -> str:
+    """What an argument is that is no array of ints: "is int64 [2, 3]", "is a list"."""
+    if isinstance(value, np.ndarray):
+        return f"is {value.dtype} {list(value.shape)}{'' if value.flags.c_contiguous else ', not contiguous'}"
+    return f"is a {type(value).__name__}"
 
 
 def _step_times(parts: Sequence[float], total: float) -> StepTimes:

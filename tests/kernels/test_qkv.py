@@ -22,7 +22,7 @@ def run(isa, x, pages: KvPages, heads, table, norms, *, rope_dim, interleaved=Fa
     inputs = aligned((rows, row_stride(width)), np.float32)
     inputs[:, :width] = x
     q = aligned((rows, heads, pages.key_dim), BF16)
-    rig = Rig(isa, threads)
+    rig = Rig(isa, threads, positions=pages.tokens)
     rig.add(
         "qkv",
         qkv=inputs,

@@ -15,6 +15,7 @@
 #include "cpu/features.h"
 #include "cpu/mapped_range.h"
 #include "executor/executor.h"
+#include "executor/field_check.h"
 #include "instances/tables.h"
 
 namespace nb = nanobind;
@@ -32,19 +33,47 @@ bool python_signal() {
   return PyErr_CheckSignals() != 0;
 }
 
+std::string text(size_t number) { return std::to_string(number); }
+
+std::vector<int32_t> copied(const Ints& array) {
+  require(array.shape(0) <= size_t(kLargest), text(array.shape(0)) + " rows in a step");
+  return {array.data(), array.data() + array.shape(0)};
+}
+
+// The rows of a step, copied: what was checked must stay so, though callbacks and other threads may write to the
+// arrays.
+struct Rows {
+  std::vector<int32_t> tokens, sequences, positions, logit_rows;
+
+  Rows(const Ints& tokens, const Ints& sequences, const Ints& positions, const Ints& logit_rows)
+      : tokens(copied(tokens)),
+        sequences(copied(sequences)),
+        positions(copied(positions)),
+        logit_rows(copied(logit_rows)) {
+    require(sequences.shape(0) == tokens.shape(0) && positions.shape(0) == tokens.shape(0),
+            "token_ids, sequences and positions must have one length, not " + text(tokens.shape(0)) + ", " +
+                text(sequences.shape(0)) + " and " + text(positions.shape(0)));
+  }
+
+  Step step() const {
+    Step step{};
+    step.rows = int(tokens.size());
+    step.tokens = tokens.data();
+    step.sequences = sequences.data();
+    step.positions = positions.data();
+    step.logit_rows = int(logit_rows.size());
+    step.logit_index = logit_rows.data();
+    return step;
+  }
+};
+
 Times run_step(Executor& executor, Ints tokens, Ints sequences, Ints positions, Ints logit_rows, Logits logits) {
-  const size_t rows = tokens.shape(0);
-  if (sequences.shape(0) != rows || positions.shape(0) != rows)
-    throw std::invalid_argument("token_ids, sequences and positions must have one length");
-  if (logits.shape(0) != logit_rows.shape(0) || (logits.shape(0) > 0 && int(logits.shape(1)) != executor.vocab()))
-    throw std::invalid_argument("logits must have shape [len(logit_rows), vocab]");
-  Step step{};
-  step.rows = int(rows);
-  step.tokens = tokens.data();
-  step.sequences = sequences.data();
-  step.positions = positions.data();
-  step.logit_rows = int(logit_rows.shape(0));
-  step.logit_index = logit_rows.data();
+  const Rows rows(tokens, sequences, positions, logit_rows);
+  const size_t wanted = rows.logit_rows.size(), vocab = size_t(executor.vocab());
+  require(logits.shape(0) == wanted && (wanted == 0 || logits.shape(1) == vocab),
+          "logits must have shape [" + text(wanted) + ", " + text(vocab) + "], [len(logit_rows), vocab], not [" +
+              text(logits.shape(0)) + ", " + text(logits.shape(1)) + "]");
+  Step step = rows.step();
   step.logits = logits.data();
   Times times;
   Outcome outcome;
@@ -57,9 +86,17 @@ Times run_step(Executor& executor, Ints tokens, Ints sequences, Ints positions, 
   return times;
 }
 
+void check_rows(Executor& executor, Ints tokens, Ints sequences, Ints positions, Ints logit_rows) {
+  const Rows rows(tokens, sequences, positions, logit_rows);
+  nb::gil_scoped_release no_gil;
+  executor.check_rows(rows.step());
+}
+
 // Bytes read per second by all threads of the pool, over `bytes` at `address`, cut in equal runs.
 double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address, int64_t bytes) {
   const KernelTable& kernels = table_of(isa);
+  require(address != 0 && bytes >= 0 && bytes <= kLargestBytes && address <= UINTPTR_MAX - uintptr_t(bytes),
+          std::to_string(bytes) + " bytes at address " + std::to_string(address) + " cannot be read");
   const int64_t each = bytes / pool.size() / 4096 * 4096;
   std::vector<float> sums(size_t(pool.size()));
   auto job = [&](int thread) {
@@ -74,6 +111,7 @@ double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address,
 
 // Operations per second of all threads, multiplying and adding in registers.
 double peak(ThreadPool& pool, double (*multiply)(int64_t), int64_t rounds) {
+  require(rounds >= 1, "rounds is " + std::to_string(rounds) + "; it must be at least 1");
   std::vector<double> operations(size_t(pool.size()));
   auto job = [&](int thread) { operations[size_t(thread)] = multiply(rounds); };
   nb::gil_scoped_release no_gil;
@@ -95,6 +133,7 @@ double peak_int_ops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
 
 // Seconds that one barrier of the pool takes, when all threads come to it at once.
 double barrier_seconds(ThreadPool& pool, int rounds) {
+  require(rounds >= 1, "rounds is " + std::to_string(rounds) + "; it must be at least 1");
   double seconds = 0;
   auto job = [&](int thread) {
     pool.barrier();
@@ -166,7 +205,14 @@ NB_MODULE(_ext, m) {
       .def(nb::init<int, std::vector<int>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)
       .def_prop_ro("size", &ThreadPool::size)
       .def_prop_ro("nodes", &ThreadPool::nodes)
-      .def("node_of", &ThreadPool::node_of, "thread"_a);
+      .def(
+          "node_of",
+          [](const ThreadPool& pool, int thread) {
+            require(thread >= 0 && thread < pool.size(),
+                    "thread " + std::to_string(thread) + " of " + std::to_string(pool.size()));
+            return pool.node_of(thread);
+          },
+          "thread"_a);
 
   nb::class_<Arena>(m, "Arena")
       .def(nb::init<size_t, bool, int>(), "bytes"_a, "huge"_a = false, "node"_a = -1)
@@ -200,6 +246,8 @@ NB_MODULE(_ext, m) {
       .def("step", &run_step, "token_ids"_a.noconvert(), "sequences"_a.noconvert(), "positions"_a.noconvert(),
            "logit_rows"_a.noconvert(), "logits"_a.noconvert(),
            "Run one step; returns the seconds spent in each `Part`, in their order.")
+      .def("check_rows", &check_rows, "token_ids"_a.noconvert(), "sequences"_a.noconvert(), "positions"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "Refuse what `step` would refuse, and run nothing.")
       .def("cancel", &Executor::cancel)
       .def_prop_ro("op_count", &Executor::op_count);
   bind_ops(m, executor);

@@ -96,7 +96,9 @@ void ThreadPool::require_process() const {
 
 void ThreadPool::run(Job job, void* context) {
   require_process();
+  if (is_caller()) throw std::invalid_argument("a callback asked for the threads of the step that called it");
   std::lock_guard<std::mutex> lock(one_caller_);
+  caller_.store(std::this_thread::get_id(), std::memory_order_relaxed);
   PinnedCaller pinned(cpus_);
   job_ = job;
   context_ = context;
@@ -107,6 +109,7 @@ void ThreadPool::run(Job job, void* context) {
   wake_->notify_all();
   job(context, 0);
   barrier();
+  caller_.store({}, std::memory_order_relaxed);
 }
 
 void ThreadPool::barrier() {

@@ -28,6 +28,8 @@ class ThreadPool {
   // The threads of a node are [first_thread(node), first_thread(node + 1)).
   int first_thread(int node) const { return int(int64_t(threads_) * node / nodes_); }
   int node_of(int thread) const { return int((int64_t(nodes_) * (thread + 1) - 1) / threads_); }
+  // Whether the calling thread is within `run`: it could only wait for itself.
+  bool is_caller() const { return caller_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
   // Throws std::runtime_error in a process that was forked: its parent alone has the threads.
   void require_process() const;
   // Calls function(thread) on every thread and returns when all have; one caller at a time. Needs the process, too.
@@ -51,6 +53,7 @@ class ThreadPool {
   const int spins_;  // at a barrier, before the core is offered to others
   const int process_;
   std::mutex one_caller_;
+  std::atomic<std::thread::id> caller_{};  // of `run`
   Job job_ = nullptr;
   void* context_ = nullptr;
   bool stop_ = false;

@@ -1,5 +1,8 @@
 #include "executor/checks.h"
 
+#include <algorithm>
+#include <climits>
+
 #include "executor/scratch.h"
 
 namespace hybrid {
@@ -14,9 +17,82 @@ const char* op_name(const HostArgs&) { return "host"; }
 
 std::string text(int64_t number) { return std::to_string(number); }
 
+int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
+
+// Of a block of 16 columns, as formats/ lays it out.
+int64_t block_bytes(Format format, int64_t inputs) {
+  switch (format) {
+    case Format::bf16:
+      return inputs * kBlock * 2;
+    case Format::int8:
+      return kBlock * 4 + inputs * kBlock;
+    case Format::int4:
+      return inputs + inputs * kBlock / 2;
+    case Format::fp8:
+      return up((inputs + 127) / 128 * 4, kLine) + inputs * kBlock;
+    case Format::mxfp4:
+      return up(inputs / 2, kLine) + inputs * kBlock / 2;
+  }
+  return 0;
+}
+
+// Of an int8 activation row.
+int64_t int8_row_bytes(int64_t inputs) {
+  return inputs + inputs / kSumInputs * 4 + (inputs + kScaleInputs - 1) / kScaleInputs * 4;
+}
+
+// Of the left operand of a product.
+int64_t row_bytes(Format format, int64_t inputs) { return is_integer(format) ? int8_row_bytes(inputs) : inputs * 2; }
+
+void require_stride(const std::string& place, const char* name, int64_t stride, int64_t needed) {
+  require(stride >= needed, place + name + " is " + text(stride) + "; what it steps over has " + text(needed));
+}
+
+void require_multiple(const std::string& place, const char* name, int64_t value, int64_t unit) {
+  require(value % unit == 0, place + name + " is " + text(value) + "; it must be a multiple of " + text(unit));
+}
+
+void check_rows(Format format, int64_t stride, int inputs, const std::string& place) {
+  require_stride(place, "input_stride", stride, row_bytes(format, inputs));
+  require_multiple(place, "input_stride", stride, is_integer(format) ? 4 : 2);
+}
+
 // Fields that must fit each other. place: as "qkv: ".
 template <class Args>
 void check_fit(const Args&, const std::string&) {}
+
+void check_fit(const EmbedArgs& a, const std::string& place) {
+  require_stride(place, "pairs", a.pairs, (a.hidden + 1) / 2);
+  require_stride(place, "output_stride", a.output_stride, a.hidden);
+}
+
+void check_fit(const NormArgs& a, const std::string& place) {
+  require_stride(place, "input_stride", a.input_stride, a.width);
+  if (a.output || a.output_f32) require_stride(place, "output_stride", a.output_stride, a.width);
+  if (!a.output8) return;
+  require_stride(place, "output8_stride", a.output8_stride, int8_row_bytes(up(a.width, kInputs)));
+  require_multiple(place, "output8_stride", a.output8_stride, 4);
+  require_multiple(place, "output8", int64_t(uintptr_t(a.output8)), 4);
+}
+
+void check_fit(const QuantiseArgs& a, const std::string& place) {
+  require_stride(place, "input_stride", a.input_stride, int64_t(a.width) * 2);
+  require_multiple(place, "input_stride", a.input_stride, 2);
+  require_stride(place, "output_stride", a.output_stride, int8_row_bytes(a.width));
+  require_multiple(place, "output_stride", a.output_stride, 4);
+  require_multiple(place, "output", int64_t(uintptr_t(a.output)), 4);
+}
+
+void check_fit(const GemmArgs& a, const std::string& place) {
+  check_rows(a.format, a.input_stride, a.inputs, place);
+  require_stride(place, "output_stride", a.output_stride, a.columns);
+}
+
+void check_fit(const JoinArgs& a, const std::string& place) {
+  require_stride(place, "output_stride", a.output_stride, a.width);
+}
 
 void check_fit(const RopeTableArgs& a, const std::string& place) {
   require(a.dim % 2 == 0, place + "dim is " + text(a.dim) + "; it must be even");
@@ -36,6 +112,7 @@ void check_fit(const QkvArgs& a, const std::string& place) {
   check_layout(a.kv, a.head_dim, place);
   require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
           place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
+  require_stride(place, "qkv_stride", a.qkv_stride, (a.heads + 2 * int64_t(a.kv_heads)) * a.head_dim);
 }
 
 void check_fit(const AttentionArgs& a, const std::string& place) {
@@ -45,6 +122,7 @@ void check_fit(const AttentionArgs& a, const std::string& place) {
           place + text(a.heads) + " heads cannot share " + text(a.kv_heads) + " KV heads evenly");
   require(group <= kMaxTileRows,
           place + text(group) + " query heads per KV head; at most " + text(kMaxTileRows) + " are supported");
+  if (a.output) require_stride(place, "output_stride", a.output_stride, int64_t(a.heads) * a.head_dim);
 }
 
 void check_fit(const TopkArgs& a, const std::string& place) {
@@ -58,8 +136,45 @@ void check_fit(const TopkArgs& a, const std::string& place) {
               " and hold top_k " + text(a.top_k) + " experts");
 }
 
+void check_fit(const RouterArgs& a, const std::string& place) {
+  require_stride(place, "input_stride", a.input_stride, a.hidden);
+}
+
+// matrices: how many of them, of `blocks` blocks each, an expert has from `experts` on.
+void check_set(const ExpertSet& set, int matrices, const std::string& place) {
+  check_rows(set.format, set.input_stride, set.inputs, place);
+  require_stride(place, "expert_stride", set.expert_stride,
+                 matrices * set.blocks * block_bytes(set.format, set.inputs));
+}
+
+void check_fit(const GateUpArgs& a, const std::string& place) {
+  check_set(a.routed, 2, place);
+  require_stride(place, "output_stride", a.output_stride, int64_t(a.routed.blocks) * kBlock);
+  if (!a.shared.blocks) return;
+  check_set(a.shared, 2, place + "shared.");
+  if (a.shared_output)
+    require_stride(place, "shared_output_stride", a.shared_output_stride, int64_t(a.shared.blocks) * kBlock);
+}
+
+void check_fit(const DownArgs& a, const std::string& place) {
+  check_set(a.routed, 1, place);
+  require_stride(place, "output_stride", a.output_stride, int64_t(a.routed.blocks) * kBlock);
+  if (!a.shared.blocks) return;
+  check_set(a.shared, 1, place + "shared.");
+  require(a.shared.blocks == a.routed.blocks, place + "shared.blocks is " + text(a.shared.blocks) +
+                                                  "; both sets have one output, of " + text(a.routed.blocks));
+}
+
+void check_fit(const CombineArgs& a, const std::string& place) {
+  require_stride(place, "stride", a.stride, up(a.width, kBlock));
+  require_stride(place, "output_stride", a.output_stride, up(a.width, kBlock));
+}
+
 void check_fit(const ShortConvArgs& a, const std::string& place) {
   require(a.taps <= kMaxTaps, place + "taps " + text(a.taps) + " is above " + text(kMaxTaps));
+  require_stride(place, "input_stride", a.input_stride, 3 * int64_t(a.width));
+  require_stride(place, "output_stride", a.output_stride, a.width);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride, (a.taps - 1) * int64_t(a.width) * 4);
 }
 
 // What must be there only if something else is.
@@ -77,6 +192,59 @@ void check_presence(const AttentionArgs& a, const std::string& place) {
 
 void check_presence(const GateUpArgs& a, const std::string& place) {
   require(a.shared_output || !a.shared.experts, place + "shared_output is null, and there is a shared expert");
+}
+
+// What must fit the extents of a step. Kernels count what threads share in an int.
+void require_countable(int64_t tasks, const std::string& place) {
+  require(tasks <= INT_MAX, place + text(tasks) + " tasks in a step are more than can be counted");
+}
+
+// Rows of keys and values, and where they have scales, lie behind each other in a head, heads in a sequence.
+void check_arena(const KvLayout& kv, int kv_heads, const Limits& limits, const std::string& place) {
+  const int64_t tokens = up(limits.positions, kBlock), size = kv.format == Format::bf16 ? 2 : 1;
+  require_stride(place, "kv.value_offset", kv.value_offset, tokens * kv.key_dim * size);
+  int64_t end = kv.value_offset + tokens * kv.value_dim * size;
+  if (kv.format != Format::bf16) {
+    require_stride(place, "kv.key_scales_offset", kv.key_scales, end);
+    require_stride(place, "kv.value_scales_offset", kv.value_scales, kv.key_scales + tokens * 4);
+    end = kv.value_scales + tokens * 4;
+  }
+  require_stride(place, "kv.head_stride", kv.head_stride, end);
+  require_stride(place, "kv.sequence_stride", kv.sequence_stride / kv_heads, kv.head_stride);
+}
+
+template <class Args>
+void check_extents_of(const Args&, const Limits&, const std::string&) {}
+
+void check_extents_of(const QkvArgs& a, const Limits& limits, const std::string& place) {
+  check_arena(a.kv, a.kv_heads, limits, place);
+  require_countable(int64_t(limits.rows) * (a.heads + 2 * int64_t(a.kv_heads)), place);
+}
+
+void check_extents_of(const AttentionArgs& a, const Limits& limits, const std::string& place) {
+  check_arena(a.kv, a.kv_heads, limits, place);
+  const int64_t split = std::min(limits.rows, limits.sequences);
+  require_countable((limits.rows + split * (limits.positions / kKeys + 1)) * a.heads, place);
+}
+
+void check_extents_of(const QuantiseArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * a.multiple, place);
+}
+
+void check_extents_of(const JoinArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * (a.width / kBlock + 1), place);
+}
+
+void check_extents_of(const CombineArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * (a.width / kBlock + 1), place);
+}
+
+void check_extents_of(const RouterArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * a.experts, place);
+}
+
+void check_extents_of(const GroupArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * a.top_k, place);
 }
 
 template <class Args>
@@ -101,6 +269,11 @@ void check_op(const OpArgs& args, Addresses addresses) {
         if (addresses == Addresses::present) check_presence(a, place);
       },
       args);
+}
+
+void check_extents(const OpArgs& args, const Limits& limits) {
+  const std::string place = std::string(name_of(args)) + ": ";
+  std::visit([&](const auto& a) { check_extents_of(a, limits, place); }, args);
 }
 
 int64_t op_scratch_bytes(const OpArgs& args, const ProductSizes& sizes, int rows) {

@@ -10,6 +10,9 @@ namespace hybrid {
 // each other.
 void check_op(const OpArgs& args, Addresses addresses);
 
+// Throws std::invalid_argument where an op, which must have been checked, does not fit the extents of steps.
+void check_extents(const OpArgs& args, const Limits& limits);
+
 // As Python calls it.
 const char* name_of(const OpArgs& args);
 

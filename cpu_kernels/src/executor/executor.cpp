@@ -7,6 +7,7 @@
 
 #include "executor/checks.h"
 #include "executor/common_ops.h"
+#include "executor/field_check.h"
 
 namespace hybrid {
 namespace {
@@ -33,12 +34,15 @@ struct Runner {
 
 Limits checked(const Limits& limits) {
   const auto positive = [](int value, const char* name) {
-    require(value >= 1, std::string(name) + " is " + std::to_string(value) + "; it must be at least 1");
+    require(value >= 1 && value <= kLargest, std::string(name) + " is " + std::to_string(value) +
+                                                 "; it must be at least 1 and at most " + std::to_string(kLargest));
   };
   positive(limits.rows, "rows");
   positive(limits.sequences, "sequences");
   positive(limits.positions, "positions");
   positive(limits.vocab, "vocab");
+  require(limits.scratch_bytes <= size_t(kLargestBytes), "scratch_bytes is " + std::to_string(limits.scratch_bytes) +
+                                                             "; it must be at most " + std::to_string(kLargestBytes));
   return limits;
 }
 
@@ -52,6 +56,9 @@ Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool,
       scratch_(scratch_stride() * size_t(pool_->size()), true) {}
 
 void Executor::add(Part part, const OpArgs& args, int node) {
+  require_no_caller();
+  const std::unique_lock<std::mutex> lock(one_step_, std::try_to_lock);
+  require(lock.owns_lock(), std::string(name_of(args)) + ": a step runs; ops are added between steps");
   check_op(args, Addresses::present);
   check_turn(part, args, node);
   check_limits(args);
@@ -87,7 +94,13 @@ void Executor::check_turn(Part part, const OpArgs& args, int node) const {
   require(open.part == part && open.nodes[0].index() == args.index(), "all nodes of an op do the same kind of work");
 }
 
+// A callback must not use what it is called by: it would wait for itself.
+void Executor::require_no_caller() const {
+  require(!pool_->is_caller(), "this was called by a callback of a step that the same threads run");
+}
+
 void Executor::check_limits(const OpArgs& args) const {
+  check_extents(args, limits_);
   const std::string place = std::string(name_of(args)) + ": ";
   const int64_t needed = op_scratch_bytes(args, kernels_.sizes, limits_.rows);
   require(size_t(needed) <= limits_.scratch_bytes, place + std::to_string(needed) + " bytes of scratch are needed, " +
@@ -104,7 +117,8 @@ void Executor::check_limits(const OpArgs& args) const {
 
 void Executor::check(const Step& step) {
   const std::string planned = std::to_string(limits_.rows);
-  require(ops_.empty() || whole(ops_.back()), "the last op lacks the work of a node");
+  require(!ops_.empty(), "this executor has no op yet");
+  require(whole(ops_.back()), "the last op lacks the work of a node");
   require(step.rows >= 1 && step.rows <= limits_.rows,
           "a step of " + std::to_string(step.rows) + " rows; planned for 1 to " + planned);
   require(step.logit_rows >= 0 && step.logit_rows <= limits_.rows,
@@ -112,7 +126,8 @@ void Executor::check(const Step& step) {
   std::fill(ended_.begin(), ended_.end(), false);
   for (int row = 0; row < step.rows; ++row) check_row(step, row);
   for (int i = 0; i < step.logit_rows; ++i)
-    require(step.logit_index[i] >= 0 && step.logit_index[i] < step.rows, "logit row outside the step");
+    require(step.logit_index[i] >= 0 && step.logit_index[i] < step.rows,
+            "logit row " + std::to_string(step.logit_index[i]) + " of a step of " + std::to_string(step.rows));
 }
 
 // Rows before it have been checked.
@@ -170,8 +185,15 @@ bool Executor::run(int index, const Step& step, int thread) {
   return std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
 }
 
+void Executor::check_rows(const Step& step) {
+  require_no_caller();
+  std::lock_guard<std::mutex> lock(one_step_);
+  check(step);
+}
+
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   pool_->require_process();
+  require_no_caller();
   std::lock_guard<std::mutex> lock(one_step_);
   check(step);
   step.tile_rows = limits_.batch_invariant ? 1 : 0;
@@ -182,6 +204,8 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   Outcome outcome = Outcome::done;
   std::atomic<int> last{INT_MAX};  // the op after which all threads leave; set before the barrier that ends it
 
+  bool failed = false;  // a callback has; known to thread 0
+
   auto job = [&](int thread) {
     double before = thread == 0 ? now() : 0;
     for (int i = 0; i < int(ops_.size()); ++i) {
@@ -189,8 +213,9 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
       if (!needed(op, step)) continue;
       const bool goes_on = run(i, step, thread);
       if (std::holds_alternative<HostArgs>(op.nodes[0])) pool_->require_process();  // Python may have forked
+      if (thread == 0) failed |= !goes_on;
       if (thread == 0 && may_end(size_t(i))) {
-        outcome = goes_on ? asked_to_stop(interrupted) : Outcome::interrupted;
+        outcome = failed ? Outcome::interrupted : asked_to_stop(interrupted);
         if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
       }
       pool_->barrier();

@@ -46,6 +46,9 @@ class Executor {
   // has wrong fields, does not fit the limits, needs more scratch than there is or comes out of turn.
   void add(Part part, const OpArgs& args, int node = kAllNodes);
 
+  // Throws std::invalid_argument where `step` would, because of these rows.
+  void check_rows(const Step& step);
+
   // Runs every op over the rows of `step`, whose tile fields it fills. Throws std::invalid_argument on more rows or
   // logits than planned for, on tokens, sequences or positions out of range, or when the last op lacks a node. After
   // `cancelled` or `interrupted` what the step wrote must be discarded.
@@ -68,6 +71,7 @@ class Executor {
   void check_limits(const OpArgs& args) const;
   void check_turn(Part part, const OpArgs& args, int node) const;
   bool whole(const Op& op) const { return !op.per_node || int(op.nodes.size()) == pool_->nodes(); }
+  void require_no_caller() const;
   void check(const Step& step);
   void check_row(const Step& step, int row);
   bool needed(const Op& op, const Step& step) const;

@@ -17,6 +17,9 @@ inline void require(bool holds, const std::string& message) {
 // Whether the things are there that addresses point to. They are not yet where a plan asks for sizes.
 enum class Addresses { present, absent };
 
+// So that sums of a few numbers, and rounding up, stay in the type; bytes also where they are multiplied by an index.
+constexpr int64_t kLargest = 1 << 28, kLargestBytes = int64_t(1) << 42;
+
 // Throws std::invalid_argument that names the op, the field and the value.
 class FieldCheck {
  public:
@@ -34,7 +37,7 @@ class FieldCheck {
     else if constexpr (std::is_class_v<T>)
       check_struct(name, value, rule);
     else if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>)
-      check_number(name, value, rule);
+      check_number(name, value, rule, std::is_same_v<T, int> ? kLargest : kLargestBytes);
   }
 
  private:
@@ -45,9 +48,10 @@ class FieldCheck {
     require(address % alignment == 0, place_ + name + " is the address " + std::to_string(address) +
                                           "; it must be a multiple of " + std::to_string(alignment));
   }
-  void check_number(const std::string& name, int64_t value, const Rule& rule) {
+  void check_number(const std::string& name, int64_t value, const Rule& rule, int64_t largest) {
     const std::string given = place_ + name + " is " + std::to_string(value);
     require(value >= rule.min, given + "; it must be at least " + std::to_string(rule.min));
+    require(value <= largest, given + "; it must be at most " + std::to_string(largest));
     require(value % rule.multiple == 0, given + "; it must be a multiple of " + std::to_string(rule.multiple));
   }
   void check_buffers(const std::string& name, NodeBuffers& buffers, const Rule& rule) {
