@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid.errors import ConfigError
-from hybrid.settings import check_settings, setting
+from hybrid.settings import check_settings, complete, describe, setting
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
 STEPS = ("auto", "threads", "torch-cpu")
@@ -53,6 +53,7 @@ def _mappings() -> Iterable[str]:
     return MAPPINGS
 
 
+@describe
 @dataclass(frozen=True)
 class CacheConfig:
     """The expert cache on a device: `nblocks` indexes of `nways` slots, `quota` copies per step (None: no limit).
@@ -111,11 +112,15 @@ class CacheConfig:
         group="gpu",
     )
 
+    def __post_init__(self) -> None:
+        complete(self)
+
     @property
     def requested(self) -> bool:
         return self != CacheConfig()
 
 
+@describe
 @dataclass(frozen=True)
 class DeviceConfig:
     """A simulated device; the defaults are an RTX 4090 on PCIe 4.0 x16. Units are those of the names, 10^9 bytes."""
@@ -135,6 +140,7 @@ class DeviceConfig:
     )
 
 
+@describe
 @dataclass(frozen=True)
 class EngineConfig:
     """None means: chosen by `hybrid.plan.plan` from the model and the machine. Constructed directly it ignores the
@@ -216,6 +222,9 @@ class EngineConfig:
     cuda_graphs: bool = setting(
         True, "Ask a GPU for a whole layer at once in steps that decode.", negatable=True, group="gpu"
     )
+
+    def __post_init__(self) -> None:
+        complete(self)
 
     @property
     def cached(self) -> bool:

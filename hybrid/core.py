@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,13 +18,17 @@ SpanObserver = Callable[[str, float, float], None]  # what happened, from when t
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Checked by `hybrid.serving.sampler.check_params`, not on construction. The `metadata` are
+    """How to choose tokens. Checked by `hybrid.serving.params.check_params`, not on construction. The `metadata` are
     attributes of `hybrid.settings.Setting`.
 
     max_tokens None is 128 for a prompt; an answer in a chat then goes on to its end or to that of the context.
     temperature 0 is greedy. top_k 0, top_p 1.0 and min_p 0.0 switch those filters off; repetition_penalty 1.0,
     presence_penalty 0.0 and frequency_penalty 0.0 switch the penalties off. logprobs: None, or how many of the most
     likely tokens to report beside the chosen one (0 reports the chosen one alone). seed None draws a fresh one.
+    stop: a text or several. n: completions of each prompt, which differ where they are drawn. min_tokens: before there
+    are so many, no token ends the text; a stop string does. logit_bias: what is added to the logits of token ids.
+    logits_processor: called on the engine's thread with all token ids so far, int32 [n], and the logits, float32
+    [vocab], which it may change or replace by what it returns; penalties, bias and filters come after it.
     """
 
     GROUP: ClassVar[str] = "sampling"
@@ -59,15 +63,15 @@ class SamplingParams:
     )
     repetition_penalty: float = field(
         default=1.0,
-        metadata={"help": "Above 1 avoids tokens seen before.", "minimum": 0.0, "above": True, "maximum": 100.0},
+        metadata={"help": "Above 1 avoids tokens seen before.", "minimum": 0.01, "maximum": 100.0},
     )
     presence_penalty: float = field(
         default=0.0,
-        metadata={"help": "Above 0 avoids tokens made before.", "flag": False, "minimum": -2.0, "maximum": 2.0},
+        metadata={"help": "Above 0 avoids tokens made before.", "minimum": -2.0, "maximum": 2.0},
     )
     frequency_penalty: float = field(
         default=0.0,
-        metadata={"help": "The same for each time they were.", "flag": False, "minimum": -2.0, "maximum": 2.0},
+        metadata={"help": "The same for each time they were.", "minimum": -2.0, "maximum": 2.0},
     )
     seed: int | None = field(default=None, metadata={"help": "Makes sampling repeatable.", "minimum": 0})
     stop: tuple[str, ...] = field(default=(), metadata={"help": "End before this text"})
@@ -75,6 +79,14 @@ class SamplingParams:
     logprobs: int | None = field(
         default=None, metadata={"help": "Likely tokens to report beside the chosen one.", "flag": False, "minimum": 0}
     )
+    stop_token_ids: tuple[int, ...] = field(default=(), metadata={"help": "End at this token"})
+    min_tokens: int = field(default=0, metadata={"help": "Tokens before which no token ends the text.", "minimum": 0})
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict,
+        metadata={"help": 'Added to the logits of tokens, as JSON: {"15": -100}.', "minimum": -1e6, "maximum": 1e6},
+    )
+    n: int = field(default=1, metadata={"help": "Completions of each prompt.", "minimum": 1, "maximum": 1024})
+    logits_processor: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,28 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
+@dataclass(frozen=True)
+class RequestTimes:
+    """Seconds since a request was made: when its prompt began to be computed, its first token, its end. None: never."""
+
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a completion. cached_tokens: of the prompt, whose keys and values an earlier request had left."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
 @dataclass
 class Completion:
     """What one prompt produced. `text` never contains the stop string or half a character.
@@ -116,6 +150,13 @@ class Completion:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had left
+    prompt: str | None = None  # its text, if it was given as one
+    sample: int = 0  # which of the n completions of its prompt
+    times: RequestTimes = field(default=RequestTimes(), compare=False)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.cached_tokens)
 
     @property
     def message(self) -> dict[str, Any]:

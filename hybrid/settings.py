@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -74,6 +74,18 @@ class Setting:
         return type(None) in get_args(self.hint)
 
     @property
+    def hint_text(self) -> str:
+        """Type and default, for people."""
+        kind = getattr(self.hint, "__name__", None) if isinstance(self.hint, type) else None
+        name = kind or str(self.hint).replace("pathlib.", "")
+        return name if self.default is MISSING else f"{name} = {self.shown or repr(self.default)}"
+
+    @property
+    def item(self) -> type:
+        """Of a tuple: what it holds."""
+        return cast(type, next(iter(get_args(self.hint)), str))
+
+    @property
     def option(self) -> str:
         return f"--{self.name.replace('_', '-')}"
 
@@ -108,7 +120,9 @@ class Setting:
     def parse(self, text: str) -> Any:
         """The value that a variable's text means, whose range is not checked. Raises ConfigError."""
         try:
-            return text if text in self.words else _PARSERS[self.kind](text)
+            if text in self.words:
+                return text
+            return parse_wholes(text) if self.kind is tuple and self.item is int else _PARSERS[self.kind](text)
         except (ValueError, KeyError, RuntimeError):
             must = " or ".join([*self.words, _MEANT[self.kind](self)])
             raise ConfigError(f"{self.variable} is {text!r:.80}; it must be {must}, or unset it") from None
@@ -121,7 +135,8 @@ def settings_of(kind: type) -> tuple[Setting, ...]:
     hints = get_type_hints(kind)
     for item in fields(kind):
         if item.metadata:
-            found.append(_declared(kind, item.name, hints[item.name], item.default, item.metadata))
+            made = item.default if item.default_factory is MISSING else item.default_factory()
+            found.append(_declared(kind, item.name, hints[item.name], made, item.metadata))
         elif is_dataclass(hints[item.name]):
             inner = settings_of(cast(type, hints[item.name]))
             found += [replace(part, path=(item.name, *part.path)) for part in inner]
@@ -145,6 +160,30 @@ def parts_of(kind: type) -> dict[str, type]:
     """The fields of a dataclass that are dataclasses of settings."""
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind) if not f.metadata and is_dataclass(hints[f.name])}
+
+
+def complete(chosen: Any) -> None:
+    """For `__post_init__` of a frozen dataclass of settings: a path may be given as a text, a part as a mapping of its
+    fields. Raises ConfigError for a field that a part does not have.
+    """
+    kind: type = type(chosen)
+    for name, part in parts_of(kind).items():
+        if isinstance(value := getattr(chosen, name), Mapping):
+            known = [item.name for item in fields(part)]
+            if unknown := [key for key in value if key not in known]:
+                raise ConfigError(f"{name} has no setting {unknown[0]!r:.80}; allowed: {', '.join(known)}")
+            object.__setattr__(chosen, name, part(**value))
+    for item in settings_of(kind):
+        if item.kind is Path and len(item.path) == 1 and isinstance(path := item.of(chosen), str | os.PathLike):
+            object.__setattr__(chosen, item.field, _PARSERS[Path](os.fspath(path)))
+
+
+def describe(kind: type[T]) -> type[T]:
+    """A decorator that lists the settings of a dataclass in its docstring."""
+    declared: type = kind
+    lines = [f"    {'.'.join(item.path)}: {item.hint_text}; {item.help}" for item in settings_of(declared)]
+    kind.__doc__ = "\n".join([(kind.__doc__ or "").rstrip(), "", "    Settings, with their defaults:", "", *lines])
+    return kind
 
 
 def check_settings(chosen: Any) -> None:
@@ -276,6 +315,9 @@ def _path_problem(setting: Setting, value: Any) -> str | None:
 
 
 def _texts_problem(setting: Setting, value: Any) -> str | None:
+    if setting.item is int:
+        right = isinstance(value, tuple | list) and all(type(number) is int for number in value)
+        return None if right else f"{value!r:.80} is not a tuple of whole numbers; give one"
     right = isinstance(value, tuple | list) and all(isinstance(text, str) for text in value)
     return None if right else f"{value!r:.80} is not a tuple of texts; give one"
 
@@ -290,6 +332,26 @@ def _parse_texts(text: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def parse_wholes(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between, in brackets or without."""
+    return tuple(int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",") if part.strip())
+
+
+def parse_numbers(text: str) -> dict[int, float]:
+    """A JSON object whose keys are whole numbers. Raises ValueError."""
+    numbers = json.loads(text)
+    if not isinstance(numbers, dict) or not all(type(number) in (int, float) for number in numbers.values()):
+        raise ValueError
+    return {int(key): float(number) for key, number in numbers.items()}
+
+
+def _numbers_problem(setting: Setting, value: Any) -> str | None:
+    right = isinstance(value, Mapping) and all(type(key) is int for key in value)
+    if right and all(_float_problem(setting, number) is None for number in value.values()):
+        return None
+    return f"{value!r:.80} is not a table of token ids with {_number(setting)} each; give one"
+
+
 _PROBLEMS: dict[type, Callable[[Setting, Any], str | None]] = {
     int: _int_problem,
     float: _float_problem,
@@ -297,6 +359,7 @@ _PROBLEMS: dict[type, Callable[[Setting, Any], str | None]] = {
     str: _text_problem,
     Path: _path_problem,
     tuple: _texts_problem,
+    Mapping: _numbers_problem,
 }
 _PARSERS: dict[type, Callable[[str], Any]] = {
     int: int,
@@ -305,11 +368,15 @@ _PARSERS: dict[type, Callable[[str], Any]] = {
     str: str,
     Path: lambda text: Path(text).expanduser(),
     tuple: _parse_texts,
+    Mapping: parse_numbers,
 }
 _MEANT: dict[type, Callable[[Setting], str]] = {
     int: lambda setting: f"a whole number{(bounds := _bounds(setting)) and f', {bounds}'}",
     float: _number,
     bool: lambda setting: f"one of {', '.join(TRUTHS)}",
     Path: lambda setting: "a path whose home directory is known",
-    tuple: lambda setting: "a text, or a JSON list of texts",
+    tuple: lambda setting: (
+        "whole numbers with commas between" if setting.item is int else "a text, or a JSON list of texts"
+    ),
+    Mapping: lambda setting: 'a JSON object such as {"15": -100}',
 }

@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -347,8 +347,92 @@ def test_every_engine_option_is_a_keyword_with_the_default_of_its_field() -> Non
         LLM(thread_count=3)  # type: ignore[call-arg]
 
 
+def plain_llm(**parts) -> LLM:
+    return LLM.from_engine(
+        DummyEngine(**parts), BYTES, frozenset([SPECIAL]), ChatTemplate("{{ messages[0].content }}>")
+    )
+
+
+def test_every_prompt_may_have_params_and_several_completions() -> None:
+    with plain_llm() as llm:
+        one, many = SamplingParams(max_tokens=2), SamplingParams(max_tokens=3, n=3, temperature=1.0, seed=5)
+        completions = llm.generate(["a", [1, 2], "c"], [one, many, None])
+        assert [(c.index, c.sample, len(c.token_ids)) for c in completions[:4]] == [
+            (0, 0, 2), (1, 0, 3), (1, 1, 3), (1, 2, 3),
+        ]  # fmt: skip
+        assert completions[4].usage.completion_tokens > 0
+        assert [c.prompt for c in completions] == ["a", None, None, None, "c"]
+        drawn = [tuple(c.token_ids) for c in completions[1:4]]
+        assert len(set(drawn)) == 3 and llm.generate([1, 2], many)[1].token_ids == list(drawn[1])
+        assert llm.generate([1, 2], replace(many, n=1))[0].token_ids == list(drawn[0])
+        for call, line in (
+            (lambda: llm.generate(["a", "b"], [one]), "params has 1 for 2 prompts"),
+            (lambda: llm.generate(["a", "b"], [one, 5]), "params must be SamplingParams, not int"),
+            (lambda: llm.stream("a", many), "n is 3, and a stream has one completion"),
+            (lambda: llm.chat([{"role": "user", "content": "a"}], many), "n is 3, and a chat has one answer"),
+        ):
+            with pytest.raises(RequestError, match=line):
+                call()
+
+
+def test_a_completion_says_what_it_used_and_when() -> None:
+    with plain_llm() as llm:
+        (completion,) = llm.generate("abc", SamplingParams(max_tokens=2))
+        usage, times = completion.usage, completion.times
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens) == (3, 2, 5, 0)
+        assert 0 < times.started < times.first_token < times.finished
+        (none,) = llm.generate("abc", SamplingParams(max_tokens=0))
+        assert none.times.first_token is None and none.times.finished > 0
+        assert llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=1)).prompt == "hi>"
+
+
+def test_a_text_may_end_at_a_token_and_a_stop_string_may_stand_alone() -> None:
+    expected = reference_tokens([1], 6)
+    with plain_llm() as llm:
+        stop = SamplingParams(max_tokens=6, stop_token_ids=(expected[2],), ignore_eos=True)
+        (completion,) = llm.generate([1], stop)
+        assert completion.token_ids == expected[:3] and completion.finish_reason == "stop"
+        assert llm.generate([1], replace(stop, min_tokens=3))[0].token_ids[:3] != expected[:3]
+        assert llm.generate([1], replace(stop, logit_bias={expected[0]: -100}))[0].token_ids[0] != expected[0]
+    with plain_llm(next_token=lambda tokens: ord("abcdefgh"[len(tokens) - 1])) as llm:
+        assert [c.text for c in llm.generate([[1], [1]], [SamplingParams(stop="cd"), SamplingParams(stop=("e",))])] == [
+            "ab", "abcd",
+        ]  # fmt: skip
+
+
+def test_what_a_processor_raises_is_the_error_of_its_request_alone() -> None:
+    def processor(tokens, scores):
+        raise SystemExit("no")
+
+    with plain_llm() as llm:
+        with pytest.raises(SystemExit):
+            llm.generate([1], SamplingParams(logits_processor=processor))
+        assert llm.generate([1], SamplingParams(max_tokens=2))[0].token_ids == reference_tokens([1], 2)
+
+
+def test_texts_become_tokens_and_tokens_texts() -> None:
+    with plain_llm() as llm:
+        assert llm.encode("abc") == [97, 98, 99] and llm.decode([97, SPECIAL, 98]) == "ab" and llm.decode([]) == ""
+        for call in (
+            lambda: llm.encode(5),
+            lambda: llm.decode([300]),
+            lambda: llm.decode([-1]),
+            lambda: llm.decode("a"),
+        ):
+            with pytest.raises(RequestError):
+                call()
+    with LLM.from_engine(DummyEngine()) as llm, pytest.raises(RequestError, match="no tokenizer"):
+        llm.decode([1])
+
+
+def test_a_model_shows_what_it_is() -> None:
+    with plain_llm() as llm:
+        assert repr(llm) == "<LLM 'a model', dummy on 1 thread, 4 sequences of up to 64 tokens, open>"
+    assert "closed" in repr(llm)
+
+
 def test_a_device_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--device 'tpu' .*cpu"):
+    with pytest.raises(ConfigError, match="^device 'tpu' .*cpu"):
         LLM(device="tpu")
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
-from hybrid.serving.sampler import Sampler, check_params, token_logprob
+from hybrid.serving.params import check_params
+from hybrid.serving.sampler import Sampler, token_logprob
+from hybrid.settings import settings_of
 
 PROMPT = np.array([3, 5, 5, 9], np.int32)
 
@@ -175,16 +180,21 @@ def test_logprobs_beyond_the_vocabulary_report_the_whole_of_it() -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     {
-        "max_tokens": (-1, 1.5, "many", True),
-        "temperature": (-0.1, float("nan"), float("inf"), "warm"),
+        "max_tokens": (-1, 1.5, "many", True, Decimal(3), -(10**5000), np.float32(3), np.True_),
+        "temperature": (-0.1, float("nan"), float("inf"), "warm", 10**5000, Decimal("0.5"), True, 1j, np.ones(2)),
         "top_p": (0, 1.01, float("nan")),
         "top_k": (-1, 2.0),
         "min_p": (-0.1, 1.1, float("nan")),
-        "repetition_penalty": (0, -1, float("nan"), float("inf")),
+        "repetition_penalty": (0, -1, float("nan"), float("inf"), 1e-39, 1e-50, np.float32(1e-30), Fraction(1, 10**9)),
         "presence_penalty": (-2.1, 2.1, float("nan")),
         "frequency_penalty": (-2.1, 2.1, float("nan")),
         "seed": (-1, 0.5),
-        "stop": ("word", ("",), (1,), None),
+        "stop": (b"word", "", ("",), (1,), None, {"a"}),
+        "stop_token_ids": ((-1,), ("1",), (1.0,), (True,), 3, None, (2**31,), (10**5000,)),
+        "min_tokens": (-1, 1.0, True, None),
+        "logit_bias": ({"a": 1}, {1: "a"}, {1: float("nan")}, {-1: 0}, {1: float("inf")}, [1], None, {1: 10**400}),
+        "n": (0, 1.0, 10**9),
+        "logits_processor": (5, "x"),
         "ignore_eos": (1, None),
         "logprobs": (-1, 1.0, True),
     }.items(),
@@ -194,6 +204,96 @@ def test_values_out_of_range_are_named(field: str, values: tuple) -> None:
         with pytest.raises(RequestError, match=f"{field} is .*must be") as error:
             check_params(replace(SamplingParams(), **{field: value}))
         assert "\n" not in str(error.value)
+
+
+def test_numbers_of_every_kind_become_plain() -> None:
+    plain = check_params(
+        SamplingParams(
+            max_tokens=np.int64(5), temperature=Fraction(1, 2), top_p=np.float16(0.5), top_k=10**5000,
+            min_p=np.float32(1), seed=np.uint64(2**63), stop="word", ignore_eos=np.True_, stop_token_ids=np.array([3]),
+            logit_bias={np.int32(4): np.float32(1.5)},
+        )  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert plain == SamplingParams(
+        5,
+        0.5,
+        0.5,
+        10**5000,
+        1.0,
+        seed=2**63,
+        stop=("word",),
+        ignore_eos=True,
+        stop_token_ids=(3,),
+        logit_bias={4: 1.5},
+    )
+    for setting in settings_of(SamplingParams):
+        assert type(setting.of(plain)) in (int, float, bool, tuple, dict, type(None))
+
+
+EXTREMES = {
+    "temperature": (0, 5e-324, 1e-45, 1e-38, 1e-30, 99.9, 100),
+    "top_p": (5e-324, 1e-300, 1e-45, 1 - 1e-16, 1),
+    "top_k": (0, 1, 10**5000),
+    "min_p": (0, 5e-324, 1e-45, 1 - 1e-16, 1),
+    "repetition_penalty": (0.01, 1 - 1e-16, 100),
+    "presence_penalty": (-2, 5e-324, 2),
+    "frequency_penalty": (-2, 5e-324, 2),
+    "logit_bias": ({3: 1e6}, {3: -1e6}, {3: 5e-324}),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1.0, 3e38])
+@pytest.mark.parametrize(("field", "value"), [(f, value) for f in EXTREMES for value in EXTREMES[f]], ids=lambda x: "")
+@pytest.mark.filterwarnings("error")
+def test_no_allowed_value_blames_the_weights(field: str, value: Any, scale: float) -> None:
+    logits = (np.linspace(-1, 1, 9) * scale).astype(np.float32)
+    for temperature in (0.0, 1.0):
+        params = check_params(replace(SamplingParams(temperature=temperature, seed=1), **{field: value}))
+        sampler = Sampler(params, np.array([0, 3, 8]), 9)
+        for _ in range(4):
+            token, _ = sampler.choose(logits)
+            assert 0 <= token < 9
+
+
+def test_a_bias_moves_a_token_and_a_token_that_is_not_there_is_refused() -> None:
+    logits = np.arange(8, dtype=np.float32)
+    assert Sampler(SamplingParams(logit_bias={2: 100.0}), PROMPT[:0], 8).choose(logits)[0] == 2
+    assert Sampler(SamplingParams(logit_bias={7: -100.0}), PROMPT[:0], 8).choose(logits)[0] == 6
+    with pytest.raises(RequestError, match="logit_bias has token 8, which this model lacks; allowed: 0 to 7"):
+        Sampler(SamplingParams(logit_bias={8: 1.0}), PROMPT[:0], 8)
+
+
+def test_no_token_ends_the_text_before_its_time() -> None:
+    logits = np.arange(8, dtype=np.float32)
+    sampler = Sampler(SamplingParams(min_tokens=2), PROMPT[:0], 8, ends=[7, 6, 99])
+    assert [sampler.choose(logits)[0] for _ in range(3)] == [5, 5, 7]
+    with pytest.raises(RequestError, match="every one of them ends"):
+        Sampler(SamplingParams(min_tokens=2), PROMPT[:0], 8, ends=range(8)).choose(logits)
+    with pytest.raises(RequestError, match="min_tokens is 3, which is more than max_tokens, 2"):
+        check_params(SamplingParams(min_tokens=3, max_tokens=2))
+
+
+def test_a_processor_sees_all_tokens_and_makes_the_logits() -> None:
+    def only_two(tokens: np.ndarray, scores: np.ndarray) -> None:
+        seen.append(tokens.tolist())
+        scores[:2], scores[3:] = -np.inf, -np.inf
+
+    seen: list[list[int]] = []
+    logits = np.arange(8, dtype=np.float32)
+    sampler = Sampler(SamplingParams(logits_processor=only_two, temperature=1.0), PROMPT[:0], 8)
+    assert sampler.choose(logits, np.array([4, 5], np.int32))[0] == 2 and seen == [[4, 5]]
+    assert logits.tolist() == list(range(8))
+    returned = SamplingParams(logits_processor=lambda tokens, scores: list(-scores))
+    assert Sampler(returned, PROMPT[:0], 8).choose(logits)[0] == 0
+    for bad in (5, "x", [1.0], np.full(8, np.nan), np.full(8, np.inf), np.full(8, -np.inf)):
+        with pytest.raises(RequestError, match="logits_processor made .* 8 logits"):
+            Sampler(SamplingParams(logits_processor=lambda *_, bad=bad: bad), PROMPT[:0], 8).choose(logits)
+
+
+def test_samples_of_one_seed_differ_and_the_first_is_that_of_no_number() -> None:
+    params, logits = SamplingParams(temperature=1.0, seed=4), np.zeros(1000, np.float32)
+    first = [Sampler(params, PROMPT, 1000, sample=sample).choose(logits)[0] for sample in (0, 1, 2)]
+    assert len(set(first)) == 3 and first[0] == Sampler(params, PROMPT, 1000).choose(logits)[0]
 
 
 def test_every_field_is_checked_and_every_default_passes() -> None:

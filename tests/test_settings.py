@@ -30,7 +30,7 @@ from hybrid.commands.verify import VerifyOptions
 from hybrid.config import DeviceConfig, check_config
 from hybrid.errors import ConfigError
 from hybrid.serving.arguments import configure
-from hybrid.serving.sampler import check_params
+from hybrid.serving.params import check_params
 from hybrid.settings import Setting, build, check_settings, choose, named_as_given, settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_every_flag_of_a_command_is_a_declared_setting() -> None:
 def test_every_field_of_what_a_user_chooses_is_a_setting() -> None:
     for kind in (CacheConfig, DeviceConfig, *KINDS):
         declared = {setting.path[0] for setting in settings_of(kind)}
-        assert declared == {field.name for field in fields(kind)}
+        assert declared == {field.name for field in fields(kind)} - {"logits_processor"}  # no text can say it
 
 
 def test_defaults_are_allowed_and_are_those_of_the_dataclasses() -> None:
@@ -208,13 +208,32 @@ def test_the_environment_speaks_to_the_python_api(monkeypatch) -> None:
     assert configure({"cache_dir": "~/x", "cache": "on"})[0].cache == "on"  # which a check refuses
     config, _ = configure({"cache": CacheConfig(nblocks=2), "threads": None})
     assert (config.cache, config.threads, config.max_seq_len) == (CacheConfig(nblocks=2), None, 128)
+    assert configure({"cache": {"nblocks": 14, "warm": "~/x"}})[0].cache == CacheConfig(
+        14, warm=Path("~/x").expanduser()
+    )
+    assert EngineConfig(model_path="~/x") == EngineConfig(Path("~/x").expanduser())
     assert configure({"cache": None})[0].cache == CacheConfig()
     assert configure({})[0].cache == CacheConfig(nways=3)
     monkeypatch.setenv("HYBRID_THREADS", "0")
     with pytest.raises(ConfigError, match="^HYBRID_THREADS 0 is out of range"):
         LLM()
-    with pytest.raises(ConfigError, match="^--threads 1025 is out of range"):
+    with pytest.raises(ConfigError, match="^threads 1025 is out of range"):
         LLM(threads=1025)
+    for given, line in (
+        ({"cache": {"nblock": 3}}, "cache has no setting 'nblock'; allowed: nblocks, nways"),
+        ({"cache": {"nblocks": "x"}, "device": "simulated"}, "cache.nblocks 'x' is not an int"),
+        ({"simulated": {"tflops": 0}}, "simulated.tflops 0 is out of range"),
+        ({"chunk_size": 4}, "chunk_size 4 is smaller than max_batch 8"),
+        ({"cache": 5}, "cache 5 is not a CacheConfig"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{line}"):
+            LLM(threads=1, **given)
+
+
+def test_a_configuration_explains_itself() -> None:
+    for kind in (EngineConfig, CacheConfig, DeviceConfig):
+        for setting in settings_of(kind):
+            assert f"    {'.'.join(setting.path)}: " in kind.__doc__ and setting.help in kind.__doc__
 
 
 def test_a_whole_configuration_asks_no_environment(monkeypatch) -> None:

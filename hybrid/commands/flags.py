@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from hybrid.commands.console import exit_codes
 from hybrid.commands.environment import warn_of_unknown_variables
-from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, settings_of
+from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, parse_numbers, settings_of
 
 GROUPS = {
     "model": "Model",
@@ -158,7 +158,9 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     if setting.metavar:
         more["metavar"] = setting.metavar
     if setting.kind is tuple:
-        help, default, hint = f"{help}; may be given several times.", list(default), list[str]
+        help, default, hint = f"{help}; may be given several times.", list(default), list[setting.item]  # type: ignore[name-defined]
+    elif setting.kind is Mapping:
+        default, hint = None, Any
     elif setting.words:
         hint = Any  # typer knows no union
     if default is MISSING:  # a variable may have it, so that typer cannot know
@@ -180,7 +182,8 @@ def _typing(setting: Setting) -> dict[str, Any]:
         float: {"parser": parse_real, "metavar": "NUMBER"},
         Path: {"parser": parse_path, "metavar": "PATH"},
         str: {"metavar": "TEXT"},
-        tuple: {"show_default": False, "metavar": "TEXT"},
+        tuple: {"show_default": False, "metavar": "INTEGER" if setting.item is int else "TEXT"},
+        Mapping: {"parser": _parse_table, "show_default": False, "metavar": "JSON"},
     }
     return dict(kinds.get(setting.kind, {}))
 
@@ -197,6 +200,13 @@ def parse_real(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r:.80} is not a number") from None
+
+
+def _parse_table(text: str) -> dict[int, float]:
+    try:
+        return parse_numbers(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r:.80} is not a JSON object such as {{"15": -100}}') from None
 
 
 def parse_path(text: str) -> Path:

@@ -121,7 +121,7 @@ def _check(config: EngineConfig, params: SamplingParams, options: RunOptions) ->
     """Everything that can be known to be wrong before a model is loaded."""
     from hybrid.commands.outputs import check_outputs
     from hybrid.formats.mix import FormatMix, parse_mix
-    from hybrid.serving.sampler import check_params
+    from hybrid.serving.params import check_params
 
     check_config(config)
     parse_mix(config.weight_format, FormatMix.uniform("bf16"))  # the words alone: what "auto" is, the model says later
@@ -174,7 +174,7 @@ def _generate(
     conversations = [chat.messages(prompt) for prompt in prompts] if options.chat else None
     words: dict[str, Any] = {"tools": chat.tools, "template_kwargs": chat.template_kwargs}
     shown = not (options.json or options.hide_resp)
-    if shown and len(prompts) == 1:
+    if shown and len(prompts) == 1 and params.n == 1:
         stream = llm.stream_chat(conversations[0], params, **words) if conversations else llm.stream(prompts[0], params)
         _print_stream(prompts[0], stream, options.chat, chat.hide_reasoning)
         return []
@@ -215,8 +215,8 @@ def _print_calls(calls: Sequence[ToolCall]) -> None:
 
 
 def _print_texts(prompts: Sequence[str], completions: Sequence[Completion], chat: bool) -> None:
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        _print_prompt(prompt, chat, f"[{number} of {len(prompts)}]\n")
+    for completion in completions:
+        _print_prompt(prompts[completion.index], chat, f"[{completion.index + 1} of {len(prompts)}]\n")
         show(completion.text)
         _print_calls(completion.tool_calls)
 
@@ -241,7 +241,7 @@ def _json_report(
 
     device = llm.engine.device_report()
     return {
-        "completions": [{"prompt": p, **asdict(c)} for p, c in zip(prompts, completions, strict=True)],
+        "completions": [{**asdict(c), "prompt": prompts[c.index]} for c in completions],
         "summary": asdict(summary),
         "cache": cache.to_dict() if cache else None,
         "device": device.to_dict() if device else None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import update_wrapper
 from inspect import Parameter, signature
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
+from hybrid.errors import HybridError
 from hybrid.settings import Choice, build, choose, parts_of, settings_of
 
 P = ParamSpec("P")
@@ -22,8 +25,8 @@ class Arguments(EngineConfig):
     model_path: str | Path | None = None  # type: ignore[assignment]
     _: KW_ONLY
     cache_dir: str | Path | None = None  # type: ignore[assignment]
-    cache: CacheConfig | None = None  # type: ignore[assignment]
-    simulated: DeviceConfig | None = None  # type: ignore[assignment]
+    cache: CacheConfig | Mapping[str, Any] | None = None  # type: ignore[assignment]
+    simulated: DeviceConfig | Mapping[str, Any] | None = None  # type: ignore[assignment]
     route_trace: str | Path | None = None  # type: ignore[assignment]
     progress: Callable[[str, int, int], None] | None = None
     notice: Callable[[str], None] | None = None
@@ -48,6 +51,19 @@ def signed_by(kind: Callable[P, Any]) -> Callable[[Callable[..., None]], Callabl
     return sign
 
 
+@contextmanager
+def named_as_arguments() -> Iterator[None]:
+    """Errors name arguments, in place of the flags of commands: `max_seq_len`, `cache.nblocks`."""
+    try:
+        yield
+    except HybridError as error:
+        text = str(error)
+        for setting in settings_of(EngineConfig):
+            text = re.sub(rf"{setting.option}(?![\w-])", ".".join(setting.path), text)
+        error.args = (text,)
+        raise
+
+
 def _check_names(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name in given:
         if name not in known:
@@ -66,9 +82,6 @@ def configure(given: Mapping[str, Any]) -> tuple[EngineConfig, list[Choice]]:
     settings = settings_of(EngineConfig)
     choices = choose(setting for setting in settings if setting.path[0] not in given)
     values = dict(given)
-    for setting in settings:
-        if setting.kind is Path and isinstance(path := given.get(".".join(setting.path)), str | Path):
-            values[setting.field] = Path(path).expanduser()
     for name, part in parts_of(EngineConfig).items():
         if given.get(name, part) is None:
             values[name] = part()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.errors import HybridError
-from hybrid.serving.intake import Prompt, check_callback, is_many
+from hybrid.serving.intake import Params, Prompt, check_callback, is_many
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request
@@ -46,7 +46,7 @@ class AsyncLLM:
     async def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: Params = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """As `LLM.generate`; progress is called by the event loop."""

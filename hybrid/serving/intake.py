@@ -11,8 +11,8 @@ import numpy as np
 
 from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
+from hybrid.serving.params import check_params
 from hybrid.serving.request import Limits, Request, Score, Tokens
-from hybrid.serving.sampler import check_params
 from hybrid.text.answer import AnswerStream
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate
@@ -21,6 +21,7 @@ from hybrid.text.messages import ChatInput
 from hybrid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams | None] | None
 DEFAULT_TOKENS = 128  # that a prompt is continued by
 
 
@@ -43,20 +44,37 @@ class Intake:
             answers = choose_format(template.sources, tokenizer.added)
         self.answers = answers or AnswerFormat()
 
-    def requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None) -> list[Request]:
-        """One for each prompt, or none at all."""
-        return [self.request(prompt, params, index) for index, prompt in enumerate(_prompt_list(prompts))]
+    def requests(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+        """`n` for each prompt, or none at all. params: for all prompts, or as many as there are prompts."""
+        listed = _prompt_list(prompts)
+        each = _params_list(params, len(listed))
+        return [
+            request
+            for index, (prompt, one) in enumerate(zip(listed, each, strict=True))
+            for request in self._samples(prompt, one, index)
+        ]
 
-    def request(self, prompt: Prompt, params: SamplingParams | None, index: int = 0) -> Request:
-        tokens = _token_array(self._encode(prompt) if isinstance(prompt, str) else prompt)
+    def request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        """For a stream, which has one completion."""
+        first, *others = self._samples(prompt, params, 0)
+        if others:
+            raise RequestError(f"n is {1 + len(others)}, and a stream has one completion; use generate, or n=1")
+        return first
+
+    def _samples(self, prompt: Prompt, params: SamplingParams | None, index: int) -> list[Request]:
+        tokens = self.encode(prompt) if isinstance(prompt, str) else _token_array(prompt)
         if not len(tokens) and self._tokenizer and self._tokenizer.bos_id is not None:
             tokens = _token_array([self._tokenizer.bos_id])
         params = self._checked(params, tokens)
-        answer = None
-        if self._tokenizer:
-            whole = isinstance(prompt, str)
-            answer = AnswerStream(TextStream(self._tokenizer, params.stop, tokens.tolist(), whole))
-        return Request(tokens, params, self._eos_ids, answer, index)
+        requests = []
+        for sample in range(params.n):
+            answer = None
+            if self._tokenizer:
+                text = TextStream(self._tokenizer, params.stop, tokens.tolist(), isinstance(prompt, str))
+                answer = AnswerStream(text)
+            requests.append(Request(tokens, params, self._eos_ids, answer, index, sample=sample))
+            requests[-1].completion.prompt = prompt if isinstance(prompt, str) else None
+        return requests
 
     def chat_requests(self, chat: ChatInput, params: SamplingParams | None, keep: bool = False) -> list[Request]:
         """One for each conversation, or none at all; `messages` may be a list of conversations."""
@@ -73,9 +91,13 @@ class Intake:
         tokenizer, prompt = self._chat_prompt(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
         params = self._checked(params, tokens, self._limits.tokens)
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}, and a chat has one answer; give n=1, or generate(encode_chat(...))")
         text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
         answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
-        return Request(tokens, params, self._eos_ids | tokenizer.eos_ids, answer, index, keep)
+        request = Request(tokens, params, self._eos_ids | tokenizer.eos_ids, answer, index, keep)
+        request.completion.prompt = prompt
+        return request
 
     def score(self, token_ids: Sequence[int]) -> Score:
         """Nothing is to be computed for one without tokens."""
@@ -99,8 +121,7 @@ class Intake:
         self, params: SamplingParams | None, tokens: Tokens, max_tokens: int = DEFAULT_TOKENS
     ) -> SamplingParams:
         """Those that a request goes by. max_tokens: what no number means."""
-        params = SamplingParams() if params is None else params
-        check_params(params)
+        params = check_params(SamplingParams() if params is None else params)
         if params.max_tokens is None:
             params = replace(params, max_tokens=max_tokens)
         self._limits.check(tokens)
@@ -108,10 +129,22 @@ class Intake:
             raise RequestError("this model has no tokenizer, so stop strings cannot be found; remove them")
         return params
 
-    def _encode(self, prompt: str) -> list[int]:
+    def encode(self, text: str, special_tokens: bool = True) -> Tokens:
+        """A text as the token ids of a prompt."""
+        if not isinstance(text, str):
+            raise RequestError(f"{text!r:.80} is no text; give one")
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer: add its tokenizer.json, or give a list of token ids")
-        return self._tokenizer.encode(prompt)
+        return _token_array(self._tokenizer.encode(text, special_tokens))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        tokens = _token_array(token_ids)
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer: add its tokenizer.json")
+        if len(tokens):
+            self._limits.check_ids(tokens)
+        return self._tokenizer.decode(tokens.tolist())
 
 
 def check_callback(name: str, callback: Any) -> None:
@@ -133,6 +166,15 @@ def _prompt_list(prompts: Any) -> list[Any]:
     if not isinstance(prompts, Sequence) and not (isinstance(prompts, np.ndarray) and prompts.ndim):
         raise RequestError(f"prompts must be a text, a list of token ids or a list of these, not {prompts!r:.80}")
     return [prompts] if len(prompts) and isinstance(prompts[0], Integral) else list(prompts)
+
+
+def _params_list(params: Any, prompts: int) -> list[SamplingParams | None]:
+    """One for each prompt."""
+    if not isinstance(params, (list, tuple)):
+        return [params] * prompts
+    if len(params) != prompts:
+        raise RequestError(f"params has {len(params)} for {prompts} prompts; give one for all, or one for each")
+    return list(params)
 
 
 def _token_array(token_ids: Any) -> Tokens:

@@ -15,8 +15,8 @@ from hybrid.config import EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams
 from hybrid.engine.engine import Engine
 from hybrid.plan.resolve import EMBEDDED_MODEL
-from hybrid.serving.arguments import Arguments, configure, signed_by
-from hybrid.serving.intake import Intake, Prompt, check_callback, is_many
+from hybrid.serving.arguments import Arguments, configure, named_as_arguments, signed_by
+from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Limits, Request
 from hybrid.serving.scheduler import StepRecord
@@ -51,7 +51,7 @@ class LLM:
         **given: Any,
     ) -> None:
         config, choices = configure(given)
-        with named_as_given(choices):
+        with named_as_arguments(), named_as_given(choices):
             self._open(config, progress, notice)
 
     @classmethod
@@ -61,7 +61,7 @@ class LLM:
         progress: Callable[[str, int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> LLM:
-        """The same from a whole configuration."""
+        """The same from a whole configuration. Errors name flags, as the commands do."""
         llm = cls.__new__(cls)
         llm._open(config, progress, notice)
         return llm
@@ -112,6 +112,13 @@ class LLM:
         self._intake = Intake(self._limits, tokenizer, eos_ids, template, answers)
         self._loop = Loop(engine)
 
+    def __repr__(self) -> str:
+        plan, state = self.engine.plan, "closed" if self._loop.closed else "open"
+        return (
+            f"<LLM {self._name!r}, {plan.isa} on {plan.threads} thread{'s' * (plan.threads != 1)}, "
+            f"{plan.sequences} sequences of up to {plan.max_seq_len} tokens, {state}>"
+        )
+
     def __enter__(self) -> LLM:
         return self
 
@@ -156,13 +163,13 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: Params = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """Complete one prompt or many; the completions come in the order of the prompts.
+        """Complete one prompt or many; the completions come in the order of the prompts, `n` for each.
 
-        A prompt is a text or a list of token ids. progress: called with (finished, total). Whatever it raises ends this
-        call alone, as does Ctrl-C.
+        A prompt is a text or a list of token ids. params: for all prompts, or a list with one for each. progress:
+        called with (finished, total). Whatever it raises ends this call alone, as does Ctrl-C.
         """
         check_callback("progress", progress)
         self._loop.require_open()
@@ -256,6 +263,14 @@ class LLM:
     def forget(self) -> None:
         """Free the keys and values that chats have kept."""
         self._loop.forget()
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """The token ids of a text; special_tokens: with those that the tokenizer adds, such as one that begins it."""
+        return [int(token) for token in self._intake.encode(text, special_tokens)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without that of special tokens."""
+        return self._intake.decode(token_ids)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""

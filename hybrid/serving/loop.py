@@ -55,6 +55,11 @@ class Loop:
                 threading.Event().wait()  # the process ends, and with it this thread: it has nobody to tell
             raise closed_error()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or this process was forked."""
+        return self._worker.ended or os.getpid() != self._worker.process
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, which are admitted together. Raises RequestError on the engine's thread, which cannot wait."""
         self.require_open()

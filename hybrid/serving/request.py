@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +42,12 @@ class Limits:
         if len(prompt) > self.tokens:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, and a sequence may have {self.tokens} here: "
-                "shorten it or raise --max-seq-len"
+                "shorten it or raise max_seq_len (--max-seq-len)"
             )
+        self.check_ids(prompt)
+
+    def check_ids(self, prompt: Tokens) -> None:
+        """Raise RequestError when there is what is not a token."""
         wrong = prompt[(prompt < 0) | (prompt >= self.vocab)]
         if len(wrong):
             raise RequestError(f"{wrong[0]} is not a token id of this model; allowed: 0 to {self.vocab - 1}")
@@ -97,13 +102,17 @@ class Request(Job):
         text: AnswerStream | None = None,
         index: int = 0,
         keep: bool = False,
+        sample: int = 0,
     ) -> None:
         super().__init__(prompt)
         self.params = params
         self.keep = keep
-        self.completion = Completion(prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index)
+        self.completion = Completion(
+            prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index, sample=sample
+        )
         self.deltas: deque[TextDelta] = deque()
-        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self.ends = (frozenset() if params.ignore_eos else eos_ids) | {*params.stop_token_ids}
+        self._made = perf_counter()
         self._text = text
         self._told = 0  # tokens that earlier deltas carried
         # The scheduler's own, set on admission.
@@ -121,14 +130,31 @@ class Request(Job):
         """Tokens to compute before the next one can be chosen."""
         return self.length - self.computed
 
+    def enter(self, vocab: int, length: int) -> None:
+        """It is admitted, and may have `length` tokens in all."""
+        self._clock("started")
+        self.tokens = np.empty(length, np.int32)
+        self.tokens[: self.length] = self.prompt
+        self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample)
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> None:
+        """Append the next token, chosen from its logits [vocab]."""
+        assert self.sampler is not None
+        self.accept(*self.sampler.choose(logits, self.tokens[: self.length]))
+
+    def _clock(self, moment: str) -> None:
+        self.completion.times = replace(self.completion.times, **{moment: perf_counter() - self._made})
+
     def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """Append a token; finish when it ends the text or the room is used up."""
         self.tokens[self.length] = token
         self.length += 1
         self.completion.token_ids.append(token)
+        if len(self.completion.token_ids) == 1:
+            self._clock("first_token")
         if logprob is not None and self.completion.logprobs is not None:
             self.completion.logprobs.append(logprob)
-        if token in self._eos_ids:
+        if token in self.ends:
             return self.finish("stop")
         parts = self._text.push(token) if self._text else Parts()
         if self._text and self._text.stopped:
@@ -147,6 +173,7 @@ class Request(Job):
             if self._text.stopped:
                 reason = "stop"
         self._tell(parts, reason)
+        self._clock("finished")
         self.completion.finish_reason = reason
 
     def cancel(self) -> None:

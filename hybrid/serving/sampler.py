@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import isfinite
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,12 @@ import numpy.typing as npt
 
 from hybrid.core import SamplingParams, TokenLogprob
 from hybrid.errors import KernelError, RequestError
-from hybrid.settings import Setting, settings_of
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 _BLOCK = 512
-
-
-def check_params(params: SamplingParams) -> None:
-    """Raise RequestError naming the first field that is out of range, its value and the range."""
-    if not isinstance(params, SamplingParams):
-        raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-    for setting in settings_of(SamplingParams):
-        value = setting.of(params)
-        if value is not None or not setting.optional:
-            _CHECKS[setting.kind](setting, value)
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 class Sampler:
@@ -36,25 +25,58 @@ class Sampler:
     Its random numbers are its own: the same seed gives the same tokens in whatever batch the request runs.
     """
 
-    def __init__(self, params: SamplingParams, prompt: npt.NDArray[np.integer[Any]], vocab: int) -> None:
-        """prompt: the token ids that the repetition penalty counts from the beginning."""
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: npt.NDArray[np.integer[Any]],
+        vocab: int,
+        ends: Collection[int] = (),
+        sample: int = 0,
+    ) -> None:
+        """prompt: the token ids that the repetition penalty counts from the beginning. ends: those that end the text,
+        which may not come before `min_tokens`. sample: which of `n` completions it is; each draws for itself.
+        """
         self._params = params
-        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._random = np.random.Generator(np.random.PCG64(_seed(params.seed, sample)))
         self._penalties: _Penalties | None = None
         if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
             self._penalties = _Penalties(params, prompt, vocab)
+        self._biased = _ids(params.logit_bias, vocab, "logit_bias")
+        self._bias = np.array(list(params.logit_bias.values()), np.float32)
+        self._ends = np.array(sorted(end for end in ends if end < vocab), np.intp) if params.min_tokens else np.empty(0)
+        self._made = 0
 
-    def choose(self, logits: Floats) -> tuple[int, TokenLogprob | None]:
-        """The next token from logits [vocab], which stay as they are. KernelError on NaN or infinity."""
-        if not isfinite(logits.sum()):  # one pass that finds NaN and both infinities
-            raise _damaged(logits)
-        scores = self._penalties.apply(logits) if self._penalties else logits
+    def choose(self, logits: Floats, tokens: npt.NDArray[np.int32] = _NO_TOKENS) -> tuple[int, TokenLogprob | None]:
+        """The next token from logits [vocab], which stay as they are. KernelError on NaN or infinity.
+
+        tokens: all before it, for `logits_processor`.
+        """
+        _require_finite(logits)
+        scores = self._change(logits, tokens)
         best = int(scores.argmax())
+        if scores[best] == -np.inf:
+            raise RequestError("min_tokens leaves no token that may come: every one of them ends the text")
         token = best if self._params.temperature == 0 else self._draw(scores, best)
         if self._penalties:
             self._penalties.count(token)
+        self._made += 1
         top = self._params.logprobs
         return token, None if top is None else token_logprob(logits, token, top)
+
+    def _change(self, logits: Floats, tokens: npt.NDArray[np.int32]) -> Floats:
+        """The logits after everything that changes single ones."""
+        scores = logits
+        if self._params.logits_processor:
+            scores = _processed(self._params.logits_processor, tokens, logits)
+        if self._penalties:
+            scores = self._penalties.apply(scores)
+        if len(self._biased):
+            scores = scores.copy() if scores is logits else scores
+            scores[self._biased] = _within_float32(scores[self._biased] + self._bias)
+        if self._made < self._params.min_tokens and len(self._ends):
+            scores = scores.copy() if scores is logits else scores
+            scores[self._ends] = -np.inf
+        return scores
 
     def _draw(self, scores: Floats, best: int) -> int:
         params = self._params
@@ -75,15 +97,6 @@ class Sampler:
         return int(kept[_inverse_cdf(weights[kept], uniform)])
 
 
-def _damaged(logits: Floats) -> KernelError:
-    """An error that names the first logit that is NaN or infinite."""
-    token = int(np.isfinite(logits).argmin())
-    return KernelError(
-        f"the model computed {logits[token]} as the logit of token {token}: its weights are damaged "
-        "or its numbers overflow; load it with --check"
-    )
-
-
 def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     """The log probability of the chosen token and of the `top` most likely, best first, ties by id."""
     peak = logits.max()
@@ -92,6 +105,51 @@ def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(
         token, float(logits[token]) - normaliser, tuple((int(i), float(logits[i]) - normaliser) for i in best)
     )
+
+
+def _require_finite(logits: Floats) -> None:
+    with np.errstate(over="ignore"):
+        if isfinite(logits.sum()):  # one pass that finds NaN and both infinities
+            return
+    finite = np.isfinite(logits)
+    if not finite.all():
+        token = int(finite.argmin())
+        raise KernelError(
+            f"the model computed {logits[token]} as the logit of token {token}: its weights are damaged "
+            "or its numbers overflow; load it with check=True (--check)"
+        )
+
+
+def _processed(processor: Callable[..., Any], tokens: npt.NDArray[np.int32], logits: Floats) -> Floats:
+    """What a processor makes of a copy of the logits. Raises RequestError for what are no logits."""
+    scores = logits.copy()
+    result = processor(tokens.copy(), scores)
+    try:
+        made = scores if result is None else np.array(result, np.float32)
+    except (TypeError, ValueError):
+        made = np.empty(0, np.float32)
+    if made.shape != logits.shape or not isfinite(made.max()):  # the maximum is NaN if there is one
+        raise RequestError(
+            f"logits_processor made {result if result is not None else made!r:.60}; it must change or return "
+            f"{len(logits)} logits that are numbers below infinity, one of them above -infinity"
+        )
+    return made
+
+
+def _within_float32(scores: Floats) -> Floats:
+    """What became infinite is the greatest number there is; -infinity stays: such a token cannot come."""
+    return np.minimum(scores, np.finfo(np.float32).max)
+
+
+def _seed(seed: int | None, sample: int) -> int | np.random.SeedSequence | None:
+    return np.random.SeedSequence(seed, spawn_key=(sample,)) if sample and seed is not None else seed
+
+
+def _ids(ids: Collection[int], vocab: int, name: str) -> Ids:
+    wrong = [token for token in ids if token >= vocab]
+    if wrong:
+        raise RequestError(f"{name} has token {wrong[0]}, which this model lacks; allowed: 0 to {vocab - 1}")
+    return np.array(list(ids), np.intp)
 
 
 class _Penalties:
@@ -113,7 +171,8 @@ class _Penalties:
         ids = np.flatnonzero(self._seen)
         seen = scores[ids]
         factor = np.float32(params.repetition_penalty)
-        seen = np.where(seen < 0, seen * factor, seen / factor)
+        with np.errstate(over="ignore"):
+            seen = _within_float32(np.where(seen < 0, seen * factor, seen / factor))
         counts = self._counts[ids]
         seen -= np.float32(params.presence_penalty) * (counts > 0)
         seen -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
@@ -166,29 +225,3 @@ def _inverse_cdf(weights: Floats, uniform: float) -> int:
     if block:
         target -= blocks[block - 1]
     return start + int(np.searchsorted(inside, min(target, np.nextafter(inside[-1], 0)), side="right"))
-
-
-def _whole(setting: Setting, value: Any) -> None:
-    least = int(setting.minimum or 0)
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise RequestError(f"{setting.field} is {value!r}; it must be a whole number of at least {least}")
-
-
-def _real(setting: Setting, value: Any) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not setting.within(value):
-        least = f"{'above' if setting.above else 'at least'} {setting.minimum:g}"
-        raise RequestError(f"{setting.field} is {value!r}; it must be a number {least} and at most {setting.maximum:g}")
-
-
-def _truth(setting: Setting, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise RequestError(f"{setting.field} is {value!r}; it must be True or False")
-
-
-def _texts(setting: Setting, value: Any) -> None:
-    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
-        raise RequestError(f"{setting.field} is {value!r:.80}; it must be a tuple of strings that are not empty")
-
-
-_CHECKS: dict[type, Callable[[Setting, Any], None]] = {int: _whole, float: _real, bool: _truth, tuple: _texts}

@@ -16,7 +16,6 @@ from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.kept import Kept, KeptSequences
 from hybrid.serving.request import Job, Limits, Request, Score, Tokens
-from hybrid.serving.sampler import Sampler
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -193,9 +192,7 @@ class Scheduler:
         elif isinstance(job, Request):
             if length == len(job.prompt):
                 return job.finish("length")
-            job.tokens = np.empty(length, np.int32)
-            job.tokens[: job.length] = job.prompt
-            job.sampler = Sampler(job.params, job.prompt, self._engine.spec.vocab)
+            job.enter(self._engine.spec.vocab, length)
             self._settle(job)
             self._running.append(job)
 
@@ -267,10 +264,9 @@ class Scheduler:
         for request, rows in chunks:
             request.computed += rows
         for request, row in zip(whole, logits, strict=True):
-            assert request.sampler is not None
             try:
-                request.accept(*request.sampler.choose(row))
-            except Exception as error:
+                request.choose(row)
+            except BaseException as error:  # of a processor of logits too
                 request.fail(error)
             if request.finished:
                 self._leave(request)
