@@ -15,6 +15,7 @@ COMMANDS = {
     "store": ("hybrid.commands.store", "list and remove packed models"),
     "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),
     "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),
+    "perplexity": ("hybrid.commands.perplexity", "tell how well a model foretells a text"),
     "verify": ("hybrid.commands.verify", "compare results with and without an expert cache"),
     "simulate": ("hybrid.commands.simulate", "replay a trace through expert caches of many shapes and policies"),
     "plot": ("hybrid.commands.plot", "draw what run and simulate wrote"),

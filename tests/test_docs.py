@@ -17,6 +17,7 @@ DOCUMENTS = [
             "structure",
             "extending",
             "settings",
+            "python",
             "chat",
             "hybrid",
             "kernels",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
-from hybrid.serving.request import Request, Score
+from hybrid.serving.request import LogitsScore, Request
 from hybrid.serving.scheduler import Scheduler, StepRecord
 
 
@@ -206,12 +206,12 @@ def test_scoring_waits_for_a_sequence_and_gives_logits_at_every_position() -> No
     entry = request([1, 2], 4)
     engine, scheduler = started(entry, sequences=1, max_rows=3)
     scheduler.step()
-    score, late = Score(np.arange(10, dtype=np.int32), 300), request([3], 2)
+    score, late = LogitsScore(np.arange(10, dtype=np.int32), 300), request([3], 2)
     scheduler.add(score)
     scheduler.add(late)
     done = [job for _ in range(9) for job in scheduler.step() if job.finished]
     assert done == [entry, score, late] and not scheduler.has_work  # in the order of their arrival
-    logits = score.logits
+    logits = score.result
     assert logits.shape == (10, 300) and logits.dtype == np.float32
     assert [int(row.argmax()) for row in logits] == [reference_tokens(list(range(n)), 1)[0] for n in range(1, 11)]
     assert entry.completion.token_ids == reference_tokens([1, 2], 4)
@@ -220,7 +220,7 @@ def test_scoring_waits_for_a_sequence_and_gives_logits_at_every_position() -> No
 
 
 def test_a_score_that_is_cancelled_leaves_the_steps_to_others() -> None:
-    score, entry = Score(np.arange(10, dtype=np.int32), 300), request([3], 2)
+    score, entry = LogitsScore(np.arange(10, dtype=np.int32), 300), request([3], 2)
     engine, scheduler = started(score, entry, max_rows=4)
     scheduler.step()
     assert engine.sequences
@@ -234,7 +234,7 @@ def test_a_scoring_step_that_fails_frees_the_slot() -> None:
     def fail(batch) -> None:
         raise KernelError("broken")
 
-    score = Score(np.arange(4, dtype=np.int32), 300)
+    score = LogitsScore(np.arange(4, dtype=np.int32), 300)
     engine, scheduler = started(score, fail=fail)
     assert scheduler.step() == [score]
     assert isinstance(score.error, KernelError) and engine.sequences == {} and not scheduler.has_work

@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
-from hybrid.commands import bench, chat, fit, pack, run, simulate, verify
+from hybrid.commands import bench, chat, fit, pack, perplexity, run, simulate, verify
 from hybrid.commands.bench import BenchOptions
 from hybrid.commands.chat import ChatOptions
 from hybrid.commands.fit import FitOptions
 from hybrid.commands.flags import command, new_app, only
 from hybrid.commands.pack import PackOptions
+from hybrid.commands.perplexity import PerplexityOptions
 from hybrid.commands.run import RunOptions
 from hybrid.commands.simulate import SimulateOptions
 from hybrid.commands.verify import VerifyOptions
@@ -35,9 +36,18 @@ from hybrid.settings import Setting, build, check_settings, choose, named_as_giv
 
 ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions)
-KINDS = (*OF_RUN, PackOptions, FitOptions, BenchOptions, VerifyOptions, SimulateOptions)
+KINDS = (*OF_RUN, PackOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions)
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
-MODULES = {"run": run, "chat": chat, "pack": pack, "fit": fit, "bench": bench, "verify": verify, "simulate": simulate}
+MODULES = {
+    "run": run,
+    "chat": chat,
+    "pack": pack,
+    "fit": fit,
+    "bench": bench,
+    "perplexity": perplexity,
+    "verify": verify,
+    "simulate": simulate,
+}
 APPS = {name: module.app for name, module in MODULES.items()}
 
 

@@ -48,7 +48,7 @@ class ChatOptions:
 @command(app)
 def chat(config: EngineConfig, params: SamplingParams, options: ChatOptions) -> None:
     """Talk with a model: questions from the keyboard, or one on each line of standard input."""
-    from hybrid.serving.sampler import check_params
+    from hybrid.serving.params import check_params
 
     check_settings(options)
     check_config(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -87,17 +86,10 @@ class Outputs:
 
     def _trace(self, path: Path, stack: ExitStack) -> None:
         """Written as steps run: it may be larger than memory."""
-        from hybrid.trace_files import open_trace
-
         try:
-            writer = stack.enter_context(open_trace(path, lambda line: self._warn(f"note: {line}")))
+            stack.enter_context(self._llm.record_trace(path, lambda line: self._warn(f"note: {line}")))
         except HybridError as error:
-            return self._warn(f"note: {error}")
-        routes = self._llm.engine.routes
-        assert routes is not None
-        observe = partial(setattr, routes, "observer")
-        self._llm.run(partial(observe, writer.write))
-        stack.callback(self._llm.run, partial(observe, None))  # before the file is closed
+            self._warn(f"note: {error}")
 
     def _write(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not (error is None or isinstance(error, KeyboardInterrupt | Terminated)):

@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Blank lines and blank prompts do not count. Raises ConfigError.
     """
-    text = _decode(read_file(path, PROMPTS), PROMPTS.name(path)).replace("\r\n", "\n")
+    text = decode_utf8(read_file(path, PROMPTS), PROMPTS.name(path)).replace("\r\n", "\n")
     found = _json_prompts(text, path)
     prompts = [prompt for prompt in (text.split("\n") if found is None else found) if prompt.strip()]
     if not prompts:
@@ -54,11 +54,12 @@ def read_stdin() -> str | None:
     data = sys.stdin.buffer.read(PROMPTS.limit + 1)
     if len(data) > PROMPTS.limit:
         raise ConfigError(f"standard input is longer than the {PROMPTS.limit / 1e6:.0f} MB allowed; give less of it")
-    text = _decode(data, "standard input").replace("\r\n", "\n").rstrip("\n")
+    text = decode_utf8(data, "standard input").replace("\r\n", "\n").rstrip("\n")
     return text if text.strip() else None
 
 
-def _decode(data: bytes, source: str) -> str:
+def decode_utf8(data: bytes, source: str) -> str:
+    """A text without the byte order mark. Raises ConfigError naming the source."""
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:

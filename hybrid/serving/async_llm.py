@@ -11,12 +11,12 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.core import Completion, SamplingParams, TextDelta
+from hybrid.core import Completion, SamplingParams, TextDelta, TokenLogprob
 from hybrid.errors import HybridError
 from hybrid.serving.intake import Params, Prompt, check_callback, is_many
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
-from hybrid.serving.request import Job, Request
+from hybrid.serving.request import Job, Request, Score
 from hybrid.text.messages import ChatInput, Document, Message, Tool
 
 
@@ -131,9 +131,20 @@ class AsyncLLM:
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `LLM.logits`."""
         self._loop.require_open()
-        score = self._intake.score(token_ids)
+        score = self._intake.logits_score(token_ids)
+        await self._compute(score)
+        return score.result
+
+    async def score(self, prompt: Prompt, top: int = 0) -> list[TokenLogprob | None]:
+        """As `LLM.score`."""
+        self._loop.require_open()
+        score = self._intake.logprob_score(prompt, top)
+        await self._compute(score)
+        return score.result
+
+    async def _compute(self, score: Score) -> None:
         if score.finished:
-            return score.logits
+            return
         answers = _Answers()
         score.sink = answers.put
         try:
@@ -141,7 +152,6 @@ class AsyncLLM:
             await answers.get()
         finally:
             self._loop.leave([score])
-        return score.logits
 
     def encode_chat(
         self,

@@ -12,7 +12,8 @@ import numpy as np
 from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
 from hybrid.serving.params import check_params
-from hybrid.serving.request import Limits, Request, Score, Tokens
+from hybrid.serving.perplexity import Windows, scored_bytes
+from hybrid.serving.request import Limits, LogitsScore, LogprobScore, Request, Tokens
 from hybrid.text.answer import AnswerStream
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate
@@ -99,12 +100,29 @@ class Intake:
         request.completion.prompt = prompt
         return request
 
-    def score(self, token_ids: Sequence[int]) -> Score:
+    def logits_score(self, token_ids: Sequence[int]) -> LogitsScore:
         """Nothing is to be computed for one without tokens."""
+        return LogitsScore(self._scored(token_ids), self._limits.vocab)
+
+    def logprob_score(self, prompt: Prompt, top: Any = 0) -> LogprobScore:
+        """Nothing is to be computed for one without tokens."""
+        if isinstance(top, bool) or not isinstance(top, Integral) or int(top) < 0:
+            raise RequestError(f"top is {top!r:.80}; it must be a whole number of at least 0")
+        return LogprobScore(self._scored(self.encode(prompt) if isinstance(prompt, str) else prompt), int(top))
+
+    def windows(self, prompt: Prompt, window: int | None, stride: int | None) -> tuple[Tokens, Windows, int | None]:
+        """The tokens of a text, the windows that score them, and the bytes of what they score if they are a text."""
+        tokens = self.encode(prompt) if isinstance(prompt, str) else _token_array(prompt)
+        self._limits.check_ids(tokens)
+        windows = Windows(len(tokens), window, stride, self._limits.tokens)
+        size = scored_bytes(prompt, self.decode(tokens[:1].tolist())) if isinstance(prompt, str) else None
+        return tokens, windows, size
+
+    def _scored(self, token_ids: Any) -> Tokens:
         tokens = _token_array(token_ids)
         if len(tokens):
             self._limits.check(tokens)
-        return Score(tokens, self._limits.vocab)
+        return tokens
 
     def encode_chat(self, chat: ChatInput) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -12,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.config import EngineConfig, check_config
-from hybrid.core import Completion, SamplingParams
+from hybrid.core import Completion, SamplingParams, TokenLogprob
 from hybrid.engine.engine import Engine
+from hybrid.errors import CapacityError, ConfigError, RequestError
 from hybrid.plan.resolve import EMBEDDED_MODEL
 from hybrid.serving.arguments import Arguments, configure, named_as_arguments, signed_by
 from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
 from hybrid.serving.loop import Loop
-from hybrid.serving.request import Limits, Request
+from hybrid.serving.perplexity import Perplexity, nats_of
+from hybrid.serving.request import Limits, LogprobScore, Request, Score
 from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
 from hybrid.settings import named_as_given
@@ -275,9 +279,49 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""
         self._loop.require_open()
-        score = self._intake.score(token_ids)
+        score = self._intake.logits_score(token_ids)
+        self._compute(score)
+        return score.result
+
+    def score(self, prompt: Prompt, top: int = 0) -> list[TokenLogprob | None]:
+        """How likely each token of a prompt is after those before it; None for the first. top: how many of the
+        likeliest tokens are told beside each.
+        """
+        self._loop.require_open()
+        score = self._intake.logprob_score(prompt, top)
+        self._compute(score)
+        return score.result
+
+    def perplexity(
+        self,
+        text: Prompt,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Perplexity:
+        """How well the model foretells a text or a list of token ids.
+
+        Every token but the first is scored once. A window holds `window` tokens (None: 2048, or the longest sequence if
+        that is shorter), and the next one begins `stride` further (None: half a window): so a token is foretold from at
+        least `window - stride` others, but for those at the beginning of the text. progress: called with (windows done,
+        all windows).
+        """
+        check_callback("progress", progress)
+        self._loop.require_open()
+        tokens, windows, size = self._intake.windows(text, window, stride)
+        nats = 0.0
+        for done, part in enumerate(windows, start=1):
+            score = LogprobScore(tokens[part.first : part.last])
+            self._compute(score)
+            nats += nats_of(part, score.result)
+            if progress:
+                progress(done, len(windows))
+        return Perplexity(len(tokens) - 1, len(windows), windows.window, windows.stride, nats, size)
+
+    def _compute(self, score: Score) -> None:
+        """Wait until it has its result."""
         if score.finished:
-            return score.logits
+            return
         answers: SimpleQueue[Any] = SimpleQueue()
         score.sink = answers.put
         try:
@@ -285,7 +329,31 @@ class LLM:
             self._loop.wait(answers)
         finally:
             self._loop.cancel([score])
-        return score.logits
+
+    @contextmanager
+    def record_trace(self, path: str | Path, notice: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Write which experts every token takes, while the block runs, to a file that `hybrid simulate` and `hybrid
+        plot` read: .csv or .parquet. The model must have been opened with `routes=True` or have an expert cache.
+
+        Steps go on when the file cannot be written on: notice is told in one line, or without one the end of the block
+        raises CapacityError. Raises ConfigError for a place where nothing can be written.
+        """
+        from hybrid.trace_files import check_trace_output, open_trace
+
+        path, lines = Path(path).expanduser(), SimpleQueue[str]()
+        routes = self._loop.run(lambda: self.engine.routes)
+        if routes is None:
+            raise ConfigError("the routes of this model cannot be seen; open it with routes=True")
+        check_trace_output("record_trace", path)
+        with open_trace(path, notice or lines.put) as writer:
+            self._loop.run(partial(setattr, routes, "observer", writer.write))
+            try:
+                yield
+            finally:
+                with suppress(RequestError):  # closed in the block: no step comes any more
+                    self._loop.run(partial(setattr, routes, "observer", None))
+        if not lines.empty():
+            raise CapacityError(lines.get())
 
     def encode_chat(
         self,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hybrid.core import Completion, FinishReason, SamplingParams, TextDelta, TokenLogprob
 from hybrid.errors import CapacityError, RequestError
-from hybrid.serving.sampler import Sampler
+from hybrid.serving.sampler import Sampler, token_logprob
 from hybrid.text.answer import AnswerStream
 from hybrid.text.parts import Parts
 
@@ -201,25 +201,60 @@ class Request(Job):
 
 
 class Score(Job):
-    """A prompt to score: next-token logits at every position, float32 [len(prompt), vocab], which the sink gets."""
+    """A prompt of which every token is looked at, and not continued. The sink gets `result`."""
 
-    def __init__(self, prompt: Tokens, vocab: int) -> None:
-        super().__init__(prompt)
-        try:
-            self.logits = np.empty((len(prompt), vocab), np.float32)
-        except MemoryError:
-            size = 4 * len(prompt) * vocab
-            raise CapacityError(f"the logits of {len(prompt)} tokens need {size} bytes; give a shorter text") from None
+    result: Any
 
     @property
     def finished(self) -> bool:
         return self.error is not None or self.computed == len(self.prompt)
 
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        """The logits after the next tokens that were computed, [tokens, vocab]; they are another step's afterwards."""
+        raise NotImplementedError
+
     def cancel(self) -> None:
         self.fail(RequestError("scoring was cancelled"))
 
     def deliver(self) -> None:
-        self.sink(self.logits if self.error is None else self.error)
+        self.sink(self.result if self.error is None else self.error)
+
+
+class LogitsScore(Score):
+    """Next-token logits at every position, float32 [len(prompt), vocab]."""
+
+    result: npt.NDArray[np.float32]
+
+    def __init__(self, prompt: Tokens, vocab: int) -> None:
+        super().__init__(prompt)
+        try:
+            self.result = np.empty((len(prompt), vocab), np.float32)
+        except MemoryError:
+            size = 4 * len(prompt) * vocab
+            raise CapacityError(f"the logits of {len(prompt)} tokens need {size} bytes; give a shorter text") from None
+
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        self.result[self.computed : self.computed + len(logits)] = logits
+
+
+class LogprobScore(Score):
+    """How likely each token of the prompt is after those before it: None for the first, which follows nothing.
+
+    top: how many of the likeliest tokens are told beside.
+    """
+
+    result: list[TokenLogprob | None]
+
+    def __init__(self, prompt: Tokens, top: int = 0) -> None:
+        super().__init__(prompt)
+        self.result = [None] if len(prompt) else []
+        self._top = top
+
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        following = self.prompt[self.computed + 1 : self.computed + 1 + len(logits)]
+        self.result += [
+            token_logprob(row, int(token), self._top) for row, token in zip(logits, following, strict=False)
+        ]
 
 
 def _nowhere(result: object) -> None:

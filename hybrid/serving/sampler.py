@@ -108,7 +108,7 @@ def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
 
 
 def _require_finite(logits: Floats) -> None:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if isfinite(logits.sum()):  # one pass that finds NaN and both infinities
             return
     finite = np.isfinite(logits)
@@ -171,7 +171,7 @@ class _Penalties:
         ids = np.flatnonzero(self._seen)
         seen = scores[ids]
         factor = np.float32(params.repetition_penalty)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             seen = _within_float32(np.where(seen < 0, seen * factor, seen / factor))
         counts = self._counts[ids]
         seen -= np.float32(params.presence_penalty) * (counts > 0)

@@ -118,7 +118,7 @@ class Scheduler:
         every = np.arange(len(rows), dtype=np.int32)
         batch = Batch(rows, np.full_like(rows, score.sequence), every + np.int32(start), every)
         try:
-            score.logits[start : start + len(rows)] = self._forward([score], batch).logits
+            score.take(self._forward([score], batch).logits)
         except BaseException as error:
             return self._fail([score], error)
         score.computed += len(rows)
