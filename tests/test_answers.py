@@ -121,6 +121,16 @@ def test_what_is_no_call_is_text_and_nothing_of_it_is_lost(name: str, garbage: s
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_a_model_that_repeats_itself_costs_no_time(name: str) -> None:
+    """Were a pattern tried at every mark up to the end, this would take minutes."""
+    opening, closing = next(iter(DIALECTS[name].blocks.items()))
+    for mark in ("<arg_key>k</arg_key><arg_value>", '<parameter name="k">', "<function=f>", *DIALECTS[name].marks):
+        answer = opening + 20000 * mark + closing
+        parts = parsed(dialect(name), answer)
+        assert parts.text or parts.tool_calls
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_was_cut_is_text(name: str) -> None:
     answer = CALLS[name][: len(CALLS[name]) * 2 // 3]
     assert plain(parsed(dialect(name), answer, whole=False)) == (answer, "", [])

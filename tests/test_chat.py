@@ -178,6 +178,23 @@ def test_reasoning_is_not_shown_to_files_and_not_sent_back(monkeypatch, capsys) 
     assert chat.messages[1] == {"role": "assistant", "content": "Yes", "reasoning_content": "Hm"}
 
 
+def test_deltas_carry_the_parts_of_an_answer_and_no_marks() -> None:
+    answer = '<think>Hm</think>I look<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    model = Model(answer, template=ChatTemplate(TEMPLATE.source + "{# <think> <tool_call> #}"))
+    with model.llm.stream_chat([{"role": "user", "content": "a"}]) as stream:
+        deltas = list(stream)
+    assert "".join(delta.text for delta in deltas) == "I look" == stream.completion.text
+    assert "".join(delta.reasoning for delta in deltas) == "Hm" == stream.completion.reasoning
+    calls = [call for delta in deltas for call in delta.tool_calls]
+    assert [(call.name, call.arguments) for call in calls] == [
+        ("f", '{"x": 1}')
+    ] and calls == stream.completion.tool_calls
+    assert sum((delta.token_ids for delta in deltas), ()) == tuple(stream.completion.token_ids)
+    whole = model.llm.chat([{"role": "user", "content": "a"}])
+    assert (whole.text, whole.reasoning, len(whole.tool_calls)) == ("I look", "Hm", 1)
+    assert answer.startswith(model.llm.generate("(u)a.")[0].text)  # a raw prompt gets what the model wrote
+
+
 def test_tools_are_called_and_their_results_sent_back(monkeypatch, capsys) -> None:
     backend = byte_level()
     backend.add_special_tokens(["[TOOL_CALLS]", "[ARGS]"])

@@ -12,7 +12,7 @@ _SUFFIX = r"(?::\w+)?"
 _CALL = re.compile(rf"<tool_call{_SUFFIX}>(.*?)(?:</tool_call{_SUFFIX}>|\Z)", re.DOTALL)
 _NAME = re.compile(rf"\s*([\w.:/-]+)\s*(?:<tool_sep{_SUFFIX}>)?")
 _PAIR = re.compile(
-    rf"<arg_key{_SUFFIX}>(.*?)</arg_key{_SUFFIX}>\s*<arg_value{_SUFFIX}>(.*?)</arg_value{_SUFFIX}>", re.DOTALL
+    rf"<arg_key{_SUFFIX}>([^<]*)</arg_key{_SUFFIX}>\s*<arg_value{_SUFFIX}>(.*?)(?:</arg_value{_SUFFIX}>|\Z)", re.DOTALL
 )
 
 

@@ -12,7 +12,8 @@ from hybrid.text.tool_parsers.dialect import Dialect, Tools, new_call, property_
 _MINIMAX = "]<]minimax[>["  # before every tag of M3
 _INVOKE = re.compile(r"<(?:｜DSML｜)?invoke name=\"([^\"]+)\">(.*?)(?:</(?:｜DSML｜)?invoke>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(
-    r"<(?:｜DSML｜)?parameter name=\"([^\"]+)\"(?: string=\"(true|false)\")?>(.*?)</(?:｜DSML｜)?parameter>", re.DOTALL
+    r"<(?:｜DSML｜)?parameter name=\"([^\"]+)\"(?: string=\"(true|false)\")?>(.*?)(?:</(?:｜DSML｜)?parameter>|\Z)",
+    re.DOTALL,
 )
 _TAG = re.compile(re.escape(_MINIMAX) + r"<(/?)([^<>\s/]+)>")
 
