@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,14 @@ class Loader:
         pairs = blob[:start].reshape(round_up(n, BLOCK) // BLOCK, 2, -1)
         gate, up = (self._open(format, pairs[:, i], n, k) for i in (0, 1))
         return GatedWeights(gate, up, self._open(format, blob[start:], k, n))
+
+    def biased(self, weights: GatedWeights, at: str, n: int) -> GatedWeights:
+        """The same with the biases of a dense feed-forward, if it has them; blocks of gate and of up alternate."""
+        both, down = self.some_floats(f"{at}.gate_up_bias"), self.some_floats(f"{at}.down_bias")
+        if both is None or down is None:
+            return weights
+        gate, up = (both[0, :, i].flatten()[:n] for i in (0, 1))
+        return replace(weights, gate_bias=gate, up_bias=up, down_bias=down[0, : self._hidden])
 
     def _format(self, name: str) -> str:
         format = self._tensors[name].format

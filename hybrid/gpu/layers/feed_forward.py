@@ -24,10 +24,10 @@ class Weights:
 
 
 def load(half: FeedForward, place: Place, load: Loader) -> Weights:
-    at = f"layers.{place.layer}.ffn"
+    at, size = f"layers.{place.layer}.ffn", half.intermediate
     return Weights(
         norm=load.floats(f"{at}.norm"),
-        dense=None if half.is_moe else load.gated(f"{at}.experts", half.intermediate),
+        dense=None if half.is_moe else load.biased(load.gated(f"{at}.experts", size), at, size),
         shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
         router=_load_router(load, f"{at}.router") if half.is_moe else None,
     )

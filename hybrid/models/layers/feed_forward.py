@@ -270,9 +270,9 @@ class FeedForward:
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
         rows = hidden + (self.router.bias + self.router.correction if self.router else 0)
-        router = self.scores * rows if self.is_moe else 0
+        others = self.scores * rows if self.is_moe else (2 * intermediate + hidden) * self.bias
         return DeviceNeeds(
-            weights=3 * intermediate * hidden * BF16 + (hidden + router) * FP32,
+            weights=3 * intermediate * hidden * BF16 + (hidden + others) * FP32,
             token=0,
             row_floats=4 * intermediate + 2 * self.experts,
             scores=0,
