@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from hybrid.files import (
     read_file,
     read_json_object,
 )
+from hybrid.plan.resolve import EMBEDDED_MODEL
+from hybrid.text.chat_template import load_template
+from hybrid.text.tokenizer import load_tokenizer
 
 OURS = csv_kind(("step", "rows", "seconds"))
 NEW = b"step,rows,seconds\n"
@@ -280,3 +284,30 @@ def test_json_with_a_byte_order_mark_is_json(tmp_path) -> None:
     (tmp_path / "a.json").write_text('{"a": 1}', encoding="utf-8-sig")
     assert read_json_object(tmp_path / "a.json") == {"a": 1}
     assert parse_json(io.BytesIO("﻿[1]".encode()).read(), Path("x"), FEW) == [1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["endless", "pipe", "nowhere", "huge"])
+def test_files_of_a_model_are_regular_and_bounded(tmp_path, name: str, kind: str) -> None:
+    """Neither waited for nor read to the end of memory, nor as good as none."""
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "endless" else "gone")
+    words = {"endless": "is a device", "pipe": "is a pipe", "nowhere": "no such file", "huge": "are allowed"}[kind]
+    with pytest.raises(HybridError, match=words):
+        read_json_object(path) if name == "config.json" else LOADERS[name](folder)
+
+
+LOADERS = {
+    "tokenizer.json": load_tokenizer,
+    "tokenizer_config.json": load_template,
+    "chat_template.jinja": load_template,
+}

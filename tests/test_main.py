@@ -416,6 +416,16 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.wait(PATIENCE) == 141 and b"Traceback" not in notes
 
 
+def test_files_are_written_though_the_reader_has_left(loaded, tmp_path, monkeypatch) -> None:
+    def gone(text: str, end: str = "\n", dim: bool = False) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("hybrid.commands.run.show", gone)
+    monkeypatch.setattr("hybrid.commands.console._drop", lambda descriptor: None)
+    assert invoke("--prompt", "Say.", "--breakdown-csv", tmp_path / "steps.csv").exit_code == 141
+    assert (tmp_path / "steps.csv").read_text().startswith("step,rows")
+
+
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(loaded, monkeypatch, capsys) -> None:
     def fail(batch) -> None:
         if batch.positions[0] == 5 and not interrupted:

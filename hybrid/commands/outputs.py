@@ -53,7 +53,7 @@ class Wanted(Protocol):
 
 class Outputs:
     """Observes a run, and writes its files when it has ended: by a signal too, and then without being cut short by
-    another one; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
+    another one, and when nobody reads its text any more; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
     run goes on.
     """
 
@@ -92,8 +92,8 @@ class Outputs:
             self._warn(f"note: {error}")
 
     def _write(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not (error is None or isinstance(error, KeyboardInterrupt | Terminated)):
-            return  # another error leaves what was there
+        if not (error is None or isinstance(error, KeyboardInterrupt | Terminated | OSError)):
+            return  # another error leaves what was there; an OSError is a reader, or a terminal, that is gone
         wanted, recorder = self._wanted, self.recorder
         self._write_csv(wanted.breakdown_csv, BREAKDOWN_COLUMNS, recorder.breakdown_rows)
         self._write_csv(wanted.cachehit_csv, CACHEHIT_COLUMNS, recorder.cachehit_rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from hybrid.commands.console import exit_codes, progress_bar, say
+from hybrid.commands.console import exit_codes, progress_bar, say, show
 from hybrid.commands.flags import command, new_app
 from hybrid.settings import required, setting
 
@@ -38,7 +38,7 @@ def pack(options: PackOptions) -> None:
     """Pack a model once, so that every later start maps it. An interrupted run is resumed by the next one."""
     with exit_codes(interrupted=f"{options.output_path} is no store yet, the same command resumes it"):
         packed = _pack(options)
-        print(f"{options.output_path}: packed" if packed else f"{options.output_path}: already complete, nothing to do")
+        show(f"{options.output_path}: packed" if packed else f"{options.output_path}: already complete, nothing to do")
 
 
 def _pack(options: PackOptions) -> bool:
