@@ -420,7 +420,7 @@ def test_files_are_written_though_the_reader_has_left(loaded, tmp_path, monkeypa
     def gone(text: str, end: str = "\n", dim: bool = False) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("hybrid.commands.run.show", gone)
+    monkeypatch.setattr("hybrid.commands.conversation.show", gone)
     monkeypatch.setattr("hybrid.commands.console._drop", lambda descriptor: None)
     assert invoke("--prompt", "Say.", "--breakdown-csv", tmp_path / "steps.csv").exit_code == 141
     assert (tmp_path / "steps.csv").read_text().startswith("step,rows")

@@ -53,8 +53,8 @@ class Wanted(Protocol):
 
 class Outputs:
     """Observes a run, and writes its files when it has ended: by a signal too, and then without being cut short by
-    another one, and when nobody reads its text any more; after other errors the trace alone. A file that cannot be written is reported once, by `warn`, and the
-    run goes on.
+    another one, and when nobody reads its text any more; after other errors the trace alone. A file that cannot be
+    written is reported once, by `warn`, and the run goes on.
     """
 
     def __init__(self, wanted: Wanted, llm: LLM, warn: Callable[[str], None]) -> None:
