@@ -71,6 +71,7 @@ class CacheConfig:
         None,  # as "auto": as many slots as fit
         "Indexes of the expert cache, or auto: what fits.",
         minimum=1,
+        allowed="; --cache off is no cache",
         words=("auto",),
         metavar="N|auto",
     )

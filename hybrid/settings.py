@@ -266,7 +266,7 @@ def _int_problem(setting: Setting, value: Any) -> str | None:
     bounds = _bounds(setting)
     if type(value) is not int:
         return f"{value!r:.80} is not an int; it must be one{bounds and f', {bounds}'}"
-    return None if setting.within(value) else f"{value} is out of range; it must be {bounds}"
+    return None if setting.within(value) else f"{value} is out of range; it must be {bounds}{setting.allowed}"
 
 
 def _bounds(setting: Setting) -> str:

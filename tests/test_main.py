@@ -275,7 +275,7 @@ def test_flags_reach_the_configuration(loaded) -> None:
         (["--n-prompts", "0"], ["--n-prompts", "0", "1"]),
         (["--n-prompts", "1000000000000"], ["--n-prompts", "1000000"]),
         (["--cache-replace-policy", "MRU"], ["MRU", "FIFO", "LRU"]),
-        (["--cache-nblocks", "0"], ["--cache-nblocks", "0"]),
+        (["--cache-nblocks", "0"], ["--cache-nblocks", "0", "--cache off"]),
         (["--cache-quota", "-1"], ["--cache-quota", "-1"]),
         (["--cache-admission", "some"], ["some", "always", "second-touch", "break-even"]),
         (["--cache-mapping", "plain"], ["plain", "modulo", "prefix", "hash"]),

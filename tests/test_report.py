@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from hybrid.commands import run as main
 from hybrid.core import StepTimes
+from hybrid.engine.experts.report import CacheReport
 from hybrid.machine.meters import EnergyMeter, FrequencyMeter, Meters, Reading
 from hybrid.serving import recorder as report
 from hybrid.serving.recorder import CACHEHIT_COLUMNS, POWER_COLUMNS, TOKEN_COLUMNS, Recorder
@@ -182,6 +184,16 @@ def test_one_run_writes_every_file(tmp_path) -> None:
     assert tuple(rows(files["power-csv"])[0]) == POWER_COLUMNS
     assert tuple(rows(files["trace"])[0]) == ("step", "sequence", "position", "layer", "rank", "expert", "score")
     assert {path.name for path in tmp_path.iterdir()} == set(names.values())
+
+
+@pytest.mark.parametrize(("late", "repeatable", "said"), [(3, False, True), (0, False, False), (3, True, False)])
+def test_hits_that_depend_on_load_are_said_to(late: int, repeatable: bool, said: bool) -> None:
+    counts = {field.name: 0 for field in fields(CacheReport)}
+    texts = {"geometry": "2 x 4 slots", "policy": "LRU", "admission": "always", "following": None, "verdict": None}
+    report = CacheReport(**counts | texts | {"layer_hit_rates": (), "late_copies": late, "repeatable": repeatable})
+    first = str(report).splitlines()[0]
+    assert first.startswith("cache ") and ("depends on the load of this machine: --cache-delay 0" in first) == said
+    assert report.to_dict()["repeatable"] is repeatable
 
 
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch) -> None:
