@@ -289,7 +289,9 @@ def test_json_with_a_byte_order_mark_is_json(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("kind", ["endless", "pipe", "nowhere", "huge"])
 def test_files_of_a_model_are_regular_and_bounded(tmp_path, name: str, kind: str) -> None:
-    """Neither waited for nor read to the end of memory, nor as good as none."""
+    """Neither waited for nor read to the end of memory; a link to nowhere is no file of settings that may lack."""
+    if kind == "nowhere" and name in ("tokenizer.json", "chat_template.jinja"):
+        pytest.skip("another file may stand for it")
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED_MODEL, folder)
     path = folder / name
