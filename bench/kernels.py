@@ -240,15 +240,15 @@ class Maker:
 def run(settings: Settings, hardware: HardwareSpec, threads: int | None, progress: Progress) -> dict[str, Any]:
     """Measure every case, and describe: {"machine": ..., "results": [...]}."""
     count = threads or hardware.default_threads
-    cpus = hardware.cpus[:count] if count <= len(hardware.cpus) else ()
-    pool = cpu_kernels.ThreadPool(count, list(cpus))
+    cpus = [hardware.cpus] if count <= len(hardware.cpus) else []
+    pool = cpu_kernels.ThreadPool(count, cpus)
     limits, maker, wanted = Probe(pool), Maker(settings.shape, pool), keys(settings)
     results = []
     for done, key in enumerate(wanted):
         progress("measuring", done, len(wanted))
         results.append(measure(key, maker.case(key), limits, settings.repetitions))
     progress("measuring", len(wanted), len(wanted))
-    return {"machine": _machine(settings, hardware, limits, bool(cpus)), "results": results}
+    return {"machine": _machine(settings, hardware, limits), "results": results}
 
 
 def measure(key: Key, case: Case, limits: Probe, repetitions: int) -> dict[str, Any]:
@@ -269,8 +269,8 @@ def measure(key: Key, case: Case, limits: Probe, repetitions: int) -> dict[str, 
     }
 
 
-def _machine(settings: Settings, hardware: HardwareSpec, limits: Probe, pinned: bool) -> dict[str, Any]:
-    barriers = [cpu_kernels.barrier_seconds(limits.pool, BARRIERS) for _ in range(settings.repetitions)]
+def _machine(settings: Settings, hardware: HardwareSpec, limits: Probe) -> dict[str, Any]:
+    barriers = [cpu_kernels.phase_seconds(limits.pool, BARRIERS) for _ in range(settings.repetitions)]
     rates: dict[str, dict[str, float]] = {}
     for (isa, what), samples in limits.samples.items():
         rates.setdefault(isa, {})[what] = round(statistics.median(samples) / 1e9, 1)
@@ -279,7 +279,6 @@ def _machine(settings: Settings, hardware: HardwareSpec, limits: Probe, pinned: 
         "cores": len(hardware.cpus),
         "system": platform.platform(),
         "threads": limits.pool.size,
-        "pinned": pinned,
         "barrier_ns": round(statistics.median(barriers) * 1e9, 1),
         "huge_pages": hardware.huge_pages,
         "repetitions": settings.repetitions,
@@ -312,10 +311,9 @@ def describe(machine: dict[str, Any]) -> list[str]:
         f"- {isa}: " + ", ".join(unit.format(rates[what]) for what, unit in units.items() if what in rates)
         for isa, rates in machine["limits"].items()
     ]
-    pinned = "pinned" if machine["pinned"] else "not pinned"
     return [
-        f"{machine['cpu']}, {machine['threads']} threads, {pinned}; a barrier takes {machine['barrier_ns']} ns; huge "
-        f"pages: {machine['huge_pages']}; medians of {machine['repetitions']}",
+        f"{machine['cpu']}, {machine['threads']} threads; a barrier takes {machine['barrier_ns']} ns; huge pages: "
+        f" {machine['huge_pages']}; medians of {machine['repetitions']}",
         f"{shape}",
         "",
         *limits,

@@ -171,7 +171,7 @@ def _run(llm: LLM, options: Options, outcome: Outcome) -> list[list[int]]:
     _generate(llm, [WARM_UP], 8)
     experts = llm.engine.experts
     before = (experts.count().sum(axis=0), experts.device.times.copied_bytes) if experts else None
-    recorder = Recorder(Meters(llm.engine.plan.cpus))
+    recorder = Recorder(Meters(llm.engine.plan.processors))
     llm.observe(recorder)
     completions = _generate(llm, PROMPTS, options.max_tokens)
     summary = recorder.summary(0.0, llm.engine.plan.isa, llm.engine.plan.threads)

@@ -75,7 +75,7 @@ def _tokens(model: Any, count: int) -> torch.Tensor:
 def _reader(threads: int) -> Callable[[], float]:
     """Measures bytes a second as `hybrid.commands.measure.MachineProbe` does, without an engine."""
     hardware, memory = probe(), cpu_kernels.Arena(PROBE_BYTES, huge=True)
-    cpus = list(hardware.cpus[:threads]) if threads <= len(hardware.cpus) else []
+    cpus = [hardware.cpus] if threads <= len(hardware.cpus) else []
     pool = cpu_kernels.ThreadPool(threads, cpus)
     cpu_kernels.read_bandwidth(pool, hardware.isa, memory.address, PROBE_BYTES)  # maps the pages
     return lambda: float(cpu_kernels.read_bandwidth(pool, hardware.isa, memory.address, PROBE_BYTES))

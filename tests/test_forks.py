@@ -53,7 +53,7 @@ step(engine)
 def use_engine():
     refused(lambda: step(engine))
     refused(lambda: engine._executor.step(row, row, row, row, engine._logits[:1]))
-    refused(lambda: cpu_kernels.barrier_seconds(engine.pool, 1))
+    refused(lambda: cpu_kernels.phase_seconds(engine.pool, 1))
     engine.close(); engine.close(); engine.cancel()
 fork(nothing); fork(use_engine)
 step(engine)

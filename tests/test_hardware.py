@@ -93,22 +93,28 @@ MANY = tuple(hardware.MemoryNode(i, tuple(range(10 * i, 10 * i + size))) for i, 
 
 
 @pytest.mark.parametrize(
-    ("nodes", "threads", "cpus"),
+    ("nodes", "threads", "fit"),
     [
-        (MANY[:1], 3, (0, 1, 2)),
-        (MANY[:2], 8, (0, 1, 2, 3, 10, 11, 12, 13)),
-        (MANY[:2], 5, (0, 1, 10, 11, 12)),
-        (MANY, 8, (0, 1, 10, 11, 12, 20, 21, 22)),
-        (MANY, 11, ()),
-        (MANY[:2], 9, ()),
+        (MANY[:1], 3, True),
+        (MANY[:2], 8, True),
+        (MANY[:2], 5, True),
+        (MANY, 8, True),
+        (MANY, 11, False),
+        (MANY[:2], 9, False),
     ],
 )
-def test_threads_are_placed_on_their_node_as_the_pool_cuts_them(nodes, threads, cpus) -> None:
+def test_threads_are_placed_among_the_processors_of_their_node(nodes, threads, fit) -> None:
     placed = hardware.place_threads(nodes, threads)
-    assert placed == cpus
-    pool = cpu_kernels.ThreadPool(threads, [], len(nodes))
-    for thread, cpu in enumerate(placed):
-        assert cpu in nodes[pool.node_of(thread)].cpus
+    assert placed == (tuple(node.cpus for node in nodes) if fit else ())
+    pool = cpu_kernels.ThreadPool(threads, placed, len(nodes))
+    runs = [[pool.node_of(thread) for thread in range(threads)].count(node) for node in range(len(nodes))]
+    assert fit == all(run <= len(node.cpus) for run, node in zip(runs, nodes, strict=True))
+
+
+@pytest.mark.parametrize(("numbers", "text"), [((), ""), ((3,), "3"), ((0, 1), "0-1"), ((8, 0, 1, 2, 5), "0-2,5,8")])
+def test_processors_are_written_as_the_system_writes_them(numbers, text) -> None:
+    assert hardware.ranges_text(numbers) == text
+    assert hardware._number_set(text) == set(numbers)
 
 
 @pytest.mark.parametrize(

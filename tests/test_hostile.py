@@ -219,7 +219,7 @@ def test_probes(isa) -> None:
         rounds = chance.choice([0, -1, -(2**31), 2**64, None, 1.5])
         for probe in (cpu_kernels.peak_flops, cpu_kernels.peak_int_ops):
             assert call(probe, pool, isa, rounds) is None
-        assert call(cpu_kernels.barrier_seconds, pool, rounds) is None
+        assert call(cpu_kernels.phase_seconds, pool, rounds) is None
         call(cpu_kernels.missing_features, chance.choice(["", "none", isa, None, 3]))
         call(cpu_kernels.fetches_near, chance.choice(["", None, 3, object()]))
 
@@ -275,7 +275,7 @@ def test_a_callback_cannot_use_what_calls_it(isa, threads) -> None:
         "host": lambda: rig.executor.host(part=Part.other, call=print),
         "add": lambda: rig.add_join(),
         "bandwidth": lambda: cpu_kernels.read_bandwidth(rig.pool, isa, rig.sums.ctypes.data, rig.sums.nbytes),
-        "barrier": lambda: cpu_kernels.barrier_seconds(rig.pool, 1),
+        "barrier": lambda: cpu_kernels.phase_seconds(rig.pool, 1),
     }
     for act in acts.values():
         rig.act = act

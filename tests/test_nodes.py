@@ -42,7 +42,7 @@ def test_every_node_gets_a_contiguous_and_nearly_equal_run_of_threads(threads, n
         (2, [], 3, "3 nodes for 2 threads; from 1 to as many as there are threads are allowed"),
         (2, [], 0, "0 nodes for 2 threads"),
         (0, [], 1, "0 threads; there must be at least one"),
-        (2, [0], 1, "1 processors for 2 threads; give one for each, or none"),
+        (2, [[0]], 2, "processors of 1 nodes for 2; give those of each, or none"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(threads, cpus, nodes, message) -> None:
@@ -285,6 +285,6 @@ def test_a_cancelled_step_leaves_no_partial_sums_behind() -> None:
     assert output[0, 0] == 6
 
 
-def test_a_barrier_takes_a_measurable_time() -> None:
+def test_from_one_op_to_the_next_it_takes_a_measurable_time() -> None:
     for threads in (1, 2):
-        assert 0 < cpu_kernels.barrier_seconds(cpu_kernels.ThreadPool(threads, []), 100) < float("inf")
+        assert 0 < cpu_kernels.phase_seconds(cpu_kernels.ThreadPool(threads, []), 100) < float("inf")

@@ -246,10 +246,11 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_is_missing(monkeypatch) ->
         plan_model(EngineConfig(device="cuda"))
 
 
-@pytest.mark.parametrize(("threads", "cpus"), [(None, (0, 2, 4, 6)), (1, (0,)), (3, (0, 2, 4)), (5, ())])
-def test_threads_are_pinned_where_there_are_enough_processors(threads, cpus) -> None:
+@pytest.mark.parametrize(("threads", "placed"), [(None, True), (1, True), (3, True), (5, False)])
+def test_threads_share_one_processor_a_core_where_there_are_enough(threads, placed) -> None:
     plan = plan_of(threads=threads)
-    assert (plan.threads, plan.cpus) == (threads or 4, cpus)
+    assert (plan.threads, plan.cpus) == (threads or 4, ((0, 2, 4, 6),) * placed)
+    assert ("on processors 0,2,4,6," if placed else "on any processor,") in plan_text(plan)
 
 
 def test_the_printed_plan_names_every_part() -> None:

@@ -60,7 +60,7 @@ class Outputs:
     def __init__(self, wanted: Wanted, llm: LLM, warn: Callable[[str], None]) -> None:
         self._wanted, self._llm, self._warn = wanted, llm, warn
         metered = wanted.token_csv or wanted.power_csv
-        self.recorder = Recorder(Meters(llm.engine.plan.cpus) if metered else None)
+        self.recorder = Recorder(Meters(llm.engine.plan.processors) if metered else None)
 
     def record(self, body: Callable[[], T]) -> T:
         """Run the body and write what it made the engine do."""

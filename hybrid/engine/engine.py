@@ -59,7 +59,7 @@ class Engine:
         self._process, self._closed = os.getpid(), False
         self.spec, self.plan, self.store = store.spec, plan, store
         try:
-            self.pool = cpu_kernels.ThreadPool(plan.threads, list(plan.cpus), plan.nodes)
+            self.pool = cpu_kernels.ThreadPool(plan.threads, plan.cpus, plan.nodes)
         except RuntimeError as error:
             raise CapacityError(f"{error}; lower --threads, or raise the limit on processes") from None
         self.addresses = Addresses(store, plan, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -139,24 +139,34 @@ def _node_id(folder: Path) -> int:
     return int(folder.name.removeprefix("node"))
 
 
+def ranges_text(numbers: Iterable[int]) -> str:
+    """How `_number_set` reads them: "0-3,8"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
 def _number_set(text: str) -> set[int]:
     """The system's way to write processors and nodes: "0-3,8" means 0, 1, 2, 3 and 8."""
     parts = [part.split("-") for part in text.strip().split(",") if part]
     return {cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)}
 
 
-def place_threads(nodes: tuple[MemoryNode, ...], threads: int) -> tuple[int, ...]:
-    """A processor for every thread when `threads` are cut into equal runs, one a node, as cpu_kernels.ThreadPool does.
+def place_threads(nodes: tuple[MemoryNode, ...], threads: int) -> tuple[tuple[int, ...], ...]:
+    """For each node the processors of its threads, when `threads` are cut into equal runs, one a node, as
+    cpu_kernels.ThreadPool does.
 
-    Empty if a node has fewer processors than its run: then threads must share cores and are not pinned.
+    Empty if a node has fewer processors than its run: then threads must share cores and may run anywhere.
     """
-    placed: list[int] = []
-    for i, node in enumerate(nodes):
-        count = threads * (i + 1) // len(nodes) - threads * i // len(nodes)
-        if count > len(node.cpus):
-            return ()
-        placed += node.cpus[:count]
-    return tuple(placed)
+    count = len(nodes)
+    runs = [threads * (i + 1) // count - threads * i // count for i in range(count)]
+    if any(run > len(node.cpus) for run, node in zip(runs, nodes, strict=True)):
+        return ()
+    return tuple(node.cpus for node in nodes)
 
 
 def huge_pages(setting: Path) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 _CPUS, _RAPL = Path("/sys/devices/system/cpu"), Path("/sys/class/powercap")
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _TASKS = Path("/proc/cpuinfo"), Path("/proc/self/task")
 _FREQUENCY_AGE = 0.1  # seconds for which a frequency is taken as current: reading it is not free
 
 
@@ -31,6 +31,35 @@ class Meters:
     def read(self) -> Reading:
         energy = self._energy
         return Reading(self._frequency.read(), energy.package_joules(), energy.gpu_joules())
+
+
+class CoreMeter:
+    """What share of the time since it was made the threads of this process stood ready and had no core to run on:
+    other programs had it, or a quota was used up.
+    """
+
+    def __init__(self, tasks: Path = _TASKS) -> None:
+        self._tasks = tasks
+        self._start = self._read()
+
+    def waited(self) -> float | None:
+        """None where the system does not tell, or before anything has run."""
+        ran, waited = (sum(part) for part in zip(*self._spent(), strict=True)) if self._start else (0, 0)
+        return waited / (ran + waited) if ran else None
+
+    def _spent(self) -> Iterator[tuple[int, int]]:
+        """Nanoseconds of every thread, on a core and ready for one, since this was made."""
+        for task, (ran, waited) in self._read().items():
+            before = self._start.get(task, (0, 0))
+            yield ran - before[0], waited - before[1]
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for file in self._tasks.glob("*/schedstat"):
+            with contextlib.suppress(OSError, ValueError):  # a thread that ends while it is looked at
+                ran, waited, _ = map(int, file.read_text().split())
+                found[file.parent.name] = (ran, waited)
+        return found
 
 
 class FrequencyMeter:

@@ -11,12 +11,16 @@ from hybrid.machine.hardware import HardwareSpec, place_threads
 
 @dataclass(frozen=True)
 class NodeChoice:
-    """ids: the system's numbers of the nodes, -1 for simulated ones and where there is only one. cpus: a processor for
-    every thread, or none. note: why --numa auto uses one node of several, or "".
+    """ids: the system's numbers of the nodes, -1 for simulated ones and where there is only one. cpus: for each node
+    the processors among which the system places its threads, or none. note: why --numa auto uses one node of several,
+    or "".
+
+    No thread has a processor of its own: other programs run on some, another process of this one too, and the system
+    knows which are free.
     """
 
     ids: tuple[int, ...]
-    cpus: tuple[int, ...]
+    cpus: tuple[tuple[int, ...], ...]
     note: str = ""
 
 
@@ -32,7 +36,8 @@ def choose_nodes(hardware: HardwareSpec, config: EngineConfig, threads: int) -> 
     placed = place_threads(hardware.nodes, threads) if wanted == own > 1 else ()
     if placed:
         return NodeChoice(tuple(node.id for node in hardware.nodes), placed)
-    return NodeChoice((-1,) * wanted, hardware.cpus[:threads] if threads <= len(hardware.cpus) else (), note)
+    enough = threads <= len(hardware.cpus)
+    return NodeChoice((-1,) * wanted, (hardware.cpus,) * wanted if enough else (), note)
 
 
 def _against(hardware: HardwareSpec, config: EngineConfig, threads: int) -> str:

@@ -42,6 +42,7 @@ class Plan:
     what the system leaves of the machine, as HardwareSpec says it.
     node_ids: the system's numbers of the memory nodes, -1 for a simulated one and where there is no split; numa_note:
     why there is none, on a machine of several. load: "map" or "copy". huge_pages: who gets them on this system.
+    cpus: for each node, the processors of its threads; none: all.
     parts: what each node holds of the weights. node_buffers: those of each node, as `buffers`, which all share.
     cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
@@ -52,7 +53,7 @@ class Plan:
     model_type: str
     isa: str
     threads: int
-    cpus: tuple[int, ...]
+    cpus: tuple[tuple[int, ...], ...]
     node_ids: tuple[int, ...]
     numa_note: str
     load: str
@@ -89,6 +90,11 @@ class Plan:
     def nodes(self) -> int:
         """Memory nodes that the work is split over; 1 is no split."""
         return len(self.node_ids)
+
+    @property
+    def processors(self) -> tuple[int, ...]:
+        """Those among which the threads run, ascending; none: all."""
+        return tuple(sorted({cpu for cpus in self.cpus for cpu in cpus}))
 
     @property
     def fixed_bytes(self) -> int:

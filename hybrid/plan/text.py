@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid.machine.hardware import has_huge_pages
+from hybrid.machine.hardware import has_huge_pages, ranges_text
 from hybrid.machine.memory import size_text
 from hybrid.machine.numa import node_threads
 from hybrid.plan.expert_cache import CachePlan
@@ -34,7 +34,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.sequences} sequences"
     return [
         f"plan for {plan.model_type}: {plan.isa}, {plan.threads} threads"
-        + (f" on processors {', '.join(map(str, plan.cpus))}" if plan.cpus else ", not pinned")
+        + (f" on processors {_places_text(plan)}" if plan.cpus else ", on any processor")
         + f", device {plan.device_name}, steps of up to {plan.max_rows} rows",
         *(f"limit: {limit}" for limit in plan.limits),
         f"formats: {plan.format_text}; keys and values {plan.kv.format}"
@@ -56,6 +56,11 @@ def _size_lines(rows: list[tuple[str, int]]) -> list[str]:
 
 def _slot_rows(cache: CachePlan | None) -> list[tuple[str, int]]:
     return [("expert cache (slots of the simulated device)", cache.host_bytes)] if cache and cache.host_bytes else []
+
+
+def _places_text(plan: Plan) -> str:
+    """Of each node: "0-3,8 and 4-7"."""
+    return " and ".join(dict.fromkeys(ranges_text(cpus) for cpus in plan.cpus))
 
 
 def _nodes_text(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.files import csv_kind, output_file
-from hybrid.machine.meters import Meters
+from hybrid.machine.meters import CoreMeter, Meters
 from hybrid.serving.scheduler import StepRecord
 
 TIMES = (
@@ -32,6 +32,7 @@ BREAKDOWN_COLUMNS = ("step", "rows", "prompt_rows", "decode_rows", *(f"{part}_ms
 CACHEHIT_COLUMNS = ("step", "layer", "calls", "hits", "loading", "misses", "evictions")
 TOKEN_COLUMNS = ("token", "prompt", "step", "seconds", "elapsed_seconds", "tokens_per_second", "cpu_mhz")
 POWER_COLUMNS = ("step", "tokens", "seconds", "package_watts", "gpu_watts", "joules_per_token")
+MUCH_WAITED = 0.3  # of their time; a note says so
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Summary:
     """A step with prompt rows counts for the prompt speed alone; decode speed is that of the other steps.
 
     Speeds are rows over the whole time of those steps, sampling and text included; None without such steps.
-    first_token_seconds: the time of the steps up to the first that chose a token.
+    first_token_seconds: the time of the steps up to the first that chose a token. waited: what share of their time the
+    threads waited for a core, None where that is not known.
     """
 
     load_seconds: float
@@ -51,11 +53,13 @@ class Summary:
     steps: int
     isa: str
     threads: int
+    waited: float | None
 
     def __str__(self) -> str:
         first = "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f} s"
         return "\n".join(
             [
+                *self._notes(),
                 f"load         {self.load_seconds:.2f} s",
                 f"prompt       {_speed(self.prompt_tokens, self.prompt_tokens_per_second)}",
                 f"decode       {_speed(self.decode_tokens, self.decode_tokens_per_second)}",
@@ -64,13 +68,21 @@ class Summary:
             ]
         )
 
+    def _notes(self) -> list[str]:
+        if self.waited is None or self.waited < MUCH_WAITED:
+            return []
+        return [
+            f"note: the threads waited {self.waited:.0%} of the time for a core: "
+            "other programs, or a quota, leave fewer than --threads"
+        ]
+
 
 class Recorder:
     """Keeps the record of every step; call it with each. meters: read with each step, if there are any."""
 
     def __init__(self, meters: Meters | None = None) -> None:
         self.records: list[StepRecord] = []
-        self._meters = meters
+        self._meters, self._cores = meters, CoreMeter()
         self._readings = [meters.read()] if meters else []  # before the first step, and after each
 
     def __call__(self, record: StepRecord) -> None:
@@ -92,6 +104,7 @@ class Recorder:
             steps=len(self.records),
             isa=isa,
             threads=threads,
+            waited=self._cores.waited(),
         )
 
     def breakdown_rows(self) -> list[list[Any]]:

@@ -1,9 +1,10 @@
-// Threads of the pool and the executor under a race detector: short jobs with barriers, two callers, steps that are
-// cancelled while they run, nodes with work of their own. Results are compared bit for bit with those of one thread.
-// Ends with 1 at the first wrong result; tests/sanitize/run.py builds and runs it.
+// Threads of the pool and the executor under a race detector: short jobs of many phases, threads that sleep through
+// some, two callers, steps that are cancelled while they run, nodes with work of their own. Results are compared bit
+// for bit with those of one thread. Ends with 1 at the first wrong result; tests/sanitize/run.py builds and runs it.
 #include <atomic>
 #include <chrono>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "stress.h"
@@ -123,25 +124,69 @@ class Layer {
   Aligned<int32_t> ids_{kRows * kTopK}, rows_{kRows * kTopK}, offsets_{kExperts + 1}, active_{kExperts}, count_{1};
 };
 
-// What a thread wrote before a barrier is seen by its neighbour behind it.
-void barriers(ThreadPool& pool, int jobs) {
-  std::vector<int> written(size_t(pool.size()), 0);
-  for (int done = 1; done <= jobs; ++done) {
-    auto job = [&](int thread) {
-      for (int i = 0; i < 8; ++i) {
-        written[size_t(thread)] = done * 8 + i;
-        pool.barrier();
-        check(written[size_t((thread + 1) % pool.size())] == done * 8 + i, "a neighbour's number behind a barrier");
-        pool.barrier();
-      }
-    };
+// Each phase makes the numbers of the next from those of the one before, by whoever takes them. Some parts are slow, so
+// that threads fall asleep in the middle of a job, and come back into another phase.
+class Numbers final : public ThreadPool::Job {
+ public:
+  explicit Numbers(int phases) : phases_(phases) {}
+
+  bool work(int) override {
+    for (int i; (i = taken_.fetch_add(1)) < kCount;) {
+      if (i == phase_ % kCount && phase_ % 7 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      to_[i] = from_[(i + 1) % kCount] + 1;
+    }
+    return true;
+  }
+  bool next() override {
+    for (int i = 0; i < kCount; ++i) check(to_[i] == phase_ + 1, "a number of the phase before");
+    std::swap(from_, to_);
+    taken_.store(0);
+    return ++phase_ < phases_;
+  }
+
+ private:
+  static constexpr int kCount = 9;
+  const int phases_;
+  int phase_ = -1;
+  std::atomic<int> taken_{0};
+  int numbers_[2][kCount] = {};
+  int *from_ = numbers_[0], *to_ = numbers_[1];
+};
+
+void phases(ThreadPool& pool, int jobs) {
+  for (int i = 0; i < jobs; ++i) {
+    Numbers numbers(20);
+    pool.run(numbers);
+  }
+}
+
+// Only one thread may end each phase, and the others have slept by then.
+class Waited final : public ThreadPool::Job {
+ public:
+  explicit Waited(int who) : who_(who) {}
+  bool work(int thread) override {
+    if (thread != who_) return false;
+    if (done_ % 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    ++done_;
+    return true;
+  }
+  bool next() override { return done_ < 6; }
+
+ private:
+  const int who_;
+  int done_ = 0;
+};
+
+void waits(ThreadPool& pool) {
+  for (int who = 0; who < pool.size(); ++who) {
+    Waited job(who);
     pool.run(job);
   }
 }
 
 void two_callers(ThreadPool& pool) {
-  std::thread other([&] { barriers(pool, 30); });
-  barriers(pool, 30);
+  std::thread other([&] { phases(pool, 30); });
+  phases(pool, 30);
   other.join();
 }
 
@@ -149,10 +194,10 @@ void two_callers(ThreadPool& pool) {
 void lives() {
   for (int i = 0; i < 20; ++i) {
     ThreadPool pool(3, {});
-    if (i % 2) barriers(pool, 1);
+    if (i % 2) phases(pool, 1);
     if (i % 3 == 0) {
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      barriers(pool, 1);
+      phases(pool, 1);
     }
   }
 }
@@ -198,7 +243,8 @@ void two_steps_at_once() {
 
 int main() {
   auto pool = make_pool(4, 1);
-  barriers(*pool, 50);
+  phases(*pool, 50);
+  waits(*pool);
   two_callers(*pool);
   lives();
   for (int nodes = 1; nodes <= 3; ++nodes) steps(4, nodes);

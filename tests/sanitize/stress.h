@@ -47,7 +47,7 @@ inline void fill(bf16* values, int count, int seed) {
 inline int64_t matrix_bytes(int columns, int inputs) { return int64_t(columns) * inputs * 2; }
 
 inline std::shared_ptr<ThreadPool> make_pool(int threads, int nodes) {
-  return std::make_shared<ThreadPool>(threads, std::vector<int>{}, nodes);
+  return std::make_shared<ThreadPool>(threads, std::vector<std::vector<int>>{}, nodes);
 }
 
 // For steps of at most `rows` rows of one sequence.

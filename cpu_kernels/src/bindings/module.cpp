@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <optional>
 #include <utility>
@@ -99,12 +100,12 @@ double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address,
           std::to_string(bytes) + " bytes at address " + std::to_string(address) + " cannot be read");
   const int64_t each = bytes / pool.size() / 4096 * 4096;
   std::vector<float> sums(size_t(pool.size()));
-  auto job = [&](int thread) {
-    sums[size_t(thread)] = kernels.read(reinterpret_cast<const char*>(address) + each * thread, each);
+  auto job = [&](int part) {
+    sums[size_t(part)] = kernels.read(reinterpret_cast<const char*>(address) + each * part, each);
   };
   nb::gil_scoped_release no_gil;
   const auto start = std::chrono::steady_clock::now();
-  pool.run(job);
+  pool.run_parts(job);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   return double(each) * pool.size() / time.count();
 }
@@ -113,10 +114,10 @@ double read_bandwidth(ThreadPool& pool, const std::string& isa, Address address,
 double peak(ThreadPool& pool, double (*multiply)(int64_t), int64_t rounds) {
   require(rounds >= 1, "rounds is " + std::to_string(rounds) + "; it must be at least 1");
   std::vector<double> operations(size_t(pool.size()));
-  auto job = [&](int thread) { operations[size_t(thread)] = multiply(rounds); };
+  auto job = [&](int part) { operations[size_t(part)] = multiply(rounds); };
   nb::gil_scoped_release no_gil;
   const auto start = std::chrono::steady_clock::now();
-  pool.run(job);
+  pool.run_parts(job);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   double total = 0;
   for (double one : operations) total += one;
@@ -131,19 +132,32 @@ double peak_int_ops(ThreadPool& pool, const std::string& isa, int64_t rounds) {
   return peak(pool, table_of(isa).multiply_int, rounds);
 }
 
-// Seconds that one barrier of the pool takes, when all threads come to it at once.
-double barrier_seconds(ThreadPool& pool, int rounds) {
-  require(rounds >= 1, "rounds is " + std::to_string(rounds) + "; it must be at least 1");
-  double seconds = 0;
-  auto job = [&](int thread) {
-    pool.barrier();
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < rounds; ++i) pool.barrier();
-    if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
+// A phase for which all threads come, then some in which there is nothing to do.
+class EmptyPhases final : public ThreadPool::Job {
+ public:
+  EmptyPhases(int threads, int count) : left_(count + 1), missing_(threads) {}
+  bool work(int) override { return missing_.load() <= 0 || missing_.fetch_sub(1) == 1; }
+  bool next() override {
+    if (missing_.load() <= 0 && !std::exchange(all_came_, true)) start_ = std::chrono::steady_clock::now();
+    return left_-- > 0;
+  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  int left_;
+  std::atomic<int> missing_;
+  bool all_came_ = false;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// Seconds from a phase of the pool to the next, when all threads are there.
+double phase_seconds(ThreadPool& pool, int rounds) {
+  require(rounds >= 1 && rounds <= kLargest,
+          "rounds is " + std::to_string(rounds) + "; it must be at least 1 and at most " + std::to_string(kLargest));
+  EmptyPhases phases(pool.size(), rounds);
   nb::gil_scoped_release no_gil;
-  pool.run(job);
-  return seconds / rounds;
+  pool.run(phases);
+  return phases.seconds() / rounds;
 }
 
 std::vector<std::string> available_isas() {
@@ -170,8 +184,8 @@ NB_MODULE(_ext, m) {
   m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");
   m.def("peak_int_ops", &peak_int_ops, "pool"_a, "isa"_a, "rounds"_a, "The same of int8.");
 
-  m.def("barrier_seconds", &barrier_seconds, "pool"_a, "rounds"_a,
-        "Mean time of a barrier that all threads reach at once.");
+  m.def("phase_seconds", &phase_seconds, "pool"_a, "rounds"_a,
+        "Mean time from an op to the next, when there is nothing to do in them.");
 
   // What a planner must know to size buffers.
   m.attr("KEY_BLOCK") = kKeys;
@@ -202,7 +216,7 @@ NB_MODULE(_ext, m) {
       .value("sigmoid", Scoring::sigmoid);
 
   nb::class_<ThreadPool>(m, "ThreadPool")
-      .def(nb::init<int, std::vector<int>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)
+      .def(nb::init<int, std::vector<std::vector<int>>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)
       .def_prop_ro("size", &ThreadPool::size)
       .def_prop_ro("nodes", &ThreadPool::nodes)
       .def(

@@ -1,69 +1,86 @@
 #include "cpu/thread_pool.h"
 
 #include <immintrin.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-#include <chrono>
+#include <climits>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <utility>
 
 namespace hybrid {
 namespace {
 
-constexpr auto kSpinAfterJob = std::chrono::microseconds(500);
-constexpr int kSpinsOnOwnCore = 20000;  // about the time of a short op: longer means somebody else has our core
-constexpr int kSpinsOnSharedCore = 50;  // more threads than cores: the one waited for may need this very core
+// The parts of the state.
+constexpr uint64_t kWorking = uint64_t(1) << 32, kWaiting = uint64_t(1) << 46, kMany = (1 << 14) - 1;
+constexpr uint64_t kNothingLeft = uint64_t(1) << 60;  // to be begun in this phase
+constexpr uint64_t kClosed = uint64_t(1) << 61;       // nobody enters this phase any more
+constexpr uint64_t kIdle = uint64_t(1) << 62;         // no job runs
 
-void pin(int cpu) {
+constexpr int kPausesBetweenLooks = 16;
+
+unsigned phase_of(uint64_t state) { return unsigned(state); }
+uint64_t working(uint64_t state) { return state / kWorking & kMany; }
+uint64_t waiting(uint64_t state) { return state / kWaiting & kMany; }
+
+// What threads sleep on: the half of the state that holds the phase. Processors here put it first.
+const void* address_of(const std::atomic<uint64_t>& state) { return &state; }
+
+cpu_set_t set_of(const std::vector<int>& cpus) {
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  for (int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(size_t(cpu), &set);
+  return set;
 }
 
-// The calling thread belongs to the user: it is pinned for the length of a job only.
-class PinnedCaller {
+// The calling thread belongs to the user: it is placed for the length of a job only.
+class PlacedCaller {
  public:
-  explicit PinnedCaller(const std::vector<int>& cpus) : active_(!cpus.empty()) {
-    if (!active_) return;
-    active_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0;
-    if (active_) pin(cpus[0]);
+  explicit PlacedCaller(const std::vector<std::vector<int>>& cpus) {
+    if (cpus.empty() || pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) != 0) return;
+    const cpu_set_t set = set_of(cpus[0]);
+    changed_ = !CPU_EQUAL(&set, &before_) && pthread_setaffinity_np(pthread_self(), sizeof set, &set) == 0;
   }
-  ~PinnedCaller() {
-    if (active_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+  ~PlacedCaller() {
+    if (changed_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
   }
 
  private:
-  bool active_;
+  bool changed_ = false;
   cpu_set_t before_;
 };
 
 int checked_nodes(int nodes, int threads) {
-  if (threads < 1) throw std::invalid_argument(std::to_string(threads) + " threads; there must be at least one");
+  if (threads < 1 || uint64_t(threads) > kMany)
+    throw std::invalid_argument(std::to_string(threads) + " threads; there must be at least one and at most " +
+                                std::to_string(kMany));
   if (nodes >= 1 && nodes <= threads) return nodes;
   throw std::invalid_argument(std::to_string(nodes) + " nodes for " + std::to_string(threads) +
                               " threads; from 1 to as many as there are threads are allowed");
 }
 
-std::vector<int> checked_cpus(std::vector<int> cpus, int threads) {
-  if (cpus.empty() || int(cpus.size()) == threads) return cpus;
-  throw std::invalid_argument(std::to_string(cpus.size()) + " processors for " + std::to_string(threads) +
-                              " threads; give one for each, or none");
+std::vector<std::vector<int>> checked_cpus(std::vector<std::vector<int>> cpus, int nodes) {
+  if (cpus.empty() || int(cpus.size()) == nodes) return cpus;
+  throw std::invalid_argument("processors of " + std::to_string(cpus.size()) + " nodes for " + std::to_string(nodes) +
+                              "; give those of each, or none");
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, std::vector<int> cpus, int nodes)
+ThreadPool::ThreadPool(int threads, std::vector<std::vector<int>> cpus, int nodes)
     : threads_(threads),
-      cpus_(checked_cpus(std::move(cpus), threads)),
       nodes_(checked_nodes(nodes, threads)),
-      spins_(cpus_.empty() ? kSpinsOnSharedCore : kSpinsOnOwnCore),
-      process_(getpid()) {
+      cpus_(checked_cpus(std::move(cpus), nodes)),
+      process_(getpid()),
+      state_(kClosed | kIdle) {
   try {
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { live(i); });
   } catch (const std::system_error&) {
     end();
     throw std::runtime_error("the system refused thread " + std::to_string(workers_.size() + 2) + " of " +
@@ -75,17 +92,12 @@ ThreadPool::~ThreadPool() { end(); }
 
 void ThreadPool::end() {
   if (getpid() != process_) {  // after a fork the workers live in the parent only, and nothing of them may be touched:
-    // a condition waits in its destructor for those who wait, and a handle may by now be that of another thread.
-    static_cast<void>(wake_.release());
+    // a handle may by now be that of another thread.
     static_cast<void>(new std::vector<std::thread>(std::move(workers_)));
     return;
   }
-  {
-    std::lock_guard<std::mutex> lock(sleep_);
-    stop_ = true;
-    epoch_.fetch_add(1);
-  }
-  wake_->notify_all();
+  stop_.store(true);
+  publish(false);
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -94,58 +106,120 @@ void ThreadPool::require_process() const {
     throw std::runtime_error("these threads were started before a fork, which they do not survive");
 }
 
-void ThreadPool::run(Job job, void* context) {
+void ThreadPool::run(Job& job) {
   require_process();
   if (is_caller()) throw std::invalid_argument("a callback asked for the threads of the step that called it");
   std::lock_guard<std::mutex> lock(one_caller_);
   caller_.store(std::this_thread::get_id(), std::memory_order_relaxed);
-  PinnedCaller pinned(cpus_);
-  job_ = job;
-  context_ = context;
-  {
-    std::lock_guard<std::mutex> guard(sleep_);
-    epoch_.fetch_add(1, std::memory_order_release);
+  PlacedCaller placed(cpus_);
+  if (job.next()) {
+    job_ = &job;
+    state_.fetch_add(kWaiting);  // as if it had come from a phase before
+    publish(true);
+    follow(0, true, callers_patience_);
   }
-  wake_->notify_all();
-  job(context, 0);
-  barrier();
   caller_.store({}, std::memory_order_relaxed);
 }
 
-void ThreadPool::barrier() {
-  if (threads_ == 1) return;
-  const unsigned generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
+void ThreadPool::live(int thread) {
+  if (!cpus_.empty()) {
+    const cpu_set_t set = set_of(cpus_[size_t(node_of(thread))]);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
   }
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < spins_)
-      _mm_pause();
-    else
-      sched_yield();
+  Patiences patience;
+  follow(thread, false, patience);
+}
+
+// From phase to phase with the others, until the job ends for the caller, the pool for another thread. counted: among
+// those who work in the phase, or wait for the next one.
+void ThreadPool::follow(int thread, bool counted, Patiences& patience) {
+  for (;;) {
+    const uint64_t state = state_.load(std::memory_order_acquire);
+    const unsigned phase = phase_of(state);
+    Patience* waits = &patience.others;
+    if (state & kIdle) {
+      if (thread == 0 && counted) state_.fetch_sub(kWaiting);
+      if (thread == 0 || stop_.load()) return;
+      waits = &patience.job;
+    } else if (counted || enter(phase)) {
+      const bool nothing_left = job_->work(thread);
+      leave(nothing_left);
+      counted = true;
+      if (!nothing_left) waits = &patience.beginner;
+    }
+    counted = wait(phase, counted, *waits);
   }
 }
 
-void ThreadPool::wait_for_job(unsigned seen) {
-  const auto until = std::chrono::steady_clock::now() + kSpinAfterJob;
-  while (epoch_.load(std::memory_order_acquire) == seen) {
-    for (int i = 0; i < 64; ++i) _mm_pause();
-    if (std::chrono::steady_clock::now() < until) continue;
-    std::unique_lock<std::mutex> lock(sleep_);
-    wake_->wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+// Whether the thread is one of those who work in a phase; not if that is over or about to be.
+bool ThreadPool::enter(unsigned phase) {
+  uint64_t state = state_.load(std::memory_order_relaxed);
+  do {
+    if (state & kClosed || phase_of(state) != phase) return false;
+  } while (!state_.compare_exchange_weak(state, state + kWorking, std::memory_order_acq_rel));
+  return true;
+}
+
+// The last one goes on to the next phase. One who enters just before will be the last instead.
+void ThreadPool::leave(bool nothing_left) {
+  if (nothing_left && !(state_.load(std::memory_order_relaxed) & kNothingLeft)) state_.fetch_or(kNothingLeft);
+  uint64_t state = state_.fetch_add(kWaiting - kWorking, std::memory_order_acq_rel) + kWaiting - kWorking;
+  if (working(state) > 0 || !(state & kNothingLeft)) return;
+  while (!state_.compare_exchange_weak(state, state | kClosed, std::memory_order_acq_rel))
+    if (working(state) > 0 || state & kClosed) return;
+  go_on();
+}
+
+void ThreadPool::go_on() { publish(job_->next()); }
+
+// All who wait are counted as working in the new phase, if there is one.
+void ThreadPool::publish(bool goes_on) {
+  uint64_t state = state_.load(std::memory_order_relaxed), after;
+  do {
+    const uint64_t spinning = waiting(state);
+    after = uint64_t(phase_of(state) + 1) | (goes_on ? spinning * kWorking : spinning * kWaiting | kClosed | kIdle);
+  } while (!state_.compare_exchange_weak(state, after));
+  wake();
+}
+
+// Until the phase is over. Returns whether the thread is still counted.
+bool ThreadPool::wait(unsigned phase, bool counted, Patience& patience) {
+  const auto over = [&] { return phase_of(state_.load(std::memory_order_acquire)) != phase; };
+  const auto look = [&] {
+    for (int i = 0; i < kPausesBetweenLooks && !over(); ++i) _mm_pause();
+    return over();
+  };
+  if (look()) return counted;
+  const auto begin = Patience::Clock::now();
+  while (Patience::Clock::now() - begin < patience.limit())
+    if (look()) return patience.learn(Patience::Clock::now() - begin), counted;
+  if (counted && !stop_counting(phase)) return true;
+  sleep(phase);
+  patience.learn(Patience::Clock::now() - begin);
+  return false;
+}
+
+// false: the phase is over, so the thread may be counted in the next one already.
+bool ThreadPool::stop_counting(unsigned phase) {
+  uint64_t state = state_.load(std::memory_order_relaxed);
+  do {
+    if (phase_of(state) != phase) return false;
+  } while (!state_.compare_exchange_weak(state, state - kWaiting, std::memory_order_acq_rel));
+  return true;
+}
+
+// Who ends a phase changes its number and then looks for sleepers, who are counted before the system compares the
+// number: one of the two sees the other.
+void ThreadPool::sleep(unsigned phase) {
+  while (phase_of(state_.load(std::memory_order_acquire)) == phase) {
+    sleepers_.fetch_add(1);
+    syscall(SYS_futex, address_of(state_), FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
   }
 }
 
-void ThreadPool::work(int thread) {
-  if (!cpus_.empty()) pin(cpus_[size_t(thread)]);
-  for (unsigned seen = 0;; ++seen) {
-    wait_for_job(seen);
-    if (stop_) return;
-    job_(context_, thread);
-    barrier();
-  }
+void ThreadPool::wake() {
+  if (sleepers_.load() > 0 && sleepers_.exchange(0) > 0)
+    syscall(SYS_futex, address_of(state_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
 }  // namespace hybrid

@@ -4,12 +4,17 @@
 #include <cmath>
 
 namespace hybrid {
+namespace {
+
+int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
+
+}  // namespace
 
 // The angle is rounded to fp32, as the reference implementations do: at position 100000 that moves it by more than any
 // kernel's own error.
 void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
   const int half = args.dim / 2;
-  for (int row = work.thread; row < step.rows; row += work.threads) {
+  for (int row; (row = take(work)) < step.rows;) {
     float* out = args.table + int64_t(row) * args.dim;
     for (int i = 0; i < half; ++i) {
       const float angle = float(step.positions[row]) * args.inverse_frequencies[i];
@@ -21,7 +26,7 @@ void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
 
 // A counting sort. Serial: a few microseconds beside the milliseconds of the experts.
 void group(const GroupArgs& args, const Step& step, const Work& work) {
-  if (work.thread != 0) return;
+  if (take(work) > 0) return;
   const Routing& r = args.routing;
   const int pairs = step.rows * args.top_k;
   const auto given = [&](int pair) { return args.ids ? args.ids[pair] : 0; };

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <climits>
 #include <string>
 
 #include "executor/checks.h"
@@ -14,22 +13,22 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Runs an op; returns whether the step may go on.
+// Runs an op; of what the host does, nothing.
 struct Runner {
   const KernelTable& kernels;
   const Step& step;
   const Work& work;
 
 #define HYBRID_RUN_KERNEL(op, Args) \
-  bool operator()(const Args& args) const { return kernels.op(args, step, work), true; }
+  void operator()(const Args& args) const { kernels.op(args, step, work); }
 #define HYBRID_RUN_COMMON(op, Args) \
-  bool operator()(const Args& args) const { return op(args, step, work), true; }
+  void operator()(const Args& args) const { op(args, step, work); }
   HYBRID_KERNEL_OPS(HYBRID_RUN_KERNEL)
   HYBRID_COMMON_OPS(HYBRID_RUN_COMMON)
 #undef HYBRID_RUN_KERNEL
 #undef HYBRID_RUN_COMMON
-  bool operator()(const MergeArgs& args) const { return kernels.merge(args, step, work), true; }
-  bool operator()(const HostArgs& args) const { return work.thread != 0 || args.call(args.context); }
+  void operator()(const MergeArgs& args) const { kernels.merge(args, step, work); }
+  void operator()(const HostArgs&) const {}
 };
 
 Limits checked(const Limits& limits) {
@@ -53,7 +52,10 @@ Executor::Executor(const KernelTable& kernels, std::shared_ptr<ThreadPool> pool,
       pool_(std::move(pool)),
       limits_(checked(limits)),
       ended_(size_t(limits.sequences)),
-      scratch_(scratch_stride() * size_t(pool_->size()), true) {}
+      scratch_(scratch_stride() * size_t(pool_->size()), true) {
+  require(pool_->nodes() <= kMaxNodes, std::to_string(pool_->nodes()) + " nodes of threads; at most " +
+                                           std::to_string(kMaxNodes) + " can share a step");
+}
 
 void Executor::add(Part part, const OpArgs& args, int node) {
   require_no_caller();
@@ -159,30 +161,19 @@ bool Executor::may_end(size_t op) const {
   return op + 1 == ops_.size() || !std::holds_alternative<JoinArgs>(ops_[op + 1].nodes[0]);
 }
 
-Outcome Executor::asked_to_stop(Interrupted interrupted) {
-  if (cancelled_.exchange(false, std::memory_order_relaxed)) return Outcome::cancelled;
-  const double time = now();
-  if (time < next_check_) return Outcome::done;
-  next_check_ = time + 0.1;
-  const bool end = interrupted && interrupted();
-  pool_->require_process();  // a signal's handler may have forked
-  return end ? Outcome::interrupted : Outcome::done;
-}
-
 // Scratch ends where the arena does: what the last thread writes behind its own meets no other memory.
 char* Executor::scratch_of(int thread) const {
   return scratch_.end() - scratch_stride() * size_t(pool_->size() - thread);
 }
 
-// One thread's part in an op, which it shares with all threads or with those of its node. false: the step must end.
-bool Executor::run(int index, const Step& step, int thread) {
+// One thread's part in an op, which it shares with all threads or with those of its node.
+void Executor::run(int index, const Step& step, int thread) {
   const Op& op = ops_[size_t(index)];
   const int node = op.per_node ? pool_->node_of(thread) : 0;
-  const int first = op.per_node ? pool_->first_thread(node) : 0;
-  const int last = op.per_node ? pool_->first_thread(node + 1) : pool_->size();
+  const int threads = op.per_node ? pool_->first_thread(node + 1) - pool_->first_thread(node) : pool_->size();
   int* counter = &counters_[size_t(node) * counter_stride() + size_t(index)];
-  const Work work{thread - first, last - first, counter, op.uses_scratch ? scratch_of(thread) : nullptr};
-  return std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
+  const Work work{threads, counter, op.uses_scratch ? scratch_of(thread) : nullptr};
+  std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
 }
 
 void Executor::check_rows(const Step& step) {
@@ -190,6 +181,76 @@ void Executor::check_rows(const Step& step) {
   std::lock_guard<std::mutex> lock(one_step_);
   check(step);
 }
+
+// A step on the threads of the pool: each op that it needs is a phase.
+class Executor::Running final : public ThreadPool::Job {
+ public:
+  Running(Executor& executor, const Step& step, Times& times, Interrupted interrupted)
+      : executor_(executor),
+        step_(step),
+        times_(times),
+        interrupted_(interrupted),
+        next_look_(before_ + kLookSeconds) {}
+
+  Outcome outcome() const { return outcome_; }
+
+  bool work(int thread) override {
+    const Op& op = executor_.ops_[size_t(op_)];
+    if (thread == 0 && interrupted_ && now() >= next_look_) look_for_signals();
+    if (const auto* host = std::get_if<HostArgs>(&op.nodes[0])) return thread == 0 && call(*host);
+    executor_.run(op_, step_, thread);
+    if (!op.per_node) return true;
+    const unsigned node = 1u << executor_.pool_->node_of(thread);
+    return (served_.fetch_or(node) | node) == (2u << (executor_.pool_->nodes() - 1)) - 1;
+  }
+
+  bool next() override {
+    const double after = now();
+    if (op_ >= 0) {
+      times_[size_t(executor_.ops_[size_t(op_)].part)] += after - before_;
+      if (ends()) return false;
+    }
+    before_ = after;
+    served_.store(0, std::memory_order_relaxed);
+    do ++op_;
+    while (op_ < int(executor_.ops_.size()) && !executor_.needed(executor_.ops_[size_t(op_)], step_));
+    return op_ < int(executor_.ops_.size());
+  }
+
+ private:
+  static constexpr double kLookSeconds = 0.1;
+
+  // On the thread of the caller, as the host expects. What fails there ends the step.
+  bool call(const HostArgs& host) {
+    if (!host.call(host.context)) stop_ = true;
+    executor_.pool_->require_process();  // Python may have forked
+    return true;
+  }
+  void look_for_signals() {
+    next_look_ = now() + kLookSeconds;
+    if (!stop_ && interrupted_()) stop_ = true;
+    executor_.pool_->require_process();  // a signal's handler may have forked
+  }
+  bool ends() {
+    if (!executor_.may_end(size_t(op_))) return false;
+    if (stop_)
+      outcome_ = Outcome::interrupted;
+    else if (executor_.cancelled_.exchange(false, std::memory_order_relaxed))
+      outcome_ = Outcome::cancelled;
+    return outcome_ != Outcome::done;
+  }
+
+  Executor& executor_;
+  const Step& step_;
+  Times& times_;
+  const Interrupted interrupted_;
+  Outcome outcome_ = Outcome::done;
+  int op_ = -1;
+  double before_ = now();  // when the op began
+  double next_look_;
+  bool stop_ = false;                // written by the thread of the caller while it works
+  std::atomic<unsigned> served_{0};  // nodes that have no more work in the op, a bit each
+};
 
 Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   pool_->require_process();
@@ -200,35 +261,9 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   schedule_->build(step);
   counters_.assign(counter_stride() * size_t(pool_->nodes()), 0);
   times.fill(0);
-  next_check_ = now() + 0.1;
-  Outcome outcome = Outcome::done;
-  std::atomic<int> last{INT_MAX};  // the op after which all threads leave; set before the barrier that ends it
-
-  bool failed = false;  // a callback has; known to thread 0
-
-  auto job = [&](int thread) {
-    double before = thread == 0 ? now() : 0;
-    for (int i = 0; i < int(ops_.size()); ++i) {
-      const Op& op = ops_[size_t(i)];
-      if (!needed(op, step)) continue;
-      const bool goes_on = run(i, step, thread);
-      if (std::holds_alternative<HostArgs>(op.nodes[0])) pool_->require_process();  // Python may have forked
-      if (thread == 0) failed |= !goes_on;
-      if (thread == 0 && may_end(size_t(i))) {
-        outcome = failed ? Outcome::interrupted : asked_to_stop(interrupted);
-        if (outcome != Outcome::done) last.store(i, std::memory_order_relaxed);
-      }
-      pool_->barrier();
-      if (last.load(std::memory_order_relaxed) <= i) return;
-      if (thread == 0) {
-        const double after = now();
-        times[size_t(op.part)] += after - before;
-        before = after;
-      }
-    }
-  };
-  pool_->run(job);
-  return outcome;
+  Running running(*this, step, times, interrupted);
+  pool_->run(running);
+  return running.outcome();
 }
 
 }  // namespace hybrid

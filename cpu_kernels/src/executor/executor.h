@@ -61,6 +61,7 @@ class Executor {
   size_t op_count() const { return ops_.size(); }
 
  private:
+  class Running;
   struct Op {
     Part part;
     bool per_node;
@@ -79,8 +80,7 @@ class Executor {
   size_t counter_stride() const { return (ops_.size() + 31) / 16 * 16; }
   size_t scratch_stride() const { return (limits_.scratch_bytes + kLine - 1) / kLine * kLine; }
   char* scratch_of(int thread) const;
-  bool run(int op, const Step& step, int thread);
-  Outcome asked_to_stop(Interrupted interrupted);
+  void run(int op, const Step& step, int thread);
 
   const KernelTable& kernels_;
   std::shared_ptr<ThreadPool> pool_;
@@ -93,7 +93,6 @@ class Executor {
   std::unique_ptr<Schedule> schedule_;
   Arena scratch_;
   std::atomic<bool> cancelled_{false};
-  double next_check_ = 0;
 };
 
 }  // namespace hybrid

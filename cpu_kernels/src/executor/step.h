@@ -64,9 +64,9 @@ struct Step {
   int tile_rows;        // where the Isa has matrix tiles: rows from which products use them; 0: where they are faster
 };
 
-// One thread's part in an op. `counter`, zero when the op begins, hands out what the threads share.
+// One thread's part in an op: what it takes by `counter`, which is zero when the op begins and hands out all there is
+// to do. A thread may find nothing, or be the only one of the `threads` that comes.
 struct Work {
-  int thread;
   int threads;
   int* counter;
   char* scratch;  // as many bytes as executor/scratch.h says, at the start of a line; null if that is none

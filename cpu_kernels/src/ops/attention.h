@@ -275,9 +275,8 @@ static void attention(const AttentionArgs& args, const Step& step, const Work& w
 static void merge(const MergeArgs& merged, const Step& step, const Work& work) {
   const AttentionArgs& args = merged.attention;
   const int dim = args.kv.value_dim;
-  const Range tasks = share(step.split_tiles * args.heads, work);
   int index = -1, found = -1;
-  for (int task = tasks.first; task < tasks.last; ++task) {
+  for_each(step.split_tiles * args.heads, 1, work, [&](int task) {
     const int wanted = task / args.heads, head = task % args.heads;
     while (found < wanted) found += step.tiles[++index].split;
     const AttentionTile& tile = step.tiles[index];
@@ -285,7 +284,7 @@ static void merge(const MergeArgs& merged, const Step& step, const Work& work) {
     float* state = first * kKeys < end ? partial(args, tile, head, first) : nullptr;
     for (int block = first + 1; block * kKeys < end; ++block) join_states(state, partial(args, tile, head, block), dim);
     leave(args, tile.row, head, state);
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

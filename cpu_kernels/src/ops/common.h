@@ -30,17 +30,8 @@ struct Either<false, Yes, No> {
   using Type = No;
 };
 
-// This thread's contiguous share of `count` items.
-static HYBRID_INLINE Range share(int count, const Work& work) {
-  const auto cut = [&](int i) { return int(int64_t(count) * i / work.threads); };
-  return {cut(work.thread), cut(work.thread + 1)};
-}
-
 static HYBRID_INLINE int min(int a, int b) { return a < b ? a : b; }
 static HYBRID_INLINE int max(int a, int b) { return a > b ? a : b; }
-
-// The next task of an op whose tasks cost differently.
-static HYBRID_INLINE int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
 
 // Hands out `count` items in runs that are multiples of `unit`: calls function(run) until none are left. Runs shrink
 // towards the end, so that a thread on a slow or shared core takes less and none waits long for the last one.
@@ -54,6 +45,15 @@ static HYBRID_INLINE void for_runs(int count, int unit, const Work& work, Functi
     function(Range{first, last});
     first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
   }
+}
+
+// Calls function(i) for each item that the thread takes, `unit` at a time at least: small ones are not worth one by
+// one.
+template <class Function>
+static HYBRID_INLINE void for_each(int count, int unit, const Work& work, Function function) {
+  for_runs(count, unit, work, [&](Range run) {
+    for (int i = run.first; i < run.last; ++i) function(i);
+  });
 }
 
 // e^x to about 1 ulp for x up to 88: x = n ln 2 + r, and a polynomial for e^r. Below -87 it stays at e^-87. NaN of NaN.

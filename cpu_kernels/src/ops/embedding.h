@@ -7,8 +7,7 @@ namespace HYBRID_ISA {
 
 // Token embeddings are columns of a packed matrix (one matrix serves a tied head too): one pair from every line.
 static void embed(const EmbedArgs& args, const Step& step, const Work& work) {
-  const Range rows = share(step.rows, work);
-  for (int row = rows.first; row < rows.last; ++row) {
+  for_each(step.rows, 1, work, [&](int row) {
     const int token = step.tokens[row];
     const char* column = args.table + int64_t(token / kBlock) * args.pairs * kLine + token % kBlock * 4;
     float* out = args.output + int64_t(row) * args.output_stride;
@@ -20,7 +19,7 @@ static void embed(const EmbedArgs& args, const Step& step, const Work& work) {
       __builtin_memcpy(out + i, &bits, sizeof bits);
       out[i] *= args.scale;
     }
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

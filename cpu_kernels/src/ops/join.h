@@ -6,6 +6,8 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
+constexpr int kJoinBlocks = 16;
+
 // One block of one row. The order of the nodes is fixed, so the sum does not depend on how many threads each has.
 static HYBRID_INLINE void join_block(const JoinArgs& args, int64_t at, int count) {
   F32 sum = load_some(args.output + at, count);
@@ -19,11 +21,10 @@ static HYBRID_INLINE void join_block(const JoinArgs& args, int64_t at, int count
 
 static void join(const JoinArgs& args, const Step& step, const Work& work) {
   const int blocks = (args.width + kBlock - 1) / kBlock;
-  const Range all = share(step.rows * blocks, work);
-  for (int i = all.first; i < all.last; ++i) {
+  for_each(step.rows * blocks, kJoinBlocks, work, [&](int i) {
     const int column = i % blocks * kBlock;
     join_block(args, int64_t(i / blocks) * args.output_stride + column, min(kBlock, args.width - column));
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

@@ -17,8 +17,7 @@ static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
 }
 
 static void norm(const NormArgs& args, const Step& step, const Work& work) {
-  const Range rows = share(args.logit_rows ? step.logit_rows : step.rows, work);
-  for (int row = rows.first; row < rows.last; ++row) {
+  for_each(args.logit_rows ? step.logit_rows : step.rows, 1, work, [&](int row) {
     const float* x = args.input + int64_t(args.logit_rows ? step.logit_index[row] : row) * args.input_stride;
     const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps));
     const auto normed = [&](int i) {
@@ -33,7 +32,7 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
     }
     if (args.output8)
       quantise_row(normed, (args.width + kInputs - 1) / kInputs * kInputs, args.output8 + row * args.output8_stride);
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

@@ -7,6 +7,8 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
+constexpr int kHeadsAtOnce = 4;
+
 static HYBRID_INLINE void normalise(float* x, float scale, const float* weight, int width) {
   for (int i = 0; i < width; ++i) x[i] = x[i] * scale * weight[i];
 }
@@ -30,9 +32,8 @@ static HYBRID_INLINE bool is_sound(const float* x, int dim) { return largest_mag
 template <class Kv>
 static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const Work& work) {
   const int per_row = args.heads + 2 * args.kv_heads, dim = args.head_dim;
-  const Range tasks = share(step.rows * per_row, work);
   alignas(64) float x[kMaxHeadDim];
-  for (int task = tasks.first; task < tasks.last; ++task) {
+  for_each(step.rows * per_row, kHeadsAtOnce, work, [&](int task) {
     const int row = task / per_row, head = task % per_row;
     const bool is_query = head < args.heads, is_key = !is_query && head < args.heads + args.kv_heads;
     const int sequence = step.sequences[row], position = step.positions[row];
@@ -60,7 +61,7 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
       store_key<Kv>(args.kv, sequence, head - args.heads, position, x, dim);
     else
       store_value<Kv>(args.kv, sequence, head - args.heads - args.kv_heads, position, x, dim);
-  }
+  });
 }
 
 static void qkv(const QkvArgs& args, const Step& step, const Work& work) {

@@ -36,12 +36,11 @@ static HYBRID_INLINE void quantise_row(ValueAt value_at, int inputs, char* out) 
 }
 
 static void quantise(const QuantiseArgs& args, const Step& step, const Work& work) {
-  const Range rows = share(step.rows * args.multiple, work);
-  for (int row = rows.first; row < rows.last; ++row) {
+  for_each(step.rows * args.multiple, 1, work, [&](int row) {
     const char* in = reinterpret_cast<const char*>(args.input) + row * args.input_stride;
     const auto value_at = [&](int i) { return Isa::from_bf16(in + 2 * i); };
     quantise_row(value_at, args.width, args.output + row * args.output_stride);
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

@@ -6,7 +6,8 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-constexpr int kRouterRows = 4;  // rows that share one read of an expert's weights
+constexpr int kRouterRows = 4;     // rows that share one read of an expert's weights
+constexpr int kRouterExperts = 8;  // that a thread takes at once
 
 // out[r * experts] = row r of x times w, for `rows` rows. Each row has two chains of sums, whatever `rows` is.
 template <int rows>
@@ -33,8 +34,7 @@ static HYBRID_INLINE void score(const RouterArgs& args, const float* x, const fl
 // Experts pass over a group of rows: these stay in L1 and the weights stream from L2. The other way round was slower.
 static void router(const RouterArgs& args, const Step& step, const Work& work) {
   const int groups = (step.rows + kRouterRows - 1) / kRouterRows;
-  const Range tasks = share(groups * args.experts, work);
-  for (int task = tasks.first; task < tasks.last; ++task) {
+  for_each(groups * args.experts, kRouterExperts, work, [&](int task) {
     const int expert = task % args.experts, last = min(step.rows, (task / args.experts + 1) * kRouterRows);
     const float* w = args.weight + int64_t(expert) * args.hidden;
     const float bias = args.bias ? args.bias[expert] : 0.0f;
@@ -45,7 +45,7 @@ static void router(const RouterArgs& args, const Step& step, const Work& work) {
       full ? score<kRouterRows>(args, x, w, bias, out) : score<1>(args, x, w, bias, out);
       row += full ? kRouterRows : 1;
     }
-  }
+  });
 }
 
 // The index of the largest value, the lowest on ties.
@@ -120,17 +120,16 @@ static HYBRID_INLINE void keep_best_groups(const TopkArgs& args, float* scores) 
 
 // Scores, then top-k, or top-k then a softmax over those; the logits are the op's to overwrite.
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
-  const Range rows = share(step.rows, work);
   const int stride = args.experts + (args.shared_weights ? 1 : 0);
   const bool after = args.scoring == Scoring::topk_softmax, sigmoids = args.scoring == Scoring::sigmoid;
-  for (int row = rows.first; row < rows.last; ++row) {
+  for_each(step.rows, 1, work, [&](int row) {
     float* scores = const_cast<float*>(args.logits) + int64_t(row) * stride;
     if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
     int32_t* ids = args.ids + int64_t(row) * args.top_k;
     float* weights = args.weights + int64_t(row) * args.top_k;
     if (!(is_finite(scores, args.experts) && (!args.correction || is_finite(args.correction, args.experts)))) {
       choose_nothing(ids, weights, args.top_k);
-      continue;
+      return;
     }
     if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
     for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
@@ -144,7 +143,7 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     if (after) softmax_all(weights, args.top_k);
     const float scale = args.renormalise && !after ? args.scale / total : args.scale;
     for (int i = 0; i < args.top_k; ++i) weights[i] *= scale;
-  }
+  });
 }
 
 }  // namespace HYBRID_ISA

@@ -35,9 +35,8 @@ static HYBRID_INLINE void convolve(const ShortConvArgs& args, const Step& step, 
 }
 
 static void short_conv(const ShortConvArgs& args, const Step& step, const Work& work) {
-  const Range blocks = share((args.width + kBlock - 1) / kBlock, work);
-  for (int block = blocks.first; block < blocks.last; ++block)
-    convolve(args, step, block * kBlock, min(kBlock, args.width - block * kBlock));
+  for_each((args.width + kBlock - 1) / kBlock, 1, work,
+           [&](int block) { convolve(args, step, block * kBlock, min(kBlock, args.width - block * kBlock)); });
 }
 
 }  // namespace HYBRID_ISA
