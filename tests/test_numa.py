@@ -395,6 +395,9 @@ class MadeUp:
     def require_sound(self) -> None:
         pass
 
+    def require_unharmed(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
