@@ -1,18 +1,35 @@
-"""Random checkpoints saved by transformers, and what transformers itself makes of them in fp32 and in bf16."""
+"""What transformers makes of the models of the tests, in fp32 and in bf16.
+
+Its numbers are recorded in `tests/recorded/transformers/`, so that tests need neither it nor torch; each is found by
+the contents of what it was made of. `HYBRID_TEST_ORACLE=live` computes them instead, and compares them with the record;
+`tests/recorded/transformers.py` writes it. What is not recorded is computed where that can be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import atexit
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import torch
-from checkpoints import CONFIGS
-from transformers import AutoConfig, AutoModelForCausalLM
+import pytest
+from checkpoints import CONFIGS, STACKED, write_tensors
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from hybrid.models import model_spec
+
+RECORD = Path(__file__).parent / "recorded/transformers"
+MODE = os.environ.get("HYBRID_TEST_ORACLE", "")
+LIVE, WRITE = "live", "record"
+NEAR = 1e-3  # of a live result to the recorded one, in the Frobenius norm: both are fp32, of another machine perhaps
+DTYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -21,8 +38,21 @@ class Oracle:
 
     path: Path
     tokens: np.ndarray
-    exact: np.ndarray
-    bf16_error: float
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        return logits(self.path, self.tokens)
+
+    @functools.cached_property
+    def bf16_error(self) -> float:
+        """That of transformers in bf16. On another machine it is a little different."""
+        error = recorded(
+            "errors_in_bf16",
+            [_contents(self.path), self.tokens.tolist()],
+            lambda: np.float64(self.error(_computed_logits(self.path, self.tokens, "bf16"))),
+            near=0.5,
+        )
+        return float(error)
 
     def error(self, logits: np.ndarray) -> float:
         """Relative to the fp32 logits, in the Frobenius norm."""
@@ -35,31 +65,116 @@ def together(errors: Iterable[float]) -> float:
 
 
 def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length: int = 70, **changes: Any) -> Oracle:
-    """A checkpoint with the initial weights of transformers, in the sizes of `checkpoints.CONFIGS`."""
-    torch.manual_seed(seed)
-    changes = {"torch_dtype": "float32", "attn_implementation": "eager", **changes}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**CONFIGS[family], **changes}))
-    _spread_norms(model)
-    model.to(DTYPES[dtype]).save_pretrained(path)
-    tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, length).astype(np.int32)
-    unknown = Oracle(path, tokens, logits(path, tokens, "fp32"), bf16_error=0.0)
-    return replace(unknown, bf16_error=unknown.error(logits(path, tokens, "bf16")))
+    """A checkpoint with weights as transformers starts them, in the sizes of `checkpoints.CONFIGS`."""
+    config = {**CONFIGS[family], **changes, "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
+    scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta")
+    config.setdefault("rope_parameters", {**(scaling or {"rope_type": "default"}), "rope_theta": theta})
+    random, spread = np.random.default_rng(seed), config.get("initializer_range", 0.02)
+    form = "fused" if family in STACKED else "apart"
+    tensors = {
+        name: _initial(random, name, shape, spread).astype(DTYPES[dtype])
+        for name, shape in model_spec(config).checkpoint_shapes(form)
+    }
+    write_tensors(path, config, tensors)
+    return Oracle(path, random.integers(0, config["vocab_size"], length).astype(np.int32))
 
 
-def _spread_norms(model: Any) -> None:
+def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
     """transformers starts norms at 1, biases and sinks near 0: that would hide one left out or taken for another."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith(".bias"):
-                parameter += 0.1 * torch.randn_like(parameter)
-            if name.endswith("sinks"):
-                parameter += 2 * torch.randn_like(parameter)
-        for name, buffer in [*model.named_buffers(), *model.named_parameters()]:
-            if name.endswith("e_score_correction_bias"):
-                buffer += 0.1 * torch.randn_like(buffer)
+    values = random.standard_normal(shape)
+    if "norm" in name:
+        return 1 + 0.1 * values
+    if name.endswith("bias"):
+        return 0.1 * values
+    if name.endswith("sinks"):
+        return 2 * values
+    return (0.3 if name.endswith("conv.conv.weight") else spread) * values
 
 
-def logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="eager").eval()
+def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """The fp32 logits [len, vocab] of transformers for a checkpoint directory."""
+    group = json.loads((path / "config.json").read_text())["model_type"]
+    return recorded(group, [_contents(path), tokens.tolist()], lambda: _computed_logits(path, tokens, "fp32"))
+
+
+def _computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].float().numpy()
+
+
+def _contents(path: Path) -> str:
+    """A digest of what a checkpoint directory of one file says."""
+    digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text()), sort_keys=True).encode())
+    data = (path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = header[name]["data_offsets"]
+        digest.update(f"{name} {header[name]['dtype']} {header[name]['shape']}".encode())
+        digest.update(data[start + begin : start + end])
+    return digest.hexdigest()
+
+
+def recorded(group: str, made_of: Any, compute: Callable[[], Any], near: float = NEAR) -> np.ndarray:
+    """An array that transformers makes. group: the file of the record. made_of: all that it depends on, as for JSON."""
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    known = _read(group)
+    if key in known and MODE not in (LIVE, WRITE):
+        return known[key]
+    if not (find_spec("torch") and find_spec("transformers")):
+        pytest.fail(f"{group}/{key} is not recorded: run tests/recorded/transformers.py where torch is installed")
+    found = np.asarray(compute())
+    if MODE == WRITE:
+        _written.setdefault(group, {})[key] = found
+    elif key in known:
+        assert _distance(found, known[key]) <= near, f"{group}/{key} is not what was recorded"
+    return found
+
+
+def recorded_json(group: str, made_of: Any, compute: Callable[[], Any]) -> Any:
+    """The same for what JSON can hold."""
+    return json.loads(str(recorded(group, made_of, lambda: np.asarray(json.dumps(compute(), sort_keys=True)))))
+
+
+def _distance(found: np.ndarray, known: np.ndarray) -> float:
+    if found.dtype.kind != "f":
+        return float(found != known)
+    return float(np.linalg.norm(found - known) / np.linalg.norm(known))
+
+
+_written: dict[str, dict[str, np.ndarray]] = {}
+
+
+@functools.cache
+def _read(group: str) -> dict[str, np.ndarray]:
+    """Logits are stored as int16 with a scale, which costs 5e-5 of their norm."""
+    file = RECORD / f"{group}.npz"
+    if not file.is_file():
+        return {}
+    with np.load(file) as arrays:
+        found = dict(arrays)
+    scales = {name: found.pop(name) for name in list(found) if name.endswith("scale")}
+    return {
+        name: (array * scales[f"{name}scale"]).astype(np.float32) if array.dtype == np.int16 else array
+        for name, array in found.items()
+    }
+
+
+@atexit.register
+def _write() -> None:
+    """Replace the files of the groups that this process computed."""
+    for group, arrays in _written.items():
+        packed: dict[str, np.ndarray] = {}
+        for name, array in sorted(arrays.items()):
+            if array.dtype == np.float32 and array.ndim == 2:
+                scale = np.abs(array).max() / 32767
+                packed[name], packed[f"{name}scale"] = np.round(array / scale).astype(np.int16), scale
+            else:
+                packed[name] = array
+        RECORD.mkdir(exist_ok=True)
+        np.savez_compressed(RECORD / f"{group}.npz", **packed)

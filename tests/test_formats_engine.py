@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 from checkpoints import CONFIGS, mxfp4_tensors, mxfp4_values, write_tensors
+from dequantised import write_dequantised
+from oracle import Oracle
 from steps import greedy, in_chunks, open_engine, step
 
 from hybrid.formats import FORMATS
@@ -21,11 +24,6 @@ from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.pack import cached_store
-
-pytest.importorskip("torch")
-import oracle  # noqa: E402
-from dequantised import write_dequantised  # noqa: E402
-from oracle import Oracle  # noqa: E402
 
 TEXTS = [*MIXES, "int4,attention=fp8,head=int8,dense=mxfp4", "mxfp4,attention=int8,dense=int4,shared=fp8"]
 SHARP = {"initializer_range": 0.1}  # what layers add outweighs the embedding, so that their errors show
@@ -74,7 +72,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     def make(family: str, text: str) -> Reference:
         source, folder = saved(family), tmp_path_factory.mktemp("store")
         with cached_store(source.path, folder, text) as store:
-            exact = oracle.logits(write_dequantised(folder / "exact", store), source.tokens, "fp32")
+            exact = oracle.logits(write_dequantised(folder / "exact", store), source.tokens)
         return Reference(source, folder, exact)
 
     return make
@@ -111,7 +109,7 @@ def test_a_published_gpt_oss_runs_in_its_own_format(tmp_path, isa) -> None:
     """Its experts are taken as they are, so nothing but the activations is rounded."""
     published, dequantised = published_pair(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 131, 70).astype(np.int32)
-    exact = oracle.logits(dequantised, tokens, "fp32")
+    exact = oracle.logits(dequantised, tokens)
     with open_engine(published, tmp_path / "cache", isa=isa) as engine:
         assert engine.plan.formats == MIXES["mxfp4"]
         error, allowed = relative_error(step(engine, (0, 0, tokens)), exact), bound(engine.spec, MIXES["mxfp4"])

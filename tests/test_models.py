@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoints import CONFIGS
+from oracle import recorded_json
 
 from hybrid.errors import ConfigError
 from hybrid.models import model_spec, supported_models
@@ -24,12 +25,21 @@ def test_unsupported_families_are_refused_with_the_supported_ones(model_type: An
         model_spec({**CONFIGS["llama"], "model_type": model_type})
 
 
+def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
+    """All fields of its configuration class."""
+
+    def compute() -> dict[str, Any]:
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**config).to_dict()
+
+    return recorded_json("configs", config, compute)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_config_of_transformers_5_gives_the_same_spec(family: str) -> None:
     """transformers reads the old style and writes the new one."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**CONFIGS[family])
-    rewritten = config.to_dict()
+    rewritten = as_transformers_has_it(CONFIGS[family])
     assert "rope_parameters" in rewritten and "rope_theta" not in rewritten
     assert model_spec(rewritten) == model_spec(CONFIGS[family])
 
@@ -37,13 +47,12 @@ def test_config_of_transformers_5_gives_the_same_spec(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     """Fields that may be missing are filled as the configuration class fills them."""
-    transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"}
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
     sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
-    filled = transformers.AutoConfig.for_model(**config).to_dict()
+    filled = as_transformers_has_it(config)
     assert model_spec(config) == model_spec({**filled, "head_dim": filled.get("head_dim")})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracle import recorded
 
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
@@ -36,25 +37,28 @@ SCALINGS: list[dict[str, Any] | None] = [
 ]
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1e6), (24, 10000.0), (64, 150000.0)])
-def test_frequencies_equal_those_of_transformers(scaling: dict[str, Any] | None, head_dim: int, theta: float) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
+def by_transformers(config: dict[str, Any], head_dim: int) -> np.ndarray:
+    """Its frequencies, which are fp32, and then the factor on cosines and sines."""
+    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = {"rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": 131072}
-    oracle = transformers.LlamaConfig(
-        hidden_size=head_dim * 2, num_attention_heads=2, head_dim=head_dim, **_copy(config)
-    )
+    llama = LlamaConfig(hidden_size=head_dim * 2, num_attention_heads=2, head_dim=head_dim, **_copy(config))
     functions = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
-    expected, expected_factor = functions[oracle.rope_parameters["rope_type"]](oracle)
+    frequencies, factor = functions[llama.rope_parameters["rope_type"]](llama)
+    return np.array([*frequencies.numpy(), factor], np.float64)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1e6), (24, 10000.0), (64, 150000.0)])
+def test_frequencies_equal_those_of_transformers(scaling: dict[str, Any] | None, head_dim: int, theta: float) -> None:
+    config = {"rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": 131072}
+    *expected, expected_factor = recorded("rope", [config, head_dim], lambda: by_transformers(config, head_dim))
 
     frequencies, factor = inverse_frequencies(_read(config, head_dim))
 
     assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, expected.numpy(), rtol=4e-7, atol=0)
+    np.testing.assert_allclose(frequencies, np.float32(expected), rtol=4e-7, atol=0)
     assert factor == pytest.approx(expected_factor, rel=1e-12)
 
 

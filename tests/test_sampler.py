@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracle import recorded
 
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, RequestError
@@ -70,22 +71,27 @@ def test_draws_follow_the_naive_distribution(fields: dict) -> None:
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
 def test_filters_keep_what_transformers_keeps(fields: dict) -> None:
-    torch = pytest.importorskip("torch")
+    params = SamplingParams(**{"temperature": 1.0, **fields})
+    for seed in range(5):
+        logits = random_logits(seed)
+        made_of = [fields, PROMPT.tolist(), logits.tolist()]
+        expected = recorded("filters", made_of, lambda: by_transformers(logits, params))  # noqa: B023
+        np.testing.assert_allclose(naive_probabilities(logits, params, []), expected, atol=1e-5)
+
+
+def by_transformers(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    import torch
     from transformers.generation import logits_process as reference
 
-    params = SamplingParams(**{"temperature": 1.0, **fields})
     processors = [reference.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
     processors.append(reference.TemperatureLogitsWarper(params.temperature))
     processors += [reference.TopKLogitsWarper(params.top_k)] if params.top_k else []
     processors.append(reference.TopPLogitsWarper(params.top_p))
     processors.append(reference.MinPLogitsWarper(params.min_p))
-    for seed in range(5):
-        logits = random_logits(seed)
-        scores = torch.from_numpy(logits)[None].clone()
-        for processor in processors:
-            scores = processor(torch.from_numpy(PROMPT.astype(np.int64))[None], scores)
-        expected = torch.softmax(scores, -1)[0].numpy()
-        np.testing.assert_allclose(naive_probabilities(logits, params, []), expected, atol=1e-5)
+    scores = torch.from_numpy(logits)[None].clone()
+    for processor in processors:
+        scores = processor(torch.from_numpy(PROMPT.astype(np.int64))[None], scores)
+    return torch.softmax(scores, -1)[0].numpy()
 
 
 def test_penalties_count_prompt_and_output_as_documented() -> None:
