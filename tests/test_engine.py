@@ -177,11 +177,12 @@ def test_a_slightly_wrong_model_is_further_off(tmp_path, case, change) -> None:
     """So that the comparison above is known to see it."""
     family, changes = CASES[case]
     wanted = oracle.save(tmp_path / "hf", family, **changes)
-    rounding = wanted.bf16_error  # of what is saved, before it is changed
+    exact, rounding = wanted.exact, wanted.bf16_error  # of what is saved, before it is changed
     file = wanted.path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with open_engine(wanted.path, tmp_path / "cache") as engine:
-        assert wanted.error(step(engine, (0, 0, wanted.tokens))) > 2 * rounding
+        logits = step(engine, (0, 0, wanted.tokens))
+    assert np.linalg.norm(logits - exact) > 2 * rounding * np.linalg.norm(exact)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
 ROOT = Path(__file__).parents[2]
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import device as bench  # noqa: E402

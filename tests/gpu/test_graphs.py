@@ -12,8 +12,8 @@ from checkpoints import write_checkpoint
 from cuda_rig import put
 from steps import open_engine, step
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from gpu.test_step_experts import OnStandIn, one_torch_thread  # noqa: E402, F401  the latter for every test
 from graph_standin import StandInCapture  # noqa: E402

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from expert_rig import Experts
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 ON_GPU = torch.cuda.is_available()
 
 from gpu_cache.kernels import reference  # noqa: E402

@@ -11,8 +11,8 @@ from checkpoints import write_checkpoint
 from cuda_rig import put
 from steps import greedy, open_engine, step
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from hybrid.config import CacheConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402

@@ -11,8 +11,8 @@ from checkpoints import write_checkpoint
 from cuda_rig import put
 from steps import open_engine, step
 
-pytest.importorskip("triton", reason="triton is not installed: pip install '.[test]'")
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install '.[live]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from gpu.test_slot_experts import FULL, error, logits  # noqa: E402
 

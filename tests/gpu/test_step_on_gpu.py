@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from steps import agreement, greedy, in_chunks, step
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from hybrid.commands.timeline import Timeline, busy_seconds  # noqa: E402
 from hybrid.commands.tolerance import measure_logit_error  # noqa: E402

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stream_standin import Event, StandIn
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from gpu_cache.devices.cuda import CudaDevice  # noqa: E402
 from gpu_cache.devices.torch_streams import (  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[live]'")
 
 from hybrid.gpu import attention, attention_choice  # noqa: E402
 from hybrid.gpu.attention_choice import AttentionShape, choose_attention, installed  # noqa: E402
