@@ -55,7 +55,7 @@ lowest: $(VENV)/created
 	PATH=$(abspath $(LOW))/venv/bin $(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt $(LOW)/*.whl
 	cd $(LOW)/home && PATH=$(abspath $(LOW))/venv/bin HOME=$$PWD hybrid run --prompt "Once upon a time" --max-tokens 8
 	$(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt pytest pytest-xdist hypothesis safetensors matplotlib pyarrow
-	cp -r tests docs pyproject.toml weights_preprocessor.py $(LOW)/tree
+	cp -r tests docs bench pyproject.toml weights_preprocessor.py $(LOW)/tree
 	cd $(LOW)/tree && ../venv/bin/pytest -n 2 --dist loadfile $(SMOKE:%=tests/%.py) $(ARGS)
 
 # One wheel for each interpreter before 3.12, and one for 3.12 and all later ones.
