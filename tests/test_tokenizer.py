@@ -233,6 +233,7 @@ def test_a_directory_without_tokenizer_files_has_no_tokenizer(tmp_path: Path) ->
 
 
 def test_slow_tokenizer_files_are_converted(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     backend = byte_level()
     backend.model.save(str(tmp_path))
     write(tmp_path, config={"model_type": "gpt2"}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
