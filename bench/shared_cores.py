@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 SPIN = "while True: pass"
-PROMPT, TOKENS = "Once upon a time", 64  # of a request
+PROMPT, TOKENS = [1, 2, 3, 4], 64  # of a request; a model of random weights has no tokenizer
 CORES = len(os.sched_getaffinity(0))
 SCENES = {
     "idle": (0, 1),
