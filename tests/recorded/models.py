@@ -99,7 +99,7 @@ MODELS = {**FAMILIES, **VARIANTS}
 WITH_EXPERTS = [
     name
     for name in [*FAMILIES, EMBEDDED]
-    if name == EMBEDDED or FAMILIES[name].family not in ("llama", "qwen3", "lfm2")
+    if name == EMBEDDED or FAMILIES[name].family not in ("llama", "qwen2", "qwen3", "lfm2")
 ]
 
 

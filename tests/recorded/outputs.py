@@ -41,6 +41,7 @@ def trace_case(workshop: Workshop, isa: str) -> dict[str, Any]:
         _run(*RUN, "--max-tokens", 12, *cache, "--trace", trace, *SIMULATED, *STREAMED)
         routed = _run(*RUN, "--max-tokens", 12, "--json", *cache, "--route-trace", trace)
     replayed = _run("simulate", "--trace", trace, "--policy", "all", "--workers", 1, "--output", "csv")
+    replayed = replayed.replace(str(trace), "TRACE")
     return {
         "routes": f"{_crc(re.sub(r',[^,]*$', '', trace.read_text(), flags=re.MULTILINE)):08x}",
         "replayed": f"{_crc(replayed):08x}",
