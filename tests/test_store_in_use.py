@@ -24,6 +24,11 @@ SHARD = "layer-00001.safetensors"
 TENSOR = "layers.1.ffn.experts"
 
 
+@pytest.fixture(autouse=True)
+def looks_before_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "LOOK_SECONDS", 0.0)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return packed(write_checkpoint(tmp_path / "model", "qwen3_moe")).path
@@ -110,6 +115,19 @@ def test_a_shard_that_is_cut_in_the_middle_of_a_step_is_an_error(store: Path) ->
     first, second, shape = result.stdout.splitlines()
     assert first == second and f"{SHARD}: was cut while it was read: open the model again" in first
     assert shape == "(3, 131)" and result.returncode == -signal.SIGBUS
+
+
+def test_short_steps_do_not_look_at_files_each_time(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(store, threads=1) as llm:
+        llm.logits([1, 2, 3])
+        monkeypatch.setattr(stores, "LOOK_SECONDS", 1e9)
+        os.truncate(store / SHARD, (store / SHARD).stat().st_size - 1)
+        llm.logits([1, 2, 3])
+        monkeypatch.setattr(stores, "LOOK_SECONDS", 0.0)
+        for seconds in (0.0, 1e9):  # having found it, it looks again at once
+            monkeypatch.setattr(stores, "LOOK_SECONDS", seconds)
+            with pytest.raises(WeightsError, match="was cut"):
+                llm.logits([1, 2, 3])
 
 
 def test_copied_weights_do_not_care_about_their_files(store: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from hybrid.weights.shard import ALIGNMENT, Entry, read_header
 
 ALWAYS_VERIFIED = 1 << 30  # bytes: up to here verifying costs less than a second
 
+LOOK_SECONDS = 0.1  # between two looks at the sizes and times of files that are mapped
 _ADVICE = "open the model again; --load copy keeps weights where nobody changes them"
 _DTYPES: dict[str, npt.DTypeLike] = {"U8": np.uint8, "F32": np.float32}
 _FINITE_BYTES = 1 << 24  # looked at together, so that a check needs little memory
@@ -52,6 +55,7 @@ class Store:
         self._arrays = {name: self._view(tensor) for name, tensor in self.tensors.items()}
         self._verification = Verification(path, self._files, self._entries, manifest.tensors)
         self.unverified = False
+        self._looked = -math.inf  # when it last looked at its files
 
     @classmethod
     def open(cls, path: Path, check: bool = False) -> Store:
@@ -84,17 +88,22 @@ class Store:
             self._verification.start()
 
     def require_sound(self) -> None:
-        """Raise WeightsError if a mapped file was cut or changed, or if verification has found damage. It is cheap.
+        """Raise WeightsError if a mapped file was cut or changed, or if verification has found damage.
 
-        For before every step. A file that is cut in the middle of one, `require_unharmed` finds after it.
+        For before every step; short ones do not look at the files each time, which would take longer than they do. What
+        a step reads of a file that was cut, `require_unharmed` finds after it.
         """
         if self._verification.problem:
             raise self._verification.problem
-        self.require_unharmed()
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = -math.inf  # until every file is found as it was
         for file in self._files.values():
             stamp = file.stamp_now()
             if stamp != file.stamp:
                 self._require_unchanged(file, stamp)
+        self._looked = now
 
     def require_unharmed(self) -> None:
         """Raise WeightsError if zeros were read in place of weights, because their file had been cut."""
