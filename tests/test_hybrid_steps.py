@@ -277,7 +277,7 @@ def test_experts_that_were_saved_are_there_from_the_start(tmp_path) -> None:
         ('{"kind": "hybrid-experts", "model": "x", "experts": []}', "another model"),
         ('{"kind": "hybrid-experts", "model": "MARK", "experts": [[16, 0]]}', r"lists \[16, 0\]"),
         ('{"kind": "hybrid-experts", "model": "MARK", "experts": [["a", 0]]}', "lists"),
-        (None, "cannot be read"),
+        (None, "there is no such file"),
     ],
 )
 def test_a_warm_file_that_is_none_is_refused(tmp_path, text, words) -> None:

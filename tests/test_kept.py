@@ -15,7 +15,7 @@ from steps import open_engine
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, StepCancelled
 from hybrid.serving.kept import Kept, KeptSequences
-from hybrid.serving.request import Request, Score
+from hybrid.serving.request import LogitsScore, Request
 from hybrid.serving.scheduler import Scheduler
 
 
@@ -108,7 +108,7 @@ def test_what_is_kept_gives_way_the_oldest_first() -> None:
     run(scheduler, request([1] * 8))  # so that the second is the oldest
     run(scheduler, request([3] * 8))
     assert [int(kept.tokens[0]) for kept in scheduler._kept._kept] == [1, 3]
-    score = Score(np.array([1, 2, 3], np.int32), 300)
+    score = LogitsScore(np.array([1, 2, 3], np.int32), 300)
     scheduler.add(score)
     while scheduler.has_work:
         scheduler.step()

@@ -111,7 +111,7 @@ WORST = [
     "gpu_cache.trace_writer.TraceWriter.close",
     "hybrid.files.writing.NewFile.commit",  # before and after the file has its name
     "hybrid.files.writing.NewFile._replace",
-    "hybrid.serving.llm.LLM.run",  # the observer is set, and taken away
+    "hybrid.serving.loop.Loop.run",  # the observer is set, and taken away
 ]
 
 

@@ -84,7 +84,7 @@ bool attend(const Case& c, int row, int rows, bool split, int tile_rows) {
   step.attention_tasks = split ? (c.position + row) / hybrid::kKeys + 1 : 1, step.split_tiles = split;
   const bool guarded = guard::call("attention", hybrid::KERNELS, hybrid::KERNELS.attention, args, step, rows);
   int counter = 0;
-  if (split) hybrid::KERNELS.merge(hybrid::MergeArgs{args}, step, {0, 1, &counter, nullptr});
+  if (split) hybrid::KERNELS.merge(hybrid::MergeArgs{args}, step, {1, &counter, nullptr});
   if (tiles_configured()) console::line("attention: a tile configuration is left behind");
   return guarded && !tiles_configured();
 }

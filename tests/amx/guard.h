@@ -19,7 +19,7 @@ inline bool call(const char* name, const hybrid::KernelTable& table, hybrid::Ker
   char* const end = scratch + hybrid::scratch_bytes(args, table.sizes, rows);
   memset(end, kUnwritten, kGuardBytes);
   int counter = 0;
-  kernel(args, step, {0, 1, &counter, scratch});
+  kernel(args, step, {1, &counter, scratch});
   for (int i = 0; i < kGuardBytes; ++i) {
     if (end[i] == kUnwritten) continue;
     console::line(name, " of ", rows, " rows writes behind its ", long(end - scratch), " bytes of scratch");

@@ -16,9 +16,10 @@ from gpu_cache.costs import Machine, cpu_only, layer_seconds, predict
 from gpu_cache.errors import CacheError
 from gpu_cache.policies import POLICIES
 from gpu_cache.simulator import SCHEDULES, Setting, drive, policy_names, replay
-from gpu_cache.sweep import provenance, result_name, sweep
+from gpu_cache.sweep import describe_trace, provenance, result_name, sweep
 from gpu_cache.table import Table
 from gpu_cache.trace import calls
+from hybrid.commands.kept_results import KeptResults
 
 TRACE = calls(random_trace(11, steps=80, layers=4, experts=8, top_k=2, tokens=2))
 MACHINE = Machine(pcie_gbps=25, device_gbps=1000, cpu_gbps=100, expert_bytes=1e8, other_ms=2, layer_ms=0.1)
@@ -112,16 +113,16 @@ def test_a_sweep_is_the_same_in_one_process_and_in_two() -> None:
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch) -> None:
-    kept, replayed = tmp_path / "results.jsonl", []
+    path, replayed = tmp_path / "results.jsonl", []
     whole = sweep(TRACE, SETTINGS, MACHINE)
     real = replay
     monkeypatch.setattr(sweep_module, "replay", lambda *a: replayed.append(a[1]) or real(*a))
-    sweep(TRACE, SETTINGS[:3], MACHINE, kept=kept)
-    with open(kept, "a") as file:
+    sweep(TRACE, SETTINGS[:3], MACHINE, kept=KeptResults(path))
+    with open(path, "a") as file:
         file.write('{"name": "cut o')
-    assert sweep(TRACE, SETTINGS, MACHINE, kept=kept) == whole and replayed == SETTINGS
-    assert sweep(TRACE, SETTINGS, MACHINE, kept=kept) == whole and replayed == SETTINGS
-    assert sweep(TRACE, SETTINGS[:1], replace(MACHINE, cpu_gbps=50), kept=kept) != whole[:1]
+    for _ in range(2):
+        assert sweep(TRACE, SETTINGS, MACHINE, kept=KeptResults(path)) == whole and replayed == SETTINGS
+    assert sweep(TRACE, SETTINGS[:1], replace(MACHINE, cpu_gbps=50), kept=KeptResults(path)) != whole[:1]
 
 
 def test_a_result_belongs_to_a_trace_a_setting_and_a_machine() -> None:
@@ -133,8 +134,9 @@ def test_a_result_belongs_to_a_trace_a_setting_and_a_machine() -> None:
         for machine in (None, MACHINE)
     }
     assert len(names) == 8
-    origin = provenance(TRACE, "1.2")
-    assert origin["trace"]["digest"] == TRACE.digest() and origin["version"] == "1.2" and origin["machine"]["system"]
+    origin = provenance("1.2")
+    assert origin["version"] == "1.2" and origin["machine"]["system"]
+    assert describe_trace(TRACE)["digest"] == TRACE.digest()
 
 
 def test_a_layer_takes_the_longer_of_device_and_cpu() -> None:
