@@ -49,7 +49,7 @@ class Oracle:
         error = recorded(
             "errors_in_bf16",
             [_contents(self.path), self.tokens.tolist()],
-            lambda: np.float64(self.error(_computed_logits(self.path, self.tokens, "bf16"))),
+            lambda: np.float64(self.error(computed_logits(self.path, self.tokens, "bf16"))),
             near=0.5,
         )
         return float(error)
@@ -94,10 +94,10 @@ def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spr
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     """The fp32 logits [len, vocab] of transformers for a checkpoint directory."""
     group = json.loads((path / "config.json").read_text())["model_type"]
-    return recorded(group, [_contents(path), tokens.tolist()], lambda: _computed_logits(path, tokens, "fp32"))
+    return recorded(group, [_contents(path), tokens.tolist()], lambda: computed_logits(path, tokens, "fp32"))
 
 
-def _computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
+def computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 

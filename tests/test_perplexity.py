@@ -87,7 +87,7 @@ def test_it_is_what_transformers_says(tmp_path) -> None:
     saved = oracle.save(tmp_path / "hf", "qwen3_moe", length=60)
     nats = []
     for first, scored, last in ((0, 1, 40), (20, 40, 60)):
-        window = oracle.logits(saved.path, saved.tokens[first:last], "fp32") if first else saved.exact[:last]
+        window = oracle.computed_logits(saved.path, saved.tokens[first:last], "fp32") if first else saved.exact[:last]
         logprobs = log_softmax(window)
         nats += [-logprobs[at - first - 1, saved.tokens[at]] for at in range(scored, last)]
     with LLM(saved.path, threads=1, max_seq_len=64, cache_dir=tmp_path / "cache") as llm:
