@@ -2,7 +2,8 @@
 
 Its numbers are recorded in `tests/recorded/transformers/`, so that tests need neither it nor torch; each is found by
 the contents of what it was made of. `HYBRID_TEST_ORACLE=live` computes them instead, and compares them with the record;
-`tests/recorded/transformers.py` writes it. What is not recorded is computed where that can be.
+`tests/recorded/transformers.py` writes it, and "add" adds what tests of one new family ask for. What is not recorded is
+computed where that can be.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hybrid.models import model_spec
 
 RECORD = Path(__file__).parent / "recorded/transformers"
 MODE = os.environ.get("HYBRID_TEST_ORACLE", "")
-LIVE, WRITE = "live", "record"
+LIVE, WRITE, ADD = "live", "record", "add"
 NEAR = 1e-3  # of a live result to the recorded one, in the Frobenius norm: both are fp32, of another machine perhaps
 DTYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16}
 
@@ -124,12 +125,12 @@ def recorded(group: str, made_of: Any, compute: Callable[[], Any], near: float =
     """An array that transformers makes. group: the file of the record. made_of: all that it depends on, as for JSON."""
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     known = _read(group)
-    if key in known and MODE not in (LIVE, WRITE):
+    if key in known and MODE not in (LIVE, WRITE, ADD):
         return known[key]
     if not (find_spec("torch") and find_spec("transformers")):
         pytest.fail(f"{group}/{key} is not recorded: run tests/recorded/transformers.py where torch is installed")
     found = np.asarray(compute())
-    if MODE == WRITE:
+    if MODE in (WRITE, ADD):
         _written.setdefault(group, {})[key] = found
     elif key in known:
         assert _distance(found, known[key]) <= near, f"{group}/{key} is not what was recorded"
@@ -150,14 +151,18 @@ def _distance(found: np.ndarray, known: np.ndarray) -> float:
 _written: dict[str, dict[str, np.ndarray]] = {}
 
 
-@functools.cache
-def _read(group: str) -> dict[str, np.ndarray]:
-    """Logits are stored as int16 with a scale, which costs 5e-5 of their norm."""
+def _stored(group: str) -> dict[str, np.ndarray]:
     file = RECORD / f"{group}.npz"
     if not file.is_file():
         return {}
     with np.load(file) as arrays:
-        found = dict(arrays)
+        return dict(arrays)
+
+
+@functools.cache
+def _read(group: str) -> dict[str, np.ndarray]:
+    """Logits are stored as int16 with a scale, which costs 5e-5 of their norm."""
+    found = _stored(group)
     scales = {name: found.pop(name) for name in list(found) if name.endswith("scale")}
     return {
         name: (array * scales[f"{name}scale"]).astype(np.float32) if array.dtype == np.int16 else array
@@ -167,9 +172,9 @@ def _read(group: str) -> dict[str, np.ndarray]:
 
 @atexit.register
 def _write() -> None:
-    """Replace the files of the groups that this process computed."""
+    """Replace the files of the groups that this process computed, or add to them."""
     for group, arrays in _written.items():
-        packed: dict[str, np.ndarray] = {}
+        packed = _stored(group) if MODE == ADD else {}
         for name, array in sorted(arrays.items()):
             if array.dtype == np.float32 and array.ndim == 2:
                 scale = np.abs(array).max() / 32767
