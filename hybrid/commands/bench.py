@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -167,16 +168,16 @@ def _result(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-class Writer:
+class Writer(ABC):
     """Shows results in a form. machine: as measured at the start."""
 
-    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, machine: dict[str, Any], model: dict[str, Any], tests: Sequence[Test]) -> None: ...
 
-    def add(self, result: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add(self, result: dict[str, Any]) -> None: ...
 
-    def finish(self, machine: dict[str, Any]) -> None:
+    def finish(self, machine: dict[str, Any]) -> None:  # noqa: B027
         """machine: with the rates of the whole time."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from hybrid.serving.intake import Params, Prompt, check_callback, is_many
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request, Score
-from hybrid.text.messages import ChatInput, Document, Message, Tool
+from hybrid.text.messages import ChatInput, ChatOptions, Message
 
 
 class AsyncLLM:
@@ -81,10 +81,8 @@ class AsyncLLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> Completion: ...
     @overload
     async def chat(
@@ -92,23 +90,19 @@ class AsyncLLM:
         messages: Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> list[Completion]: ...
     async def chat(
         self,
         messages: Any,
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> Completion | list[Completion]:
         """As `LLM.chat`."""
-        chat = ChatInput(messages, tools, documents, template_kwargs)
+        chat = ChatInput(messages, **options)
         self._loop.require_open()
         completions = await self._complete(self._intake.chat_requests(chat, params, keep))
         return completions if is_many(chat) else completions[0]
@@ -118,13 +112,11 @@ class AsyncLLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> AsyncStream:
         """As `LLM.stream_chat`, for `async for`."""
-        chat = ChatInput(messages, tools, documents, template_kwargs)
+        chat = ChatInput(messages, **options)
         self._loop.require_open()
         return AsyncStream(self._loop, self._intake.chat_request(chat, params, keep=keep))
 
@@ -156,13 +148,10 @@ class AsyncLLM:
     def encode_chat(
         self,
         messages: Sequence[Message],
-        *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
         """As `LLM.encode_chat`."""
-        return self._intake.encode_chat(ChatInput(messages, tools, documents, template_kwargs))
+        return self._intake.encode_chat(ChatInput(messages, **options))
 
 
 class AsyncStream(AsyncIterator[TextDelta]):

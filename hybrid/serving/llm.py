@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,6 @@ import numpy.typing as npt
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams, TokenLogprob
 from hybrid.engine.engine import Engine
-from hybrid.errors import CapacityError, ConfigError, RequestError
 from hybrid.plan.resolve import EMBEDDED_MODEL
 from hybrid.serving.arguments import Arguments, configure, named_as_arguments, signed_by
 from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
@@ -25,11 +23,12 @@ from hybrid.serving.perplexity import Perplexity, nats_of
 from hybrid.serving.request import Limits, LogprobScore, Request, Score
 from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
+from hybrid.serving.trace import record_trace
 from hybrid.settings import named_as_given
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, load_template
 from hybrid.text.convert import needs_conversion
-from hybrid.text.messages import ChatInput, Document, Message, Tool
+from hybrid.text.messages import ChatInput, ChatOptions, Message
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 from hybrid.weights.hub import with_local_model
 
@@ -206,11 +205,9 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Completion: ...
     @overload
     def chat(
@@ -218,22 +215,18 @@ class LLM:
         messages: Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[Completion]: ...
     def chat(
         self,
         messages: Any,
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Completion | list[Completion]:
         """The assistant's answer to messages like {"role": "user", "content": "..."}; of a list of conversations, those
         to each, which are computed together.
@@ -241,9 +234,10 @@ class LLM:
         Reasoning and calls of tools are apart from the text; `Completion.message` is what the next question sends back.
         Without `max_tokens` an answer goes on to its end, or to that of the context. keep: keys and values stay, so
         that a call whose messages go on from these computes only what is new; `forget` frees them. progress: as for
-        `generate`. The rest is what the chat template takes besides: `ChatTemplate.render` says what.
+        `generate`. options: what the chat template takes besides, `tools`, `documents` and `template_kwargs`:
+        `ChatTemplate.render` says what they are.
         """
-        chat = ChatInput(messages, tools, documents, template_kwargs)
+        chat = ChatInput(messages, **options)
         self._loop.require_open()
         check_callback("progress", progress)
         completions = self._complete(self._intake.chat_requests(chat, params, keep), progress)
@@ -254,13 +248,11 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> Stream:
         """The answer of one conversation, piece by piece."""
-        chat = ChatInput(messages, tools, documents, template_kwargs)
+        chat = ChatInput(messages, **options)
         self._loop.require_open()
         return Stream(self._loop, self._intake.chat_request(chat, params, keep=keep))
 
@@ -330,41 +322,24 @@ class LLM:
         finally:
             self._loop.cancel([score])
 
-    @contextmanager
-    def record_trace(self, path: str | Path, notice: Callable[[str], None] | None = None) -> Iterator[None]:
+    def record_trace(
+        self, path: str | Path, notice: Callable[[str], None] | None = None
+    ) -> AbstractContextManager[None]:
         """Write which experts every token takes, while the block runs, to a file that `hybrid simulate` and `hybrid
         plot` read: .csv or .parquet. The model must have been opened with `routes=True` or have an expert cache.
 
         Steps go on when the file cannot be written on: notice is told in one line, or without one the end of the block
         raises CapacityError. Raises ConfigError for a place where nothing can be written.
         """
-        from hybrid.trace_files import check_trace_output, open_trace
-
-        path, lines = Path(path).expanduser(), SimpleQueue[str]()
-        routes = self._loop.run(lambda: self.engine.routes)
-        if routes is None:
-            raise ConfigError("the routes of this model cannot be seen; open it with routes=True")
-        check_trace_output("record_trace", path)
-        with open_trace(path, notice or lines.put) as writer:
-            self._loop.run(partial(setattr, routes, "observer", writer.write))
-            try:
-                yield
-            finally:
-                with suppress(RequestError):  # closed in the block: no step comes any more
-                    self._loop.run(partial(setattr, routes, "observer", None))
-        if not lines.empty():
-            raise CapacityError(lines.get())
+        return record_trace(self._loop, self.engine, Path(path), notice)
 
     def encode_chat(
         self,
         messages: Sequence[Message],
-        *,
-        tools: Sequence[Tool] | None = None,
-        documents: Sequence[Document] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
-        return self._intake.encode_chat(ChatInput(messages, tools, documents, template_kwargs))
+        return self._intake.encode_chat(ChatInput(messages, **options))
 
 
 def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:

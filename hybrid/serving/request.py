@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class Limits:
             raise RequestError(f"{wrong[0]} is not a token id of this model; allowed: 0 to {self.vocab - 1}")
 
 
-class Job:
+class Job(ABC):
     """What is computed in one sequence for one caller.
 
     sink: given the results by the engine's thread, an error too; it never waits. unwanted: the caller has left; any
@@ -70,20 +71,21 @@ class Job:
         self.computed = 0  # leading tokens whose keys and values are in the sequence
 
     @property
+    @abstractmethod
     def finished(self) -> bool:
-        raise NotImplementedError
+        """Whether nothing is to be computed any more."""
 
     def fail(self, error: BaseException) -> None:
         """End it by an error."""
         self.error = error
 
+    @abstractmethod
     def cancel(self) -> None:
         """End it as it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deliver(self) -> None:
         """Give the sink what it was not given yet."""
-        raise NotImplementedError
 
 
 class Request(Job):
@@ -209,9 +211,9 @@ class Score(Job):
     def finished(self) -> bool:
         return self.error is not None or self.computed == len(self.prompt)
 
+    @abstractmethod
     def take(self, logits: npt.NDArray[np.float32]) -> None:
         """The logits after the next tokens that were computed, [tokens, vocab]; they are another step's afterwards."""
-        raise NotImplementedError
 
     def cancel(self) -> None:
         self.fail(RequestError("scoring was cancelled"))

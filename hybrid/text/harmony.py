@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 
 from hybrid.core import ToolCall
-from hybrid.text.parts import Parts, Scanner, Voice
+from hybrid.text.parts import MarkedParser, Parts, Voice
 from hybrid.text.tool_parsers.dialect import new_id
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -22,26 +23,16 @@ _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _ENDS = (END, CALL, RETURN)
 
 
-class HarmonyParser:
+class HarmonyParser(MarkedParser):
     """Analysis is reasoning, what goes to a tool is a call, and the rest is said."""
 
     def __init__(self) -> None:
-        self._scanner = Scanner()
+        super().__init__()
         self._said, self._thought = Voice(), Voice(begins=True)
         self._header: str | None = ""  # None within a message
         self._channel = "final"
         self._tool = ""  # to which the message goes
         self._body = ""  # of a call
-
-    def push(self, piece: str) -> Parts:
-        self._scanner.push(piece)
-        parts = Parts()
-        while True:
-            text, mark = self._scanner.read(MARKS)
-            parts += self._take(text)
-            if not mark:
-                return parts
-            parts += self._turn(mark)
 
     def finish(self, whole: bool = True) -> Parts:
         parts = self._take(self._scanner.finish())
@@ -51,6 +42,9 @@ class HarmonyParser:
         if self._tool:
             return parts + self._call(whole)
         return parts + Parts(self._said.finish())
+
+    def _marks(self) -> Collection[str]:
+        return MARKS
 
     def _take(self, text: str) -> Parts:
         if self._header is not None:

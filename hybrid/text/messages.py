@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,14 @@ RARE_ROLES = ("function", "ipython", "document", "documents", "control", "observ
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names for the same; the first is the usual one
 _SAYS = ("content", "tool_calls", *REASONING_FIELDS)
 _MEDIA = ("image", "video", "audio", "file", "input_image", "input_audio", "input_file")
+
+
+class ChatOptions(TypedDict, total=False):
+    """What a chat template takes besides messages; `ChatTemplate.render` says what each of it means."""
+
+    tools: Sequence[Tool] | None
+    documents: Sequence[Document] | None
+    template_kwargs: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,6 +33,38 @@ class AnswerParser(Protocol):
     def finish(self, whole: bool = True) -> Parts:
         """The parts that were held back. whole: the model ended the answer, which was not cut."""
         ...
+
+
+class MarkedParser(ABC):
+    """An `AnswerParser` for answers with marks in them."""
+
+    def __init__(self) -> None:
+        self._scanner = Scanner()
+
+    def push(self, piece: str) -> Parts:
+        self._scanner.push(piece)
+        parts = Parts()
+        while True:
+            text, mark = self._scanner.read(self._marks())
+            parts += self._take(text)
+            if not mark:
+                return parts
+            parts += self._turn(mark)
+
+    @abstractmethod
+    def finish(self, whole: bool = True) -> Parts: ...
+
+    @abstractmethod
+    def _marks(self) -> Collection[str]:
+        """Those that mean something here."""
+
+    @abstractmethod
+    def _take(self, text: str) -> Parts:
+        """Text without marks."""
+
+    @abstractmethod
+    def _turn(self, mark: str) -> Parts:
+        """What a mark changes."""
 
 
 class Scanner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from hybrid.text.parts import Parts, Scanner, Voice
+from hybrid.text.parts import MarkedParser, Parts, Voice
 from hybrid.text.tool_parsers.dialect import Dialect, Tools
 
 _WRONG = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)  # of what no model should write
@@ -37,7 +37,7 @@ REASONING = (
 )
 
 
-class TaggedParser:
+class TaggedParser(MarkedParser):
     """For answers whose reasoning and calls stand between marks.
 
     opened: the prompt has begun the reasoning already. A block that is no call, or is not finished, is text: nothing
@@ -47,8 +47,8 @@ class TaggedParser:
     def __init__(
         self, reasoning: ReasoningMarks | None, dialect: Dialect | None, tools: Tools = (), opened: bool = False
     ) -> None:
+        super().__init__()
         self._reasoning, self._dialect, self._tools = reasoning, dialect, tools
-        self._scanner = Scanner()
         self._said, self._thought = Voice(), Voice(" \n\t\r", begins=True)
         self._thinking = opened and reasoning is not None
         self._block: str | None = None  # of a call that is being written
@@ -56,16 +56,6 @@ class TaggedParser:
         self._start: str | None = None  # white space before the first character, which may begin a bare call
         if dialect and dialect.bare and tools:
             self._start = ""
-
-    def push(self, piece: str) -> Parts:
-        self._scanner.push(piece)
-        parts = Parts()
-        while True:
-            text, mark = self._scanner.read(self._marks())
-            parts += self._take(text)
-            if not mark:
-                return parts
-            parts += self._turn(mark)
 
     def finish(self, whole: bool = True) -> Parts:
         parts = self._take(self._scanner.finish())
@@ -87,7 +77,6 @@ class TaggedParser:
         return blocks
 
     def _take(self, text: str) -> Parts:
-        """Text without marks."""
         if self._block is not None:
             self._block += text
             return Parts()
@@ -105,7 +94,6 @@ class TaggedParser:
         return Parts(self._said.say(text))
 
     def _turn(self, mark: str) -> Parts:
-        """What a mark changes."""
         if self._block is not None:
             self._block += mark
             return self._call()

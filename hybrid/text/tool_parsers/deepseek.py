@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, inner, new_call
+from hybrid.text.tool_parsers.dialect import Dialect, Tools, marked_calls, new_call
 
 BLOCKS = {"<｜tool▁calls▁begin｜>": "<｜tool▁calls▁end｜>"}
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -13,10 +13,7 @@ _FENCED = re.compile(r"\s*([^\n]+)\n```(?:json)?\n(.*?)\n?```\s*\Z", re.DOTALL)
 
 
 def parse(block: str, tools: Tools) -> list[ToolCall]:
-    calls = [_call(text.partition(END)[0]) for text in inner(block, BLOCKS).split(BEGIN)[1:]]
-    if not calls:
-        raise ValueError("no call")
-    return calls
+    return marked_calls(block, BLOCKS, BEGIN, END, _call)
 
 
 def _call(text: str) -> ToolCall:

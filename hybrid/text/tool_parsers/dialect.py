@@ -42,6 +42,16 @@ def inner(block: str, blocks: Mapping[str, str]) -> str:
     return block.removeprefix(opening).removesuffix(blocks.get(opening, ""))
 
 
+def marked_calls(
+    block: str, blocks: Mapping[str, str], begin: str, end: str, call: Callable[[str], ToolCall]
+) -> list[ToolCall]:
+    """Calls of which each stands between two marks of its own. Raises ValueError if there is none."""
+    calls = [call(text.partition(end)[0]) for text in inner(block, blocks).split(begin)[1:]]
+    if not calls:
+        raise ValueError("no call")
+    return calls
+
+
 def new_call(name: Any, arguments: Any, id: str | None = None) -> ToolCall:
     """A call whose arguments are an object, or JSON text of one. An id has nine characters, as Mistral wants it.
 
