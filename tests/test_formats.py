@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
-from hybrid.formats import FORMATS, FP8, MXFP4, fp8, int4, mxfp4
+from hybrid.formats import FORMATS, FP8, GROUPED, INT4, INT8, MXFP4, fp8, int4, mxfp4
 from hybrid.formats import packed as layout
+from hybrid.formats.grouped import exact_halves
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 
+FROM_MINIMUM = ("q4_1", "q5_1", "q4_k", "q5_k")
 SHAPES = [(1, 1), (16, 64), (17, 65), (40, 200), (130, 300), (144, 129), (3, 512)]
 HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880
     "bf16": (0, 2048, 0, 92160),
@@ -20,6 +24,14 @@ HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880
     "int4": (0, 576, 0, 25920),
     "fp8": (64, 1088, 128, 46208),
     "mxfp4": (64, 576, 1472, 24512),
+    "q8_0": (0, 1088, 0, 48960),
+    "q4_0": (0, 576, 0, 25920),
+    "q5_0": (0, 704, 0, 31680),
+    "q4_1": (0, 640, 0, 28800),
+    "q5_1": (0, 768, 0, 34560),
+    "q4_k": (64, 640, 768, 26688),
+    "q5_k": (64, 768, 768, 32448),
+    "q6_k": (64, 896, 768, 38208),
 }
 BF16, E4M3, E2M1 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 
@@ -69,32 +81,87 @@ def _e2m1(code: int) -> float:
     return -magnitude if code & 8 else magnitude
 
 
-_VALUE = {"bf16": _bf16_value, "int8": _int8_value, "int4": _int4_value, "fp8": _fp8_value, "mxfp4": _mxfp4_value}
+def _low_bits(codes: np.ndarray, column: int, i: int) -> int:
+    byte = int(codes[i // 8 * 64 + column * 4 + i % 4])
+    return byte >> 4 if i % 8 >= 4 else byte & 15
+
+
+def _five_bits(codes: np.ndarray, column: int, i: int) -> int:
+    """Of 64 inputs: two lines of fifth bits, eight of the lower four."""
+    high = int(codes[i // 32 * 64 + column * 4 + i % 4]) >> i % 32 // 4 & 1
+    return _low_bits(codes[128:], column, i) | high << 4
+
+
+def _six_bits(codes: np.ndarray, column: int, i: int) -> int:
+    """Of 64 inputs: four lines of upper two bits, eight of the lower four."""
+    high = int(codes[i // 16 * 64 + column * 4 + i % 4]) >> 2 * (i % 16 // 4) & 3
+    return _low_bits(codes[256:], column, i) | high << 4
+
+
+def _eight_bits(codes: np.ndarray, column: int, i: int) -> int:
+    return int(codes[i // 4 * 64 + column * 4 + i % 4])
+
+
+_GROUPED = {  # how codes are found, lines of scales before them, lines of both; what is taken off a code
+    "q8_0": (_eight_bits, 1, 17, 128), "q4_0": (_low_bits, 1, 9, 8), "q5_0": (_five_bits, 1, 11, 16),
+    "q4_1": (_low_bits, 2, 10, 0), "q5_1": (_five_bits, 2, 12, 0),
+    "q4_k": (_low_bits, 1, 9, 0), "q5_k": (_five_bits, 1, 11, 0), "q6_k": (_six_bits, 1, 13, 32),
+}  # fmt: skip
+
+
+def _grouped_value(format: str, block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    find, heads, lines, offset = _GROUPED[format]
+    header = -(-inputs // 256) * 64 if format.endswith("k") else 0
+    part, i, superblock = block[header + i // 64 * lines * 64 :][: lines * 64], i % 64, i // 256
+    q = np.float32(find(part[heads * 64 :], column, i) - offset)
+    if format in ("q4_1", "q5_1"):
+        scale, minimum = part[i // 32 * 64 :][:64].view(np.float16).reshape(2, 16)[:, column].astype(np.float32)
+        return np.float32(q * scale + minimum)
+    if not header:
+        return np.float32(q * np.float32(part[:64].view(np.float16).reshape(2, 16)[i // 32, column]))
+    d, dmin = block[superblock * 64 :][:64].view(np.float16).reshape(2, 16)[:, column].astype(np.float32)
+    if format == "q6_k":
+        return np.float32(d * np.float32(part[:64].view(np.int8).reshape(4, 16)[i // 16, column]) * q)
+    scale, minimum = part[:64].reshape(2, 2, 16)[i // 32, :, column].astype(np.float32)
+    return np.float32(d * scale * q - dmin * minimum)
+
+
+_VALUE = {
+    "bf16": _bf16_value, "int8": _int8_value, "int4": _int4_value, "fp8": _fp8_value, "mxfp4": _mxfp4_value,
+    **{name: partial(_grouped_value, name) for name in _GROUPED},
+}  # fmt: skip
+ALL = {**FORMATS, **GROUPED}
 
 
 def weights(n: int, k: int, dtype: str = "f4", seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((n, k)) * 0.05).astype(dtype)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_bytes_mean_what_the_layout_says(format: str, shape: tuple[int, int]) -> None:
     weight = weights(*shape)
-    packed = FORMATS[format].pack(weight)
-    assert packed.dtype == np.uint8 and packed.size == layout.packed_bytes(format, *shape)
+    kind, inputs = ALL[format], -(-shape[1] // 64) * 64
+    packed = kind.pack(weight)
+    assert packed.dtype == np.uint8 and packed.shape == (-(-shape[0] // 16), kind.block_bytes(inputs))
     expected = reference(format, packed, *shape)
-    found = FORMATS[format].unpack(packed, *shape)
+    found = kind.unpack(packed, *shape)
     assert found.dtype == np.float32 and (found == expected[: shape[0], : shape[1]]).all()
-    assert not expected[shape[0] :].any() and not expected[:, shape[1] :].any()
+    assert not expected[shape[0] :].any()
+    assert format in FROM_MINIMUM or not expected[:, shape[1] :].any()  # inputs that are not there are zeros
     assert np.linalg.norm(found - weight) <= 0.15 * np.linalg.norm(weight)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 def test_sizes_are_those_of_the_layout(format: str) -> None:
-    kind = FORMATS[format]
+    kind = ALL[format]
     sizes = [size(k) for k in (64, 2880) for size in (kind.header_bytes, kind.block_bytes)]
     assert tuple(sizes) == HEADER_AND_BLOCK[format]
-    assert kind.name == format and kind.integer == (format in ("int8", "int4"))
+    assert kind.name == format and kind.integer == (format not in ("bf16", "fp8", "mxfp4"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_expert_is_its_three_matrices(format: str) -> None:
     expert = layout.expert_bytes(format, 96, 40)
     assert expert == 2 * layout.packed_bytes(format, 40, 96) + layout.packed_bytes(format, 96, 40)
     assert layout.down_offset(format, 96, 40) == expert - layout.packed_bytes(format, 96, 40)
@@ -117,26 +184,35 @@ def test_padding_has_the_bytes_of_the_layout(format: str) -> None:
     assert int((lines != line).sum()) == {"int4": 33, "mxfp4": 33}.get(format, 65)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 def test_zeros_stay_zeros_and_nothing_overflows(format: str) -> None:
-    kind = FORMATS[format]
+    kind = ALL[format]
     assert not kind.unpack(kind.pack(np.zeros((20, 100), "f4")), 20, 100).any()
-    for size in (1e-44, 1e-38, 1e-30, 1e30, 1e38, -1e38):
+    halves = format in GROUPED
+    for size in (1e-6, 1e-3, 3e4, -1e4) if halves else (1e-44, 1e-38, 1e-30, 1e30, 1e38, -1e38):
         weight = np.full((20, 100), size, np.float32)
         weight[3, 5] = 0
         packed = kind.pack(weight)
         assert kind.all_finite(packed, 128)
         found = kind.unpack(packed, 20, 100)
-        assert np.isfinite(found).all() and found[3, 5] == 0
-        if abs(size) > 1e-36:
-            assert np.allclose(found, weight, rtol=0.26)
+        assert np.isfinite(found).all() and (format in FROM_MINIMUM or found[3, 5] == 0)
+        if abs(size) > (1e-4 if halves else 1e-36):
+            assert np.allclose(found, weight, rtol=0.26, atol=0.1 * abs(size) if format in FROM_MINIMUM else 0)
+
+
+@pytest.mark.parametrize("format", GROUPED)
+def test_weights_beyond_what_scales_of_fp16_hold_are_refused(format: str) -> None:
+    weight = np.ones((16, 64), np.float32)
+    weight[3, 5] = -1e10
+    with pytest.raises(ValueError, match="fp16 holds 65504 at most"):
+        GROUPED[format].pack(weight)
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", BF16])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 def test_every_dtype_is_quantised_from_its_own_values(format: str, dtype: np.dtype) -> None:
     weight = weights(48, 192, dtype)
-    assert (FORMATS[format].pack(weight) == FORMATS[format].pack(weight.astype("f4"))).all()
+    assert (ALL[format].pack(weight) == ALL[format].pack(weight.astype("f4"))).all()
 
 
 def test_int8_is_within_half_a_step_of_every_column() -> None:
@@ -216,6 +292,83 @@ def test_published_mxfp4_is_packed_as_it_is() -> None:
     assert (mxfp4.decode(blocks, scales) == values.reshape(50, 96)).all()
 
 
+def _published_groups(format: str, n: int, k: int) -> tuple[np.ndarray, ...]:
+    """Codes and scales of every kind, from the whole of what they may be."""
+    random, bits = np.random.default_rng(1), GROUPED[format].bits
+    codes = random.integers(0, 1 << bits, (n, k), np.uint8)
+
+    def halves(group: int) -> np.ndarray:
+        return random.uniform(-2, 2, (n, -(-k // group))).astype(np.float16)
+
+    if format.endswith("k"):
+        if bits == 6:
+            return codes, halves(256), random.integers(-128, 128, (n, -(-k // 16)), np.int8)
+        small = (random.integers(0, 64, (n, -(-k // 32)), np.uint8) for _ in range(2))
+        return codes, halves(256), halves(256), *small
+    return codes.view(np.int8) if bits == 8 else codes, *(halves(32) for _ in range(1 + (format in FROM_MINIMUM)))
+
+
+@pytest.mark.parametrize("format", GROUPED)
+@pytest.mark.parametrize("shape", [(17, 96), (5, 288)], ids=str)
+def test_published_groups_are_packed_as_they_are(format: str, shape: tuple[int, int]) -> None:
+    kind, (n, k) = GROUPED[format], shape
+    published = _published_groups(format, n, k)
+    values = kind.decode(*published)
+    packed = kind.pack_blocks(*published)
+    assert values.shape == shape and (kind.unpack(packed, n, k) == values).all()
+    padded = reference(format, packed, n, k)
+    assert (padded[:n, :k] == values).all() and not padded[n:].any() and not padded[:, -(-k // 256) * 256 :].any()
+
+
+def test_groups_are_decoded_as_the_gguf_package_does() -> None:
+    """Values of gguf.quants.dequantize 0.19 of one superblock with these codes and scales, at five inputs."""
+    codes = (np.arange(256, dtype=np.uint8) * 7).reshape(1, 256)
+    half, small = np.float16(0.0371), np.arange(8, dtype=np.uint8).reshape(1, 8) * 9
+    d, m = np.full((1, 1), half), np.full((1, 1), np.float16(-0.217))
+    s32, m32 = np.repeat(d, 8, axis=1), np.repeat(m, 8, axis=1)
+    signed = (np.arange(16, dtype=np.int8).reshape(1, 16) - 8) * 16
+    published = {
+        "q8_0": (codes.view(np.int8), s32), "q4_0": (codes & 15, s32), "q5_0": (codes & 31, s32),
+        "q4_1": (codes & 15, s32, m32), "q5_1": (codes & 31, s32, m32),
+        "q4_k": (codes & 15, d, m, small, 63 - small), "q5_k": (codes & 31, d, m, small, 63 - small),
+        "q6_k": (codes & 63, d, signed),
+    }  # fmt: skip
+    for format, arrays in published.items():
+        found = GROUPED[format].decode(*arrays)[0, [1, 40, 100, 200, 255]]
+        assert found.view(np.uint32).tolist() == GGUF_VALUES[format], format
+
+
+GGUF_VALUES = {
+    "q8_0": [1048903680, 1063518208, 3223420928, 1083080704, 3196387328],
+    "q4_0": [3172466688, 0, 1041760256, 0, 1024983040],
+    "q5_0": [3198877696, 1050148864, 1055129600, 1050148864, 1051394048],
+    "q4_1": [1026490368, 1034125312, 1047117824, 1034125312, 1039106048],
+    "q5_1": [1026490368, 1059876864, 1062367232, 1059876864, 1060499456],
+    "q4_k": [1096468224, 1097221632, 1100919296, 1099948160, 1101550592],
+    "q5_k": [1096468224, 1100866304, 1108310272, 1112027200, 1114229248],
+    "q6_k": [1122861056, 1105461248, 3255107584, 1113849856, 1120915456],
+}
+
+
+def test_published_int4_and_int8_are_packed_as_they_are() -> None:
+    random = np.random.default_rng(0)
+    codes, scales = random.integers(0, 16, (50, 96), np.uint8), random.uniform(-1, 1, (50, 3)).astype(BF16)
+    values = (codes.astype("f4") - 8) * scales.astype("f4").repeat(32, axis=1)
+    assert (INT4.unpack(INT4.pack_blocks(codes, scales), 50, 96) == values).all()
+    assert (reference("int4", INT4.pack_blocks(codes, scales), 50, 96)[:50, :96] == values).all()
+    signed, one = random.integers(-128, 128, (50, 96), np.int8), random.uniform(0, 1, 50).astype("f4")
+    assert (INT8.unpack(INT8.pack_blocks(signed, one), 50, 96) == signed * one[:, None]).all()
+    assert (reference("int8", INT8.pack_blocks(signed, one), 50, 96)[:50, :96] == signed * one[:, None]).all()
+
+
+def test_scales_are_taken_into_fp16_only_if_it_holds_them() -> None:
+    scales = np.array([[0.5, 2**-17, -3.0]], BF16)
+    assert exact_halves(scales).astype("f4").tolist() == scales.astype("f4").tolist()
+    for wrong in (1e-9, 1e9, np.inf * 0):
+        with pytest.raises(ValueError, match="which fp16 does not hold exactly"):
+            exact_halves(np.array([[1, wrong]], BF16))
+
+
 def test_mxfp4_takes_the_better_of_two_exponents() -> None:
     groups = (np.random.default_rng(1).standard_normal((32, 4000)) * 3).astype("f4")
     exponents, codes = mxfp4.quantise(groups)
@@ -235,12 +388,17 @@ def _ocp(groups: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     return (scaled.astype(E2M1).astype("f4") * 2.0 ** (exponents - 127.0)).astype(np.float32)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 def test_what_is_not_finite_is_found_in_packed_bytes(format: str) -> None:
-    kind = FORMATS[format]
+    kind = ALL[format]
     packed = kind.pack(weights(32, 128))
     assert kind.all_finite(packed, 128)
-    nan = {"bf16": [0x80, 0x7F], "int8": [0, 0, 0x80, 0x7F], "int4": [0x80, 0x7F], "fp8": [0, 0, 0xC0, 0x7F]}
+    nan = dict.fromkeys(GROUPED, [0, 0x7E]) | {
+        "bf16": [0x80, 0x7F],
+        "int8": [0, 0, 0x80, 0x7F],
+        "int4": [0x80, 0x7F],
+        "fp8": [0, 0, 0xC0, 0x7F],
+    }
     bad = nan.get(format, [255])
     packed[1, : len(bad)] = bad
     assert not kind.all_finite(packed, 128)

@@ -46,14 +46,27 @@ class Int4:
         return inputs // K_ALIGN * PART
 
     def pack(self, weight: Array) -> Bytes:
-        values = by_group(weight)
-        scales, codes = quantise(values)
-        nibbles = codes.astype(np.uint8).reshape(4, 2, 4, *values.shape[1:])
+        scales, codes = quantise(by_group(weight))
+        return self._join(scales.astype(ml_dtypes.bfloat16), codes)
+
+    def pack_blocks(self, codes: Bytes, scales: Array) -> Bytes:
+        """Published codes as they are: uint8 [n, k] of q + 8, and scales bf16 [n, ceil(k / 32)]."""
+        (n, k), groups = codes.shape, round_up(codes.shape[1], K_ALIGN) // GROUP
+        filled = np.full((round_up(n, BLOCK), groups * GROUP), -LOWEST, np.uint8)
+        filled[:n, :k] = codes
+        wide = np.zeros((len(filled), groups), ml_dtypes.bfloat16)
+        wide[:n, : scales.shape[1]] = scales
+        grouped = filled.reshape(-1, BLOCK, groups, GROUP).transpose(3, 0, 2, 1)
+        return self._join(np.ascontiguousarray(wide.reshape(-1, BLOCK, groups).transpose(0, 2, 1)), grouped)
+
+    def _join(self, scales: Array, codes: Array) -> Bytes:
+        """Blocks of scales bf16 [blocks, K / 32, 16] and codes q + 8 [32, blocks, K / 32, 16]."""
+        nibbles = codes.astype(np.uint8).reshape(4, 2, 4, *scales.shape)
         # The four bytes of a column are joined to a word before they move, which is several times faster.
         pairs = (nibbles[:, 0] | nibbles[:, 1] << 4).astype(np.uint32)
         lines = pairs[:, 0] | pairs[:, 1] << 8 | pairs[:, 2] << 16 | pairs[:, 3] << 24
         parts = (len(scales), -1, K_ALIGN // GROUP * BLOCK)
-        stored = scales.astype(ml_dtypes.bfloat16).reshape(parts).view(np.uint8)
+        stored = scales.reshape(parts).view(np.uint8)
         codes_by_part = np.ascontiguousarray(lines.transpose(1, 2, 0, 3)).reshape(*stored.shape[:2], -1).view(np.uint8)
         return np.concatenate([stored, codes_by_part], axis=2).reshape(len(scales), -1)
 

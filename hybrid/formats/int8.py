@@ -15,6 +15,7 @@ from hybrid.formats.block import (
     in_blocks,
     interleaved,
     joined,
+    padded,
     padded_floats,
     round_up,
     separated,
@@ -46,6 +47,12 @@ class Int8:
         np.clip(codes, -LARGEST, LARGEST, out=codes)  # a denormal scale is too coarse to keep to the bound by itself
         codes += OFFSET
         return joined(scales.reshape(-1, BLOCK), interleaved(codes.astype(np.uint8), 4))
+
+    def pack_blocks(self, codes: Array, scales: Floats) -> Bytes:
+        """Published codes as they are: int8 [n, k], and a scale float32 [n] of each row."""
+        wide = np.zeros(round_up(len(scales), BLOCK), np.float32)
+        wide[: len(scales)] = scales
+        return joined(wide.reshape(-1, BLOCK), interleaved(padded(codes).view(np.uint8) ^ np.uint8(OFFSET), 4))
 
     def unpack(self, packed: Array, n: int, k: int) -> Floats:
         inputs = round_up(k, K_ALIGN)
