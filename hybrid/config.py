@@ -152,7 +152,7 @@ class EngineConfig:
 
     model_path: Path | None = setting(
         None,
-        "Model directory, packed store, or a repository of the Hugging Face hub (org/name).",
+        "Model directory, GGUF file, packed store, or a repository of the Hugging Face hub (org/name).",
         shown="embedded model",
         group="model",
     )

@@ -59,7 +59,9 @@ class FitOptions:
 
 @command(app)
 def fit(
-    model: Annotated[Path, typer.Argument(help="A config.json, a model directory, a packed store, or org/name.")],
+    model: Annotated[
+        Path, typer.Argument(help="A config.json, a model directory, a GGUF file, a packed store, or org/name.")
+    ],
     config: Annotated[EngineConfig, only("kv_format", "max_seq_len")],
     options: FitOptions,
 ) -> None:
@@ -84,10 +86,11 @@ def fit(
 def read_model(path: Path) -> tuple[dict[str, Any], FormatMix]:
     """The contents of a config.json, and the mix of formats that the model is published in."""
     from hybrid.files import read_json_object
+    from hybrid.files.gguf import is_gguf
     from hybrid.weights.checkpoints.published import native_mix
     from hybrid.weights.pack import describe
 
-    if path.is_dir() or not path.exists():
+    if path.is_dir() or is_gguf(path) or not path.exists():
         return describe(path)
     config = read_json_object(path)
     return config, native_mix(config)

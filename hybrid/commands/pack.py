@@ -25,7 +25,9 @@ class PackOptions:
     COMMAND: ClassVar[str] = "pack"
     GROUP: ClassVar[str] = "model"
 
-    input_path: Path = required("The model: a directory with config.json and safetensors, or org/name.", metavar="DIR")
+    input_path: Path = required(
+        "The model: a directory with config.json and safetensors, a GGUF file, or org/name.", metavar="DIR"
+    )
     output_path: Path = required("The store, new or empty.", metavar="DIR")
     hf: bool = setting(False, "The input is a Hugging Face directory (always so).")
     format: str = setting("auto", _FORMAT_HELP, metavar="MIX")
@@ -44,11 +46,11 @@ def pack(options: PackOptions) -> None:
 def _pack(options: PackOptions) -> bool:
     """Whether there was anything to do."""
     from hybrid.formats.mix import parse_mix
-    from hybrid.weights.checkpoints.huggingface import Checkpoint
+    from hybrid.weights.checkpoints.opening import open_checkpoint
     from hybrid.weights.hub import local_model
     from hybrid.weights.pack import pack
 
     with progress_bar() as progress:
-        checkpoint = Checkpoint.open(local_model(options.input_path, progress))
+        checkpoint = open_checkpoint(local_model(options.input_path, progress))
         mix = parse_mix(options.format, checkpoint.native)
         return pack(checkpoint, options.output_path, mix, progress, options.check, options.force, say)

@@ -71,9 +71,11 @@ def _window(config: EngineConfig, options: PerplexityOptions) -> int:
     from hybrid.models import model_spec
     from hybrid.plan.resolve import EMBEDDED_MODEL
     from hybrid.serving.perplexity import WINDOW
+    from hybrid.weights.hub import with_local_model
     from hybrid.weights.pack import model_config
 
-    limit = model_spec(model_config(config.model_path or EMBEDDED_MODEL)).max_position
+    path = with_local_model(config, only_config=True).model_path or EMBEDDED_MODEL
+    limit = model_spec(model_config(path)).max_position
     window = min(WINDOW, limit) if options.window is None else options.window
     if window > limit:
         raise ConfigError(f"--window {window} is longer than the model's context of {limit} tokens; lower it")

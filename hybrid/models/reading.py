@@ -63,6 +63,15 @@ class Fields:
             raise self._bad(name, value, "a list of integers")
         return value
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers above 0."""
+        name, value = self._read((name,), None, "a list of numbers")
+        if not isinstance(value, list) or not all(
+            isinstance(item, int | float) and not isinstance(item, bool) and 0 < item <= _LARGEST for item in value
+        ):
+            raise self._bad(name, value, "a list of numbers above 0")
+        return [float(item) for item in value]
+
     def choices(self, name: str, *, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
         """A list as long as `default` of `allowed` words."""
         wanted = f"a list of {len(default)} of {', '.join(allowed)}"

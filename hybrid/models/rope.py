@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "factors"]
 
 _MANY_TURNS = 1e300  # infinity has no nearest dimension
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
@@ -112,6 +112,10 @@ def _read_factor(scaling: Fields) -> dict[str, Any]:
     return {"factor": scaling.number("factor")}
 
 
+def _read_factors(scaling: Fields) -> dict[str, Any]:
+    return {"factors": tuple(scaling.numbers("factors"))}
+
+
 def _read_llama3(scaling: Fields) -> dict[str, Any]:
     low = scaling.number("low_freq_factor")
     high = scaling.number("high_freq_factor", above=low)
@@ -130,6 +134,16 @@ def _default(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array
 
 def _linear(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
     return 1 / periods / np.float32(p["factor"]), 1.0
+
+
+def _factors(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    """Each frequency is divided by its own factor, as GGUF files tell them."""
+    factors = np.array(p["factors"], np.float32)
+    if factors.shape != periods.shape:
+        raise ConfigError(
+            f"rope type 'factors' has {factors.size} factors, {rope.dim} dimensions turn: it must have one for two"
+        )
+    return 1 / (periods * factors), 1.0
 
 
 def _llama3(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
@@ -181,4 +195,5 @@ _KINDS: dict[str, tuple[_Reader, _Scaler]] = {
     "linear": (_read_factor, _linear),
     "llama3": (_read_llama3, _llama3),
     "yarn": (_read_yarn, _yarn),
+    "factors": (_read_factors, _factors),
 }

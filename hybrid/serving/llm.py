@@ -15,6 +15,8 @@ import numpy.typing as npt
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import Completion, SamplingParams, TokenLogprob
 from hybrid.engine.engine import Engine
+from hybrid.files import is_file
+from hybrid.files.gguf import is_gguf
 from hybrid.plan.resolve import EMBEDDED_MODEL
 from hybrid.serving.arguments import Arguments, configure, named_as_arguments, signed_by
 from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
@@ -27,7 +29,8 @@ from hybrid.serving.trace import record_trace
 from hybrid.settings import named_as_given
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate, load_template
-from hybrid.text.convert import needs_conversion
+from hybrid.text.convert import CONVERTED, needs_conversion
+from hybrid.text.gguf_texts import text_files
 from hybrid.text.messages import ChatInput, ChatOptions, Message
 from hybrid.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 from hybrid.weights.hub import with_local_model
@@ -356,6 +359,10 @@ def _read_texts(
     path: Path, config: EngineConfig, store_path: Path | None = None
 ) -> tuple[Tokenizer | None, frozenset[int], ChatTemplate | None, AnswerFormat]:
     """What a model directory says of texts: tokenizer, ends, chat template, and how answers are written."""
+    if store_path and is_gguf(path):
+        if not is_file(store_path / CONVERTED):
+            text_files(path)  # says what is wrong with them
+        path = store_path
     tokenizer, template = load_tokenizer(path, store_path), load_template(path)
     source, tokens = template.sources if template else "", tokenizer.added if tokenizer else ()
     answers = choose_format(source, tokens, config.reasoning_parser, config.tool_parser)

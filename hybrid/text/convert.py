@@ -1,4 +1,6 @@
-"""Tokenizers of models that have no tokenizer.json: their files are converted once, by `transformers`."""
+"""Tokenizers of models that have no tokenizer.json: their files are converted once, by `transformers`; those in GGUF
+files, by ourselves.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ from pathlib import Path
 
 from hybrid.errors import ConfigError
 from hybrid.files import is_file
+from hybrid.files.gguf import is_gguf
+from hybrid.text.gguf_texts import TOKENIZER
 
-CONVERTED = "tokenizer.json"
+CONVERTED = TOKENIZER
 EXTRA = "pip install 'hybrid-moe[convert]'"
 _PROGRAM = Path(__file__).with_name("convert_process.py")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -22,7 +26,9 @@ _PATIENCE = 1800  # seconds
 
 
 def needs_conversion(model_path: Path) -> bool:
-    """Whether a model directory has files of a tokenizer, but no tokenizer.json."""
+    """Whether a model directory has files of a tokenizer, but no tokenizer.json; a GGUF file counts as one."""
+    if is_gguf(model_path):
+        return True
     return not is_file(model_path / CONVERTED) and bool(_found(model_path, _all()))
 
 

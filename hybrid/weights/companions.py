@@ -9,7 +9,9 @@ from pathlib import Path
 
 from hybrid.errors import ConfigError
 from hybrid.files import atomic_file, input_file, is_file
+from hybrid.files.gguf import is_gguf
 from hybrid.text.convert import CONVERTED, convert_tokenizer, needs_conversion
+from hybrid.text.gguf_texts import text_files
 from hybrid.weights.shard import SHARD
 
 # By name, because what else a checkpoint has or links to is nobody's business.
@@ -26,8 +28,11 @@ def copy_companions(source: Path, output: Path, notice: Callable[[str], None]) -
 
     A link is followed within the checkpoint, or to a blob of the cache of the hub that it lies in. Where it leads
     elsewhere, `notice` is told that the file is not copied. Tokenizer files without a tokenizer.json are converted to
-    one; where that fails, `notice` is told. Raises WeightsError and CapacityError.
+    one; where that fails, `notice` is told. What a GGUF file says of texts becomes files. Raises WeightsError and
+    CapacityError.
     """
+    if is_gguf(source):
+        return _write_texts(source, output, notice)
     for original in _companions(source):
         copy = output / original.relative_to(source)
         if not _is_inside(original, source):
@@ -51,6 +56,22 @@ def _convert(source: Path, output: Path, notice: Callable[[str], None]) -> None:
     with atomic_file(target) as file:
         file.write(converted)
     os.utime(target, ns=(time, time))
+
+
+def _write_texts(source: Path, output: Path, notice: Callable[[str], None]) -> None:
+    """As old as the GGUF file that they are made of."""
+    time = source.stat().st_mtime_ns
+    if is_file(output / CONVERTED) and (output / CONVERTED).stat().st_mtime_ns == time:
+        return
+    try:
+        files = text_files(source)
+    except ConfigError as error:
+        notice(f"note: the store has no {CONVERTED}: {error}")
+        return
+    for name, content in reversed(files.items()):  # tokenizer.json last
+        with atomic_file(output / name) as file:
+            file.write(content)
+        os.utime(output / name, ns=(time, time))
 
 
 def _companions(source: Path) -> Iterator[Path]:

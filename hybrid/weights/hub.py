@@ -15,6 +15,11 @@ from typing import Any, NoReturn
 
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
+from hybrid.files import is_file
+from hybrid.files.gguf import is_gguf
+from hybrid.weights.checkpoints.files import has_weights
+from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in
+from hybrid.weights.manifest import MANIFEST
 
 Progress = Callable[[str, int, int], None]
 
@@ -59,13 +64,25 @@ def with_local_model(config: EngineConfig, progress: Progress | None = None, onl
 
 
 def local_model(path: Path, progress: Progress | None = None, only_config: bool = False) -> Path:
-    """The directory of a model: `path` itself, or that of the repository which it names, fetched if it is not here.
+    """The directory of a model, or its GGUF file: `path` itself, the only GGUF file in a directory without other
+    weights, or the directory of the repository which it names, fetched if it is not here.
 
     only_config: without weights and tokenizer. A directory that is here wins over a repository of that name. Raises
     ConfigError and WeightsError; a path that is neither is given back, for its reader to refuse.
     """
-    repository = None if os.path.exists(path) else parse_name(str(path))
+    if os.path.exists(path):
+        return _gguf_file(path)
+    repository = parse_name(str(path))
     return path if repository is None else _fetch(repository, progress, only_config)
+
+
+def _gguf_file(path: Path) -> Path:
+    """Of a GGUF model the first file; any other path as it is."""
+    if is_gguf(path):
+        return gguf_files(path)[0]
+    if path.is_dir() and not has_weights(path) and not is_file(path / MANIFEST):
+        return gguf_in(path) or path
+    return path
 
 
 def parse_name(text: str) -> Repository | None:

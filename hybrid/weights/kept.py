@@ -107,7 +107,7 @@ def _why_useless(manifest: Manifest) -> str:
     if not manifest.origin:
         return OLDER
     try:
-        if not source.is_dir() or not has_weights(source):
+        if not has_weights(source):
             return GONE
         changed = may_read_weights(source) and source_fingerprint(source) != manifest.source
     except (OSError, ValueError, HybridError):

@@ -17,11 +17,13 @@ import numpy as np
 
 from hybrid.errors import CapacityError, ConfigError, WeightsError
 from hybrid.files import atomic_file, disk_errors, is_file
+from hybrid.files.gguf import is_gguf
 from hybrid.formats.mix import FormatMix, parse_mix
 from hybrid.formats.packed import LAYOUT_VERSION
 from hybrid.models.tensors import StoreTensor
 from hybrid.weights.checkpoints.files import has_weights, may_read_weights
-from hybrid.weights.checkpoints.huggingface import Checkpoint, describe_checkpoint
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.opening import describe_checkpoint, open_checkpoint
 from hybrid.weights.companions import copy_companions
 from hybrid.weights.content import Content
 from hybrid.weights.kept import note_use
@@ -86,7 +88,7 @@ def cached_store(
             copy_companions(path, target, lambda line: None)
         note_use(target, path)
         return Store.open(target, check)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     _require_writable(target.parent)
     if notice:
         notice(f"packing {path} into {target}; this is done once, later starts map it")
@@ -154,7 +156,7 @@ def _cached_path(path: Path, cache_dir: Path, mix: FormatMix) -> Path:
     """Where the store of a checkpoint is or is to be: found by its key alone, because a model may be renamed."""
     key = hashlib.sha256(f"{source_fingerprint(path)} {mix} {LAYOUT_VERSION}".encode()).hexdigest()[:_KEY_LETTERS]
     found = (place for place in sorted(cache_dir.glob(f"*-{key}")) if is_store(place))
-    return next(found, cache_dir / f"{_label(path.resolve())}-{key}")
+    return next(found, cache_dir / f"{_label(path)}-{key}")
 
 
 def _store_of_place(path: Path, cache_dir: Path, config: dict[str, Any], mix: FormatMix) -> Path | None:
@@ -169,7 +171,8 @@ def _store_of_place(path: Path, cache_dir: Path, config: dict[str, Any], mix: Fo
 
 
 def _label(path: Path) -> str:
-    """The name of a model: of its folder, or of its repository in the cache of the hub."""
+    """The name of a model: of its file or folder, or of its repository in the cache of the hub."""
+    path = path.absolute() if is_gguf(path) else path.resolve()
     name = path.parent.parent.name.removeprefix("models--") if path.parent.name == "snapshots" else path.name
     return os.fsencode(name)[:_LABEL_BYTES].decode(errors="ignore") or "model"
 

@@ -7,8 +7,9 @@ import os
 import random
 from pathlib import Path
 
-from hybrid.files import MODEL_FILE, input_descriptor, is_file, read_file
-from hybrid.weights.checkpoints.files import CONFIG, INDEX, SINGLE, weight_files
+from hybrid.files import MODEL_FILE, input_descriptor, read_file
+from hybrid.files.gguf import is_gguf, read_gguf_header
+from hybrid.weights.checkpoints.files import config_files, weight_files
 from hybrid.weights.shard import SHARD, header_end
 
 READ_WHOLE = 64 << 20  # bytes of all weights; up to here they are read to the last, in less than a tenth of a second
@@ -26,17 +27,16 @@ def source_fingerprint(path: Path) -> str:
     checkpoint that was changed in place. Raises WeightsError.
     """
     digest = hashlib.sha256()
-    plain = [path / CONFIG] if is_file(path / SINGLE) else [path / CONFIG, path / INDEX]
     weights = weight_files(path)
     total = sum(file.stat().st_size for file in weights)
-    for file in plain:
+    for file in config_files(path):
         digest.update(_name(file) + read_file(file, MODEL_FILE))
     for file in weights:
         with input_descriptor(file, SHARD) as opened:
             status = os.fstat(opened)
             digest.update(_name(file, f"{status.st_size} {status.st_mtime_ns}".encode()))
             whole = total <= READ_WHOLE
-            for start, end in _everything(status.st_size) if whole else _samples(opened, status.st_size, total):
+            for start, end in _everything(status.st_size) if whole else _samples(file, opened, status.st_size, total):
                 digest.update(os.pread(opened, end - start, start))
     return digest.hexdigest()
 
@@ -47,7 +47,9 @@ def source_place(path: Path) -> str:
     For those who may not read the weights of a model, only the store that somebody else has packed. It is no
     substitute for the above: a copy, a restart of a container or a change of owner gives another place.
     """
-    digest = hashlib.sha256(read_file(path / CONFIG, MODEL_FILE))
+    digest = hashlib.sha256()
+    for file in config_files(path)[:1]:
+        digest.update(read_file(file, MODEL_FILE))
     for file in weight_files(path):
         status, target = file.stat(), os.fsencode(file.resolve())
         digest.update(b"%s\0%d %d %d\0" % (target, status.st_ino, status.st_size, status.st_ctime_ns))
@@ -62,12 +64,12 @@ def _everything(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
 
 
-def _samples(descriptor: int, size: int, total: int) -> list[tuple[int, int]]:
+def _samples(file: Path, descriptor: int, size: int, total: int) -> list[tuple[int, int]]:
     """The header of a file and pages of its data, which the system is told of so that it reads many at once.
 
     They lie apart by chance: with equal distances the same rows of each layer might be looked at.
     """
-    first = header_end(os.pread(descriptor, 8, 0), size)
+    first = read_gguf_header(file).end if is_gguf(file) else header_end(os.pread(descriptor, 8, 0), size)
     chance, count = random.Random(size), max(1, SAMPLES * size // total)
     step = (size - first) / count
     places = [first + int((index + chance.random()) * step) for index in range(count)]

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: config.json, and the safetensors files that hold its tensors."""
+"""The files of a checkpoint: config.json and the safetensors files that hold its tensors, or GGUF files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from hybrid.errors import WeightsError
 from hybrid.files import is_file, read_json_object
+from hybrid.files.gguf import is_gguf
+from hybrid.weights.checkpoints.gguf_files import gguf_files
 from hybrid.weights.shard import Entry, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +27,9 @@ def read_config(path: Path) -> dict[str, Any]:
                 "or a repository as org/name"
             )
         if not path.is_dir():
-            raise WeightsError(f"{path}: is not a directory; give the directory of a model, with its config.json")
+            raise WeightsError(
+                f"{path}: is not a directory and no GGUF file; give the directory of a model, with its config.json"
+            )
         empty = not any(path.iterdir())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -39,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def has_weights(path: Path) -> bool:
     """Whether there are tensors here, or only a config.json."""
-    return is_file(path / SINGLE) or is_file(path / INDEX)
+    return is_gguf(path) or is_file(path / SINGLE) or is_file(path / INDEX)
 
 
 def may_read_weights(path: Path) -> bool:
@@ -47,8 +51,17 @@ def may_read_weights(path: Path) -> bool:
     return has_weights(path) and all(os.access(file, os.R_OK, effective_ids=True) for file in weight_files(path))
 
 
+def config_files(path: Path) -> list[Path]:
+    """The files beside the tensors that say what they are."""
+    if is_gguf(path):
+        return []
+    return [path / CONFIG] if is_file(path / SINGLE) else [path / CONFIG, path / INDEX]
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the tensors, sorted. Raises `WeightsError` if one is missing."""
+    if is_gguf(path):
+        return gguf_files(path)
     return [path / SINGLE] if is_file(path / SINGLE) else _shards(path, _read_index(path))
 
 

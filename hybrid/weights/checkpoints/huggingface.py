@@ -144,7 +144,7 @@ class Checkpoint:
         return self.entries[name]
 
 
-def describe_checkpoint(path: Path) -> tuple[dict[str, Any], FormatMix]:
+def describe_huggingface(path: Path) -> tuple[dict[str, Any], FormatMix]:
     """Contents of config.json as `Checkpoint.config` has them, and `Checkpoint.native`; of config.json alone where no
     weights are, or none that may be read. Headers are read only if something depends on them.
     """

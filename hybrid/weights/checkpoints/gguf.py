@@ -1,0 +1,165 @@
+"""A GGUF file, or its splits, as a checkpoint."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid.errors import ConfigError, WeightsError
+from hybrid.files.gguf import is_gguf
+from hybrid.formats.block import Array, Bytes
+from hybrid.formats.mix import MIXES, FormatMix
+from hybrid.models import model_spec
+from hybrid.models.spec import ModelSpec
+from hybrid.weights.checkpoints.gguf_blocks import READABLE, row_bytes, values
+from hybrid.weights.checkpoints.gguf_config import ROPE_FACTORS, gguf_config
+from hybrid.weights.checkpoints.gguf_files import Gguf, gguf_files, read_gguf
+from hybrid.weights.checkpoints.gguf_names import apart, permuted_heads, with_gguf_names
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.matrices import Source
+from hybrid.weights.shard import Entry
+
+__all__ = ["GgufCheckpoint", "describe_gguf", "gguf_files", "is_gguf"]
+
+
+@dataclass(frozen=True)
+class GgufSource(Source):
+    """Rows of blocks of a GGUF type. heads: how many heads the rows of the whole tensor belong to, if the two halves of
+    each lie in turn; they are read in their order then.
+    """
+
+    heads: int = 0
+
+    def floats(self, start: int, stop: int) -> Array:
+        return values(self.entry.dtype, self._rows(start, stop))
+
+    def _rows(self, start: int, stop: int) -> Bytes:
+        size = row_bytes(self.entry.dtype, self.columns)
+        if not self.heads:
+            return self._read(size, start, stop)
+        places = _stored_rows(np.arange(self.start + start, self.start + stop), self.entry.shape[0] // self.heads)
+        first = int(places.min())
+        everything = replace(self, start=0, count=self.entry.shape[0], heads=0)
+        return np.ascontiguousarray(everything._read(size, first, int(places.max()) + 1)[places - first])
+
+
+def _stored_rows(rows: Array, dim: int) -> Array:
+    """Where rows of heads of `dim` lie: row i of the first half of a head at 2i, of the second at 2i + 1."""
+    heads, places = np.divmod(rows, dim)
+    halves, pairs = np.divmod(places, dim // 2)
+    stored: Array = heads * dim + 2 * pairs + halves
+    return stored
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """An opened GGUF model. Its names are those of GGUF files, with the experts apart. heads: of the tensors whose rows
+    are permuted. blocks: the number of layers with those that predict further tokens.
+    """
+
+    heads: Mapping[str, int] = field(default_factory=dict)
+    blocks: int = 0
+
+    @classmethod
+    def open(cls, path: Path) -> GgufCheckpoint:
+        """Read the headers of all files of a model. Raises `ConfigError` and `WeightsError`; see also `check`."""
+        model = read_gguf(Path(path))
+        config, plain = _config_and_spec(model)
+        architecture = str(model.metadata["general.architecture"])
+        spec = with_gguf_names(plain, architecture)
+        entries = _shaped(spec, apart(spec, model.tensors))
+        heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
+        return cls(model.path, config, spec, _native(spec, entries), entries, "apart", heads, blocks)
+
+    def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
+        """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
+        entry = self._entry(name)
+        _require_readable(name, entry)
+        return GgufSource(name, entry, start, count, step, heads=self.heads.get(name, 0))
+
+    def read(self, name: str) -> Array:
+        """The whole tensor, as floats. A row of biases counts as a column, whose rows may be permuted."""
+        entry = self._entry(name)
+        _require_readable(name, entry)
+        if name in self.heads and len(entry.shape) == 1:
+            column = replace(entry, shape=(*entry.shape, 1))
+            return GgufSource(name, column, 0, entry.shape[0], heads=self.heads[name]).floats(0, entry.shape[0])[:, 0]
+        return super().read(name)
+
+    def check(self) -> None:
+        """Raise `WeightsError` unless every tensor that the spec needs is there, of its shape and a type that can be
+        read, and no other that would change what the model says.
+        """
+        wanted = dict(self.spec.checkpoint_shapes("apart"))
+        for name, shape in wanted.items():
+            entry = self._entry(name)
+            _require_readable(name, entry)
+            if entry.shape != shape:
+                raise WeightsError(
+                    f"{entry.path}: tensor {name} has shape {reprlib.repr(list(entry.shape))}, its metadata asks for "
+                    f"{list(shape)}: fetch or make the file again"
+                )
+        for name, entry in self.entries.items():
+            if name not in wanted and not self._is_unused(name):
+                raise WeightsError(
+                    f"{entry.path}: tensor {name:.100} has no place in a model of its architecture, as this program "
+                    "knows it: take another copy of the model"
+                )
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether a tensor is read elsewhere, or is of a layer that predicts further tokens."""
+        layer = name.split(".")[1] if name.startswith("blk.") else ""
+        further = range(len(self.spec.layers), self.blocks)
+        return name == ROPE_FACTORS or (layer.isdecimal() and int(layer) in further)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise WeightsError(
+                f"{self.path}: tensor {name} is missing, its metadata asks for it: fetch all files again"
+            )
+        return self.entries[name]
+
+
+def describe_gguf(path: Path) -> tuple[dict[str, Any], FormatMix]:
+    """The same as `GgufCheckpoint.config` and `native`, from the headers alone."""
+    checkpoint = GgufCheckpoint.open(path)
+    return checkpoint.config, checkpoint.native
+
+
+def _config_and_spec(model: Gguf) -> tuple[dict[str, Any], ModelSpec]:
+    config = gguf_config(model)
+    try:
+        return config, model_spec(config)
+    except ConfigError as error:
+        problem = str(error).removeprefix("config.json: ")
+        raise WeightsError(f"{model.path}: its metadata, as a config.json, is wrong: {problem}") from None
+
+
+def _shaped(spec: ModelSpec, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """With the dimensions of size 1 that a spec asks for, which GGUF files leave out."""
+    for name, shape in spec.checkpoint_shapes("apart"):
+        entry = entries.get(name)
+        if entry and entry.shape != shape and _long(entry.shape) == _long(shape):
+            entries[name] = replace(entry, shape=shape)
+    return entries
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _native(spec: ModelSpec, entries: Mapping[str, Entry]) -> FormatMix:
+    return MIXES["bf16"]
+
+
+def _require_readable(name: str, entry: Entry) -> None:
+    if entry.dtype not in READABLE:
+        raise WeightsError(
+            f"{entry.path}: tensor {name:.100} has type {entry.dtype}, which is not read; read are "
+            f"{', '.join(READABLE)}: take another quantisation of the model"
+        )

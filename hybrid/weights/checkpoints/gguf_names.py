@@ -1,0 +1,128 @@
+"""What the tensors of a model are called in GGUF files: the same spec, with other names.
+
+GGUF files hold all experts of a layer in one tensor (in old files, one each). Here each has tensors of its own, which
+are named as in old files: `blk.3.ffn_gate.17.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from hybrid.models.layers.base import Mixer
+from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
+from hybrid.models.layers.router import FeedForwardNames
+from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
+from hybrid.models.tensors import GatedNames
+from hybrid.weights.shard import Entry
+
+PERMUTED = ("llama", "granitemoe")  # rows of queries and keys lie as their rope turns them: pair by pair
+_NORM_BEHIND = ("gpt-oss", "glm4moe")  # the norm before the feed-forward is named after the attention
+_LAYER = "blk.{layer}"
+_STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+_QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
+
+OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
+ATTENTION = GroupedQueryNames(
+    norm=f"{_LAYER}.attn_norm.weight",
+    q=f"{_LAYER}.attn_q.weight",
+    k=f"{_LAYER}.attn_k.weight",
+    v=f"{_LAYER}.attn_v.weight",
+    out=f"{_LAYER}.attn_output.weight",
+    q_norm=f"{_LAYER}.attn_q_norm.weight",
+    k_norm=f"{_LAYER}.attn_k_norm.weight",
+    sinks=f"{_LAYER}.attn_sinks.weight",
+)
+
+
+def _gated(ending: str) -> GatedNames:
+    gate, up, down = (f"{_LAYER}.ffn_{which}{ending}.weight" for which in ("gate", "up", "down"))
+    return GatedNames(gate, up, down)
+
+
+_ROUTER, _CORRECTION = f"{_LAYER}.ffn_gate_inp.weight", f"{_LAYER}.exp_probs_b.bias"
+FEED_FORWARD = FeedForwardNames(
+    norm=f"{_LAYER}.ffn_norm.weight",
+    dense=_gated(""),
+    router=_ROUTER,
+    fused_router=_ROUTER,
+    experts=_gated(".{expert}"),
+    shared=_gated("_shexp"),
+    shared_gate=f"{_LAYER}.ffn_gate_inp_shexp.weight",
+    correction=_CORRECTION,
+    fused_correction=_CORRECTION,
+)
+
+
+def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
+    """A copy of the spec of a model with the names of GGUF files of this architecture."""
+    feed_forward = FEED_FORWARD
+    if architecture in _NORM_BEHIND:
+        feed_forward = replace(feed_forward, norm=f"{_LAYER}.post_attention_norm.weight")
+    layers = [LayerSpec(_mixer(layer.mixer), _named(layer.feed_forward, feed_forward)) for layer in spec.layers]
+    return replace(spec, layers=tuple(layers), names=OUTER)
+
+
+def _mixer(mixer: Mixer) -> Mixer:
+    assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
+    return replace(mixer, names=ATTENTION)
+
+
+def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
+    return replace(feed_forward, names=names)
+
+
+def permuted_heads(spec: ModelSpec, architecture: str) -> dict[str, int]:
+    """Names of the weights whose rows are permuted, and their numbers of heads; biases beside them are, too."""
+    if architecture not in PERMUTED:
+        return {}
+    found: dict[str, int] = {}
+    for layer, place in enumerate(spec.layers):
+        if isinstance(place.mixer, GroupedQueryAttention):
+            for which, heads in (("q", place.mixer.heads), ("k", place.mixer.kv_heads)):
+                found |= {f"blk.{layer}.attn_{which}.{kind}": heads for kind in ("weight", "bias")}
+    return found
+
+
+def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors of a file with each expert, and queries, keys and values, as tensors of their own."""
+    found: dict[str, Entry] = {}
+    for name, entry in tensors.items():
+        if match := _STACKED.fullmatch(name):
+            found.update(_experts(entry, *match.groups()))
+        elif match := _QKV.fullmatch(name):
+            found.update(_queries_keys_values(spec, entry, *match.groups()))
+        else:
+            found[name] = entry
+    return found
+
+
+def _experts(entry: Entry, layer: str, which: str, kind: str) -> Iterator[tuple[str, Entry]]:
+    for expert, part in enumerate(_cut(entry, [1] * (entry.shape[0] if entry.shape else 0))):
+        own = replace(part, shape=part.shape[1:])
+        if which == "gate_up" and own.shape:
+            half = own.shape[0] // 2
+            for name, piece in zip(("gate", "up"), _cut(own, [half, own.shape[0] - half]), strict=True):
+                yield f"{layer}.ffn_{name}.{expert}.{kind}", piece
+        else:
+            yield f"{layer}.ffn_{which}.{expert}.{kind}", own
+
+
+def _queries_keys_values(spec: ModelSpec, entry: Entry, layer: str, kind: str) -> Iterator[tuple[str, Entry]]:
+    number = int(layer.removeprefix("blk."))
+    mixer = spec.layers[number].mixer if number < len(spec.layers) else None
+    if not isinstance(mixer, GroupedQueryAttention) or not entry.shape or entry.shape[0] != mixer.qkv_width:
+        yield f"{layer}.attn_qkv.{kind}", entry
+        return
+    for which, part in zip("qkv", _cut(entry, [mixer.width, mixer.kv_width, mixer.kv_width]), strict=True):
+        yield f"{layer}.attn_{which}.{kind}", part
+
+
+def _cut(entry: Entry, sizes: list[int]) -> Iterator[Entry]:
+    """Parts of a tensor along its first dimension."""
+    row, start = (entry.end - entry.start) // (entry.shape[0] if entry.shape else 1), entry.start
+    for size in sizes:
+        yield replace(entry, shape=(size, *entry.shape[1:]), start=start, end=start + size * row)
+        start += size * row

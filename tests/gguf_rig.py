@@ -1,0 +1,246 @@
+"""GGUF files for tests, written with numpy alone: any metadata and tensors, and models as llama.cpp lays them out."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hybrid.files.gguf_types import TYPES
+
+NUMBERS = {found.name: number for number, found in TYPES.items()}
+ALIGNMENT = 32
+ARCHITECTURES = {
+    "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
+    "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor as its file holds it: rows of bytes, and the shape that they stand for."""
+
+    type: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A value of the metadata as its file holds it, with its type."""
+
+    type: int
+    data: bytes
+
+
+def text(value: str, size: str = "<Q") -> bytes:
+    encoded = value.encode(errors="surrogateescape")
+    return struct.pack(size, len(encoded)) + encoded
+
+
+def value(given: Any, size: str = "<Q") -> bytes:
+    """With its type: bool, uint32, int32 where negative, float32, text, or a list of one of them."""
+    if isinstance(given, Raw):
+        return struct.pack("<I", given.type) + given.data
+    if isinstance(given, list):
+        kind = value(given[0] if given else 0, size)[:4]
+        items = b"".join(value(item, size)[4:] for item in given)
+        return struct.pack("<I", 9) + kind + struct.pack(size, len(given)) + items
+    if isinstance(given, bool):
+        return struct.pack("<I?", 7, given)
+    if isinstance(given, int):
+        return struct.pack("<II", 4, given) if given >= 0 else struct.pack("<Ii", 5, given)
+    return struct.pack("<If", 6, given) if isinstance(given, float) else struct.pack("<I", 8) + text(given, size)
+
+
+def stored(array: np.ndarray | Blocks) -> Blocks:
+    if isinstance(array, Blocks):
+        return array
+    type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[array.dtype.name]
+    return Blocks(type, array.shape, np.ascontiguousarray(array).tobytes())
+
+
+def write_gguf(
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray | Blocks], version: int = 3
+) -> Path:
+    size = "<I" if version == 1 else "<Q"
+    parts = [b"GGUF", struct.pack("<I", version), struct.pack(size, len(tensors)), struct.pack(size, len(metadata))]
+    parts += [text(name, size) + value(item, size) for name, item in metadata.items()]
+    place, contents = 0, b""
+    for name, array in tensors.items():
+        blocks = stored(array)
+        sizes = b"".join(struct.pack(size, n) for n in reversed(blocks.shape))
+        parts.append(text(name, size) + struct.pack("<I", len(blocks.shape)) + sizes)
+        parts.append(struct.pack("<IQ", NUMBERS[blocks.type], place))
+        padded = blocks.data + bytes(-len(blocks.data) % ALIGNMENT)
+        place, contents = place + len(padded), contents + padded
+    header = b"".join(parts)
+    path.write_bytes(header + bytes(-len(header) % ALIGNMENT) + contents)
+    return path
+
+
+_NAMES = (
+    (r"model\.embed_tokens\.weight", "token_embd.weight"),
+    (r"model\.norm\.weight", "output_norm.weight"),
+    (r"lm_head\.weight", "output.weight"),
+    (r"(.*)\.input_layernorm\.weight", r"\1.attn_norm.weight"),
+    (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
+    (r"(.*)\.self_attn\.o_proj\.(\w+)", r"\1.attn_output.\2"),
+    (r"(.*)\.self_attn\.(?:q_norm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
+    (r"(.*)\.self_attn\.(?:k_norm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
+    (r"(.*)\.self_attn\.sinks", r"\1.attn_sinks.weight"),
+    (r"(.*)\.post_attention_layernorm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
+    (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
+    (r"(.*)\.shared_(?:expert|experts|mlp)\.(gate|up|down)_proj\.weight", r"\1.ffn_\2_shexp.weight"),
+    (r"(.*)\.experts\.(\d+)\.(gate|up|down)_proj\.weight", r"\1.ffn_\3.\2.weight"),
+    (r"(.*)\.mlp\.(gate|up|down)_proj\.(\w+)", r"\1.ffn_\2.\3"),
+    (r"(.*)\.(?:gate|gate\.wg|router|router\.layer)\.(weight|bias)", r"\1.ffn_gate_inp.\2"),
+)
+_WORDS = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+
+
+def gguf_name(name: str) -> str:
+    for old, new in _WORDS.items():
+        name = name.replace(old, new)
+    for pattern, new in _NAMES:
+        if re.fullmatch(pattern, name):
+            found = re.sub(rf"^{pattern}$", new, name).replace("model.layers.", "blk.")
+            return re.sub(r"(blk\.\d+)\.(?:mlp|block_sparse_moe)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found)
+    raise KeyError(name)
+
+
+def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by their names in GGUF files: experts stacked, queries and keys permuted, rows of
+    one dimension and routers as float32.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if name.endswith(("gate_up_proj", "input_linear.weight", "gate_up_proj_bias")):
+            found |= _halves(config["model_type"], name, array)
+        elif name.endswith(("experts.down_proj", "output_linear.weight", "down_proj_bias")):
+            kind, layer = "bias" if name.endswith("_bias") else "weight", name.split(".")[2]
+            turned = kind == "weight" and config["model_type"] == "gpt_oss"
+            found[f"blk.{layer}.ffn_down_exps.{kind}"] = array.swapaxes(1, 2) if turned else array
+        else:
+            found[gguf_name(name)] = array
+    if config["model_type"] in ("gpt_oss", "glm4_moe"):
+        found = {name.replace("ffn_norm", "post_attention_norm"): array for name, array in found.items()}
+    if config["model_type"] in ("llama", "mixtral", "granitemoe"):
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
+    return {name: _plain(name, array) for name, array in _stacked(found).items()}
+
+
+def _halves(family: str, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Gate and up of experts that a checkpoint holds as one."""
+    kind, layer = "bias" if name.endswith("_bias") else "weight", name.split(".")[2]
+    if family == "gpt_oss":
+        array = array.swapaxes(1, 2) if kind == "weight" else array
+        gate, up = array[:, 0::2], array[:, 1::2]
+    else:
+        gate, up = np.split(array, 2, axis=1)
+    return {f"blk.{layer}.ffn_gate_exps.{kind}": gate, f"blk.{layer}.ffn_up_exps.{kind}": up}
+
+
+def _permuted(array: np.ndarray, heads: int) -> np.ndarray:
+    if not heads:
+        return array
+    return array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found: dict[str, list[np.ndarray]] = {}
+    plain: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        match = re.fullmatch(r"(blk\.\d+\.ffn_\w+)\.(\d+)\.weight", name)
+        if match:
+            found.setdefault(f"{match[1]}_exps.weight", []).append(array)
+        else:
+            plain[name] = array
+    return plain | {name: np.stack(arrays) for name, arrays in found.items()}
+
+
+def _plain(name: str, array: np.ndarray) -> np.ndarray:
+    squeezed = array.squeeze()
+    return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
+
+
+def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GGUF file says of a model with this config.json."""
+    get, family = config.get, config["model_type"]
+    experts = next((get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+                    if get(name)), None)  # fmt: skip
+    wide = get("moe_intermediate_size") or get("intermediate_size")
+    turning = get("rotary_dim") or (config["head_dim"] // 2 if family == "glm4_moe" else config["head_dim"])
+    found = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": config["rope_theta"],
+        "rope.dimension_count": turning,
+        "expert_count": experts,
+        "expert_used_count": next((get(n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if get(n)), None),
+        "expert_feed_forward_length": wide if experts and family not in ("mixtral", "olmoe", "granitemoe") else None,
+        "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
+        "expert_shared_count": get("n_shared_experts") or get("moe_num_shared_experts"),
+        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2") else None,
+        "expert_group_count": get("n_group"),
+        "expert_group_used_count": get("topk_group"),
+        "expert_weights_scale": get("routed_scaling_factor"),
+        "leading_dense_block_count": get("first_k_dense_replace") or get("moe_layer_start_index"),
+        "attention.sliding_window": get("sliding_window"),
+        "attention.scale": get("attention_multiplier"),
+        "embedding_scale": get("embedding_multiplier"),
+        "residual_scale": get("residual_multiplier"),
+        "logit_scale": get("logits_scaling"),
+    }  # fmt: skip
+    if scaling := get("rope_scaling"):
+        found |= {
+            "rope.scaling.type": scaling["rope_type"],
+            "rope.scaling.factor": scaling["factor"],
+            "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
+            "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
+        }
+    architecture = ARCHITECTURES[family]
+    named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
+    return {"general.architecture": architecture, **named}
+
+
+def write_model(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], extra: Mapping[str, Any] | None = None
+) -> Path:
+    """A checkpoint's tensors as one GGUF file."""
+    return write_gguf(path, {**gguf_metadata(config), **(extra or {})}, gguf_tensors(config, tensors))
+
+
+def split_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any], count: int) -> list[Path]:
+    """The same as files NAME-00001-of-0000N.gguf; only the first has the metadata."""
+    parts: Sequence[np.ndarray] = np.array_split(list(tensors), count)
+    return [
+        write_gguf(
+            path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}.gguf"),
+            {**(metadata if number == 0 else {}), "split.no": number, "split.count": count,
+             "split.tensors.count": len(tensors)},
+            {str(name): tensors[str(name)] for name in names},
+        )
+        for number, names in enumerate(parts)
+    ]  # fmt: skip
+
+
+def bf16(array: np.ndarray) -> np.ndarray:
+    return array.astype(ml_dtypes.bfloat16)

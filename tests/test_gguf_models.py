@@ -1,0 +1,212 @@
+"""Models from GGUF files: the same store as from the safetensors of the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, random_tensors, write_tensors
+from checkpoints import packed as packed_checkpoint
+from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_tensors, split_gguf, write_gguf, write_model
+
+from hybrid.errors import ConfigError, WeightsError
+from hybrid.files.gguf import is_gguf
+from hybrid.formats.mix import parse_mix
+from hybrid.models.rope import inverse_frequencies
+from hybrid.weights.checkpoints.opening import describe_checkpoint, open_checkpoint
+from hybrid.weights.hub import local_model
+from hybrid.weights.pack import pack
+from hybrid.weights.source import source_fingerprint
+from hybrid.weights.store import Store
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"mlp_only_layers": []},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "hunyuan_v1_moe": {"tie_word_embeddings": True},
+}
+
+
+def model(family: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config = {**CONFIGS[family], **CHANGES.get(family, {})}
+    return config, random_tensors(config)
+
+
+def packed(source: Path, mix: str = "auto") -> Store:
+    checkpoint, store = open_checkpoint(source), source.with_name(f"{source.name}-store")
+    pack(checkpoint, store, parse_mix(mix, checkpoint.native))
+    return Store.open(store, check=True)
+
+
+def same_stores(one: Store, other: Store) -> bool:
+    return list(one.tensors) == list(other.tensors) and all(
+        np.array_equal(one.array(name), other.array(name)) for name in one.tensors
+    )
+
+
+def plain(spec: Any) -> str:
+    """A spec in words, with numbers as float32 holds them, because GGUF files hold them so."""
+    return re.sub(r"\d+\.\d*(?:e-?\d+)?", lambda number: f"{np.float32(number[0]):.7g}", repr(spec))
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_model_is_the_same_from_either_file(tmp_path: Path, family: str) -> None:
+    config, tensors = model(family)
+    ours = packed(write_model(tmp_path / "model.gguf", config, tensors))
+    theirs = packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors))
+    with ours, theirs:
+        assert plain(ours.spec) == plain(theirs.spec)
+        assert same_stores(ours, theirs)
+
+
+def test_splits_are_one_model(tmp_path: Path) -> None:
+    config, tensors = model("qwen3_moe")
+    whole = write_model(tmp_path / "whole.gguf", config, tensors)
+    files = split_gguf(tmp_path / "model.gguf", gguf_metadata(config), gguf_tensors(config, tensors), 3)
+    assert [local_model(file) for file in files] == files[:1] * 3
+    with packed(whole) as one, packed(files[0]) as other:
+        assert same_stores(one, other)
+    files[1].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(WeightsError, match="00002-of-00003.gguf: missing, one of 3 files"):
+        open_checkpoint(files[0])
+    with pytest.raises(WeightsError, match="is one of 3 files; they must keep their names"):
+        open_checkpoint(tmp_path / "elsewhere.gguf")
+
+
+def test_splits_must_belong_together(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    first, second = split_gguf(tmp_path / "model.gguf", gguf_metadata(config), gguf_tensors(config, tensors), 2)
+    sound = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(WeightsError, match="does not say that it is part 2 of 2"):
+        open_checkpoint(first)
+    other = split_gguf(tmp_path / "other.gguf", gguf_metadata(config), {"a": tensors["model.norm.weight"]}, 2)
+    second.write_bytes(other[1].read_bytes())
+    with pytest.raises(WeightsError, match=r"tells of \d+ tensors in all"):
+        open_checkpoint(first)
+    second.write_bytes(sound)
+    open_checkpoint(first).check()
+
+
+def test_a_directory_may_hold_one_model(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    path = write_model(tmp_path / "one.gguf", config, tensors)
+    (tmp_path / "mmproj-one.gguf").write_bytes(path.read_bytes())
+    assert local_model(tmp_path) == path
+    split_gguf(tmp_path / "two.gguf", gguf_metadata(config), gguf_tensors(config, tensors), 2)
+    with pytest.raises(ConfigError, match="holds 2 GGUF models; give the path of one: one.gguf, two-00001-of-00002"):
+        local_model(tmp_path)
+
+
+def test_queries_keys_and_values_in_one_tensor(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    plain = gguf_tensors(config, tensors)
+    fused = {name: array for name, array in plain.items() if ".attn_q." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [plain[f"blk.{layer}.attn_{which}.{kind}"] for which in "qkv"]
+            fused = {name: array for name, array in fused.items() if not name.startswith(f"blk.{layer}.attn_k.")}
+            fused = {name: array for name, array in fused.items() if not name.startswith(f"blk.{layer}.attn_v.")}
+            fused[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+    fused = {name: array for name, array in fused.items() if name.split(".")[-2] not in ("attn_k", "attn_v")}
+    one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), plain))
+    with one, packed(write_gguf(tmp_path / "other.gguf", gguf_metadata(config), fused)) as other:
+        assert same_stores(one, other)
+
+
+@pytest.mark.parametrize("form", ["gate_up", "apart"])
+def test_experts_in_other_forms(tmp_path: Path, form: str) -> None:
+    """gate and up of all experts in one tensor, or a tensor for each expert."""
+    config, tensors = model("mixtral")
+    plain = gguf_tensors(config, tensors)
+    found = dict(plain)
+    for name in plain:
+        layer = name.rpartition(".ffn_")[0]
+        if form == "apart" and name.endswith("_exps.weight"):
+            found |= {name.replace("_exps", f".{i}"): array for i, array in enumerate(found.pop(name))}
+        elif form == "gate_up" and name.endswith("ffn_gate_exps.weight"):
+            both = [found.pop(f"{layer}.ffn_{which}_exps.weight") for which in ("gate", "up")]
+            found[f"{layer}.ffn_gate_up_exps.weight"] = np.concatenate(both, axis=1)
+    one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), plain))
+    with one, packed(write_gguf(tmp_path / "other.gguf", gguf_metadata(config), found)) as other:
+        assert same_stores(one, other)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    config, tensors = model("glm4_moe")
+    extra = {"blk.3.attn_norm.weight": np.ones(96, np.float32), "blk.3.nextn.eh_proj.weight": np.ones((4, 4), "f4")}
+    metadata = {**gguf_metadata(config), "glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    path = write_gguf(tmp_path / "model.gguf", metadata, {**gguf_tensors(config, tensors), **extra})
+    with packed(path) as store:
+        assert len(store.spec.layers) == 3
+
+
+def test_frequencies_may_have_factors(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    plain = gguf_tensors(config, tensors)
+    factors = np.linspace(1, 8, 12, dtype=np.float32)
+    path = write_gguf(tmp_path / "a.gguf", gguf_metadata(config), {**plain, "rope_freqs.weight": factors})
+    rope = packed(path).spec.ropes[0]
+    expected = 1 / (np.float32(1e4) ** (np.arange(0, 24, 2, dtype=np.float32) / 24) * factors)
+    np.testing.assert_allclose(inverse_frequencies(rope)[0], expected, rtol=1e-6)
+    path = write_gguf(tmp_path / "b.gguf", gguf_metadata(config), {**plain, "rope_freqs.weight": factors[:5]})
+    with pytest.raises(ConfigError, match="has 5 factors, 24 dimensions turn"):
+        inverse_frequencies(open_checkpoint(path).spec.ropes[0])
+
+
+WRONG = {
+    "architecture": ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported in GGUF"),
+    "no architecture": ({"general.architecture": None}, "lacks general.architecture, which must be a text"),
+    "missing": ({"llama.block_count": None}, "lacks llama.block_count, which must be an integer"),
+    "type": ({"llama.block_count": 2.5}, "llama.block_count 2.5; it must be an integer"),
+    "per layer": ({"llama.attention.head_count": [6, 4]}, r"head_count \[6, 4\]; it must be an integer, the same"),
+    "heads": ({"llama.attention.head_count_kv": 4}, "is wrong: num_attention_heads 6 is not a multiple"),
+    "values": ({"llama.attention.value_length": 16}, "value_length 16; it must be 24, as of keys"),
+    "rope": ({"llama.rope.scaling.type": "ntk"}, "rope.scaling.type 'ntk'; it must be none, linear or yarn"),
+    "layers": ({"llama.block_count": 3}, "tensor blk.2.attn_norm.weight is missing, its metadata asks for it"),
+    "fewer layers": ({"llama.block_count": 1}, "tensor blk.1.attn_norm.weight has no place in a model"),
+    "width": ({"llama.feed_forward_length": 80}, r"blk.0.ffn_gate.weight has shape \[72, 96\], its metadata asks"),
+    "experts": ({"llama.expert_count": 4, "llama.expert_used_count": 2}, "blk.0.ffn_gate_inp.weight is missing"),
+    "gating": (
+        {"llama.expert_count": 4, "llama.expert_used_count": 2, "llama.expert_gating_func": 2},
+        r"llama.expert_gating_func 2; it must be 1 \(softmax\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_metadata_that_cannot_be(tmp_path: Path, case: str) -> None:
+    changes, message = WRONG[case]
+    config, tensors = model("llama")
+    metadata = {name: item for name, item in {**gguf_metadata(config), **changes}.items() if item is not None}
+    path = write_gguf(tmp_path / "model.gguf", metadata, gguf_tensors(config, tensors))
+    with pytest.raises((WeightsError, ConfigError), match=message) as raised:
+        open_checkpoint(path).check()
+    assert "\n" not in str(raised.value)
+
+
+def test_tensors_that_cannot_be(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    plain = gguf_tensors(config, tensors)
+    more = {**plain, "blk.0.attn_q_norm.weight": np.ones(24, np.float32)}
+    with pytest.raises(WeightsError, match="tensor blk.0.attn_q_norm.weight has no place in a model of its arch"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", gguf_metadata(config), more)).check()
+    unread = {**plain, "blk.0.ffn_up.weight": Blocks("IQ1_S", (72, 256), bytes(50 * 72))}
+    with pytest.raises(WeightsError, match="blk.0.ffn_up.weight has type IQ1_S, which is not read; read are F32"):
+        open_checkpoint(write_gguf(tmp_path / "b.gguf", gguf_metadata(config), unread)).check()
+    without = {name: array for name, array in plain.items() if name != "token_embd.weight"}
+    with pytest.raises(WeightsError, match="tensor token_embd.weight is missing"):
+        open_checkpoint(write_gguf(tmp_path / "c.gguf", gguf_metadata(config), without))
+
+
+def test_stores_are_found_by_content(tmp_path: Path) -> None:
+    config, tensors = model("llama")
+    path = write_model(tmp_path / "a.gguf", config, tensors)
+    found = source_fingerprint(path)
+    other = write_model(tmp_path / "b.gguf", config, {**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]})
+    assert found == source_fingerprint(path) != source_fingerprint(other)
+    assert is_gguf(path) and not is_gguf(tmp_path)
+    assert json.dumps(describe_checkpoint(path)[0])
