@@ -14,18 +14,20 @@ from typing import Any
 
 from kernel_cases import Shape
 
-from hybrid.formats import FORMATS
+from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.block import BLOCK, K_ALIGN, round_up
 from hybrid.formats.packed import packed_bytes
 
 TILE_ROWS = 16  # of the left operand
-FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 3}  # with fewer AVX-512 multiplies, without tiles
+# With fewer rows AVX-512 multiplies, without tiles.
+FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 3} | dict.fromkeys(GROUPED, 17)
 MAX_BLOCKS = 4  # multiplied together, by 16 rows; by 32 rows half as many
 PANEL_INPUTS = 256
 LINE = 64  # bytes
 PRODUCT_CYCLES, LATENCY = 16, 52
 NEAR_LINE, FAR_LINE, STORED_LINE = 1 / 2, 64 / 48, 1  # cycles a line: first-level cache, second, stored
-SEGMENTS = {"int8": 256, "int4": 32, "fp8": 128}  # inputs that share scales; others have one chain of sums
+# Inputs that share scales; others have one chain of sums.
+SEGMENTS = {"int8": 256, "int4": 32, "fp8": 128} | dict.fromkeys(GROUPED, 32) | {"q6_k": 16}
 OPENED = ("bf16", "int8")  # whose stored lines are multiplied as they are
 
 
@@ -80,7 +82,7 @@ def _groups(blocks: int) -> dict[int, int]:
 
 def _pass(counts: Counts, format: str, high: int, width: int, inputs: int, times: int) -> None:
     """`high` tiles of rows by `width` blocks over all panels, as often as there are such groups of blocks."""
-    lines, chained = 8 if format == "int4" else 16, format not in SEGMENTS
+    lines, chained = min(16, SEGMENTS.get(format, PANEL_INPUTS) // 4), format not in SEGMENTS
     step = lines * (4 if FORMATS[format].integer else 2)  # inputs of a product
     steps = -(-inputs // step)
     counts.load(times * steps * width, lines)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybrid.formats import GROUPED
+
 FP32, BF16 = 2.0**-24, 2.0**-8  # unit roundoffs
 EXP = 8 * FP32  # relative error of the kernels' exponential
 
@@ -62,11 +64,23 @@ def format_product(format: str, x: np.ndarray, w: np.ndarray) -> Near:
     Two roundings more for the scales of weights and rows, one for the value that the reference itself rounds.
     """
     k = x.shape[1]
+    if format in GROUPED:
+        return _grouped_product(x, w)
     group = {"fp8": 128, "int8": 256, "int4": 32}.get(format)
     if group is None:
         return product(x, w)
     within = 0 if format.startswith("int") else min(k, group)
     return product(x, w, within + 2 * -(-k // group) + 4)
+
+
+def _grouped_product(x: np.ndarray, w: np.ndarray) -> Near:
+    """Each group adds its scaled codes, none of which is negative, and its minimum times the sum of the row: both up to
+    about twice the largest weight of the group, that of the other sign included.
+    """
+    k = w.shape[1]
+    groups = np.abs(np.pad(w, ((0, 0), (0, -k % 32)))).reshape(len(w), -1, 32)
+    largest = np.repeat(groups.max(axis=-1), 32, axis=1)[:, :k]
+    return Near(x @ w.T, (2 * groups.shape[1] + 4) * FP32 * (np.abs(x) @ (4 * largest).T))
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Near:

@@ -11,12 +11,15 @@ import ml_dtypes
 import numpy as np
 
 import cpu_kernels
-from hybrid.formats import FORMATS
+from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.block import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
+# Formats that tests of kernels try: of codes in groups those in which each length and each kind of scales occurs.
+VARIED = ("q8_0", "q5_1", "q4_k", "q6_k")
+TRIED = [name for name in FORMATS if name not in GROUPED or name in VARIED]
 
 
 def aligned(shape: int | Sequence[int], dtype: Any, fill: float = 0) -> np.ndarray:

@@ -201,6 +201,7 @@ def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
     [
         ("int8", QKV + OUT + 40 * 64, HEAD + 64 * 64, EXPERT + 16 * 64, True),
         ("int4", (QKV + OUT) * 9 / 16, HEAD * 9 / 16, EXPERT * 9 / 16, True),
+        ("q8_0", (QKV + OUT) * 17 / 16, HEAD * 17 / 16, EXPERT * 17 / 16, True),
         ("fp8", QKV + OUT + 40 * 64, HEAD + 64 * 64, EXPERT + 16 * 64, False),
         ("mxfp4", (QKV + OUT) * 17 / 32, HEAD * 17 / 32, EXPERT * 17 / 32 + 8 * 32, False),
     ],
@@ -227,6 +228,7 @@ def test_a_mix_counts_each_part_apart() -> None:
         True,
         False,
         False,
+        *[True] * 4,  # of GGUF
     ]
     assert not uses_integers(
         SPEC, parse_mix("bf16,dense=int8", FormatMix.uniform("bf16"))

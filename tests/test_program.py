@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import CONFIGS
 
-from hybrid.formats import FORMATS
+from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 from hybrid.formats.packed import packed_bytes
 from hybrid.formats.rows import int8_row_bytes, row_bytes
@@ -21,7 +21,7 @@ from hybrid.plan.program import build_buffers, build_ops
 
 ROWS, SEQUENCES, TOKENS = 24, 4, 300
 TEXTS = [*MIXES, "bf16,experts=int4", "int8,experts=bf16,dense=bf16", "int4,head=fp8,dense=mxfp4", "bf16,head=int8"]
-INTEGER = ("int8", "int4")
+INTEGER = ("int8", "int4", *GROUPED)
 
 
 def spec_of(family: str) -> ModelSpec:

@@ -13,8 +13,8 @@ from hybrid.settings import required, setting
 app = new_app()
 
 _FORMAT_HELP = (
-    "Weight formats: auto (as published), bf16, int8, int4, fp8, mxfp4; then, after commas, those of single parts: "
-    "int4,head=int8 (parts: experts, shared, dense, attention, head)."
+    "Weight formats: auto (as published), bf16, int8, int4, fp8, mxfp4, q8_0, q6_k, q5_k, q4_k; then, after commas, "
+    "those of single parts: int4,head=int8 (parts: experts, shared, dense, attention, head)."
 )
 
 

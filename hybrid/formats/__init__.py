@@ -62,4 +62,5 @@ Q4_1, Q5_1 = ScaledFromMinimum("q4_1", 4), ScaledFromMinimum("q5_1", 5)
 Q4_K, Q5_K = ScaledAndLowered("q4_k", 4), ScaledAndLowered("q5_k", 5)
 Q6_K = ScaledSmallGroups("q6_k", 6, 32)
 GROUPED: dict[str, Grouped] = {f.name: f for f in (Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K)}
-FORMATS: dict[str, WeightFormat] = {f.name: f for f in (Bf16(), INT8, INT4, FP8, MXFP4)}
+_ALL: list[WeightFormat] = [Bf16(), INT8, INT4, FP8, MXFP4, *GROUPED.values()]
+FORMATS: dict[str, WeightFormat] = {f.name: f for f in _ALL}

@@ -51,6 +51,7 @@ MIXES = {
     "int4": FormatMix.uniform("int4"),
     "fp8": replace(FormatMix.uniform("fp8"), head="bf16"),
     "mxfp4": replace(FormatMix.uniform("bf16"), experts="mxfp4", shared="mxfp4"),
+    **{name: FormatMix.uniform(name) for name in ("q8_0", "q6_k", "q5_k", "q4_k")},
 }
 
 

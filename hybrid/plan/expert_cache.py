@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gpu_cache.geometry import Geometry
 
 
+SLOT_FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of which gpu_cache/kernels/formats has kernels
 SLOT_SHARE = 0.9  # of the free memory of a GPU; the rest is for rows, and for torch
 
 
@@ -80,6 +81,15 @@ def staging_slots(cache: CacheConfig) -> int:
     from gpu_cache.device import STAGING
 
     return STAGING if cache.stream != "off" else 0
+
+
+def require_kernels(format: str, device: str) -> None:
+    """Raise ConfigError for experts in a format of which a GPU has no kernels."""
+    if device == "cuda" and format not in SLOT_FORMATS:
+        raise ConfigError(
+            f"a GPU cannot compute experts in {format}, but in {', '.join(SLOT_FORMATS)}: use --cache off, or one of "
+            "them for --format experts="
+        )
 
 
 def plan_cache(shape: ExpertShape, config: EngineConfig, free: int, device_memory: int) -> CachePlan:

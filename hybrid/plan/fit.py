@@ -19,6 +19,7 @@ from hybrid.plan.roofline import part_costs, step_cost
 # Shares of the limit that this runtime has reached (`bench/results/README.md`), one token at a time and in prompts of
 # 512 tokens, by the format of the weights. A prediction is the limit times these. Whole prompts in fp8 and mxfp4 were
 # not measured: they multiply in bf16, after opening the weights.
+# Codes in groups count as int4.
 DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "mxfp4": 0.6}
 PROMPT_SHARES = {"bf16": 0.87, "int8": 0.64, "int4": 0.53, "fp8": 0.75, "mxfp4": 0.7}
 AMX_PROMPT_SHARES = {"bf16": 0.78, "int8": 0.42, "int4": 0.17, "fp8": 0.6, "mxfp4": 0.5}

@@ -18,7 +18,7 @@ from hybrid.models.layers.base import Extents
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import PARTS
 from hybrid.ops import Op
-from hybrid.plan.expert_cache import CachePlan, plan_cache
+from hybrid.plan.expert_cache import CachePlan, plan_cache, require_kernels
 from hybrid.plan.expert_shape import ExpertShape, expert_shape
 from hybrid.plan.gpu_memory import DeviceMemory, plan_device
 from hybrid.plan.kv_layout import KvPlan, lay_out_kv
@@ -244,6 +244,7 @@ def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig, device_mem
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
+    require_kernels(plan.formats.experts, config.device)
     free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
     cache = plan_cache(shape, config, free, plan.device.left if plan.device else device_memory)
     return replace(plan, cache=cache, device=plan.device and replace(plan.device, slots=cache.nbytes))

@@ -105,7 +105,13 @@ class Content:
         rows = [self._checked(part.name, part.floats(*span), always=not lossless) for part, *span in pieces]
         if len({values.dtype for values in rows}) > 1:
             rows = [values.astype(np.float32) for values in rows]
-        blocks = FORMATS[format].pack(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        try:
+            blocks = FORMATS[format].pack(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        except ValueError as error:
+            raise WeightsError(
+                f"{self._checkpoint.path}: tensor {_names(pieces)} cannot be packed in {format}: {error}; take another "
+                "--format"
+            ) from None
         if lossless and rows[0].dtype == np.float32:  # it has larger values than bf16
             self._require_room(pieces, rows, blocks)
         return blocks
@@ -113,9 +119,9 @@ class Content:
     def _require_room(self, pieces: Sequence[Piece], rows: Sequence[Array], blocks: Bytes) -> None:
         """Raise for values that only packing made infinite; what was not finite before is `_checked`'s concern."""
         if not all_finite(blocks.view(np.uint16)) and all(map(all_finite, rows)):
-            names = " or ".join(part.name for part, *_ in pieces)
             raise WeightsError(
-                f"{self._checkpoint.path}: tensor {names} holds a value too large for bf16: take another checkpoint"
+                f"{self._checkpoint.path}: tensor {_names(pieces)} holds a value too large for bf16: take "
+                "another checkpoint"
             )
 
     def _checked(self, name: str, values: Array, always: bool = False) -> Array:
@@ -162,3 +168,7 @@ def _pieces(parts: Sequence[Source], start: int, stop: int) -> Iterator[Piece]:
         if first < last:
             yield part, first, last
         start, stop = start - part.count, stop - part.count
+
+
+def _names(pieces: Sequence[Piece]) -> str:
+    return " or ".join(part.name for part, *_ in pieces)

@@ -72,7 +72,8 @@ bool check_integers(const char* name, const Kernels& with, const Format& format,
 }
 
 bool check_shape(const Format& format, const Shape& shape) {
-  const bool integer = format.format == hybrid::Format::int8 || format.format == hybrid::Format::int4;
+  const bool integer = format.format == hybrid::Format::int8 || format.format == hybrid::Format::int4 ||
+                       format.format >= hybrid::Format::q8_0;
   fill_input(format, shape.inputs);
   for (int expert = 0; expert < kExperts; expert += 2)
     for (int part = 0; part < 2; ++part) fill_matrix(format, shape, expert, part, 2);

@@ -108,6 +108,80 @@ inline void fill_mxfp4(const Block& block, Random& random, char* to) {
   });
 }
 
+inline uint16_t random_half(Random& random) { return uint16_t(8 << 10 | random.below(1024)); }  // 2^-7 and above
+inline double from_half(uint16_t bits) { return bits ? (1024 + (bits & 1023)) / double(1 << 17) : 0; }
+
+enum class Scales { halves, minima, superblocks, small_groups };
+
+// Codes of 4, 5, 6 or 8 bits in groups.
+template <int bits, int offset, Scales scales>
+struct Codes {
+  static constexpr bool has_factors = scales == Scales::superblocks || scales == Scales::small_groups;
+  static constexpr int heads = scales == Scales::minima ? 128 : 64, part_bytes = heads + 128 * bits;
+
+  static int header(int inputs) { return has_factors ? rounded_up(inputs, 256) / 4 : 0; }
+  static int header_bytes(int inputs) { return header(inputs) + inputs / 64 * heads; }
+
+  static void fill(const Block& block, Random& random, char* to) {
+    memset(to, 0, size_t(header(block.inputs) + block.inputs / 64 * part_bytes));
+    auto* factors = reinterpret_cast<uint16_t (*)[2][kBlock]>(to);
+    for (int c = 0; c < block.columns && c < kBlock; ++c) {
+      for (int i = 0; has_factors && i < block.inputs; i += 256) {
+        factors[i / 256][0][c] = random_half(random);
+        factors[i / 256][1][c] = scales == Scales::superblocks ? random_half(random) : uint16_t(0);
+      }
+      for (int i = 0; i < block.inputs; i += 16) fill_scales(part_of(block, to, i), c, i % 64, random);
+    }
+    block.fill([&](int c, int i, bool inside) {
+      char* const part = part_of(block, to, i);
+      const int q = inside ? random.below(1 << bits) : offset;
+      put(reinterpret_cast<uint8_t*>(part + heads), c, i % 64, q);
+      double minimum = 0;
+      const double scale = scale_of(factors[i / 256], part, c, i % 64, minimum);
+      return (q - offset) * scale + minimum;
+    });
+  }
+
+ private:
+  static char* part_of(const Block& block, char* to, int i) { return to + header(block.inputs) + i / 64 * part_bytes; }
+
+  static void fill_scales(char* part, int c, int i, Random& random) {
+    if (scales == Scales::small_groups) {
+      part[i / 16 * kBlock + c] = char(random.below(255) - 127);
+    } else if (i % 32 == 0 && scales == Scales::superblocks) {
+      part[i / 32 * 32 + c] = char(random.below(64));
+      part[i / 32 * 32 + kBlock + c] = char(random.below(64));
+    } else if (i % 32 == 0) {
+      auto* halves = reinterpret_cast<uint16_t*>(part) + i / 32 * (heads / 4);
+      halves[c] = random_half(random);
+      if (scales == Scales::minima) halves[kBlock + c] = random_half(random);
+    }
+  }
+
+  static double scale_of(const uint16_t (*factors)[kBlock], const char* part, int c, int i, double& minimum) {
+    if (scales == Scales::small_groups) return from_half(factors[0][c]) * int8_t(part[i / 16 * kBlock + c]);
+    if (scales == Scales::superblocks) {
+      minimum = -from_half(factors[1][c]) * part[i / 32 * 32 + kBlock + c];
+      return from_half(factors[0][c]) * part[i / 32 * 32 + c];
+    }
+    const auto* halves = reinterpret_cast<const uint16_t*>(part) + i / 32 * (heads / 4);
+    if (scales == Scales::minima) minimum = from_half(halves[kBlock + c]);
+    return from_half(halves[c]);
+  }
+
+  static void put(uint8_t* codes, int c, int i, int q) {
+    const int column = c * 4 + i % 4;
+    if (bits == 8) {
+      codes[i / 4 * 64 + column] = uint8_t(q);
+      return;
+    }
+    constexpr int extra = bits == 8 ? 1 : bits - 4,
+                  steps = bits == 4 ? 1 : 8 / (extra ? extra : 1);  // inputs that share a high byte
+    if (bits > 4) codes[i / (4 * steps) * 64 + column] |= uint8_t(q >> 4 << extra * (i / 4 % steps));
+    codes[128 * extra + i / 8 * 64 + column] |= uint8_t((q & 15) << i % 8 / 4 * 4);
+  }
+};
+
 // A row of the float kind: bf16.
 inline void fill_float_row(Random& random, int used, int inputs, char* to, double* values) {
   auto* row = reinterpret_cast<uint16_t*>(to);
@@ -142,12 +216,23 @@ struct Format {
   int64_t block_bytes(int inputs) const { return header_bytes(inputs) + int64_t(inputs) * kBlock * bits / 8; }
 };
 
+template <int bits, int offset, Scales scales>
+constexpr Format grouped(const char* name, hybrid::Format format) {
+  using Kind = Codes<bits, offset, scales>;
+  return {name, format, Kind::header_bytes, bits, Kind::fill, fill_integer_row};
+}
+
 constexpr Format kFormats[] = {
     {"bf16", hybrid::Format::bf16, [](int) { return 0; }, 16, fill_bf16, fill_float_row},
     {"int8", hybrid::Format::int8, [](int) { return kBlock * 4; }, 8, fill_int8, fill_integer_row},
     {"int4", hybrid::Format::int4, [](int inputs) { return inputs; }, 4, fill_int4, fill_integer_row},
     {"fp8", hybrid::Format::fp8, fp8_header, 8, fill_fp8, fill_float_row},
     {"mxfp4", hybrid::Format::mxfp4, mxfp4_header, 4, fill_mxfp4, fill_float_row},
+    grouped<8, 128, Scales::halves>("q8_0", hybrid::Format::q8_0),
+    grouped<5, 16, Scales::halves>("q5_0", hybrid::Format::q5_0),
+    grouped<4, 0, Scales::minima>("q4_1", hybrid::Format::q4_1),
+    grouped<4, 0, Scales::superblocks>("q4_k", hybrid::Format::q4_k),
+    grouped<6, 32, Scales::small_groups>("q6_k", hybrid::Format::q6_k),
 };
 
 }  // namespace formats

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from rig import TRIED
 
-from hybrid.formats import FORMATS
 
-
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=TRIED)
 def format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -206,7 +206,15 @@ NB_MODULE(_ext, m) {
       .value("int8", Format::int8)
       .value("int4", Format::int4)
       .value("fp8", Format::fp8)
-      .value("mxfp4", Format::mxfp4);
+      .value("mxfp4", Format::mxfp4)
+      .value("q8_0", Format::q8_0)
+      .value("q4_0", Format::q4_0)
+      .value("q5_0", Format::q5_0)
+      .value("q4_1", Format::q4_1)
+      .value("q5_1", Format::q5_1)
+      .value("q4_k", Format::q4_k)
+      .value("q5_k", Format::q5_k)
+      .value("q6_k", Format::q6_k);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
       .value("swiglu_clamped", Activation::swiglu_clamped);

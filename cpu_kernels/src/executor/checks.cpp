@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "executor/grouped.h"
 #include "executor/scratch.h"
 
 namespace hybrid {
@@ -19,7 +20,7 @@ std::string text(int64_t number) { return std::to_string(number); }
 
 int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
+bool is_integer(Format format) { return format == Format::int8 || format == Format::int4 || is_grouped(format); }
 
 // Of a block of 16 columns, as formats/ lays it out.
 int64_t block_bytes(Format format, int64_t inputs) {
@@ -34,8 +35,9 @@ int64_t block_bytes(Format format, int64_t inputs) {
       return up((inputs + 127) / 128 * 4, kLine) + inputs * kBlock;
     case Format::mxfp4:
       return up(inputs / 2, kLine) + inputs * kBlock / 2;
+    default:
+      return group_layout(format).block_bytes(int(inputs));
   }
-  return 0;
 }
 
 // Of an int8 activation row.

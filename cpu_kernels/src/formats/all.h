@@ -3,6 +3,7 @@
 
 #include "formats/bf16.h"
 #include "formats/fp8.h"
+#include "formats/grouped.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
 #include "formats/mxfp4.h"
@@ -12,7 +13,7 @@ namespace HYBRID_ISA {
 
 // Calls function(Bf16{}) or whichever format it is.
 template <class Function>
-static HYBRID_INLINE void with_format(hybrid::Format format, Function function) {
+static constexpr HYBRID_INLINE void with_format(hybrid::Format format, Function function) {
   switch (format) {
     case hybrid::Format::bf16:
       return function(Bf16{});
@@ -24,6 +25,8 @@ static HYBRID_INLINE void with_format(hybrid::Format format, Function function) 
       return function(Fp8{});
     case hybrid::Format::mxfp4:
       return function(Mxfp4{});
+    default:
+      return function(Grouped{group_layout(format)});
   }
 }
 

@@ -13,6 +13,8 @@ struct FloatKind {
   using Line = Isa::Line;
   using Sum = F32;
   static constexpr bool integer = false;
+  static constexpr bool grouped = false;     // codes in groups: formats/grouped.h
+  static constexpr bool has_minima = false;  // groups have a minimum besides a scale
   static constexpr int step_inputs = 2;
   static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
   static constexpr int scaled_lines = 0;  // stored lines behind each line of scales; 0: all scales are in front
@@ -32,6 +34,9 @@ struct IntegerKind {
   using Line = Isa::Bytes;
   using Sum = Isa::I32;
   static constexpr bool integer = true;
+  static constexpr bool grouped = false;
+  static constexpr bool has_minima = false;
+  static constexpr bool has_signs = false;  // whether opened operands are signed
   static constexpr int step_inputs = 4;
   static constexpr int scale_lines = 1;
   static constexpr int scaled_lines = 0;

@@ -34,6 +34,7 @@ struct Avx2 {
   // fit, since every line is widened once for all of them.
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 2;
+  static constexpr int group_rows = 4;
   static constexpr bool has_tiles = false;
 
   static F32 zero() { return set(0.0f); }
@@ -118,6 +119,13 @@ struct Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), nibbles(from, high));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), nibbles(from + 32, high));
   }
+  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    return {widen_bytes(joined(p, high, bits, up, mask)), widen_bytes(joined(p + 32, high, bits + 32, up, mask))};
+  }
+  static void store_joined(char* p, const char* from, int high, const char* bits, int up, int mask) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), joined(from, high, bits, up, mask));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), joined(from + 32, high, bits + 32, up, mask));
+  }
   static Quad load_quad(const char* p) {
     int bits;
     __builtin_memcpy(&bits, p, sizeof bits);
@@ -129,6 +137,13 @@ struct Avx2 {
   }
 
   static F32 from_bf16(const char* p) { return {widen_bf16(load_128(p)), widen_bf16(load_128(p + 16))}; }
+  static F32 from_fp16(const char* p) { return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))}; }
+  static int sum_16(const char* p) {
+    // As unsigned bytes with 128 more each, whose sums of eight there is an instruction for.
+    const __m128i bytes = _mm_xor_si128(load_128(p), _mm_set1_epi8(char(0x80)));
+    const __m128i sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
+  }
   static F32 from_int8(const char* p) { return from_int8(load_128(p)); }
   static F32 from_fp8(const char* p) {
     // As fp16 the same bits are 2^-8 of the value, subnormals included; the sign is shifted into place twice.
@@ -159,6 +174,11 @@ struct Avx2 {
   static __m256i nibbles(const char* p, int high) {
     const __m256i bytes = load_256(p);
     return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+  }
+  static __m256i joined(const char* p, int high, const char* bits, int up, int mask) {
+    const __m256i line = load_256(bits);
+    const __m256i moved = up < 0 ? _mm256_srli_epi16(line, -up) : _mm256_slli_epi16(line, up);
+    return _mm256_or_si256(nibbles(p, high), _mm256_and_si256(moved, _mm256_set1_epi8(char(mask))));
   }
   static Half widen_bytes(__m256i bytes) {
     return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};

@@ -23,6 +23,7 @@ struct Avx512 {
   using Fp4 = WidenedFp4<Avx512>;
   static constexpr int max_rows = 8;
   static constexpr int max_blocks = 2;
+  static constexpr int group_rows = 4;
   static constexpr bool has_tiles = false;
 
   static F32 zero() { return _mm512_setzero_ps(); }
@@ -75,6 +76,12 @@ struct Avx512 {
   static Bytes load_bytes(const char* p) { return widen_bytes(_mm512_load_si512(p)); }
   static Bytes load_nibbles(const char* p, int high) { return widen_bytes(nibbles(p, high)); }
   static void store_nibbles(char* p, const char* from, int high) { _mm512_store_si512(p, nibbles(from, high)); }
+  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    return widen_bytes(joined(p, high, bits, up, mask));
+  }
+  static void store_joined(char* p, const char* from, int high, const char* bits, int up, int mask) {
+    _mm512_store_si512(p, joined(from, high, bits, up, mask));
+  }
   static Quad load_quad(const char* p) {
     int bits;
     __builtin_memcpy(&bits, p, sizeof bits);
@@ -88,6 +95,13 @@ struct Avx512 {
 
   static F32 from_bf16(const char* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16));
+  }
+  static F32 from_fp16(const char* p) { return _mm512_cvtph_ps(load_256(p)); }
+  static int sum_16(const char* p) {
+    // As unsigned bytes with 128 more each, whose sums of eight there is an instruction for.
+    const __m128i bytes = _mm_xor_si128(load_128(p), _mm_set1_epi8(char(0x80)));
+    const __m128i sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
   }
   static F32 from_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p))); }
   static F32 from_fp8(const char* p) {
@@ -114,6 +128,12 @@ struct Avx512 {
   static __m512i nibbles(const char* p, int high) {
     const __m512i bytes = _mm512_load_si512(p);
     return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+  }
+  static __m512i joined(const char* p, int high, const char* bits, int up, int mask) {
+    const __m512i line = _mm512_load_si512(bits);
+    const __m512i moved = up < 0 ? _mm512_srli_epi16(line, -up) : _mm512_slli_epi16(line, up);
+    return _mm512_ternarylogic_epi32(nibbles(p, high), moved, _mm512_set1_epi8(char(mask)),
+                                     0xf8);  // low | moved & mask
   }
   // Values that bf16 holds exactly: cutting off the lower half loses nothing.
   static __m512i pair_bits(F32 even, F32 odd) {

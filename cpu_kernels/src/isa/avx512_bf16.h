@@ -68,6 +68,9 @@ struct Avx512Bf16 : Avx512 {
   static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
   static Bytes load_bytes(const char* p) { return (Bytes)_mm512_load_si512(p); }
   static Bytes load_nibbles(const char* p, int high) { return (Bytes)nibbles(p, high); }
+  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    return (Bytes)joined(p, high, bits, up, mask);
+  }
   static Quad load_quad(const char* p) {
     int bits;
     __builtin_memcpy(&bits, p, sizeof bits);

@@ -3,7 +3,7 @@
 // What every instruction set offers: sixteen lanes of fp32 (F32) and int32 (I32); for the float kind a Line of 16
 // columns by a pair of bf16 inputs and the Pair it meets; for the integer kind the Bytes of 16 columns by four unsigned
 // weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value, fp4 as twice
-// its value.
+// its value. Joined are nibbles and, above them, further bits: those of `mask` after `bits` was shifted up.
 //
 // max(a, b) is b unless a is larger, so also where one of them is NaN. max_magnitude compares |x| with a `top` that is
 // not negative, max_magnitude_lane the lanes of such a one: there infinity is larger than any number, NaN than
@@ -37,6 +37,7 @@ struct Portable {
   using Fp4 = WidenedFp4<Portable>;
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
+  static constexpr int group_rows = 0;      // for which codes in groups are made operands in registers
   static constexpr bool has_tiles = false;  // matrix tiles
 
   template <class Function>
@@ -155,6 +156,17 @@ struct Portable {
     const Bytes nibbles = load_nibbles(from, high);
     __builtin_memcpy(p, &nibbles, sizeof nibbles);
   }
+  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    Bytes out = load_nibbles(p, high);
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 4; ++k, ++bits)
+        out.column[i][k] |= uint8_t((up < 0 ? uint8_t(*bits) >> -up : uint8_t(*bits) << up) & mask);
+    return out;
+  }
+  static void store_joined(char* p, const char* from, int high, const char* bits, int up, int mask) {
+    const Bytes joined = load_joined(from, high, bits, up, mask);
+    __builtin_memcpy(p, &joined, sizeof joined);
+  }
   static Quad load_quad(const char* p) {
     Quad out;
     __builtin_memcpy(&out, p, sizeof out);
@@ -170,6 +182,22 @@ struct Portable {
     uint16_t bits[16];
     __builtin_memcpy(bits, p, sizeof bits);
     return each([&](int i) { return bits_to_float(uint32_t(bits[i]) << 16); });
+  }
+  static F32 from_fp16(const char* p) {
+    uint16_t bits[16];
+    __builtin_memcpy(bits, p, sizeof bits);
+    return each([&](int i) {
+      const uint32_t exponent = bits[i] >> 10 & 31, mantissa = bits[i] & 1023;
+      const float size = exponent == 31 ? bits_to_float(0x7f800000u | mantissa << 13)
+                         : exponent     ? bits_to_float((exponent + 127 - 15) << 23 | mantissa << 13)
+                                        : float(mantissa) * 0x1p-24f;
+      return bits[i] & 0x8000 ? -size : size;
+    });
+  }
+  static int sum_16(const char* p) {
+    int sum = 0;
+    for (int i = 0; i < 16; ++i) sum += int8_t(p[i]);
+    return sum;
   }
   static F32 from_int8(const char* p) {
     return each([=](int i) { return float(int8_t(p[i])); });

@@ -252,7 +252,7 @@ static HYBRID_INLINE Place place_of(const AttentionArgs& args, const Step& step,
 // Threads take runs of tasks: what follows a block in memory is fetched while that is computed, into the right cache.
 template <class Kv>
 static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, const Work& work) {
-  const Tiles<Bf16> tiles(step, kMaxTileRows);
+  const Tiles<Bf16> tiles(Bf16{}, step, kMaxTileRows);
   const AttentionTile* tile = step.tiles;
   for_runs(step.attention_tasks * args.kv_heads, 1, work, [&](Range run) {
     Place at = place_of(args, step, run.first, tile);

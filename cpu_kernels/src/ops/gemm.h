@@ -7,12 +7,12 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 template <class Format>
-static HYBRID_KERNEL void gemm_rows(const GemmArgs& args, const Step& step, const Work& work) {
+static HYBRID_KERNEL void gemm_rows(Format format, const GemmArgs& args, const Step& step, const Work& work) {
   const bool head = args.output == nullptr;
   const int rows = head ? step.logit_rows : step.rows;
   float* const output = head ? step.logits + args.first_column : args.output;
   const Rows input{args.input, args.input_stride, nullptr};
-  const Tiles<Format> tiles(step, rows);
+  const Tiles<Format> tiles(format, step, rows);
   const auto finish = [&](const float* sums, int count, int block, int blocks) {
     for (int row = 0; row < count; ++row) {
       for (int j = 0; j < blocks; ++j, sums += kBlock) {
@@ -31,7 +31,7 @@ static HYBRID_KERNEL void gemm_rows(const GemmArgs& args, const Step& step, cons
 }
 
 static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
-  with_format(args.format, [&](auto format) { gemm_rows<decltype(format)>(args, step, work); });
+  with_format(args.format, [&](auto format) { gemm_rows(format, args, step, work); });
 }
 
 }  // namespace HYBRID_ISA

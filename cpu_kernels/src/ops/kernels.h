@@ -5,6 +5,7 @@
 #include "ops/combine.h"
 #include "ops/embedding.h"
 #include "ops/gemm.h"
+#include "ops/grouped_product.h"
 #include "ops/join.h"
 #include "ops/moe.h"
 #include "ops/norm.h"
@@ -17,12 +18,20 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
+static constexpr ProductSizes product_sizes() {
+  ProductSizes sizes{Isa::max_blocks, Isa::has_tiles, {}, {}};
+  for (int i = 0; i < kFormats; ++i) {
+    with_format(hybrid::Format(i), [&](auto format) {
+      sizes.opened[i] = format.opened;
+      sizes.step_inputs[i] = format.step_inputs;
+    });
+  }
+  return sizes;
+}
+
 static constexpr KernelTable make_table(const char* name) {
   return {name,
-          {Isa::max_blocks,
-           Isa::has_tiles,
-           {Bf16::opened, Int8::opened, Int4::opened, Fp8::opened, Mxfp4::opened},
-           {Bf16::step_inputs, Int8::step_inputs, Int4::step_inputs, Fp8::step_inputs, Mxfp4::step_inputs}},
+          product_sizes(),
 #define HYBRID_KERNEL_OF_OP(op, Args) op,
           HYBRID_KERNEL_OPS(HYBRID_KERNEL_OF_OP)
 #undef HYBRID_KERNEL_OF_OP

@@ -53,9 +53,9 @@ static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const Exper
 
 // The blocks of all active experts of a set laid end to end, behind `before` blocks of another.
 template <class Format>
-static HYBRID_KERNEL void gate_up_set(const ExpertSet& set, const Activations& to, int before, const Step& step,
-                                      const Work& work) {
-  const Tiles<Format> tiles(step, step.rows);
+static HYBRID_KERNEL void gate_up_set(Format format, const ExpertSet& set, const Activations& to, int before,
+                                      const Step& step, const Work& work) {
+  const Tiles<Format> tiles(format, step, step.rows);
   for_runs(before + *set.routing.count * set.blocks, kRunBlocks / 2, work, [&](Range run) {
     for (int at = run.first - before; at < run.last - before;) {
       const int expert = set.routing.active[at / set.blocks], first = at % set.blocks;
@@ -69,13 +69,11 @@ static HYBRID_KERNEL void gate_up_set(const ExpertSet& set, const Activations& t
 // A thread that finds no more blocks of the routed experts goes on with the shared one.
 static void gate_up(const GateUpArgs& args, const Step& step, const Work& work) {
   const Activations routed{args.output, args.output_stride, args.activation};
-  with_format(args.routed.format,
-              [&](auto format) { gate_up_set<decltype(format)>(args.routed, routed, 0, step, work); });
+  with_format(args.routed.format, [&](auto format) { gate_up_set(format, args.routed, routed, 0, step, work); });
   if (!args.shared.experts) return;
   const Activations shared{args.shared_output, args.shared_output_stride, args.activation};
   const int before = *args.routed.routing.count * args.routed.blocks;
-  with_format(args.shared.format,
-              [&](auto format) { gate_up_set<decltype(format)>(args.shared, shared, before, step, work); });
+  with_format(args.shared.format, [&](auto format) { gate_up_set(format, args.shared, shared, before, step, work); });
 }
 
 // Columns of one expert's down, weighted and added to the rows it belongs to.
@@ -108,15 +106,15 @@ static HYBRID_INLINE void down_experts(const Tiles<Format>& tiles, const ExpertS
 }
 
 template <class Format>
-static HYBRID_KERNEL void down_routed(const DownArgs& args, const Step& step, const Work& work) {
-  const Tiles<Format> tiles(step, step.rows);
+static HYBRID_KERNEL void down_routed(Format format, const DownArgs& args, const Step& step, const Work& work) {
+  const Tiles<Format> tiles(format, step, step.rows);
   for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) { down_experts(tiles, args.routed, args, run, work); });
 }
 
 template <class Format>
-static HYBRID_KERNEL void down_run(const ExpertSet& set, const DownArgs& args, Range run, const Step& step,
-                                   const Work& work) {
-  const Tiles<Format> tiles(step, step.rows);
+static HYBRID_KERNEL void down_run(Format format, const ExpertSet& set, const DownArgs& args, Range run,
+                                   const Step& step, const Work& work) {
+  const Tiles<Format> tiles(format, step, step.rows);
   down_experts(tiles, set, args, run, work);
 }
 
@@ -124,10 +122,10 @@ static HYBRID_KERNEL void down_run(const ExpertSet& set, const DownArgs& args, R
 // have one order. Two sets take turns run by run, each with tiles of its own.
 static void down(const DownArgs& args, const Step& step, const Work& work) {
   if (!args.shared.experts)
-    return with_format(args.routed.format, [&](auto format) { down_routed<decltype(format)>(args, step, work); });
+    return with_format(args.routed.format, [&](auto format) { down_routed(format, args, step, work); });
   for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) {
     const auto add = [&](const ExpertSet& set) {
-      with_format(set.format, [&](auto format) { down_run<decltype(format)>(set, args, run, step, work); });
+      with_format(set.format, [&](auto format) { down_run(format, set, args, run, step, work); });
     };
     add(args.routed);
     add(args.shared);

@@ -167,12 +167,21 @@ static HYBRID_INLINE int segment_end(int line, int last) {
 // A segment's part, scaled as its group of weights is, added to the sums.
 template <class Format, int MR, int NB>
 static HYBRID_INLINE void merge(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
-                                const Blocks<Format>& w, int line) {
+                                const char* const* rows, const Blocks<Format>& w, int line) {
 #pragma GCC unroll 8
   for (int j = 0; j < NB; ++j) {
     const F32 scale = Format::group_scale(w.header + j * w.stride, line);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) sums[r][j] = Isa::fma(Format::widen(part[r][j]), scale, sums[r][j]);
+  }
+  if constexpr (Format::has_minima) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const F32 sum = Format::row_sum(rows[r], w.inputs, line);
+#pragma GCC unroll 8
+      for (int j = 0; j < NB; ++j)
+        sums[r][j] = Isa::fma(sum, Format::group_minimum(w.header + j * w.stride, line), sums[r][j]);
+    }
   }
 }
 
@@ -190,7 +199,7 @@ static HYBRID_INLINE void add_segments(F32 (&sums)[MR][NB], const char* const* r
       for (int j = 0; j < NB; ++j) part[r][j] = start;
     }
     run(part, line, end);
-    merge<Format>(sums, part, w, line);
+    merge<Format>(sums, part, rows, w, line);
     line = end;
   }
 }
@@ -331,6 +340,18 @@ static HYBRID_KERNEL void pass(const char* const* rows, const Blocks<Format>& w,
   store_sums(saved, sums);
 }
 
+// All rows over one panel, tile by tile. sums: [rows][NB][16].
+template <class Format, int NB>
+static HYBRID_INLINE void pass_rows(const Rows& left, int rows, const Blocks<Format>& w, Panel& panel, float* sums) {
+  for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
+    constexpr int MR = decltype(mr)::value;
+    const char* at[MR];
+    for (int r = 0; r < MR; ++r) at[r] = left.at(row + r);
+    panel.tile = tile;
+    pass<Format, MR, NB>(at, w, panel, sums + row * NB * kBlock);
+  });
+}
+
 // Many rows: panel by panel, all tiles over each; unfinished sums wait in `scratch`, before the opened panel.
 template <class Format, int NB, class Epilogue>
 static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format>& w, int block, char* scratch,
@@ -344,16 +365,15 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
     if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
     Panel panel{w.from(first), last, 0, tile_count(rows), next};
     if (!Format::opened) panel.operands = {opened, kPanelBytes, kLine, nullptr, first};
-    for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
-      constexpr int MR = decltype(mr)::value;
-      const char* at[MR];
-      for (int r = 0; r < MR; ++r) at[r] = left.at(row + r);
-      panel.tile = tile;
-      pass<Format, MR, NB>(at, w, panel, sums + row * NB * kBlock);
-    });
+    pass_rows<Format, NB>(left, rows, w, panel, sums);
   }
   epilogue(sums, rows, block, NB);
 }
+
+// Defined in ops/grouped_product.h.
+template <class Epilogue>
+static void group_product(const Grouped& format, const Rows& left, int rows, const char* matrix, int inputs,
+                          Range blocks, char* scratch, Epilogue epilogue);
 
 // product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. The finished sums
 // [rows][count][16] of `count` blocks from `block` on go to epilogue(sums, rows, block, count).
@@ -362,21 +382,25 @@ template <class Format, class Epilogue>
 static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
                                   int inputs, Range blocks, char* scratch, Epilogue epilogue) {
   if constexpr (Isa::has_tiles) {
-    if (tiles.multiply(rows)) return tile_product<Format>(left, rows, matrix, inputs, blocks, scratch, epilogue);
+    if (tiles.multiply(rows)) return tile_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
   }
-  for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
-    constexpr int NB = decltype(nb)::value;
-    const Blocks<Format> w(matrix, inputs, block);
-    if (rows > Isa::max_rows) return panels<Format, NB>(left, rows, w, block, scratch, epilogue);
-    const char* at[Isa::max_rows] = {};
-    for (int r = 0; r < rows; ++r) at[r] = left.at(r);
-    float* const sums = reinterpret_cast<float*>(scratch);
-    with_rows<Isa::max_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
-      constexpr int MR = decltype(mr)::value;
-      fetch_near ? stream<Format, Near, MR, NB>(at, w, sums) : stream<Format, Far, MR, NB>(at, w, sums);
+  if constexpr (Format::grouped) {
+    group_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
+  } else {
+    for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
+      constexpr int NB = decltype(nb)::value;
+      const Blocks<Format> w(matrix, inputs, block);
+      if (rows > Isa::max_rows) return panels<Format, NB>(left, rows, w, block, scratch, epilogue);
+      const char* at[Isa::max_rows] = {};
+      for (int r = 0; r < rows; ++r) at[r] = left.at(r);
+      float* const sums = reinterpret_cast<float*>(scratch);
+      with_rows<Isa::max_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
+        constexpr int MR = decltype(mr)::value;
+        fetch_near ? stream<Format, Near, MR, NB>(at, w, sums) : stream<Format, Far, MR, NB>(at, w, sums);
+      });
+      epilogue(sums, rows, block, NB);
     });
-    epilogue(sums, rows, block, NB);
-  });
+  }
 }
 
 }  // namespace HYBRID_ISA

@@ -11,12 +11,12 @@ struct Lines;
 
 // Defined in ops/tiles.h.
 template <class Format>
-static void load_tiles();
+static void load_tiles(const Format& format);
 template <class Format>
 static void release_tiles();
 template <class Format, class Epilogue>
-static void tile_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks, char* scratch,
-                         Epilogue epilogue);
+static void tile_product(const Format& format, const Rows& left, int rows, const char* matrix, int inputs, Range blocks,
+                         char* scratch, Epilogue epilogue);
 template <class RowAt, class Epilogue>
 static void small_tile_product(RowAt row_at, int rows, const Lines& w, int count, int blocks, const char* next,
                                Epilogue epilogue);
@@ -28,10 +28,12 @@ static double multiply_in_tiles(int64_t rounds);
 template <class Format>
 class Tiles {
  public:
-  HYBRID_INLINE Tiles(const Step& step, int rows)
-      : from_(step.tile_rows ? step.tile_rows : Format::tile_rows), ready_(Isa::has_tiles && rows >= from_) {
+  HYBRID_INLINE Tiles(Format format, const Step& step, int rows)
+      : format(format),
+        from_(step.tile_rows ? step.tile_rows : Format::tile_rows),
+        ready_(Isa::has_tiles && rows >= from_) {
     if constexpr (Isa::has_tiles) {
-      if (ready_) load_tiles<Format>();
+      if (ready_) load_tiles(format);
     }
   }
   HYBRID_INLINE ~Tiles() {
@@ -44,6 +46,8 @@ class Tiles {
 
   // Whether a product of so many rows multiplies tiles.
   HYBRID_INLINE bool multiply(int rows) const { return ready_ && rows >= from_; }
+
+  const Format format;
 
  private:
   const int from_;

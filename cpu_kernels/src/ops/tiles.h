@@ -3,8 +3,8 @@
 // Sums of a segment are those of the other kernels: integers exactly, so that these formats give the same bits.
 #pragma once
 
+#include "ops/grouped_product.h"
 #include "ops/probe.h"
-#include "ops/product.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -14,6 +14,7 @@ constexpr int kParts = 4;             // segments that wait to be merged: sums a
 
 // int4 as it is multiplied: signed bytes, which leave no offset to be taken back from every segment.
 struct SignedInt4 : Int4 {
+  static constexpr bool has_signs = true;
   static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) {
     Isa::store_signed_nibbles(out, line, step);
   }
@@ -25,11 +26,15 @@ using Tiled = typename Either<Format::integer && !Format::opened, SignedInt4, Fo
 
 // Lines of one tile product. A segment of int4 is 8: half a tile, and half the speed.
 template <class Format>
-constexpr int kTileLines = Format::segment && Format::segment * Format::steps < 16 ? 8 : 16;
+constexpr int kTileLines =
+    Format::segment && Format::segment * Format::steps < 16 ? Format::segment * Format::steps : 16;
 
 template <class Format>
-static void load_tiles() {
-  Isa::load_tiles(kTileLines<Format>);
+static void load_tiles(const Format& format) {
+  if constexpr (Format::grouped)
+    Isa::load_tiles(format.layout.group() / 4);
+  else
+    Isa::load_tiles(kTileLines<Format>);
 }
 
 template <class Format>
@@ -91,10 +96,10 @@ template <class Format, int sums, int left, int right>
 static HYBRID_INLINE void multiply_tile() {
   if constexpr (!Format::integer)
     Isa::multiply_bf16<sums, left, right>();
-  else if constexpr (Format::opened)
-    Isa::multiply_unsigned<sums, left, right>();
-  else
+  else if constexpr (Format::has_signs)
     Isa::multiply_signed<sums, left, right>();
+  else
+    Isa::multiply_unsigned<sums, left, right>();
 }
 
 // Sums of TM times 16 rows and TN blocks += their rows from byte `skip` on times `steps` tiles of lines of every block.
@@ -178,21 +183,31 @@ template <class Format, int TM, int TN>
 static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int first, int line, int count,
                                       Parts<TM, TN>& parts) {
   const char* const header = p.w.header + first * p.w.stride;
-  F32 scale[TN][kParts];
-  for (int s = 0; s < count; ++s)
-    for (int j = 0; j < TN; ++j) scale[j][s] = Format::group_scale(header + j * p.w.stride, line + s * Format::segment);
+  F32 scale[TN][kParts], minimum[TN][kParts], row_sum[kParts];
+  for (int s = 0; s < count; ++s) {
+    for (int j = 0; j < TN; ++j) {
+      scale[j][s] = Format::group_scale(header + j * p.w.stride, line + s * Format::segment);
+      if constexpr (Format::has_minima)
+        minimum[j][s] = Format::group_minimum(header + j * p.w.stride, line + s * Format::segment);
+    }
+  }
   const int rows = min(TM * kTileRows, p.count - row), input = line * Format::line_inputs;
   const bool begins = line == p.operands.first, ends = line + count * Format::segment >= p.last;
   for (int r = 0; r < rows; ++r) {
     const char* const values = p.rows.at(row + r);
     const F32 row_scale = Isa::set(Format::row_scale(values, p.w.inputs, input));
     const auto start = Format::start(values, p.w.inputs, input);  // where it is not zero there is one segment
+    if constexpr (Format::has_minima)
+      for (int s = 0; s < count; ++s) row_sum[s] = Format::row_sum(values, p.w.inputs, line + s * Format::segment);
 #pragma GCC unroll 4
     for (int j = 0; j < TN; ++j) {
       float *const at = p.sums_of(row + r, first + j), *const scaled = parts.scaled[r][j];
       const F32 before = p.operands.first ? Isa::load(at) : Isa::zero();
       F32 sum = !Format::integer ? before : begins ? Isa::zero() : Isa::load(scaled);
-      for (int s = 0; s < count; ++s) sum = Isa::fma(widened<Format>(parts.sums[s][r][j], start), scale[j][s], sum);
+      for (int s = 0; s < count; ++s) {
+        sum = Isa::fma(widened<Format>(parts.sums[s][r][j], start), scale[j][s], sum);
+        if constexpr (Format::has_minima) sum = Isa::fma(row_sum[s], minimum[j][s], sum);
+      }
       if (!ends) {
         Isa::store(scaled, sum);
         continue;
@@ -259,6 +274,15 @@ static HYBRID_INLINE void for_tiles(int rows, Function function) {
 
 static HYBRID_INLINE int tile_passes(int rows) { return (rows + 2 * kTileRows - 1) / (2 * kTileRows); }
 
+// All rows over NB blocks and one panel; `some`: what the first pass of several fetches meanwhile, if any.
+template <class Format, int NB>
+static HYBRID_INLINE void tile_panel(const TileProduct<Format>& p, const char* opened) {
+  for_tiles<NB>(p.count, [&](auto tm, auto tn, int row, int j, int pass) __attribute__((always_inline)) {
+    const Fetch none{opened, 0, 0}, some = share_fetch(p.next, pass, tile_passes(p.count));
+    tile_pass<Format, tm.value, tn.value>(p, row, j, Format::opened ? some : none);
+  });
+}
+
 // All rows over NB blocks, panel by panel.
 template <class Format, int NB>
 static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTiles& left, const Blocks<Format>& w,
@@ -270,26 +294,43 @@ static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTil
     if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
     TileProduct<Format> p{rows, count, left, w, NB, sums, w.from(first), last, next};
     if (!Format::opened) p.operands = {opened, kPanelBytes, kLine, nullptr, first};
-    for_tiles<NB>(count, [&](auto tm, auto tn, int row, int j, int pass) __attribute__((always_inline)) {
-      const Fetch none{opened, 0, 0}, some = share_fetch(next, pass, tile_passes(count));
-      tile_pass<Format, tm.value, tn.value>(p, row, j, Format::opened ? some : none);
-    });
+    tile_panel<Format, NB>(p, opened);
+  }
+}
+
+// The same of codes in groups.
+template <int group, int NB>
+static HYBRID_KERNEL void tile_group_panels(const Rows& rows, int count, const LeftTiles& left, const GroupBlocks& w,
+                                            float* sums, char* opened) {
+  const auto opened_w = opened_blocks<group>(opened, w.inputs);
+  for (int first = 0; first < w.inputs; first += kPanelInputs) {
+    const int last = min(w.inputs, first + kPanelInputs);
+    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
+    const Lines operands{opened, kPanelBytes, kLine, nullptr, first / 4};
+    tile_panel<OpenedGroups<group>, NB>({rows, count, left, opened_w, NB, sums, operands, last / 4, opened}, opened);
   }
 }
 
 // As product(). Scratch: sums of whole tiles of rows, opened panels, and copies of rows.
 template <class Stored, class Epilogue>
-static HYBRID_INLINE void tile_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks,
-                                       char* scratch, Epilogue epilogue) {
-  using Format = Tiled<Stored>;
+static HYBRID_INLINE void tile_product(const Stored& format, const Rows& left, int rows, const char* matrix, int inputs,
+                                       Range blocks, char* scratch, Epilogue epilogue) {
   float* const sums = reinterpret_cast<float*>(scratch);
   char* const opened = scratch + sums_bytes(whole_tiles(rows), Isa::max_blocks);
-  char* const copies = opened + (Format::opened ? 0 : Isa::max_blocks * kPanelBytes);
+  char* const copies = opened + (Stored::opened ? 0 : Isa::max_blocks * kPanelBytes);
   const auto row_at = [&](int row) { return left.at(row); };
-  const LeftTiles tiles(row_at, rows, inputs / Format::step_inputs * 4, copies);
+  const LeftTiles tiles(row_at, rows, inputs / Stored::step_inputs * 4, copies);
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
-    const Blocks<Format> w(matrix, inputs, block);
-    tile_panels<Format, nb.value>(left, rows, tiles, w, sums, opened);
+    if constexpr (Stored::grouped) {
+      const GroupBlocks w(format.layout, matrix, inputs, block);
+      if (w.layout.group() == 16)
+        tile_group_panels<16, nb.value>(left, rows, tiles, w, sums, opened);
+      else
+        tile_group_panels<32, nb.value>(left, rows, tiles, w, sums, opened);
+    } else {
+      const Blocks<Tiled<Stored>> w(matrix, inputs, block);
+      tile_panels<Tiled<Stored>, nb.value>(left, rows, tiles, w, sums, opened);
+    }
     epilogue(sums, rows, block, nb.value);
   });
 }
@@ -352,7 +393,7 @@ static double multiply_in_tiles(int64_t rounds) {
   alignas(64) char rows[2][kTileRows][kLine] = {}, lines[2][kTileRows][kLine] = {}, sums[4][kTileRows][kLine];
   const TileRows left[2] = {{rows[0][0], kLine}, {rows[1][0], kLine}};
   const Lines w{lines[0][0], kTileRows * kLine, kLine, nullptr, 0};
-  load_tiles<Format>();
+  load_tiles(Format{});
   clear_tiles<2, 2>();
   for (int64_t i = 0; i < rounds; ++i) multiply_tiles<Format, 2>(left, 0, w, 1, Fetch{w.data, 0, 0});
   store_tile_sums<2, 2>(sums[0][0], 2 * kLine);

@@ -1,0 +1,138 @@
+// Codes of 4, 5, 6 or 8 bits in groups of 32 or 16 inputs. Whatever a format's scales are, those of 256 inputs are
+// opened to fp32 first, a scale and a minimum for each group and column: so the kernels know but how many bits a code
+// has. The minimum, which stands for the offset of codes as well, is multiplied by the sum of the activations.
+#pragma once
+
+#include "executor/grouped.h"
+#include "formats/kinds.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct Grouped {
+  static constexpr bool integer = true;
+  static constexpr bool grouped = true;
+  static constexpr bool opened = false;
+  static constexpr int step_inputs = 4;
+  static constexpr int tile_rows = 17;
+  GroupLayout layout;
+};
+
+constexpr int kGroupFloats = 2 * kBlock;  // of one group: scales, then minima
+
+// The sum of a group of an int8 activation row.
+template <int group>
+static HYBRID_INLINE int group_sum(const char* row, int inputs, int first) {
+  if constexpr (group < kSumInputs) return Isa::sum_16(row + first);
+  return reinterpret_cast<const int32_t*>(row + inputs)[first / kSumInputs];
+}
+
+// Groups of 256 inputs after they were opened: lines of int8 as operands, and scales and minima.
+template <int group>
+struct OpenedGroups : IntegerKind<0, group> {
+  static constexpr int line_inputs = 4;
+  static constexpr int steps = 1;
+  static constexpr bool chained = false;
+  static constexpr int segment = group / line_inputs;
+  static constexpr bool opened = false;
+  static constexpr bool has_minima = true;
+
+  static constexpr int header(int) { return 0; }
+  static HYBRID_INLINE Isa::I32 start(const char*, int, int) { return Isa::set_int(0); }
+  static HYBRID_INLINE F32 group_scale(const char* scales, int line) { return Isa::load(floats(scales, line)); }
+  static HYBRID_INLINE F32 group_minimum(const char* scales, int line) {
+    return Isa::load(floats(scales, line) + kBlock);
+  }
+  static HYBRID_INLINE F32 row_sum(const char* row, int inputs, int line) {
+    return Isa::set(float(group_sum<group>(row, inputs, line * line_inputs)));
+  }
+
+ private:
+  static HYBRID_INLINE const float* floats(const char* scales, int line) {
+    return reinterpret_cast<const float*>(scales) + line % (kPanelInputs / line_inputs) / segment * kGroupFloats;
+  }
+};
+
+// Adjacent blocks of a packed matrix from block `block` on.
+struct GroupBlocks {
+  GroupLayout layout;
+  int inputs, header_bytes, part_bytes;
+  int64_t stride;
+  const char* first;
+
+  HYBRID_INLINE GroupBlocks(GroupLayout layout, const char* matrix, int inputs, int block)
+      : layout(layout),
+        inputs(inputs),
+        header_bytes(layout.header_bytes(inputs)),
+        part_bytes(layout.part_bytes()),
+        stride(layout.block_bytes(inputs)),
+        first(matrix + block * stride) {}
+  // What 64 inputs from `input` on have: scales, then codes.
+  HYBRID_INLINE const char* part(int input) const { return first + header_bytes + input / kInputs * part_bytes; }
+};
+
+// Scales and minima of the groups of inputs [first, last), within 256, of block `block`.
+static HYBRID_KERNEL void open_scales(const GroupBlocks& w, int block, int first, int last, float* out) {
+  const char* const factors = w.first + block * w.stride + first / kScaleInputs * kLine;
+  const char* head = w.part(first) + block * w.stride;
+  const F32 offset = Isa::set(-float(w.layout.offset));
+  for (int input = first; input < last; input += kInputs, head += w.part_bytes) {
+    for (int g = 0; g < kInputs / w.layout.group(); ++g, out += kGroupFloats) {
+      F32 scale, minimum;
+      switch (w.layout.scales) {
+        case GroupScales::halves:
+          scale = Isa::from_fp16(head + g * kBlock * 2);
+          minimum = Isa::mul(scale, offset);
+          break;
+        case GroupScales::minima:
+          scale = Isa::from_fp16(head + g * kLine);
+          minimum = Isa::from_fp16(head + g * kLine + kBlock * 2);
+          break;
+        case GroupScales::superblocks:
+          scale = Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock * 2));
+          minimum = Isa::mul(Isa::from_fp16(factors + kBlock * 2), Isa::from_int8(head + g * kBlock * 2 + kBlock));
+          minimum = Isa::sub(Isa::zero(), minimum);
+          break;
+        default:
+          scale = Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock));
+          minimum = Isa::mul(scale, offset);
+      }
+      Isa::store(out, scale);
+      Isa::store(out + kBlock, minimum);
+    }
+  }
+}
+
+// Where codes of a group lie: low bits, or all of 8; and what they have beyond four.
+template <int bits>
+struct GroupCodes {
+  static constexpr int extra = bits == 8 ? 0 : bits - 4;
+  const char *low, *high;
+
+  HYBRID_INLINE GroupCodes(const char* codes, int first)
+      : low(codes + kInputs * kBlock * extra / 8 + first * (bits == 8 ? kBlock : kBlock / 2)),
+        high(codes + first * kBlock * extra / 8) {}
+  HYBRID_INLINE Isa::Bytes operand(int64_t skip, int step) const {
+    if constexpr (bits == 8)
+      return Isa::load_bytes(low + skip + step * kLine);
+    else if constexpr (bits == 4)
+      return Isa::load_nibbles(low + skip + step / 2 * kLine, step % 2);
+    else
+      return Isa::load_joined(low + skip + step / 2 * kLine, step % 2, high + skip, up(step), kMask);
+  }
+  HYBRID_INLINE void open(int64_t skip, int step, char* out) const {
+    if constexpr (bits == 8)
+      __builtin_memcpy(out, low + skip + step * kLine, kLine);
+    else if constexpr (bits == 4)
+      Isa::store_nibbles(out, low + skip + step / 2 * kLine, step % 2);
+    else
+      Isa::store_joined(out, low + skip + step / 2 * kLine, step % 2, high + skip, up(step), kMask);
+  }
+
+ private:
+  static constexpr int kMask = ((1 << extra) - 1) << 4;
+  static HYBRID_INLINE int up(int step) { return 4 - step * extra; }  // from where the bits of a step are to bit 4
+};
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,179 @@
+// The product of formats of codes in groups. Every output element is one chain of operations, as in ops/product.h.
+#pragma once
+
+#include "ops/product.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Calls function(Int<bits>) for codes of so many.
+template <class Function>
+static HYBRID_INLINE void with_bits(int bits, Function function) {
+  if (bits == 4) return function(Int<4>{});
+  if (bits == 5) return function(Int<5>{});
+  if (bits == 6) return function(Int<6>{});
+  function(Int<8>{});
+}
+
+// Asks for a line of each of NB blocks, where the processor likes them.
+template <int NB>
+static HYBRID_INLINE void fetch_line(const char* at, int64_t stride, bool near) {
+  if (near) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, Near::level);
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, Far::level);
+  }
+}
+
+// Adds a group's part, scaled, and its minimum times the sum of the row.
+template <int group, int MR, int NB>
+static HYBRID_INLINE void merge_group(F32 (&scaled)[MR][NB], const Isa::I32 (&part)[MR][NB], const char* const* rows,
+                                      int inputs, int first, const float* scales, int block_floats) {
+  F32 sums[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) sums[r] = Isa::set(float(group_sum<group>(rows[r], inputs, first)));
+#pragma GCC unroll 8
+  for (int j = 0; j < NB; ++j) {
+    const F32 scale = Isa::load(scales + j * block_floats), minimum = Isa::load(scales + j * block_floats + kBlock);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+      scaled[r][j] = Isa::fma(sums[r], minimum, Isa::fma(Isa::to_f32(part[r][j]), scale, scaled[r][j]));
+  }
+}
+
+// Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
+template <int bits, int MR, int NB>
+static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out) {
+  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4, block_floats = kPanelInputs / group * kGroupFloats;
+  constexpr int fetched = (bits + 1 + kInputs / group) * group / kInputs + 1;  // lines of a group, or one more
+  const bool near = fetch_near;
+  const int64_t ahead = near ? Near::ahead : Far::ahead;
+  const int head_bytes = w.layout.head_bytes();
+  alignas(64) float scales[NB][block_floats];
+  F32 sums[MR][NB];
+  load_sums(sums, nullptr);
+  for (int first = 0; first < w.inputs; first += kPanelInputs) {
+    const int last = min(w.inputs, first + kPanelInputs);
+    for (int j = 0; j < NB; ++j) open_scales(w, j, first, last, scales[j]);
+    F32 scaled[MR][NB];
+    load_sums(scaled, nullptr);
+    for (int input = first; input < last; input += kInputs) {
+      const char* const at = w.part(input);
+      const char* next = at + ahead < w.first + w.stride ? at + ahead : at + ahead + (NB - 1) * w.stride;
+      for (int g = 0; g < kInputs; g += group) {
+        const GroupCodes<bits> codes(at + head_bytes, g);
+        Isa::I32 part[MR][NB];
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
+#pragma GCC unroll 8
+        for (int step = 0; step < steps; ++step) {
+          if (step < fetched) fetch_line<NB>(next + step * kLine, w.stride, near);
+          if (step + steps < fetched) fetch_line<NB>(next + (step + steps) * kLine, w.stride, near);
+          typename Isa::Bytes operand[NB];
+#pragma GCC unroll 8
+          for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
+#pragma GCC unroll 8
+          for (int r = 0; r < MR; ++r) {
+            const auto value = Isa::load_quad(rows[r] + input + g + 4 * step);
+#pragma GCC unroll 8
+            for (int j = 0; j < NB; ++j) part[r][j] = Isa::dot(part[r][j], operand[j], value);
+          }
+        }
+        next += fetched * kLine;
+        merge_group<group>(scaled, part, rows, w.inputs, input + g,
+                           scales[0] + (input - first + g) / group * kGroupFloats, block_floats);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const F32 scale = Isa::set(OpenedGroups<group>::row_scale(rows[r], w.inputs, first));
+#pragma GCC unroll 8
+      for (int j = 0; j < NB; ++j) sums[r][j] = Isa::fma(scaled[r][j], scale, sums[r][j]);
+    }
+  }
+  store_sums(out, sums);
+}
+
+// Where scales of an opened block are in its panel: behind its lines of int8.
+constexpr int kScalesOffset = kPanelInputs / 4 * kLine;
+
+// Inputs [first, last) of `blocks` blocks opened, `kPanelBytes` a block; meanwhile what lies as far ahead as they are
+// long is fetched.
+template <int bits>
+static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int first, int last, char* out) {
+  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4;
+  for (int j = 0; j < blocks; ++j, out += kPanelBytes) {
+    open_scales(w, j, first, last, reinterpret_cast<float*>(out + kScalesOffset));
+    char* line = out;
+    for (int input = first; input < last; input += kInputs) {
+      const char* const at = w.part(input) + j * w.stride;
+      const int64_t panel = int64_t(kPanelInputs / kInputs) * w.part_bytes;
+      const char* next = at + panel + (input + kPanelInputs < w.inputs ? 0 : (blocks - 1) * w.stride);
+      for (int i = 0; i < w.part_bytes; i += kLine) __builtin_prefetch(next + i, 0, 2);
+      for (int g = 0; g < kInputs; g += group) {
+        const GroupCodes<bits> codes(at + w.layout.head_bytes(), g);
+#pragma GCC unroll 8
+        for (int step = 0; step < steps; ++step, line += kLine) codes.open(0, step, line);
+      }
+    }
+  }
+}
+
+// The opened panel as blocks whose headers are the scales of the panel.
+template <int group>
+static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const char* opened, int inputs) {
+  Blocks<OpenedGroups<group>> w(opened + kScalesOffset, inputs, 0);
+  w.stride = kPanelBytes;
+  return w;
+}
+
+// Many rows: panel by panel, all tiles over each. sums: [rows][NB][16].
+template <int group, int NB>
+static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBlocks& w, float* sums, char* opened) {
+  const auto opened_w = opened_blocks<group>(opened, w.inputs);
+  for (int first = 0; first < w.inputs; first += kPanelInputs) {
+    const int last = min(w.inputs, first + kPanelInputs);
+    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
+    Panel panel{{opened, kPanelBytes, kLine, nullptr, first / 4}, last / 4, 0, tile_count(rows), opened};
+    pass_rows<OpenedGroups<group>, NB>(left, rows, opened_w, panel, sums);
+  }
+}
+
+template <int NB>
+static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
+  const char* at[Isa::group_rows];
+  for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(r, rows - 1));
+  with_bits(w.layout.bits, [&](auto bits) {
+    if (rows == 1) return stream_groups<bits.value, 1, NB>(at, w, sums);
+    if (rows == 2) return stream_groups<bits.value, 2, NB>(at, w, sums);
+    stream_groups<bits.value, 4, NB>(at, w, sums);
+  });
+}
+
+// As product(). Three rows are multiplied as four: the sums of the last end where the panel would begin.
+template <class Epilogue>
+static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left, int rows, const char* matrix,
+                                        int inputs, Range blocks, char* scratch, Epilogue epilogue) {
+  float* const sums = reinterpret_cast<float*>(scratch);
+  for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
+    constexpr int NB = decltype(nb)::value;
+    const GroupBlocks w(format.layout, matrix, inputs, block);
+    char* const opened = scratch + sums_bytes(rows, NB);
+    if (rows > Isa::group_rows) {
+      if (w.layout.group() == 16)
+        group_panels<16, NB>(left, rows, w, sums, opened);
+      else
+        group_panels<32, NB>(left, rows, w, sums, opened);
+    } else if constexpr (Isa::group_rows > 0) {
+      stream_few<NB>(left, rows, w, sums);
+    }
+    epilogue(sums, rows, block, NB);
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid
