@@ -19,7 +19,7 @@ from hybrid.config import MAX_NODES, EngineConfig, check_config
 from hybrid.engine.engine import Engine
 from hybrid.engine.kv import HUGE_BEHIND, KvArena
 from hybrid.errors import CapacityError, ConfigError, StepCancelled
-from hybrid.formats import FORMATS
+from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.formats.rows import row_bytes
 from hybrid.machine.hardware import MemoryNode, has_huge_pages, probe
@@ -37,6 +37,9 @@ from hybrid.plan.text import plan_text
 from hybrid.weights.copied import CopiedWeights, lay_out
 from hybrid.weights.pack import cached_store
 
+# 300 columns are three units of 64 or 128 inputs, but two of the 256 that share factors in q4_k.
+CUT = [(text, nodes) for text in MIXES if text not in GROUPED for nodes in (2, 3)]
+CUT += [("q8_0", 3), ("q4_k", 2)]
 WIDE = {"moe_intermediate_size": 300, "intermediate_size": 320}  # what can be cut in three, at odd places
 TWO = (MemoryNode(0, (0, 2)), MemoryNode(3, (4, 6)))
 
@@ -120,8 +123,7 @@ def per_node(plan: Plan, kind: str) -> list[list[Op]]:
     return [ops[i : i + plan.nodes] for i in range(0, len(ops), plan.nodes)]
 
 
-@pytest.mark.parametrize("text", MIXES)
-@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize(("text", "nodes"), CUT)
 def test_every_node_has_its_turn_and_all_parts_make_the_whole(text, nodes) -> None:
     """qwen3_moe has a dense layer as well; its head stands apart."""
     plan = plan_of(with_biases(spec_of(**WIDE)), weight_format=text, numa=str(nodes))
@@ -350,11 +352,10 @@ FLOAT, INTEGER = 0.006, 0.025  # how far a part of a layer may be off
 
 def allowed(text: str) -> float:
     """int8 activations are scaled anew in each part: two roundings of them, each as near as one must be."""
-    return np.sqrt(2) * INTEGER if "int" in text else FLOAT
+    return np.sqrt(2) * INTEGER if "int" in text or text in GROUPED else FLOAT
 
 
-@pytest.mark.parametrize("text", [*MIXES, "int4,attention=fp8,head=int8,dense=mxfp4"])
-@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize(("text", "nodes"), [*CUT, ("int4,attention=fp8,head=int8,dense=mxfp4", 3)])
 def test_logits_of_nodes_are_near_and_do_not_depend_on_threads_or_chunks(saved, isa, text, nodes) -> None:
     choices = {"weight_format": text, "isa": isa, "batch_invariant": True}
     with opened(saved, threads=1, **choices) as engine:
