@@ -9,7 +9,7 @@ import numpy as np
 from checkpoints import write_tensors
 
 from hybrid.formats import FORMATS
-from hybrid.formats.packed import down_offset
+from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
 from hybrid.models.tensors import in_layer
@@ -132,10 +132,10 @@ def _expert(store: Store, index: int, layer: LayerSpec, expert: int) -> tuple[np
 def _gated(store: Store, name: str, n: int, *expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     blob, format, k = store.array(name)[expert], store.tensors[name].format, store.spec.hidden
     assert format is not None
-    start = down_offset(format, k, n)
-    blocks = blob[:start].reshape(-1, 2, FORMATS[format].block_bytes(store.tensors[name].runs[0].inputs))
-    gate, up = (FORMATS[format].unpack(blocks[:, i], n, k) for i in (0, 1))
-    return gate, up, FORMATS[format].unpack(blob[start:], k, n)
+    start, (wide, narrow) = down_offset(format, k, n), (FORMATS[one] for one in matrix_formats(format))
+    blocks = blob[:start].reshape(-1, 2, wide.block_bytes(store.tensors[name].runs[0].inputs))
+    gate, up = (wide.unpack(blocks[:, i], n, k) for i in (0, 1))
+    return gate, up, narrow.unpack(blob[start:], k, n)
 
 
 def _bias(weight: str) -> str:

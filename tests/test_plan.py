@@ -296,7 +296,7 @@ def test_the_formats_of_what_the_model_has_are_a_line(family, text, line) -> Non
     assert f"formats: {line}" in plan_text(plan).splitlines()
     told = plan.to_dict()
     assert (told["kv_format"], told["batch_invariant"]) == ("fp8", True)
-    assert told["formats"] == dataclasses.asdict(plan.formats) and set(told["formats"].values()) <= set(FORMATS)
+    assert told["formats"] == plan.formats.to_dict() and set(told["formats"].values()) <= set(FORMATS)
 
 
 def test_a_shared_expert_is_a_part_of_its_own() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
+from hybrid.formats.packed import matrix_formats
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,8 @@ class FormatMix:
     """Names of formats by part. Raises `ConfigError` for one that does not exist.
 
     dense: feed-forwards without a router. attention: all four projections. The embedding is always bf16; router,
-    norms and biases are fp32.
+    norms and biases are fp32. Of experts, shared and dense a name such as "q4_k/q6_k" is that of gate and up, and that
+    of down. layers: the mix of every layer, where they differ; the other fields are then what most of them have.
     """
 
     experts: str
@@ -22,26 +26,70 @@ class FormatMix:
     dense: str
     attention: str
     head: str
+    layers: tuple[FormatMix, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        for part, name in asdict(self).items():
-            if name not in FORMATS:
+        for part, name in self.parts().items():
+            names = matrix_formats(name) if part in GATED else (name,)
+            if any(format not in FORMATS for format in names):
                 raise ConfigError(f"format {name!r} of {part} is unknown; allowed: {', '.join(FORMATS)}")
 
     @classmethod
     def uniform(cls, name: str) -> FormatMix:
         """The same format for every part."""
-        return cls(*[name] * len(fields(cls)))
+        return cls(*[name] * len(PARTS))
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[FormatMix]) -> FormatMix:
+        """The mix of a model from those of its layers."""
+        usual = Counter(layers).most_common(1)[0][0]
+        return usual if all(mix == usual for mix in layers) else replace(usual, layers=tuple(layers))
+
+    def of_layer(self, layer: int) -> FormatMix:
+        return self.layers[layer] if self.layers else self
+
+    def parts(self) -> dict[str, str]:
+        """The format of each part, in most layers."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `layers` is there only if they differ."""
+        return self.parts() | ({"layers": [mix.parts() for mix in self.layers]} if self.layers else {})
+
+    def with_parts(self, formats: Mapping[str, Any]) -> FormatMix:
+        """A copy with other formats of some parts, in every layer."""
+        changed = replace(self, **formats, layers=())
+        return self.of_layers([replace(mix, **formats) for mix in self.layers]) if self.layers else changed
 
     def __str__(self) -> str:
-        """The exceptions, then the format that most parts have: "int4", "experts mxfp4, shared mxfp4, rest bf16"."""
-        parts = asdict(self)
+        """The exceptions, then the format that most parts have: "int4", "experts mxfp4, shared mxfp4, rest bf16"; then
+        the layers that have others.
+        """
+        parts = self.parts()
         rest = Counter(parts.values()).most_common(1)[0][0]
         apart = [f"{part} {name}" for part, name in parts.items() if name != rest]
-        return ", ".join([*apart, f"rest {rest}"]) if apart else rest
+        usual = ", ".join([*apart, f"rest {rest}"]) if apart else rest
+        return "; ".join([usual, *(f"layers {layers}: {mix}" for mix, layers in self._others().items())])
+
+    def _others(self) -> dict[FormatMix, str]:
+        """The numbers of layers with other formats, as "0-3,8"."""
+        found: dict[FormatMix, list[list[int]]] = {}
+        for layer, mix in enumerate(self.layers):
+            if mix != replace(self, layers=()):
+                runs = found.setdefault(mix, [])
+                if runs and runs[-1][-1] == layer - 1:
+                    runs[-1].append(layer)
+                else:
+                    runs.append([layer])
+        return {mix: ",".join(_run_text(run) for run in runs) for mix, runs in found.items()}
 
 
-PARTS = tuple(field.name for field in fields(FormatMix))
+def _run_text(run: list[int]) -> str:
+    return str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+
+
+GATED = ("experts", "shared", "dense")
+PARTS = (*GATED, "attention", "head")
 
 
 # What one name stands for. fp8 and mxfp4 are as checkpoints are published, whose other parts are not quantised.
@@ -68,7 +116,7 @@ def parse_mix(text: str, native: FormatMix) -> FormatMix:
             f"format {first!r} is unknown; allowed: auto, {', '.join(MIXES)}, "
             f"then overrides such as head=int8 for {', '.join(PARTS)}"
         )
-    return replace(native if first == "auto" else MIXES[first], **_overrides(text, rest))
+    return (native if first == "auto" else MIXES[first]).with_parts(_overrides(text, rest))
 
 
 def _overrides(text: str, words: list[str]) -> dict[str, str]:

@@ -26,6 +26,12 @@ class Run:
     count: int
 
 
+def matrix_formats(format: str) -> tuple[str, str]:
+    """The formats of gate and up, and of down, of experts whose format is written "int4" or "int4/int8"."""
+    first, _, second = format.partition("/")
+    return first, second or first
+
+
 def packed_bytes(format: str, n: int, k: int) -> int:
     """Bytes of a packed [n, k] matrix."""
     return run_bytes(format, matrix_runs(n, k))
@@ -38,7 +44,7 @@ def expert_bytes(format: str, hidden: int, intermediate: int) -> int:
 
 def down_offset(format: str, hidden: int, intermediate: int) -> int:
     """Bytes from the start of an expert's blob to its down matrix."""
-    return 2 * packed_bytes(format, intermediate, hidden)
+    return 2 * packed_bytes(matrix_formats(format)[0], intermediate, hidden)
 
 
 def matrix_runs(n: int, k: int) -> tuple[Run, ...]:
@@ -64,9 +70,11 @@ def interleave(gate: Bytes, up: Bytes) -> Bytes:
 
 def pack_expert(format: str, gate: Array, up: Array, down: Array) -> Bytes:
     """One expert's blob, [expert_bytes], of gate, up [intermediate, hidden] and down [hidden, intermediate]."""
-    return np.concatenate([pack_gate_up(format, gate, up).reshape(-1), FORMATS[format].pack(down).reshape(-1)])
+    first, second = matrix_formats(format)
+    return np.concatenate([pack_gate_up(first, gate, up).reshape(-1), FORMATS[second].pack(down).reshape(-1)])
 
 
 def run_bytes(format: str, runs: tuple[Run, ...]) -> int:
-    """Bytes of packed blocks."""
-    return sum(run.count * FORMATS[format].block_bytes(run.inputs) for run in runs)
+    """Bytes of the packed blocks of a matrix, or of an expert."""
+    pairs = zip(runs, matrix_formats(format), strict=False)
+    return sum(run.count * FORMATS[name].block_bytes(run.inputs) for run, name in pairs)

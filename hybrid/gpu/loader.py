@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, round_up
-from hybrid.formats.packed import down_offset
+from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.gpu.parts import GatedWeights
 from hybrid.models.tensors import StoreTensor
 
@@ -40,10 +40,10 @@ class Loader:
     def gated(self, name: str, n: int) -> GatedWeights:
         """Blocks of gate and of up alternate; down follows."""
         format, k, blob = self._format(name), self._hidden, self._read(name).reshape(-1)
-        start = down_offset(format, k, n)
+        start, (first, second) = down_offset(format, k, n), matrix_formats(format)
         pairs = blob[:start].reshape(round_up(n, BLOCK) // BLOCK, 2, -1)
-        gate, up = (self._open(format, pairs[:, i], n, k) for i in (0, 1))
-        return GatedWeights(gate, up, self._open(format, blob[start:], k, n))
+        gate, up = (self._open(first, pairs[:, i], n, k) for i in (0, 1))
+        return GatedWeights(gate, up, self._open(second, blob[start:], k, n))
 
     def biased(self, weights: GatedWeights, at: str, n: int) -> GatedWeights:
         """The same with the biases of a dense feed-forward, if it has them; blocks of gate and of up alternate."""

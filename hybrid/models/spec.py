@@ -72,7 +72,7 @@ class ModelSpec:
         return self.tied and mix.head == "bf16"
 
     def place(self, layer: int, mix: FormatMix) -> Place:
-        return Place(layer, self.hidden, self.eps, mix, self.ropes)
+        return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes)
 
     def halves(self, mix: FormatMix) -> Iterator[tuple[Place, Half]]:
         """The halves of all layers, in the order of a step."""

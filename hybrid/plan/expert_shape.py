@@ -35,6 +35,12 @@ def expert_shape(spec: ModelSpec, tensors: dict[str, StoreTensor]) -> ExpertShap
     shapes = {_layer_shape(spec, index, tensors) for index in spec.moe_layers}
     if len(shapes) > 1:
         raise ConfigError("the layers have experts of several sizes, which one cache cannot hold; use --device cpu")
+    formats = sorted({tensors[f"layers.{index}.ffn.experts"].format or "" for index in spec.moe_layers})
+    if len(formats) > 1 or "/" in formats[0]:
+        raise ConfigError(
+            f"the experts have several formats ({', '.join(formats)}), which one cache cannot hold; use --device cpu, "
+            "or one format, as --format experts=int4"
+        )
     return replace(shapes.pop(), layers=spec.moe_layers)
 
 

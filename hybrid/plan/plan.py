@@ -124,7 +124,8 @@ class Plan:
     def format_text(self) -> str:
         """'experts int4, attention int8, head int8': the format of every part that the model has."""
         absent = {"experts", "shared", "dense"} - set(self.weight_bytes)
-        return ", ".join(f"{part} {format}" for part, format in asdict(self.formats).items() if part not in absent)
+        text = ", ".join(f"{part} {name}" for part, name in self.formats.parts().items() if part not in absent)
+        return f"{text}; some layers differ" if self.formats.layers else text
 
     def require_fit(self) -> None:
         """Raise CapacityError with the numbers if the plan does not fit."""
@@ -136,6 +137,7 @@ class Plan:
         fields = asdict(self)
         for name in ("ops", "placed_ops", "device_ops", "device_placed_ops", "kv", "buffers", "node_buffers", "parts"):
             del fields[name]
+        fields["formats"] = self.formats.to_dict()
         fields["cache"] = self.cache.to_dict() if self.cache else None
         fields["route_trace"] = str(self.route_trace) if self.route_trace else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}

@@ -13,7 +13,7 @@ from hybrid.models.spec import ModelSpec
 
 def uses_integers(spec: ModelSpec, mix: FormatMix) -> bool:
     """Whether any product of the model multiplies 8-bit integers."""
-    formats = {mix.head}.union(*(half.formats(mix) for layer in spec.layers for half in layer.halves))
+    formats = {mix.head}.union(*(half.formats(place.mix) for place, half in spec.halves(mix)))
     return any(FORMATS[format].integer for format in formats)
 
 
@@ -34,4 +34,4 @@ def part_costs(
     if logit_rows:
         yield (mix.head,), product_cost(mix.head, spec.vocab, spec.hidden, logit_rows)
     for place, half in spec.halves(mix):
-        yield half.formats(mix), half.cost(place, load)
+        yield half.formats(place.mix), half.cost(place, load)

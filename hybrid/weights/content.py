@@ -13,7 +13,7 @@ import numpy as np
 from hybrid.errors import WeightsError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
-from hybrid.formats.packed import interleave
+from hybrid.formats.packed import interleave, matrix_formats
 from hybrid.models.tensors import Gated, GatedBiases, GatedNames, Stacked, StoreTensor, bias_name
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source
@@ -77,13 +77,14 @@ class Content:
     def _gated(self, matrices: tuple[Source, Source, Source], tensor: StoreTensor) -> Iterator[Task]:
         """An expert's blob: gate and up interleaved, then down."""
         assert tensor.format is not None
-        gate, up, down = matrices
-        for both in zip(self._matrix([gate], tensor.format), self._matrix([up], tensor.format), strict=True):
+        (gate, up, down), (first, second) = matrices, matrix_formats(tensor.format)
+        for both in zip(self._matrix([gate], first), self._matrix([up], first), strict=True):
             yield partial(_interleaved, *both)
-        yield from self._matrix([down], tensor.format)
+        yield from self._matrix([down], second)
 
     def _matrix(self, parts: Sequence[Source], format: str) -> Iterator[Task]:
         """The blocks of the stacked parts, as they are published if in this format and no block has two parts."""
+        parts = [part.packed_as(format) for part in parts]
         whole = all(part.count % BLOCK == 0 for part in parts[:-1])
         straight = whole and all(part.published == format and part.straight for part in parts)
         make = self._published if straight else partial(self._quantised, format)

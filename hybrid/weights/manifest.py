@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -37,7 +37,7 @@ class Manifest:
     origin: str = ""
 
     def write(self, path: Path) -> None:
-        body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self), "mix": asdict(self.mix)}
+        body = {"kind": KIND, "layout_version": LAYOUT_VERSION, **vars(self), "mix": self.mix.to_dict()}
         write_json(path, {**body, "checksum": _checksum(body)})
 
     @classmethod
@@ -70,8 +70,9 @@ def _counts(value: Any) -> TypeGuard[dict[str, int]]:
 
 def _read_mix(path: Path, value: Any) -> FormatMix:
     try:
-        return FormatMix(**value)
-    except (TypeError, ConfigError) as error:
+        layers = tuple(FormatMix(**mix) for mix in value.pop("layers", ()))
+        return FormatMix(**value, layers=layers)
+    except (TypeError, AttributeError, ConfigError) as error:
         raise WeightsError(
             f"{path}: the store has formats {reprlib.repr(value)} ({str(error)[:200]}): pack the model again with "
             "hybrid pack"

@@ -58,6 +58,8 @@ def pack(
     checkpoint.check()
     _keep_freed_memory()
     notice = notice or (lambda line: None)
+    for line in checkpoint.notes(mix or checkpoint.native):
+        notice(line)
     with _locked_directory(output, checkpoint.path, notice):
         return _Packer(checkpoint, output, mix or checkpoint.native, progress, check, notice).run(force)
 

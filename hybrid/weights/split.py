@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
+from hybrid.formats.packed import matrix_formats
 from hybrid.models.tensors import StoreTensor
 
 # By the name of a tensor, the blocks that each node holds: of a matrix its output columns, of experts and the biases
@@ -24,7 +25,7 @@ def column_parts(blocks: int, nodes: int) -> tuple[range, ...]:
 
 def intermediate_parts(format: str, blocks: int, nodes: int) -> tuple[range, ...]:
     """Blocks of an intermediate dimension, which must also be a boundary of the inputs of down; () if too few."""
-    return _cut(blocks, FORMATS[format].cut_inputs // BLOCK, nodes)
+    return _cut(blocks, FORMATS[matrix_formats(format)[1]].cut_inputs // BLOCK, nodes)
 
 
 def _cut(blocks: int, unit: int, nodes: int) -> tuple[range, ...]:
@@ -49,13 +50,14 @@ def part_bytes(tensor: StoreTensor, blocks: range) -> int:
 
 def expert_part_bytes(tensor: StoreTensor, blocks: range) -> int:
     """Bytes of the part of one expert: gate and up, then down."""
-    format, down = FORMATS[tensor.format or ""], tensor.runs[1]
-    return down_part_offset(tensor, blocks) + down.count * format.block_bytes(part_inputs(blocks))
+    format = FORMATS[matrix_formats(tensor.format or "")[1]]
+    return down_part_offset(tensor, blocks) + tensor.runs[1].count * format.block_bytes(part_inputs(blocks))
 
 
 def down_part_offset(tensor: StoreTensor, blocks: range) -> int:
     """Bytes from the start of an expert's part to its down matrix."""
-    return 2 * len(blocks) * FORMATS[tensor.format or ""].block_bytes(tensor.runs[0].inputs)
+    format = FORMATS[matrix_formats(tensor.format or "")[0]]
+    return 2 * len(blocks) * format.block_bytes(tensor.runs[0].inputs)
 
 
 def part_inputs(blocks: range) -> int:
@@ -73,8 +75,9 @@ def write_part(tensor: StoreTensor, array: npt.NDArray[Any], blocks: range, out:
 
 
 def _write_experts(tensor: StoreTensor, blobs: Array, blocks: range, out: Bytes) -> None:
-    format, (gate_up, down) = FORMATS[tensor.format or ""], tensor.runs
-    size, first, start = format.block_bytes(gate_up.inputs), blocks.start * BLOCK, down_part_offset(tensor, blocks)
+    wide, format = (FORMATS[name] for name in matrix_formats(tensor.format or ""))
+    gate_up, down = tensor.runs
+    size, first, start = wide.block_bytes(gate_up.inputs), blocks.start * BLOCK, down_part_offset(tensor, blocks)
     last = first + part_inputs(blocks)
     for blob, part in zip(blobs, out.reshape(len(blobs), -1), strict=True):
         part[:start] = blob[2 * blocks.start * size : 2 * blocks.stop * size]

@@ -16,6 +16,7 @@ from hybrid.errors import WeightsError
 from hybrid.files import is_file
 from hybrid.formats import FORMATS
 from hybrid.formats.block import Bytes, all_finite
+from hybrid.formats.packed import matrix_formats
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import StoreTensor
@@ -198,22 +199,22 @@ def _all_finite(tensor: StoreTensor, array: npt.NDArray[np.generic]) -> bool:
     if tensor.format is None:
         return all_finite(array)
     return all(
-        FORMATS[tensor.format].all_finite(blocks, inputs)
+        FORMATS[format].all_finite(blocks, inputs)
         for blob in array.reshape(-1, tensor.shape[-1]).view(np.uint8)
-        for inputs, blocks in _block_pieces(tensor, blob)
+        for format, inputs, blocks in _block_pieces(tensor, blob)
     )
 
 
-def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[int, Bytes]]:
-    """The blocks of one matrix or expert, some MB at a time, with their number of inputs."""
+def _block_pieces(tensor: StoreTensor, blob: Bytes) -> Iterator[tuple[str, int, Bytes]]:
+    """The blocks of one matrix or expert, some MB at a time, with their format and number of inputs."""
     assert tensor.format is not None
     start = 0
-    for run in tensor.runs:
-        size = FORMATS[tensor.format].block_bytes(run.inputs)
+    for run, format in zip(tensor.runs, matrix_formats(tensor.format), strict=False):
+        size = FORMATS[format].block_bytes(run.inputs)
         blocks = blob[start : start + run.count * size].reshape(run.count, size)
         start += blocks.size
         step = max(1, _FINITE_BYTES // size)
-        yield from ((run.inputs, blocks[first : first + step]) for first in range(0, run.count, step))
+        yield from ((format, run.inputs, blocks[first : first + step]) for first in range(0, run.count, step))
 
 
 def _check_entry(path: Path, tensor: StoreTensor, entry: Entry | None) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
-from hybrid.formats.packed import down_offset, expert_bytes
+from hybrid.formats.packed import down_offset, expert_bytes, matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place
 from hybrid.models.layers.products import (
@@ -60,12 +60,20 @@ class _Experts:
     """Experts of one format and size: the routed ones, the only one of a dense layer, or the shared one."""
 
     name: str  # of their tensor
-    format: str
+    format: str  # of their matrices; that of gate and up, and of down, where these differ
     intermediate: int
     routing: str
     rows: int  # that they get for each row of the step
     activation: str  # buffer of what down reads
     bias: bool
+
+    @property
+    def gate_up_format(self) -> str:
+        return matrix_formats(self.format)[0]
+
+    @property
+    def down_format(self) -> str:
+        return matrix_formats(self.format)[1]
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ class FeedForward:
             yield shard.experts("ffn.shared", "shared", shared, place.mix.shared)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return tuple(experts.format for experts in self._groups(mix))
+        return tuple(name for experts in self._groups(mix) for name in matrix_formats(experts.format))
 
     def _format(self, mix: FormatMix) -> str:
         return mix.experts if self.is_moe else mix.dense
@@ -182,13 +190,13 @@ class FeedForward:
 
     def ops(self, place: Place) -> Iterator[Op]:
         groups, part = self._groups(place.mix), "experts" if self.is_moe else "moe"
-        formats = (experts.format for experts in groups)
+        formats = (experts.gate_up_format for experts in groups)
         yield norm(place, "moe", f"layers.{place.layer}.ffn.norm", *formats, f32=self.is_moe)
         if self.router:
             yield from self._route(place, self.router)
         yield self._gate_up(place, part, groups)
         for experts in groups:
-            yield from quantise(part, experts.activation, experts.intermediate, experts.format, experts.rows)
+            yield from quantise(part, experts.activation, experts.intermediate, experts.down_format, experts.rows)
         yield self._down(place, part, groups)
 
     def _route(self, place: Place, router: Router) -> Iterator[Op]:
@@ -239,8 +247,9 @@ class FeedForward:
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         rows, sizes = extents.rows, dict[str, int]()
         for experts in self._groups(place.mix):
-            sizes |= rows_buffers(NORMED, place.hidden, experts.format, rows)
-            sizes |= rows_buffers(experts.activation, experts.intermediate, experts.format, rows * experts.rows)
+            sizes |= rows_buffers(NORMED, place.hidden, experts.gate_up_format, rows)
+            taken = rows * experts.rows
+            sizes |= rows_buffers(experts.activation, experts.intermediate, experts.down_format, taken)
         for name in self._whole_tables(place.mix):
             sizes |= _table_buffers(name, rows, 1)
         if self.router:
@@ -335,10 +344,11 @@ def _expert_set(place: Place, experts: _Experts, matrix: str) -> dict[str, Any]:
     """What gate_up or down must know of a group of experts."""
     prefix, hidden, first = f"layers.{place.layer}.ffn", place.hidden, matrix == "gate_up"
     wide, narrow = (experts.intermediate, hidden) if first else (hidden, experts.intermediate)
-    rows, stride = product_rows(NORMED if first else experts.activation, narrow, experts.format)
+    format = experts.gate_up_format if first else experts.down_format
+    rows, stride = product_rows(NORMED if first else experts.activation, narrow, format)
     start = 0 if first else down_offset(experts.format, hidden, experts.intermediate)
     return {
-        "format": Choice("Format", experts.format),
+        "format": Choice("Format", format),
         "input": rows,
         "input_stride": stride,
         "routing": RoutingTable(experts.routing),

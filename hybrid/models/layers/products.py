@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
-from hybrid.formats.packed import expert_bytes, packed_bytes
+from hybrid.formats.packed import expert_bytes, matrix_formats, packed_bytes
 from hybrid.formats.rows import row_bytes, row_stride
 from hybrid.models.layers.base import Cost, Place
 from hybrid.ops import Buffer, Choice, Op, Weight
@@ -100,9 +100,10 @@ def product_cost(format: str, n: int, k: int, rows: float) -> Cost:
 
 def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows: float) -> Cost:
     """Cost of reading `active` experts once, and of `rows` rows over all of them."""
-    return Cost(active * expert_bytes(format, hidden, intermediate)) + operations(
-        format, 3.0 * rows * hidden * intermediate
-    )
+    first, second = matrix_formats(format)
+    products = float(rows) * hidden * intermediate
+    multiplied = operations(first, 2.0 * products) + operations(second, products)
+    return Cost(active * expert_bytes(format, hidden, intermediate)) + multiplied
 
 
 def operations(format: str, products: float) -> Cost:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
+from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_bytes, row_stride
 from hybrid.models.tensors import StoreTensor
 from hybrid.ops import KINDS, Buffer, Op, Weight, require_known
@@ -166,7 +167,7 @@ class _Splitter:
         """The bias, which all would add, is the first node's."""
         a, width, tensor = op.arguments, len(blocks) * BLOCK, self.tensors[op.arguments["experts"].name]
         self.node_sizes[node][PARTIAL] = self.sizes[a["output"].name]
-        integer = FORMATS[tensor.format or ""].integer
+        integer = FORMATS[matrix_formats(tensor.format or "")[1]].integer
         return _on(
             op,
             node,

@@ -11,32 +11,42 @@ from typing import Any
 import numpy as np
 
 from hybrid.errors import ConfigError, WeightsError
-from hybrid.files.gguf import is_gguf
 from hybrid.formats.block import Array, Bytes
-from hybrid.formats.mix import MIXES, FormatMix
+from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.weights.checkpoints.gguf_blocks import READABLE, row_bytes, values
+from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import ROPE_FACTORS, gguf_config
-from hybrid.weights.checkpoints.gguf_files import Gguf, gguf_files, read_gguf
+from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
+from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_mix, opened_types
 from hybrid.weights.checkpoints.gguf_names import apart, permuted_heads, with_gguf_names
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.shard import Entry
 
-__all__ = ["GgufCheckpoint", "describe_gguf", "gguf_files", "is_gguf"]
-
 
 @dataclass(frozen=True)
 class GgufSource(Source):
     """Rows of blocks of a GGUF type. heads: how many heads the rows of the whole tensor belong to, if the two halves of
-    each lie in turn; they are read in their order then.
+    each lie in turn; they are read in their order then. published: the format that they are packed in without loss.
     """
 
     heads: int = 0
+    published: str | None = None  # type: ignore[misc]
+
+    @property
+    def straight(self) -> bool:
+        return True
+
+    def packed_as(self, format: str) -> GgufSource:
+        return replace(self, published=format if format in HOLDS.get(self.entry.dtype, ()) else None)
 
     def floats(self, start: int, stop: int) -> Array:
         return values(self.entry.dtype, self._rows(start, stop))
+
+    def blocks(self, start: int, stop: int) -> Bytes:
+        assert self.published is not None
+        return packed(self.entry.dtype, self._rows(start, stop), self.published)
 
     def _rows(self, start: int, stop: int) -> Bytes:
         size = row_bytes(self.entry.dtype, self.columns)
@@ -74,7 +84,7 @@ class GgufCheckpoint(Checkpoint):
         spec = with_gguf_names(plain, architecture)
         entries = _shaped(spec, apart(spec, model.tensors))
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
-        return cls(model.path, config, spec, _native(spec, entries), entries, "apart", heads, blocks)
+        return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks)
 
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
@@ -90,6 +100,17 @@ class GgufCheckpoint(Checkpoint):
             column = replace(entry, shape=(*entry.shape, 1))
             return GgufSource(name, column, 0, entry.shape[0], heads=self.heads[name]).floats(0, entry.shape[0])[:, 0]
         return super().read(name)
+
+    def notes(self, mix: FormatMix) -> list[str]:
+        """What is opened to bf16 because no format holds it, where no other was asked for."""
+        if mix != self.native:
+            return []
+        opened = opened_types(self.spec, self.entries, mix)
+        return [
+            f"note: {part}: {' and '.join(types)} in the file, opened to bf16 where no packed format holds all of a "
+            f"matrix; another --format {part}= takes less memory"
+            for part, types in opened.items()
+        ]
 
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there, of its shape and a type that can be
@@ -151,10 +172,6 @@ def _shaped(spec: ModelSpec, entries: dict[str, Entry]) -> dict[str, Entry]:
 
 def _long(shape: tuple[int, ...]) -> list[int]:
     return [size for size in shape if size != 1]
-
-
-def _native(spec: ModelSpec, entries: Mapping[str, Entry]) -> FormatMix:
-    return MIXES["bf16"]
 
 
 def _require_readable(name: str, entry: Entry) -> None:

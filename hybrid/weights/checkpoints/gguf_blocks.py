@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
+from hybrid.formats import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 from hybrid.formats.block import Array, Bytes, Floats
+from hybrid.formats.grouped import Grouped
 from hybrid.formats.mxfp4 import decode as decode_mxfp4
 
 FLOATS: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -25,13 +27,26 @@ def values(type: str, rows: Bytes) -> Array:
     """What rows of bytes [n, bytes] stand for: floats of the file's type, or float32."""
     if type in FLOATS:
         return rows.view(FLOATS[type])
-    return DECODE[type](*split(type, rows))
+    blocks = _blocks(type, rows)
+    if type in _VALUES:
+        return _VALUES[type](blocks)
+    parts = SPLIT[type](blocks)
+    return decode_mxfp4(*parts) if type == "MXFP4" else FORMAT_OF[type].decode(*parts)
 
 
-def split(type: str, rows: Bytes) -> Parts:
-    """The codes and scales of rows of bytes [n, bytes]."""
-    blocks = rows.reshape(len(rows), -1, TYPES_BY_NAME[type].bytes)
-    return SPLIT[type](blocks)
+def packed(type: str, rows: Bytes, format: str) -> Bytes:
+    """Rows of bytes [n, bytes] in a packed format that holds their values exactly, without arithmetic on these."""
+    codes, *scales = SPLIT[type](_blocks(type, rows))
+    if type == "MXFP4":
+        return MXFP4.pack_blocks(codes, *scales)
+    own, target = FORMAT_OF[type], FORMAT_OF[format.upper()]
+    if own.offset != target.offset:
+        codes = codes.view(np.int8) + np.int8(target.offset - own.offset)
+    return target.pack_blocks(codes.view(np.int8 if target.bits == 8 else np.uint8), *scales)
+
+
+def _blocks(type: str, rows: Bytes) -> Bytes:
+    return rows.reshape(len(rows), -1, TYPES_BY_NAME[type].bytes)
 
 
 def _halves(blocks: Bytes, at: int) -> Array:
@@ -114,40 +129,61 @@ def _mxfp4(blocks: Bytes) -> Parts:
     return codes[..., 0::2] | codes[..., 1::2] << 4, np.ascontiguousarray(blocks[..., 0])
 
 
-def _scaled(codes: Array, scales: Array, offset: int = 0) -> Floats:
-    """Codes times the scale of each group."""
-    grouped = codes.reshape(*scales.shape, -1).astype(np.float32) - np.float32(offset)
-    return _flat(grouped * scales.astype(np.float32)[..., None])
+_IQ4_VALUES = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
+)  # what its codes stand for
 
 
-def _shifted(codes: Array, scales: Array, minima: Array) -> Floats:
-    """The same and a minimum."""
-    grouped = codes.reshape(*scales.shape, -1).astype(np.float32)
-    return _flat(grouped * scales.astype(np.float32)[..., None] + minima.astype(np.float32)[..., None])
+def _q3_k(blocks: Bytes) -> Parts:
+    """As Q6_K, whose codes and scales hold all of its own. High bits are set where nothing is taken off."""
+    shape = blocks.shape[:-1]
+    high = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    low = blocks[..., 32:96].reshape(*shape, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    codes = low.reshape(*shape, 256) + (high << 2).reshape(*shape, 256) + np.uint8(28)
+    packed = blocks[..., 96:108]
+    fours = _nibbles(packed[..., :8])
+    twos = packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    scales = (fours | twos.reshape(*shape, 16) << 4).astype(np.int8) - np.int8(32)
+    return _flat(codes), _halves(blocks, 108), _flat(scales)
 
 
-def _k_shifted(codes: Array, d: Array, dmin: Array, scales: Array, minima: Array) -> Floats:
-    return _shifted(codes, _inner(d, scales), -_inner(dmin, minima))
+def _iq4_nl(blocks: Bytes) -> Parts:
+    """As Q8_0, whose codes hold the sixteen values."""
+    return _flat(_IQ4_VALUES[_nibbles(blocks[..., 2:])]), _halves(blocks, 0)
 
 
-def _k_scaled(codes: Array, d: Array, scales: Array) -> Floats:
-    return _scaled(codes, _inner(d, scales), 32)
+def _iq4_xs_values(blocks: Bytes) -> Floats:
+    shape = blocks.shape[:-1]
+    low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).reshape(*shape, 8)
+    both = np.ascontiguousarray(blocks[..., 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    scales = (low | both.astype(np.uint8) << 4).astype(np.float32) - np.float32(32)
+    codes = _nibbles(blocks[..., 8:].reshape(*shape, 8, 16))
+    return _scaled(_IQ4_VALUES[codes], _halves(blocks, 0), scales)
 
 
-def _inner(outer: Array, inner: Array) -> Floats:
-    """The scales of groups: those of blocks times their own small integers."""
-    repeated = np.repeat(outer.astype(np.float32), inner.shape[1] // outer.shape[1], axis=1)
-    product: Floats = repeated * inner.astype(np.float32)
-    return product
+def _q2_k_values(blocks: Bytes) -> Floats:
+    shape = blocks.shape[:-1]
+    codes = blocks[..., 16:80].reshape(*shape, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    grouped = codes.reshape(*shape, 16, 16)
+    scales, minima = (part.astype(np.float32) for part in (blocks[..., :16] & 15, blocks[..., :16] >> 4))
+    lowest = _halves(blocks, 82).astype(np.float32)[..., None] * minima
+    shifted: Floats = _scaled(grouped, _halves(blocks, 80), scales).reshape(grouped.shape) - lowest[..., None]
+    return _flat(shifted)
+
+
+def _scaled(codes: Array, outer: Array, inner: Floats) -> Floats:
+    """Codes [..., groups, values] times the scale of their block and that of their group."""
+    return _flat((outer.astype(np.float32)[..., None] * inner)[..., None] * codes.astype(np.float32))
 
 
 SPLIT: dict[str, Callable[[Bytes], Parts]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl,
 }  # fmt: skip
-DECODE: dict[str, Callable[..., Floats]] = {
-    "Q8_0": _scaled, "Q4_0": lambda codes, s: _scaled(codes, s, 8), "Q4_1": _shifted,
-    "Q5_0": lambda codes, s: _scaled(codes, s, 16), "Q5_1": _shifted,
-    "Q4_K": _k_shifted, "Q5_K": _k_shifted, "Q6_K": _k_scaled, "MXFP4": decode_mxfp4,
+# The format whose codes and scales these are.
+FORMAT_OF: dict[str, Grouped] = {
+    "Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q5_0": Q5_0, "Q5_1": Q5_1, "Q4_K": Q4_K, "Q5_K": Q5_K, "Q6_K": Q6_K,
+    "Q3_K": Q6_K, "IQ4_NL": Q8_0,
 }  # fmt: skip
-READABLE = (*FLOATS, *SPLIT)
+_VALUES: dict[str, Callable[[Bytes], Floats]] = {"Q2_K": _q2_k_values, "IQ4_XS": _iq4_xs_values}
+READABLE = (*FLOATS, *SPLIT, *_VALUES)

@@ -111,6 +111,10 @@ class Checkpoint:
         """That of the experts of one layer: a few layers of a quantised checkpoint may not be quantised."""
         return _layer_form(names, self.entries) or (self.form if names.fused_gate_up else "apart")
 
+    def notes(self, mix: FormatMix) -> list[str]:
+        """Lines about what packing in these formats changes, beyond what was asked for."""
+        return []
+
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there with its shape and dtype."""
         experts = self.spec.expert_names()

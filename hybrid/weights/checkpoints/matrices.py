@@ -46,6 +46,10 @@ class Source:
         """Whether any whole blocks of rows can be taken as they are published."""
         return False
 
+    def packed_as(self, format: str) -> Source:
+        """The same rows, to be packed in this format."""
+        return self
+
     def floats(self, start: int, stop: int) -> Array:
         """Rows [stop - start, columns], in the dtype of the checkpoint, or dequantised as float32."""
         dtype = np.dtype(FLOATS[self.entry.dtype])

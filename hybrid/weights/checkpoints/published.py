@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -44,8 +43,8 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
         )
     spec = model_spec(config)
     if entries is None:
-        return replace(mix, **dict.fromkeys(_kept_parts(spec, mix, kept), "bf16"))
-    return replace(mix, **_stored_formats(spec, entries))
+        return mix.with_parts(dict.fromkeys(_kept_parts(spec, mix, kept), "bf16"))
+    return mix.with_parts(_stored_formats(spec, entries))
 
 
 def _stored_formats(spec: ModelSpec, entries: Mapping[str, Entry]) -> dict[str, str]:
