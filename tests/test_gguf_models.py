@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 from checkpoints import CONFIGS, random_tensors, write_tensors
 from checkpoints import packed as packed_checkpoint
+from dequantised import write_dequantised
 from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_tensors, split_gguf, write_gguf, write_model
+from safetensors.numpy import load_file
 
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import is_gguf
+from hybrid.files.gguf_types import TYPES_BY_NAME
 from hybrid.formats.mix import parse_mix
 from hybrid.models.rope import inverse_frequencies
+from hybrid.weights.checkpoints.gguf_blocks import values
 from hybrid.weights.checkpoints.opening import describe_checkpoint, open_checkpoint
 from hybrid.weights.hub import local_model
 from hybrid.weights.pack import pack
@@ -60,6 +64,81 @@ def test_a_model_is_the_same_from_either_file(tmp_path: Path, family: str) -> No
     with ours, theirs:
         assert plain(ours.spec) == plain(theirs.spec)
         assert same_stores(ours, theirs)
+
+
+QUANTISED = {
+    "attn_q": "Q4_0", "attn_k": "Q4_0", "attn_v": "Q5_0", "attn_output": "Q4_0", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
+    "ffn_down": "Q6_K", "ffn_gate_exps": "Q4_K", "ffn_up_exps": "Q4_K", "ffn_down_exps": "Q3_K", "output": "Q6_K",
+    "token_embd": "Q4_1",
+}  # fmt: skip
+SECOND = {
+    "attn_v": "Q8_0",
+    "ffn_gate_exps": "MXFP4",
+    "ffn_up_exps": "MXFP4",
+    "ffn_down_exps": "Q8_0",
+    "ffn_down": "Q4_1",
+}
+
+
+def quantised(name: str, array: np.ndarray) -> Blocks | np.ndarray:
+    """Random blocks in place of a matrix."""
+    kind = name.split(".")[-2]
+    type = (SECOND if name.startswith("blk.1.") else {}).get(kind, QUANTISED.get(kind))
+    if array.ndim == 1 or type is None:
+        return array
+    found, random = TYPES_BY_NAME[type], np.random.default_rng(len(name))
+    count = array.size // found.block
+    blocks = random.integers(0, 256, (count, found.bytes), np.uint8)
+    scales = np.full(count, 0.003, np.float16).view(np.uint8).reshape(-1, 2)
+    if type == "MXFP4":
+        blocks[:, 0] = 120
+    else:
+        at = {"Q6_K": (208,), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q4_1": (0, 2)}.get(type, (0,))
+        for place in at:
+            blocks[:, place : place + 2] = scales
+    return Blocks(type, array.shape, blocks.tobytes())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_quantised_tensors_are_packed_as_they_are(tmp_path: Path, family: str) -> None:
+    config, tensors = model(family)
+    config |= {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "intermediate_size": 512}
+    config |= {"tie_word_embeddings": False, "attention_bias": False}
+    plain = gguf_tensors(config, random_tensors(config))
+    blocks = {name: quantised(name, array) for name, array in plain.items()}
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks)
+    notes: list[str] = []
+    checkpoint = open_checkpoint(path)
+    pack(checkpoint, tmp_path / "store", notice=notes.append)
+    with Store.open(tmp_path / "store", check=True) as store:
+        first, second = (store.mix.of_layer(layer) for layer in (0, 1))
+        found = load_file(write_dequantised(tmp_path / "plain", store) / "model.safetensors")
+    if family == "mixtral":
+        assert (first.experts, first.attention, first.head) == ("q4_k/q6_k", "q5_0", "q6_k")
+        assert (second.experts, second.attention) == ("mxfp4/q8_0", "q8_0") and not notes
+    else:
+        assert (first.dense, second.dense) == ("q5_k/q6_k", "q5_k/q4_1") and not notes
+    stored = gguf_tensors(config, found)
+    for name, tensor in blocks.items():
+        if isinstance(tensor, Blocks) and name != "token_embd.weight":
+            rows = np.frombuffer(tensor.data, np.uint8).reshape(int(np.prod(tensor.shape[:-1])), -1)
+            np.testing.assert_array_equal(stored[name], values(tensor.type, rows).reshape(tensor.shape), name)
+
+
+def test_what_no_format_holds_is_opened_and_told(tmp_path: Path) -> None:
+    config, _ = model("llama")
+    config |= {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "intermediate_size": 512}
+    config |= {"attention_bias": False, "num_hidden_layers": 1}
+    plain = gguf_tensors(config, random_tensors(config))
+    blocks = {name: quantised(name, array) for name, array in plain.items()}
+    blocks["blk.0.attn_v.weight"] = Blocks("Q6_K", (64, 256), bytes(210 * 64))
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks))
+    assert checkpoint.native.attention == "bf16" and checkpoint.native.dense == "q5_k/q6_k"
+    assert checkpoint.native.head == "q4_1"  # of the embedding that it is tied to
+    notes: list[str] = []
+    pack(checkpoint, tmp_path / "store", notice=notes.append)
+    assert len(notes) == 1 and "attention: Q4_0 and Q6_K in the file, opened to bf16" in notes[0]
+    assert checkpoint.notes(parse_mix("int8", checkpoint.native)) == []
 
 
 def test_splits_are_one_model(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import CONFIGS, write_checkpoint
 from dequantised import write_dequantised
 from steps import open_engine, step
 
+from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
+from hybrid.machine.hardware import probe
 from hybrid.models import model_spec
 from hybrid.plan.expert_shape import expert_shape
+from hybrid.plan.fit import Rates, fit_model
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.manifest import MANIFEST, Manifest
 from hybrid.weights.pack import pack
@@ -76,10 +79,23 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_cache_holds_experts_of_one_format() -> None:
-    from checkpoints import CONFIGS
-
     spec = model_spec({**CONFIGS["mixtral"], "num_hidden_layers": 2})
     for mix in (replace(MIXES["bf16"], experts="int4/int8"), FormatMix.of_layers([MIXES["int4"], MIXES["bf16"]])):
         tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
         with pytest.raises(ConfigError, match="experts (of|have) several (sizes|formats)"):
             expert_shape(spec, tensors)
+
+
+def test_a_device_takes_one_format(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "hf", "mixtral", num_hidden_layers=3))
+    pack(checkpoint, tmp_path / "store", MIXED)
+    for choices in ({"device": "simulated", "step_on": "torch-cpu"}, {"device": "simulated", "step_on": "threads"}):
+        with pytest.raises(ConfigError, match="experts .*several formats|several sizes"):
+            open_engine(tmp_path / "store", tmp_path / "cache", **choices)
+
+
+@pytest.mark.parametrize("mix", [MIXED, MIXES["q4_k"]], ids=["mixed", "q4_k"])
+def test_speeds_are_predicted(mix: FormatMix) -> None:
+    spec = model_spec({**CONFIGS["qwen2_moe"], "num_hidden_layers": 3})
+    found = fit_model(spec, "auto", mix, probe("avx2"), Rates(1e10, 1e11, 2e11), EngineConfig(device="cpu"))
+    assert found.decode_speed > 0 and found.prompt_speed

@@ -19,10 +19,10 @@ from hybrid.plan.roofline import part_costs, step_cost
 # Shares of the limit that this runtime has reached (`bench/results/README.md`), one token at a time and in prompts of
 # 512 tokens, by the format of the weights. A prediction is the limit times these. Whole prompts in fp8 and mxfp4 were
 # not measured: they multiply in bf16, after opening the weights.
-# Codes in groups count as int4.
 DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "mxfp4": 0.6}
 PROMPT_SHARES = {"bf16": 0.87, "int8": 0.64, "int4": 0.53, "fp8": 0.75, "mxfp4": 0.7}
 AMX_PROMPT_SHARES = {"bf16": 0.78, "int8": 0.42, "int4": 0.17, "fp8": 0.6, "mxfp4": 0.5}
+_GROUPED = "int4"  # what codes in groups count as, which were not measured apart
 PROMPT_ROWS = 512  # of a step that reads a prompt
 
 
@@ -123,8 +123,8 @@ def _seconds(parts: Iterable[tuple[tuple[str, ...], Cost]], rates: Rates, shares
 
 def _reached(rates: Rates, shares: Mapping[str, float], formats: tuple[str, ...]) -> Rates:
     """What is reached of the rates. Beside weights that multiply integers, floats are attention's, which is bf16."""
-    slowest = min(formats, key=shares.__getitem__, default="bf16")
-    share = shares[slowest]
+    slowest = min(formats, key=lambda name: shares.get(name, shares[_GROUPED]), default="bf16")
+    share = shares.get(slowest, shares[_GROUPED])
     floats = shares["bf16"] if FORMATS[slowest].integer else share
     return Rates(rates.read * share, rates.flops * floats, rates.int_ops * share)
 

@@ -20,12 +20,13 @@ HOLDS = {
     "Q3_K": ("q6_k",), "IQ4_NL": ("q8_0",),
 }  # fmt: skip
 _FLOATS = ("F32", "F16", "BF16")
+_APART = MIXES["bf16"].with_parts({"head": "int8"})  # with a matrix for the head, even if the embedding is one in bf16
 
 
 def gguf_mix(spec: ModelSpec, entries: Mapping[str, Entry]) -> FormatMix:
     """The formats in which a file's tensors lose nothing; where one format cannot hold all of a matrix, bf16."""
     types: dict[tuple[int, str], list[set[str]]] = {}
-    for tensor in spec.store_tensors(MIXES["bf16"]):
+    for tensor in spec.store_tensors(_APART):
         if tensor.part in PARTS and tensor.format is not None:
             found = matrix_types(tensor, entries)
             before = types.setdefault((_layer(tensor), tensor.part), [set() for _ in found])
@@ -33,7 +34,7 @@ def gguf_mix(spec: ModelSpec, entries: Mapping[str, Entry]) -> FormatMix:
                 all_types.update(own)
     named = {key: "/".join(dict.fromkeys(map(exact_format, found))) for key, found in types.items()}
     usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}
-    plain = MIXES["bf16"].with_parts({part: name for part, name in usual.items() if name})
+    plain = FormatMix.uniform(usual["attention"] or "bf16").with_parts({part: n for part, n in usual.items() if n})
     layers = range(len(spec.layers))
     return FormatMix.of_layers(
         [plain.with_parts({part: named[layer, part] for part in PARTS if (layer, part) in named}) for layer in layers]
