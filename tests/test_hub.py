@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import CONFIGS, random_tensors, write_checkpoint
+from gguf_rig import gguf_metadata, gguf_tensors, split_gguf, write_model
 
 from hybrid.errors import ConfigError
 from hybrid.weights.hub import Repository, local_model, parse_name
@@ -219,13 +220,32 @@ def test_commands_take_names(hub: Hub, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     packed = run(hub, tmp_path, *cli, "pack", "--input-path", "org/whole", "--output-path", store, **cache)
     assert (packed.returncode, packed.stdout) == (0, f"{store}: packed\n"), packed.stderr
-    gguf = run(hub, tmp_path, *cli, "run", "--model-path", "org/whole:x.gguf", "--prompt", "x", **cache)
-    assert gguf.returncode == 2 and "GGUF is not read yet" in gguf.stderr and gguf.stderr.count("\n") == 1
+    gguf = run(hub, tmp_path, *cli, "run", "--model-path", "org/whole:x.bin", "--prompt", "x", **cache)
+    assert gguf.returncode == 2 and "as org/name:FILE.gguf" in gguf.stderr and gguf.stderr.count("\n") == 1
+
+
+def test_a_gguf_file_may_be_named(hub: Hub, tmp_path: Path) -> None:
+    config = {**CONFIGS["llama"], "attention_bias": False}
+    tensors = random_tensors(config)
+    whole = write_model(tmp_path / "a.gguf", config, tensors)
+    parts = split_gguf(tmp_path / "b.gguf", gguf_metadata(config), gguf_tensors(config, tensors), 2)
+    more = {"sub/a.gguf": whole.read_bytes()} | {part.name: part.read_bytes() for part in parts}
+    hub.files |= more
+    try:
+        found = fetch(hub, tmp_path, "org/whole:sub/a.gguf", f"org/whole:{parts[1].name}", "org/whole:c.gguf")
+    finally:
+        for name in more:
+            del hub.files[name]
+    assert [Path(one["folder"]).name for one in found[:2]] == ["a.gguf", parts[0].name]
+    assert Path(found[1]["folder"]).with_name(parts[1].name).read_bytes() == parts[1].read_bytes()
+    assert "the repository has no file c.gguf" in found[2]["error"]
+    assert not list(tmp_path.rglob(WEIGHTS))
 
 
 def test_what_is_a_name() -> None:
     assert parse_name("org/name") == parse_name("hf:org/name") == Repository("org/name")
     assert parse_name("hf:Org/na.me-1@refs/pr/1") == Repository("Org/na.me-1", "refs/pr/1")
+    assert parse_name("org/name@v2:Q4/a.gguf") == Repository("org/name", "v2", "Q4/a.gguf")
     for path in ("/org/name", "./org/name", "../name", "name", "a/b/c", "~/name", "org/", "org/a b"):
         assert parse_name(path) is None
     for text in ("hf:name", "hf:a/b/c", "hf:"):

@@ -6,6 +6,7 @@ next one.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from typing import Any, NoReturn
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import is_file
-from hybrid.files.gguf import is_gguf
+from hybrid.files.gguf import SUFFIX, is_gguf
 from hybrid.weights.checkpoints.files import has_weights
-from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in
+from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in, split_names
 from hybrid.weights.manifest import MANIFEST
 
 Progress = Callable[[str, int, int], None]
@@ -49,10 +50,11 @@ _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisi
 
 @dataclass(frozen=True)
 class Repository:
-    """What a user wrote, taken as a name of the hub."""
+    """What a user wrote, taken as a name of the hub. file: a GGUF file in the repository, which is the model then."""
 
     name: str
     revision: str | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -86,18 +88,21 @@ def _gguf_file(path: Path) -> Path:
 
 
 def parse_name(text: str) -> Repository | None:
-    """`org/name`, `hf:org/name`, with `@revision` or without; None for what can be a path alone. Raises ConfigError."""
+    """`org/name`, `hf:org/name`, with `@revision` or without, and `:FILE.gguf`; None for what can be a path alone.
+
+    Raises ConfigError.
+    """
     found = _NAME.fullmatch(text.removeprefix(PREFIX))
     if found is None:
         if text.startswith(PREFIX):
             raise ConfigError(f"{text}: is no name of a repository; write hf:org/name or hf:org/name@revision")
         return None
-    if found["file"]:
+    if found["file"] and not found["file"].lower().endswith(SUFFIX):
         raise ConfigError(
-            f"{text}: a single file of a repository cannot be used, GGUF is not read yet; name a repository with "
-            "config.json and safetensors, as org/name"
+            f"{text}: of a repository, a single GGUF file can be named, as org/name:FILE.gguf; or name the repository, "
+            "with config.json and safetensors, as org/name"
         )
-    return Repository(found["name"], found["revision"])
+    return Repository(found["name"], found["revision"], found["file"])
 
 
 def _fetch(repository: Repository, progress: Progress | None, only_config: bool) -> Path:
@@ -116,8 +121,8 @@ def _fetch(repository: Repository, progress: Progress | None, only_config: bool)
         folder = huggingface_hub.snapshot_download(
             repository.name,
             revision=repository.revision,
-            allow_patterns=[CONFIG] if only_config else [CONFIG, *WEIGHTS, *TEXT],
-            ignore_patterns=["*/*"],  # other forms of the same weights
+            allow_patterns=_wanted(repository, only_config),
+            ignore_patterns=None if repository.file else ["*/*"],  # other forms of the same weights
             tqdm_class=_bar(f"fetching {repository}", progress),
         )
     except Exception as error:  # of several libraries
@@ -127,6 +132,13 @@ def _fetch(repository: Repository, progress: Progress | None, only_config: bool)
         if not bars:
             utils.enable_progress_bars()
     return _checked(repository, Path(folder), only_config)
+
+
+def _wanted(repository: Repository, only_config: bool) -> list[str]:
+    """Patterns of files to fetch. A GGUF file says what it is in its first bytes, and is fetched whole."""
+    if repository.file:
+        return [glob.escape(str(file)) for file in split_names(Path(repository.file))]
+    return [CONFIG] if only_config else [CONFIG, *WEIGHTS, *TEXT]
 
 
 def _bar(what: str, progress: Progress | None) -> Any:
@@ -175,14 +187,18 @@ def _refuse(repository: Repository, error: Exception) -> NoReturn:
 
 
 def _checked(repository: Repository, folder: Path, only_config: bool) -> Path:
-    """Raise WeightsError for a repository without what is needed."""
+    """Where the model is. Raises WeightsError for a repository without what is needed."""
+    if repository.file:
+        if not (folder / repository.file).is_file():
+            raise WeightsError(f"{repository}: the repository has no file {repository.file}; name one that it has")
+        return gguf_files(folder / repository.file)[0]
     if not (folder / CONFIG).is_file():
         raise WeightsError(
             f"{repository}: the repository has no {CONFIG} at its top, so it is no model for this program"
         )
     if not only_config and not any(folder.glob("*.safetensors")):
         raise WeightsError(
-            f"{repository}: the repository has no safetensors at its top; .bin, .pt and GGUF are not read: "
-            "name another repository of the model"
+            f"{repository}: the repository has no safetensors at its top; .bin and .pt are not read; name "
+            "another repository of the model, or one of its GGUF files, as org/name:FILE.gguf"
         )
     return folder

@@ -28,17 +28,23 @@ class Gguf:
 
 def gguf_files(path: Path) -> list[Path]:
     """All files of the model that one file belongs to. Raises WeightsError if one is missing."""
+    files = split_names(path)
+    for file in files:
+        if len(files) > 1 and not is_file(file):
+            advice = "fetch all files of the model again"
+            raise WeightsError(f"{file}: missing, one of {len(files)} files of a model; {advice}")
+    return files
+
+
+def split_names(path: Path) -> list[Path]:
+    """What all files of the model that one file belongs to are called."""
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return [path]
     count = int(match["count"])
     if not 0 < int(match["number"]) <= count:
         raise damaged(path, f"is named as part {int(match['number'])} of {count}")
-    files = [path.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
-    for file in files:
-        if not is_file(file):
-            raise WeightsError(f"{file}: missing, one of {count} files of a model; fetch all files of the model again")
-    return files
+    return [path.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
 def read_gguf(path: Path) -> Gguf:
