@@ -41,6 +41,15 @@ _QWEN3_30B_A3B = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 
+_DEEPSEEK = {
+    **_COMMON, "rms_norm_eps": 1e-6, "rope_theta": 10000, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_layer_freq": 1, "attention_bias": False,
+    "tie_word_embeddings": False, "max_position_embeddings": 163840,
+}  # fmt: skip
+_DEEPSEEK_YARN = {
+    "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
 # As published, except for `num_hidden_layers`, which --layers replaces, and lists with an entry for every layer.
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
@@ -67,6 +76,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "quant_method": "mxfp4",
         },
         "tie_word_embeddings": False, "pad_token_id": 199999, "eos_token_id": 200002,
+    },
+    "deepseek-v2-lite": {
+        **_DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400,
+        "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek-r1": {
+        **_DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280,
+        "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "n_routed_experts": 256,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "topk_method": "noaux_tc",
+        "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "num_nextn_predict_layers": 1, "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+            "weight_block_size": [SQUARE, SQUARE],
+        },
     },
     "qwen3-0.6b": {
         **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
@@ -155,7 +184,7 @@ def published_tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
     for name, shape in spec.checkpoint_shapes("mxfp4" if method == "mxfp4" else "apart"):
         if method == "mxfp4" and name.endswith(("_blocks", "_scales")):
             yield Tensor(name, "U8", shape)
-        elif method == "fp8" and name.endswith("_proj.weight"):
+        elif method == "fp8" and name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             yield Tensor(name, "F8_E4M3", shape)
             yield Tensor(f"{name}_scale_inv", "BF16", tuple(-(-size // SQUARE) for size in shape))
         else:

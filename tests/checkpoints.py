@@ -32,6 +32,18 @@ _COMMON: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }
+_LATENT: dict[str, Any] = {  # latent attention of odd sizes
+    **{name: value for name, value in _COMMON.items() if name != "head_dim"},
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 52,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 28,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
     "qwen2": {**_COMMON, "model_type": "qwen2"},
@@ -129,6 +141,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 6,
         "moe_topk": 3,
     },
+    "deepseek_v2": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": 36,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "glm4_moe_lite": {
+        **_LATENT,
+        "model_type": "glm4_moe_lite",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": 36,
+        "kv_lora_rank": 40,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.8,
+    },
     "granitemoe": {
         **_COMMON,
         "model_type": "granitemoe",
@@ -141,8 +190,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.0625,
     },
 }
+OTHER_NAMES = ("kimi_k2", "kimi_k25")  # of families that are deepseek_v3
 STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
-ON_DEVICE = [family for family in CONFIGS if family != "lfm2"]  # families all of whose layers a device computes
+ON_HOST = ("lfm2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # families with layers that no device computes
+ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
@@ -204,7 +255,7 @@ def as_fp8(tensors: dict[str, np.ndarray], scales: str = "f4", keep: tuple[str, 
     """The same tensors with random e4m3 codes and scales in place of every projection, as checkpoints publish them."""
     random, found = np.random.default_rng(5), dict(tensors)
     for name in tensors:
-        if name.endswith("_proj.weight") and not any(word in name for word in keep):
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not any(word in name for word in keep):
             shape = tensors[name].shape
             codes = random.integers(0, 127, shape, np.uint8) | random.choice([0, 128], shape).astype(np.uint8)
             found[name] = codes.view(ml_dtypes.float8_e4m3fn)

@@ -10,6 +10,7 @@ from checkpoints import write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
+from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
 from hybrid.models.tensors import in_layer
@@ -25,7 +26,7 @@ def write_dequantised(path: Path, store: Store) -> Path:
     config.pop("quantization_config", None)
     tensors = dict(_outer(store))
     for index in range(len(store.spec.layers)):
-        mixer = _conv if isinstance(store.spec.layers[index].mixer, ShortConv) else _attention
+        mixer = _MIXERS.get(type(store.spec.layers[index].mixer), _attention)
         tensors |= dict(mixer(store, index)) | dict(_feed_forward(store, index))
     return write_tensors(path, config, {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
 
@@ -78,6 +79,36 @@ def _conv(store: Store, index: int) -> Named:
         sizes = {"in": (names.into, 3 * width), "taps": (names.taps, width), "out": (names.out, spec.hidden)}
         for part, (name, size) in sizes.items():
             yield _bias(name), store.array(f"{prefix}.{part}_bias")[:size]
+
+
+def _latent(store: Store, index: int) -> Named:
+    spec, prefix, latent = store.spec, f"layers.{index}.attention", store.spec.layers[index].mixer
+    names, out = in_layer(latent.names, index), latent.width
+    first = names.q_down if latent.q_rank else names.q
+    parts, ends = (first, names.kv_down), [latent.low_parts[0]]
+    yield names.norm, store.array(f"{prefix}.norm")
+    yield from zip(parts, np.split(_matrix(store, f"{prefix}.low", latent.low_width, spec.hidden), ends), strict=True)
+    if latent.q_rank:
+        yield names.q_norm, store.array(f"{prefix}.q_norm")
+        yield names.q_up, _matrix(store, f"{prefix}.q_up", latent.query_width, latent.q_rank)
+    yield names.kv_norm, store.array(f"{prefix}.kv_norm")
+    keys = per_head(store, f"{prefix}.keys", latent.heads, latent.rank, latent.nope_dim).transpose(0, 2, 1)
+    values = per_head(store, f"{prefix}.values", latent.heads, latent.value_dim, latent.rank)
+    yield names.kv_up, np.concatenate([keys, values], axis=1).reshape(-1, latent.rank)
+    yield names.out, _matrix(store, f"{prefix}.out", spec.hidden, out)
+    if latent.bias:
+        biases = np.split(store.array(f"{prefix}.low_bias")[: latent.low_width], ends)
+        yield from zip(map(_bias, parts), biases, strict=True)
+        yield _bias(names.out), store.array(f"{prefix}.out_bias")[: spec.hidden]
+
+
+def per_head(store: Store, name: str, heads: int, n: int, k: int) -> np.ndarray:
+    """The matrices [heads, n, k] of heads, which lie behind each other."""
+    format = FORMATS[store.tensors[name].format or ""]
+    return np.stack([format.unpack(blocks, n, k) for blocks in store.array(name).reshape(heads, -1)])
+
+
+_MIXERS = {ShortConv: _conv, LatentAttention: _latent}
 
 
 def _feed_forward(store: Store, index: int) -> Named:

@@ -130,3 +130,49 @@ class KvPages:
             keys = keys.reshape(heads, -1, BLOCK, self.key_dim).transpose(0, 1, 3, 2)
             values = values.reshape(heads, -1, 4, self.value_dim // BLOCK, BLOCK).transpose(0, 1, 3, 2, 4)
         self._keys[slot], self._values[slot] = keys.reshape(heads, -1), values.reshape(heads, -1)
+
+
+class SharedPages:
+    """Zeroed pages of rows [rank + rope_dim] that are keys of all heads, and their first `rank` dimensions values."""
+
+    def __init__(self, slots: int, rank: int, rope_dim: int, tokens: int, format: str = "bf16") -> None:
+        self.rank, self.dim, self.format = rank, rank + rope_dim, format
+        self.key_dim, self.value_dim = round_up(self.dim, KEY_ALIGN), round_up(rank, BLOCK)
+        self.tokens = round_up(tokens, KEY_BLOCK)
+        self._size = self.tokens * self.key_dim * DTYPES[format].itemsize
+        self._pages = aligned((slots, self._size + (0 if format == "bf16" else 4 * self.tokens)), np.uint8)
+
+    @property
+    def layout(self) -> cpu_kernels.KvLayout:
+        scales = 0 if self.format == "bf16" else self._size
+        return cpu_kernels.KvLayout(
+            base=self._pages.ctypes.data,
+            sequence_stride=self._pages.strides[0],
+            head_stride=0,
+            value_offset=0,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            format=getattr(cpu_kernels.Format, self.format),
+            key_scales_offset=scales,
+            value_scales_offset=scales,
+            shared=True,
+        )
+
+    def write(self, slot: int, rows: np.ndarray) -> None:
+        """Store rows [n, dim] at positions from 0 on."""
+        whole = np.zeros((self.tokens, self.key_dim), DTYPES[self.format])
+        whole[: len(rows), : self.dim], scales = quantised(rows, self.format)
+        pair = (self.key_dim // 2, 2) if self.format == "bf16" else (self.key_dim, 1)
+        lines = whole.reshape(-1, BLOCK, *pair).transpose(0, 2, 1, 3)
+        self._pages[slot, : self._size] = np.ascontiguousarray(lines).reshape(-1).view(np.uint8)
+        if self.format != "bf16":
+            self._pages[slot, self._size :].view(np.float32)[: len(rows)] = scales
+
+    def rows(self, slot: int) -> np.ndarray:
+        """What is stored, [tokens, key_dim], as float64."""
+        stored = self._pages[slot, : self._size].view(DTYPES[self.format])
+        pair = (self.key_dim // 2, 2) if self.format == "bf16" else (self.key_dim, 1)
+        found = stored.reshape(-1, pair[0], BLOCK, pair[1]).transpose(0, 2, 1, 3).reshape(self.tokens, self.key_dim)
+        if self.format == "bf16":
+            return found.astype(np.float64)
+        return found.astype(np.float64) * self._pages[slot, self._size :].view(np.float32)[:, None]

@@ -141,6 +141,7 @@ def test_a_dry_run_shows_the_device_and_needs_no_torch() -> None:
     assert device["free"] == 40_000_000 and device["slots"] > 0
 
 
-def test_a_kind_that_no_device_computes_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"layer 0 of model_type 'lfm2' .* \(ShortConv\); use --step-on threads"):
-        planned(10**9, family="lfm2")
+@pytest.mark.parametrize(("family", "kind"), [("lfm2", "ShortConv"), ("deepseek_v3", "LatentAttention")])
+def test_a_kind_that_no_device_computes_is_refused_by_name(family, kind) -> None:
+    with pytest.raises(ConfigError, match=rf"layer 0 of model_type '{family}' .* \({kind}\); use --step-on threads"):
+        planned(10**9, family=family)

@@ -137,6 +137,45 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "deepseek_v2": ("deepseek_v2", SHARP),
+    "deepseek_v2, groups, latent queries": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": 36,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 4,  # of the 4 that two groups have
+            "routed_scaling_factor": 4.0,
+            "attention_bias": True,
+            "rope_scaling": {
+                **YARN,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", SHARP),
+    "deepseek_v3, halves turn, one group": (
+        "deepseek_v3",
+        {
+            "rope_interleave": False,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            **SHARP,
+        },
+    ),
+    "deepseek_v3, biases": (
+        "deepseek_v3",
+        {"attention_bias": True, "rope_scaling": None, "n_group": 1, "num_experts_per_tok": 8, **SHARP},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", SHARP),
+    "glm4_moe_lite, all routed": (
+        "glm4_moe_lite",
+        {"mlp_layer_types": ["sparse"] * 3, "rope_interleave": False, "num_experts_per_tok": 8, **SHARP},
+    ),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),
 }
@@ -168,6 +207,12 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dty
         ("qwen3_moe, one layer dense", {"rms_norm_eps": 1e-4}),
         ("qwen2_moe tied, windows", {"norm_topk_prob": False}),
         ("gpt_oss", {"sliding_window": 21}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        (
+            "deepseek_v3, halves turn, one group",
+            {"rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 0.5}},
+        ),
+        ("deepseek_v2, groups, latent queries", {"topk_group": 3}),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}),
         ("gpt_oss", {"rope_parameters": {**UNTRUNCATED, "truncate": True}}),
     ],

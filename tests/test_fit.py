@@ -20,6 +20,7 @@ from hybrid.formats.mix import MIXES
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.fit import Fit, Rates, fit_model, parameters
+from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.pack import cached_store
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +45,10 @@ def fit(spec: ModelSpec, name: str = "int4", rates: Rates | None = None, depth: 
         (CONFIGS["mixtral-8x7b"], 46_702_792_704),
         (QWEN3_235B, 235_093_634_560),
         (CONFIGS["gpt-oss-20b"], 20_914_757_184),
+        (CONFIGS["deepseek-v2-lite"], 15_706_484_224),
+        (CONFIGS["deepseek-r1"], 671_026_419_200),  # without the layer that predicts a further token
     ],
-    ids=["qwen3-30b-a3b", "mixtral-8x7b", "qwen3-235b-a22b", "gpt-oss-20b"],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "qwen3-235b-a22b", "gpt-oss-20b", "deepseek-v2-lite", "deepseek-r1"],
 )
 def test_parameters_are_those_of_the_published_model(config, count) -> None:
     assert parameters(model_spec(config))[0] == count
@@ -54,6 +57,15 @@ def test_parameters_are_those_of_the_published_model(config, count) -> None:
 def test_a_token_uses_its_experts_alone() -> None:
     """3.3 billion by the model card, of which 0.3 are the embedding, which is looked up."""
     assert parameters(model_spec(CONFIGS["qwen3-30b-a3b"]))[1] == pytest.approx(3.04e9, rel=0.01)
+
+
+def test_latents_are_kept_once_and_published_fp8_is_counted_as_it_is() -> None:
+    """By hand: 576 values a layer; in fp8 a byte a parameter, and two in the embedding and the matrices of heads."""
+    config = CONFIGS["deepseek-r1"]
+    spec, mix = model_spec(config), native_mix(config)
+    found = fit_model(spec, "fp8", mix, MACHINE, Rates(80e9), EngineConfig(max_seq_len=4096), 0)
+    assert found.plan.kv.token_bytes == 61 * 576 * 2
+    assert found.weights == pytest.approx(671.03e9 + 129_280 * 7168 + 61 * 128 * 256 * 512, rel=0.01)
 
 
 @pytest.mark.parametrize("family", SMALL)

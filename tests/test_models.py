@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS
+from checkpoints import CONFIGS, OTHER_NAMES
 from oracle import recorded_json
 
 from hybrid.errors import ConfigError
@@ -16,12 +16,12 @@ from hybrid.models.spec import ModelSpec
 
 
 def test_families_are_found_by_file_name() -> None:
-    assert supported_models() == tuple(sorted(CONFIGS))
+    assert supported_models() == tuple(sorted([*CONFIGS, *OTHER_NAMES]))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rope", "spec", None, 3, ["llama"]])
 def test_unsupported_families_are_refused_with_the_supported_ones(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match=", ".join(sorted(CONFIGS))):
+    with pytest.raises(ConfigError, match=", ".join(sorted([*CONFIGS, *OTHER_NAMES]))):
         model_spec({**CONFIGS["llama"], "model_type": model_type})
 
 
@@ -52,7 +52,10 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
+    config |= {"n_routed_experts": 32} if "n_routed_experts" in config else {}  # enough for groups
     filled = as_transformers_has_it(config)
+    if "kv_lora_rank" in filled:
+        del filled["num_key_value_heads"]  # which fits its own default of heads alone, and says nothing
     assert model_spec(config) == model_spec({**filled, "head_dim": filled.get("head_dim")})
 
 
@@ -193,8 +196,11 @@ def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], w
         ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
         ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
         ({"vocab_size": None}, "vocab_size is missing"),
-        ({"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads [26]"),
-        ({"head_dim": 23}, "odd"),
+        (
+            {"num_attention_heads": 5},
+            "num_attention_heads 5 is not a multiple of num_key_value_heads [26]|num_key_value_heads is 6.*or 5",
+        ),
+        ({"head_dim": 23, "qk_rope_head_dim": 23}, "odd|even"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),

@@ -425,11 +425,15 @@ def test_biases_of_experts_are_split_and_added_once(nodes) -> None:
     assert np.linalg.norm(logits[1] - logits[0]) <= FLOAT * np.linalg.norm(logits[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "deepseek_v3"])
 def test_biases_and_a_tied_head_are_split_as_well(tmp_path, family) -> None:
-    """Both have biases on their projections; llama a head that stays whole with the embedding, gpt_oss much else."""
-    active = {"num_experts_per_tok": CONFIGS[family].get("num_local_experts", 1)}
-    path = write_checkpoint(tmp_path / "hf", family, intermediate_size=320, **active)
+    """All have biases on their projections; llama a head that stays whole with the embedding, gpt_oss and deepseek_v3,
+    whose matrices of heads stay whole too, much else.
+    """
+    counts = ("num_local_experts", "n_routed_experts")
+    active = next(({"num_experts_per_tok": CONFIGS[family][name]} for name in counts if name in CONFIGS[family]), {})
+    more = {"n_group": 1, "attention_bias": True} if family == "deepseek_v3" else {}
+    path = write_checkpoint(tmp_path / "hf", family, intermediate_size=320, **active, **more)
     with open_engine(path, tmp_path / "cache", threads=2) as engine:
         whole, expected = step(engine, (0, 0, TOKENS)), greedy(engine, TOKENS[:20], 20, slot=1)
     for nodes in (2, 3):

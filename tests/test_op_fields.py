@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kv_pages import KvPages
+from kv_pages import KvPages, SharedPages
 from rig import BF16, aligned
 
 import cpu_kernels
@@ -19,6 +19,7 @@ PLACE = MEMORY.ctypes.data
 ROUTING_FIELDS = {"offsets": PLACE, "rows": PLACE, "weights": PLACE, "active": PLACE, "count": PLACE}
 ROUTING = Routing(**ROUTING_FIELDS)
 KV = KvPages(1, 2, 64, 256).layout
+SHARED = SharedPages(1, 50, 12, 256).layout
 STATE = StateLayout(base=PLACE, sequence_stride=320)
 SET = {
     **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
@@ -38,6 +39,16 @@ OPS: dict[str, dict[str, Any]] = {
     "gemm": {
         **{"format": Format.int4, "input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "columns": 40},
         **{"inputs": 64, "input_stride": 128, "output_stride": 64, "accumulate": True},
+    },
+    "head_gemm": {
+        **{"format": Format.bf16, "input": PLACE, "weight": PLACE, "output": PLACE, "heads": 3, "columns": 40},
+        **{"inputs": 64, "input_stride": 384, "input_head_stride": 128, "weight_head_stride": 6144},
+        **{"output_stride": 128, "output_head_stride": 42},
+    },
+    "latent": {
+        **{"queries": PLACE, "latents": PLACE, "rope": PLACE, "norm": PLACE, "plain": PLACE, "q": PLACE, "kv": SHARED},
+        **{"heads": 3, "nope_dim": 20, "rope_dim": 12, "rank": 50, "interleaved": True, "query_stride": 128},
+        **{"latent_stride": 64, "plain_stride": 64, "eps": 1e-6},
     },
     "qkv": {
         **{"qkv": PLACE, "rope": PLACE, "q_norm": 0, "k_norm": 0, "q": PLACE, "kv": KV, "heads": 4, "kv_heads": 2},
@@ -195,6 +206,16 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("qkv", {"rope": 0}, "rope is null, and rope_dim is 32"),
         ("qkv", {"q": 0}, "q is null, and there are 4 heads"),
         ("qkv", {"kv_heads": 0}, "kv_heads is 0; it must be at least 1"),
+        ("head_gemm", {"output_head_stride": 39}, "output_head_stride is 39; what it steps over has 40"),
+        ("head_gemm", {"output_stride": 123}, "output_stride is 123; what it steps over has 124"),
+        ("head_gemm", {"input_head_stride": 126}, "input_stride is 126; what it steps over has 128"),
+        ("head_gemm", {"weight_head_stride": 6080}, "weight_head_stride is 6080; what it steps over has 6144"),
+        ("latent", {"kv": KV}, "kv.shared is false"),
+        ("latent", {"rank": 53}, "rank 53 and rope_dim 12 are above kv.key_dim 64"),
+        ("latent", {"rope_dim": 11}, "rope_dim is 11; it must be even"),
+        ("latent", {"query_stride": 95}, "query_stride is 95; what it steps over has 96"),
+        ("attention", {"output_head_stride": 63}, "output_head_stride is 63; what it steps over has 64"),
+        ("attention", {"output_head_stride": 80}, "output_stride is 256; what it steps over has 304"),
         ("attention", {"heads": 5}, "5 heads cannot share 2 KV heads evenly"),
         ("attention", {"heads": 514}, "257 query heads per KV head; at most 256 are supported"),
         ("attention", {"output": 0}, "output and partials are null"),

@@ -170,6 +170,7 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
 def test_rows_are_written_before_they_are_read(name, text) -> None:
     outputs = {"norm": ("output", "output8", "output_f32"), "topk": ("ids", "weights"), "router": ("logits",)}
     outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
+    outputs |= {"latent": ("plain", "q")}
     outputs["topk"] += ("shared_weights",)
     written: set[str] = set()
     for op in program(SPECS[name], mix_of(text))[1]:

@@ -22,6 +22,7 @@ from checkpoints import (
     save_with_transformers,
     write_checkpoint,
 )
+from dequantised import per_head
 from safetensors import safe_open
 
 from hybrid.errors import WeightsError
@@ -29,6 +30,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats import packed as layout
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
+from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
@@ -186,6 +188,8 @@ def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
 def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
     if isinstance(store.spec.layers[layer].mixer, ShortConv):
         return _compare_conv(store, layer, tensors, exact)
+    if isinstance(store.spec.layers[layer].mixer, LatentAttention):
+        return _compare_latent(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     stacked = np.concatenate([tensors[name] for name in (names.q, names.k, names.v)])
@@ -202,6 +206,22 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
             found, biased = np.concatenate([found, store.array(f"{prefix}out_bias")]), [*biased, names.out]
         biases = [exact[name.replace(".weight", ".bias")] for name in biased]
         assert (found == np.concatenate(biases).astype("f4")).all()
+
+
+def _compare_latent(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    prefix, latent = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
+    names, heads, rank = in_layer(latent.names, layer), latent.heads, latent.rank
+    low = np.concatenate([tensors[names.q_down if latent.q_rank else names.q], tensors[names.kv_down]])
+    whole = {"low": low, "out": tensors[names.out]} | ({"q_up": tensors[names.q_up]} if latent.q_rank else {})
+    for part, matrix in whole.items():
+        assert (_unpacked(store, prefix + part, *matrix.shape) == matrix).all()
+    up = tensors[names.kv_up].reshape(heads, -1, rank)
+    keys = per_head(store, f"{prefix}keys", heads, rank, latent.nope_dim)
+    assert (keys == up[:, : latent.nope_dim].transpose(0, 2, 1)).all()
+    assert (per_head(store, f"{prefix}values", heads, latent.value_dim, rank) == up[:, latent.nope_dim :]).all()
+    norms = {"norm": names.norm, "kv_norm": names.kv_norm} | ({"q_norm": names.q_norm} if latent.q_rank else {})
+    for part, name in norms.items():
+        assert (store.array(prefix + part) == exact[name].astype("f4")).all()
 
 
 def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:

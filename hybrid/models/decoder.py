@@ -108,26 +108,31 @@ def read_experts(
     return FeedForward(intermediate, experts, router, names=names or FeedForwardNames())
 
 
-def read_grouped_sigmoid(fields: Fields, experts: FeedForward, *, scale: float) -> FeedForward:
-    """The same experts, chosen by sigmoids and corrections within groups, as DeepSeek-V3 does. scale: the default."""
+def read_grouped_sigmoid(
+    fields: Fields, experts: FeedForward, *, scale: float, groups: tuple[int, int] = (1, 1)
+) -> FeedForward:
+    """The same experts, chosen by sigmoids and corrections within groups, as DeepSeek-V3 does.
+
+    scale, groups: defaults; of the latter how many there are, and how many are chosen among.
+    """
+    grouped = read_groups(fields, experts, default=groups)
+    assert grouped.router is not None
+    factor = fields.number("routed_scaling_factor", default=scale)
+    return replace(grouped, router=replace(grouped.router, kind="sigmoid", correction=True, scale=factor))
+
+
+def read_groups(fields: Fields, experts: FeedForward, *, default: tuple[int, int] = (1, 1)) -> FeedForward:
+    """The same experts, chosen within the best groups."""
     assert experts.router is not None
-    groups = fields.size("n_group", default=1, maximum=64)
-    top_groups = fields.size("topk_group", default=1, maximum=groups, maximum_of="n_group")
+    groups = fields.size("n_group", default=default[0], maximum=64)
+    top_groups = fields.size("topk_group", default=min(groups, default[1]), maximum=groups, maximum_of="n_group")
     size, rest = divmod(experts.experts, groups)
     if rest or (groups > 1 and size < 2) or top_groups * size < experts.router.top_k:
         raise ConfigError(
             f"config.json: {experts.experts} experts in n_group {groups} groups, of which topk_group {top_groups} are "
             f"chosen among, cannot give each token {experts.router.top_k}: correct one of them"
         )
-    router = replace(
-        experts.router,
-        kind="sigmoid",
-        correction=True,
-        groups=groups,
-        top_groups=top_groups,
-        scale=fields.number("routed_scaling_factor", default=scale),
-    )
-    return replace(experts, router=router)
+    return replace(experts, router=replace(experts.router, groups=groups, top_groups=top_groups))
 
 
 def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward]:
@@ -141,10 +146,10 @@ def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward
     return [experts if is_routed else plain for is_routed in routed]
 
 
-def read_first_dense(fields: Fields, experts: FeedForward) -> list[FeedForward]:
+def read_first_dense(fields: Fields, experts: FeedForward, *, default: int = 1) -> list[FeedForward]:
     """The first `first_k_dense_replace` layers are dense, the others have these experts."""
     count = read_layer_count(fields)
-    dense = fields.size("first_k_dense_replace", default=1, minimum=0)
+    dense = fields.size("first_k_dense_replace", default=default, minimum=0)
     plain = FeedForward(fields.size("intermediate_size"))
     return [plain if layer < dense else experts for layer in range(count)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeVar
 
@@ -57,6 +57,20 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class PerHead:
+    """A matrix of each head: of its `of_head` rows of a tensor those from `start` on, `rows` of them, or with `turned`
+    these as columns.
+    """
+
+    name: str
+    heads: int
+    of_head: int
+    start: int
+    rows: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class Gated:
     """Gate, up and down of every expert."""
 
@@ -73,6 +87,9 @@ class GatedBiases:
     down: bool
 
 
+Origin = Stacked | PerHead | Gated | GatedBiases
+
+
 @dataclass(frozen=True)
 class StoreTensor:
     """One tensor of a store. `shape` is that of the stored (packed, padded) array.
@@ -86,7 +103,7 @@ class StoreTensor:
     dtype: Literal["U8", "F32"]
     shard: str
     part: str
-    origin: Stacked | Gated | GatedBiases
+    origin: Origin
     format: str | None = None
     runs: tuple[Run, ...] = ()
 
@@ -115,6 +132,12 @@ class Shard:
         shape = (run_bytes(format, runs),)
         return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs)
 
+    def per_head(self, name: str, part: str, origin: PerHead, format: str, n: int, k: int) -> StoreTensor:
+        """A matrix [n, k] of each head, one behind the other."""
+        (run,) = matrix_runs(n, k)
+        runs = (Run(run.inputs, origin.heads * run.count),)
+        return StoreTensor(self.prefix + name, (run_bytes(format, runs),), "U8", self.name, part, origin, format, runs)
+
     def experts(self, name: str, part: str, origin: Gated, format: str, *count: int) -> StoreTensor:
         runs = expert_runs(origin.hidden, origin.intermediate)
         shape = (*count, run_bytes(format, runs))
@@ -128,14 +151,24 @@ def bias_name(weight: str) -> str:
 
 def in_layer(names: Names, layer: int) -> Names:
     """A dataclass of names with `{layer}` filled in, in those of its fields that are dataclasses of names too."""
+    return _renamed(names, lambda name: name.replace("{layer}", str(layer)))
+
+
+def below(names: Names, module: str) -> Names:
+    """The same names as they are where the whole model is a module of another; what is empty stays so."""
+    return _renamed(names, lambda name: name and f"{module}.{name}")
+
+
+def _renamed(names: Names, change: Callable[[str], str]) -> Names:
     found = {field.name: getattr(names, field.name) for field in fields(names)}  # type: ignore[arg-type]
-    return replace(names, **{name: _in_layer(value, layer) for name, value in found.items()})  # type: ignore[type-var]
+    changed = {name: _changed(value, change) for name, value in found.items()}
+    return replace(names, **changed)  # type: ignore[type-var]
 
 
-def _in_layer(value: object, layer: int) -> object:
+def _changed(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, str):
-        return value.replace("{layer}", str(layer))
-    return in_layer(value, layer) if isinstance(value, GatedNames) else value
+        return change(value)
+    return _renamed(value, change) if isinstance(value, GatedNames) else value
 
 
 def gated_shapes(names: tuple[str, str, str], hidden: int, intermediate: int, bias: bool) -> Shapes:

@@ -14,9 +14,9 @@ from hybrid.errors import WeightsError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, Floats, all_finite, round_up
 from hybrid.formats.packed import interleave, matrix_formats
-from hybrid.models.tensors import Gated, GatedBiases, GatedNames, Stacked, StoreTensor, bias_name
+from hybrid.models.tensors import Gated, GatedBiases, GatedNames, PerHead, Stacked, StoreTensor, bias_name
 from hybrid.weights.checkpoints.huggingface import Checkpoint
-from hybrid.weights.checkpoints.matrices import Source
+from hybrid.weights.checkpoints.matrices import Source, TurnedSource
 
 # Of a matrix as float32, read at a time. What stays in the cache packs several times as fast, and intermediates of
 # this size are taken from memory that the process keeps, where larger ones are mapped and cleared anew every time.
@@ -52,6 +52,8 @@ class Content:
                 )
             case GatedBiases(names, down):
                 return iter([partial(self._expert_biases, names, down, tensor)])
+            case PerHead() as origin:
+                return self._per_head(origin, tensor.format or "")
             case Stacked(names, biases):
                 if tensor.format is not None:
                     return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
@@ -81,6 +83,12 @@ class Content:
         for both in zip(self._matrix([gate], first), self._matrix([up], first), strict=True):
             yield partial(_interleaved, *both)
         yield from self._matrix([down], second)
+
+    def _per_head(self, origin: PerHead, format: str) -> Iterator[Task]:
+        for head in range(origin.heads):
+            start = head * origin.of_head + origin.start
+            rows = self._checkpoint.rows(origin.name, start, origin.rows)
+            yield from self._matrix([TurnedSource.of(rows) if origin.turned else rows], format)
 
     def _matrix(self, parts: Sequence[Source], format: str) -> Iterator[Task]:
         """The blocks of the stacked parts, as they are published if in this format and no block has two parts."""

@@ -33,10 +33,18 @@ alignas(64) uint16_t values[kKvHeads][kTokens / 2][kHeadDim][2];
 alignas(64) char arena[sizeof keys + sizeof values];
 alignas(64) uint16_t queries[kQueries][kHeads][kKeyDim];
 alignas(64) uint16_t output[kQueries][kHeads][kHeadDim], together[kQueries][kHeads][kHeadDim];
+bool shared;  // whether values are read from the keys of the first head, which all have then
 alignas(64) char states[kHeads * 2 * kStateBytes];
 
 uint16_t& key(int head, int token, int i) { return keys[head][token / kBlock][i / 2][token % kBlock][i % 2]; }
 uint16_t& value(int head, int token, int i) { return values[head][token / 2][i][token % 2]; }
+
+void lay_out() {
+  for (int head = 0; head < kKvHeads; ++head) {
+    memcpy(arena + head * (sizeof arena / kKvHeads), keys[head], sizeof keys[head]);
+    memcpy(arena + head * (sizeof arena / kKvHeads) + sizeof keys[head], values[head], sizeof values[head]);
+  }
+}
 
 // Random numbers for `tokens` tokens; behind the block of the last one no number at all, which must not be read.
 void fill(int tokens) {
@@ -53,10 +61,7 @@ void fill(int tokens) {
       for (int i = 0; i < kKeyDim; ++i) key(head, t, i) = i < kHeadDim ? next() : uint16_t(0);
       for (int i = 0; i < kHeadDim; ++i) value(head, t, i) = next();
     }
-  for (int head = 0; head < kKvHeads; ++head) {
-    memcpy(arena + head * (sizeof arena / kKvHeads), keys[head], sizeof keys[head]);
-    memcpy(arena + head * (sizeof arena / kKvHeads) + sizeof keys[head], values[head], sizeof values[head]);
-  }
+  lay_out();
 }
 
 AttentionArgs attention_args(int window) {
@@ -68,6 +73,8 @@ AttentionArgs attention_args(int window) {
   args.kv.sequence_stride = sizeof arena, args.kv.head_stride = sizeof arena / kKvHeads;
   args.kv.value_offset = sizeof keys[0];
   args.kv.key_dim = kKeyDim, args.kv.value_dim = kHeadDim;
+  args.kv.shared = shared;
+  if (shared) args.kv.head_stride = args.kv.value_offset = 0;
   args.heads = kHeads, args.kv_heads = kKvHeads, args.head_dim = kHeadDim, args.output_stride = kStride;
   args.window = window;
   args.scale = 0.5f;
@@ -140,6 +147,25 @@ bool check_alone(const Case& c) {
   return passed;
 }
 
+// Keys of all heads that are values too give the same bits stored once, and stored apart.
+bool check_shared(const Case& c) {
+  for (int head = 0; head < kKvHeads; ++head) {
+    memcpy(keys[head], keys[0], sizeof keys[0]);
+    for (int t = 0; t < kTokens; ++t)
+      for (int i = 0; i < kHeadDim; ++i) value(head, t, i) = key(0, t, i);
+  }
+  lay_out();
+  bool passed = attend(c, 0, c.rows, false, 0);
+  memcpy(together, output, sizeof together);
+  memset(output, 0, sizeof output);
+  shared = true;
+  passed &= attend(c, 0, c.rows, false, 0);
+  shared = false;
+  const bool same = !memcmp(output, together, size_t(c.rows) * sizeof output[0]);
+  if (!same) console::line("attention at ", c.position, ": other bits where values are shared with keys");
+  return passed && same;
+}
+
 bool check_case(const Case& c) {
   fill(c.position + c.rows);
   bool passed = true;
@@ -148,7 +174,7 @@ bool check_case(const Case& c) {
     passed &= attend(c, 0, c.rows, false, tile_rows);
     passed &= check_values(c);
   }
-  return check_alone(c) && passed;
+  return check_alone(c) && check_shared(c) && passed;
 }
 
 }  // namespace

@@ -115,6 +115,34 @@ struct GemmArgs {
   }
 };
 
+// A small matrix for each head, which multiplies that head's part of every row. Matrices [columns, inputs] lie behind
+// each other, each of whole blocks and `weight_head_stride` bytes.
+struct HeadGemmArgs {
+  Format format;
+  const char* input;  // as that of GemmArgs, a row for each head
+  const char* weight;
+  bf16* output;
+  int heads, columns, inputs;
+  int64_t input_stride, input_head_stride, weight_head_stride;  // bytes
+  int output_stride, output_head_stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("format", format);
+    field("input", input);
+    field("weight", weight, kLines);
+    field("output", output);
+    field("heads", heads, kPositive);
+    field("columns", columns, kPositive);
+    field("inputs", inputs, kPadded);
+    field("input_stride", input_stride);
+    field("input_head_stride", input_head_stride);
+    field("weight_head_stride", weight_head_stride, kLines);
+    field("output_stride", output_stride);
+    field("output_head_stride", output_head_stride);
+  }
+};
+
 // A buffer of each memory node.
 struct NodeBuffers {
   float* of[kMaxNodes];
@@ -143,11 +171,12 @@ struct HostArgs {
 };
 
 // Those of which every instruction set has a kernel, see executor/ops.h.
-#define HYBRID_ROW_OPS(OP)   \
-  OP(embed, EmbedArgs)       \
-  OP(norm, NormArgs)         \
-  OP(quantise, QuantiseArgs) \
-  OP(gemm, GemmArgs)         \
+#define HYBRID_ROW_OPS(OP)    \
+  OP(embed, EmbedArgs)        \
+  OP(norm, NormArgs)          \
+  OP(quantise, QuantiseArgs)  \
+  OP(gemm, GemmArgs)          \
+  OP(head_gemm, HeadGemmArgs) \
   OP(join, JoinArgs)
 
 }  // namespace hybrid

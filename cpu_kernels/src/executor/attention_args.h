@@ -12,6 +12,7 @@ struct KvLayout {
   int key_dim, value_dim;            // padded
   Format format;                     // bf16, int8 or fp8
   int64_t key_scales, value_scales;  // from the start of a head to float32 [tokens]; of bf16 none
+  bool shared;                       // all heads have the same keys, whose first value_dim dimensions are the values
 
   template <class Field>
   void fields(Field& field) {
@@ -24,6 +25,7 @@ struct KvLayout {
     field("format", format);
     field("key_scales_offset", key_scales, kLines);
     field("value_scales_offset", value_scales, kLines);
+    field("shared", shared, kOptional);
   }
 };
 
@@ -61,6 +63,42 @@ struct QkvArgs {
   }
 };
 
+// Latent attention behind its projections: queries are divided, what is left of a token is normed and turned and
+// written into the arena, as the one key of all heads.
+struct LatentArgs {
+  const float* queries;  // [rows, query_stride]: of each head nope_dim plain dimensions, then rope_dim that turn
+  const float* latents;  // [rows, latent_stride]: rank dimensions that are normed, then rope_dim that turn
+  const float* rope;     // [rows, rope_dim]
+  const float* norm;     // [rank]
+  bf16* plain;           // [rows, heads, plain_stride]: what the matrices of heads turn into the first `rank` of q
+  bf16* q;               // [rows, heads, key_dim]: only those behind the first `rank` are written
+  KvLayout kv;
+  int heads, nope_dim, rope_dim, rank;
+  bool interleaved;
+  int query_stride, latent_stride, plain_stride;
+  float eps;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("queries", queries);
+    field("latents", latents);
+    field("rope", rope);
+    field("norm", norm);
+    field("plain", plain);
+    field("q", q);
+    field("kv", kv);
+    field("heads", heads, kPositive);
+    field("nope_dim", nope_dim, kPositive);
+    field("rope_dim", rope_dim, kPositive);
+    field("rank", rank, kPositive);
+    field("interleaved", interleaved);
+    field("query_stride", query_stride);
+    field("latent_stride", latent_stride);
+    field("plain_stride", plain_stride);
+    field("eps", eps);
+  }
+};
+
 struct AttentionArgs {
   const bf16* q;
   bf16* output;        // null if there are partials
@@ -72,6 +110,7 @@ struct AttentionArgs {
   float scale;
   const int32_t* ends;  // null, or [rows], one for all rows of a sequence: keys from there on are attended elsewhere
   float* partials;      // null, or [rows, heads, value_dim + 16]: where states are left, for others to join, not output
+  int output_head_stride;  // from the output of a head to the next; 0: head_dim
 
   template <class Field>
   void fields(Field& field) {
@@ -88,6 +127,7 @@ struct AttentionArgs {
     field("scale", scale);
     field("ends", ends, kOptional);
     field("partials", partials, kOptional);
+    field("output_head_stride", output_head_stride, kOptional);
   }
 };
 
@@ -99,6 +139,7 @@ struct MergeArgs {
 // As HYBRID_ROW_OPS.
 #define HYBRID_ATTENTION_OPS(OP) \
   OP(qkv, QkvArgs)               \
+  OP(latent, LatentArgs)         \
   OP(attention, AttentionArgs)
 
 }  // namespace hybrid

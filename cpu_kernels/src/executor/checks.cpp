@@ -92,6 +92,16 @@ void check_fit(const GemmArgs& a, const std::string& place) {
   require_stride(place, "output_stride", a.output_stride, a.columns);
 }
 
+void check_fit(const HeadGemmArgs& a, const std::string& place) {
+  check_rows(a.format, a.input_head_stride, a.inputs, place);
+  require_stride(place, "input_stride", a.input_stride, (a.heads - 1) * a.input_head_stride);
+  require_multiple(place, "input_stride", a.input_stride, is_integer(a.format) ? 4 : 2);
+  require_stride(place, "weight_head_stride", a.weight_head_stride,
+                 (int64_t(a.columns) + kBlock - 1) / kBlock * block_bytes(a.format, a.inputs));
+  require_stride(place, "output_head_stride", a.output_head_stride, a.columns);
+  require_stride(place, "output_stride", a.output_stride, (a.heads - 1) * int64_t(a.output_head_stride) + a.columns);
+}
+
 void check_fit(const JoinArgs& a, const std::string& place) {
   require_stride(place, "output_stride", a.output_stride, a.width);
 }
@@ -108,6 +118,12 @@ void check_layout(const KvLayout& kv, int head_dim, const std::string& place) {
   require(head_dim <= kv.key_dim && head_dim <= kv.value_dim, place + "head_dim " + text(head_dim) +
                                                                   " is above kv.key_dim " + text(kv.key_dim) +
                                                                   " or kv.value_dim " + text(kv.value_dim));
+  if (!kv.shared) return;
+  require(kv.value_dim <= kv.key_dim, place + "kv.value_dim " + text(kv.value_dim) + " is above kv.key_dim " +
+                                          text(kv.key_dim) + ", which it shares");
+  require(kv.head_stride == 0, place + "kv.head_stride is " + text(kv.head_stride) + "; heads share their keys");
+  require(kv.value_scales == kv.key_scales,
+          place + "kv.value_scales_offset is " + text(kv.value_scales) + "; values share the scales of keys");
 }
 
 void check_fit(const QkvArgs& a, const std::string& place) {
@@ -117,6 +133,19 @@ void check_fit(const QkvArgs& a, const std::string& place) {
   require_stride(place, "qkv_stride", a.qkv_stride, (a.heads + 2 * int64_t(a.kv_heads)) * a.head_dim);
 }
 
+void check_fit(const LatentArgs& a, const std::string& place) {
+  require(a.kv.shared, place + "kv.shared is false; latents are keys and values of all heads");
+  require(a.rope_dim % 2 == 0, place + "rope_dim is " + text(a.rope_dim) + "; it must be even");
+  check_layout(a.kv, a.rank, place);
+  require(int64_t(a.rank) + a.rope_dim <= a.kv.key_dim, place + "rank " + text(a.rank) + " and rope_dim " +
+                                                            text(a.rope_dim) + " are above kv.key_dim " +
+                                                            text(a.kv.key_dim));
+  const int64_t dim = int64_t(a.nope_dim) + a.rope_dim;
+  require_stride(place, "query_stride", a.query_stride, a.heads * dim);
+  require_stride(place, "latent_stride", a.latent_stride, int64_t(a.rank) + a.rope_dim);
+  require_stride(place, "plain_stride", a.plain_stride, a.nope_dim);
+}
+
 void check_fit(const AttentionArgs& a, const std::string& place) {
   check_layout(a.kv, a.head_dim, place);
   const int group = a.heads / a.kv_heads;
@@ -124,7 +153,9 @@ void check_fit(const AttentionArgs& a, const std::string& place) {
           place + text(a.heads) + " heads cannot share " + text(a.kv_heads) + " KV heads evenly");
   require(group <= kMaxTileRows,
           place + text(group) + " query heads per KV head; at most " + text(kMaxTileRows) + " are supported");
-  if (a.output) require_stride(place, "output_stride", a.output_stride, int64_t(a.heads) * a.head_dim);
+  if (a.output_head_stride) require_stride(place, "output_head_stride", a.output_head_stride, a.head_dim);
+  const int64_t apart = a.output_head_stride ? a.output_head_stride : a.head_dim;
+  if (a.output) require_stride(place, "output_stride", a.output_stride, (a.heads - 1) * apart + a.head_dim);
 }
 
 void check_fit(const TopkArgs& a, const std::string& place) {
@@ -204,6 +235,12 @@ void require_countable(int64_t tasks, const std::string& place) {
 // Rows of keys and values, and where they have scales, lie behind each other in a head, heads in a sequence.
 void check_arena(const KvLayout& kv, int kv_heads, const Limits& limits, const std::string& place) {
   const int64_t tokens = up(limits.positions, kBlock), size = kv.format == Format::bf16 ? 2 : 1;
+  if (kv.shared) {
+    const int64_t keys = tokens * kv.key_dim * size;
+    if (size == 1) require_stride(place, "kv.key_scales_offset", kv.key_scales, keys);
+    return require_stride(place, "kv.sequence_stride", kv.sequence_stride,
+                          size == 1 ? kv.key_scales + tokens * 4 : keys);
+  }
   require_stride(place, "kv.value_offset", kv.value_offset, tokens * kv.key_dim * size);
   int64_t end = kv.value_offset + tokens * kv.value_dim * size;
   if (kv.format != Format::bf16) {
@@ -221,6 +258,15 @@ void check_extents_of(const Args&, const Limits&, const std::string&) {}
 void check_extents_of(const QkvArgs& a, const Limits& limits, const std::string& place) {
   check_arena(a.kv, a.kv_heads, limits, place);
   require_countable(int64_t(limits.rows) * (a.heads + 2 * int64_t(a.kv_heads)), place);
+}
+
+void check_extents_of(const LatentArgs& a, const Limits& limits, const std::string& place) {
+  check_arena(a.kv, 1, limits, place);
+  require_countable(int64_t(limits.rows) * (a.heads + 1), place);
+}
+
+void check_extents_of(const HeadGemmArgs& a, const Limits&, const std::string& place) {
+  require_countable(int64_t(a.heads) * (a.columns / kBlock + 1), place);
 }
 
 void check_extents_of(const AttentionArgs& a, const Limits& limits, const std::string& place) {

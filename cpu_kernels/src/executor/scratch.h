@@ -54,8 +54,16 @@ static inline AttentionOffsets attention_offsets(int rows, int value_dim) {
   return at;
 }
 
-// Blocks of keys, or of values, as bf16.
+// From a block of 16 values, of all keys of a key block, to the next: a line more than they are, against conflicts in
+// the cache.
+constexpr int kTurnedBytes = (kKeys / 2 + 1) * kLine;
+
+// Values that a key block shares with its keys.
+static inline int64_t turned_bytes(const KvLayout& kv) { return int64_t(kv.value_dim) / kBlock * kTurnedBytes; }
+
+// Blocks of keys, or of values, as bf16; where both are shared, all values of a key block and all its keys.
 static inline int64_t opened_bytes(const ProductSizes& sizes, const KvLayout& kv) {
+  if (kv.shared) return turned_bytes(kv) + (kv.format == Format::bf16 ? 0 : int64_t(kKeys) * kv.key_dim * 2);
   return kv.format == Format::bf16 ? 0 : sizes.max_blocks * max_bytes(kv.key_dim, kKeys) / 2 * kLine;
 }
 
@@ -66,6 +74,9 @@ static inline int64_t scratch_bytes(const Args&, const ProductSizes&, int) {
   return 0;
 }
 static inline int64_t scratch_bytes(const GemmArgs& args, const ProductSizes& sizes, int rows) {
+  return product_bytes(sizes, args.format, rows, args.inputs, false);
+}
+static inline int64_t scratch_bytes(const HeadGemmArgs& args, const ProductSizes& sizes, int rows) {
   return product_bytes(sizes, args.format, rows, args.inputs, false);
 }
 static inline int64_t scratch_bytes(const GateUpArgs& args, const ProductSizes& sizes, int rows) {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "isa/turned_lines.h"
 #include "isa/widened_fp4.h"
 
 namespace hybrid {
@@ -108,6 +109,8 @@ struct Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), pair_bits(line.even.lo, line.odd.lo));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), pair_bits(line.even.hi, line.odd.hi));
   }
+
+  static void turn_lines(const char* lines, char* out) { turn_words(lines, out); }
 
   static I32 set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   static F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }

@@ -5,11 +5,14 @@
 // weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value, fp4 as twice
 // its value. Joined are nibbles and, above them, further bits: those of `mask` after `bits` was shifted up.
 //
+// turn_lines makes of eight lines, which hold 16 inputs of 16 columns, those with the roles of both exchanged.
+//
 // max(a, b) is b unless a is larger, so also where one of them is NaN. max_magnitude compares |x| with a `top` that is
 // not negative, max_magnitude_lane the lanes of such a one: there infinity is larger than any number, NaN than
 // infinity.
 #pragma once
 
+#include "isa/turned_lines.h"
 #include "isa/widened_fp4.h"
 
 namespace hybrid {
@@ -132,6 +135,8 @@ struct Portable {
     for (int i = 0; i < 16; ++i) pairs[i] = float_to_bits(line.even.lane[i]) >> 16 | float_to_bits(line.odd.lane[i]);
     __builtin_memcpy(p, pairs, sizeof pairs);
   }
+
+  static void turn_lines(const char* lines, char* out) { turn_words(lines, out); }
 
   static I32 set_int(int x) {
     I32 out;

@@ -55,7 +55,7 @@ struct AttentionScratch {
   bf16* weights;   // [rows, kKeys]
   float* current;  // [rows, value_dim + 16]: this block's state
   float* joined;   // [rows, value_dim + 16]: all blocks so far
-  char* opened;    // some blocks of keys or values as bf16
+  char* opened;    // some blocks of keys or values as bf16; if these are shared, all values, then all keys
   int state_stride;
 };
 
@@ -135,10 +135,60 @@ static HYBRID_INLINE void fetch_scales(const AttentionArgs& args, const Place& a
   }
 }
 
+// A key block as operands: its lines of keys and of values, how many there are in a block of 16, and what is fetched
+// while each are multiplied.
+struct KeyBlock {
+  Lines keys, values;
+  int key_lines, value_lines;
+  const char *after_keys, *after_values;
+};
+
+// Keys and values as they are stored. While scores are computed the values are fetched, while values are summed the
+// keys of `next`.
+template <class Kv>
+static HYBRID_INLINE KeyBlock stored_block(const AttentionArgs& args, const Place& at, const Place& next, int used) {
+  const KvLayout& kv = args.kv;
+  const char* const values = value_at<Kv>(kv, at.tile->sequence, at.kv_head, at.block * kKeys);
+  return {{keys_of<Kv>(args, at), token_bytes<Kv>(kv.key_dim) * kBlock, kLine, nullptr, 0},
+          {values, kLine, token_bytes<Kv>(kv.value_dim) * Kv::line_inputs, nullptr, 0},
+          kv.key_dim / Kv::line_inputs,
+          used / Kv::line_inputs,
+          values,
+          keys_of<Kv>(args, next)};
+}
+
+// Of shared keys the first dimensions are turned into values, in scratch: the latter are never read from memory. Keys
+// that are no operands as they lie are opened once for both.
+template <class Kv>
+static HYBRID_KERNEL KeyBlock turned_block(const AttentionArgs& args, const Place& at, const Place& next, int used,
+                                           char* scratch) {
+  const KvLayout& kv = args.kv;
+  KeyBlock found = stored_block<Kv>(args, at, next, used);
+  if constexpr (!Kv::opened) {
+    char* const opened = scratch + turned_bytes(kv);
+    const int64_t block = int64_t(kBlock) * kv.key_dim * 2;
+    for (int i = 0; i < used / kBlock; ++i)
+      open_small<Kv, 1>({found.keys.data + i * found.keys.block_stride, 0, kLine, nullptr, 0}, found.key_lines,
+                        opened + i * block);
+    found.keys = {opened, block, kLine, nullptr, 0};
+  }
+  constexpr int lines = kBlock / 2;  // of 16 dimensions of 16 keys
+  for (int i = 0; i < used / kBlock; ++i)
+    for (int j = 0; j < kv.value_dim / kBlock; ++j)
+      Isa::turn_lines(found.keys.data + i * found.keys.block_stride + j * lines * kLine,
+                      scratch + j * kTurnedBytes + i * lines * kLine);
+  found.values = {scratch, kTurnedBytes, kLine, nullptr, 0};
+  found.key_lines = kv.key_dim / 2;
+  found.value_lines = used / 2;
+  found.after_keys = scratch;
+  if (!Kv::opened) found.after_values = scratch;  // where codes would be fetched that are half as long
+  return found;
+}
+
 // One key block for all rows of a tile and one KV head: scores, softmax, weighted values into s.current. Row i of the
 // tile is query i / group, head i % group; seen[i] says whether it saw a key of this block. Meanwhile the keys of
 // `next` are fetched.
-template <class Kv>
+template <class Kv, bool shared>
 static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
                                        const Place& next, const AttentionScratch& s, bool* seen) {
   const AttentionTile& tile = *at.tile;
@@ -146,10 +196,12 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const KvLayout& kv = args.kv;
   const int end = min(kKeys, end_of(args, tile, tile.rows - 1) - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
-  const char* const first_key = keys_of<Kv>(args, at);
-  const char* const first_value = value_at<Kv>(kv, tile.sequence, at.kv_head, key0);
-  const Lines keys{first_key, token_bytes<Kv>(kv.key_dim) * kBlock, kLine, nullptr, 0};
-  const Lines values{first_value, kLine, token_bytes<Kv>(kv.value_dim) * Kv::line_inputs, nullptr, 0};
+  using Operands = typename Either<shared, Bf16, Kv>::Type;
+  KeyBlock keys;
+  if constexpr (shared)
+    keys = turned_block<Kv>(args, at, next, used, s.opened);
+  else
+    keys = stored_block<Kv>(args, at, next, used);
   BlockScales scales;
   if constexpr (Kv::scaled)
     load_scales<Kv>(args, key_scale(kv, tile.sequence, at.kv_head, key0),
@@ -159,9 +211,8 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + at.kv_head * group) * kv.key_dim;
   const bf16* queries[kMaxTileRows];
   for (int i = 0; i < rows; ++i) queries[i] = q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim;
-  // While scores are computed this block's values are fetched, while values are summed the next block's keys.
-  small_product<Kv>(
-      tiles, [&](int i) { return queries[i]; }, rows, keys, kv.key_dim / Kv::line_inputs, used / kBlock, first_value,
+  small_product<Operands>(
+      tiles, [&](int i) { return queries[i]; }, rows, keys.keys, keys.key_lines, used / kBlock, keys.after_keys,
       s.opened,
       [&](F32 acc, int row, int column) {
         const F32 factor = Kv::scaled ? Isa::load(scales.keys + column * kBlock) : scale;
@@ -170,9 +221,9 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   for (int i = 0; i < rows; ++i)
     seen[i] = softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
                       s.current + i * s.state_stride, kv.value_dim, visible(args, tile, i / group, at.block), used);
-  small_product<Kv>(
-      tiles, [&](int i) { return s.weights + i * kKeys; }, rows, values, used / Kv::line_inputs, kv.value_dim / kBlock,
-      keys_of<Kv>(args, next), s.opened,
+  small_product<Operands>(
+      tiles, [&](int i) { return s.weights + i * kKeys; }, rows, keys.values, keys.value_lines, kv.value_dim / kBlock,
+      keys.after_values, s.opened,
       [&](F32 acc, int row, int column) { Isa::store(s.current + row * s.state_stride + column * kBlock, acc); });
 }
 
@@ -184,7 +235,8 @@ static HYBRID_INLINE void copy_state(float* into, const float* from, int dim) {
 static HYBRID_INLINE void leave(const AttentionArgs& args, int row, int head, const float* state) {
   const int dim = args.kv.value_dim;
   if (!args.partials) {
-    bf16* out = args.output + int64_t(row) * args.output_stride + head * args.head_dim;
+    const int apart = args.output_head_stride ? args.output_head_stride : args.head_dim;
+    bf16* out = args.output + int64_t(row) * args.output_stride + head * apart;
     return finish(out, state, dim, args.head_dim, args.sinks ? args.sinks + head : nullptr);
   }
   float* into = args.partials + (int64_t(row) * args.heads + head) * (dim + kBlock);
@@ -194,7 +246,7 @@ static HYBRID_INLINE void leave(const AttentionArgs& args, int row, int head, co
 }
 
 // All visible blocks of a tile, joined as they come; `next` is what this thread does afterwards.
-template <class Kv>
+template <class Kv, bool shared>
 static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionArgs& args, Place at, const Place& next,
                                       char* scratch) {
   const AttentionTile& tile = *at.tile;
@@ -203,7 +255,8 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
   bool started[kMaxTileRows] = {}, seen[kMaxTileRows];
   const int blocks = (end_of(args, tile, tile.rows - 1) + kKeys - 1) / kKeys;
   for (; at.block < blocks; ++at.block) {
-    attend_block<Kv>(tiles, args, at, at.block + 1 < blocks ? Place{at.tile, at.kv_head, at.block + 1} : next, s, seen);
+    const Place after = at.block + 1 < blocks ? Place{at.tile, at.kv_head, at.block + 1} : next;
+    attend_block<Kv, shared>(tiles, args, at, after, s, seen);
     for (int i = 0; i < rows; ++i) {
       if (!seen[i]) continue;
       float* joined = s.joined + i * s.state_stride;
@@ -228,14 +281,14 @@ static HYBRID_INLINE float* partial(const AttentionArgs& args, const AttentionTi
 }
 
 // One key block of a decode row, left for `merge`.
-template <class Kv>
+template <class Kv, bool shared>
 static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
                                       const Place& next, char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
   if (at.block < first_block(args, at.tile->position) || at.block * kKeys >= end_of(args, *at.tile, 0)) return;
   const AttentionScratch s = carve(scratch, group, dim);
   bool seen[kMaxTileRows];
-  attend_block<Kv>(tiles, args, at, next, s, seen);
+  attend_block<Kv, shared>(tiles, args, at, next, s, seen);
   for (int i = 0; i < group; ++i)
     copy_state(partial(args, *at.tile, at.kv_head * group + i, at.block), s.current + i * s.state_stride, dim);
 }
@@ -250,7 +303,7 @@ static HYBRID_INLINE Place place_of(const AttentionArgs& args, const Step& step,
 }
 
 // Threads take runs of tasks: what follows a block in memory is fetched while that is computed, into the right cache.
-template <class Kv>
+template <class Kv, bool shared>
 static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, const Work& work) {
   const Tiles<Bf16> tiles(Bf16{}, step, kMaxTileRows);
   const AttentionTile* tile = step.tiles;
@@ -259,9 +312,9 @@ static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, co
     for (int task = run.first; task < run.last; ++task) {
       const Place next = task + 1 < run.last ? place_of(args, step, task + 1, at.tile) : at;
       if (at.tile->split)
-        attend_part<Kv>(tiles, args, at, next, work.scratch);
+        attend_part<Kv, shared>(tiles, args, at, next, work.scratch);
       else
-        attend_tile<Kv>(tiles, args, at, next, work.scratch);
+        attend_tile<Kv, shared>(tiles, args, at, next, work.scratch);
       at = next;
     }
     tile = at.tile;
@@ -269,7 +322,10 @@ static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, co
 }
 
 static void attention(const AttentionArgs& args, const Step& step, const Work& work) {
-  with_kv_format(args.kv.format, [&](auto kv) { attend<decltype(kv)>(args, step, work); });
+  with_kv_format(args.kv.format, [&](auto kv) {
+    if (args.kv.shared) return attend<decltype(kv), true>(args, step, work);
+    attend<decltype(kv), false>(args, step, work);
+  });
 }
 
 static void merge(const MergeArgs& merged, const Step& step, const Work& work) {

@@ -34,5 +34,32 @@ static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
   with_format(args.format, [&](auto format) { gemm_rows(format, args, step, work); });
 }
 
+// A task is some blocks of one head.
+template <class Format>
+static HYBRID_KERNEL void head_gemm_rows(Format format, const HeadGemmArgs& args, const Step& step, const Work& work) {
+  const int blocks = (args.columns + kBlock - 1) / kBlock, runs = (blocks + kRunBlocks - 1) / kRunBlocks;
+  const Tiles<Format> tiles(format, step, step.rows);
+  for_each(args.heads * runs, 1, work, [&](int task) {
+    const int head = task / runs, first = task % runs * kRunBlocks;
+    const Rows input{args.input + head * args.input_head_stride, args.input_stride, nullptr};
+    bf16* const output = args.output + int64_t(head) * args.output_head_stride;
+    const auto finish = [&](const float* sums, int count, int block, int together) {
+      for (int row = 0; row < count; ++row) {
+        for (int j = 0; j < together; ++j, sums += kBlock) {
+          const int column = (block + j) * kBlock;
+          store_some_bf16(output + int64_t(row) * args.output_stride + column, Isa::load(sums),
+                          min(kBlock, args.columns - column));
+        }
+      }
+    };
+    product(tiles, input, step.rows, args.weight + head * args.weight_head_stride, args.inputs,
+            {first, min(blocks, first + kRunBlocks)}, work.scratch, finish);
+  });
+}
+
+static void head_gemm(const HeadGemmArgs& args, const Step& step, const Work& work) {
+  with_format(args.format, [&](auto format) { head_gemm_rows(format, args, step, work); });
+}
+
 }  // namespace HYBRID_ISA
 }  // namespace hybrid

@@ -7,6 +7,7 @@
 #include "ops/gemm.h"
 #include "ops/grouped_product.h"
 #include "ops/join.h"
+#include "ops/latent.h"
 #include "ops/moe.h"
 #include "ops/norm.h"
 #include "ops/probe.h"

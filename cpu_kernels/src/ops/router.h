@@ -94,23 +94,25 @@ static HYBRID_INLINE int best_expert(const float* scores, const float* correctio
   return best;
 }
 
-// What a group of experts is worth: its two largest scores plus corrections.
-static HYBRID_INLINE float worth(const float* scores, const float* correction, int count) {
+// What a group of experts is worth: its largest score plus correction, or the sum of its two largest.
+static HYBRID_INLINE float worth(const float* scores, const float* correction, int count, bool two) {
   float first = -__builtin_inff(), second = first;
   for (int i = 0; i < count; ++i) {
     const float key = scores[i] + (correction ? correction[i] : 0.0f);
     second = key > first ? first : key > second ? key : second;
     first = key > first ? key : first;
   }
-  return first + second;
+  return two ? first + second : first;
 }
 
-// Scores outside the best groups become -inf.
+// Scores outside the best groups become -inf. Groups of probabilities are worth their best one, groups of sigmoids
+// their best two.
 static HYBRID_INLINE void keep_best_groups(const TopkArgs& args, float* scores) {
   const int size = args.experts / args.groups;
   float worths[kMaxGroups];
   for (int group = 0; group < args.groups; ++group)
-    worths[group] = worth(scores + group * size, args.correction ? args.correction + group * size : nullptr, size);
+    worths[group] = worth(scores + group * size, args.correction ? args.correction + group * size : nullptr, size,
+                          args.scoring == Scoring::sigmoid);
   for (int i = 0; i < args.top_groups; ++i) worths[index_of_max(worths, args.groups)] = -__builtin_inff();
   for (int group = 0; group < args.groups; ++group) {
     if (worths[group] == -__builtin_inff()) continue;  // chosen

@@ -30,7 +30,8 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
-from hybrid.models.rope import RopeSpec, inverse_frequencies
+from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
 from hybrid.ops import Buffer, Callback, Choice, Op, State, Weight
 
@@ -161,21 +162,11 @@ class GroupedQueryAttention:
     # A step.
 
     def first_ops(self, place: Place) -> Iterator[Op]:
-        if self.rope is None:
-            return
-        table = self._table(place)
-        arguments = {
-            "inverse_frequencies": Buffer(f"{table}.frequencies"),
-            "table": Buffer(table),
-            "dim": self.rope.dim,
-            "factor": inverse_frequencies(self.rope)[1],
-        }
-        yield Op("rope_table", "other", arguments, (0, "rows"))
+        if self.rope:
+            yield from rope_ops(place, self.rope)
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
-        if self.rope is None:
-            return {}
-        return {f"{self._table(place)}.frequencies": inverse_frequencies(self.rope)[0]}
+        return rope_constants(place, self.rope) if self.rope else {}
 
     def ops(self, place: Place) -> Iterator[Op]:
         format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.attention", place.hidden
@@ -195,7 +186,7 @@ class GroupedQueryAttention:
         normed = self.qk_norm != "none"
         arguments = {
             "qkv": Buffer("qkv"),
-            "rope": Buffer(self._table(place)) if self.rope else None,
+            "rope": Buffer(rope_name(place, self.rope)) if self.rope else None,
             "q_norm": Weight(f"{prefix}.q_norm") if normed else None,
             "k_norm": Weight(f"{prefix}.k_norm") if normed else None,
             "q": Buffer("q"),
@@ -225,10 +216,6 @@ class GroupedQueryAttention:
         shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         return {"kv": State(place.layer), **shape}
 
-    def _table(self, place: Place) -> str:
-        assert self.rope is not None
-        return f"rope{place.ropes.index(self.rope)}"
-
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         rows, blocks = extents.rows, -(-extents.tokens // KEY_BLOCK)
         sizes = {
@@ -238,10 +225,7 @@ class GroupedQueryAttention:
             **rows_buffers(NORMED, place.hidden, place.mix.attention, rows),
             **rows_buffers("attended", self.width, place.mix.attention, rows),
         }
-        if self.rope:
-            table = self._table(place)
-            sizes |= {table: rows * self.rope.dim * FP32, f"{table}.frequencies": self.rope.dim // 2 * FP32}
-        return sizes
+        return sizes | rope_buffers(place, self.rope, rows) if self.rope else sizes
 
     # Keys and values.
 

@@ -17,7 +17,8 @@ class Router:
     sigmoid: of each score, then top_k of them.
 
     correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
-    many in each; only those of the `top_groups` groups whose two best scores are largest together are chosen among.
+    many in each; only those of the best `top_groups` groups are chosen among: those of the largest probabilities, or of
+    the two sigmoids that are largest together.
     """
 
     top_k: int

@@ -95,6 +95,28 @@ class TransposedSource(Source):
 
 
 @dataclass(frozen=True)
+class TurnedSource(Source):
+    """The columns of another source as rows. It is read whole the first time: keep it small."""
+
+    rows: Source = field(kw_only=True)
+
+    @classmethod
+    def of(cls, rows: Source) -> TurnedSource:
+        return cls(rows.name, rows.entry, 0, rows.columns, rows=rows)
+
+    @property
+    def columns(self) -> int:
+        return self.rows.count
+
+    def floats(self, start: int, stop: int) -> Array:
+        return self._turned[start:stop]
+
+    @cached_property
+    def _turned(self) -> Array:
+        return np.ascontiguousarray(self.rows.floats(0, self.rows.count).T)
+
+
+@dataclass(frozen=True)
 class Fp8Source(Source):
     """Rows of e4m3 values with a scale for each 128 by 128 of them, in a tensor [..., rows / 128, columns / 128]."""
 

@@ -11,7 +11,7 @@ from hybrid.errors import ConfigError
 from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import Gated, GatedBiases, Stacked, StoreTensor
+from hybrid.models.tensors import Origin, PerHead, Stacked, StoreTensor
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
 from hybrid.weights.shard import Entry
 
@@ -102,12 +102,13 @@ def _edges(module: str) -> set[str]:
     return {".".join(words[:cut]) for cut in cuts} | {".".join(words[cut:]) for cut in cuts}
 
 
-def _sources(
-    origin: Stacked | Gated | GatedBiases, experts: int = 1, entries: Mapping[str, Entry] | None = None
-) -> Iterator[str]:
+def _sources(origin: Origin, experts: int = 1, entries: Mapping[str, Entry] | None = None) -> Iterator[str]:
     """Names of the checkpoint tensors that it may be made of, up to the first expert that has no entry."""
     if isinstance(origin, Stacked):
         yield from origin.names
+        return
+    if isinstance(origin, PerHead):
+        yield origin.name
         return
     names = origin.names
     yield from (names.fused_gate_up, names.fused_down)

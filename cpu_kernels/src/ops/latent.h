@@ -1,0 +1,47 @@
+// Latent attention between its projections and its matrices of heads: what a token leaves in the arena is one row that
+// is key and value of all heads.
+#pragma once
+
+#include "ops/qkv.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// A row that is no number says so by a key of NaN. Its first `rank` dimensions are values too, which rows that do not
+// see the token multiply by zero: so these become zeros.
+static HYBRID_INLINE void make_sound(float* x, int rank, int dim) {
+  if (is_sound(x, dim)) return;
+  __builtin_memset(x, 0, size_t(dim) * sizeof(float));
+  x[rank] = __builtin_nanf("");
+}
+
+template <class Kv>
+static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, const Work& work) {
+  const int dim = args.rank + args.rope_dim, query_dim = args.nope_dim + args.rope_dim, tasks = args.heads + 1;
+  alignas(64) float x[kMaxHeadDim];
+  for_each(step.rows * tasks, kHeadsAtOnce, work, [&](int task) {
+    const int row = task / tasks, head = task % tasks;
+    const float* table = args.rope + int64_t(row) * args.rope_dim;
+    if (head < args.heads) {
+      const float* query = args.queries + int64_t(row) * args.query_stride + int64_t(head) * query_dim;
+      const int64_t at = int64_t(row) * args.heads + head;
+      to_bf16(args.plain + at * args.plain_stride, query, args.nope_dim);
+      __builtin_memcpy(x, query + args.nope_dim, size_t(args.rope_dim) * sizeof(float));
+      rotate(x, table, args.rope_dim, args.interleaved);
+      to_bf16(args.q + at * args.kv.key_dim + args.rank, x, args.rope_dim);
+      return;
+    }
+    __builtin_memcpy(x, args.latents + int64_t(row) * args.latent_stride, size_t(dim) * sizeof(float));
+    normalise(x, inverse_rms(x, args.rank, args.eps), args.norm, args.rank);
+    rotate(x + args.rank, table, args.rope_dim, args.interleaved);
+    make_sound(x, args.rank, dim);
+    store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, dim);
+  });
+}
+
+static void latent(const LatentArgs& args, const Step& step, const Work& work) {
+  with_kv_format(args.kv.format, [&](auto kv) { latent_rows<decltype(kv)>(args, step, work); });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

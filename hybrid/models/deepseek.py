@@ -1,0 +1,92 @@
+"""What DeepSeek's models and those after them share, read from config.json: latent attention, sigmoid routers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hybrid.errors import ConfigError
+from hybrid.formats.block import round_up
+from hybrid.models.decoder import (
+    SHARED_EXPERTS,
+    Defaults,
+    read_experts,
+    read_first_dense,
+    read_grouped_sigmoid,
+    read_max_position,
+    read_model,
+)
+from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.grouped_query import KEY_ALIGN
+from hybrid.models.layers.latent import MAX_KEY_DIM, LatentAttention
+from hybrid.models.reading import Fields
+from hybrid.models.rope import RopeSpec, read_rope
+from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
+from hybrid.models.tensors import below
+
+V3 = Defaults(max_position=4096)
+
+
+def read_latent_attention(
+    fields: Fields, defaults: Defaults, *, q_rank: int, nope_dim: int, value_dim: int
+) -> LatentAttention:
+    """Latent attention; q_rank, nope_dim and value_dim are defaults."""
+    heads, max_position = fields.size("num_attention_heads"), read_max_position(fields, defaults)
+    fields.refuse("num_key_value_heads", neutral=heads)  # latents are shared by all heads
+    rank, turned = fields.size("kv_lora_rank", default=512), fields.size("qk_rope_head_dim", default=64)
+    if turned % 2 or round_up(rank + turned, KEY_ALIGN) > MAX_KEY_DIM:
+        raise ConfigError(
+            f"config.json: kv_lora_rank {rank} and qk_rope_head_dim {turned} must be at most {MAX_KEY_DIM} together, "
+            "and the latter even: correct them"
+        )
+    nope = fields.size("qk_nope_head_dim", default=nope_dim)
+    interleaved = fields.flag("rope_interleave", default=True)
+    rope = read_rope(fields, turned, theta=defaults.theta, max_position=max_position, interleaved=interleaved)
+    low = fields.optional_size("q_lora_rank", default=q_rank)
+    if not low:
+        fields.refuse("attention_bias", neutral=False)  # which q_proj would lack
+    return LatentAttention(
+        heads,
+        rank,
+        low or 0,
+        nope,
+        fields.size("v_head_dim", default=value_dim),
+        rope,
+        (nope + turned) ** -0.5 * _magnitude(rope) ** 2,
+        bias=fields.flag("attention_bias"),
+    )
+
+
+def _magnitude(rope: RopeSpec) -> float:
+    """By how much YaRN makes queries and keys larger that do not turn, as it does those that turn."""
+    parameters = dict(rope.parameters)
+    factor, scale = float(parameters.get("factor", 1.0)), float(parameters.get("mscale_all_dim", 0.0))  # type: ignore[arg-type]
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def read_deepseek_v3(fields: Fields, model_type: str, module: str = "") -> ModelSpec:
+    """A model that is DeepSeek-V3, perhaps with other numbers. module: of which it is a part, empty: none."""
+    attention = read_latent_attention(fields, V3, q_rank=1536, nope_dim=128, value_dim=128)
+    experts = read_sigmoid_experts(fields, scale=2.5, groups=(8, 4))
+    halves, names = read_first_dense(fields, experts, default=3), OuterNames()
+    if module:
+        attention, names = replace(attention, names=below(attention.names, module)), below(names, module)
+        halves = [replace(half, names=below(half.names, module)) for half in halves]
+    return read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], V3, names)
+
+
+def read_sigmoid_experts(fields: Fields, *, scale: float, groups: tuple[int, int] = (1, 1)) -> FeedForward:
+    """Experts chosen by sigmoids within groups, and the shared one. scale, groups: see `read_grouped_sigmoid`."""
+    fields.choice("scoring_func", default="sigmoid", allowed=("sigmoid",))
+    fields.choice("topk_method", default="noaux_tc", allowed=("noaux_tc",))
+    experts = read_shared(fields, renormalise=fields.flag("norm_topk_prob", default=True))
+    return read_grouped_sigmoid(fields, experts, scale=scale, groups=groups)
+
+
+def read_shared(fields: Fields, *, renormalise: bool, shared: int = 1) -> FeedForward:
+    """Routed experts, and shared ones that are one as wide as all of them. shared: how many there are, a default."""
+    fields.refuse("moe_layer_freq", neutral=1)
+    intermediate = fields.size("moe_intermediate_size")
+    experts = read_experts(fields, intermediate, renormalise=renormalise, names=SHARED_EXPERTS)
+    count = fields.size("n_shared_experts", default=shared, minimum=0)
+    return replace(experts, shared_intermediate=intermediate * count)

@@ -1,0 +1,342 @@
+"""Latent attention (MLA): all heads share one row a token, from which each makes its own keys and values.
+
+The row is a normed latent followed by dimensions that turn. It is stored once, in the form of a key of grouped-query
+attention, and a head never makes the keys and values of old tokens: its matrix for keys multiplies the query instead,
+and its matrix for values what attention made of the latents. So heads are queries of one KV head whose values are the
+first dimensions of its keys. int8 and fp8 have a float32 scale for each token: [rows | scales].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels import KEY_BLOCK
+from hybrid.formats import FORMATS
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.mix import FormatMix
+from hybrid.formats.packed import packed_bytes
+from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, SCALE, STATE_EXTRA
+from hybrid.models.layers.products import (
+    BF16,
+    FP32,
+    NORMED,
+    RESIDUAL,
+    gemm,
+    norm,
+    operations,
+    product_cost,
+    product_rows,
+    quantise,
+    rows_buffers,
+    rows_name,
+)
+from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.rope import RopeSpec
+from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.ops import Buffer, Choice, Op, State, Weight
+
+# Buffers. LOW: what the first projection makes. QUERIES: of all heads, as projected. PLAIN: their part that does not
+# turn, a row for each head. ABSORBED: queries of latents. MIXED: what attention makes of latents, a row for each head.
+LOW, QUERIES, LOW_QUERIES, PLAIN, ABSORBED, MIXED = "low", "queries", "low_queries", "plain", "absorbed", "mixed"
+ATTENDED = "attended"
+LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+MAX_TOGETHER = 32  # heads that pass over a block of keys together; more would leave threads without work
+MAX_KEY_DIM = 1024  # of what the kernels hold
+PER_HEAD_FORMATS = ("bf16", "int8", "int4")  # which any matrix can be packed to
+
+
+@dataclass(frozen=True)
+class LatentNames:
+    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`."""
+
+    norm: str = "model.layers.{layer}.input_layernorm.weight"
+    q: str = "model.layers.{layer}.self_attn.q_proj.weight"
+    q_down: str = "model.layers.{layer}.self_attn.q_a_proj.weight"
+    q_norm: str = "model.layers.{layer}.self_attn.q_a_layernorm.weight"
+    q_up: str = "model.layers.{layer}.self_attn.q_b_proj.weight"
+    kv_down: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
+    kv_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
+    kv_up: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
+    out: str = "model.layers.{layer}.self_attn.o_proj.weight"
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """rank: of the latents of keys and values. q_rank: of those of queries, 0 if these are projected at once.
+    nope_dim, value_dim: of each head's keys without what turns, and values; as many dimensions turn as `rope` has.
+    scale: of the scores. bias: of the projections to latents, and of the output.
+    """
+
+    heads: int
+    rank: int
+    q_rank: int
+    nope_dim: int
+    value_dim: int
+    rope: RopeSpec
+    scale: float
+    bias: bool = False
+    names: LatentNames = field(default_factory=LatentNames)
+
+    @property
+    def row_dim(self) -> int:
+        """Dimensions of a token's row."""
+        return self.rank + self.rope.dim
+
+    @property
+    def key_dim(self) -> int:
+        return round_up(self.row_dim, KEY_ALIGN)
+
+    @property
+    def mixed_dim(self) -> int:
+        """Of the rows, as values."""
+        return round_up(self.rank, BLOCK)
+
+    @property
+    def width(self) -> int:
+        """Width of the output of all heads."""
+        return self.heads * self.value_dim
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * (self.nope_dim + self.rope.dim)
+
+    @property
+    def low_parts(self) -> tuple[int, int]:
+        """Rows of the first projection: queries, or their latents; then those of keys and values."""
+        return self.q_rank or self.query_width, self.row_dim
+
+    @property
+    def low_width(self) -> int:
+        return sum(self.low_parts)
+
+    @property
+    def together(self) -> int:
+        """How many heads pass over a block of keys at a time: all have the same."""
+        return next(size for size in range(min(self.heads, MAX_TOGETHER), 0, -1) if self.heads % size == 0)
+
+    # Weights.
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        names, hidden = in_layer(self.names, place.layer), place.hidden
+        yield names.norm, (hidden,)
+        low = tuple(zip(self._low_names(names), self.low_parts, strict=True))
+        for name, shape in (*((name, (rows, hidden)) for name, rows in low), (names.out, (hidden, self.width))):
+            yield name, shape
+            if self.bias:
+                yield bias_name(name), shape[:1]
+        if self.q_rank:
+            yield names.q_norm, (self.q_rank,)
+            yield names.q_up, (self.query_width, self.q_rank)
+        yield names.kv_norm, (self.rank,)
+        yield names.kv_up, (self.heads * (self.nope_dim + self.value_dim), self.rank)
+
+    def _low_names(self, names: LatentNames) -> tuple[str, str]:
+        return names.q_down if self.q_rank else names.q, names.kv_down
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
+        low = self._low_names(names)
+        yield shard.floats("attention.norm", "norms", Stacked((names.norm,)), hidden)
+        yield shard.matrix("attention.low", PART, Stacked(low), format, self.low_width, hidden)
+        if self.bias:
+            yield shard.bias("attention.low_bias", PART, low, self.low_width)
+        if self.q_rank:
+            yield shard.floats("attention.q_norm", "norms", Stacked((names.q_norm,)), self.q_rank)
+            yield shard.matrix("attention.q_up", PART, Stacked((names.q_up,)), format, self.query_width, self.q_rank)
+        yield shard.floats("attention.kv_norm", "norms", Stacked((names.kv_norm,)), self.rank)
+        of_head = self.nope_dim + self.value_dim
+        keys = PerHead(names.kv_up, self.heads, of_head, 0, self.nope_dim, turned=True)
+        values = PerHead(names.kv_up, self.heads, of_head, self.nope_dim, self.value_dim)
+        yield shard.per_head("attention.keys", PART, keys, per_head_format(format), self.rank, self.nope_dim)
+        yield shard.per_head("attention.values", PART, values, per_head_format(format), self.value_dim, self.rank)
+        yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, hidden, self.width)
+        if self.bias:
+            yield shard.bias("attention.out_bias", PART, (names.out,), hidden)
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((mix.attention, per_head_format(mix.attention))))
+
+    # A step.
+
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        yield from rope_ops(place, self.rope)
+
+    def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
+        return rope_constants(place, self.rope)
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.attention", place.hidden
+        yield norm(place, PART, f"{prefix}.norm", format)
+        stride = row_stride(self.low_width)
+        yield gemm(PART, format, NORMED, f"{prefix}.low", LOW, self.low_width, hidden, stride, bias=self.bias)
+        if self.q_rank:
+            yield self._norm_queries(prefix, format)
+            stride = row_stride(self.query_width)
+            yield gemm(PART, format, LOW_QUERIES, f"{prefix}.q_up", QUERIES, self.query_width, self.q_rank, stride)
+        yield self._divide(place, prefix)
+        yield from self._per_head(place, "keys", PLAIN, Buffer(rows_name(ABSORBED, self.key_dim, False)), self.key_dim)
+        yield self._attend(place)
+        yield from self._per_head(place, "values", MIXED, Buffer(rows_name(ATTENDED, self.width, False)))
+        yield from quantise(PART, ATTENDED, self.width, format)
+        yield gemm(
+            PART, format, ATTENDED, f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
+            bias=self.bias, accumulate=True,
+        )  # fmt: skip
+
+    def _norm_queries(self, prefix: str, format: str) -> Op:
+        integer, (rows, stride) = FORMATS[format].integer, product_rows(LOW_QUERIES, self.q_rank, format)
+        arguments = {
+            "input": Buffer(LOW),
+            "weight": Weight(f"{prefix}.q_norm"),
+            "output": None if integer else rows,
+            "output8": rows if integer else None,
+            "output_f32": None,
+            "width": self.q_rank,
+            "input_stride": row_stride(self.low_width),
+            "output_stride": row_stride(self.q_rank),
+            "output8_stride": stride if integer else 0,
+            "eps": LATENT_EPS,
+            "logit_rows": False,
+        }
+        return Op("norm", PART, arguments, (0, "rows"))
+
+    def _divide(self, place: Place, prefix: str) -> Op:
+        """Queries into what turns and what does not, and the row of a token into the arena."""
+        arguments = {
+            "queries": Buffer(QUERIES if self.q_rank else LOW),
+            "latents": Buffer(LOW, self.low_parts[0] * FP32),
+            "rope": Buffer(rope_name(place, self.rope)),
+            "norm": Weight(f"{prefix}.kv_norm"),
+            "plain": Buffer(rows_name(PLAIN, self.nope_dim, False)),
+            "q": Buffer(rows_name(ABSORBED, self.key_dim, False)),
+            "kv": State(place.layer),
+            "heads": self.heads,
+            "nope_dim": self.nope_dim,
+            "rope_dim": self.rope.dim,
+            "rank": self.rank,
+            "interleaved": self.rope.interleaved,
+            "query_stride": row_stride(self.query_width if self.q_rank else self.low_width),
+            "latent_stride": row_stride(self.low_width),
+            "plain_stride": row_stride(self.nope_dim),
+            "eps": LATENT_EPS,
+        }
+        return Op("latent", PART, arguments, (self.heads + 1, "heads a row"))
+
+    def _per_head(
+        self, place: Place, matrix: str, source: str, output: Buffer, apart: int | None = None
+    ) -> Iterator[Op]:
+        """Every head's rows times its matrix. apart: from the output of a head to the next, if not its width."""
+        format = per_head_format(place.mix.attention)
+        columns, inputs = (self.rank, self.nope_dim) if matrix == "keys" else (self.value_dim, self.rank)
+        yield from quantise(PART, source, inputs, format, self.heads)
+        rows, stride = product_rows(source, inputs, format)
+        arguments = {
+            "format": Choice("Format", format),
+            "input": rows,
+            "weight": Weight(f"layers.{place.layer}.attention.{matrix}"),
+            "output": output,
+            "heads": self.heads,
+            "columns": columns,
+            "inputs": row_stride(inputs),
+            "input_stride": self.heads * stride,
+            "input_head_stride": stride,
+            "weight_head_stride": packed_bytes(format, columns, inputs),
+            "output_stride": self.heads * apart if apart else row_stride(self.width),
+            "output_head_stride": apart or columns,
+        }
+        yield Op("head_gemm", PART, arguments, (self.heads * -(-columns // BLOCK), "column blocks of all heads"))
+
+    def _attend(self, place: Place) -> Op:
+        apart, groups = row_stride(self.rank), self.heads // self.together
+        arguments: dict[str, Any] = {
+            "kv": State(place.layer),
+            "heads": self.heads,
+            "kv_heads": groups,
+            "head_dim": self.rank,
+            "q": Buffer(rows_name(ABSORBED, self.key_dim, False)),
+            "output": Buffer(rows_name(MIXED, self.rank, False)),
+            "states": Buffer("states"),
+            "sinks": None,
+            "output_stride": self.heads * apart,
+            "output_head_stride": apart,
+            "window": 0,
+            "scale": self.scale,
+        }
+        return Op("attention", PART, arguments, (groups, "groups of heads a tile and key block"))
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        rows, format, blocks = extents.rows, place.mix.attention, -(-extents.tokens // KEY_BLOCK)
+        of_heads, state = per_head_format(format), self.mixed_dim + STATE_EXTRA
+        sizes = {
+            LOW: rows * row_stride(self.low_width) * FP32,
+            rows_name(ABSORBED, self.key_dim, False): rows * self.heads * self.key_dim * BF16,
+            "states": extents.sequences * blocks * self.heads * state * FP32,
+            **rows_buffers(NORMED, place.hidden, format, rows),
+            **rows_buffers(PLAIN, self.nope_dim, of_heads, rows * self.heads),
+            **rows_buffers(MIXED, self.rank, of_heads, rows * self.heads),
+            **rows_buffers(ATTENDED, self.width, format, rows),
+            **rope_buffers(place, self.rope, rows),
+        }
+        if self.q_rank:
+            low, _ = product_rows(LOW_QUERIES, self.q_rank, format)
+            sizes[low.name] = rows * row_bytes(self.q_rank, FORMATS[format].integer)
+            sizes[QUERIES] = rows * row_stride(self.query_width) * FP32
+        return sizes
+
+    # The rows of tokens.
+
+    def token_bytes(self, kv_format: str) -> int:
+        """What one token takes: its row, padded, and its scale if it needs one."""
+        return self.key_dim * BF16 if kv_format == "bf16" else self.key_dim + SCALE
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        nbytes, scaled = tokens * self.token_bytes(kv_format), kv_format != "bf16"
+        rows = nbytes - SCALE * tokens if scaled else nbytes
+        fields = {
+            "head_stride": 0,
+            "value_offset": 0,
+            "key_dim": self.key_dim,
+            "value_dim": self.mixed_dim,
+            "format": Choice("Format", kv_format),
+            "key_scales_offset": rows * scaled,
+            "value_scales_offset": rows * scaled,
+            "shared": True,
+        }
+        return StateLayout(nbytes, nbytes // tokens, "KvLayout", fields, ((0, rows),))
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        """Rows are read once, whatever the number of heads; every head multiplies all their dimensions, twice."""
+        format, hidden, rows = place.mix.attention, place.hidden, load.rows
+        total = product_cost(format, self.low_width, hidden, rows) + product_cost(format, hidden, self.width, rows)
+        if self.q_rank:
+            total += product_cost(format, self.query_width, self.q_rank, rows)
+        of_heads, products = per_head_format(format), self.heads * self.rank * (self.nope_dim + self.value_dim)
+        read = packed_bytes(of_heads, self.rank, self.nope_dim) + packed_bytes(of_heads, self.value_dim, self.rank)
+        total += Cost(float(self.heads * read)) + operations(of_heads, products * rows)
+        multiplied = 2.0 * load.pairs * self.heads * (self.row_dim + self.rank)
+        return total + Cost(float(load.tokens * self.token_bytes(load.kv_format)), multiplied)
+
+    # No device computes it yet.
+
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        return None
+
+    def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        return {}
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        raise ValueError("a device does not know what becomes of latent attention")
+
+
+def per_head_format(format: str) -> str:
+    """The format of the matrices of heads, in a model whose attention has this one: bf16 where the matrix as published
+    cannot be taken apart and turned without being quantised again.
+    """
+    return format if format in PER_HEAD_FORMATS else "bf16"
