@@ -97,6 +97,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "weight_block_size": [SQUARE, SQUARE],
         },
     },
+    "phi-3.5-moe": {  # but for its two lists of divisors
+        **_COMMON, "architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "vocab_size": 32064,
+        "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_local_experts": 16, "num_experts_per_tok": 2, "attention_bias": True,
+        "lm_head_bias": True, "router_jitter_noise": 0.01, "input_jitter_noise": 0.01, "sliding_window": 131072,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [32.0] * 64,
+            "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000,
+    },
     "qwen3-0.6b": {
         **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
         "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,

@@ -190,13 +190,26 @@ class Batch:
     """One step: rows of decode and prefill mixed. Rows of one sequence are adjacent and their positions ascend by one.
 
     token_ids, sequences, positions: int32 [rows]. sequences: the place of each row's sequence, from 0 to the plan's
-    number of sequences. logit_rows: int32 [n], ascending rows whose next-token logits are wanted.
+    number of sequences. logit_rows: int32 [n], ascending rows whose next-token logits are wanted. lengths: int32
+    [rows], how many tokens of each row's sequence are known, those to be computed in later steps included; None: no
+    others than these. Only a model whose rope depends on it looks at it: all steps of a sequence must agree there.
     """
 
     token_ids: npt.NDArray[np.int32]
     sequences: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
     logit_rows: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32] | None = None
+
+    def known_lengths(self) -> npt.NDArray[np.int32]:
+        """`lengths`, or those that the rows tell."""
+        import numpy as np  # whose loading takes longer than `hybrid --help`
+
+        if self.lengths is not None:
+            return self.lengths
+        last = np.flatnonzero(np.diff(self.sequences, append=-1))
+        counts = np.diff(last, prepend=-1)
+        return np.repeat(self.positions[last] + np.int32(1), counts)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 1.8,
     },
+    "gemma3_text": {
+        **_COMMON,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 40,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 3.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phimoe": {
+        **_COMMON,
+        "model_type": "phimoe",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0],
+            "long_factor": [1.0, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.2431,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "granitemoe": {
         **_COMMON,
         "model_type": "granitemoe",
@@ -192,7 +221,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 OTHER_NAMES = ("kimi_k2", "kimi_k25")  # of families that are deepseek_v3
 STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
-ON_HOST = ("lfm2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # families with layers that no device computes
+# Families with layers that no device computes.
+ON_HOST = (
+    "lfm2",
+    "gemma3_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+)
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

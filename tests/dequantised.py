@@ -42,7 +42,17 @@ def _outer(store: Store) -> Named:
     yield names.embedding, _matrix(store, "embedding", spec.vocab, spec.hidden)
     head = "head" if "head" in store.tensors else "embedding"
     yield names.head, _matrix(store, head, spec.vocab, spec.hidden)
-    yield names.final_norm, store.array("final_norm")
+    yield from _norm(store, "final_norm", names.final_norm)
+    if spec.head_bias:
+        yield _bias(names.head), store.array(f"{head}_bias")[: spec.vocab]
+
+
+def _norm(store: Store, name: str, source: str) -> Named:
+    """As the checkpoint has it."""
+    place = store.spec.place(0, store.mix)
+    yield source, store.array(name) - np.float32(place.norm_plus)
+    if place.norm == "layer":
+        yield _bias(source), store.array(f"{name}_bias")
 
 
 def _attention(store: Store, index: int) -> Named:
@@ -51,7 +61,9 @@ def _attention(store: Store, index: int) -> Named:
     names, width = in_layer(attention.names, index), attention.qkv_width
     ends = np.cumsum([attention.heads, attention.kv_heads]) * attention.head_dim
     fused = _matrix(store, f"{prefix}.qkv", width, spec.hidden)
-    yield names.norm, store.array(f"{prefix}.norm")
+    yield from _norm(store, f"{prefix}.norm", names.norm)
+    if names.post_norm:
+        yield from _norm(store, f"{prefix}.post_norm", names.post_norm)
     parts = [names.q, names.k, names.v]
     yield from zip(parts, np.split(fused, ends), strict=True)
     if attention.qkv_bias:
@@ -62,8 +74,9 @@ def _attention(store: Store, index: int) -> Named:
     if attention.out_bias:
         yield _bias(out), store.array(f"{prefix}.out_bias")[: spec.hidden]
     if attention.qk_norm != "none":
-        yield names.q_norm, store.array(f"{prefix}.q_norm")
-        yield names.k_norm, store.array(f"{prefix}.k_norm")
+        plus = np.float32(spec.place(index, store.mix).norm_plus)
+        yield names.q_norm, store.array(f"{prefix}.q_norm") - plus
+        yield names.k_norm, store.array(f"{prefix}.k_norm") - plus
     if attention.sinks:
         yield names.sinks, store.array(f"{prefix}.sinks")
 
@@ -114,7 +127,9 @@ _MIXERS = {ShortConv: _conv, LatentAttention: _latent}
 def _feed_forward(store: Store, index: int) -> Named:
     layer = store.spec.layers[index]
     names = in_layer(layer.feed_forward.names, index)
-    yield names.norm, store.array(f"layers.{index}.ffn.norm")
+    yield from _norm(store, f"layers.{index}.ffn.norm", names.norm)
+    if names.post_norm:
+        yield from _norm(store, f"layers.{index}.ffn.post_norm", names.post_norm)
     if not layer.feed_forward.is_moe:
         yield from zip(names.dense.of_expert(0), _expert(store, index, layer, 0), strict=True)
         return

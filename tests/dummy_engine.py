@@ -40,7 +40,7 @@ class DummyEngine:
     experts = routes = device_step = None
 
     def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
-        self.spec = SimpleNamespace(vocab=vocab)
+        self.spec = SimpleNamespace(vocab=vocab, length_phase=lambda length: 0)
         self.plan = DummyPlan(**plan)
         self.steps: list[Batch] = []
         self.closed = False

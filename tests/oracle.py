@@ -49,7 +49,7 @@ class Oracle:
         """That of transformers in bf16. On another machine it is a little different."""
         error = recorded(
             "errors_in_bf16",
-            [_contents(self.path), self.tokens.tolist()],
+            [contents(self.path), self.tokens.tolist()],
             lambda: np.float64(self.error(computed_logits(self.path, self.tokens, "bf16"))),
             near=0.5,
         )
@@ -95,7 +95,7 @@ def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spr
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     """The fp32 logits [len, vocab] of transformers for a checkpoint directory."""
     group = json.loads((path / "config.json").read_text())["model_type"]
-    return recorded(group, [_contents(path), tokens.tolist()], lambda: computed_logits(path, tokens, "fp32"))
+    return recorded(group, [contents(path), tokens.tolist()], lambda: computed_logits(path, tokens, "fp32"))
 
 
 def computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
@@ -104,11 +104,26 @@ def computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
 
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation="eager").eval()
+    choose_by_length(model)
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].float().numpy()
 
 
-def _contents(path: Path) -> str:
+def choose_by_length(model: Any) -> None:
+    """Have phimoe take its frequencies by the length of a sequence: versions before 5.24 did."""
+    if model.config.model_type != "phimoe" or model.config.rope_parameters["rope_type"] != "longrope":
+        return
+    rotary = model.model.rotary_emb
+    of_length, length = rotary.rope_init_fn, [0]
+
+    def note(module: Any, arguments: Any, named: Any) -> None:
+        length[0] = int(named["position_ids"].max()) + 1
+
+    rotary.register_forward_pre_hook(note, with_kwargs=True)
+    rotary.rope_init_fn = lambda config: of_length(config, seq_len=length[0])
+
+
+def contents(path: Path) -> str:
     """A digest of what a checkpoint directory of one file says."""
     digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text()), sort_keys=True).encode())
     data = (path / "model.safetensors").read_bytes()

@@ -57,7 +57,7 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case) -> 
             whole = step(engine, (0, 0, wanted.tokens))
             ours.append(wanted.error(whole))
             theirs.append(wanted.bf16_error)
-            if seed == 0:
+            if seed == 0 and not engine.spec.length_limits:  # of those the scheduler's steps must know the lengths
                 assert_same_but_for_near_ties(in_chunks(engine, wanted.tokens, 9, slot=1), whole)
                 assert_same_but_for_near_ties(decoded_beside_others(engine, wanted.tokens), whole[50:])
     assert 0 < oracle.together(ours) <= oracle.together(theirs)

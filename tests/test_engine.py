@@ -36,6 +36,7 @@ LLAMA3 = {
 }
 UNTRUNCATED = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 SHARP = {"initializer_range": 0.1}  # scores that differ enough for rope to matter, where nothing norms the queries
+NO_TIE = {"num_local_experts": 2, "router_jitter_noise": 0.0}  # both weigh 1: no near-tie decides
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied, biases": ("llama", SHARP),
     "llama untied": ("llama", {"tie_word_embeddings": False, "attention_bias": False, **SHARP}),
@@ -175,6 +176,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite, all routed": (
         "glm4_moe_lite",
         {"mlp_layer_types": ["sparse"] * 3, "rope_interleave": False, "num_experts_per_tok": 8, **SHARP},
+    ),
+    "gemma3_text": ("gemma3_text", SHARP),
+    "gemma3_text untied, biases": (
+        "gemma3_text",
+        {
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "layer_types": None,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 24,
+            **SHARP,
+        },
+    ),
+    "phimoe, longer than the original context": ("phimoe", {**NO_TIE, **SHARP}),
+    "phimoe tied, no biases, default rope": (
+        "phimoe",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "lm_head_bias": False,
+            **NO_TIE,
+            "rope_scaling": None,
+            "sliding_window": 20,
+            **SHARP,
+        },
     ),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),

@@ -41,12 +41,17 @@ def bound(spec: ModelSpec, mix: FormatMix, kv_format: str = "bf16") -> float:
     for layer in spec.layers:
         parts += [format for half in layer.halves for format in half.formats(mix)]
     errors = [INTEGER if FORMATS[part].integer else FLOAT for part in parts]
-    return float(np.sqrt(np.square(errors).sum() + len(spec.layers) * KV_ERRORS[kv_format] ** 2))
+    normed = (
+        1.3 if getattr(spec.layers[0].mixer.names, "post_norm", "") else 1.0
+    )  # what a half adds has its full size in every layer
+    return normed * float(np.sqrt(np.square(errors).sum() + len(spec.layers) * KV_ERRORS[kv_format] ** 2))
 
 
 def all_active(family: str) -> dict[str, int]:
     """The change that makes every expert active, so that rounding cannot send a near-tie to another one."""
     config = CONFIGS[family]
+    if family == "phimoe":  # where each weighs 1: the order in which they are chosen would change its weight
+        return {"num_local_experts": 2, "router_jitter_noise": 0.0}
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     chosen = ("num_experts_per_tok", "moe_k", "moe_topk")
     experts = next((config[name] for name in counts if name in config), None)

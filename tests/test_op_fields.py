@@ -187,6 +187,7 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
 @pytest.mark.parametrize(
     ("op", "changes", "message"),
     [
+        ("rope_table", {"long_frequencies": PLACE}, "lengths is null, and there are long_frequencies"),
         ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
         ("short_conv", {"taps": 9}, "taps 9 is above 8"),
         ("rope_table", {"factor": float("nan")}, "factor is -?nan"),

@@ -76,7 +76,7 @@ def test_original_length_defaults_to_the_context_length() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope"}}, "default, linear, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "default, linear, llama3, yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
@@ -97,8 +97,8 @@ def test_bad_parameters_are_named(config: dict[str, Any], message: str) -> None:
 
 
 def test_a_kind_that_is_not_computed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="longrope.*supported: default, linear, llama3, yarn"):
-        inverse_frequencies(replace(_read({}), kind="longrope"))
+    with pytest.raises(ConfigError, match="dynamic.*supported: default, linear, llama3, yarn"):
+        inverse_frequencies(replace(_read({}), kind="dynamic"))
 
 
 def _read(config: dict[str, Any], dim: int = 64):

@@ -32,7 +32,7 @@ from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
-from hybrid.models.tensors import in_layer
+from hybrid.models.tensors import bias_name, in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
 from hybrid.weights.store import Store
@@ -53,7 +53,11 @@ def test_every_weight_survives_packing(tmp_path: Path, family: str, dtype: str, 
         assert (_unpacked(store, "embedding", 131, 96) == tensors[names.embedding]).all()
         if not store.spec.tied:
             assert (_unpacked(store, "head", 131, 96) == tensors[names.head]).all()
-        assert (store.array("final_norm") == exact[names.final_norm].astype(np.float32)).all()
+        _compare_norm(store, "final_norm", names.final_norm, exact)
+        if store.spec.head_bias:
+            head = store.spec.head_weight(store.mix)
+            bias = exact[bias_name(names.head)].astype("f4")
+            assert (store.array(f"{head}_bias") == np.pad(bias, (0, -len(bias) % 16))).all()
         for layer in range(len(store.spec.layers)):
             _compare_mixer(store, layer, tensors, exact)
             _compare_feed_forward(store, layer, tensors, fused or family in STACKED)
@@ -185,6 +189,13 @@ def _unpacked(store: Store, name: str, n: int, k: int) -> np.ndarray:
     return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), n, k)
 
 
+def _compare_norm(store: Store, name: str, source: str, exact: dict[str, Any]) -> None:
+    place = store.spec.place(0, store.mix)
+    assert (store.array(name) == exact[source].astype("f4") + np.float32(place.norm_plus)).all()
+    if place.norm == "layer":
+        assert (store.array(f"{name}_bias") == exact[bias_name(source)].astype("f4")).all()
+
+
 def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
     if isinstance(store.spec.layers[layer].mixer, ShortConv):
         return _compare_conv(store, layer, tensors, exact)
@@ -196,10 +207,13 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
     assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
     out = tensors[names.out]
     assert (_unpacked(store, f"{prefix}out", *out.shape) == out).all()
-    assert (store.array(f"{prefix}norm") == exact[names.norm].astype("f4")).all()
+    _compare_norm(store, f"{prefix}norm", names.norm, exact)
+    if names.post_norm:
+        _compare_norm(store, f"{prefix}post_norm", names.post_norm, exact)
     if attention.qk_norm == "head":
+        plus = np.float32(store.spec.place(layer, store.mix).norm_plus)
         for mine, theirs in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
-            assert (store.array(prefix + mine) == exact[theirs].astype("f4")).all()
+            assert (store.array(prefix + mine) == exact[theirs].astype("f4") + plus).all()
     if attention.qkv_bias:
         found, biased = store.array(f"{prefix}qkv_bias"), [names.q, names.k, names.v]
         if attention.out_bias:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.engine.kv import KvArena
@@ -64,6 +65,10 @@ class Addresses:
         if node < 0:
             return int(self._arena.address) + self._plan.buffers[name][0]
         return int(self._node_arenas[node].address) + self._plan.node_buffers[node][name][0]
+
+    def integers(self, name: str, count: int) -> npt.NDArray[np.int32]:
+        """The first int32 values of a shared buffer, to be written as long as these addresses live."""
+        return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.buffer(name)))
 
     def weight(self, name: str, node: int = -1) -> int:
         return self._weights.address(name, node)

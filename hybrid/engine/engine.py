@@ -24,6 +24,7 @@ from hybrid.engine.routes import Routes
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled, forked_error
 from hybrid.machine.profile import MachineProfile
 from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
+from hybrid.models.layers.rotary import LENGTHS
 from hybrid.plan.binding import bind
 from hybrid.plan.passes.gpu_step import CALLS
 from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
@@ -65,6 +66,7 @@ class Engine:
         self.addresses = Addresses(store, plan, progress)
         self.memory = self.addresses.granted()
         self._logits = np.empty((plan.sequences, store.spec.vocab), np.float32)
+        self._lengths = self.addresses.integers(LENGTHS, plan.max_rows) if store.spec.length_limits else None
         self.routes = self._new_routes()
         self.addresses.answer(self.routes, OBSERVE, TAKE)
         self._executor = bind(self._new_executor(), plan.ops, self.addresses)
@@ -141,6 +143,8 @@ class Engine:
         self._check(batch)
         wanted = len(batch.logit_rows)
         logits = self._logits[:wanted] if wanted <= len(self._logits) else self._many_logits(wanted)
+        if self._lengths is not None:
+            self._lengths[: len(batch.token_ids)] = batch.known_lengths()
         if self.routes:
             self.routes.begin(batch)
         try:
@@ -262,7 +266,7 @@ class Engine:
             self._close_experts()
         if self.device_step:
             self.device_step.close()
-        self.experts = self.routes = self._placed = self.device_step = None
+        self.experts = self.routes = self._placed = self.device_step = self._lengths = None
         del self._executor, self._plain, self._start, self.addresses, self.pool
         self.store.close()
 

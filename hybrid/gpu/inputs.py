@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid.core import Batch
 from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
-from hybrid.gpu.parts import rope_table, scaled
+from hybrid.gpu.parts import RopeFrequencies, rope_table, scaled
 
 KEYS = 256  # rings are read in multiples of this, so that shapes do not change with every token
 
@@ -100,26 +100,26 @@ def make_inputs(
     batch: Batch,
     runs: Sequence[Run],
     embedding: Tensor,
-    ropes: Sequence[tuple[Tensor, float]],
+    ropes: Sequence[RopeFrequencies],
     windows: Set[int | None],
     capacity: int,
     taken: npt.NDArray[np.int32] | None = None,
     embedding_scale: float = 1.0,
 ) -> StepInputs:
-    """embedding: [vocab, hidden], on the device. ropes: frequencies on the device, and factors. capacity: places of a
+    """embedding: [vocab, hidden], on the device. ropes: on the device. capacity: places of a
     ring. taken: as in StepInputs, on the host.
     """
     device = embedding.device
-    tokens, sequences, positions, logit_rows = (
+    tokens, sequences, positions, logit_rows, lengths = (
         torch.from_numpy(array).to(device, torch.int64, copy=True)
-        for array in (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows)
+        for array in (batch.token_ids, batch.sequences, batch.positions, batch.logit_rows, batch.known_lengths())
     )
     return StepInputs(
         embedded=scaled(embedding[tokens].float(), embedding_scale),
         logit_rows=logit_rows,
         sequences=sequences,
         places=positions % capacity,
-        tables=tuple(rope_table(positions, frequencies, factor) for frequencies, factor in ropes),
+        tables=tuple(rope_table(positions, lengths, rope) for rope in ropes),
         groups=tuple(_group(group, windows, capacity, device) for group in _together(runs)),
         older={window: any(_sees_older(run, window) for run in runs) for window in windows},
         taken=None if taken is None else torch.from_numpy(taken).to(device, copy=True),

@@ -13,7 +13,7 @@ from torch import Tensor
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.packed import down_offset, matrix_formats
-from hybrid.gpu.parts import GatedWeights
+from hybrid.gpu.parts import GatedWeights, NormWeights
 from hybrid.models.tensors import StoreTensor
 
 CHUNK_BLOCKS = 512  # blocks of 16 outputs opened at a time: what one takes as fp32 is all that is needed beside them
@@ -33,6 +33,10 @@ class Loader:
     def some_floats(self, name: str, count: int | None = None) -> Tensor | None:
         """Without the padding of a bias; None where the model has none."""
         return self.floats(name)[:count] if name in self._tensors else None
+
+    def norm(self, name: str) -> NormWeights:
+        """Of the residual stream."""
+        return NormWeights(self.floats(name), self.some_floats(f"{name}_bias"))
 
     def matrix(self, name: str, n: int, k: int) -> Tensor:
         return self._open(self._format(name), self._read(name).reshape(-1), n, k)

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from hybrid.gpu.products import linear
 from hybrid.models.layers.feed_forward import Activation
 from hybrid.models.layers.router import Router
-from hybrid.models.rope import RopeSpec
+from hybrid.models.rope import RopeSpec, inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,60 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rope_table(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [rows, 1, dim / 2], of int positions [rows] and float32 frequencies [dim / 2].
+@dataclass(frozen=True)
+class NormWeights:
+    """Of the residual stream, float32. bias: None of an RMSNorm; a LayerNorm has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
+    """float32, over the last dimension."""
+    if weights.bias is None:
+        return rms_norm(x, weights.weight, eps)
+    return rms_norm(x - x.mean(-1, keepdim=True), weights.weight, eps) + weights.bias
+
+
+@dataclass(frozen=True)
+class RopeFrequencies:
+    """frequencies: float32 [dim / 2], with the factor of cosines and sines. long, long_factor: those of sequences of
+    more than `long_above` tokens; None where these have no others.
+    """
+
+    frequencies: Tensor
+    factor: float
+    long: Tensor | None
+    long_factor: float
+    long_above: int
+
+
+def rope_frequencies(rope: RopeSpec, device: torch.device) -> RopeFrequencies:
+    frequencies, factor = inverse_frequencies(rope)
+    long, long_factor = inverse_frequencies(rope, long=True) if rope.long_above else (None, 1.0)
+    return RopeFrequencies(
+        torch.from_numpy(frequencies).to(device),
+        factor,
+        None if long is None else torch.from_numpy(long).to(device),
+        long_factor,
+        rope.long_above,
+    )
+
+
+def rope_table(positions: Tensor, lengths: Tensor, rope: RopeFrequencies) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [rows, 1, dim / 2], of int positions [rows] in sequences of these lengths [rows].
 
     Angles are rounded to fp32, as the kernels and reference implementations do.
     """
+    if rope.long is None:
+        return _table(positions, rope.frequencies, rope.factor)
+    both = (_table(positions, rope.long, rope.long_factor), _table(positions, rope.frequencies, rope.factor))
+    is_long = (lengths > rope.long_above)[:, None, None]
+    cos, sin = (torch.where(is_long, *some) for some in zip(*both, strict=True))
+    return cos, sin
+
+
+def _table(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     angles = (positions[:, None].float() * frequencies).double()[:, None]
     return angles.cos().float() * factor, angles.sin().float() * factor
 
@@ -121,7 +170,7 @@ def choose_by_kernel(logits: Tensor, router: Router, correction: Tensor | None) 
     from gpu_cache.kernels.router import TopK, choose
 
     groups = (router.groups, router.top_groups)
-    top = TopK(router.kind, logits.shape[1], router.top_k, router.renormalise, router.scale, *groups)
+    top = TopK(router.kind, logits.shape[1], router.top_k, router.renormalise, router.scale, *groups, router.jitter)
     return choose(logits, top, correction)
 
 
@@ -129,6 +178,8 @@ def choose_by_torch(logits: Tensor, router: Router, correction: Tensor | None) -
     logits = logits + logits.sum(-1, keepdim=True) * 0  # NaN and infinity are those of the row
     if correction is not None:
         logits = logits + correction.sum() * 0
+    if router.kind == "sparsemixer":
+        return _sparsemixer(logits, router)
     after = router.kind == "topk_softmax"
     scores = logits if after else logits.sigmoid() if router.kind == "sigmoid" else logits.softmax(-1)
     keys = scores if correction is None else scores + correction
@@ -141,6 +192,17 @@ def choose_by_torch(logits: Tensor, router: Router, correction: Tensor | None) -
     elif router.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids.int(), weights * router.scale
+
+
+def _sparsemixer(logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    left, ids, weights = logits, [], []
+    for _ in range(router.top_k):
+        top, best = left.max(-1, keepdim=True)
+        far = (top - logits) / torch.maximum(logits.abs(), top) > 2 * router.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, best))
+        ids.append(best)
+        left = left.scatter(1, best, -torch.inf)
+    return torch.cat(ids, 1).int(), torch.cat(weights, 1) * router.scale
 
 
 def _within_best_groups(keys: Tensor, router: Router) -> Tensor:

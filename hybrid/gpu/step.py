@@ -24,13 +24,12 @@ from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
 from hybrid.gpu.layers.base import DeviceFeedForward, DeviceMixer, Shared, kind_of
 from hybrid.gpu.link import Clock, Link
 from hybrid.gpu.mirror import KvMirror
-from hybrid.gpu.parts import Routed, chooser, rms_norm, scaled
+from hybrid.gpu.parts import Routed, chooser, norm, rope_frequencies, scaled
 from hybrid.gpu.products import linear
 from hybrid.gpu.report import DeviceReport
 from hybrid.gpu.weights import DeviceWeights
 from hybrid.machine.phases import phase
 from hybrid.models.layers.grouped_query import ENDS
-from hybrid.models.rope import inverse_frequencies
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan
 
@@ -106,10 +105,7 @@ class DeviceStep:
         self._attend_ended = 0.0  # when `attend` returned
         self._output = _nothing(spec, plan, link.device)
         self._spec, self._plan, self._weights = spec, plan, weights
-        self._ropes = [
-            (torch.from_numpy(frequencies).to(link.device), factor)
-            for frequencies, factor in map(inverse_frequencies, spec.ropes)
-        ]
+        self._ropes = [rope_frequencies(rope, link.device) for rope in spec.ropes]
         self._buffers = SharedBuffers(spec, plan, link, address)
         shared = Shared(plan.sequences, mirror.capacity, link, self._buffers, attention, chooser(link.device))
         self._mixers, self._feed_forwards = _open_halves(spec, plan, weights, shared)
@@ -282,8 +278,8 @@ class DeviceStep:
     def _head(self) -> Tensor:
         """float32 [logit rows, vocab]."""
         residual = self._with_experts()[self._inputs.logit_rows]
-        rows = rms_norm(residual, self._weights.final_norm, self._spec.eps).bfloat16()
-        return scaled(linear(rows, self._weights.head), self._spec.logit_scale)
+        rows = norm(residual, self._weights.final_norm, self._spec.eps).bfloat16()
+        return scaled(linear(rows, self._weights.head, self._weights.head_bias), self._spec.logit_scale)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hybrid.formats.mix import FormatMix
 from hybrid.gpu.layers.base import kind_of
 from hybrid.gpu.loader import Loader, Read
+from hybrid.gpu.parts import NormWeights
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import StoreTensor
 
@@ -21,8 +22,9 @@ class DeviceWeights:
     """head: the embedding itself where both are one. mixers, feed_forwards: of each layer, as its kind loads them."""
 
     embedding: Tensor
-    final_norm: Tensor
+    final_norm: NormWeights
     head: Tensor
+    head_bias: Tensor | None
     mixers: tuple[Any, ...]
     feed_forwards: tuple[Any, ...]
 
@@ -36,8 +38,9 @@ def load_weights(
     halves = [kind_of(half).load(half, place, load) for place, half in spec.halves(mix)]
     return DeviceWeights(
         embedding,
-        load.floats("final_norm"),
+        load.norm("final_norm"),
         load.matrix("head", spec.vocab, spec.hidden) if "head" in tensors else embedding,
+        load.some_floats(f"{spec.head_weight(mix)}_bias", spec.vocab),
         tuple(halves[::2]),
         tuple(halves[1::2]),
     )

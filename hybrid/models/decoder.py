@@ -75,6 +75,7 @@ def read_attention(
         max_position=read_max_position(fields, defaults),
         part=defaults.rope_part,
         interleaved=defaults.rope_interleaved,
+        by_length=True,
     )
     return GroupedQueryAttention(
         heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window
@@ -160,12 +161,14 @@ def read_model(
     layers: Sequence[LayerSpec],
     defaults: Defaults,
     names: OuterNames | None = None,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> ModelSpec:
-    """The whole decoder around its layers: RMSNorm everywhere, SiLU, no bias on the head.
+    """The whole decoder around its layers: RMSNorm everywhere, no bias on the head. activation: the only one there is,
+    behind the name of its field.
 
     How its weights are quantised is no part of it: `hybrid.weights.checkpoints.published` reads or refuses that.
     """
-    fields.choice("hidden_act", default="silu", allowed=("silu",))
+    fields.choice(activation[0], default=activation[1], allowed=activation[1:])
     return ModelSpec(
         model_type=model_type,
         vocab=fields.size("vocab_size", maximum=10**8),

@@ -65,11 +65,11 @@ class Fields:
 
     def numbers(self, name: str) -> list[float]:
         """A list of numbers above 0."""
-        name, value = self._read((name,), None, "a list of numbers")
-        if not isinstance(value, list) or not all(
-            isinstance(item, int | float) and not isinstance(item, bool) and 0 < item <= _LARGEST for item in value
-        ):
-            raise self._bad(name, value, "a list of numbers above 0")
+        allowed = f"a list of numbers above 0 and at most {_LARGEST:g}"
+        name, value = self._read((name,), None, allowed)
+        kinds = isinstance(value, list) and value and all(type(item) in (int, float) for item in value)
+        if not kinds or not all(0 < item <= _LARGEST for item in value):
+            raise self._bad(name, value, allowed)
         return [float(item) for item in value]
 
     def choices(self, name: str, *, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
@@ -95,6 +95,9 @@ class Fields:
 
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def is_zero(self, name: str) -> bool:
+        return self.has(name) and type(self._values[name]) in (int, float) and self._values[name] == 0
 
     def refuse(self, *names: str, neutral: Any = None) -> None:
         """Raise unless each field is missing or `neutral`: the family has no meaning for other values."""

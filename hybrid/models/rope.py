@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "factors"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "factors", "longrope"]
 
 _MANY_TURNS = 1e300  # infinity has no nearest dimension
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
@@ -24,7 +24,8 @@ class RopeSpec:
     """Rotary embedding. `parameters` are the type's own (factor, beta_fast, ...).
 
     dim: how many leading dimensions of a head rotate (partial rope: less than head_dim). interleaved: pairs
-    are (2i, 2i+1) instead of (i, i + dim/2). max_position: max_position_embeddings of the checkpoint.
+    are (2i, 2i+1) instead of (i, i + dim/2). max_position: max_position_embeddings of the checkpoint. longrope has two
+    sets of frequencies: that of a sequence of up to `long_above` tokens, and that of longer ones, for all their tokens.
     """
 
     theta: float
@@ -33,6 +34,11 @@ class RopeSpec:
     interleaved: bool = False
     max_position: int = 0
     parameters: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
+
+    @property
+    def long_above(self) -> int:
+        """The length up to which a sequence has the first of two sets of frequencies; 0 where there is one."""
+        return int(dict(self.parameters)["original_max_position"]) if self.kind == "longrope" else 0  # type: ignore[arg-type]
 
 
 def read_rope(
@@ -43,21 +49,30 @@ def read_rope(
     max_position: int,
     part: float | None = None,
     interleaved: bool = False,
+    by_length: bool = False,
 ) -> RopeSpec:
     """Rotary embedding of heads, from `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     theta: the family's default. part: the same of the part of the dimensions that turn, None where all do.
-    max_position: the context length, which the types with scaling start from.
+    max_position: the context length, which the types with scaling start from. by_length: whether the layer can have
+    frequencies that depend on the length of a sequence.
     """
     scaling = fields.group("rope_scaling", "rope_parameters")
     dim = _read_dim(fields, scaling, head_dim, part)
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
-    kind = scaling.choice("rope_type", "type", default="default", allowed=tuple(_KINDS))
+    allowed = tuple(kind for kind in _KINDS if by_length or kind != "longrope")
+    kind = scaling.choice("rope_type", "type", default="default", allowed=allowed)
     parameters: dict[str, Any] = _KINDS[kind][0](scaling)
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
         outer = fields.size("original_max_position_embeddings", default=inner, maximum=10**9)
         parameters["original_max_position"] = outer
+    for name in ("short_factor", "long_factor"):
+        if len(parameters.get(name, ())) not in (0, dim // 2):
+            raise ConfigError(
+                f"config.json: {name} has {len(parameters[name])} numbers and {dim} dimensions of a head turn; it must "
+                f"have {dim // 2}: correct it, or take a checkpoint that has it so"
+            )
     return RopeSpec(
         theta,
         dim,
@@ -84,8 +99,9 @@ def _read_dim(fields: Fields, scaling: Fields, head_dim: int, part: float | None
     return dim
 
 
-def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
-    """Radians per position, float32 [dim / 2], and the factor on both cosine and sine.
+def inverse_frequencies(rope: RopeSpec, long: bool = False) -> tuple[npt.NDArray[np.float32], float]:
+    """Radians per position, float32 [dim / 2], and the factor on both cosine and sine. long: of sequences longer than
+    `long_above`, where that has a meaning.
 
     Computed in float32 step by step as `transformers` does, so that angles agree at large positions too.
     Raises `ConfigError` for a type that is not computed here, and for angles that are not finite.
@@ -97,9 +113,9 @@ def inverse_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     periods = np.float32(rope.theta) ** exponents
     with np.errstate(all="ignore"):  # what is not finite is refused
-        frequencies, attention_factor = _KINDS[rope.kind][1](rope, periods, dict(rope.parameters))
+        frequencies, attention_factor = _KINDS[rope.kind][1](rope, periods, {**dict(rope.parameters), "long": long})
     if not (np.isfinite(frequencies).all() and math.isfinite(attention_factor)):
-        parameters = ", ".join(f"{name} {value}" for name, value in dict(rope.parameters).items())
+        parameters = ", ".join(f"{name} {value}" for name, value in rope.parameters)
         raise ConfigError(f"rope type {rope.kind!r} has angles that are not finite ({parameters}): correct config.json")
     return frequencies.astype(np.float32, copy=False), attention_factor
 
@@ -126,6 +142,12 @@ def _read_yarn(scaling: Fields) -> dict[str, Any]:
     optional = ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
     found = {name: scaling.number(name) for name in optional if scaling.has(name)}
     return {**found, "truncate": scaling.flag("truncate", default=True)}
+
+
+def _read_longrope(scaling: Fields) -> dict[str, Any]:
+    optional = ("factor", "attention_factor", "short_mscale", "long_mscale")
+    found: dict[str, Any] = {name: scaling.number(name) for name in optional if scaling.has(name)}
+    return {**found, **{name: tuple(scaling.numbers(name)) for name in ("short_factor", "long_factor")}}
 
 
 def _default(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
@@ -188,6 +210,15 @@ def _yarn_attention_factor(factor: float, p: dict[str, Any]) -> float:
     return magnitude(1.0)
 
 
+def _longrope(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    """Every frequency is divided by a number of its own, and cosines and sines are larger where contexts are."""
+    name, original = "long" if p["long"] else "short", p["original_max_position"]
+    factor = p.get("factor", rope.max_position / original)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    mscale = p.get(f"{name}_mscale", p.get("attention_factor", grown))
+    return 1 / (np.array(p[f"{name}_factor"], np.float32) * periods), mscale
+
+
 _Reader = Callable[[Fields], dict[str, Any]]
 _Scaler = Callable[[RopeSpec, _Array, dict[str, Any]], tuple[_Array, float]]
 _KINDS: dict[str, tuple[_Reader, _Scaler]] = {
@@ -196,4 +227,5 @@ _KINDS: dict[str, tuple[_Reader, _Scaler]] = {
     "llama3": (_read_llama3, _llama3),
     "yarn": (_read_yarn, _yarn),
     "factors": (_read_factors, _factors),
+    "longrope": (_read_longrope, _longrope),
 }

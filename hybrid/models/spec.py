@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hybrid.formats.mix import FormatMix
-from hybrid.models.layers.base import Half, Mixer, Place
+from hybrid.models.layers.base import Half, Mixer, NormKind, Place
 from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.products import norm_shapes, norm_tensors
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, GatedNames, Shapes, Shard, Stacked, StoreTensor, in_layer
+from hybrid.models.tensors import ExpertForm, GatedNames, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class OuterNames:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole model. eps: of all norms, which are x * rsqrt(mean(x^2) + eps) * weight. tied: the output head is the
-    embedding. embedding_scale: of a token's embedding. logit_scale: of the logits.
+    """A whole model. eps, norm: of all norms, and their kind. tied: the output head is the embedding. head_bias:
+    whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits.
     """
 
     model_type: str
@@ -49,12 +50,23 @@ class ModelSpec:
     tied: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    norm: NormKind = "rms"
+    head_bias: bool = False
     names: OuterNames = field(default_factory=OuterNames)
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The distinct ropes of all layers, each with one table a step."""
         return tuple(dict.fromkeys(half.rope for layer in self.layers for half in layer.halves if half.rope))
+
+    @cached_property
+    def length_limits(self) -> tuple[int, ...]:
+        """Lengths above which a rope has other frequencies for all tokens of a sequence."""
+        return tuple(sorted({rope.long_above for rope in self.ropes if rope.long_above}))
+
+    def length_phase(self, length: int) -> int:
+        """How many of `length_limits` a sequence has passed: its keys are others in every phase."""
+        return sum(length > limit for limit in self.length_limits)
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -71,8 +83,12 @@ class ModelSpec:
         """Whether one packed matrix serves as embedding and head: where they are tied and the head is bf16 too."""
         return self.tied and mix.head == "bf16"
 
+    def head_weight(self, mix: FormatMix) -> str:
+        """The name of the stored matrix that makes logits."""
+        return "embedding" if self.shares_head(mix) else "head"
+
     def place(self, layer: int, mix: FormatMix) -> Place:
-        return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes)
+        return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes, self.norm)
 
     def halves(self, mix: FormatMix) -> Iterator[tuple[Place, Half]]:
         """The halves of all layers, in the order of a step."""
@@ -99,9 +115,11 @@ class ModelSpec:
         for place, half in self.halves(FormatMix.uniform("bf16")):
             of_layer = form if isinstance(form, str) else form.get(place.layer, "apart")
             yield from half.checkpoint_shapes(place, of_layer)
-        yield self.names.final_norm, (self.hidden,)
+        yield from norm_shapes(self.place(0, FormatMix.uniform("bf16")), self.names.final_norm)
         if not self.tied:
             yield self.names.head, (self.vocab, self.hidden)
+        if self.head_bias:
+            yield bias_name(self.names.head), (self.vocab,)
 
     def with_fused_experts(self) -> ModelSpec:
         """A copy with the names of checkpoints with fused experts."""
@@ -113,7 +131,9 @@ class ModelSpec:
         shard, names = Shard("outer"), self.names
         embedding = Stacked((names.embedding,))
         yield shard.matrix("embedding", "embedding", embedding, "bf16", self.vocab, self.hidden)
-        yield shard.floats("final_norm", "norms", Stacked((names.final_norm,)), self.hidden)
+        yield from norm_tensors(self.place(0, mix), shard, "final_norm", names.final_norm)
         if not self.shares_head(mix):
             head = embedding if self.tied else Stacked((names.head,))
             yield shard.matrix("head", "head", head, mix.head, self.vocab, self.hidden)
+        if self.head_bias:
+            yield shard.bias(f"{self.head_weight(mix)}_bias", "head", (names.head,), self.vocab)

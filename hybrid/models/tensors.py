@@ -50,10 +50,13 @@ def gated_names(prefix: str) -> GatedNames:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The rows of these tensors, one under the other. biases: of the biases beside them."""
+    """The rows of these tensors, one under the other. biases: of the biases beside them. plus: added to each value, of
+    plain floats alone.
+    """
 
     names: tuple[str, ...]
     biases: bool = False
+    plus: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,13 @@ def plan_device(
 def device_weight_bytes(spec: ModelSpec, mix: FormatMix) -> int:
     """Bytes of all weights but the experts: matrices in bf16; norms, biases and routers in fp32."""
     heads = 1 if spec.shares_head(mix) else 2
-    outer = heads * spec.vocab * spec.hidden * BF16 + spec.hidden * FP32
+    outer = heads * spec.vocab * spec.hidden * BF16 + _outer_floats(spec) * FP32
     return outer + sum(needs.weights for needs in _needs(spec, mix))
+
+
+def _outer_floats(spec: ModelSpec) -> int:
+    """Of the final norm and the bias of the head."""
+    return spec.hidden * (2 if spec.norm == "layer" else 1) + spec.vocab * spec.head_bias
 
 
 def token_bytes(spec: ModelSpec, mix: FormatMix) -> int:

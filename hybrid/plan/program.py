@@ -61,5 +61,7 @@ def _embed(spec: ModelSpec) -> Op:
 
 def _head(spec: ModelSpec, mix: FormatMix) -> Iterator[Op]:
     yield norm(spec.place(0, mix), "head", "final_norm", mix.head, last=True)
-    weight = "embedding" if spec.shares_head(mix) else "head"
-    yield gemm("head", mix.head, NORMED, weight, None, spec.vocab, spec.hidden, spec.vocab, scale=spec.logit_scale)
+    yield gemm(
+        "head", mix.head, NORMED, spec.head_weight(mix), None, spec.vocab, spec.hidden, spec.vocab,
+        bias=spec.head_bias, scale=spec.logit_scale,
+    )  # fmt: skip

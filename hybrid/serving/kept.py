@@ -12,11 +12,15 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A sequence that holds the state after these tokens, of which `prompt` many were a prompt."""
+    """A sequence that holds the state after these tokens, of which `prompt` many were a prompt.
+
+    phase: of the length that they were computed for, see `ModelSpec.length_phase`.
+    """
 
     sequence: int
     tokens: Tokens
     prompt: int
+    phase: int = 0
 
 
 class KeptSequences:
@@ -44,13 +48,13 @@ class KeptSequences:
     def put(self, kept: Kept) -> None:
         self._kept.append(kept)
 
-    def find(self, prompt: Tokens) -> tuple[Kept, int] | None:
-        """The one that saves most of a prompt, and how many of its tokens need not be computed.
+    def find(self, prompt: Tokens, phase: int = 0) -> tuple[Kept, int] | None:
+        """The one that saves most of a prompt of this phase, and how many of its tokens need not be computed.
 
         It must share half of its own prompt at least: otherwise it belongs to another conversation, which would lose
         more than this one gains. One token of the prompt is always computed, for its logits.
         """
-        found = [(self._shared(kept, prompt), place) for place, kept in enumerate(self._kept)]
+        found = [(self._shared(kept, prompt), place) for place, kept in enumerate(self._kept) if kept.phase == phase]
         shared, place = max(found, default=(0, 0))
         return (self._kept[place], shared) if shared else None
 

@@ -122,6 +122,7 @@ class Request(Job):
         self.tokens = prompt  # the prompt and what was produced, with room for what may come
         self.length = len(prompt)
         self.reserved = 0  # tokens that its sequence may hold
+        self.phase = 0  # of the length for which its tokens were computed, see `ModelSpec.length_phase`
 
     @property
     def finished(self) -> bool:

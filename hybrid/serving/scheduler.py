@@ -116,7 +116,8 @@ class Scheduler:
         start = score.computed
         rows = score.prompt[start : start + self._plan.max_rows]
         every = np.arange(len(rows), dtype=np.int32)
-        batch = Batch(rows, np.full_like(rows, score.sequence), every + np.int32(start), every)
+        lengths = np.full_like(rows, len(score.prompt))
+        batch = Batch(rows, np.full_like(rows, score.sequence), every + np.int32(start), every, lengths)
         try:
             score.take(self._forward([score], batch).logits)
         except BaseException as error:
@@ -199,7 +200,8 @@ class Scheduler:
     def _settle(self, job: Request) -> None:
         """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one."""
         job.reserved = len(job.tokens)
-        found = self._kept.find(job.prompt) if job.keep and not self._routes_matter else None
+        job.phase = self._engine.spec.length_phase(len(job.prompt))
+        found = self._kept.find(job.prompt, job.phase) if job.keep and not self._routes_matter else None
         if found and self._make_room(job.reserved, found[0]):
             kept, job.computed = found
             self._kept.take(kept)
@@ -228,7 +230,7 @@ class Scheduler:
             self._running.remove(job)
         sequence, job.sequence = job.sequence, None
         if isinstance(job, Request) and self._leaves_behind(job):
-            self._kept.put(Kept(sequence, job.tokens[: job.computed].copy(), len(job.prompt)))
+            self._kept.put(Kept(sequence, job.tokens[: job.computed].copy(), len(job.prompt), job.phase))
         else:
             self._engine.release(sequence)
 
@@ -249,6 +251,8 @@ class Scheduler:
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """Rows of the next step: one of every decoding request, then prompts in order of arrival."""
+        for request in self._running:
+            self._begin_phase(request)
         chunks, room = [], self._plan.max_rows
         for request in sorted(self._running, key=lambda request: request.pending > 1):
             rows = min(request.pending, room)
@@ -257,6 +261,14 @@ class Scheduler:
             chunks.append((request, rows))
             room -= rows
         return chunks
+
+    def _begin_phase(self, request: Request) -> None:
+        """Where a longer sequence has other keys, all its tokens are computed once more when it has become longer."""
+        phase = self._engine.spec.length_phase(request.length)
+        if phase != request.phase:
+            assert request.sequence is not None
+            self._engine.release(request.sequence)
+            request.computed, request.phase = 0, phase
 
     def _sample(self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]) -> list[Job]:
         """Advance the requests of a step; returns those that got a token, or an error of their own."""
@@ -299,6 +311,7 @@ def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
             [np.arange(at, at + rows, dtype=np.int32) for at, (_, rows) in zip(starts, chunks, strict=True)]
         ),
         ends[whole] - np.int32(1),
+        np.repeat(_int32([r.length for r, _ in chunks]), [rows for _, rows in chunks]),
     )
 
 

@@ -54,14 +54,14 @@ class Content:
                 return iter([partial(self._expert_biases, names, down, tensor)])
             case PerHead() as origin:
                 return self._per_head(origin, tensor.format or "")
-            case Stacked(names, biases):
+            case Stacked(names, biases, plus):
                 if tensor.format is not None:
                     return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
-                return iter([partial(self._floats, [bias_name(n) for n in names] if biases else names, tensor)])
+                return iter([partial(self._floats, [bias_name(n) for n in names] if biases else names, plus, tensor)])
 
-    def _floats(self, names: Sequence[str], tensor: StoreTensor) -> Floats:
+    def _floats(self, names: Sequence[str], plus: float, tensor: StoreTensor) -> Floats:
         parts = [self._checked(name, self._checkpoint.read(name), always=True).reshape(-1) for name in names]
-        values = np.concatenate([part.astype(np.float32) for part in parts])
+        values = np.concatenate([part.astype(np.float32) for part in parts]) + np.float32(plus)
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
     def _expert_biases(self, names: GatedNames, of_down: bool, tensor: StoreTensor) -> Floats:

@@ -9,12 +9,12 @@ import pytest
 from expert_rig import Experts, Routed, Rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import FP32, Near, assert_near, format_product, silu_times, swiglu_clamped
+from kernel_reference import FP32, Near, assert_near, format_product, gelu_tanh_times, silu_times, swiglu_clamped
 from rig import BF16, ISAS, dequantised_rows, random_bf16, rows_of
 
 from hybrid.formats import FORMATS
 
-ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped}
+ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped, "gelu_tanh": gelu_tanh_times}
 
 
 def check(routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, gate=None) -> None:
@@ -204,3 +204,10 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(i
     for first, last in ((0, 1), (5, 11), (11, 33)):
         part = (array[first:last] for array in (x, ids, weights, onto))
         assert np.array_equal(together[first:last], routed(*part).output)
+
+
+@pytest.mark.parametrize("size", [0.3, 3.0, 60.0])
+def test_gelu_by_a_tangent(isa, size) -> None:
+    experts = Experts.make("bf16", 5, 90, 40, bias=True, activation="gelu_tanh")
+    for rows in (1, 33):
+        try_routing(isa, experts, choose(rows, 3, 5), size=size, threads=2)

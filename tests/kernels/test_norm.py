@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_reference import assert_near, rms_norm
+from kernel_reference import FP32, Near, assert_near, rms_norm
 from rig import BF16, Rig, aligned, packed, random_bf16, row_stride
 
 
@@ -49,3 +49,43 @@ def test_a_norm_is_within_rounding(isa, width, rows, size) -> None:
         assert_near(exact[:, :width], expected)
         assert not output[:, width:].any() and not exact[:, width:].any()
         output[...] = 0
+
+
+@pytest.mark.parametrize("width", [16, 90, 601])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_a_centred_norm_with_a_bias_is_a_layer_norm(isa, width, offset) -> None:
+    random, rows = np.random.default_rng(width), 5
+    stride, eps = row_stride(width), 1e-5
+    x, exact = aligned((rows, stride), np.float32), aligned((rows, stride), np.float32)
+    x[:, :width] = offset + random.standard_normal((rows, width))
+    weight, bias = (random.standard_normal(width).astype(np.float32) for _ in range(2))
+    outputs = {"output": None, "output_f32": exact, "output8": None, "output8_stride": 0}
+    rig = Rig(isa, 2)
+    rig.add(
+        "norm", input=x, weight=weight, bias=bias, centred=True, width=width, input_stride=stride,
+        output_stride=stride, eps=eps, logit_rows=False, **outputs,
+    )  # fmt: skip
+    rig.run(rows)
+    wide = x[:, :width].astype(np.float64)
+    near = rms_norm(wide - wide.mean(1, keepdims=True), weight, eps)
+    lost = (width + 6) * FP32 * np.abs(wide).max() * np.abs(weight)  # what the mean and the difference round
+    assert_near(exact[:, :width], Near(near.value + bias, 2 * near.bound + lost + FP32 * np.abs(near.value + bias)))
+    assert not exact[:, width:].any()
+
+
+@pytest.mark.parametrize("width", [16, 90])
+def test_a_norm_adds_to_rows_and_clears_others(isa, width) -> None:
+    random, rows, stride = np.random.default_rng(width), 5, row_stride(width)
+    x, onto, other = (aligned((rows, stride), np.float32) for _ in range(3))
+    for some in (x, onto, other):
+        some[:, :width] = random.standard_normal((rows, width))
+    weight, plain = random.standard_normal(width).astype(np.float32), aligned((rows, stride), np.float32)
+    before = onto.copy()
+    for output, more in ((plain, {}), (onto, {"accumulate": True, "cleared": other})):
+        rig = Rig(isa, 2)
+        rig.add(
+            "norm", input=x, weight=weight, output=None, output_f32=output, output8=None, output8_stride=0,
+            width=width, input_stride=stride, output_stride=stride, eps=1e-6, logit_rows=False, **more,
+        )  # fmt: skip
+        rig.run(rows)
+    assert np.array_equal(onto, before + plain) and not other.any()

@@ -170,3 +170,18 @@ def test_rope_tables_are_cosines_and_sines_of_fp32_angles(isa, dim, factor) -> N
     angles = (np.array(positions, np.float32)[:, None] * frequencies).astype(np.float64)
     expected = factor * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     assert_near(table, Near(expected, 3 * FP32 * np.abs(expected)))
+
+
+def test_rope_tables_of_long_sequences_have_frequencies_of_their_own(isa) -> None:
+    dim, positions, lengths = 24, [0, 7, 7, 300], np.array([1, 64, 65, 4000], np.int32)
+    short = (10000.0 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
+    long = short / np.float32(3)
+    tables = [aligned((4, dim), np.float32) for _ in range(3)]
+    more = {"long_frequencies": long, "lengths": lengths, "long_above": 64, "long_factor": 1.5}
+    for table, frequencies, factor, others in [
+        (tables[0], short, 1.2, more), (tables[1], short, 1.2, {}), (tables[2], long, 1.5, {}),
+    ]:  # fmt: skip
+        rig = Rig(isa, 2, sequences=8, positions=1000)
+        rig.add("rope_table", inverse_frequencies=frequencies, table=table, dim=dim, factor=factor, **others)
+        rig.step(list(enumerate(positions)))
+    assert np.array_equal(tables[0], np.where((lengths > 64)[:, None], tables[2], tables[1]))

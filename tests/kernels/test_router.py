@@ -159,3 +159,38 @@ def test_a_correction_chooses_but_does_not_weigh(isa) -> None:
 def test_sigmoids_that_vanish_together_leave_finite_weights(isa) -> None:
     _, weights = choose(isa, np.full((1, 4), -1e4), 2, scoring="sigmoid", renormalise=True)
     assert np.isfinite(weights).all() and (weights >= 0).all()
+
+
+def sparse(row: np.ndarray, jitter: float) -> tuple[list[int], list[float]]:
+    """One after the other the largest score, and its share among those left that are close to it."""
+    ids, weights = [], []
+    left = row.astype(np.float64)
+    for _ in range(2):
+        top = left.max()
+        near = (top - row.astype(np.float64)) / np.maximum(np.abs(row), top) <= 2 * jitter
+        ids.append(int(left.argmax()))
+        weights.append(float(1 / np.exp(left - top)[near].sum()))
+        left[ids[-1]] = -np.inf
+    return ids, weights
+
+
+@pytest.mark.parametrize("experts", [2, 16, 37])
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3])
+def test_sparsemixer_weighs_each_expert_among_those_close_to_it(isa, experts, jitter) -> None:
+    random = np.random.default_rng(experts)
+    logits = random.standard_normal((40, experts)).astype(np.float32)
+    logits[0] = -1 - np.abs(logits[0])  # all negative
+    logits[1, : experts // 2] = logits[1, 0]
+    ids, weights = choose(isa, logits, 2, scoring="sparsemixer", jitter=jitter, threads=3)
+    for row in range(len(logits)):
+        wanted = sparse(logits[row], jitter)
+        assert list(ids[row]) == wanted[0], row
+        assert np.allclose(weights[row], wanted[1], rtol=1e-5), row
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_sparsemixer_of_a_damaged_row_weighs_nothing_by_a_number(isa, damage) -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
+    logits[0, 5] = damage
+    ids, weights = choose(isa, logits, 2, scoring="sparsemixer", jitter=0.01)
+    assert list(ids[0]) == [0, 1] and np.isnan(weights[0]).all() and np.isfinite(weights[1]).all()

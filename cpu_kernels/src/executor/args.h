@@ -29,6 +29,10 @@ struct RopeTableArgs {
   float* table;                      // [rows, dim]: cosines, then sines
   int dim;
   float factor;
+  const float* long_frequencies;  // null, or those of rows whose sequence has more than `long_above` tokens
+  const int32_t* lengths;         // [rows], of the sequence of each row; null without long_frequencies
+  int long_above;
+  float long_factor = 1.0f;
 
   template <class Field>
   void fields(Field& field) {
@@ -36,6 +40,10 @@ struct RopeTableArgs {
     field("table", table);
     field("dim", dim);
     field("factor", factor);
+    field("long_frequencies", long_frequencies, kOptional);
+    field("lengths", lengths, kOptional);
+    field("long_above", long_above, kOptional);
+    field("long_factor", long_factor, kOptional);
   }
 };
 
@@ -48,7 +56,11 @@ struct NormArgs {
   int width, input_stride, output_stride;
   int64_t output8_stride;  // bytes
   float eps;
-  bool logit_rows;  // only the rows whose logits are wanted, gathered
+  bool logit_rows;    // only the rows whose logits are wanted, gathered
+  bool centred;       // the mean of a row is taken from it first
+  const float* bias;  // null, or [width]
+  bool accumulate;    // add to output_f32
+  float* cleared;     // null, or rows as those of output_f32 that become zero, for what follows to add to
 
   template <class Field>
   void fields(Field& field) {
@@ -63,6 +75,10 @@ struct NormArgs {
     field("output8_stride", output8_stride);
     field("eps", eps);
     field("logit_rows", logit_rows);
+    field("centred", centred, kOptional);
+    field("bias", bias, kOptional);
+    field("accumulate", accumulate, kOptional);
+    field("cleared", cleared, kOptional);
   }
 };
 

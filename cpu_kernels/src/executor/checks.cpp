@@ -72,7 +72,7 @@ void check_fit(const EmbedArgs& a, const std::string& place) {
 
 void check_fit(const NormArgs& a, const std::string& place) {
   require_stride(place, "input_stride", a.input_stride, a.width);
-  if (a.output || a.output_f32) require_stride(place, "output_stride", a.output_stride, a.width);
+  if (a.output || a.output_f32 || a.cleared) require_stride(place, "output_stride", a.output_stride, a.width);
   if (!a.output8) return;
   require_stride(place, "output8_stride", a.output8_stride, int8_row_bytes(up(a.width, kInputs)));
   require_multiple(place, "output8_stride", a.output8_stride, 4);
@@ -213,6 +213,10 @@ void check_fit(const ShortConvArgs& a, const std::string& place) {
 // What must be there only if something else is.
 template <class Args>
 void check_presence(const Args&, const std::string&) {}
+
+void check_presence(const RopeTableArgs& a, const std::string& place) {
+  require(a.lengths || !a.long_frequencies, place + "lengths is null, and there are long_frequencies");
+}
 
 void check_presence(const QkvArgs& a, const std::string& place) {
   require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));

@@ -16,10 +16,13 @@ void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
   const int half = args.dim / 2;
   for (int row; (row = take(work)) < step.rows;) {
     float* out = args.table + int64_t(row) * args.dim;
+    const bool is_long = args.long_frequencies && args.lengths[row] > args.long_above;
+    const float* frequencies = is_long ? args.long_frequencies : args.inverse_frequencies;
+    const float factor = is_long ? args.long_factor : args.factor;
     for (int i = 0; i < half; ++i) {
-      const float angle = float(step.positions[row]) * args.inverse_frequencies[i];
-      out[i] = float(std::cos(double(angle))) * args.factor;
-      out[half + i] = float(std::sin(double(angle))) * args.factor;
+      const float angle = float(step.positions[row]) * frequencies[i];
+      out[i] = float(std::cos(double(angle))) * factor;
+      out[half + i] = float(std::sin(double(angle))) * factor;
     }
   }
 }

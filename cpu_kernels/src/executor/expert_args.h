@@ -36,6 +36,7 @@ struct TopkArgs {
   float scale;
   const float* correction;  // null, or [experts]: added to scores when experts are chosen, not when they are weighed
   int groups, top_groups;   // 0: none; else equal groups of experts, and how many of them are chosen among
+  float jitter = 0.0f;  // of sparsemixer: how far from the largest logit, relative to their size, half of "close" is
 
   template <class Field>
   void fields(Field& field) {
@@ -51,6 +52,7 @@ struct TopkArgs {
     field("correction", correction, kOptional);
     field("groups", groups, kOptional);
     field("top_groups", top_groups, kOptional);
+    field("jitter", jitter, kOptional);
   }
 };
 

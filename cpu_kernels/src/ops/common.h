@@ -81,10 +81,18 @@ static HYBRID_INLINE F32 min(F32 a, F32 b) {
   return Isa::sub(Isa::zero(), Isa::max(Isa::sub(Isa::zero(), a), Isa::sub(Isa::zero(), b)));
 }
 
-// x / (1 + e^-x), with e^-x kept finite.
-static HYBRID_INLINE F32 silu(F32 x) {
-  const F32 minus = Isa::sub(Isa::zero(), Isa::max(x, Isa::set(-88.0f)));
+// x / (1 + e^-y), with e^-y kept finite.
+static HYBRID_INLINE F32 times_sigmoid(F32 x, F32 y) {
+  const F32 minus = Isa::sub(Isa::zero(), Isa::max(y, Isa::set(-88.0f)));
   return Isa::div(x, Isa::add(Isa::set(1.0f), exponential(minus)));
+}
+
+static HYBRID_INLINE F32 silu(F32 x) { return times_sigmoid(x, x); }
+
+// x (1 + tanh(z)) / 2 is x sigmoid(2 z); 2 z = sqrt(8 / pi) (x + 0.044715 x^3).
+static HYBRID_INLINE F32 gelu_tanh(F32 x) {
+  const F32 cubic = Isa::fma(Isa::mul(x, x), Isa::set(0.044715f), Isa::set(1.0f));
+  return times_sigmoid(x, Isa::mul(Isa::mul(x, Isa::set(1.5957691216f)), cubic));
 }
 
 // What a bound made of x, or NaN if x is none or infinite: damage must not become a number on its way to the logits.

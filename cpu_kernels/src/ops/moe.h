@@ -17,6 +17,7 @@ static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
 }
 
 static HYBRID_INLINE F32 activate(Activation kind, F32 gate, F32 up) {
+  if (kind == Activation::gelu_tanh) return Isa::mul(gelu_tanh(gate), up);
   return kind == Activation::silu ? Isa::mul(silu(gate), up) : swiglu_clamped(gate, up);
 }
 

@@ -5,11 +5,18 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// 1 / sqrt(mean(x^2) + eps); NaN where the squares overflow, which else would make zeros of the row
-static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
+static HYBRID_INLINE float mean(const float* x, int width) {
+  F32 sums = Isa::zero();
+  for (int i = 0; i < width; i += kBlock) sums = Isa::add(sums, load_some(x + i, min(kBlock, width - i)));
+  return Isa::sum(sums) / float(width);
+}
+
+// 1 / sqrt(mean((x - centre)^2) + eps); NaN where the squares overflow, which else would make zeros of the row
+static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps, float centre = 0.0f) {
   F32 squares = Isa::zero();
   for (int i = 0; i < width; i += kBlock) {
-    const F32 v = load_some(x + i, min(kBlock, width - i));
+    const int count = min(kBlock, width - i);
+    const F32 v = Isa::keep(Isa::sub(load_some(x + i, count), Isa::set(centre)), 0, count, 0.0f);
     squares = Isa::fma(v, v, squares);
   }
   const float sum = Isa::sum(squares);
@@ -19,16 +26,24 @@ static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps) {
 static void norm(const NormArgs& args, const Step& step, const Work& work) {
   for_each(args.logit_rows ? step.logit_rows : step.rows, 1, work, [&](int row) {
     const float* x = args.input + int64_t(args.logit_rows ? step.logit_index[row] : row) * args.input_stride;
-    const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps));
+    const float centre = args.centred ? mean(x, args.width) : 0.0f;
+    const F32 scale = Isa::set(inverse_rms(x, args.width, args.eps, centre));
     const auto normed = [&](int i) {
       const int count = max(0, min(kBlock, args.width - i));
-      return Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.weight + i, count));
+      const F32 v = Isa::sub(load_some(x + i, count), Isa::set(centre));
+      const F32 y = Isa::mul(Isa::mul(v, scale), load_some(args.weight + i, count));
+      return args.bias ? Isa::add(y, load_some(args.bias + i, count)) : y;
     };
     const int64_t at = int64_t(row) * args.output_stride;
     for (int i = 0; i < args.width; i += kBlock) {
       const int count = min(kBlock, args.width - i);
       if (args.output) store_some_bf16(args.output + at + i, normed(i), count);
-      if (args.output_f32) store_some(args.output_f32 + at + i, normed(i), count);
+      if (args.output_f32) {
+        const F32 y = normed(i);
+        float* out = args.output_f32 + at + i;
+        store_some(out, args.accumulate ? Isa::add(load_some(out, count), y) : y, count);
+      }
+      if (args.cleared) store_some(args.cleared + at + i, Isa::zero(), count);
     }
     if (args.output8)
       quantise_row(normed, (args.width + kInputs - 1) / kInputs * kInputs, args.output8 + row * args.output8_stride);

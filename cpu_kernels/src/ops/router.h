@@ -120,10 +120,29 @@ static HYBRID_INLINE void keep_best_groups(const TopkArgs& args, float* scores) 
   }
 }
 
+// The share of the largest of those `left` among those of them that are close to it; of what was chosen before, left is
+// -inf. Which are close depends on the logits alone.
+static HYBRID_INLINE float sparse_share(const float* left, int best, int count, float margin) {
+  const float top = left[best];
+  F32 total = Isa::zero();
+  for (int i = 0; i < count; i += kBlock) {
+    const int some = min(kBlock, count - i);
+    alignas(64) float close[kBlock];
+    for (int j = 0; j < some; ++j) {
+      const float x = left[i + j], size = __builtin_fabsf(x);
+      close[j] = (top - x) / (size > top ? size : top) > margin ? -__builtin_inff() : x;
+    }
+    const F32 e = exponential(Isa::sub(load_some(close, some), Isa::set(top)));
+    total = Isa::add(total, Isa::keep(e, 0, some, 0.0f));
+  }
+  return 1.0f / Isa::sum(total);
+}
+
 // Scores, then top-k, or top-k then a softmax over those; the logits are the op's to overwrite.
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
   const int stride = args.experts + (args.shared_weights ? 1 : 0);
   const bool after = args.scoring == Scoring::topk_softmax, sigmoids = args.scoring == Scoring::sigmoid;
+  const bool sparse = args.scoring == Scoring::sparsemixer;
   for_each(step.rows, 1, work, [&](int row) {
     float* scores = const_cast<float*>(args.logits) + int64_t(row) * stride;
     if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
@@ -139,11 +158,11 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     float total = sigmoids ? 1e-20f : 0.0f;  // all of them may have vanished
     for (int i = 0; i < args.top_k; ++i) {
       ids[i] = best_expert(scores, args.correction, args.experts);
-      total += weights[i] = scores[ids[i]];
+      total += weights[i] = sparse ? sparse_share(scores, ids[i], args.experts, 2.0f * args.jitter) : scores[ids[i]];
       scores[ids[i]] = -__builtin_inff();
     }
     if (after) softmax_all(weights, args.top_k);
-    const float scale = args.renormalise && !after ? args.scale / total : args.scale;
+    const float scale = args.renormalise && !after && !sparse ? args.scale / total : args.scale;
     for (int i = 0; i < args.top_k; ++i) weights[i] *= scale;
   });
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.loader import Loader
-from hybrid.gpu.parts import GatedWeights, Routed, RouterWeights, gated, rms_norm, route
+from hybrid.gpu.parts import GatedWeights, NormWeights, Routed, RouterWeights, gated, norm, route
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.feed_forward import FeedForward
 
@@ -17,7 +17,7 @@ from hybrid.models.layers.feed_forward import FeedForward
 class Weights:
     """dense: the whole feed-forward of a layer without a router. shared: the expert that all rows share."""
 
-    norm: Tensor
+    norm: NormWeights
     dense: GatedWeights | None
     shared: GatedWeights | None
     router: RouterWeights | None
@@ -26,7 +26,7 @@ class Weights:
 def load(half: FeedForward, place: Place, load: Loader) -> Weights:
     at, size = f"layers.{place.layer}.ffn", half.intermediate
     return Weights(
-        norm=load.floats(f"{at}.norm"),
+        norm=load.norm(f"{at}.norm"),
         dense=None if half.is_moe else load.biased(load.gated(f"{at}.experts", size), at, size),
         shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
         router=_load_router(load, f"{at}.router") if half.is_moe else None,
@@ -52,7 +52,7 @@ class GatedFeedForward:
         self._half, self._eps, self._weights, self._choose = half, place.eps, weights, shared.choose
 
     def normed(self, residual: Tensor) -> Tensor:
-        return rms_norm(residual, self._weights.norm, self._eps)
+        return norm(residual, self._weights.norm, self._eps)
 
     def dense(self, normed: Tensor) -> Tensor | None:
         dense = self._weights.dense

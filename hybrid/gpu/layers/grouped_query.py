@@ -15,7 +15,7 @@ from hybrid.gpu.inputs import Group, StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import KvRings
-from hybrid.gpu.parts import rms_norm, rotate, scaled
+from hybrid.gpu.parts import NormWeights, norm, rms_norm, rotate, scaled
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV, STATES, GroupedQueryAttention
@@ -26,9 +26,9 @@ Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values float32 [rows,
 
 @dataclass(frozen=True)
 class Weights:
-    """norm, q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]."""
+    """q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]."""
 
-    norm: Tensor
+    norm: NormWeights
     qkv: Tensor
     out: Tensor
     qkv_bias: Tensor | None
@@ -41,7 +41,7 @@ class Weights:
 def load(half: GroupedQueryAttention, place: Place, load: Loader) -> Weights:
     at, width, hidden = f"layers.{place.layer}.attention", half.qkv_width, place.hidden
     return Weights(
-        norm=load.floats(f"{at}.norm"),
+        norm=load.norm(f"{at}.norm"),
         qkv=load.matrix(f"{at}.qkv", width, hidden),
         out=load.matrix(f"{at}.out", hidden, half.width),
         qkv_bias=load.some_floats(f"{at}.qkv_bias", width),
@@ -68,7 +68,7 @@ class MirroredAttention:
         self._half, self._eps, self._weights, self._shared = half, place.eps, weights, shared
         self._rope = place.ropes.index(half.rope) if half.rope else None
         sizes = (shared.sequences, half.kv_heads, shared.capacity, half.head_dim)
-        self._rings = KvRings(*sizes, device=weights.norm.device)
+        self._rings = KvRings(*sizes, device=weights.norm.weight.device)
 
     @property
     def windows(self) -> frozenset[int | None]:
@@ -80,7 +80,7 @@ class MirroredAttention:
     def project(self, residual: Tensor, inputs: StepInputs) -> Heads:
         """Queries, keys and values. Keys and values are also sent to the threads, which store them."""
         weights, buffers, link = self._weights, self._shared.buffers, self._shared.link
-        rows = rms_norm(residual, weights.norm, self._eps).bfloat16()
+        rows = norm(residual, weights.norm, self._eps).bfloat16()
         q, k, v = self._heads(linear(rows, weights.qkv, weights.qkv_bias), inputs)
         new = torch.cat([k, v], 1).flatten(1)
         link.to_host(buffers.rows(NEW_KV, torch.float32, *new.shape), new)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,17 @@ from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
 from hybrid.ops import Op
 
+# The norms of a model: RMSNorms; the same whose checkpoints have their weights less 1; or of the residual stream
+# LayerNorms with a bias.
+NormKind = Literal["rms", "rms_less_one", "layer"]
+
 
 @dataclass(frozen=True)
 class Place:
     """What a half needs to know of the model around it.
 
     layer: its number. hidden: width of the residual stream. eps: of the norms. ropes: of the whole model, a table each.
+    norm: the kind of its norms.
     """
 
     layer: int
@@ -32,6 +37,12 @@ class Place:
     eps: float
     mix: FormatMix
     ropes: tuple[RopeSpec, ...] = ()
+    norm: NormKind = "rms"
+
+    @property
+    def norm_plus(self) -> float:
+        """What is added to the weight of a norm when it is packed."""
+        return 1.0 if self.norm == "rms_less_one" else 0.0
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,16 @@ from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place
 from hybrid.models.layers.products import (
     BF16,
     FP32,
+    MADE,
     NORMED,
     NORMED_F32,
     RESIDUAL,
+    add_normed,
     expert_cost,
+    made_buffers,
     norm,
+    norm_shapes,
+    norm_tensors,
     product_rows,
     quantise,
     rows_buffers,
@@ -47,7 +52,7 @@ from hybrid.models.tensors import (
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
-Activation = Literal["silu", "swiglu_clamped"]
+Activation = Literal["silu", "swiglu_clamped", "gelu_tanh"]
 ROUTED, DENSE, SHARED = "routing", "dense", "shared"  # tables that say which rows an expert gets
 IDS, WEIGHTS = "expert_ids", "expert_weights"  # what a router chose, for each (row, rank)
 ACTIVATION = "activation"  # what experts make of their rows between their two products
@@ -113,9 +118,11 @@ class FeedForward:
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
-        yield names.norm, (hidden,)
+        yield from norm_shapes(place, names.norm)
         if not self.is_moe:
             yield from gated_shapes(names.dense.of_expert(0), hidden, self.intermediate, self.bias)
+            if names.post_norm:
+                yield from norm_shapes(place, names.post_norm)
             return
         router = names.router if form == "apart" else names.fused_router
         yield router, (self.experts, hidden)
@@ -142,7 +149,9 @@ class FeedForward:
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, hidden, count = in_layer(self.names, place.layer), place.hidden, max(1, self.experts)
         part, origin = "experts" if self.is_moe else "dense", self.origin(place)
-        yield shard.floats("ffn.norm", "norms", Stacked((names.norm,)), hidden)
+        yield from norm_tensors(place, shard, "ffn.norm", names.norm)
+        if names.post_norm:
+            yield from norm_tensors(place, shard, "ffn.post_norm", names.post_norm)
         if self.is_moe:
             router = (names.router, names.shared_gate) if self.shared_gate else (names.router,)
             yield shard.floats("ffn.router", "router", Stacked(router), self.scores, hidden)
@@ -191,13 +200,16 @@ class FeedForward:
     def ops(self, place: Place) -> Iterator[Op]:
         groups, part = self._groups(place.mix), "experts" if self.is_moe else "moe"
         formats = (experts.gate_up_format for experts in groups)
-        yield norm(place, "moe", f"layers.{place.layer}.ffn.norm", *formats, f32=self.is_moe)
+        prefix, post = f"layers.{place.layer}.ffn", bool(self.names.post_norm)
+        yield norm(place, "moe", f"{prefix}.norm", *formats, f32=self.is_moe, clears=post)
         if self.router:
             yield from self._route(place, self.router)
         yield self._gate_up(place, part, groups)
         for experts in groups:
             yield from quantise(part, experts.activation, experts.intermediate, experts.down_format, experts.rows)
         yield self._down(place, part, groups)
+        if post:
+            yield add_normed(place, "moe", f"{prefix}.post_norm")
 
     def _route(self, place: Place, router: Router) -> Iterator[Op]:
         weight = f"layers.{place.layer}.ffn.router"
@@ -225,6 +237,8 @@ class FeedForward:
             "groups": router.groups if router.groups > 1 else 0,
             "top_groups": router.top_groups,
         }
+        if router.kind == "sparsemixer":
+            choose["jitter"] = router.jitter
         yield Op("topk", "moe", choose, (0, "rows"))
         yield _group("moe", ROUTED, self.experts, router.top_k)
 
@@ -239,7 +253,8 @@ class FeedForward:
 
     def _down(self, place: Place, part: str, groups: list[_Experts]) -> Op:
         sets = [_expert_set(place, experts, "down") for experts in groups]
-        arguments = sets[0] | {"output": Buffer(RESIDUAL), "output_stride": row_stride(place.hidden)}
+        output = Buffer(MADE if self.names.post_norm else RESIDUAL)
+        arguments = sets[0] | {"output": output, "output_stride": row_stride(place.hidden)}
         if len(groups) > 1:
             arguments["shared"] = ExpertSet(sets[1])
         return Op("down", part, arguments, (sets[0]["blocks"], "column blocks"))
@@ -252,6 +267,8 @@ class FeedForward:
             sizes |= rows_buffers(experts.activation, experts.intermediate, experts.down_format, taken)
         for name in self._whole_tables(place.mix):
             sizes |= _table_buffers(name, rows, 1)
+        if self.names.post_norm:
+            sizes |= made_buffers(place, rows)
         if self.router:
             chosen = rows * self.router.top_k
             sizes[NORMED_F32] = rows * row_stride(place.hidden) * FP32
@@ -275,13 +292,17 @@ class FeedForward:
 
     # A step on a device: it computes all but the routed experts.
 
-    def device_needs(self, place: Place) -> DeviceNeeds:
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        """No device norms the result yet, nor knows gelu."""
+        if self.names.post_norm or self.activation == "gelu_tanh":
+            return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
+        norms = hidden * (1 + (place.norm == "layer"))
         rows = hidden + (self.router.bias + self.router.correction if self.router else 0)
         others = self.scores * rows if self.is_moe else (2 * intermediate + hidden) * self.bias
         return DeviceNeeds(
-            weights=3 * intermediate * hidden * BF16 + (hidden + others) * FP32,
+            weights=3 * intermediate * hidden * BF16 + (norms + others) * FP32,
             token=0,
             row_floats=4 * intermediate + 2 * self.experts,
             scores=0,

@@ -21,10 +21,15 @@ from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, S
 from hybrid.models.layers.products import (
     BF16,
     FP32,
+    MADE,
     NORMED,
     RESIDUAL,
+    add_normed,
     gemm,
+    made_buffers,
     norm,
+    norm_shapes,
+    norm_tensors,
     product_cost,
     quantise,
     rows_buffers,
@@ -50,7 +55,9 @@ STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads
 
 @dataclass(frozen=True)
 class GroupedQueryNames:
-    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`."""
+    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`. post_norm: of
+    what attention adds to the residual stream; empty where that is not normed.
+    """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
     q: str = "model.layers.{layer}.self_attn.q_proj.weight"
@@ -60,6 +67,7 @@ class GroupedQueryNames:
     q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
     k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
     sinks: str = "model.layers.{layer}.self_attn.sinks"
+    post_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class GroupedQueryAttention:
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
-        yield names.norm, (hidden,)
+        yield from norm_shapes(place, names.norm)
         for name, rows in ((names.q, self.width), (names.k, self.kv_width), (names.v, self.kv_width)):
             yield name, (rows, hidden)
             if self.qkv_bias:
@@ -139,22 +147,26 @@ class GroupedQueryAttention:
                 yield name, (size,)
         if self.sinks:
             yield names.sinks, (self.heads,)
+        if names.post_norm:
+            yield from norm_shapes(place, names.post_norm)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format, width = in_layer(self.names, place.layer), place.mix.attention, self.qkv_width
         qkv = (names.q, names.k, names.v)
-        yield shard.floats("attention.norm", "norms", Stacked((names.norm,)), place.hidden)
+        yield from norm_tensors(place, shard, "attention.norm", names.norm)
         yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
         if self.qkv_bias:
             yield shard.bias("attention.qkv_bias", PART, qkv, width)
         for name, source, size in zip("qk", (names.q_norm, names.k_norm), self.norm_widths, strict=True):
             if size:
-                yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,)), size)
+                yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,), plus=place.norm_plus), size)
         if self.sinks:
             yield shard.floats("attention.sinks", PART, Stacked((names.sinks,)), self.heads)
         yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, place.hidden, self.width)
         if self.out_bias:
             yield shard.bias("attention.out_bias", PART, (names.out,), place.hidden)
+        if names.post_norm:
+            yield from norm_tensors(place, shard, "attention.post_norm", names.post_norm)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
         return (mix.attention,)
@@ -176,10 +188,13 @@ class GroupedQueryAttention:
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
         yield from quantise(PART, "attended", self.width, format)
+        normed = bool(self.names.post_norm)
         yield gemm(
-            PART, format, "attended", f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
-            bias=self.out_bias, accumulate=True, scale=self.out_scale,
+            PART, format, "attended", f"{prefix}.out", MADE if normed else RESIDUAL, hidden, self.width,
+            row_stride(hidden), bias=self.out_bias, accumulate=not normed, scale=self.out_scale,
         )  # fmt: skip
+        if normed:
+            yield add_normed(place, PART, f"{prefix}.post_norm")
 
     def _split_heads(self, place: Place, prefix: str) -> Op:
         """Queries, keys and values of every row: normed, turned, and written where attention looks for them."""
@@ -225,6 +240,8 @@ class GroupedQueryAttention:
             **rows_buffers(NORMED, place.hidden, place.mix.attention, rows),
             **rows_buffers("attended", self.width, place.mix.attention, rows),
         }
+        if self.names.post_norm:
+            sizes |= made_buffers(place, rows)
         return sizes | rope_buffers(place, self.rope, rows) if self.rope else sizes
 
     # Keys and values.
@@ -265,9 +282,12 @@ class GroupedQueryAttention:
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds:
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        """No device norms the result yet."""
+        if self.names.post_norm:
+            return None
         hidden, width = place.hidden, self.qkv_width
-        norms = sum(self.norm_widths)
+        norms = sum(self.norm_widths) + hidden * (place.norm == "layer")
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
         return DeviceNeeds(
             weights=(width + self.width) * hidden * BF16 + (hidden + norms + biases) * FP32,

@@ -30,6 +30,8 @@ from hybrid.models.layers.products import (
     RESIDUAL,
     gemm,
     norm,
+    norm_shapes,
+    norm_tensors,
     operations,
     product_cost,
     product_rows,
@@ -125,7 +127,7 @@ class LatentAttention:
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
-        yield names.norm, (hidden,)
+        yield from norm_shapes(place, names.norm)
         low = tuple(zip(self._low_names(names), self.low_parts, strict=True))
         for name, shape in (*((name, (rows, hidden)) for name, rows in low), (names.out, (hidden, self.width))):
             yield name, shape
@@ -143,7 +145,7 @@ class LatentAttention:
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
         low = self._low_names(names)
-        yield shard.floats("attention.norm", "norms", Stacked((names.norm,)), hidden)
+        yield from norm_tensors(place, shard, "attention.norm", names.norm)
         yield shard.matrix("attention.low", PART, Stacked(low), format, self.low_width, hidden)
         if self.bias:
             yield shard.bias("attention.low_bias", PART, low, self.low_width)

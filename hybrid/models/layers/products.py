@@ -9,9 +9,11 @@ from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import expert_bytes, matrix_formats, packed_bytes
 from hybrid.formats.rows import row_bytes, row_stride
 from hybrid.models.layers.base import Cost, Place
+from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name
 from hybrid.ops import Buffer, Choice, Op, Weight
 
 RESIDUAL, NORMED, NORMED_F32 = "residual", "normed", "normed_f32"
+MADE = "made"  # by a half whose result is normed before it is added to the residual stream
 BF16, FP32 = 2, 4  # bytes
 
 
@@ -33,8 +35,10 @@ def rows_buffers(name: str, width: int, format: str, rows: int) -> dict[str, int
     return {rows_name(name, width, kind): rows * row_bytes(width, kind) for kind in kinds}
 
 
-def norm(place: Place, part: str, weight: str, *formats: str, f32: bool = False, last: bool = False) -> Op:
-    """Writes rows for the products with weights of `formats` that follow."""
+def norm(
+    place: Place, part: str, weight: str, *formats: str, f32: bool = False, last: bool = False, clears: bool = False
+) -> Op:
+    """Writes rows for the products with weights of `formats` that follow. clears: whether MADE becomes zero beside."""
     inputs = {FORMATS[format].integer: product_rows(NORMED, place.hidden, format) for format in formats}
     output, _ = inputs.get(False, (None, 0))
     output8, stride = inputs.get(True, (None, 0))
@@ -51,7 +55,36 @@ def norm(place: Place, part: str, weight: str, *formats: str, f32: bool = False,
         "eps": place.eps,
         "logit_rows": last,
     }
+    if clears:
+        arguments["cleared"] = Buffer(MADE)
+    if place.norm == "layer":
+        arguments |= {"centred": True, "bias": Weight(f"{weight}_bias")}
     return Op("norm", part, arguments, (0, "rows"))
+
+
+def add_normed(place: Place, part: str, weight: str) -> Op:
+    """What a half made, normed, is added to the residual stream."""
+    plain = norm(place, part, weight).arguments
+    arguments = {**plain, "input": Buffer(MADE), "output_f32": Buffer(RESIDUAL), "accumulate": True}
+    return Op("norm", part, arguments, (0, "rows"))
+
+
+def made_buffers(place: Place, rows: int) -> dict[str, int]:
+    return {MADE: rows * row_stride(place.hidden) * FP32}
+
+
+def norm_shapes(place: Place, name: str) -> Shapes:
+    """The tensors in a checkpoint of a norm of the residual stream, whose weight has this name."""
+    yield name, (place.hidden,)
+    if place.norm == "layer":
+        yield bias_name(name), (place.hidden,)
+
+
+def norm_tensors(place: Place, shard: Shard, name: str, source: str) -> Iterator[StoreTensor]:
+    """The stored tensors of such a norm, as `norm` and `add_normed` read them."""
+    yield shard.floats(name, "norms", Stacked((source,), plus=place.norm_plus), place.hidden)
+    if place.norm == "layer":
+        yield shard.floats(f"{name}_bias", "norms", Stacked((source,), biases=True), place.hidden)
 
 
 def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -> Iterator[Op]:

@@ -12,6 +12,8 @@ from hybrid.models.layers.products import FP32
 from hybrid.models.rope import RopeSpec, inverse_frequencies
 from hybrid.ops import Buffer, Op
 
+LENGTHS = "lengths"  # int32 [rows], of the sequence of each row: the engine writes it where a rope depends on it
+
 
 def rope_name(place: Place, rope: RopeSpec) -> str:
     """The buffer of its table."""
@@ -27,13 +29,27 @@ def rope_ops(place: Place, rope: RopeSpec) -> Iterator[Op]:
         "dim": rope.dim,
         "factor": inverse_frequencies(rope)[1],
     }
+    if rope.long_above:
+        arguments |= {
+            "long_frequencies": Buffer(f"{table}.long_frequencies"),
+            "lengths": Buffer(LENGTHS),
+            "long_above": rope.long_above,
+            "long_factor": inverse_frequencies(rope, long=True)[1],
+        }
     yield Op("rope_table", "other", arguments, (0, "rows"))
 
 
 def rope_constants(place: Place, rope: RopeSpec) -> dict[str, npt.NDArray[np.float32]]:
-    return {f"{rope_name(place, rope)}.frequencies": inverse_frequencies(rope)[0]}
+    table = rope_name(place, rope)
+    found = {f"{table}.frequencies": inverse_frequencies(rope)[0]}
+    if rope.long_above:
+        found[f"{table}.long_frequencies"] = inverse_frequencies(rope, long=True)[0]
+    return found
 
 
 def rope_buffers(place: Place, rope: RopeSpec, rows: int) -> dict[str, int]:
     table = rope_name(place, rope)
-    return {table: rows * rope.dim * FP32, f"{table}.frequencies": rope.dim // 2 * FP32}
+    sizes = {table: rows * rope.dim * FP32, f"{table}.frequencies": rope.dim // 2 * FP32}
+    if rope.long_above:
+        sizes |= {f"{table}.long_frequencies": rope.dim // 2 * FP32, LENGTHS: rows * 4}
+    return sizes

@@ -7,14 +7,15 @@ from typing import Literal
 
 from hybrid.models.tensors import GatedNames, gated_names
 
-RouterKind = Literal["softmax", "topk_softmax", "sigmoid"]
+RouterKind = Literal["softmax", "topk_softmax", "sigmoid", "sparsemixer"]
 _PREFIX = "model.layers.{layer}.mlp"
 
 
 @dataclass(frozen=True)
 class Router:
     """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone.
-    sigmoid: of each score, then top_k of them.
+    sigmoid: of each score, then top_k of them. sparsemixer: one after the other the largest score, which
+    weighs its share in a softmax over those left that are closer to it than 2 * `jitter`, relative to their size.
 
     correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
     many in each; only those of the best `top_groups` groups are chosen among: those of the largest probabilities, or of
@@ -29,12 +30,14 @@ class Router:
     correction: bool = False
     groups: int = 1
     top_groups: int = 1
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)
 class FeedForwardNames:
     """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
-    whether corrections are a matrix of one row.
+    whether corrections are a matrix of one row. post_norm: of what a dense one adds to the residual stream; empty where
+    that is not normed.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -53,3 +56,4 @@ class FeedForwardNames:
     correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
     fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
     correction_row: bool = False
+    post_norm: str = ""

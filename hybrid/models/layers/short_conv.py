@@ -21,6 +21,8 @@ from hybrid.models.layers.products import (
     RESIDUAL,
     gemm,
     norm,
+    norm_shapes,
+    norm_tensors,
     product_cost,
     quantise,
     rows_buffers,
@@ -64,7 +66,7 @@ class ShortConv:
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
-        yield names.norm, (hidden,)
+        yield from norm_shapes(place, names.norm)
         for name, shape in (
             (names.into, (3 * self.width, hidden)),
             (names.taps, (self.width, 1, self.taps)),
@@ -76,7 +78,7 @@ class ShortConv:
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
-        yield shard.floats("conv.norm", "norms", Stacked((names.norm,)), hidden)
+        yield from norm_tensors(place, shard, "conv.norm", names.norm)
         yield shard.matrix("conv.in", PART, Stacked((names.into,)), format, 3 * self.width, hidden)
         yield shard.floats("conv.taps", PART, Stacked((names.taps,)), self.width, self.taps)
         yield shard.matrix("conv.out", PART, Stacked((names.out,)), format, hidden, self.width)
