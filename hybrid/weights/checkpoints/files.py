@@ -41,6 +41,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path / CONFIG)
 
 
+def quantisation_of(config: Mapping[str, Any]) -> Any:
+    """quantization_config, which models of more than text may have beside their text_config or in it; or None."""
+    found, text = config.get("quantization_config"), config.get("text_config")
+    return text.get("quantization_config") if found is None and isinstance(text, Mapping) else found
+
+
 def has_weights(path: Path) -> bool:
     """Whether there are tensors here, or only a config.json."""
     return is_gguf(path) or is_file(path / SINGLE) or is_file(path / INDEX)

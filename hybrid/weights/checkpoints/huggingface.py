@@ -17,7 +17,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name
-from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, read_config
+from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, quantisation_of, read_config
 from hybrid.weights.checkpoints.matrices import (
     FLOATS,
     FP8_DTYPE,
@@ -28,6 +28,8 @@ from hybrid.weights.checkpoints.matrices import (
     TransposedSource,
 )
 from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.checkpoints.schemes import with_matrices
+from hybrid.weights.checkpoints.schemes.codes import CodesEntry, CodesSource
 from hybrid.weights.shard import Entry, same_bytes
 
 _FORMS: tuple[ExpertForm, ...] = ("mxfp4", "fused", "apart")  # in the order in which one layer decides for all
@@ -48,7 +50,8 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Read config.json and the headers. Raises `ConfigError` and `WeightsError`; see also `check`."""
         path = Path(path)
-        config, entries = read_config(path), find_tensors(path)
+        config = read_config(path)
+        entries = with_matrices(config, find_tensors(path))
         config = _corrected(config, entries)
         spec = model_spec(config)
         form = _expert_form(spec, entries)
@@ -77,6 +80,8 @@ class Checkpoint:
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
         entry = self._entry(name)
+        if isinstance(entry, CodesEntry):
+            return CodesSource(name, entry, start, count, step)
         if entry.dtype == FP8_DTYPE and len(entry.shape) > 1:
             return Fp8Source(name, entry, start, count, step, scales=self._entry(f"{name}_scale_inv"))
         _require_dtype(name, entry, tuple(FLOATS))
@@ -122,6 +127,9 @@ class Checkpoint:
         blocked = "mxfp4" in forms.values()
         for name, shape in self.spec.checkpoint_shapes(forms):
             entry = self._entry(name)
+            if isinstance(entry, CodesEntry):
+                _require_shape(name, entry, shape)
+                continue
             quantised = entry.dtype == FP8_DTYPE and len(shape) > 1
             blocks = blocked and name.endswith(("_blocks", "_scales"))
             _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*FLOATS, *[FP8_DTYPE] * quantised))
@@ -153,10 +161,10 @@ def describe_huggingface(path: Path) -> tuple[dict[str, Any], FormatMix]:
     weights are, or none that may be read. Headers are read only if something depends on them.
     """
     config = read_config(path)
-    depends = config.get("quantization_config") is not None or model_spec(config).tied
+    depends = quantisation_of(config) is not None or model_spec(config).tied
     if not depends or not may_read_weights(path):
         return config, native_mix(config)
-    entries = find_tensors(path)
+    entries = with_matrices(config, find_tensors(path))
     config = _corrected(config, entries)
     return config, native_mix(config, entries)
 

@@ -8,11 +8,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from hybrid.errors import ConfigError
+from hybrid.formats.block import BLOCK
 from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import Origin, PerHead, Stacked, StoreTensor
+from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
+from hybrid.weights.checkpoints.schemes import WORDS, read_scheme
+from hybrid.weights.checkpoints.schemes.codes import CodesEntry
 from hybrid.weights.shard import Entry
 
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
@@ -27,19 +31,22 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
     config.json is believed. A part that is only quantised here and there counts as bf16, which loses nothing that
     matters. Raises `ConfigError` for a quantisation that cannot be read.
     """
-    quantisation = config.get("quantization_config")
+    quantisation = quantisation_of(config)
     if quantisation is None:
         return MIXES["bf16"]
     fields: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else {}
     kept = _kept_names(fields)
-    if fields.get("quant_method") == "mxfp4":
+    if scheme := read_scheme(config):
+        mix = FormatMix.uniform(scheme.format).with_parts({"head": "bf16"})
+    elif fields.get("quant_method") == "mxfp4":
         mix = MIXES["mxfp4"]
     elif fields.get("quant_method") == "fp8" and fields.get("weight_block_size") == SQUARE_SIZE:
         mix = MIXES["fp8"]
     else:
+        known = ("mxfp4", f"fp8 with weight_block_size {SQUARE_SIZE}", *WORDS)
         raise ConfigError(
-            f"config.json: quantization_config is {reprlib.repr(quantisation)}; it must be absent, mxfp4, or fp8 with "
-            f"weight_block_size {SQUARE_SIZE}: take the unquantised checkpoint, or one in these formats"
+            f"config.json: quantization_config is {reprlib.repr(quantisation)}; it must be absent, "
+            f"{', '.join(known[:-1])} or {known[-1]}: take the unquantised checkpoint, or one of these kinds"
         )
     spec = model_spec(config)
     if entries is None:
@@ -61,6 +68,8 @@ def _formats(tensor: StoreTensor, entries: Mapping[str, Entry]) -> Iterator[str]
     for name in _sources(tensor.origin, tensor.shape[0] if tensor.part == "experts" else 1, entries):
         if f"{name}_blocks" in entries:
             yield "mxfp4"
+        elif isinstance(found := entries.get(name), CodesEntry):
+            yield found.dtype if found.shape[0] % BLOCK == 0 else "bf16"  # else blocks of rows may have two tensors
         elif name in entries:
             yield "fp8" if entries[name].dtype == FP8_DTYPE else "bf16"
 

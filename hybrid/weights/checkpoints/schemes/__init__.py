@@ -1,0 +1,40 @@
+"""Published quantisations that store a matrix as several tensors: a file each, by the word of `quant_method`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid.weights.checkpoints.files import quantisation_of
+from hybrid.weights.checkpoints.schemes import awq, compressed_tensors, gptq
+from hybrid.weights.checkpoints.schemes.codes import CodesEntry, Scheme
+from hybrid.weights.shard import Entry
+
+_METHODS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+WORDS = tuple(method.WORDS for method in _METHODS.values())
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme of a config.json, None if its `quant_method` is another. Raises `ConfigError` for what is not read."""
+    quantisation = quantisation_of(config)
+    if not isinstance(quantisation, Mapping):
+        return None
+    method = _METHODS.get(str(quantisation.get("quant_method")))
+    return method.read_scheme(quantisation) if method else None
+
+
+def with_matrices(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    """The tensors of a checkpoint and, under the names that they would have unquantised, the matrices that several of
+    them make. Raises `ConfigError` and `WeightsError`.
+    """
+    scheme = read_scheme(config)
+    if scheme is None:
+        return entries
+    found = dict(entries)
+    for name in entries:
+        if name.endswith(f".{scheme.codes}"):
+            module = name.removesuffix(f".{scheme.codes}")
+            names = {part: f"{module}.{part}" for part in (*scheme.parts, *scheme.others)}
+            parts = {part: entries[name] for part, name in names.items() if name in entries}
+            found[f"{module}.weight"] = CodesEntry.of(module, parts, scheme)
+    return found

@@ -1,0 +1,218 @@
+"""Matrices published as 4-bit codes in several tensors are packed to exactly what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, packed, random_tensors, write_tensors
+
+from hybrid.errors import ConfigError, WeightsError
+from hybrid.formats import FORMATS
+from hybrid.formats.packed import down_offset
+from hybrid.models import model_spec
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.store import Store
+
+Tensors = dict[str, np.ndarray]
+SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192, "head_dim": 32}
+CONFIG = {**CONFIGS["qwen3_moe"], **SIZES, "num_attention_heads": 4}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}}}
+
+
+def compressed(group: int = 32, **changes: Any) -> dict[str, Any]:
+    weights = {**GROUPS["group_0"]["weights"], "group_size": group, **changes}
+    if group == -1:
+        weights |= {"strategy": "channel", "group_size": None}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def gptq(group: int = 32, **changes: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False, **changes}
+
+
+def awq(group: int = 32, **changes: Any) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm", **changes}
+
+
+def in_words(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """int32 [rows, columns / 8], by explicit loops: the i-th four bits of a word are those of neighbour order[i]."""
+    rows, columns = codes.shape
+    words = np.zeros((rows, -(-columns // 8)), np.uint32)
+    for row in range(rows):
+        for column in range(columns):
+            words[row, column // 8] |= np.uint32(int(codes[row, column]) << 4 * order.index(column % 8))
+    return words.view(np.int32)
+
+
+def quantised(tensors: Tensors, config: dict[str, Any], scales: Any = None) -> tuple[Tensors, Tensors]:
+    """The tensors of a checkpoint with projections as the config says, and what these stand for, in float32."""
+    random, found, values = np.random.default_rng(3), dict(tensors), {}
+    method = config["quant_method"]
+    weights = config["config_groups"]["group_0"]["weights"] if method == "compressed-tensors" else config
+    scales = scales or (ml_dtypes.bfloat16 if method == "compressed-tensors" else np.float16)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, inputs = found.pop(name).shape
+        group = weights["group_size"] if (weights["group_size"] or -1) > 0 else inputs
+        groups = -(-inputs // group)
+        codes = random.integers(0, 16, (rows, inputs))
+        steps = random.uniform(1e-3, 1e-2, (rows, groups)).astype(scales)
+        zeros = np.full((rows, groups), 8)
+        if not (method == "compressed-tensors" or config.get("sym")):
+            zeros = random.integers(0, 16, (rows, groups))
+        values[name] = (codes - zeros.repeat(group, 1)[:, :inputs]) * steps.astype("f4").repeat(group, 1)[:, :inputs]
+        module = name.removesuffix(".weight")
+        if method == "compressed-tensors":
+            parts = {"weight_packed": in_words(codes), "weight_scale": steps, "weight_shape": np.array([rows, inputs])}
+        elif method == "gptq":
+            stored = (zeros - (config.get("checkpoint_format", "gptq") == "gptq")) & 15
+            parts = {"qweight": in_words(codes).T, "qzeros": in_words(stored.T), "scales": steps.T}
+            parts["g_idx"] = (np.arange(inputs) // group).astype(np.int32)
+        else:
+            parts = {"qweight": in_words(codes.T, AWQ_ORDER), "qzeros": in_words(zeros.T, AWQ_ORDER), "scales": steps.T}
+        found |= {f"{module}.{part}": np.ascontiguousarray(array) for part, array in parts.items()}
+    return found, {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def matrix(store: Store, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), *shape)
+
+
+def expert(store: Store, layer: int, index: int) -> list[np.ndarray]:
+    tensor = store.tensors[f"layers.{layer}.ffn.experts"]
+    kind, hidden, size = (
+        FORMATS[tensor.format or ""],
+        store.spec.hidden,
+        store.spec.layers[layer].feed_forward.intermediate,
+    )
+    blob = store.array(tensor.name)[index]
+    start = down_offset(kind.name, hidden, size)
+    blocks = blob[:start].reshape(-1, 2, kind.block_bytes(tensor.runs[0].inputs))
+    return [*(kind.unpack(blocks[:, part], size, hidden) for part in (0, 1)), kind.unpack(blob[start:], hidden, size)]
+
+
+CASES = {
+    "compressed": (compressed(), None, "int4"),
+    "compressed, groups of 64, fp16": (compressed(64), np.float16, "q4_0"),
+    "compressed, a scale a row": (compressed(-1), None, "int4"),
+    "gptq": (gptq(), None, "q4_0"),
+    "gptq, bf16, second version": (gptq(64, checkpoint_format="gptq_v2"), ml_dtypes.bfloat16, "int4"),
+    "gptq, zeros": (gptq(64, sym=False), None, "q5_0"),
+    "gptq, a scale a column": (gptq(-1), None, "q4_0"),
+    "awq": (awq(), None, "q5_0"),
+    "awq, groups of 64": (awq(64), None, "q5_0"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_are_taken_as_they_are(tmp_path: Path, case: str) -> None:
+    config, scales, format = CASES[case]
+    tensors, values = quantised(random_tensors(CONFIG), config, scales)
+    source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors, shards=2)
+    with packed(source) as store:
+        assert {store.mix.experts, store.mix.attention, store.mix.dense} == {format}
+        assert store.mix.head == "bf16"
+        out = "model.layers.0.self_attn.o_proj.weight"
+        assert (matrix(store, "layers.0.attention.out", values[out].shape) == values[out]).all()
+        qkv = np.concatenate([values[f"model.layers.2.self_attn.{part}_proj.weight"] for part in "qkv"])
+        assert (matrix(store, "layers.2.attention.qkv", qkv.shape) == qkv).all()
+        names = [f"model.layers.2.mlp.experts.7.{part}_proj.weight" for part in ("gate", "up", "down")]
+        assert all((a == values[name]).all() for a, name in zip(expert(store, 2, 7), names, strict=True))
+
+
+@pytest.mark.parametrize("case", ["compressed", "gptq, zeros", "awq"])
+def test_other_formats_are_made_of_what_codes_stand_for(tmp_path: Path, case: str) -> None:
+    config, scales, _ = CASES[case]
+    tensors, values = quantised(random_tensors(CONFIG), config, scales)
+    source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)
+    out, kind = values["model.layers.0.self_attn.o_proj.weight"], FORMATS["q8_0"]
+    with packed(source, "q8_0") as store:
+        expected = kind.unpack(kind.pack(out), *out.shape)
+        assert (matrix(store, "layers.0.attention.out", out.shape) == expected).all()
+
+
+def test_what_is_left_unquantised_stays_so(tmp_path: Path) -> None:
+    plain = random_tensors(CONFIG)
+    tensors, _ = quantised({name: plain[name] for name in plain if "self_attn" not in name}, compressed())
+    tensors |= {name: plain[name] for name in plain if "self_attn" in name}
+    with packed(write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": compressed()}, tensors)) as store:
+        assert (store.mix.attention, store.mix.experts) == ("bf16", "int4")
+
+
+def test_a_text_model_within_another_may_have_its_own_quantisation(tmp_path: Path) -> None:
+    config = {**CONFIG, "text_config": {"quantization_config": compressed()}}
+    tensors, _ = quantised(random_tensors(CONFIG), compressed())
+    assert Checkpoint.open(write_tensors(tmp_path, config, tensors)).native.experts == "int4"
+
+
+def test_a_config_alone_says_what_is_quantised() -> None:
+    ignore = ["lm_head", "model.layers.0.self_attn.o_proj"]
+    mix = native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ignore}})
+    assert (mix.experts, mix.attention, mix.head) == ("int4", "bf16", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (compressed(num_bits=8), "weights.num_bits is 8"),
+        (compressed(symmetric=False), "weights.symmetric is False"),
+        (compressed(type="float"), "weights.type is 'float'"),
+        (compressed(group=48), "group_size is 48; it must be a multiple of 32"),
+        ({**compressed(), "format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized'"),
+        ({"quant_method": "compressed-tensors"}, "config_groups"),
+        (gptq(bits=3), "quantization_config.bits is 3"),
+        (gptq(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
+        (awq(version="gemv"), "version is 'gemv'"),
+        (awq(zero_point=False), "zero_point is False"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    source = write_tensors(tmp_path, {**CONFIG, "quantization_config": config}, random_tensors(CONFIG))
+    with pytest.raises(ConfigError, match=message) as error:
+        Checkpoint.open(source)
+    assert "\n" not in str(error.value)
+
+
+MODULE = "model.layers.0.mlp.experts.1.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "part", "change", "message"),
+    [
+        (gptq(), "scales", None, f"{MODULE}.scales is missing"),
+        (gptq(), "scales", lambda a: a[:, :8], r"up_proj.scales has shape \[4, 8\]; codes and config.json ask for"),
+        (gptq(), "scales", lambda a: a.astype("f4"), "scales is F32 of 2 dimensions; it must be BF16 or F16"),
+        (gptq(), "qweight", lambda a: a.astype("i8"), "qweight is I64 of 2 dimensions"),
+        (gptq(), "qzeros", lambda a: a + 1, "has zeros other than 8"),
+        (gptq(), "g_idx", lambda a: a[::-1].copy(), "ordered by activations"),
+        (compressed(), "weight_shape", lambda a: a[::-1].copy(), r"has the weight_shape \[128, 64\]"),
+        (awq(), "scales", lambda a: np.full_like(a, np.nan), "NaN"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    tmp_path: Path, config: dict[str, Any], part: str, change: Any, message: str
+) -> None:
+    tensors, _ = quantised(random_tensors(CONFIG), config)
+    name = f"{MODULE}.{part}"
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name])
+    source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)
+    with pytest.raises(WeightsError, match=message) as error:
+        packed(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_matrix_of_another_size_is_refused(tmp_path: Path) -> None:
+    tensors, _ = quantised(random_tensors(CONFIG), gptq())
+    other = {**CONFIG, "moe_intermediate_size": 32, "quantization_config": gptq()}
+    with pytest.raises(WeightsError, match=r"has shape \[64, 128\], config.json asks for \[32, 128\]"):
+        Checkpoint.open(write_tensors(tmp_path, other, tensors)).check()
+    assert model_spec(other).hidden == 128
