@@ -31,9 +31,9 @@ from kernel_cases import Shape
 from hybrid.commands.bench import to_json
 from hybrid.commands.console import exit_codes, progress_bar, run_app
 from hybrid.errors import ConfigError
-from hybrid.formats import FORMATS
 from hybrid.machine import gpu as usable
 from hybrid.models.layers.base import Cost
+from hybrid.plan.expert_cache import SLOT_FORMATS
 
 if TYPE_CHECKING:
     from device_cases import Layer, Limits, Place, Sample
@@ -48,6 +48,7 @@ SHAPES = {
 }
 DEVICES = ("cuda", "cpu")
 SHAPES_MEASURED = "mixtral,qwen3-30b,phi"
+ALL_FORMATS = ",".join(SLOT_FORMATS)
 ROWS = "1,2,4,8,32,128,512"
 DECODE_GOAL, PROMPT_GOAL, COPY_GOAL = 0.75, 0.6, 0.9  # shares of the limit
 DECODE_ROWS, PROMPT_ROWS = 8, 512  # at most, at least
@@ -83,7 +84,7 @@ class Settings:
 @app.command()
 def device(
     shapes: Shapes = SHAPES_MEASURED,
-    formats: on_cpu.Formats = on_cpu.ALL_FORMATS,
+    formats: on_cpu.Formats = ALL_FORMATS,
     routing: on_cpu.Routings = "even",
     rows: on_cpu.Rows = ROWS,
     repetitions: on_cpu.Repetitions = 5,
@@ -96,7 +97,7 @@ def device(
         chosen = on_cpu.chosen
         (form,), (place,) = chosen("--output", output, OUTPUTS), chosen("--device", device, DEVICES)
         settings = Settings(
-            place, chosen("--shapes", shapes, SHAPES), chosen("--formats", formats, FORMATS),
+            place, chosen("--shapes", shapes, SHAPES), chosen("--formats", formats, SLOT_FORMATS),
             chosen("--routing", routing, on_cpu.ROUTINGS), on_cpu.parse_rows(rows), repetitions, tune,
         )  # fmt: skip
         if repetitions < 1:

@@ -25,6 +25,14 @@ def cached(name: str = "qwen3_moe", memory: int = 32 << 30, device: DeviceConfig
     return plan_of(SPECS[name], memory, device="simulated", cache=CacheConfig(**choices), **more)
 
 
+def test_a_gpu_is_refused_experts_of_which_it_has_no_kernels() -> None:
+    with pytest.raises(ConfigError, match="a GPU cannot compute experts in q4_k, but in bf16, int8, int4, fp8, mxfp4"):
+        plan_of(
+            SPECS["qwen3_moe"], 32 << 30, device="cuda", cache=CacheConfig(), weight_format="q4_k", step_on="threads"
+        )
+    assert cached(weight_format="bf16,experts=q4_k").cache, "the simulated device computes them on the CPU"
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("prefetch", ["none", "next-gate"])

@@ -30,6 +30,7 @@ from hybrid.errors import CapacityError, DeviceFailed  # noqa: E402
 from hybrid.formats import FORMATS  # noqa: E402
 from hybrid.machine import gpu as usable  # noqa: E402
 from hybrid.models.layers.base import Cost  # noqa: E402
+from hybrid.plan.expert_cache import SLOT_FORMATS  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -89,8 +90,8 @@ def test_every_case_is_measured_beside_the_limits() -> None:
     assert set(found) == {"machine", "results", "tuning"} and found["tuning"] == []
     names = [(r["op"], r["format"], r["rows"]) for r in found["results"]]
     assert names == [
-        *[("experts", format, rows) for format in FORMATS for rows in (1, 17)],
-        *[(op, format, 0) for format in FORMATS for op in ("staged copy", "pinned copy")],
+        *[("experts", format, rows) for format in SLOT_FORMATS for rows in (1, 17)],
+        *[(op, format, 0) for format in SLOT_FORMATS for op in ("staged copy", "pinned copy")],
     ]
     assert len({tuple(r) for r in found["results"]}) == 1, "rows of different columns"
     for r in found["results"]:
@@ -250,7 +251,7 @@ def test_every_row_hits_and_slots_take_turns(place, rows, routing) -> None:
         assert set(ids.ravel()) == set(range(len(layer.memory)))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SLOT_FORMATS)
 def test_slots_hold_valid_experts(place, format) -> None:
     layer = cases.Layer(place, TINY, format)
     kernels = ExpertKernels(layer.layout, [layer.memory], 3, 2)

@@ -25,6 +25,7 @@ from hybrid.formats.block import round_up  # noqa: E402
 from hybrid.formats.packed import down_offset, expert_bytes  # noqa: E402
 from hybrid.gpu.parts import RouterWeights, choose_by_kernel, choose_by_torch, route  # noqa: E402
 from hybrid.models.layers.router import Router  # noqa: E402
+from hybrid.plan.expert_cache import SLOT_FORMATS  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOTS, TOP_K = 3, 2
@@ -41,6 +42,10 @@ def test_the_reference_reads_what_the_host_packs(format, n, k) -> None:
     assert FORMATS[format].header_bytes(inputs) == PACKED[format].header_bytes(inputs)
     values = FORMATS[format].unpack(torch.from_numpy(packed), inputs)[:n, :k]
     assert np.array_equal(values.numpy(), PACKED[format].unpack(packed, n, k))
+
+
+def test_plans_know_which_formats_have_kernels() -> None:
+    assert set(SLOT_FORMATS) == set(FORMATS)
 
 
 @pytest.mark.parametrize("format", FORMATS)
