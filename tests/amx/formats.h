@@ -228,10 +228,7 @@ constexpr Format kFormats[] = {
     {"int4", hybrid::Format::int4, [](int inputs) { return inputs; }, 4, fill_int4, fill_integer_row},
     {"fp8", hybrid::Format::fp8, fp8_header, 8, fill_fp8, fill_float_row},
     {"mxfp4", hybrid::Format::mxfp4, mxfp4_header, 4, fill_mxfp4, fill_float_row},
-    grouped<8, 128, Scales::halves>("q8_0", hybrid::Format::q8_0),
-    grouped<5, 16, Scales::halves>("q5_0", hybrid::Format::q5_0),
-    grouped<4, 0, Scales::minima>("q4_1", hybrid::Format::q4_1),
-    grouped<4, 0, Scales::superblocks>("q4_k", hybrid::Format::q4_k),
+    grouped<5, 0, Scales::minima>("q5_1", hybrid::Format::q5_1),
     grouped<6, 32, Scales::small_groups>("q6_k", hybrid::Format::q6_k),
 };
 

@@ -71,34 +71,56 @@ struct GroupBlocks {
   HYBRID_INLINE const char* part(int input) const { return first + header_bytes + input / kInputs * part_bytes; }
 };
 
-// Scales and minima of the groups of inputs [first, last), within 256, of block `block`.
-static HYBRID_KERNEL void open_scales(const GroupBlocks& w, int block, int first, int last, float* out) {
+// A group's scales and minima.
+struct OpenedScales {
+  F32 scale, minimum;
+};
+
+// Of group `g` of the 64 inputs at `head`. factors: those of the 256 that they belong to.
+template <GroupScales scales>
+static HYBRID_INLINE OpenedScales open_scale(const char* head, const char* factors, int g, F32 offset) {
+  if constexpr (scales == GroupScales::minima)
+    return {Isa::from_fp16(head + g * kLine), Isa::from_fp16(head + g * kLine + kBlock * 2)};
+  if constexpr (scales == GroupScales::superblocks) {
+    const F32 minimum = Isa::mul(Isa::from_fp16(factors + kBlock * 2), Isa::from_int8(head + g * kBlock * 2 + kBlock));
+    return {Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock * 2)), Isa::sub(Isa::zero(), minimum)};
+  }
+  F32 scale = Isa::from_fp16(scales == GroupScales::halves ? head + g * kBlock * 2 : factors);
+  if constexpr (scales == GroupScales::small_groups) scale = Isa::mul(scale, Isa::from_int8(head + g * kBlock));
+  return {scale, Isa::mul(scale, offset)};
+}
+
+template <GroupScales scales>
+static HYBRID_INLINE void open_all(const GroupBlocks& w, int block, int first, int last, float* out) {
+  constexpr int groups = scales == GroupScales::small_groups ? 4 : 2;
   const char* const factors = w.first + block * w.stride + first / kScaleInputs * kLine;
   const char* head = w.part(first) + block * w.stride;
   const F32 offset = Isa::set(-float(w.layout.offset));
   for (int input = first; input < last; input += kInputs, head += w.part_bytes) {
-    for (int g = 0; g < kInputs / w.layout.group(); ++g, out += kGroupFloats) {
-      F32 scale, minimum;
-      switch (w.layout.scales) {
-        case GroupScales::halves:
-          scale = Isa::from_fp16(head + g * kBlock * 2);
-          minimum = Isa::mul(scale, offset);
-          break;
-        case GroupScales::minima:
-          scale = Isa::from_fp16(head + g * kLine);
-          minimum = Isa::from_fp16(head + g * kLine + kBlock * 2);
-          break;
-        case GroupScales::superblocks:
-          scale = Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock * 2));
-          minimum = Isa::mul(Isa::from_fp16(factors + kBlock * 2), Isa::from_int8(head + g * kBlock * 2 + kBlock));
-          minimum = Isa::sub(Isa::zero(), minimum);
-          break;
-        default:
-          scale = Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock));
-          minimum = Isa::mul(scale, offset);
-      }
-      Isa::store(out, scale);
-      Isa::store(out + kBlock, minimum);
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g, out += kGroupFloats) {
+      const OpenedScales opened = open_scale<scales>(head, factors, g, offset);
+      Isa::store(out, opened.scale);
+      Isa::store(out + kBlock, opened.minimum);
+    }
+  }
+}
+
+// Scales and minima of the groups of inputs [first, last), within 256, of `blocks` blocks, `stride` floats a block.
+static HYBRID_KERNEL void open_scales(const GroupBlocks& w, int blocks, int first, int last, float* out, int stride) {
+  for (int block = 0; block < blocks; ++block, out += stride) {
+    switch (w.layout.scales) {
+      case GroupScales::halves:
+        open_all<GroupScales::halves>(w, block, first, last, out);
+        break;
+      case GroupScales::minima:
+        open_all<GroupScales::minima>(w, block, first, last, out);
+        break;
+      case GroupScales::superblocks:
+        open_all<GroupScales::superblocks>(w, block, first, last, out);
+        break;
+      case GroupScales::small_groups:
+        open_all<GroupScales::small_groups>(w, block, first, last, out);
     }
   }
 }

@@ -15,16 +15,11 @@ static HYBRID_INLINE void with_bits(int bits, Function function) {
   function(Int<8>{});
 }
 
-// Asks for a line of each of NB blocks, where the processor likes them.
-template <int NB>
-static HYBRID_INLINE void fetch_line(const char* at, int64_t stride, bool near) {
-  if (near) {
+// Asks for a line of each of NB blocks.
+template <int NB, int level>
+static HYBRID_INLINE void fetch_line(const char* at, int64_t stride) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, Near::level);
-  } else {
-#pragma GCC unroll 8
-    for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, Far::level);
-  }
+  for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, level);
 }
 
 // Adds a group's part, scaled, and its minimum times the sum of the row.
@@ -44,24 +39,22 @@ static HYBRID_INLINE void merge_group(F32 (&scaled)[MR][NB], const Isa::I32 (&pa
 }
 
 // Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
-template <int bits, int MR, int NB>
+template <int bits, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out) {
   constexpr int group = bits == 6 ? 16 : 32, steps = group / 4, block_floats = kPanelInputs / group * kGroupFloats;
-  constexpr int fetched = (bits + 1 + kInputs / group) * group / kInputs + 1;  // lines of a group, or one more
-  const bool near = fetch_near;
-  const int64_t ahead = near ? Near::ahead : Far::ahead;
+  constexpr int fetched = ((2 * bits + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
   const int head_bytes = w.layout.head_bytes();
   alignas(64) float scales[NB][block_floats];
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
-    for (int j = 0; j < NB; ++j) open_scales(w, j, first, last, scales[j]);
+    open_scales(w, NB, first, last, scales[0], block_floats);
     F32 scaled[MR][NB];
     load_sums(scaled, nullptr);
     for (int input = first; input < last; input += kInputs) {
       const char* const at = w.part(input);
-      const char* next = at + ahead < w.first + w.stride ? at + ahead : at + ahead + (NB - 1) * w.stride;
+      const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
       for (int g = 0; g < kInputs; g += group) {
         const GroupCodes<bits> codes(at + head_bytes, g);
         Isa::I32 part[MR][NB];
@@ -71,8 +64,8 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
           for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
 #pragma GCC unroll 8
         for (int step = 0; step < steps; ++step) {
-          if (step < fetched) fetch_line<NB>(next + step * kLine, w.stride, near);
-          if (step + steps < fetched) fetch_line<NB>(next + (step + steps) * kLine, w.stride, near);
+          if (step < fetched) fetch_line<NB, Ahead::level>(next + step * kLine, w.stride);
+          if (step + steps < fetched) fetch_line<NB, Ahead::level>(next + (step + steps) * kLine, w.stride);
           typename Isa::Bytes operand[NB];
 #pragma GCC unroll 8
           for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
@@ -106,8 +99,8 @@ constexpr int kScalesOffset = kPanelInputs / 4 * kLine;
 template <int bits>
 static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int first, int last, char* out) {
   constexpr int group = bits == 6 ? 16 : 32, steps = group / 4;
+  open_scales(w, blocks, first, last, reinterpret_cast<float*>(out + kScalesOffset), kPanelBytes / sizeof(float));
   for (int j = 0; j < blocks; ++j, out += kPanelBytes) {
-    open_scales(w, j, first, last, reinterpret_cast<float*>(out + kScalesOffset));
     char* line = out;
     for (int input = first; input < last; input += kInputs) {
       const char* const at = w.part(input) + j * w.stride;
@@ -143,14 +136,14 @@ static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBl
   }
 }
 
-template <int NB>
+template <class Ahead, int NB>
 static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
   const char* at[Isa::group_rows];
   for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(r, rows - 1));
   with_bits(w.layout.bits, [&](auto bits) {
-    if (rows == 1) return stream_groups<bits.value, 1, NB>(at, w, sums);
-    if (rows == 2) return stream_groups<bits.value, 2, NB>(at, w, sums);
-    stream_groups<bits.value, 4, NB>(at, w, sums);
+    if (rows == 1) return stream_groups<bits.value, Ahead, 1, NB>(at, w, sums);
+    if (rows == 2) return stream_groups<bits.value, Ahead, 2, NB>(at, w, sums);
+    stream_groups<bits.value, Ahead, 4, NB>(at, w, sums);
   });
 }
 
@@ -169,7 +162,7 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
       else
         group_panels<32, NB>(left, rows, w, sums, opened);
     } else if constexpr (Isa::group_rows > 0) {
-      stream_few<NB>(left, rows, w, sums);
+      fetch_near ? stream_few<Near, NB>(left, rows, w, sums) : stream_few<Far, NB>(left, rows, w, sums);
     }
     epilogue(sums, rows, block, NB);
   });
