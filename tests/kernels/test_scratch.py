@@ -19,7 +19,7 @@ from hybrid.formats import FORMATS, GROUPED
 
 BLOCKS = {"portable": 2, "avx2": 2, "avx512": 2, "avx512_bf16": 4, "amx": 4}  # that are multiplied together
 OPENED = ("int4", "fp8", "mxfp4", *GROUPED)  # formats whose lines are opened to panels, of 8 KiB a block
-PRODUCTS = ("gemm", "gate_up", "down")
+PRODUCTS = ("gemm", "head_gemm", "gate_up", "down")
 STRIDES = {"input_stride": 4096, "expert_stride": 1 << 20}  # for as many inputs as are tried here
 
 
