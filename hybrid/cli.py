@@ -11,6 +11,7 @@ from hybrid.errors import ConfigError
 COMMANDS = {
     "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
     "chat": ("hybrid.commands.chat", "talk with a model"),
+    "serve": ("hybrid.commands.serve", "answer over HTTP, as OpenAI's API does"),
     "pack": ("hybrid.commands.pack", "pack a model once, so that every start maps it"),
     "store": ("hybrid.commands.store", "list and remove packed models"),
     "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),

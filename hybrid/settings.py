@@ -63,6 +63,7 @@ class Setting:
     words: tuple[str, ...] = ()  # allowed in place of a number
     accepts: Callable[[Any], bool] | None = None  # a rule of its own, which `allowed` puts into words
     allowed: str = ""
+    secret: bool = False  # its value is shown to nobody
     late: bool = False  # its variable counts only for its default, and is read where that is given a meaning
 
     @property

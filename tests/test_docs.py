@@ -23,6 +23,7 @@ DOCUMENTS = [
             "kernels",
             "cache",
             "shared_machines",
+            "server",
             "texts",
         )  # fmt: skip
     ),

@@ -23,8 +23,9 @@ ORDER = (
     ("gpu",),
     ("engine",),
     ("serving",),
+    ("server",),
     ("commands",),
-    ("cli", "main"),
+    ("cli", "main", "serve"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAX_ROOMS = 24

@@ -19,6 +19,7 @@ GROUPS = {
     "model": "Model",
     "prompts": "Prompts",
     "chat": "Chat",
+    "server": "Server",
     "sampling": "Sampling",
     "engine": "Engine",
     "cache": "Expert cache",

@@ -14,6 +14,8 @@ from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.settings import ENVIRONMENT, Choice, check_settings
 
+_HIDDEN = "(hidden)"
+
 
 def print_choices(choices: Sequence[Choice], chosen: Iterable[Any]) -> None:
     """A table, or one JSON object where --json or --output json is among them. chosen: the dataclasses that they make.
@@ -58,6 +60,8 @@ def to_text(choices: Sequence[Choice]) -> str:
 
 def _text(choice: Choice) -> str:
     """None as the help says it."""
+    if choice.setting.secret and choice.value:
+        return _HIDDEN
     if choice.value is None or choice.value == ():
         return f"({choice.setting.shown})" if choice.setting.shown else "-"
     if choice.setting.kind is tuple:
@@ -65,10 +69,16 @@ def _text(choice: Choice) -> str:
     return {True: "yes", False: "no"}[choice.value] if choice.setting.kind is bool else str(choice.value)
 
 
+def _data(choice: Choice) -> Any:
+    if choice.setting.secret and choice.value:
+        return _HIDDEN
+    return str(choice.value) if isinstance(choice.value, Path) else choice.value
+
+
 def to_json(choices: Sequence[Choice]) -> dict[str, Any]:
     return {
         choice.setting.name: {
-            "value": str(choice.value) if isinstance(choice.value, Path) else choice.value,
+            "value": _data(choice),
             "source": choice.source,
             "given_as": choice.given_as or None,
         }

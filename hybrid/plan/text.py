@@ -16,6 +16,11 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*_memory_lines(plan), "", *_op_lines(plan)])
 
 
+def summary_text(plan: Plan) -> str:
+    """Memory by part alone."""
+    return "\n".join(_memory_lines(plan))
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [(f"weights: {part}", size) for part, size in plan.weight_bytes.items()]
     if plan.device and plan.device.stand_in_bytes:

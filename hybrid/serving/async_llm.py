@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from hybrid.core import Completion, SamplingParams, TextDelta, TokenLogprob
 from hybrid.errors import HybridError
-from hybrid.serving.intake import Params, Prompt, check_callback, is_many
+from hybrid.serving.answers import Answers
+from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
 from hybrid.serving.llm import LLM, last_only
 from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request, Score
+from hybrid.serving.together import Together
 from hybrid.text.messages import ChatInput, ChatOptions, Message
 
 
@@ -43,6 +45,15 @@ class AsyncLLM:
         """Close the LLM, see there."""
         await asyncio.to_thread(self.llm.close)
 
+    @property
+    def intake(self) -> Intake:
+        """Makes the requests that `start` takes; on any thread."""
+        return self._intake
+
+    def start(self, requests: Sequence[Request]) -> Together:
+        """Have requests computed together, whose pieces come as they are made."""
+        return Together(self._loop, requests)
+
     async def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -57,7 +68,7 @@ class AsyncLLM:
     async def _complete(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
-        answers = _Answers()
+        answers = Answers()
         for request in requests:
             request.sink = last_only(answers.put)
         try:
@@ -137,7 +148,7 @@ class AsyncLLM:
     async def _compute(self, score: Score) -> None:
         if score.finished:
             return
-        answers = _Answers()
+        answers = Answers()
         score.sink = answers.put
         try:
             self._loop.submit([score])
@@ -161,7 +172,7 @@ class AsyncStream(AsyncIterator[TextDelta]):
 
     def __init__(self, loop: Loop, request: Request) -> None:
         self._loop, self._request = loop, request
-        self._answers: _Answers | None = None
+        self._answers: Answers | None = None
         self._over = False
 
     async def __anext__(self) -> TextDelta:
@@ -169,7 +180,7 @@ class AsyncStream(AsyncIterator[TextDelta]):
             raise StopAsyncIteration
         try:
             if self._answers is None:
-                self._answers = _Answers()
+                self._answers = Answers()
                 self._request.sink = self._answers.put
                 self._loop.submit([self._request])
             delta: TextDelta = await self._answers.get()
@@ -186,7 +197,7 @@ class AsyncStream(AsyncIterator[TextDelta]):
         if any(not job.finished for job in self._begun):
             self._loop.leave(self._begun)
             with suppress(HybridError):
-                answers = _Answers()
+                answers = Answers()
                 self._loop.post(lambda: None, answers.put)
                 await answers.get()
 
@@ -197,22 +208,3 @@ class AsyncStream(AsyncIterator[TextDelta]):
     def __del__(self) -> None:
         if getattr(self, "_answers", None) and not self._request.finished:
             self._loop.drop([self._request])
-
-
-class _Answers:
-    """A queue from the engine's thread to the event loop that runs when it is made."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._event_loop = asyncio.get_running_loop()
-
-    def put(self, answer: Any) -> None:
-        """A sink. Raises RuntimeError once the event loop is closed."""
-        self._event_loop.call_soon_threadsafe(self._queue.put_nowait, answer)
-
-    async def get(self) -> Any:
-        """The next; raised if it is an error."""
-        answer = await self._queue.get()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer

@@ -89,16 +89,27 @@ class Intake:
         """A request for the assistant's answer, whose parts are told apart. Its text begins with its own first token:
         a space that only joins it to the prompt is no part of it. It ends at the tokenizer's end of a text as well.
         """
-        tokenizer, prompt = self._chat_prompt(chat)
+        if check_params(params or SamplingParams()).n != 1:
+            raise RequestError(
+                f"n is {params and params.n}, and a chat has one answer; give n=1, or generate(encode_chat(...))"
+            )
+        return self.chat_samples(chat, params, index, keep)[0]
+
+    def chat_samples(
+        self, chat: ChatInput, params: SamplingParams | None, index: int = 0, keep: bool = False
+    ) -> list[Request]:
+        """`n` such requests for one conversation."""
+        tokenizer, prompt = self._rendered(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
         params = self._checked(params, tokens, self._limits.tokens)
-        if params.n != 1:
-            raise RequestError(f"n is {params.n}, and a chat has one answer; give n=1, or generate(encode_chat(...))")
-        text = TextStream(tokenizer, params.stop, shown=self.answers.shown(tokenizer.specials))
-        answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
-        request = Request(tokens, params, self._eos_ids | tokenizer.eos_ids, answer, index, keep)
-        request.completion.prompt = prompt
-        return request
+        shown, requests = self.answers.shown(tokenizer.specials), []
+        for sample in range(params.n):
+            text = TextStream(tokenizer, params.stop, shown=shown)
+            answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
+            ends = self._eos_ids | tokenizer.eos_ids
+            requests.append(Request(tokens, params, ends, answer, index, keep, sample))
+            requests[-1].completion.prompt = prompt
+        return requests
 
     def logits_score(self, token_ids: Sequence[int]) -> LogitsScore:
         """Nothing is to be computed for one without tokens."""
@@ -124,12 +135,16 @@ class Intake:
             self._limits.check(tokens)
         return tokens
 
+    def chat_prompt(self, chat: ChatInput) -> str:
+        """Messages as the text of a prompt."""
+        return self._rendered(chat)[1]
+
     def encode_chat(self, chat: ChatInput) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
-        tokenizer, prompt = self._chat_prompt(chat)
+        tokenizer, prompt = self._rendered(chat)
         return tokenizer.encode(prompt, special_tokens=False)
 
-    def _chat_prompt(self, chat: ChatInput) -> tuple[Tokenizer, str]:
+    def _rendered(self, chat: ChatInput) -> tuple[Tokenizer, str]:
         if self._template is None or self._tokenizer is None:
             raise RequestError("this model has no chat template; give a prompt (without --chat) instead of messages")
         messages = self.answers.sent_back(chat.messages)

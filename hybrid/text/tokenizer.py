@@ -10,7 +10,7 @@ from hybrid.errors import ConfigError, RequestError
 from hybrid.files import is_file
 from hybrid.text.convert import CONVERTED, convert_tokenizer, needs_conversion
 from hybrid.text.special_tokens import read_json, read_special_tokens
-from hybrid.text.tokenizer_backend import backend_errors, parse_backend, read_backend
+from hybrid.text.tokenizer_backend import backend_errors, has_byte_level, parse_backend, read_backend
 
 if TYPE_CHECKING:
     import tokenizers
@@ -62,6 +62,16 @@ class Tokenizer:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
         with backend_errors("the tokenizer fails on these tokens", "restore its tokenizer.json", RequestError):
             return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it."""
+        piece: str | None = self._backend.id_to_token(token_id)
+        return piece
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether the characters of a piece stand for bytes."""
+        return has_byte_level(self._backend)
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

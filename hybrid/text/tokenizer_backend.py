@@ -53,6 +53,11 @@ def backend_errors(what: str, advice: str, error: type[HybridError]) -> Iterator
     raise error(f"{what} ({line}); {advice}") from None
 
 
+def has_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether it decodes pieces whose characters stand for bytes."""
+    return '"ByteLevel"' in json.dumps(_state(backend.decoder))
+
+
 def _check_growth(backend: tokenizers.Tokenizer, path: Path) -> None:
     """Refuse one that makes gigabytes of a short text: the compiled code would end the process."""
     for name in ("normalizer", "decoder"):

@@ -1,0 +1,1 @@
+"""The HTTP server: what clients send, checked; what they get back."""

@@ -1,0 +1,154 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from hybrid.core import Completion, TextDelta, ToolCall
+from hybrid.server.bodies import read_body
+from hybrid.server.documented import takes
+from hybrid.server.fields import ChatBody
+from hybrid.server.replies import chat_logprobs, head, measured, usage_of
+from hybrid.server.service import Run, Service
+from hybrid.server.stream import DONE, PING, EventStream, event, exchange_of, until_gone
+from hybrid.serving.async_llm import AsyncLLM
+from hybrid.serving.request import Request as Job
+from hybrid.text.messages import ChatInput
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody), response_model=None)
+    async def chat_completions(request: Request) -> Response:
+        """The assistant's answer to a conversation, whole or as a stream."""
+        service.require_room()
+        body = await read_body(request, ChatBody, service.config.max_body_mb << 20)
+        return await until_gone(request.receive, _answer(service, request, body))
+
+    return router
+
+
+async def _answer(service: Service, request: Request, body: ChatBody) -> Response:
+    body.check()
+    model = service.check_model(body.model)
+    run = await service.start(body.n or 1, partial(_requests, body, service.vocab))
+    if body.stream:
+        events = _events(service, run, body, model, request)
+        return EventStream(events, run.close)
+    try:
+        await run.finish()
+        completions = [one.completion for one in run.requests]
+        reply = head("chatcmpl", "chat.completion", model)
+        reply["choices"] = [_choice(service, completion, body) for completion in completions]
+        reply |= {"usage": usage_of(completions), **measured(run)}
+        _note(request, run)
+        return JSONResponse(reply)
+    finally:
+        run.close()
+
+
+def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
+    count = body.n or 1
+    params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
+    chat = ChatInput(body.messages, body.offered_tools(), None, body.template_kwargs())
+    return llm.intake.chat_samples(chat, replace(params, n=count), keep=count == 1)
+
+
+def _choice(service: Service, completion: Completion, body: ChatBody) -> dict[str, Any]:
+    calls = _kept_calls(body, completion.tool_calls)
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text or (None if calls else "")}
+    message["refusal"] = None
+    if completion.reasoning:
+        message["reasoning_content"] = completion.reasoning
+    if calls:
+        message["tool_calls"] = [call.to_dict() for call in calls]
+    logprobs = None if completion.logprobs is None else chat_logprobs(service.token_texts, completion.logprobs)
+    return {
+        "index": completion.sample,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": "tool_calls" if calls and completion.finish_reason == "stop" else completion.finish_reason,
+    }
+
+
+def _kept_calls(body: ChatBody, calls: list[ToolCall]) -> list[ToolCall]:
+    return calls[:1] if body.parallel_tool_calls is False else calls
+
+
+async def _events(service: Service, run: Run, body: ChatBody, model: str, request: Request) -> AsyncIterator[bytes]:
+    top = head("chatcmpl", "chat.completion.chunk", model) | ({"usage": None} if body.include_usage else {})
+    choices = [_Streamed(service, one.completion, body) for one in run.requests]
+    role = {"role": "assistant", "content": ""}
+    yield b"".join(event({**top, "choices": [choice.chunk(role)]}) for choice in choices)
+    while not run.over():
+        pieces = await run.next(service.config.ping_seconds)
+        chunks = [chunk for job, delta in pieces for chunk in choices[job.completion.sample].chunks(delta)]
+        last = run.over() and not body.include_usage
+        parts = [{**top, "choices": [chunk]} for chunk in chunks]
+        if last:
+            parts[-1] |= measured(run)
+        if parts or not pieces:
+            yield b"".join(map(event, parts)) or PING
+    _note(request, run)
+    if body.include_usage:
+        usage = usage_of([one.completion for one in run.requests])
+        yield event({**top, "choices": [], "usage": usage, **measured(run)})
+    yield DONE
+
+
+@dataclass
+class _Streamed:
+    """One choice on its way."""
+
+    service: Service
+    completion: Completion
+    body: ChatBody
+    calls: int = 0
+    told: int = 0  # tokens whose probabilities were sent
+
+    def chunks(self, delta: TextDelta) -> list[dict[str, Any]]:
+        """What a piece becomes; the last piece ends with the reason."""
+        said: dict[str, Any] = {}
+        if delta.reasoning:
+            said["reasoning_content"] = delta.reasoning
+        if delta.text:
+            said["content"] = delta.text
+        if calls := self._new_calls(delta):
+            said["tool_calls"] = calls
+        chunks = []
+        logprobs = self._logprobs(delta)
+        if said or logprobs:
+            chunks.append(self.chunk(said, logprobs))
+        if delta.finish_reason is not None:
+            called = self.calls and delta.finish_reason == "stop"
+            chunks.append({**self.chunk({}), "finish_reason": "tool_calls" if called else delta.finish_reason})
+        return chunks
+
+    def chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": self.completion.sample, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _new_calls(self, delta: TextDelta) -> list[dict[str, Any]]:
+        calls = []
+        for call in delta.tool_calls:
+            if self.body.parallel_tool_calls is not False or not self.calls:
+                calls.append({"index": self.calls, **call.to_dict()})
+                self.calls += 1
+        return calls
+
+    def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
+        if self.completion.logprobs is None or not delta.token_ids:
+            return None
+        first, self.told = self.told, self.told + len(delta.token_ids)
+        return chat_logprobs(self.service.token_texts, self.completion.logprobs[first : self.told])
+
+
+def _note(request: Request, run: Run) -> None:
+    usage = usage_of([one.completion for one in run.requests])
+    exchange_of(request).tokens = (usage["prompt_tokens"], usage["completion_tokens"])

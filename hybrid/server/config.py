@@ -1,0 +1,53 @@
+"""What a server is told: where it listens, who may ask, and the limits of what is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from hybrid.errors import ConfigError
+from hybrid.files.reading import Reading, read_file
+from hybrid.settings import setting
+
+_KEYS = Reading(1 << 20, "give a text file with one key in each line", prefix="--api-key-file")
+LOGS = ("text", "json", "none")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of `hybrid serve` alone."""
+
+    GROUP: ClassVar[str] = "server"
+    COMMAND: ClassVar[str] = "serve"
+
+    host: str = setting("127.0.0.1", "Address to listen at; 0.0.0.0 is every one of this machine.")
+    port: int = setting(8000, "Port to listen at; 0 takes a free one.", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = setting((), "A key that clients must give", secret=True)
+    api_key_file: Path | None = setting(None, "File with such keys, one in each line.")
+    open_metrics: bool = setting(False, "Let /metrics be read without a key.")
+    served_model_name: tuple[str, ...] = setting((), "What clients call the model, in place of its folder's name")
+    max_queue: int = setting(256, "Completions that may wait; more are refused with 503.", minimum=0, maximum=1 << 20)
+    max_body_mb: int = setting(8, "Largest request, in MiB.", minimum=1, maximum=1024)
+    drain_seconds: float = setting(30.0, "How long running requests may go on after SIGTERM.", minimum=0, maximum=86400)
+    ping_seconds: float = setting(
+        15.0, "A stream that is silent for so long sends a comment.", minimum=0, above=True, maximum=3600
+    )
+    send_seconds: float = setting(
+        60.0, "A client that takes nothing for so long is cut off.", minimum=0, above=True, maximum=86400
+    )
+    log: str = setting("text", f"A line on stderr for each request: one of {', '.join(LOGS)}.", choices=LOGS)
+
+    def all_keys(self) -> tuple[str, ...]:
+        """All keys, those of the file too. Raises ConfigError; no keys: whoever reaches the address may ask."""
+        keys = list(self.api_key)
+        if self.api_key_file is not None:
+            lines = read_file(self.api_key_file, _KEYS).decode("utf-8", "replace").splitlines()
+            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+            if not found:
+                raise ConfigError(f"--api-key-file {self.api_key_file} has no key; write one in each line")
+            keys += found
+        for key in keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("--api-key: a key must be printable ASCII without spaces, and not empty")
+        return tuple(keys)

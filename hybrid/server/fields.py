@@ -1,0 +1,213 @@
+"""What the endpoints take, with the bounds of every number; docs/server.md has the same as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hybrid.core import SamplingParams
+from hybrid.server.refusals import Refusal
+
+MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
+MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
+TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "thinking_budget")
+_LARGEST = 2**31 - 1
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Strict(BaseModel):
+    """A field that is not declared is refused by its name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Sampling(Strict):
+    """What chats and completions share."""
+
+    model: str | None = Field(None, max_length=1000)
+    temperature: Finite | None = Field(None, ge=0, le=2)
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=_LARGEST)
+    min_p: Finite | None = Field(None, ge=0, le=1)
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
+    repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | list[StopText] | None = Field(None, max_length=MAX_STOP_LENGTH)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
+        None, max_length=MAX_BIASES
+    )
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=_LARGEST)
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(None, ge=0, le=_LARGEST)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Of no effect on the answer, but sent by clients.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+    @model_validator(mode="after")
+    def _check_stops(self) -> Sampling:
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
+            raise ValueError(f"stop has more than {MAX_STOPS} texts")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, vocab: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """For one completion of each prompt or conversation. Raises Refusal."""
+        penalty = self.repetition_penalty if self.repetition_penalty is not None else self.repeat_penalty
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=None if self.seed is None else self.seed % 2**64,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=_biases(self.logit_bias or {}, vocab),
+            logprobs=logprobs,
+        )
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Raises Refusal for none or too many."""
+        given: Any = self.prompt
+        one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+        prompts = [given] if one else list(given)
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise Refusal(400, f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}", param="prompt")
+        return prompts
+
+
+class ToolFunction(BaseModel):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChatInputBody(Strict):
+    """What makes the prompt of a chat."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    reasoning_effort: str | None = Field(None, max_length=32)
+    chat_template_kwargs: dict[str, bool | int | str | None] | None = None
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """Raises Refusal for a name that is not allowed."""
+        kwargs = dict(self.chat_template_kwargs or {})
+        if strange := sorted(set(kwargs) - set(TEMPLATE_KWARGS)):
+            allowed = ", ".join(TEMPLATE_KWARGS)
+            message = f"chat_template_kwargs: {strange[0][:50]!r} is not allowed here; allowed: {allowed}"
+            raise Refusal(400, message, param="chat_template_kwargs")
+        if any(isinstance(value, str) and len(value) > 100 for value in kwargs.values()):
+            raise Refusal(400, "chat_template_kwargs: a text has more than 100 characters", "chat_template_kwargs")
+        if self.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
+        return kwargs
+
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
+
+
+class ChatBody(ChatInputBody, Sampling):
+    """POST /v1/chat/completions."""
+
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=_LARGEST)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    modalities: list[Literal["text"]] | None = None
+
+    def check(self) -> None:
+        """Raise Refusal for what is known, and cannot be done."""
+        if self.tool_choice not in (None, "auto", "none"):
+            raise Refusal(400, "tool_choice: this server can do 'auto' and 'none' alone", param="tool_choice")
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise Refusal(400, "response_format: this server can do the type 'text' alone", param="response_format")
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.given_tools()
+
+    def limit(self) -> int | None:
+        """The most tokens of an answer; None: to its end."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeBody(Strict):
+    """POST /tokenize: a text, or what a chat is made of."""
+
+    model: str | None = Field(None, max_length=1000)
+    content: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeBody(Strict):
+    """POST /detokenize."""
+
+    model: str | None = Field(None, max_length=1000)
+    tokens: list[TokenId] = Field(max_length=1 << 20)
+
+
+class TemplateBody(ChatInputBody):
+    """POST /apply-template."""
+
+    model: str | None = Field(None, max_length=1000)
+
+
+def _biases(given: Mapping[str, float], vocab: int) -> dict[int, float]:
+    biases = {}
+    for name, value in given.items():
+        token = int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else -1
+        if not 0 <= token < vocab:
+            message = f"logit_bias: {name[:20]!r} is not a token id of this model; allowed: 0 to {vocab - 1}"
+            raise Refusal(400, message, param="logit_bias")
+        biases[token] = value
+    return biases

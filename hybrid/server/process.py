@@ -1,0 +1,123 @@
+"""A server from its first signal of life to its last: it listens, loads, answers, drains, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from hybrid.errors import ConfigError
+from hybrid.server.app import build
+from hybrid.server.config import ServerConfig
+from hybrid.server.service import Service
+from hybrid.serving.llm import LLM
+
+Progress = Callable[[str, int, int], None]
+Load = Callable[[Progress], LLM]
+_INTERRUPTED = 130
+_CLOSE_SECONDS = 5  # for connections that are to be closed
+
+
+class _Abandoned(BaseException):
+    """Ends loading when nobody waits for it."""
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A socket that takes connections. Raises ConfigError."""
+    try:
+        family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(address[:2], family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such address"
+        raise ConfigError(
+            f"--host {config.host} --port {config.port} cannot be listened at ({reason}); give another"
+        ) from None
+    listening.setblocking(False)
+    return listening
+
+
+class Process(uvicorn.Server):
+    """load: makes the model, on a thread of its own while requests are answered. on_ready: called once it is there.
+
+    The first SIGTERM or Ctrl-C drains, the second ends the process at once.
+    """
+
+    def __init__(self, service: Service, load: Load, on_ready: Callable[[LLM], None] = lambda llm: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(service),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+                h11_max_incomplete_event_size=64 << 10,
+            )
+        )
+        self.service = service
+        self.error: BaseException | None = None  # of loading
+        self._load, self._on_ready = load, on_ready
+        self._ending = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._open, name="hybrid-load", daemon=True).start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal; also called by whoever wants the server to end."""
+        if self._ending:
+            os._exit(_INTERRUPTED)
+        self.end()
+
+    def end(self) -> None:
+        """Drain, then end; from any thread."""
+        self._ending = True
+        if self._loop is None or self._loop.is_closed():
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drain_then_exit())
+
+    async def _drain_then_exit(self) -> None:
+        try:
+            await self.service.drain(self.service.config.drain_seconds)
+        finally:
+            self.should_exit = True
+
+    def _open(self) -> None:
+        """On a thread: load, and tell the event loop."""
+        try:
+            llm = self._load(self._note)
+        except BaseException as error:
+            if not isinstance(error, _Abandoned):
+                self.error = error
+            self.should_exit = True
+            return
+        if self._ending:
+            return llm.close()
+        self._tell(self._opened, llm)
+
+    def _note(self, what: str, done: int, total: int) -> None:
+        if self._ending:
+            raise _Abandoned
+        self.service.progress = (what, done, total)
+
+    def _opened(self, llm: LLM) -> None:
+        self.service.opened(llm)
+        self._on_ready(llm)
+
+    def _tell(self, call: Callable[..., Any], *arguments: Any) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(call, *arguments)

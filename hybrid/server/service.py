@@ -1,0 +1,224 @@
+"""The model behind a server, and its life: loading, ready, draining; and what runs on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from time import time
+from typing import TypeVar
+
+from hybrid.core import SamplingParams
+from hybrid.errors import RequestError
+from hybrid.server.config import ServerConfig
+from hybrid.server.gate import log_failure
+from hybrid.server.metrics import Metrics
+from hybrid.server.refusals import Refusal, internal
+from hybrid.serving.async_llm import AsyncLLM
+from hybrid.serving.llm import LLM
+from hybrid.serving.request import Request
+from hybrid.serving.together import Piece
+from hybrid.text.token_texts import TokenTexts
+
+T = TypeVar("T")
+_PROBE_SECONDS = 1.0  # between tries whether steps succeed again
+
+
+class Service:
+    """Lives on one event loop, which alone calls it unless something else is said. names: of the model."""
+
+    def __init__(self, config: ServerConfig, names: Sequence[str]) -> None:
+        self.config, self.names = config, tuple(names)
+        self.created = int(time())
+        self.progress: tuple[str, int, int] | None = None  # of loading; any thread sets it
+        self.draining = False
+        self.unhealthy = False  # a step has failed, and none has succeeded since
+        self._llm: AsyncLLM | None = None
+        self._taken = 0  # completions that were let in
+        self._runs: set[Run] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._workers = ThreadPoolExecutor(2, "hybrid-texts")
+        self._probe: asyncio.Task[None] | None = None
+        self.metrics = Metrics(self.running, self.waiting, lambda: self.ready)
+        self.token_texts = TokenTexts(None)
+
+    def opened(self, llm: LLM) -> None:
+        """The model is loaded."""
+        self.token_texts = TokenTexts(llm.tokenizer)
+        llm.observe(self.metrics.on_step)
+        self._llm = AsyncLLM(llm)
+
+    @property
+    def ready(self) -> bool:
+        return self._llm is not None and not self.draining and not self.unhealthy
+
+    @property
+    def loading(self) -> bool:
+        return self._llm is None
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """Raises Refusal while there is none."""
+        if self._llm is None:
+            raise Refusal(503, "the model is being loaded; try again later", code="loading")
+        return self._llm
+
+    @property
+    def vocab(self) -> int:
+        return self.llm.llm.engine.spec.vocab
+
+    @property
+    def places(self) -> int:
+        """Sequences that are computed at once."""
+        return self._llm.llm.engine.plan.sequences if self._llm else 0
+
+    def running(self) -> int:
+        return min(self._taken, self.places)
+
+    def waiting(self) -> int:
+        return self._taken - self.running()
+
+    def require_room(self, count: int = 1) -> None:
+        """Raise Refusal where so many completions more are not taken."""
+        if self.draining:
+            raise Refusal(503, "the server is shutting down", code="shutting_down")
+        places = self.places if self.llm else 0
+        if self._taken + count > places + self.config.max_queue:
+            self.metrics.refused.inc()
+            raise Refusal(503, f"{self._taken} completions run or wait; try again later", code="queue_full")
+
+    def check_model(self, name: str | None) -> str:
+        """The name that a reply has. Raises Refusal for a model that is not here."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            message = f"there is no model of this name; there is: {', '.join(self.names)}"
+            raise Refusal(404, message, param="model", code="model_not_found")
+        return name
+
+    async def prepare(self, make: Callable[[], T]) -> T:
+        """What takes a while before anything is computed, on a thread of its own. Raises Refusal."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._workers, make)
+        except RequestError as error:
+            raise Refusal.of(error) from None
+
+    async def start(self, count: int, make: Callable[[AsyncLLM], list[Request]]) -> Run:
+        """Let in so many completions, whose requests `make` makes on another thread. Raises Refusal."""
+        self.require_room(count)
+        self._take(count)
+        try:
+            requests = await self.prepare(partial(make, self.llm))
+            return Run(self, requests, count)
+        except BaseException:
+            self._take(-count)
+            raise
+
+    async def attempt(self, make: Callable[[AsyncLLM], Awaitable[T]]) -> T:
+        """What is awaited whole, for a run that was let in. Raises Refusal."""
+        try:
+            return await make(self.llm)
+        except Exception as error:
+            raise self.refuse(error) from None
+
+    def refuse(self, error: BaseException) -> Refusal:
+        """What the client of a request is told that ended with an error. Not being able to compute is remembered."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, RequestError):
+            return Refusal.of(error)
+        log_failure(error)
+        self.metrics.failed.inc()
+        self.unhealthy = True
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.ensure_future(self._heal())
+        return internal()
+
+    async def _heal(self) -> None:
+        """A step of our own tells whether steps succeed again."""
+        while self.unhealthy and not self.draining:
+            await asyncio.sleep(_PROBE_SECONDS)
+            with suppress(Exception):
+                await self.llm.generate([[0]], SamplingParams(max_tokens=1))
+                self.unhealthy = False
+
+    def _take(self, count: int) -> None:
+        self._taken += count
+        self._idle.clear() if self._taken else self._idle.set()
+
+    def enter(self, run: Run) -> None:
+        self._runs.add(run)
+
+    def leave(self, run: Run) -> None:
+        self._runs.discard(run)
+        self._take(-run.count)
+        self.metrics.on_end([request.completion for request in run.requests])
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing more; wait for what runs, and after so long end it by an error."""
+        self.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        for run in list(self._runs):
+            run.fail(Refusal(503, "the server is shutting down", code="shutting_down"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self._idle.wait()
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._probe:
+            self._probe.cancel()
+        if self._llm:
+            self._llm.llm.close()
+
+
+class Run:
+    """Completions that one client waits for. `close` ends what has not finished, and must be called once."""
+
+    def __init__(self, service: Service, requests: list[Request], count: int) -> None:
+        """Raises Refusal."""
+        self.requests, self.count, self._service = requests, count, service
+        metrics = service.metrics
+        self._experts = (metrics.expert_hits, metrics.expert_misses)
+        try:
+            self._together = service.llm.start(requests)
+        except RequestError:  # it is closed
+            raise Refusal(503, "the server is shutting down", code="shutting_down") from None
+        self._closed = False
+        service.enter(self)
+
+    async def next(self, seconds: float | None = None) -> list[Piece]:
+        """As `Together.next`. Raises Refusal."""
+        try:
+            return await self._together.next(seconds)
+        except Exception as error:
+            raise self._service.refuse(error) from None
+
+    async def finish(self) -> None:
+        """Wait for all of it. Raises Refusal."""
+        while not self.over():
+            await self.next()
+
+    def over(self) -> bool:
+        return self._together.over()
+
+    def fail(self, refusal: Refusal) -> None:
+        self._together.fail(refusal)
+
+    def expert_cache(self) -> dict[str, int] | None:
+        """Hits and misses in the steps since it began, which others share; None without a cache."""
+        metrics = self._service.metrics
+        hits, misses = metrics.expert_hits - self._experts[0], metrics.expert_misses - self._experts[1]
+        return {"hits": hits, "misses": misses} if self._service.llm.llm.engine.experts else None
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._together.close()
+            self._service.leave(self)

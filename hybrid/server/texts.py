@@ -1,0 +1,61 @@
+"""POST /tokenize, /detokenize and /apply-template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from hybrid.server.bodies import read_body
+from hybrid.server.documented import takes
+from hybrid.server.fields import DetokenizeBody, TemplateBody, TokenizeBody
+from hybrid.server.refusals import Refusal
+from hybrid.server.service import Service
+from hybrid.serving.async_llm import AsyncLLM
+from hybrid.text.messages import ChatInput
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+    max_bytes = service.config.max_body_mb << 20
+
+    @router.post("/tokenize", openapi_extra=takes(TokenizeBody), response_model=None)
+    async def tokenize(request: Request) -> Response:
+        """A text as token ids."""
+        service.require_room()
+        body = await read_body(request, TokenizeBody, max_bytes)
+        service.check_model(body.model)
+        text = body.content if body.prompt is None else body.prompt
+        if text is None or (body.content is not None and body.prompt is not None):
+            raise Refusal(400, "give the text as 'content', or as 'prompt'", param="content")
+        llm = service.llm.llm
+        tokens: list[Any] = await service.prepare(lambda: llm.encode(text, body.add_special_tokens))
+        count = len(tokens)
+        if body.with_pieces:
+            tokens = [{"id": token, "piece": service.token_texts.text_of(token)} for token in tokens]
+        return JSONResponse({"tokens": tokens, "count": count, "max_model_len": llm.max_tokens})
+
+    @router.post("/detokenize", openapi_extra=takes(DetokenizeBody), response_model=None)
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, without that of special tokens."""
+        service.require_room()
+        body = await read_body(request, DetokenizeBody, max_bytes)
+        service.check_model(body.model)
+        text = await service.prepare(lambda: service.llm.llm.decode(body.tokens))
+        return JSONResponse({"content": text, "prompt": text})
+
+    @router.post("/apply-template", openapi_extra=takes(TemplateBody), response_model=None)
+    async def apply_template(request: Request) -> Response:
+        """Messages as the prompt that the model would get."""
+        service.require_room()
+        body = await read_body(request, TemplateBody, max_bytes)
+        service.check_model(body.model)
+        prompt = await service.prepare(lambda: _render(service.llm, body))
+        return JSONResponse({"prompt": prompt})
+
+    return router
+
+
+def _render(llm: AsyncLLM, body: TemplateBody) -> str:
+    return llm.intake.chat_prompt(ChatInput(body.messages, body.given_tools(), None, body.template_kwargs()))

@@ -1,0 +1,205 @@
+"""A server's life: loading, clients that leave, steps that fail, draining, its end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
+from dummy_tokenizer import BYTES  # noqa: E402
+from server_rig import QUESTION, Running, parse_events, running, until  # noqa: E402
+
+from hybrid import LLM  # noqa: E402
+from hybrid.server import service as service_module  # noqa: E402
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+
+
+def gated(**plan) -> tuple[GatedEngine, LLM]:
+    engine = GatedEngine(**plan)
+    return engine, LLM.from_engine(engine, BYTES)
+
+
+def test_it_lives_at_once_and_is_ready_when_it_is_loaded() -> None:
+    with running(None) as server:
+        assert server.http.get("/live").status_code == 200
+        until(lambda: "progress" in server.http.get("/ready").json())
+        ready = server.http.get("/ready")
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
+        assert ready.json()["progress"] == {"what": "packing", "done": 3, "total": 10}
+        assert server.http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        for reply in (server.post(COMPLETE, prompt="a"), server.http.get("/info"), server.post("/tokenize")):
+            assert reply.status_code == 503 and reply.json()["error"]["code"] == "loading"
+
+
+def test_a_client_that_leaves_ends_its_step_and_frees_its_sequence() -> None:
+    engine, llm = gated(sequences=1)
+    with running(llm) as server:
+        for stream in (True, False):
+            body = b'{"prompt": "abc", "max_tokens": 50, "stream": %s}' % (b"true" if stream else b"false")
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(head + body)
+                engine.rows()  # its step waits, and would for ever
+            until(lambda: server.service._taken == 0)
+            assert server.idle and not engine.sequences
+
+
+def test_connections_that_are_dropped_anywhere_leave_nothing() -> None:
+    random.seed(3)
+    with running(LLM()) as server:
+        server.post(CHAT, messages=QUESTION, max_tokens=2)
+        threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        for number in range(120):
+            path = (CHAT, COMPLETE)[number % 2]
+            said = b'"messages": [{"role": "user", "content": "A fox"}]' if path == CHAT else b'"prompt": "A fox"'
+            body = b'{%s, "max_tokens": 200, "stream": %s}' % (said, (b"true", b"false")[number % 3 == 0])
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                whole = head + body
+                sent = random.randrange(1, len(whole) + len(whole) // 2)
+                connection.sendall(whole[:sent])
+                if sent >= len(whole) and number % 3:
+                    connection.recv(random.choice((1, 1000, 10_000)))
+        until(lambda: server.service._taken == 0 and not server.process.server_state.connections)
+        assert server.idle
+        until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+        assert threading.active_count() <= threads + 2  # of texts
+        assert server.post(COMPLETE, prompt="Once", max_tokens=2).status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off_and_stops_nobody() -> None:
+    with running(LLM(), send_seconds=0.3) as server:
+        body = b'{"prompt": "Once", "max_tokens": 2000, "n": 8, "ignore_eos": true, "logprobs": 20, "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(head + body)
+            until(lambda: server.service._taken == 8)
+            assert server.post(COMPLETE, prompt="Once", max_tokens=2).status_code == 200
+            until(lambda: server.service._taken == 0)
+        assert server.idle
+
+
+def test_a_stream_that_is_silent_sends_comments() -> None:
+    engine, llm = gated()
+    with running(llm, ping_seconds=0.05) as server:
+        body = {"prompt": "a", "max_tokens": 1, "stream": True}
+        with server.http.stream("POST", COMPLETE, json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": ping"
+            engine.permit()
+            assert list(parse_events(lines))[-1] == "[DONE]"
+
+
+def test_a_step_that_fails_ends_its_requests_and_is_told_until_steps_succeed(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(service_module, "_PROBE_SECONDS", 0.05)
+    engine, llm = gated()
+    with running(llm) as server:
+        for stream in (False, True):
+            engine.let_fail(ValueError("a secret of the engine"))
+            response = server.post(COMPLETE, prompt="a", max_tokens=3, stream=stream)
+            assert response.status_code == (200 if stream else 500)
+            assert "secret" not in response.text and "internal_error" in response.text
+            assert "[DONE]" not in response.text
+            assert server.http.get("/health").status_code == 503
+            until(lambda: not engine.began.empty())  # the probe's step waits
+            while not engine.began.empty():
+                engine.began.get()
+            engine.permit()
+            until(lambda: server.http.get("/health").status_code == 200)
+        engine.permit(3)
+        assert server.post(COMPLETE, prompt="a", max_tokens=3).status_code == 200
+    assert "secret" not in capfd.readouterr().err
+
+
+def in_thread(call) -> tuple[threading.Thread, list]:
+    results: list = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    return thread, results
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_more() -> None:
+    engine, llm = gated()
+    server = Running(llm)
+    thread, results = in_thread(lambda: server.post(COMPLETE, prompt="a", max_tokens=2))
+    engine.rows()
+    server.process.end()
+    until(lambda: server.http.get("/ready").status_code == 503)
+    late = server.post(COMPLETE, prompt="a")
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+    engine.permit(2)
+    thread.join(WATCHDOG)
+    assert results[0].status_code == 200 and results[0].json()["usage"]["completion_tokens"] == 2
+    assert server.ended()
+    server.close()
+
+
+def test_draining_ends_what_takes_too_long_by_an_error() -> None:
+    engine, llm = gated()
+    server = Running(llm, drain_seconds=0.1)
+    stream, events = in_thread(lambda: server.events(COMPLETE, prompt="a", max_tokens=50))
+    whole, replies = in_thread(lambda: server.post(COMPLETE, prompt="a", max_tokens=50))
+    engine.rows()
+    until(lambda: server.service._taken == 2)
+    server.process.end()
+    stream.join(WATCHDOG)
+    whole.join(WATCHDOG)
+    assert events[0][-1]["error"]["code"] == "shutting_down" and replies[0].status_code == 503
+    assert server.ended()
+    server.close()
+
+
+def serve(*flags: str) -> tuple[subprocess.Popen, str]:
+    """A process, and its address once it is ready."""
+    command = [sys.executable, "-m", "hybrid.serve", "--port", "0", "--log", "none", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("ready at "):
+            return process, line.split()[2].rstrip(";")
+    raise AssertionError("it ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> None:
+    import httpx
+
+    process, address = serve("--drain-seconds", "3600")
+    assert httpx.get(f"{address}/ready").status_code == 200
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+        assert process.wait(WATCHDOG) == 0 and "the server has ended" in process.stderr.read()
+        return
+    body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    with httpx.stream("POST", f"{address}{COMPLETE}", json=body) as response:
+        lines = response.iter_lines()  # which closes the response when nobody has it
+        next(lines)
+        process.send_signal(number)
+        until(lambda: httpx.get(f"{address}/ready").status_code == 503)
+        process.send_signal(number)
+        assert process.wait(WATCHDOG) == 130
+
+
+def test_what_is_wrong_is_one_line() -> None:
+    for flags, said in (
+        (["--port", "70000"], "--port 70000"),
+        (["--model-path", "/no/such/model"], "/no/such/model"),
+    ):
+        command = [sys.executable, "-m", "hybrid.cli", "serve", "--port", "0", *flags]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG)
+        last = result.stderr.splitlines()[-1]
+        assert result.returncode == 2 and last.startswith("error: ") and said in last

@@ -1,0 +1,265 @@
+"""What the server refuses, and how: the corpus of bad inputs, keys, hosts, origins, a full queue."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import suppress
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+from dummy_engine import GatedEngine  # noqa: E402
+from dummy_tokenizer import BYTES  # noqa: E402
+from server_rig import QUESTION, Running, running, until  # noqa: E402
+
+from hybrid import LLM  # noqa: E402
+from hybrid.errors import ConfigError  # noqa: E402
+from hybrid.server.config import ServerConfig  # noqa: E402
+from hybrid.server.process import listen  # noqa: E402
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(LLM()) as server:
+        yield server
+
+
+def raw(server: Running, data: bytes) -> bytes:
+    """The whole reply to bytes that are sent as they are."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        reply = b""
+        with suppress(ConnectionResetError):  # the server has not read all of it
+            connection.sendall(data)
+            while part := connection.recv(1 << 16):
+                reply += part
+        return reply
+
+
+BODIES = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no object": b"[1]",
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "too large a number": b'{"prompt": "a", "temperature": 1e999}',
+    "a number of many digits": b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}",
+    "a key twice": b'{"prompt": "a", "prompt": "b"}',
+    "a lone surrogate": b'{"prompt": "\\ud800"}',
+    "no UTF-8": b'{"prompt": "\xff"}',
+    "very deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep": b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_a_body_that_is_none_is_refused(server: Running, body: bytes) -> None:
+    response = server.http.post(COMPLETE, content=body)
+    assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+
+
+FIELDS = [
+    ("n", 10**9),
+    ("n", 0),
+    ("n", True),
+    ("n", "1"),
+    ("max_tokens", -1),
+    ("max_tokens", 2**31),
+    ("temperature", -0.1),
+    ("temperature", "hot"),
+    ("top_p", 0),
+    ("top_k", -2),
+    ("min_p", 2),
+    ("seed", 2**63),
+    ("stop", ["x"] * 10_000),
+    ("stop", ["x" * 10_000]),
+    ("stop", "x" * 10_000),
+    ("stop", [""]),
+    ("logit_bias", {"1000000": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"1": 1e9}),
+    ("logprobs", 1000),
+    ("presence_penalty", 3),
+    ("stop_token_ids", [-1]),
+    ("stream", "yes"),
+    ("prompt", []),
+    ("prompt", [-1]),
+    ("prompt", [2**31 - 1]),
+    ("prompt", [1, "a"]),
+    ("prompt", ["a"] * 1000),
+    ("prompt", None),
+    ("suffix", "x"),
+    ("model", "x"),
+    ("min_tokens", 5),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), FIELDS, ids=lambda value: f"{value!r:.20}")
+def test_a_field_out_of_its_bounds_is_refused_by_name(server: Running, field: str, value: object) -> None:
+    body = {"prompt": "a", "max_tokens": 1, field: value}
+    response = server.post(COMPLETE, **body)
+    assert response.status_code == (404 if field == "model" else 400), response.text
+    error = response.json()["error"]
+    assert field in error["message"] + str(error["param"]) or "is not a token id of this model" in error["message"]
+
+
+CHATS = [
+    {"messages": []},
+    {"messages": [{"role": "king", "content": "a"}]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]}]},
+    {"messages": QUESTION, "tools": [{"type": "function"}]},
+    {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "x"}}] * 200},
+    {"messages": QUESTION, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+    {"messages": QUESTION, "response_format": {"type": "json_object"}},
+    {"messages": QUESTION, "top_logprobs": 2},
+    {"messages": QUESTION, "logprobs": True, "top_logprobs": 21},
+    {"messages": QUESTION, "max_completion_tokens": 0},
+    {"messages": QUESTION, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    {"messages": QUESTION, "modalities": ["audio"]},
+    {"messages": QUESTION, "unheard_of": 1},
+    {"messages": [{"role": "user", "content": "word " * 5000}]},
+]
+
+
+@pytest.mark.parametrize("body", CHATS, ids=lambda body: f"{list(body.items())[-1]!r:.40}")
+def test_a_chat_that_cannot_be_is_refused_before_it_streams(server: Running, body: dict) -> None:
+    for stream in (False, True):
+        response = server.post(CHAT, **body, stream=stream)
+        assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+    assert server.idle
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\0", "a" * 3000, "<|im_end|>", "\u2028\x1b[31m"])
+def test_odd_prompts_are_prompts(server: Running, prompt: str) -> None:
+    assert server.post(COMPLETE, prompt=prompt, max_tokens=2).status_code in (200, 400)
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_prompt_as_long_as_the_context_is_answered_and_a_longer_one_is_not(server: Running) -> None:
+    longest = server.service.llm.llm.max_tokens
+    reply = server.post(COMPLETE, prompt=[5] * (longest - 1), max_tokens=9).json()
+    assert reply["usage"]["completion_tokens"] == 1 and reply["choices"][0]["finish_reason"] == "length"
+    error = server.post(COMPLETE, prompt=[5] * (longest + 1), max_tokens=9).json()["error"]
+    assert error["code"] == "context_length_exceeded" and str(longest) in error["message"]
+
+
+def test_fields_without_effect_are_taken(server: Running) -> None:
+    words = {"user": "me", "metadata": {"a": "b"}, "store": False, "seed": -5, "frequency_penalty": 0, "stop": None}
+    assert server.post(COMPLETE, prompt="a", max_tokens=1, **words).status_code == 200
+
+
+def test_bodies_are_bounded_and_not_compressed(server: Running) -> None:
+    for content in (b" " * (9 << 20), iter([b" " * (1 << 20)] * 9)):
+        response = server.http.post(COMPLETE, content=content)
+        assert response.status_code == 413 and "--max-body-mb" in response.json()["error"]["message"]
+    assert server.http.post(COMPLETE, content=b"x", headers={"content-encoding": "gzip"}).status_code == 415
+
+
+def test_no_such_endpoint_and_no_such_method(server: Running) -> None:
+    assert server.http.get("/v1/nothing").json()["error"]["message"] == "there is no such endpoint"
+    response = server.http.get(COMPLETE)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    huge = raw(server, b"GET /live HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * (1 << 20) + b"\r\n\r\n")
+    assert not huge or huge.startswith(b"HTTP/1.1 4")
+
+
+def test_names_and_pages_of_other_machines_are_refused(server: Running) -> None:
+    assert server.http.get("/info", headers={"host": "evil.example"}).status_code == 403
+    assert server.http.get("/info", headers={"origin": "https://evil.example"}).status_code == 403
+    local = server.http.get("/info", headers={"origin": "http://localhost:3000"})
+    assert local.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "access-control-allow-credentials" not in local.headers
+    asked = {"origin": "http://127.0.0.1:1", "access-control-request-method": "POST"}
+    assert server.http.options(CHAT, headers=asked).status_code == 204
+    assert server.http.options(CHAT, headers={**asked, "origin": "null"}).status_code == 403
+
+
+def test_ids_of_requests_come_back_if_they_are_harmless(server: Running) -> None:
+    assert server.http.get("/live", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert server.http.get("/live", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_everything_but_liveness_needs_a_key(tmp_path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nsecond-key\n\n")
+    with running(gated().llm, api_key=("first-key",), api_key_file=file) as server:
+        open_paths = ["/live", "/ready"]
+        closed = ["/health", "/metrics", "/info", "/v1/models", "/openapi.json", "/nothing", "/", "//live", "/live/"]
+        closed += ["/%6cive", "/live%2f..%2finfo", "/ready/../info", "/LIVE", "/live;x"]
+        for path in open_paths:
+            assert server.http.get(path).status_code == 200
+        for path in closed:
+            reply = raw(server, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert reply.startswith(b"HTTP/1.1 401") and b'"invalid_api_key"' in reply, path
+        reply = raw(server, b"GET http://x/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert reply.startswith(b"HTTP/1.1 4")
+        for path in (CHAT, COMPLETE, "/tokenize", "/detokenize", "/apply-template"):
+            assert server.post(path, prompt="a").status_code == 401
+        for headers in (
+            {"authorization": "Bearer first-key"},
+            {"authorization": "bearer second-key"},
+            {"x-api-key": "second-key"},
+        ):
+            assert server.http.get("/info", headers=headers).status_code == 200
+        for key in ("", "first-ke", "first-key1", "# of the team", "first-key\xff"):
+            head = f"GET /info HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n\r\n"
+            assert raw(server, head.encode("latin-1")).startswith(b"HTTP/1.1 401")
+    with running(gated().llm, api_key=("k",), open_metrics=True) as server:
+        assert server.http.get("/metrics").status_code == 200 and server.http.get("/info").status_code == 401
+
+
+def test_keys_that_are_none_are_refused(tmp_path) -> None:
+    (tmp_path / "empty").write_text("# nothing\n")
+    for words in ({"api_key": ("",)}, {"api_key": ("a b",)}, {"api_key_file": tmp_path / "empty"}):
+        with pytest.raises(ConfigError, match="api-key"):
+            ServerConfig(**words).all_keys()
+    with pytest.raises(ConfigError, match="nothing"):
+        ServerConfig(api_key_file=tmp_path / "nothing").all_keys()
+
+
+def test_an_address_that_is_taken_is_said() -> None:
+    with listen(ServerConfig(port=0)) as first, pytest.raises(ConfigError, match="--port"):
+        listen(ServerConfig(port=first.getsockname()[1]))
+    with pytest.raises(ConfigError, match="--host"):
+        listen(ServerConfig(host="no.such.host.invalid"))
+
+
+class gated:
+    """A model whose steps wait for the test."""
+
+    def __init__(self) -> None:
+        self.engine = GatedEngine(sequences=1)
+        self.llm = LLM.from_engine(self.engine, BYTES)
+
+
+def test_a_full_queue_refuses_before_anything_is_looked_at() -> None:
+    model = gated()
+    with running(model.llm, max_queue=1) as server:
+        with server.http.stream("POST", COMPLETE, json={"prompt": "a", "max_tokens": 9, "stream": True}):
+            assert server.post(COMPLETE, prompt="a", n=2).json()["error"]["code"] == "queue_full"
+            with server.http.stream("POST", COMPLETE, json={"prompt": "a", "max_tokens": 9, "stream": True}):
+                full = server.http.post(COMPLETE, content=b"this is not looked at")
+                assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+                assert server.http.get("/ready").json() == {"status": "ok", "running": 1, "waiting": 1}
+                assert "hybrid_requests_refused_total 2.0" in server.http.get("/metrics").text
+        until(lambda: server.http.get("/ready").json()["running"] == 0)
+
+
+def test_a_log_has_no_text_of_the_client_and_no_control_characters(capfd) -> None:
+    with running(gated().llm) as server:
+        object.__setattr__(server.service.config, "log", "json")
+        raw(server, b"GET /a%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        server.post("/tokenize", content="a secret text")
+        object.__setattr__(server.service.config, "log", "text")
+        raw(server, b"GET /b%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    lines = capfd.readouterr().err.splitlines()
+    assert [json.loads(line)["status"] for line in lines[:2]] == [404, 200]
+    assert len(lines) == 3 and "secret" not in "".join(lines) and "\x1b" not in "".join(lines)
