@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
-from hybrid.commands import bench, chat, fit, pack, perplexity, run, simulate, verify
+from hybrid.commands import bench, chat, fit, pack, perplexity, run, serve, simulate, verify
 from hybrid.commands.bench import BenchOptions
 from hybrid.commands.chat import ChatOptions
 from hybrid.commands.fit import FitOptions
@@ -30,13 +30,16 @@ from hybrid.commands.simulate import SimulateOptions
 from hybrid.commands.verify import VerifyOptions
 from hybrid.config import DeviceConfig, check_config
 from hybrid.errors import ConfigError
+from hybrid.server.config import ServerConfig
 from hybrid.serving.arguments import configure
 from hybrid.serving.params import check_params
 from hybrid.settings import Setting, build, check_settings, choose, named_as_given, settings_of
 
 ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions)
-KINDS = (*OF_RUN, PackOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions)
+KINDS = (
+    *OF_RUN, PackOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions, ServerConfig
+)  # fmt: skip
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
 MODULES = {
     "run": run,
@@ -45,6 +48,7 @@ MODULES = {
     "fit": fit,
     "bench": bench,
     "perplexity": perplexity,
+    "serve": serve,
     "verify": verify,
     "simulate": simulate,
 }
