@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, SamplingParams
 from hybrid.commands import fit, pack, run
-from hybrid.errors import ConfigError, HybridError
+from hybrid.errors import ConfigError, HybridError, WeightsError
+from hybrid.files.gguf import is_gguf
 from hybrid.text.gguf_texts import text_files
 from hybrid.weights.checkpoints.opening import open_checkpoint
+from hybrid.weights.kept import CHANGED, GONE, kept_stores
 
 TEMPLATE = {"tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}<|im_start|>"}
 
@@ -67,8 +69,9 @@ def test_commands_take_files(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_that_is_not_known_is_told(model: Path, tmp_path: Path) -> None:
-    config = {**CONFIGS["llama"], "attention_bias": False}
-    path = write_model(tmp_path / "model.gguf", config, random_tensors(config), merged(pre="later"))
+    texts = merged(pre="later")
+    config = {**CONFIGS["llama"], "vocab_size": len(texts["tokenizer.ggml.tokens"]), "attention_bias": False}
+    path = write_model(tmp_path / "model.gguf", config, random_tensors(config), texts)
     notes: list[str] = []
     with pytest.raises(ConfigError, match="tokenizer.ggml.pre is 'later', known are"):
         LLM(path, cache_dir=tmp_path / "cache", notice=notes.append)
@@ -114,3 +117,30 @@ def test_types_of_floats(model: Path, tmp_path: Path) -> None:
         for dtype in ("float32", "float16", "bfloat16")
     ]
     assert same_stores(stores[0], stores[1]) and same_stores(stores[0], stores[2])
+
+
+def test_kept_stores_know_their_files(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes((model / "model.gguf").read_bytes())
+    answers(path, tmp_path / "cache")
+    (found,) = kept_stores(tmp_path / "cache")
+    assert not found.useless and found.source == str(path)
+    path.write_bytes(path.read_bytes() + bytes(32))
+    assert [store.useless for store in kept_stores(tmp_path / "cache")] == [CHANGED]
+    path.unlink()
+    assert [store.useless for store in kept_stores(tmp_path / "cache")] == [GONE]
+
+
+def test_more_tokens_than_rows(model: Path, tmp_path: Path) -> None:
+    config = {**CONFIGS["llama"], "attention_bias": False}
+    path = write_model(tmp_path / "model.gguf", config, random_tensors(config), merged())
+    with pytest.raises(WeightsError, match="has 265 tokens and an embedding of 131 rows"):
+        open_checkpoint(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert not is_gguf(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="is a pipe and no regular file"):
+        open_checkpoint(tmp_path / "pipe.gguf")

@@ -55,6 +55,8 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix.lower() == SUFFIX:
         return True
+    if not path.is_file():  # to open a pipe would wait for its writer
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC

@@ -83,6 +83,7 @@ class GgufCheckpoint(Checkpoint):
         architecture = str(model.metadata["general.architecture"])
         spec = with_gguf_names(plain, architecture)
         entries = _shaped(spec, apart(spec, model.tensors))
+        _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
         return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks)
 
@@ -150,6 +151,14 @@ def describe_gguf(path: Path) -> tuple[dict[str, Any], FormatMix]:
     """The same as `GgufCheckpoint.config` and `native`, from the headers alone."""
     checkpoint = GgufCheckpoint.open(path)
     return checkpoint.config, checkpoint.native
+
+
+def _check_vocabulary(model: Gguf, rows: int) -> None:
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise WeightsError(
+            f"{model.path}: has {len(tokens)} tokens and an embedding of {rows} rows: fetch or make the file again"
+        )
 
 
 def _config_and_spec(model: Gguf) -> tuple[dict[str, Any], ModelSpec]:
