@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
 }  # fmt: skip
 
 
@@ -92,6 +93,11 @@ _NAMES = (
     (r"lm_head\.weight", "output.weight"),
     (r"(.*)\.input_layernorm\.weight", r"\1.attn_norm.weight"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
+    (r"(.*)\.self_attn\.q_([ab])_proj\.weight", r"\1.attn_q_\2.weight"),
+    (r"(.*)\.self_attn\.q_a_layernorm\.weight", r"\1.attn_q_a_norm.weight"),
+    (r"(.*)\.self_attn\.kv_a_proj_with_mqa\.weight", r"\1.attn_kv_a_mqa.weight"),
+    (r"(.*)\.self_attn\.kv_a_layernorm\.weight", r"\1.attn_kv_a_norm.weight"),
+    (r"(.*)\.self_attn\.kv_b_proj\.weight", r"\1.attn_kv_b.weight"),
     (r"(.*)\.self_attn\.o_proj\.(\w+)", r"\1.attn_output.\2"),
     (r"(.*)\.self_attn\.(?:q_norm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
     (r"(.*)\.self_attn\.(?:k_norm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
@@ -136,7 +142,23 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     if config["model_type"] in ("llama", "mixtral", "granitemoe"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
+    if "kv_lora_rank" in config:
+        found = _latent(config, found)
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
+
+
+def _latent(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Keys, turned, and values of each head apart."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if name.endswith("attn_kv_b.weight"):
+            heads = array.reshape(config["num_attention_heads"], -1, array.shape[1])
+            keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+            found[name.replace("kv_b", "k_b")] = keys.swapaxes(1, 2)
+            found[name.replace("kv_b", "v_b")] = values
+        else:
+            found[name] = array
+    return found
 
 
 def _halves(family: str, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -179,7 +201,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     experts = next((get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
                     if get(name)), None)  # fmt: skip
     wide = get("moe_intermediate_size") or get("intermediate_size")
-    turning = get("rotary_dim") or (config["head_dim"] // 2 if family == "glm4_moe" else config["head_dim"])
+    turning = get("rotary_dim") or (config.get("head_dim", 0) // 2 if family == "glm4_moe" else config.get("head_dim"))
     found = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -187,8 +209,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
+        "attention.key_length": get("head_dim"),
+        "attention.value_length": get("head_dim"),
         "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "rope.freq_base": config["rope_theta"],
         "rope.dimension_count": turning,
@@ -208,6 +230,20 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "residual_scale": get("residual_multiplier"),
         "logit_scale": get("logits_scaling"),
     }  # fmt: skip
+    if rank := get("kv_lora_rank"):
+        turned, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+        found |= {
+            "attention.head_count_kv": 1,
+            "attention.key_length": rank + turned,
+            "attention.value_length": rank,
+            "attention.key_length_mla": nope + turned,
+            "attention.value_length_mla": config["v_head_dim"],
+            "attention.kv_lora_rank": rank,
+            "attention.q_lora_rank": get("q_lora_rank"),
+            "rope.dimension_count": turned,
+            "expert_gating_func": 2 if family == "deepseek_v3" else 1,
+            "expert_weights_norm": family == "deepseek_v3",
+        }
     if scaling := get("rope_scaling"):
         found |= {
             "rope.scaling.type": scaling["rope_type"],
@@ -215,6 +251,9 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
             "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
             "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
+            "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"]
+            if "mscale_all_dim" in scaling
+            else None,
         }
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}

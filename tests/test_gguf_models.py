@@ -289,3 +289,21 @@ def test_stores_are_found_by_content(tmp_path: Path) -> None:
     assert found == source_fingerprint(path) != source_fingerprint(other)
     assert is_gguf(path) and not is_gguf(tmp_path)
     assert json.dumps(describe_checkpoint(path)[0])
+
+
+def test_keys_and_values_of_latents_in_one_tensor(tmp_path: Path) -> None:
+    """As older files have them."""
+    config, tensors = model("deepseek_v3")
+    plain = gguf_tensors(config, tensors)
+    older = {name: array for name, array in plain.items() if name.split(".")[-2] not in ("attn_k_b", "attn_v_b")}
+    for layer in range(config["num_hidden_layers"]):
+        older[f"blk.{layer}.attn_kv_b.weight"] = tensors[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
+    lengths = {
+        "key_length": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "value_length": config["v_head_dim"],
+    }
+    metadata = {name: item for name, item in gguf_metadata(config).items() if not name.endswith("_mla")}
+    metadata |= {f"deepseek2.attention.{name}": length for name, length in lengths.items()}
+    one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), plain))
+    with one, packed(write_gguf(tmp_path / "other.gguf", metadata, older)) as other:
+        assert same_stores(one, other)

@@ -19,9 +19,9 @@ from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, 
 from hybrid.weights.checkpoints.gguf_config import ROPE_FACTORS, gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_mix, opened_types
-from hybrid.weights.checkpoints.gguf_names import apart, permuted_heads, with_gguf_names
+from hybrid.weights.checkpoints.gguf_names import apart, joined_kv, kv_parts, permuted_heads, with_gguf_names
 from hybrid.weights.checkpoints.huggingface import Checkpoint
-from hybrid.weights.checkpoints.matrices import Source
+from hybrid.weights.checkpoints.matrices import Source, TurnedSource
 from hybrid.weights.shard import Entry
 
 
@@ -82,7 +82,7 @@ class GgufCheckpoint(Checkpoint):
         config, plain = _config_and_spec(model)
         architecture = str(model.metadata["general.architecture"])
         spec = with_gguf_names(plain, architecture)
-        entries = _shaped(spec, apart(spec, model.tensors))
+        entries = joined_kv(spec, _shaped(spec, apart(spec, model.tensors)))
         _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
         return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks)
@@ -91,7 +91,19 @@ class GgufCheckpoint(Checkpoint):
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
         entry = self._entry(name)
         _require_readable(name, entry)
+        if entry.start == entry.end:
+            return self._kv_rows(name, start, count)
         return GgufSource(name, entry, start, count, step, heads=self.heads.get(name, 0))
+
+    def _kv_rows(self, name: str, start: int, count: int) -> Source:
+        """Rows of one head, of its keys or values, of a tensor that the file has in two."""
+        keys, values = (self._entry(part) for part in kv_parts(name))
+        head, place = divmod(start, keys.shape[2] + values.shape[1])
+        if place < keys.shape[2]:
+            assert (place, count) == (0, keys.shape[2])
+            return TurnedSource.of(self.rows(kv_parts(name)[0], head * keys.shape[1], keys.shape[1]))
+        first = head * values.shape[1] + place - keys.shape[2]
+        return self.rows(kv_parts(name)[1], first, count)
 
     def read(self, name: str) -> Array:
         """The whole tensor, as floats. A row of biases counts as a column, whose rows may be permuted."""
@@ -126,8 +138,10 @@ class GgufCheckpoint(Checkpoint):
                     f"{entry.path}: tensor {name} has shape {reprlib.repr(list(entry.shape))}, its metadata asks for "
                     f"{list(shape)}: fetch or make the file again"
                 )
+        joined = [name for name in wanted if self.entries[name].start == self.entries[name].end]
+        known = {*wanted, *(part for name in joined for part in kv_parts(name))}
         for name, entry in self.entries.items():
-            if name not in wanted and not self._is_unused(name):
+            if name not in known and not self._is_unused(name):
                 raise WeightsError(
                     f"{entry.path}: tensor {name:.100} has no place in a model of its architecture, as this program "
                     "knows it: take another copy of the model"

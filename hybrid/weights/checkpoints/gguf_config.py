@@ -17,6 +17,7 @@ Config = dict[str, Any]
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
 _GATING = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
+_NULLS = ("q_lora_rank",)  # fields in which null says something
 _TOO_LARGE = 1 << 20  # bytes of factors of a rope
 
 
@@ -30,7 +31,7 @@ def gguf_config(model: Gguf) -> Config:
             f"supported in GGUF files: {', '.join(sorted(_FAMILIES))}"
         )
     config = {**_common(model, metadata), **family(model, metadata)}
-    return {name: value for name, value in config.items() if value is not None}
+    return {name: value for name, value in config.items() if value is not None or name in _NULLS}
 
 
 def layer_count(metadata: GgufMetadata) -> int:
@@ -40,7 +41,7 @@ def layer_count(metadata: GgufMetadata) -> int:
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     heads, dim = metadata.size("attention.head_count"), _key_length(metadata)
-    if metadata.size("attention.value_length", dim) != dim:
+    if metadata.architecture != "deepseek2" and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
@@ -275,6 +276,51 @@ def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
+def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
+    """In newer files lengths are those of latents; in older ones of keys and values."""
+    last = layer_count(metadata) - 1
+    sigmoid = metadata.size("expert_gating_func", 0) or (
+        _SIGMOID if _has(model, "exp_probs_b.bias", last) else _SOFTMAX
+    )
+    turned = metadata.size("rope.dimension_count")
+    keys = metadata.size("attention.key_length_mla", metadata.size("attention.key_length", 0))
+    groups = metadata.size("expert_group_count", 0) or 1
+    normed = metadata.flag("expert_weights_norm", False)
+    found = {
+        "model_type": "deepseek_v3" if sigmoid == _SIGMOID else "deepseek_v2",
+        "num_key_value_heads": metadata.size("attention.head_count"),
+        "q_lora_rank": metadata.size("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": metadata.size("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": keys - turned,
+        "v_head_dim": metadata.size("attention.value_length_mla", metadata.size("attention.value_length", 0)),
+        "head_dim": None,
+        "partial_rotary_factor": None,
+        "n_routed_experts": metadata.size("expert_count"),
+        "num_experts_per_tok": metadata.size("expert_used_count"),
+        "n_shared_experts": metadata.size("expert_shared_count", 0),
+        "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
+        "first_k_dense_replace": metadata.size("leading_dense_block_count", 0),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
+        "norm_topk_prob": normed,
+        "n_group": groups,
+        "topk_group": metadata.size("expert_group_used_count", 0) or 1,
+        "rope_scaling": _latent_scaling(metadata, _rope_scaling(model, metadata)),
+        "attention_bias": False,
+    }
+    return (
+        found if sigmoid == _SIGMOID else {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
+    )
+
+
+def _latent_scaling(metadata: GgufMetadata, scaling: Config | None) -> Config | None:
+    """What YaRN multiplies scores by, apart from the turned dimensions."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return scaling
+    magnitude = metadata.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
+    return {**scaling, "mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else scaling
+
+
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -288,4 +334,5 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "hunyuan-moe": _hunyuan_moe,
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
+    "deepseek2": _deepseek2,
 }

@@ -30,7 +30,7 @@ def gguf_mix(spec: ModelSpec, entries: Mapping[str, Entry]) -> FormatMix:
         if tensor.part in PARTS and tensor.format is not None:
             found = matrix_types(tensor, entries)
             before = types.setdefault((_layer(tensor), tensor.part), [set() for _ in found])
-            for all_types, own in zip(before, found, strict=True):
+            for all_types, own in zip(before, found, strict=False):
                 all_types.update(own)
     named = {key: "/".join(dict.fromkeys(map(exact_format, found))) for key, found in types.items()}
     usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}

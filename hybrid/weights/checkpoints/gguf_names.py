@@ -13,6 +13,7 @@ from dataclasses import replace
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
+from hybrid.models.layers.latent import LatentAttention, LatentNames
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
@@ -34,6 +35,17 @@ ATTENTION = GroupedQueryNames(
     q_norm=f"{_LAYER}.attn_q_norm.weight",
     k_norm=f"{_LAYER}.attn_k_norm.weight",
     sinks=f"{_LAYER}.attn_sinks.weight",
+)
+LATENT = LatentNames(
+    norm=f"{_LAYER}.attn_norm.weight",
+    q=f"{_LAYER}.attn_q.weight",
+    q_down=f"{_LAYER}.attn_q_a.weight",
+    q_norm=f"{_LAYER}.attn_q_a_norm.weight",
+    q_up=f"{_LAYER}.attn_q_b.weight",
+    kv_down=f"{_LAYER}.attn_kv_a_mqa.weight",
+    kv_norm=f"{_LAYER}.attn_kv_a_norm.weight",
+    kv_up=f"{_LAYER}.attn_kv_b.weight",
+    out=f"{_LAYER}.attn_output.weight",
 )
 
 
@@ -66,6 +78,8 @@ def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
 
 
 def _mixer(mixer: Mixer) -> Mixer:
+    if isinstance(mixer, LatentAttention):
+        return replace(mixer, names=LATENT)
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
     return replace(mixer, names=ATTENTION)
 
@@ -97,6 +111,25 @@ def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
         else:
             found[name] = entry
     return found
+
+
+def kv_parts(name: str) -> tuple[str, str]:
+    """Where newer files have that tensor of latent attention in two: keys [heads, rank, rows], turned, and values."""
+    return name.replace("attn_kv_b", "attn_k_b"), name.replace("attn_kv_b", "attn_v_b")
+
+
+def joined_kv(spec: ModelSpec, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """With an entry for what is in two tensors; it is not to be read itself."""
+    for layer, place in enumerate(spec.layers):
+        name = LATENT.kv_up.replace("{layer}", str(layer))
+        keys, values = (entries.get(part) for part in kv_parts(name))
+        if isinstance(place.mixer, LatentAttention) and name not in entries and keys and values:
+            mixer = place.mixer
+            shapes = (mixer.heads, mixer.rank, mixer.nope_dim), (mixer.heads, mixer.value_dim, mixer.rank)
+            if (keys.shape, values.shape) == shapes:
+                shape = (mixer.heads * (mixer.nope_dim + mixer.value_dim), mixer.rank)
+                entries[name] = replace(keys, shape=shape, end=keys.start)
+    return entries
 
 
 def _experts(entry: Entry, layer: str, which: str, kind: str) -> Iterator[tuple[str, Entry]]:
