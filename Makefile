@@ -17,10 +17,11 @@ LOWEST = import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 LOW := build/lowest
 SMOKE := test_main test_settings test_tokenizer test_llm test_simulate test_pack test_preprocessor test_plot cache/test_trace
 
-.PHONY: help demo test test-torch lowest wheels lint format bench kernels device gpu compare sanitize clean
+.PHONY: help demo serve test test-torch lowest wheels lint format bench kernels device gpu compare sanitize clean
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
+	@echo "make serve    install the server extra and serve the embedded model; ARGS=\"--model-path DIR\" for another"
 	@echo "make test     install the test extra and run the tests, two files at a time; ARGS=\"-k plan\" picks some"
 	@echo "make test-torch  install the live extra (torch, transformers), run what needs it and what it is compared with"
 	@echo "make lowest   build a wheel with the lowest versions of all dependencies, install it, run it, test it"
@@ -39,6 +40,9 @@ demo:
 	@[ -e $(VENV)/installed ] || echo "The kernels are compiled once, for this Python: a minute or two on two free cores."
 	@$(MAKE) --no-print-directory $(VENV)/installed
 	$(RUN) -m hybrid.main --prompt "Once upon a time, there was a little fox named" --max-tokens 256 $(ARGS)
+
+serve: $(VENV)/server
+	$(RUN) -m hybrid.serve $(ARGS)
 
 test: $(VENV)/test $(VENV)/oracle
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
@@ -112,6 +116,6 @@ $(VENV)/oracle: $(VENV)/test
 
 # The extras of pyproject.toml, without building the extension again.
 $(VENV)/live: $(VENV)/test
-$(VENV)/test $(VENV)/live $(VENV)/lint $(VENV)/compare $(VENV)/gpu: $(VENV)/installed
+$(VENV)/test $(VENV)/live $(VENV)/lint $(VENV)/compare $(VENV)/gpu $(VENV)/server: $(VENV)/installed
 	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	@touch $@

@@ -30,7 +30,8 @@ class Fields:
         maximum_of: str = "",
     ) -> int:
         """An integer from `minimum` to `maximum`; `maximum_of` says what sets this maximum."""
-        allowed = f"an integer from {minimum} to {maximum}" + (f" ({maximum_of})" if maximum_of else "")
+        allowed = str(minimum) if minimum == maximum else f"an integer from {minimum} to {maximum}"
+        allowed += f" ({maximum_of})" if maximum_of else ""
         name, value = self._read(names, default, allowed)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise self._bad(name, value, allowed)

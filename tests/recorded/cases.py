@@ -12,6 +12,7 @@ from typing import Any
 from recorded.answers import PARAMS, answers, cached, near_answers, open_model, texts
 from recorded.errors import error_cases
 from recorded.models import EMBEDDED, FAMILIES, FORMATS, VARIANTS, WITH_EXPERTS, Workshop, store_record
+from recorded.names import ON_HOST
 from recorded.outputs import output_cases, trace_case, warm_case
 
 from hybrid import CacheConfig
@@ -140,7 +141,7 @@ def _caches(isa: str, best: bool) -> Iterator[Run]:
 
 def _on_torch(isa: str) -> Iterator[tuple[str, Callable[[Workshop], Any]]]:
     """Steps of torch's CPU device, which stands for a GPU."""
-    for name in [*(family for family in FAMILIES if family != "lfm2"), EMBEDDED]:  # whose layers a device computes
+    for name in [*(name for name, model in FAMILIES.items() if model.family not in ON_HOST), EMBEDDED]:
         yield f"{name}/auto", _torch(name=name, isa=isa)
     for format in FORMATS:
         yield f"qwen2_moe/{format}", _torch(name="qwen2_moe", format=format, isa=isa)

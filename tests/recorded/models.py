@@ -97,9 +97,7 @@ VARIANTS = {
 }
 MODELS = {**FAMILIES, **VARIANTS}
 WITH_EXPERTS = [
-    name
-    for name in [*FAMILIES, EMBEDDED]
-    if name == EMBEDDED or FAMILIES[name].family not in ("llama", "qwen2", "qwen3", "lfm2")
+    name for name in [*FAMILIES, EMBEDDED] if name == EMBEDDED or model_spec(CONFIGS[FAMILIES[name].family]).moe_layers
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from checkpoints import CONFIGS, FP8, as_fp8, mxfp4_tensors, random_tensors, write_tensors
+from checkpoints import CONFIGS, FP8, ON_HOST, as_fp8, mxfp4_tensors, random_tensors, write_tensors
 
 import cpu_kernels
 from hybrid import LLM
@@ -23,7 +23,7 @@ from hybrid.engine.experts.report import report as _cache_report
 from hybrid.models import model_spec
 
 ROOT = Path(__file__).parent.parent.parent
-__all__ = ["CONFIGS", "FP8", "as_fp8", "model_spec", "mxfp4_tensors", "random_tensors", "write_tensors"]
+__all__ = ["CONFIGS", "FP8", "ON_HOST", "as_fp8", "model_spec", "mxfp4_tensors", "random_tensors", "write_tensors"]
 MANIFEST = "manifest.json"  # of a packed store
 COUNTED = ("calls", "hits", "loading", "misses", "fills", "evictions", "late_copies", "streamed_layers", "streamed")
 
