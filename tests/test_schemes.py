@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.store import Store
 
@@ -155,6 +158,41 @@ def test_a_config_alone_says_what_is_quantised() -> None:
     ignore = ["lm_head", "model.layers.0.self_attn.o_proj"]
     mix = native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ignore}})
     assert (mix.experts, mix.attention, mix.head) == ("int4", "bf16", "bf16")
+
+
+def test_expressions_say_what_is_left_out() -> None:
+    """As Kimi-K2-Thinking is published."""
+    ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+    mix = native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ignore}})
+    assert (mix.experts, mix.attention, mix.dense, mix.head) == ("int4", "bf16", "bf16", "bf16")
+    with pytest.raises(ConfigError, match=r"leaves out 're:\(a\+\)\+b', which is not understood"):
+        native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ["re:(a+)+b"]}})
+
+
+@pytest.mark.parametrize(
+    ("expression", "name", "matches"),
+    [
+        (".*self_attn.*", "model.layers.3.self_attn.q_proj", True),
+        (".*gate$", "model.layers.3.mlp.gate", True),
+        (".*gate$", "model.layers.3.mlp.gate_proj", False),
+        ("model\\.layers\\.0\\..*", "model.layers.0.mlp.up_proj", True),
+        ("model\\.layers\\.0\\..*", "model.layers.10.mlp.up_proj", False),
+        ("^lm_head$", "lm_head", True),
+        ("layers.*", "model.layers.0", False),  # from the beginning, as re.match
+        ("(?:a|b)x.*", "bxy", True),
+    ],
+)
+def test_expressions_become_wildcards(expression: str, name: str, matches: bool) -> None:
+    assert bool(re.match(expression, name)) == matches
+    assert any(fnmatchcase(name, pattern) for pattern in wildcards(expression) or []) == matches
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["(a+)+", "a{2}", "[ab]", "(a|b)*", "a|b", "(a(b))", "x+", "(" + "|".join("abcdefgh") + ")" * 1 + "(a|b)" * 9],
+)
+def test_other_expressions_are_not_understood(expression: str) -> None:
+    assert wildcards(expression) is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import Origin, PerHead, Stacked, StoreTensor
 from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
+from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import WORDS, read_scheme
 from hybrid.weights.checkpoints.schemes.codes import CodesEntry
 from hybrid.weights.shard import Entry
@@ -22,6 +23,7 @@ from hybrid.weights.shard import Entry
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
 KEPT_FIELDS = ("modules_to_not_convert", "ignored_layers", "ignore")
 MAX_KEPT = 10_000
+_EXPRESSION = "re:"
 
 
 def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = None) -> FormatMix:
@@ -89,8 +91,13 @@ def _kept_names(quantisation: Mapping[str, Any]) -> list[str]:
 
 
 def _kept_parts(spec: ModelSpec, mix: FormatMix, names: list[str]) -> set[str]:
-    """Quantised parts with a matrix in a module of these names: whole, the beginning or the end, or with wildcards."""
+    """Quantised parts with a matrix in a module of these names: whole, the beginning or the end, with wildcards, or as
+    a regular expression behind "re:". Raises `ConfigError` for one that is not understood.
+    """
     wild = {pattern for name in names if "*" in name for pattern in (name, f"{name}.*")}
+    for name in names:
+        if name.startswith(_EXPRESSION):
+            wild.update(_wildcards(name))
     plain, found = set(names), set[str]()
     for tensor in spec.store_tensors(MIXES["bf16"]):
         if tensor.part in found or tensor.format is None or getattr(mix, tensor.part, "bf16") == "bf16":
@@ -101,6 +108,16 @@ def _kept_parts(spec: ModelSpec, mix: FormatMix, names: list[str]) -> set[str]:
             for module in modules
         ):
             found.add(tensor.part)
+    return found
+
+
+def _wildcards(name: str) -> list[str]:
+    found = wildcards(name.removeprefix(_EXPRESSION))
+    if found is None:
+        raise ConfigError(
+            f"config.json: quantization_config leaves out {reprlib.repr(name)}, which is not understood; give the "
+            "directory with the weights, whose tensors say it"
+        )
     return found
 
 
