@@ -140,6 +140,18 @@ def test_other_formats_are_made_of_what_codes_stand_for(tmp_path: Path, case: st
         assert (matrix(store, "layers.0.attention.out", out.shape) == expected).all()
 
 
+@pytest.mark.parametrize(("version", "less"), [("gptq", 0), ("gptq_v2", 1)])
+def test_zeros_of_symmetric_codes_may_be_of_the_other_version(tmp_path: Path, version: str, less: int) -> None:
+    """As Qwen3.5-27B-GPTQ-Int4 has them: 8 beside the word `gptq`, which stores 7."""
+    config = gptq(checkpoint_format=version)
+    tensors, values = quantised(random_tensors(CONFIG), config)
+    for name in [name for name in tensors if name.endswith("qzeros")]:
+        tensors[name] = np.full(tensors[name].shape, 0x77777777 if less else 0x88888888, np.uint32).view(np.int32)
+    with packed(write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)) as store:
+        out = "model.layers.0.self_attn.o_proj.weight"
+        assert (matrix(store, "layers.0.attention.out", values[out].shape) == values[out]).all()
+
+
 def test_what_is_left_unquantised_stays_so(tmp_path: Path) -> None:
     plain = random_tensors(CONFIG)
     tensors, _ = quantised({name: plain[name] for name in plain if "self_attn" not in name}, compressed())

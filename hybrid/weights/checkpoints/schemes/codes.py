@@ -156,11 +156,13 @@ class CodesSource(Source):
         scales = self._part(scheme.scales).T
         if scheme.zeros is None:
             return codes, scales
-        zeros = (unpacked(self._part(scheme.zeros), 1, scheme.order).T[: len(codes)] + np.uint8(scheme.zeros_less)) & 15
+        stored = unpacked(self._part(scheme.zeros), 1, scheme.order).T[: len(codes)]
         if scheme.symmetric:
-            if (zeros != MIDDLE).any():
+            # Some programs store what they are in either version, whatever config.json calls it.
+            if not any((stored == zero).all() for zero in (MIDDLE - 1, MIDDLE)):
                 self._refuse("has zeros other than 8, and config.json calls its codes symmetric")
             return codes, scales
+        zeros = stored + np.uint8(scheme.zeros_less) & np.uint8(15)
         try:
             scales = scales if scales.dtype == np.float16 else exact_halves(scales)
         except ValueError as error:
