@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("hybrid.commands.serve", "answer over HTTP, as OpenAI's API does"),
     "pack": ("hybrid.commands.pack", "pack a model once, so that every start maps it"),
     "store": ("hybrid.commands.store", "list and remove packed models"),
+    "models": ("hybrid.commands.models", "list the families of models that can be loaded"),
     "fit": ("hybrid.commands.fit", "tell what a model needs and about how fast it runs, on any machine"),
     "bench": ("hybrid.commands.bench", "measure the speed of prompts and of decoding"),
     "perplexity": ("hybrid.commands.perplexity", "tell how well a model foretells a text"),

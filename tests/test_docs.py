@@ -17,6 +17,7 @@ DOCUMENTS = [
             "structure",
             "extending",
             "settings",
+            "models",
             "python",
             "chat",
             "hybrid",

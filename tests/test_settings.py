@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
-from hybrid.commands import bench, chat, fit, pack, perplexity, run, serve, simulate, verify
+from hybrid.commands import bench, chat, fit, models, pack, perplexity, run, serve, simulate, verify
 from hybrid.commands.bench import BenchOptions
 from hybrid.commands.chat import ChatOptions
 from hybrid.commands.fit import FitOptions
 from hybrid.commands.flags import command, new_app, only
+from hybrid.commands.models import ModelsOptions
 from hybrid.commands.pack import PackOptions
 from hybrid.commands.perplexity import PerplexityOptions
 from hybrid.commands.run import RunOptions
@@ -38,13 +39,15 @@ from hybrid.settings import Setting, build, check_settings, choose, named_as_giv
 ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions)
 KINDS = (
-    *OF_RUN, PackOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions, ServerConfig
+    *OF_RUN, PackOptions, ModelsOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions,
+    ServerConfig,
 )  # fmt: skip
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
 MODULES = {
     "run": run,
     "chat": chat,
     "pack": pack,
+    "models": models,
     "fit": fit,
     "bench": bench,
     "perplexity": perplexity,

@@ -336,3 +336,18 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
 }
+MODEL_TYPES = {
+    "llama": ("llama", "mixtral"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "qwen2moe": ("qwen2_moe",),
+    "qwen3moe": ("qwen3_moe",),
+    "gpt-oss": ("gpt_oss",),
+    "glm4moe": ("glm4_moe",),
+    "minimax-m2": ("minimax_m2",),
+    "ernie4_5-moe": ("ernie4_5_moe",),
+    "hunyuan-moe": ("hunyuan_v1_moe",),
+    "olmoe": ("olmoe",),
+    "granitemoe": ("granitemoe",),
+    "deepseek2": ("deepseek_v2", "deepseek_v3"),
+}  # that the functions above make of files of each architecture

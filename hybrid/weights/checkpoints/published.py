@@ -21,6 +21,7 @@ from hybrid.weights.checkpoints.schemes.codes import CodesEntry
 from hybrid.weights.shard import Entry
 
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
+KNOWN = ("mxfp4", f"fp8 with weight_block_size {SQUARE_SIZE}", *WORDS)  # quantisations that are read
 KEPT_FIELDS = ("modules_to_not_convert", "ignored_layers", "ignore")
 MAX_KEPT = 10_000
 _EXPRESSION = "re:"
@@ -45,10 +46,9 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
     elif fields.get("quant_method") == "fp8" and fields.get("weight_block_size") == SQUARE_SIZE:
         mix = MIXES["fp8"]
     else:
-        known = ("mxfp4", f"fp8 with weight_block_size {SQUARE_SIZE}", *WORDS)
         raise ConfigError(
             f"config.json: quantization_config is {reprlib.repr(quantisation)}; it must be absent, "
-            f"{', '.join(known[:-1])} or {known[-1]}: take the unquantised checkpoint, or one of these kinds"
+            f"{', '.join(KNOWN[:-1])} or {KNOWN[-1]}: take the unquantised checkpoint, or one of these kinds"
         )
     spec = model_spec(config)
     if entries is None:

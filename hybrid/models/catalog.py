@@ -1,0 +1,70 @@
+"""What every family is, told by its own code: by the spec of a small model, and by the first words of its file."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from hybrid.formats.mix import FormatMix
+from hybrid.models import families, model_spec, supported_models
+from hybrid.models.spec import ModelSpec
+
+# A small model: every family reads the fields that it knows. A family that needs another adds it here.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_OWN: dict[str, dict[str, Any]] = {"lfm2": {"layer_types": ["conv", "full_attention"]}}  # of one family
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family is: `name` for people, whether it has experts, and the kinds of layers that no device computes."""
+
+    model_type: str
+    name: str
+    experts: bool
+    without_device: tuple[str, ...]
+
+
+def all_families() -> list[Family]:
+    """Every family that can be loaded, by `model_type`."""
+    return [_family(model_type) for model_type in supported_models()]
+
+
+def small_spec(model_type: str) -> ModelSpec:
+    """The spec of a small model of this family."""
+    return model_spec({**_SMALL, **_OWN.get(model_type, {}), "model_type": model_type, "text_config": _SMALL})
+
+
+def _family(model_type: str) -> Family:
+    spec, module = small_spec(model_type), importlib.import_module(f"{families.__name__}.{model_type}")
+    name = (module.__doc__ or model_type).partition(":")[0]
+    halves = list(spec.halves(FormatMix.uniform("bf16")))
+    missing = dict.fromkeys(type(half).__name__ for place, half in halves if half.device_needs(place) is None)
+    return Family(model_type, name, bool(spec.moe_layers), tuple(missing))

@@ -1,0 +1,77 @@
+"""`hybrid models` and docs/models.md say of every family what its code and its tests say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import test_engine
+from checkpoints import CONFIGS, ON_HOST, OTHER_NAMES
+from gguf_rig import ARCHITECTURES
+from typer.testing import CliRunner
+
+from hybrid.commands.models import app, others, table
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import FormatMix
+from hybrid.models import model_spec, supported_models
+from hybrid.models.catalog import all_families
+from hybrid.weights.checkpoints.gguf_config import _FAMILIES, MODEL_TYPES
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs/models.md").read_text()
+TESTS = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", DOCUMENT)
+
+
+def test_every_family_is_listed_and_tested() -> None:
+    listed = [family.model_type for family in all_families()]
+    assert listed == list(supported_models())
+    assert set(listed) == {*CONFIGS, *OTHER_NAMES}
+    assert {family for family, _ in test_engine.CASES.values()} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("family", [f for f in all_families() if f.model_type in CONFIGS], ids=lambda f: f.model_type)
+def test_a_family_is_what_its_tested_model_is(family) -> None:
+    spec = model_spec(CONFIGS[family.model_type])
+    halves = spec.halves(FormatMix.uniform("bf16"))
+    kinds = {type(half).__name__ for place, half in halves if half.device_needs(place) is None}
+    assert (family.experts, set(family.without_device)) == (bool(spec.moe_layers), kinds)
+    assert bool(family.without_device) == (family.model_type in ON_HOST)
+    assert family.name and "\n" not in family.name and len(family.name) < 80
+
+
+def test_gguf_architectures_are_those_that_are_read() -> None:
+    """And each makes the families that files of tests are made into."""
+    assert list(MODEL_TYPES) == list(_FAMILIES)
+    assert {model_type: name for name, found in MODEL_TYPES.items() for model_type in found} == ARCHITECTURES
+
+
+def test_the_document_has_the_table_that_is_printed() -> None:
+    assert "\n".join(table()) in DOCUMENT, "copy the table that `hybrid models` prints into docs/models.md"
+
+
+@pytest.mark.parametrize(("row", "experts"), [("with experts", True), ("dense", False)])
+def test_the_readme_names_every_family(row: str, experts: bool) -> None:
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {row} |"))
+    everywhere, _, on_host = line.partition("on the CPU alone")
+    families = [family for family in all_families() if family.experts == experts]
+    for words, without_device in ((everywhere, False), (on_host, True)):
+        expected = {family.model_type for family in families if bool(family.without_device) == without_device}
+        assert set(re.findall(r"`(\w+)`", words)) == expected
+
+
+@pytest.mark.parametrize(("file", "name"), TESTS)
+def test_tests_that_the_document_names_are_there(file: str, name: str) -> None:
+    functions = [node.name for node in ast.parse((ROOT / "tests" / file).read_text()).body if hasattr(node, "name")]
+    assert (name or functions[0]) in functions
+
+
+def test_the_command_prints_both_forms() -> None:
+    text = CliRunner().invoke(app, []).stdout
+    assert text == "\n".join([*table(), "", *others()]) + "\n"
+    found = json.loads(CliRunner().invoke(app, ["--json"]).stdout)
+    assert found["formats"] == list(FORMATS) and {"hermes", "harmony"} <= set(found["tools"])
+    assert [family["model_type"] for family in found["families"]] == list(supported_models())
+    assert {"gguf": ["llama"], "device": True, "experts": True}.items() <= found["families"][14].items()
