@@ -200,8 +200,8 @@ def test_values_that_are_not_finite_are_never_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"quant_method": "fbgemm_fp8"}, "quantization_config is .*fbgemm.*must be absent, mxfp4, fp8"),
-        ({"quant_method": "fp8"}, r"weight_block_size \[128, 128\], compressed.*: take the unquantised"),
+        ({"quant_method": "quark"}, "quantization_config is .*quark.*must be absent, mxfp4, fp8"),
+        ({"quant_method": "hqq"}, r"weight_block_size \[128, 128\], compressed.*: take the unquantised"),
         ({**FP8, "weight_block_size": [64, 64]}, "must be absent"),
         ("fp8", "quantization_config is 'fp8'"),
         ({**FP8, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; it must be a list"),

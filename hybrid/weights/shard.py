@@ -26,7 +26,8 @@ _READ_BYTES = 1 << 20
 _MAX_HEADER = 100_000_000  # that of the format; keeps a damaged length from reading gigabytes
 _MAX_SIZE, _MAX_RANK = 1 << 60, 16  # of tensors; far above what exists, far below what cannot be printed
 _ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 

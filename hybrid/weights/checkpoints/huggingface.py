@@ -29,7 +29,7 @@ from hybrid.weights.checkpoints.matrices import (
 )
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.checkpoints.schemes import with_matrices
-from hybrid.weights.checkpoints.schemes.codes import CodesEntry, CodesSource
+from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.shard import Entry, same_bytes
 
 _FORMS: tuple[ExpertForm, ...] = ("mxfp4", "fused", "apart")  # in the order in which one layer decides for all
@@ -80,8 +80,8 @@ class Checkpoint:
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
         entry = self._entry(name)
-        if isinstance(entry, CodesEntry):
-            return CodesSource(name, entry, start, count, step)
+        if isinstance(entry, MatrixEntry):
+            return entry.source(name, start, count, step)
         if entry.dtype == FP8_DTYPE and len(entry.shape) > 1:
             return Fp8Source(name, entry, start, count, step, scales=self._entry(f"{name}_scale_inv"))
         _require_dtype(name, entry, tuple(FLOATS))
@@ -118,7 +118,14 @@ class Checkpoint:
 
     def notes(self, mix: FormatMix) -> list[str]:
         """Lines about what packing in these formats changes, beyond what was asked for."""
-        return []
+        found = (entry.rounded for entry in self.entries.values() if isinstance(entry, MatrixEntry))
+        rounded = " and ".join(dict.fromkeys(filter(None, found)))
+        if mix != self.native or not rounded:
+            return []
+        return [
+            f"note: {rounded} in the checkpoint, opened to bf16, which rounds a weight by at most 1/256 of itself, "
+            "because no packed format holds them; another --format takes less memory"
+        ]
 
     def check(self) -> None:
         """Raise `WeightsError` unless every tensor that the spec needs is there with its shape and dtype."""
@@ -127,7 +134,7 @@ class Checkpoint:
         blocked = "mxfp4" in forms.values()
         for name, shape in self.spec.checkpoint_shapes(forms):
             entry = self._entry(name)
-            if isinstance(entry, CodesEntry):
+            if isinstance(entry, MatrixEntry):
                 _require_shape(name, entry, shape)
                 continue
             quantised = entry.dtype == FP8_DTYPE and len(shape) > 1

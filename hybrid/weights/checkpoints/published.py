@@ -17,7 +17,7 @@ from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import WORDS, read_scheme
-from hybrid.weights.checkpoints.schemes.codes import CodesEntry
+from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.shard import Entry
 
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
@@ -70,7 +70,7 @@ def _formats(tensor: StoreTensor, entries: Mapping[str, Entry]) -> Iterator[str]
     for name in _sources(tensor.origin, tensor.shape[0] if tensor.part == "experts" else 1, entries):
         if f"{name}_blocks" in entries:
             yield "mxfp4"
-        elif isinstance(found := entries.get(name), CodesEntry):
+        elif isinstance(found := entries.get(name), MatrixEntry):
             yield found.dtype if found.shape[0] % BLOCK == 0 else "bf16"  # else blocks of rows may have two tensors
         elif name in entries:
             yield "fp8" if entries[name].dtype == FP8_DTYPE else "bf16"

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.weights.checkpoints.files import quantisation_of
-from hybrid.weights.checkpoints.schemes import awq, compressed_tensors, gptq
-from hybrid.weights.checkpoints.schemes.codes import CodesEntry, Scheme
+from hybrid.weights.checkpoints.schemes import awq, compressed_tensors, float8, gptq, modelopt
+from hybrid.weights.checkpoints.schemes.base import Scheme
 from hybrid.weights.shard import Entry
 
-_METHODS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
-WORDS = tuple(method.WORDS for method in _METHODS.values())
+_METHODS = {
+    "compressed-tensors": compressed_tensors,
+    "modelopt": modelopt,
+    "fp8": float8,
+    "fbgemm_fp8": float8,
+    "gptq": gptq,
+    "awq": awq,
+}
+WORDS = tuple(dict.fromkeys(method.WORDS for method in _METHODS.values()))
 
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
@@ -30,11 +37,4 @@ def with_matrices(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Ma
     scheme = read_scheme(config)
     if scheme is None:
         return entries
-    found = dict(entries)
-    for name in entries:
-        if name.endswith(f".{scheme.codes}"):
-            module = name.removesuffix(f".{scheme.codes}")
-            names = {part: f"{module}.{part}" for part in (*scheme.parts, *scheme.others)}
-            parts = {part: entries[name] for part, name in names.items() if name in entries}
-            found[f"{module}.weight"] = CodesEntry.of(module, parts, scheme)
-    return found
+    return {**entries, **dict(scheme.matrices(entries))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
@@ -16,6 +16,7 @@ from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
 from hybrid.formats.grouped import exact_halves
 from hybrid.models.reading import Fields
 from hybrid.weights.checkpoints.matrices import FLOATS, Source
+from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.shard import Entry, read_bytes
 
 IN_ORDER = tuple(range(8))  # which of eight neighbours the i-th four bits of a word are
@@ -25,7 +26,7 @@ _SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
 
 
 @dataclass(frozen=True)
-class Scheme:
+class CodesScheme:
     """How the matrices of a checkpoint are published.
 
     codes, scales, zeros: what the names of their tensors end with; without zeros they are all 8. others: tensors that
@@ -57,18 +58,25 @@ class Scheme:
             return "q5_0"
         return "q4_0" if self.transposed else "int4"
 
+    def matrices(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, MatrixEntry]]:
+        """See `Scheme`."""
+        for name in entries:
+            if name.endswith(f".{self.codes}"):
+                module = name.removesuffix(f".{self.codes}")
+                names = {part: f"{module}.{part}" for part in (*self.parts, *self.others)}
+                parts = {part: entries[name] for part, name in names.items() if name in entries}
+                yield f"{module}.weight", CodesEntry.of(module, parts, self)
+
 
 @dataclass(frozen=True)
-class CodesEntry(Entry):
-    """A matrix [outputs, inputs] made of several tensors. dtype: the packed format that holds it exactly. The bytes are
-    those of its codes.
-    """
+class CodesEntry(MatrixEntry):
+    """A matrix made of codes and scales. The bytes are those of its codes."""
 
-    scheme: Scheme = field(kw_only=True)
+    scheme: CodesScheme = field(kw_only=True)
     parts: Mapping[str, Entry] = field(kw_only=True)
 
     @classmethod
-    def of(cls, module: str, parts: Mapping[str, Entry], scheme: Scheme) -> CodesEntry:
+    def of(cls, module: str, parts: Mapping[str, Entry], scheme: CodesScheme) -> CodesEntry:
         """Raises `WeightsError` for parts that are missing or do not fit each other."""
         words = parts[scheme.codes]
         for part in scheme.parts:
@@ -90,6 +98,9 @@ class CodesEntry(Entry):
                 )
         format = "q5_0" if not scheme.symmetric else "int4" if scales.dtype == "BF16" else "q4_0"
         return cls(words.path, format, (rows, inputs), words.start, words.end, scheme=scheme, parts=parts)
+
+    def source(self, name: str, start: int, count: int, step: int) -> Source:
+        return CodesSource(name, self, start, count, step)
 
 
 def _require(is_scales: bool, module: str, part: str, entry: Entry) -> None:

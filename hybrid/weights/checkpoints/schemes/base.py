@@ -1,0 +1,35 @@
+"""What published quantisations share: a matrix that several tensors of a checkpoint make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from hybrid.weights.checkpoints.matrices import Source
+from hybrid.weights.shard import Entry
+
+
+@dataclass(frozen=True)
+class MatrixEntry(Entry):
+    """A matrix [outputs, inputs] under the name that it would have unquantised.
+
+    dtype: the packed format that holds it exactly, or bf16 where none does; `rounded` says then how it is published.
+    """
+
+    rounded: str = ""
+
+    def source(self, name: str, start: int, count: int, step: int) -> Source:
+        """`count` rows, from row `start` on, each `step`-th."""
+        raise NotImplementedError
+
+
+class Scheme(Protocol):
+    """How the matrices of a checkpoint are published."""
+
+    @property
+    def format(self) -> str:
+        """The packed format of most checkpoints of this kind, for where no tensors are at hand."""
+
+    def matrices(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, MatrixEntry]]:
+        """The matrices that are found among these tensors, by name. Raises `WeightsError`."""

@@ -1,0 +1,212 @@
+"""Matrices that are published as numbers of 4 or 8 bits under their own names, with scales beside them.
+
+Numbers are e4m3, int8, or e2m1 with two in a byte. Scales are one for all, one for each row, for each 128 by 128, or
+for each group of inputs; NVFP4 has one more for all. Which it is, the shapes of the stored tensors say.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hybrid.errors import WeightsError
+from hybrid.formats import FP8, INT8, MXFP4
+from hybrid.formats import fp8 as fp8_format
+from hybrid.formats import mxfp4 as mxfp4_format
+from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
+from hybrid.weights.checkpoints.matrices import FLOATS, Source
+from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.shard import Entry, read_bytes
+
+E4M3, INT, E2M1 = "F8_E4M3", "I8", "U8"  # dtypes of the numbers
+_POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
+_SQUARE = fp8_format.SQUARE
+_REFUSED = ("weight_zero_point", "pre_quant_scale", "weight_g_idx")  # beside numbers that they would change
+
+
+@dataclass(frozen=True)
+class ScaledScheme:
+    """format: the packed format of most checkpoints of this kind. packed: whether numbers of 4 bits have a name of
+    their own. divides: whether the scale for all is divided by.
+    """
+
+    format: str
+    packed: bool = False
+    divides: bool = False
+
+    def matrices(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, MatrixEntry]]:
+        ending = ".weight_packed" if self.packed else ".weight"
+        for name, numbers in entries.items():
+            if name.endswith(ending) and numbers.dtype in (E4M3, INT, E2M1):
+                module = name.removesuffix(ending)
+                yield f"{module}.weight", _matrix(module, numbers, entries, self)
+
+
+def _matrix(module: str, numbers: Entry, entries: Mapping[str, Entry], scheme: ScaledScheme) -> ScaledEntry:
+    """Raises `WeightsError` for parts that are missing or do not fit each other."""
+    for part in _REFUSED:
+        if f"{module}.{part}" in entries:
+            raise WeightsError(
+                f"{numbers.path}: tensor {module}.{part} changes what its weights mean, which is not read: take "
+                "another checkpoint"
+            )
+    scales = entries.get(f"{module}.weight_scale") or entries.get(f"{module}.weight_scale_inv")
+    if scales is None:
+        raise WeightsError(f"{numbers.path}: tensor {module}.weight_scale is missing: fetch all files again")
+    rows, inputs = numbers.shape if len(numbers.shape) == 2 else (0, 0)
+    inputs *= 2 if numbers.dtype == E2M1 else 1
+    each = _values_of_a_scale(rows, inputs, scales.shape)
+    allowed = (*FLOATS, *_POWERS, E4M3)
+    if each is None or not rows or not inputs or scales.dtype not in allowed:
+        raise WeightsError(
+            f"{numbers.path}: tensor {module}.weight_scale is {scales.dtype:.40} {reprlib.repr(list(scales.shape))} "
+            f"beside {numbers.dtype} {reprlib.repr(list(numbers.shape))}; it must be one of {', '.join(allowed)} for "
+            f"all, each row, each {_SQUARE} by {_SQUARE} or each group of inputs: take another checkpoint"
+        )
+    whole = entries.get(f"{module}.weight_global_scale") or entries.get(f"{module}.weight_scale_2")
+    if whole is not None and (whole.dtype != "F32" or whole.shape not in ((), (1,))):
+        raise WeightsError(
+            f"{numbers.path}: the scale of all of {module} is {whole.dtype:.40} {reprlib.repr(list(whole.shape))}; it "
+            "must be one F32: take another checkpoint"
+        )
+    if scales.dtype == E4M3 and whole is None:
+        raise WeightsError(f"{numbers.path}: tensor {module}.weight_scale_2 is missing: fetch all files again")
+    format, rounded = _format(numbers.dtype, scales.dtype, each, (rows, inputs), whole is not None)
+    return ScaledEntry(
+        numbers.path, format, (rows, inputs), numbers.start, numbers.end, rounded,
+        numbers=numbers.dtype, scales=scales, each=each, whole=whole, divides=scheme.divides,
+    )  # fmt: skip
+
+
+def _values_of_a_scale(rows: int, inputs: int, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and inputs that share a scale, None if no such scales have this shape."""
+    if shape in ((), (1,), (1, 1)):
+        return rows, inputs
+    if shape in ((rows,), (rows, 1)):
+        return 1, inputs
+    if shape == (-(-rows // _SQUARE), -(-inputs // _SQUARE)):
+        return _SQUARE, _SQUARE
+    if len(shape) == 2 and shape[0] == rows and shape[1] and inputs % shape[1] == 0:
+        return 1, inputs // shape[1]
+    return None
+
+
+def _format(numbers: str, scales: str, each: tuple[int, int], shape: tuple[int, int], twice: bool) -> tuple[str, str]:
+    """The packed format that holds them exactly; else bf16, and how they are published if it rounds them."""
+    squares = each == (_SQUARE, _SQUARE) or each == shape
+    if not twice:
+        if numbers == E4M3 and squares and scales in FLOATS:
+            return "fp8", ""
+        if numbers == INT and scales in FLOATS and each[1] == shape[1]:
+            return "int8", ""
+        if numbers == E2M1 and scales in _POWERS and each == (1, GROUP):
+            return "mxfp4", ""
+        if scales in _POWERS:
+            return "bf16", ""
+    name = {E4M3: "fp8", INT: "int8", E2M1: "fp4"}[numbers]
+    what = "a scale for each row" if each[1] == shape[1] else f"a scale for {each[1]} inputs"
+    return "bf16", f"{name} with {what}"
+
+
+@dataclass(frozen=True)
+class ScaledEntry(MatrixEntry):
+    """numbers: their dtype. each: rows and inputs that share a scale. whole: the scale for all, None without one."""
+
+    numbers: str = field(kw_only=True)
+    scales: Entry = field(kw_only=True)
+    each: tuple[int, int] = field(kw_only=True)
+    whole: Entry | None = field(kw_only=True)
+    divides: bool = field(kw_only=True)
+
+    def source(self, name: str, start: int, count: int, step: int) -> Source:
+        return ScaledSource(name, self, start, count, step)
+
+
+@dataclass(frozen=True)
+class ScaledSource(Source):
+    """Rows of such a matrix."""
+
+    entry: ScaledEntry
+
+    @property
+    def published(self) -> str | None:  # type: ignore[override]
+        return self.entry.dtype if self.entry.dtype != "bf16" else None
+
+    @property
+    def straight(self) -> bool:
+        return self.published is not None and self.step == 1 and self.start % BLOCK == 0
+
+    def floats(self, start: int, stop: int) -> Floats:
+        numbers = self._read(self._row_bytes, start, stop)
+        rows = (self.start + self.step * np.arange(start, stop)) // self.entry.each[0]
+        values: Floats = (
+            _values(numbers, self.entry.numbers)
+            * np.repeat(self._grid[rows], self.entry.each[1], axis=1)[:, : self.columns]
+        )
+        return values
+
+    def blocks(self, start: int, stop: int) -> Bytes:
+        numbers, first = self._read(self._row_bytes, start, stop), self.start + start
+        if self.entry.dtype == "mxfp4":
+            groups = self.columns // GROUP
+            return MXFP4.pack_blocks(numbers.reshape(-1, groups, BLOCK), self._powers[first : first + len(numbers)])
+        if self.entry.dtype == "fp8":
+            return FP8.pack_blocks(numbers, self._squares, first)
+        scales = np.broadcast_to(self._grid, (self.entry.shape[0], 1))[first : first + len(numbers), 0]
+        return INT8.pack_blocks(numbers.view(np.int8), scales)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.columns // 2 if self.entry.numbers == E2M1 else self.columns
+
+    @property
+    def _squares(self) -> Floats:
+        """A scale for each 128 by 128, though one may be stored for all."""
+        shape = tuple(-(-size // _SQUARE) for size in self.entry.shape)
+        return np.ascontiguousarray(np.broadcast_to(self._grid, shape))
+
+    @cached_property
+    def _powers(self) -> Bytes:
+        """Stored exponents of powers of two."""
+        exponents = self._stored(np.dtype(np.uint8))
+        if (exponents > mxfp4_format.HIGHEST).any():
+            raise self._bad_scales()
+        return exponents
+
+    @cached_property
+    def _grid(self) -> Floats:
+        """The scales, as they multiply numbers: [rows / each, inputs / each]."""
+        if self.entry.scales.dtype in _POWERS:
+            return mxfp4_format.powers(self._powers)
+        kind = FLOATS.get(self.entry.scales.dtype, ml_dtypes.float8_e4m3fn)
+        scales = self._stored(np.dtype(kind)).astype(np.float32)
+        if self.entry.whole is not None:
+            whole = read_bytes(self.entry.whole, 0, 4).view(np.float32)[0]
+            with np.errstate(all="ignore"):
+                scales = scales / whole if self.entry.divides else scales * whole
+        if not (np.abs(scales) <= np.finfo(np.float32).max / np.float32(fp8_format.LARGEST)).all():
+            raise self._bad_scales()
+        return scales
+
+    def _stored(self, dtype: np.dtype[Any]) -> Array:
+        scales, each = self.entry.scales, self.entry.each
+        found: Array = read_bytes(scales, 0, scales.end - scales.start).view(dtype)
+        return found.reshape(-(-self.entry.shape[0] // each[0]), -1)
+
+
+def _values(numbers: Bytes, dtype: str) -> Floats:
+    """What the stored numbers are, float32 [rows, inputs]."""
+    if dtype == E4M3:
+        found: Floats = np.take(fp8_format.VALUES, numbers)
+    elif dtype == INT:
+        found = numbers.view(np.int8).astype(np.float32)
+    else:
+        codes = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(len(numbers), -1)
+        found = np.take(mxfp4_format.VALUES, codes)
+    return found

@@ -1,0 +1,181 @@
+"""Numbers of 4 or 8 bits with scales: exact where a packed format holds them, else rounded to bf16 and said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import packed, random_tensors, write_tensors
+from test_schemes import CONFIG, expert, matrix
+
+from hybrid import LLM
+from hybrid.errors import WeightsError
+from hybrid.formats.mix import FormatMix
+from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.published import native_mix
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E4M3 = ml_dtypes.float8_e4m3fn
+Tensors = dict[str, np.ndarray]
+
+
+def compressed(format: str, strategy: str) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"FP8": {"weights": weights}}}
+
+
+def modelopt(algorithm: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm}
+
+
+# What config.json says, numbers, what shares a scale, type of scales, the format, whether bf16 rounds.
+CASES: dict[str, tuple[dict[str, Any], str, str, Any, str, bool]] = {
+    "fp8, a scale a matrix": ({"quant_method": "fp8"}, "fp8", "tensor", np.float32, "fp8", False),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, "fp8", "row", np.float32, "bf16", True),
+    "compressed, GLM-4.5-FP8": (compressed("float-quantized", "channel"), "fp8", "row", "bfloat16", "bf16", True),
+    "compressed, scales in a row": (compressed("float-quantized", "channel"), "fp8", "flat", "bfloat16", "bf16", True),
+    "compressed, fp8 in blocks": (compressed("float-quantized", "block"), "fp8", "square", "bfloat16", "fp8", False),
+    "compressed, int8": (compressed("int-quantized", "channel"), "int8", "row", np.float32, "int8", False),
+    "compressed, int8 of a matrix": (
+        compressed("int-quantized", "tensor"),
+        "int8",
+        "tensor",
+        "bfloat16",
+        "int8",
+        False,
+    ),
+    "compressed, mxfp4": (compressed("mxfp4-pack-quantized", "group"), "packed", "32", np.uint8, "mxfp4", False),
+    "compressed, nvfp4": (compressed("nvfp4-pack-quantized", "tensor_group"), "packed", "16", E4M3, "bf16", True),
+    "compressed, mxfp8": (compressed("mxfp8-quantized", "group"), "fp8", "32", np.uint8, "bf16", False),
+    "modelopt, fp8": (modelopt("FP8"), "fp8", "tensor", np.float32, "fp8", False),
+    "modelopt, nvfp4": (modelopt("NVFP4"), "fp4", "16", E4M3, "bf16", True),
+    "modelopt, mxfp8": (modelopt("MXFP8"), "fp8", "32", np.uint8, "bf16", False),
+}
+
+
+def published(tensors: Tensors, case: str) -> tuple[Tensors, Tensors]:
+    """A checkpoint's tensors with projections as the case says, and what these stand for, in float32."""
+    _, numbers, shared, kind, _, _ = CASES[case]
+    random, found, values = np.random.default_rng(4), dict(tensors), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, inputs = found.pop(name).shape
+        if numbers in ("fp4", "packed"):
+            codes = random.integers(0, 16, (rows, inputs), np.uint8)
+            stored, exact = codes[:, ::2] | codes[:, 1::2] << 4, E2M1[codes]
+        else:
+            stored = random.integers(-128, 128, (rows, inputs), np.int8)
+            if numbers == "fp8":
+                stored = (stored / np.float32(8)).astype(E4M3)
+            exact = stored.astype(np.float32)
+        shapes = {"tensor": (), "row": (rows, 1), "flat": (rows,), "square": (-(-rows // 128), -(-inputs // 128))}
+        shape = shapes[shared] if shared in shapes else (rows, inputs // int(shared))
+        if kind is np.uint8:
+            scales: Any = random.integers(110, 125, shape, np.uint8)
+            multiply = 2.0 ** (scales.astype(np.float32) - 127)
+        else:
+            scales = np.asarray(random.uniform(0.001, 0.01, shape) * (1000 if kind is E4M3 else 1)).astype(kind)
+            multiply = np.asarray(scales).astype(np.float32)
+        module = name.removesuffix(".weight")
+        if kind is E4M3:
+            divides, whole = numbers == "packed", np.float32(random.uniform(800, 900))
+            found[f"{module}.weight_{'global_scale' if divides else 'scale_2'}"] = np.array(
+                [whole if divides else 1 / whole]
+            )
+            multiply = multiply / whole if divides else multiply * (1 / whole)
+        grid = {"flat": multiply.reshape(-1, 1)}.get(shared, np.atleast_2d(multiply))
+        if shared == "square":
+            grid = grid.repeat(128, 0).repeat(128, 1)[:rows, :inputs]
+        elif grid.shape[1] > 1:
+            grid = grid.repeat(int(shared), 1)
+        found[f"{module}.weight{'_packed' * (numbers == 'packed')}"] = stored
+        found[f"{module}.weight_scale"] = np.asarray(scales)
+        values[name] = (exact * grid.astype(np.float32)).astype(np.float32)
+    return found, values
+
+
+def written(path: Path, case: str) -> tuple[Path, Tensors, Tensors]:
+    tensors, values = published(random_tensors(CONFIG), case)
+    return write_tensors(path, {**CONFIG, "quantization_config": CASES[case][0]}, tensors, shards=2), tensors, values
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_and_scales_are_taken_as_they_are(tmp_path: Path, case: str) -> None:
+    config, *_, format, rounds = CASES[case]
+    source, _, values = written(tmp_path / "hf", case)
+    if format == "bf16":
+        values = {name: value.astype("bfloat16").astype(np.float32) for name, value in values.items()}
+    assert native_mix({**CONFIG, "quantization_config": config}).experts == format
+    checkpoint = Checkpoint.open(source)
+    assert [line.startswith("note: ") for line in checkpoint.notes(checkpoint.native)] == [True] * rounds
+    assert checkpoint.notes(FormatMix.uniform("int8")) == []
+    with packed(source) as store:
+        assert {store.mix.experts, store.mix.attention, store.mix.dense} == {format} and store.mix.head == "bf16"
+        out = values["model.layers.0.self_attn.o_proj.weight"]
+        assert (matrix(store, "layers.0.attention.out", out.shape) == out).all()
+        qkv = np.concatenate([values[f"model.layers.2.self_attn.{part}_proj.weight"] for part in "qkv"])
+        assert (matrix(store, "layers.2.attention.qkv", qkv.shape) == qkv).all()
+        names = [f"model.layers.2.mlp.experts.7.{part}_proj.weight" for part in ("gate", "up", "down")]
+        assert all((a == values[name]).all() for a, name in zip(expert(store, 2, 7), names, strict=True))
+
+
+@pytest.mark.parametrize("case", ["compressed, GLM-4.5-FP8", "compressed, int8", "modelopt, nvfp4"])
+def test_logits_are_those_of_the_values(tmp_path: Path, case: str) -> None:
+    """Of a checkpoint in fp32 that holds them, bit for bit."""
+    source, tensors, values = written(tmp_path / "hf", case)
+    plain = {name: values.get(name, array) for name, array in random_tensors(CONFIG).items()}
+    exact = write_tensors(tmp_path / "plain", CONFIG, plain)
+    with LLM(source, threads=1, cache_dir=tmp_path / "cache", weight_format="bf16") as one:
+        found = one.logits([1, 2, 3, 4])
+    with LLM(exact, threads=1, cache_dir=tmp_path / "cache", weight_format="bf16") as other:
+        assert (found == other.logits([1, 2, 3, 4])).all()
+
+
+MODULE = "model.layers.0.mlp.experts.1.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "change", "message"),
+    [
+        ("modelopt, fp8", "weight_scale", None, f"{MODULE}.weight_scale is missing"),
+        ("modelopt, nvfp4", "weight_scale_2", None, f"{MODULE}.weight_scale_2 is missing"),
+        ("modelopt, nvfp4", "weight_scale_2", lambda a: a.astype("f8"), "the scale of all of .* is F64"),
+        ("modelopt, nvfp4", "pre_quant_scale", lambda a: np.ones(8, "f4"), "changes what its weights mean"),
+        ("compressed, int8", "weight_zero_point", lambda a: np.ones(8, "i1"), "changes what its weights mean"),
+        ("modelopt, nvfp4", "weight_scale", lambda a: a[:, :3].copy(), r"weight_scale is F8_E4M3 \[64, 3\] beside U8"),
+        ("modelopt, nvfp4", "weight_scale", lambda a: np.full_like(a, np.nan), "hold NaN or infinity"),
+        ("fbgemm", "weight_scale", lambda a: np.full_like(a, np.inf), "hold NaN or infinity"),
+        ("compressed, mxfp4", "weight_scale", lambda a: np.full_like(a, 255), "hold NaN or infinity"),
+        ("compressed, mxfp8", "weight_scale", lambda a: np.full_like(a, 255), "hold NaN or infinity"),
+        ("compressed, nvfp4", "weight_global_scale", lambda a: a * 0, "hold NaN or infinity"),
+        ("fbgemm", "weight", lambda a: np.zeros((3, 4), E4M3), r"beside F8_E4M3 \[3, 4\]"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path: Path, case: str, part: str, change: Any, message: str) -> None:
+    tensors, _ = published(random_tensors(CONFIG), case)
+    name = f"{MODULE}.{part}"
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors.get(name))
+    source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": CASES[case][0]}, tensors)
+    with pytest.raises(WeightsError, match=message) as error:
+        packed(source)
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_left_unquantised_stays_so(tmp_path: Path) -> None:
+    """And a head that is quantised, whatever a list says."""
+    plain = random_tensors(CONFIG)
+    tensors, _ = published({name: plain[name] for name in plain if "self_attn" not in name}, "modelopt, fp8")
+    tensors |= {name: plain[name] for name in plain if "self_attn" in name}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(E4M3)
+    tensors["lm_head.weight_scale"] = np.array(0.5, np.float32)
+    config = {**CONFIG, "quantization_config": {**modelopt("FP8"), "ignore": ["lm_head"]}}
+    with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
+        assert (store.mix.attention, store.mix.experts) == ("bf16", "fp8")
+        head = tensors["lm_head.weight"].astype(np.float32) * np.float32(0.5)
+        kind = store.tensors["head"].format
+        assert (matrix(store, "head", head.shape) == head).all() and kind == store.mix.head
