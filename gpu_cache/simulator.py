@@ -15,6 +15,7 @@ from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, known_policy
+from gpu_cache.prompt_copies import replay_prompt_copies
 from gpu_cache.quota_bound import quota_bound
 from gpu_cache.table import Table
 from gpu_cache.trace import Calls, Ints
@@ -90,15 +91,14 @@ def policy_names() -> tuple[str, ...]:
 
 
 def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result:
-    geometry = setting.geometry(calls)
-    table = Table(geometry, setting.policy, setting.admission, setting.quota, setting.seed, costs)
-    splits = drive(calls, table, CopyClock(setting.delay))
-    return Result(
-        setting=setting,
-        steps=calls.steps,
-        splits=splits,
-        **table.counts._asdict(),
-    )
+    how = (setting.geometry(calls), setting.policy, setting.admission, setting.quota, setting.seed, costs)
+    if setting.delay == 0:
+        counts, splits = replay_prompt_copies(calls, *how)
+    else:
+        table = Table(*how)
+        splits = drive(calls, table, CopyClock(setting.delay))
+        counts = table.counts
+    return Result(setting=setting, steps=calls.steps, splits=splits, **counts._asdict())
 
 
 def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int], int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from operator import neg
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpu_cache.admission import Admission, Costs, make_admission
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import NOWHERE, Geometry
+from gpu_cache.hooks import overridden
 from gpu_cache.policies import make_policy
 from gpu_cache.policies.base import Policy
 
@@ -212,12 +213,12 @@ class Table:
         """Keep only the hooks that are overridden, so that the others cost nothing."""
         self.policy, self.admission = policy, admission
         self._replace = policy.replace
-        self._on_lookup = _hook(policy.on_lookup, Policy.on_lookup)
-        self._on_fill = _hook(policy.on_fill, Policy.on_fill)
-        self._on_evict = _hook(policy.on_evict, Policy.on_evict)
-        self._wants = _hook(admission.wants, Admission.wants)
-        self._on_call = _hook(admission.on_call, Admission.on_call)
-        self._on_admitted = _hook(admission.on_fill, Admission.on_fill)
+        self._on_lookup = overridden(policy.on_lookup, Policy.on_lookup)
+        self._on_fill = overridden(policy.on_fill, Policy.on_fill)
+        self._on_evict = overridden(policy.on_evict, Policy.on_evict)
+        self._wants = overridden(admission.wants, Admission.wants)
+        self._on_call = overridden(admission.on_call, Admission.on_call)
+        self._on_admitted = overridden(admission.on_fill, Admission.on_fill)
 
     def _fill(
         self, layer: int, experts: Iterable[int], wants: Callable[[int, int], bool] | None, kept: Sequence[int]
@@ -270,11 +271,3 @@ def _not_loading(slot: int) -> CacheError:
 
 
 _new = tuple.__new__  # makes a named tuple without a call into Python
-
-
-_Hook = TypeVar("_Hook", bound=Callable[..., object])
-
-
-def _hook(method: _Hook, default: Callable[..., object]) -> _Hook | None:
-    """A method of an object, or None if it is the default, which does nothing."""
-    return None if getattr(method, "__func__", None) is default else method

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 
 from gpu_cache.geometry import Geometry
-from gpu_cache.policies.decayed import EMPTY_VALUE, DecayedPolicy
+from gpu_cache.policies.decayed import DecayedPolicy
 
 HALF_LIFE = 64  # steps
 
@@ -21,37 +22,45 @@ class Lfu(DecayedPolicy):
     decay = 0.5 ** (1 / HALF_LIFE)
 
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
-        super().__init__(geometry, geometry.slots, seed)
-        self._argmin = [values.argmin for values in self._values.reshape(geometry.nblocks, geometry.nways)]
+        super().__init__(geometry, seed)
         self._key_of = [0] * geometry.slots
+        # of each index: (value, slot) of its experts; the value is of some time before, hence never above the true one
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(geometry.nblocks)]
 
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        value, unit, base, values = self._value, self._unit, layer * self._experts, self._values_by_place
+        value, unit, base = self._value, self._unit, layer * self._experts
         for expert in experts:
             value[base + expert] += unit
-        for slot in slots:
-            values[slot] += unit
 
     def on_fill(self, slot: int, key: int) -> None:
         self._key_of[slot] = key
-        self._values_by_place[slot] = self._value[key]
+        heappush(self._heaps[slot // self.nways], (self._value[key], slot))
 
     def on_evict(self, slot: int, key: int) -> None:
-        self._values_by_place[slot] = EMPTY_VALUE
+        heap = self._heaps[slot // self.nways]
+        heap[:] = [entry for entry in heap if entry[1] != slot]
+        heapify(heap)
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
-        values, value, key_of = self._values_by_place, self._value, self._key_of
-        smallest = self._find_min(index)
-        fresh = values[smallest] == value[key_of[smallest]] and smallest not in blocked
-        slot = smallest if fresh else self._search(index, blocked)
-        if slot is not None:
-            key_of[slot], values[slot] = key, value[key]
-        return slot
+        heap, value, key_of, passed, found = self._heaps[index], self._value, self._key_of, [], None
+        while heap:
+            held, slot = heap[0]
+            now = value[key_of[slot]]
+            if held != now:
+                heapreplace(heap, (now, slot))
+            elif slot in blocked:
+                passed.append(heappop(heap))
+            else:
+                key_of[slot], found = key, slot
+                heapreplace(heap, (value[key], slot))
+                break
+        for entry in passed:
+            heappush(heap, entry)
+        return found
 
-    def _find_min(self, index: int) -> int:
-        return index * self.nways + int(self._argmin[index]())
-
-    def _resident(self, place: int) -> tuple[int, int]:
-        return place, self._key_of[place]
+    def _rescale(self, unit: float) -> None:
+        for heap in self._heaps:
+            heap[:] = [(value / unit, slot) for value, slot in heap]
+            heapify(heap)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_cache.geometry import NOWHERE, Geometry
-from gpu_cache.policies.decayed import EMPTY_VALUE, DecayedPolicy
+from gpu_cache.policies.decayed import DecayedPolicy
 
 ALPHA = 0.5
+EMPTY_VALUE = float("inf")  # the value in a place that holds no expert
 
 
 class Mrs(DecayedPolicy):
@@ -27,7 +30,10 @@ class Mrs(DecayedPolicy):
         # The experts of an index have their places side by side, in the order of their keys, so layer after layer.
         index_of = geometry.indexes()
         key_at = np.argsort(index_of, kind="stable")
-        super().__init__(geometry, len(key_at), seed)
+        super().__init__(geometry, seed)
+        # values of evictable experts, where numpy finds the minimum of an index
+        self._values_by_place = array("d", [EMPTY_VALUE]) * len(key_at)  # faster than numpy for single values
+        self._values: NDArray[np.float64] = np.frombuffer(self._values_by_place)
         self._layer = 0
         self._slot_of = [0] * len(key_at)
         self._key_of = [0] * geometry.slots
@@ -68,6 +74,28 @@ class Mrs(DecayedPolicy):
             self.on_fill(slot, key)
         return slot
 
+    def _search(self, index: int, blocked: Collection[int]) -> int | None:
+        """The slot with the smallest value that may be evicted. Needed if the minimum is blocked, or its value in
+        `_values_by_place` is out of date because it was called while loading.
+        """
+        values, passed, found = self._values_by_place, [], None
+        while found is None:
+            place = self._find_min(index)
+            if values[place] == EMPTY_VALUE:  # all were passed over
+                break
+            key = self._key_at[place]
+            slot = self._slot_of[key]
+            if slot in blocked:
+                passed.append(place)
+                values[place] = EMPTY_VALUE
+            elif values[place] != self._value[key]:
+                values[place] = self._value[key]
+            else:
+                found = slot
+        for place in passed:
+            values[place] = self._value[self._key_at[place]]
+        return found
+
     def _find_min(self, index: int) -> int:
         """The place of the smallest value. Layers that this step has not looked up yet have not decayed in it yet."""
         ends, values = self._ends[index], self._values_by_place
@@ -81,6 +109,5 @@ class Mrs(DecayedPolicy):
                 return found
         return other
 
-    def _resident(self, place: int) -> tuple[int, int]:
-        key = self._key_at[place]
-        return self._slot_of[key], key
+    def _rescale(self, unit: float) -> None:
+        self._values /= unit

@@ -68,6 +68,30 @@ def test_a_copy_that_takes_long_is_late_and_none_is_made_without_quota() -> None
     assert (starved.hits.sum(), starved.fills.sum(), starved.misses.sum()) == (0, 0, TRACE.total)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mapping", ["modulo", "hash", "prefix"])
+@pytest.mark.parametrize(("admission", "quota"), [("always", None), ("second-touch", 1), ("break-even", 3)])
+def test_a_replay_without_delay_is_the_table_and_the_clock(
+    policy: str, mapping: str, admission: str, quota: int | None
+) -> None:
+    setting = Setting(3, 4, policy, admission, mapping, quota, seed=3)
+    table = Table(setting.geometry(TRACE), policy, admission, quota, 3, MACHINE.costs)
+    splits = drive(TRACE, table, CopyClock(0))
+    result = replay(TRACE, setting, MACHINE.costs)
+    assert result.splits == splits
+    for name, counts in table.counts._asdict().items():
+        assert np.array_equal(counts, getattr(result, name)), name
+
+
+def test_values_that_outgrow_numbers_are_divided_and_choose_as_before() -> None:
+    trace = calls(random_trace(5, steps=300, layers=1, experts=16, top_k=2))
+    table, heavy = (Table(Setting(1, 6).geometry(trace), policy) for policy in ("LFU", "LFU"))
+    heavy.policy._unit = 2.0**511  # type: ignore[attr-defined]  # 64 steps before all values are divided
+    assert drive(trace, table, CopyClock(0)) == drive(trace, heavy, CopyClock(0))
+    assert heavy.policy._unit < 2.0**10  # type: ignore[attr-defined]
+    assert heavy.resident() == table.resident()
+
+
 def test_a_replay_is_the_table_and_the_clock() -> None:
     setting = Setting(2, 6, "SIEVE", quota=3, delay=2)
     table = Table(setting.geometry(TRACE), "SIEVE", quota=3)

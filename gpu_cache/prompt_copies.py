@@ -1,0 +1,115 @@
+"""Replays calls where every copy ends before the next lookup, which most replays assume and which is fast to count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpu_cache.admission import Admission, Costs, make_admission
+from gpu_cache.errors import CacheError
+from gpu_cache.geometry import Geometry
+from gpu_cache.hooks import overridden
+from gpu_cache.policies import make_policy
+from gpu_cache.policies.base import Policy
+from gpu_cache.table import ABSENT, EMPTY, Counts
+from gpu_cache.trace import Calls
+
+Splits = dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class _Events:
+    """What is counted, by layer; groups: by their calls, how many had so many hits."""
+
+    hits: list[int]
+    misses: list[int]
+    fills: list[int]
+    evictions: list[int]
+    groups: list[list[int]]
+
+
+def replay_prompt_copies(
+    calls: Calls,
+    geometry: Geometry,
+    policy: str = "LRU",
+    admission: str = "always",
+    quota: int | None = None,
+    seed: int = 0,
+    costs: Costs | None = None,
+) -> tuple[Counts, Splits]:
+    """What a `Table` with these settings counts when a `CopyClock(0)` times its copies, and the splits of a `Result`.
+
+    No expert is loading at a lookup then, so that a slot is free, or ready and blocked at most during one group: the
+    table's loading state and the clock are left out. Raises CacheError for what no table can have.
+    """
+    if quota is not None and quota < 0:
+        raise CacheError(f"quota of copies in a step: {quota}, must be 0 or more, or none for no limit")
+    rule, admits = make_policy(policy, geometry, seed), make_admission(admission, geometry, costs)
+    events = _count(calls, geometry, rule, admits, quota)
+    by_layer = (np.array(count, np.int64) for count in (events.hits, events.misses, events.fills, events.evictions))
+    hits, misses, fills, evictions = by_layer
+    splits = {
+        (found, size - found): number
+        for size, row in enumerate(events.groups)
+        for found, number in enumerate(row)
+        if number
+    }
+    return Counts(hits + misses, hits, np.zeros_like(hits), misses, fills, evictions), splits
+
+
+def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admission, quota: int | None) -> _Events:
+    """Everything is a local name and nothing is called that does nothing: this loop is the time of a sweep."""
+    hits, misses, fills, evictions = ([0] * geometry.layers for _ in range(4))
+    groups = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]
+    index_of, nways, experts_of_layer = geometry.indexes().tolist(), geometry.nways, geometry.experts
+    slot_of = [ABSENT] * len(index_of)
+    key_of = [EMPTY] * geometry.slots
+    free = [list(range(first + nways - 1, first - 1, -1)) for first in range(0, geometry.slots, nways)]
+    on_lookup, on_fill = overridden(policy.on_lookup, Policy.on_lookup), overridden(policy.on_fill, Policy.on_fill)
+    wants, on_call = overridden(admission.wants, Admission.wants), overridden(admission.on_call, Admission.on_call)
+    on_admitted, replace = overridden(admission.on_fill, Admission.on_fill), policy.replace
+    current, full = None, len(index_of) if quota is None else quota
+    left = full
+    for step, layer, experts, scores in calls:
+        if step != current:
+            current, left = step, full
+            policy.on_step(step)
+            admission.on_step()
+        base = layer * experts_of_layer
+        keys = [base + expert for expert in experts]
+        if on_call is not None:
+            on_call(keys)
+        slots = [slot for key in keys if (slot := slot_of[key]) >= 0]
+        if on_lookup is not None:
+            on_lookup(layer, experts, scores, slots)
+        size, found = len(keys), len(slots)
+        groups[size][found] += 1
+        hits[layer] += found
+        if found == size:
+            continue
+        misses[layer] += size - found
+        blocked = set(slots)
+        missed = keys if not found else [key for key in keys if slot_of[key] < 0]
+        for key in missed:
+            index = index_of[key]
+            if index < 0 or (wants is not None and not wants(index, key)) or not left:
+                continue
+            if free[index]:
+                slot = free[index].pop()
+                if on_fill is not None:
+                    on_fill(slot, key)
+            else:
+                chosen = replace(index, key, blocked)
+                if chosen is None:
+                    continue
+                slot = chosen
+                slot_of[key_of[slot]] = ABSENT
+                evictions[layer] += 1
+            if on_admitted is not None:
+                on_admitted(index)
+            key_of[slot], slot_of[key] = key, slot
+            blocked.add(slot)
+            fills[layer] += 1
+            left -= 1
+    return _Events(hits, misses, fills, evictions, groups)
