@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import packed, random_tensors, write_tensors
+from test_model_mutations import mutated
 from test_schemes import CONFIG, expert, matrix
 
 from hybrid import LLM
-from hybrid.errors import WeightsError
+from hybrid.errors import HybridError, WeightsError
 from hybrid.formats.mix import FormatMix
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.published import native_mix
@@ -59,28 +63,28 @@ CASES: dict[str, tuple[dict[str, Any], str, str, Any, str, bool]] = {
 def published(tensors: Tensors, case: str) -> tuple[Tensors, Tensors]:
     """A checkpoint's tensors with projections as the case says, and what these stand for, in float32."""
     _, numbers, shared, kind, _, _ = CASES[case]
-    random, found, values = np.random.default_rng(4), dict(tensors), {}
+    chance, found, values = np.random.default_rng(4), dict(tensors), {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         rows, inputs = found.pop(name).shape
         if numbers in ("fp4", "packed"):
-            codes = random.integers(0, 16, (rows, inputs), np.uint8)
+            codes = chance.integers(0, 16, (rows, inputs), np.uint8)
             stored, exact = codes[:, ::2] | codes[:, 1::2] << 4, E2M1[codes]
         else:
-            stored = random.integers(-128, 128, (rows, inputs), np.int8)
+            stored = chance.integers(-128, 128, (rows, inputs), np.int8)
             if numbers == "fp8":
                 stored = (stored / np.float32(8)).astype(E4M3)
             exact = stored.astype(np.float32)
         shapes = {"tensor": (), "row": (rows, 1), "flat": (rows,), "square": (-(-rows // 128), -(-inputs // 128))}
         shape = shapes[shared] if shared in shapes else (rows, inputs // int(shared))
         if kind is np.uint8:
-            scales: Any = random.integers(110, 125, shape, np.uint8)
+            scales: Any = chance.integers(110, 125, shape, np.uint8)
             multiply = 2.0 ** (scales.astype(np.float32) - 127)
         else:
-            scales = np.asarray(random.uniform(0.001, 0.01, shape) * (1000 if kind is E4M3 else 1)).astype(kind)
+            scales = np.asarray(chance.uniform(0.001, 0.01, shape) * (1000 if kind is E4M3 else 1)).astype(kind)
             multiply = np.asarray(scales).astype(np.float32)
         module = name.removesuffix(".weight")
         if kind is E4M3:
-            divides, whole = numbers == "packed", np.float32(random.uniform(800, 900))
+            divides, whole = numbers == "packed", np.float32(chance.uniform(800, 900))
             found[f"{module}.weight_{'global_scale' if divides else 'scale_2'}"] = np.array(
                 [whole if divides else 1 / whole]
             )
@@ -179,3 +183,26 @@ def test_what_was_left_unquantised_stays_so(tmp_path: Path) -> None:
         head = tensors["lm_head.weight"].astype(np.float32) * np.float32(0.5)
         kind = store.tensors["head"].format
         assert (matrix(store, "head", head.shape) == head).all() and kind == store.mix.head
+
+
+@pytest.mark.parametrize("case", ["modelopt, nvfp4", "compressed, fp8 in blocks", "compressed, mxfp4"])
+def test_damaged_headers_are_read_or_refused(tmp_path: Path, case: str) -> None:
+    small = {**CONFIG, "num_hidden_layers": 1, "mlp_only_layers": [0], "quantization_config": CASES[case][0]}
+    source = write_tensors(tmp_path / "hf", small, published(random_tensors(small), case)[0])
+    file, faults, refused = source / "model.safetensors", list[str](), 0
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    for seed in range(80):
+        text = json.dumps(mutated(json.loads(data[8:end]), random.Random(seed))).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+        try:
+            packed(source).close()
+        except HybridError as error:
+            refused += 1
+            if "\n" in str(error) or len(str(error)) > 2000:
+                faults.append(f"{seed}: {str(error)[:200]}")
+        except Exception as error:  # what the test is about
+            faults.append(f"{seed}: {type(error).__name__}: {error}")
+        shutil.rmtree(tmp_path / "hf-store", ignore_errors=True)
+    assert not faults, f"{len(faults)} faults: {faults[:10]}"
+    assert refused > 20
