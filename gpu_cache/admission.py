@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
+from gpu_cache.hooks import overridden
+from gpu_cache.outside import class_of_entry, class_of_file, entry_names, guard, is_file, place_of
 
 WINDOW = 64  # steps in which a second miss must follow the first
 HALF_LIFE = 64  # steps after which a call counts half
@@ -119,11 +121,52 @@ class BreakEven(Admission):
 ADMISSIONS: Mapping[str, type[Admission]] = {rule.name: rule for rule in (Admission, SecondTouch, BreakEven)}
 
 
+GROUP = "hybrid.admissions"  # of entry points
+HOOKS = ("on_step", "on_call", "on_fill", "wants")
+
+
+def names_of_admissions() -> tuple[str, ...]:
+    """Ours, and those that installed packages offer."""
+    return (*ADMISSIONS, *entry_names(GROUP))
+
+
 def make_admission(name: str, geometry: Geometry, costs: Costs | None = None) -> Admission:
-    """The rule with this name in `ADMISSIONS`, in any case. Raises CacheError if it is unknown or needs missing
-    costs.
+    """The rule with this name, as `known_admission` takes it. Raises CacheError if it is unknown, cannot be used, or
+    needs missing costs.
     """
-    rule = ADMISSIONS.get(name.lower())
-    if rule is None:
-        raise CacheError(f"admission {name!r} is unknown: use one of {', '.join(ADMISSIONS)}")
-    return rule(geometry, costs)
+    kind = admission_class(name)
+    if kind in ADMISSIONS.values():
+        return kind(geometry, costs)
+    try:
+        rule = kind(geometry, costs)
+    except CacheError:
+        raise
+    except Exception as error:
+        raise CacheError(
+            f"{place_of(kind)}: {kind.__name__}(geometry, costs) failed: {type(error).__name__}: {error}; "
+            "a rule is made from a geometry and costs, which may be None"
+        ) from None
+    guard(rule, [hook for hook in HOOKS if overridden(getattr(rule, hook), getattr(Admission, hook))])
+    return rule
+
+
+def admission_class(name: str) -> type[Admission]:
+    """The class of a rule. Raises CacheError if there is none, or if its file or package cannot be used."""
+    name = known_admission(name)
+    if name in ADMISSIONS:
+        return ADMISSIONS[name]
+    return class_of_file(name, Admission) if is_file(name) else class_of_entry(name, GROUP, Admission)
+
+
+def known_admission(name: str) -> str:
+    """The name as `ADMISSIONS` spells it, for a name in any case; the name itself if it is a file, or one that an
+    installed package offers. Raises CacheError if it is unknown.
+    """
+    if name.lower() in ADMISSIONS:
+        return name.lower()
+    if is_file(name):
+        class_of_file(name, Admission)
+        return name
+    if found := next((known for known in entry_names(GROUP) if known.lower() == name.lower()), None):
+        return found
+    raise CacheError(f"admission {name!r} is unknown: use one of {', '.join(ADMISSIONS)}, or FILE.py:CLASS")

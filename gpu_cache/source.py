@@ -9,20 +9,29 @@ from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
+from gpu_cache.admission import admission_class
 from gpu_cache.errors import CacheError
-from gpu_cache.policies import POLICIES
+from gpu_cache.policies import policy_class
+
+
+def source_digest(policy: str | None, admission: str = "always") -> str:
+    """A name for the source of a policy, an admission rule and the simulator, 16 hexadecimal digits. Raises CacheError
+    if a part of it cannot be read. policy: as `known_policy` spells it; None: one that is in the simulator itself.
+    """
+    roots = ["gpu_cache.simulator", "gpu_cache.costs"]
+    kinds: list[type] = [admission_class(admission)]
+    if policy is not None:
+        kinds.append(policy_class(policy))
+    for kind in kinds:
+        roots += [base.__module__ for base in kind.__mro__ if base is not object]
+    return digest_of_modules(tuple(roots))
 
 
 @cache
-def source_digest(policy: str) -> str:
-    """A name for the source of a policy and of the simulator, 16 hexadecimal digits. Raises CacheError if a part of it
-    cannot be read. policy: as `simulator.policy_names` spells it.
-    """
-    roots = ["gpu_cache.simulator", "gpu_cache.costs"]
-    if policy in POLICIES:
-        roots += [base.__module__ for base in POLICIES[policy].__mro__ if base is not object]
+def digest_of_modules(roots: tuple[str, ...]) -> str:
+    """A name for the source of modules and of what they use."""
     digest = hashlib.sha256()
-    for name, module in sorted(_closure(roots).items()):
+    for name, module in sorted(_closure(list(roots)).items()):
         try:
             digest.update(f"{name}\n{inspect.getsource(module)}".encode())
         except (OSError, TypeError):

@@ -19,7 +19,7 @@ import numpy as np
 from gpu_cache.admission import Costs
 from gpu_cache.costs import Machine, cpu_only, predict
 from gpu_cache.policies import known_policy
-from gpu_cache.simulator import Result, Setting, policy_names, replay
+from gpu_cache.simulator import SCHEDULES, Result, Setting, policy_names, replay
 from gpu_cache.source import source_digest
 from gpu_cache.trace import Calls
 
@@ -61,7 +61,7 @@ def sweep(
     for name, row in _run(calls, todo, machine, workers):
         rows[name] = row
         if kept is not None:
-            kept.add(name, row, digest, source_digest(_policy(todo[name])))
+            kept.add(name, row, digest, _source(todo[name]))
         done += 1
         report(done, len(set(names)))
     return [rows[name] for name in names]
@@ -69,12 +69,14 @@ def sweep(
 
 def result_name(digest: str, setting: Setting, machine: Machine | None) -> str:
     """A name for the result of these calls, this setting, this machine, and the code that replays it."""
-    parts = [source_digest(_policy(setting)), digest, astuple(setting), machine and astuple(machine)]
+    parts = [_source(setting), digest, astuple(setting), machine and astuple(machine)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _policy(setting: Setting) -> str:
-    return known_policy(setting.policy, policy_names())
+def _source(setting: Setting) -> str:
+    """A name for the source that a result depends on; schedules are a part of the simulator."""
+    name = known_policy(setting.policy, policy_names())
+    return source_digest(None if name in SCHEDULES else name, setting.admission)
 
 
 def describe_trace(calls: Calls) -> Row:
@@ -86,7 +88,7 @@ def describe_trace(calls: Calls) -> Row:
 def provenance(version: str) -> Row:
     """What results depend on besides trace and parameters. version: of the program."""
     machine = {"system": platform.platform(), "python": platform.python_version(), "numpy": np.__version__}
-    return {"version": version, "code": source_digest(""), "machine": machine}
+    return {"version": version, "code": source_digest(None), "machine": machine}
 
 
 def row_of(result: Result, machine: Machine | None) -> Row:

@@ -51,15 +51,15 @@ class Counts(NamedTuple):
 class Table:
     """States of a slot: empty -> loading (`admit`, `prefetch`) -> ready (`publish`), pinned from a hit to `release`.
 
-    A loading or pinned slot is never a victim. One thread calls everything. policy, admission: names, in any case;
-    quota: copies that may begin in a step, None for no limit; costs: for break-even admission. Raises CacheError for
-    unknown names.
+    A loading or pinned slot is never a victim. One thread calls everything. policy: a name, in any case, or a policy
+    made for this geometry; admission: a name, in any case; quota: copies that may begin in a step, None for no limit;
+    costs: for break-even admission. Raises CacheError for unknown names.
     """
 
     def __init__(
         self,
         geometry: Geometry,
-        policy: str = "LRU",
+        policy: str | Policy = "LRU",
         admission: str = "always",
         quota: int | None = None,
         seed: int = 0,
@@ -83,7 +83,8 @@ class Table:
         self._missed_layer, self._missed = 0, list[int]()
         self._counts = [[0] * geometry.layers for _ in range(5)]
         self._hits, self._loading, self._misses, self._fills, self._evictions = self._counts
-        self._bind(make_policy(policy, geometry, seed), make_admission(admission, geometry, costs))
+        chosen = make_policy(policy, geometry, seed) if isinstance(policy, str) else policy
+        self._bind(chosen, make_admission(admission, geometry, costs))
 
     def begin_step(self, step: int) -> None:
         """A step begins, with a full quota."""

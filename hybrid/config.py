@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, cache_errors
 from hybrid.settings import check_settings, complete, describe, setting
 
 DEVICES = ("auto", "cpu", "simulated", "cuda")
@@ -31,15 +31,39 @@ def _is_numa(numa: str) -> bool:
 
 
 def _policies() -> Iterable[str]:
-    from gpu_cache.policies import POLICIES
+    from gpu_cache.policies import names_of_policies
 
-    return POLICIES
+    return names_of_policies()
+
+
+def _is_policy(name: str) -> bool:
+    """Raises ConfigError for a user's file that holds none."""
+    from gpu_cache.outside import is_file
+    from gpu_cache.policies import names_of_policies, policy_class
+
+    if is_file(name):
+        with cache_errors("--cache-replace-policy"):
+            policy_class(name)
+        return True
+    return name.lower() in map(str.lower, names_of_policies())
+
+
+def _is_admission(name: str) -> bool:
+    """Raises ConfigError for a user's file that holds none."""
+    from gpu_cache.admission import known_admission, names_of_admissions
+    from gpu_cache.outside import is_file
+
+    if is_file(name):
+        with cache_errors("--cache-admission"):
+            known_admission(name)
+        return True
+    return name in names_of_admissions()
 
 
 def _admissions() -> Iterable[str]:
-    from gpu_cache.admission import ADMISSIONS
+    from gpu_cache.admission import names_of_admissions
 
-    return ADMISSIONS
+    return names_of_admissions()
 
 
 def _prefetches() -> Iterable[str]:
@@ -80,13 +104,16 @@ class CacheConfig:
     quota: int | None = setting(None, "Experts copied in one step at most.", minimum=0)
     policy: str = setting(
         "LRU",
-        "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more.",
+        "FIFO, LRU, LFU, LFRU, SIEVE, S3-FIFO, MRS and more, or FILE.py:CLASS.",
         name="cache_replace_policy",
         choices=_policies,
-        any_case=True,
+        accepts=_is_policy,
     )
     admission: str = setting(
-        "always", "Which misses are copied: always, second-touch, break-even.", choices=_admissions
+        "always",
+        "Which misses are copied: always, second-touch, break-even, or FILE.py:CLASS.",
+        choices=_admissions,
+        accepts=_is_admission,
     )
     prefetch: str = setting("none", "none, or next-gate: ask the next layer's router early.", choices=_prefetches)
     mapping: str = setting("modulo", "Experts to indexes: modulo, prefix or hash.", choices=_mappings)

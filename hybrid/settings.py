@@ -59,7 +59,6 @@ class Setting:
     maximum: float | None = None
     above: bool = False  # the minimum itself is too little
     choices: tuple[str, ...] | Callable[[], Iterable[str]] = ()  # a function where only another package knows them
-    any_case: bool = False
     words: tuple[str, ...] = ()  # allowed in place of a number
     accepts: Callable[[Any], bool] | None = None  # a rule of its own, which `allowed` puts into words
     allowed: str = ""
@@ -308,7 +307,7 @@ def _known(setting: Setting, names: tuple[str, ...], value: Any) -> bool:
         return False
     if setting.accepts:
         return setting.accepts(value)
-    return value in names or (setting.any_case and value.lower() in map(str.lower, names))
+    return value in names
 
 
 def _path_problem(setting: Setting, value: Any) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from steps import open_engine, step
 
+from gpu_cache import template_policy
 from gpu_cache.admission import ADMISSIONS, Costs
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.policies import POLICIES
@@ -24,7 +25,7 @@ from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.engine.engine import Engine
-from hybrid.errors import ConfigError, StepCancelled
+from hybrid.errors import ConfigError, HybridError, StepCancelled
 from hybrid.trace_files import open_trace, read_trace
 
 EMBEDDED = {"max_batch": 8, "chunk_size": 128, "threads": 2, "max_seq_len": 256}
@@ -141,6 +142,25 @@ def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, adm
     for name, found in zip(names, counts.T, strict=True):
         assert np.array_equal(found, getattr(result, name)), name
     assert counts[:, 1].sum() > 0 and counts[:, 5].sum() > 0
+
+
+def test_the_simulator_counts_what_the_engine_did_with_rules_of_a_users_files(tmp_path) -> None:
+    rule = "from gpu_cache.admission import Admission\nclass R(Admission):\n    def wants(self, index, key):\n"
+    (tmp_path / "odd.py").write_text(rule + "        return key % 3 > 0\n")
+    test_the_simulator_counts_what_the_engine_did(
+        tmp_path, template_policy.__file__, "modulo", f"{tmp_path / 'odd.py'}:R"
+    )
+
+
+def test_a_users_policy_that_evicts_what_is_pinned_ends_the_step(tmp_path) -> None:
+    begin = (
+        "from gpu_cache.policies.base import Policy\nclass P(Policy):\n    def replace(self, index, key, blocked):\n"
+    )
+    (tmp_path / "bad.py").write_text(begin + "        return next(iter(blocked), index * self.nways)\n")
+    rule = "bad.py line 3: replace returned the (foreign|blocked) slot"
+    cache = CacheConfig(13, 4, policy=str(tmp_path / "bad.py"), delay=0)
+    with embedded(cache) as engine, pytest.raises(HybridError, match=rule):
+        all_work(engine)
 
 
 def test_a_trace_needs_no_cache_and_changes_nothing(tmp_path, expected) -> None:

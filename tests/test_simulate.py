@@ -18,7 +18,7 @@ from routing import random_trace
 from typer.testing import CliRunner
 
 from gpu_cache import simulator
-from gpu_cache.source import source_digest
+from gpu_cache.source import digest_of_modules
 from gpu_cache.trace import COLUMNS
 from hybrid.commands.simulate import app
 from hybrid.trace_files import read_trace, write_trace
@@ -109,13 +109,29 @@ def test_results_of_other_code_are_not_taken(trace: Path, tmp_path: Path, monkey
         ("gpu_cache.table", ["FIFO", "LFU"]),
         ("gpu_cache.policies.base", ["FIFO", "LFU"]),
     ):
-        source_digest.cache_clear()
+        digest_of_modules.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr(inspect, "getsource", partial(edited, inspect.getsource, changed))
             simulate(trace, *kept)
         assert sorted(replayed) == again, changed
         replayed.clear()
-    source_digest.cache_clear()
+    digest_of_modules.cache_clear()
+
+
+def test_results_of_a_changed_file_are_not_taken(trace: Path, tmp_path: Path) -> None:
+    """A user's rule beside its policy: a constant of either is another result."""
+    policy = "from gpu_cache.policies.lru import Lru\nclass P(Lru):\n    kind = {}\n"
+    rule = "from gpu_cache.admission import Admission\nclass R(Admission):\n    kind = {}\n"
+    files = (tmp_path / "policy.py", tmp_path / "rule.py")
+    results = tmp_path / "results.jsonl"
+    kept = ("--results", str(results), "--nways", "2", "--workers", "1")
+    lines = []
+    for first, second in ((0, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 0)):
+        files[0].write_text(policy.format(first))
+        files[1].write_text(rule.format(second))
+        simulate(trace, *kept, "--policy", f"{files[0]}", "--admission", f"{files[1]}:R")
+        lines.append(results.read_text().count("\n"))
+    assert lines == [1, 1, 2, 3, 4, 4]
 
 
 def test_results_that_were_changed_or_cut_off_are_replayed_again(trace: Path, tmp_path: Path) -> None:

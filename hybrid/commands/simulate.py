@@ -47,7 +47,7 @@ class SimulateOptions:
     )
     policy: str = setting(
         "LRU,LFU,Belady,bypass-Belady",
-        "Policies, or all: LRU,LFU,Belady,...; a wrong one lists them.",
+        "LRU,LFU,Belady,..., all, FILE.py:CLASS; a wrong one lists them.",
         metavar="LIST",
         group="caches",
     )
@@ -144,23 +144,25 @@ def _libcachesim_kind() -> FileKind:
 
 def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
     """Every combination, each once. Raises ConfigError for a list that is none."""
+    from gpu_cache.admission import known_admission
     from gpu_cache.policies import known_policy
     from gpu_cache.simulator import SCHEDULES, Setting, policy_names
 
     ways = sorted({max(1, calls.experts // 4), max(1, calls.experts // 2)})
-    words = policy_names() if options.policy.lower() == "all" else _words("--policy", options.policy)
-    policies = [known_policy(word, policy_names()) for word in words]
+    words = _words("--policy", options.policy)
+    named = [name for word in words for name in (policy_names() if word.lower() == "all" else (word,))]
+    policies = [known_policy(name, policy_names()) for name in named]
     grid = product(
         [calls.layers] if options.nblocks is None else _counts("--nblocks", options.nblocks),
         ways if options.nways is None else _counts("--nways", options.nways),
         _words("--mapping", options.mapping),
         [None if word == "none" else _count("--quota", word) for word in _words("--quota", options.quota)],
         policies,
-        _words("--admission", options.admission),
+        [known_admission(word) for word in _words("--admission", options.admission)],
         _counts("--copy-delay", options.copy_delay),
     )
     settings = [
-        Setting(n, m, p, "always" if p in SCHEDULES else a.lower(), g.lower(), q, d, options.seed)
+        Setting(n, m, p, "always" if p in SCHEDULES else a, g.lower(), q, d, options.seed)
         for n, m, g, q, p, a, d in grid
     ]
     return list(dict.fromkeys(settings))
