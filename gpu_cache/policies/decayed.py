@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
 
 _RESCALE_AT = 2.0**512
 
 
-class DecayedPolicy(Policy):
+class DecayedPolicy(Policy, ABC):
     """Keeps a value of every expert, resident or not, which every step multiplies by `decay`.
 
     Instead of decaying all values, new contributions grow: `_unit` is the current weight of 1. So a value never falls
@@ -31,6 +33,6 @@ class DecayedPolicy(Policy):
             self._rescale(self._unit)
             self._unit = 1.0
 
+    @abstractmethod
     def _rescale(self, unit: float) -> None:
         """Divide copies of the values, as all values have been."""
-        raise NotImplementedError

@@ -6,6 +6,7 @@ all of them. Published codes and scales are packed as they are, without arithmet
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(ABC):
     """A block is a header, and for each 64 inputs lines of scales, lines of high bits and lines of low bits.
 
     Codes of 4 bits and the low 4 of longer ones lie as in int4: byte b of a column in line i has those of input 8i + b
@@ -38,9 +39,9 @@ class Grouped:
     header_lines: ClassVar[int] = 0  # of `span` inputs
 
     @property
+    @abstractmethod
     def head_lines(self) -> int:
         """Lines of scales before the codes of 64 inputs."""
-        raise NotImplementedError
 
     @property
     def cut_inputs(self) -> int:
@@ -61,9 +62,9 @@ class Grouped:
         """Rounded to the nearest codes. Raises `ValueError` for weights beyond the range of the scales."""
         return self.pack_blocks(*self.quantise(weight))
 
+    @abstractmethod
     def quantise(self, weight: Array) -> tuple[Array, ...]:
         """Codes [n, k] and scales as `pack_blocks` takes them."""
-        raise NotImplementedError
 
     def pack_blocks(self, codes: Array, *scales: Array) -> Bytes:
         """Published codes [n, k] of one byte each, and scales [n, groups], as they are."""
@@ -71,9 +72,9 @@ class Grouped:
         lines = np.concatenate([heads, _lines(codes, self.bits, self.offset)], axis=2)
         return joined(header, lines) if header.size else lines.reshape(len(lines), -1).view(np.uint8)
 
+    @abstractmethod
     def decode(self, codes: Array, *scales: Array) -> Floats:
         """What published codes and scales stand for: float32 [n, k]."""
-        raise NotImplementedError
 
     def unpack(self, packed: Array, n: int, k: int) -> Floats:
         inputs = round_up(k, K_ALIGN)
@@ -89,8 +90,8 @@ class Grouped:
             return lines
         return joined(blocks[:, self.header_bytes(first) : self.header_bytes(last)], lines)
 
-    def all_finite(self, blocks: Bytes, inputs: int) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def all_finite(self, blocks: Bytes, inputs: int) -> bool: ...
 
     def _split(self, blocks: Bytes, inputs: int) -> tuple[Bytes, Bytes, Bytes]:
         """Headers [blocks, bytes]; lines of scales and lines of codes, both [blocks, K / 64, bytes]."""
@@ -99,13 +100,13 @@ class Grouped:
         heads, lines = np.split(parts, [self.head_lines * LINE], axis=2)
         return np.ascontiguousarray(header), np.ascontiguousarray(heads), np.ascontiguousarray(lines)
 
+    @abstractmethod
     def _heads(self, shape: tuple[int, ...], *scales: Array) -> tuple[Array, Array]:
         """Headers [blocks, words] and lines of scales [blocks, K / 64, lines, 16] of words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _scales(self, header: Bytes, heads: Bytes) -> tuple[Array, ...]:
         """The inverse of `_heads`, of padded rows and groups."""
-        raise NotImplementedError
 
 
 def exact_halves(scales: Array) -> Array:

@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse
 
 from hybrid.core import Completion, TextDelta, ToolCall
 from hybrid.server.bodies import read_body
+from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import takes
 from hybrid.server.fields import ChatBody
-from hybrid.server.replies import chat_logprobs, head, measured, usage_of
+from hybrid.server.replies import chat_logprobs, head, measured, note_usage, usage_of
 from hybrid.server.service import Run, Service
-from hybrid.server.stream import DONE, PING, EventStream, event, exchange_of, until_gone
+from hybrid.server.stream import EventStream, until_gone
 from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.request import Request as Job
 from hybrid.text.messages import ChatInput
@@ -48,7 +49,7 @@ async def _answer(service: Service, request: Request, body: ChatBody) -> Respons
         reply = head("chatcmpl", "chat.completion", model)
         reply["choices"] = [_choice(service, completion, body) for completion in completions]
         reply |= {"usage": usage_of(completions), **measured(run)}
-        _note(request, run)
+        note_usage(request, run)
         return JSONResponse(reply)
     finally:
         run.close()
@@ -82,25 +83,14 @@ def _kept_calls(body: ChatBody, calls: list[ToolCall]) -> list[ToolCall]:
     return calls[:1] if body.parallel_tool_calls is False else calls
 
 
-async def _events(service: Service, run: Run, body: ChatBody, model: str, request: Request) -> AsyncIterator[bytes]:
-    top = head("chatcmpl", "chat.completion.chunk", model) | ({"usage": None} if body.include_usage else {})
+def _events(service: Service, run: Run, body: ChatBody, model: str, request: Request) -> AsyncIterator[bytes]:
     choices = [_Streamed(service, one.completion, body) for one in run.requests]
-    role = {"role": "assistant", "content": ""}
-    yield b"".join(event({**top, "choices": [choice.chunk(role)]}) for choice in choices)
-    while not run.over():
-        pieces = await run.next(service.config.ping_seconds)
-        chunks = [chunk for job, delta in pieces for chunk in choices[job.completion.sample].chunks(delta)]
-        last = run.over() and not body.include_usage
-        parts = [{**top, "choices": [chunk]} for chunk in chunks]
-        if last:
-            parts[-1] |= measured(run)
-        if parts or not pieces:
-            yield b"".join(map(event, parts)) or PING
-    _note(request, run)
-    if body.include_usage:
-        usage = usage_of([one.completion for one in run.requests])
-        yield event({**top, "choices": [], "usage": usage, **measured(run)})
-    yield DONE
+    first = [choice.chunk({"role": "assistant", "content": ""}) for choice in choices]
+    top = head("chatcmpl", "chat.completion.chunk", model)
+    return chunk_events(
+        run, request, top, body.include_usage, first,
+        lambda pieces: [chunk for job, delta in pieces for chunk in choices[job.completion.sample].chunks(delta)],
+    )  # fmt: skip
 
 
 @dataclass
@@ -147,8 +137,3 @@ class _Streamed:
             return None
         first, self.told = self.told, self.told + len(delta.token_ids)
         return chat_logprobs(self.service.token_texts, self.completion.logprobs[first : self.told])
-
-
-def _note(request: Request, run: Run) -> None:
-    usage = usage_of([one.completion for one in run.requests])
-    exchange_of(request).tokens = (usage["prompt_tokens"], usage["completion_tokens"])

@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse
 
 from hybrid.core import Completion, TextDelta, TokenLogprob
 from hybrid.server.bodies import read_body
+from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import takes
 from hybrid.server.fields import CompletionBody
-from hybrid.server.replies import completion_logprobs, head, measured, usage_of
+from hybrid.server.replies import completion_logprobs, head, measured, note_usage, usage_of
 from hybrid.server.service import Run, Service
-from hybrid.server.stream import DONE, PING, EventStream, event, exchange_of, until_gone
+from hybrid.server.stream import EventStream, until_gone
 from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.request import Request as Job
 
@@ -48,7 +49,7 @@ async def _answer(service: Service, request: Request, body: CompletionBody) -> R
             reply = head("cmpl", "text_completion", model)
             reply["choices"] = [choice.whole() for choice in choices]
             reply |= {"usage": usage_of([one.completion for one in run.requests]), **measured(run)}
-            _note(request, run)
+            note_usage(request, run)
             run.close()
             return JSONResponse(reply)
     except BaseException:
@@ -140,26 +141,13 @@ class _Choice:
         )
 
 
-async def _events(
+def _events(
     service: Service, run: Run, body: CompletionBody, model: str, echoes: dict[int, _Echo], request: Request
 ) -> AsyncIterator[bytes]:
-    top = head("cmpl", "text_completion", model) | ({"usage": None} if body.include_usage else {})
     choices = {id(one): _Choice(service, one.completion, body, echoes) for one in run.requests}
-    if echoes:
-        yield b"".join(event({**top, "choices": [choice.first()]}) for choice in choices.values())
-    while not run.over():
-        pieces = await run.next(service.config.ping_seconds)
-        parts: list[dict[str, Any]] = [{**top, "choices": [choices[id(job)].chunk(delta)]} for job, delta in pieces]
-        if run.over() and not body.include_usage:
-            parts[-1] |= measured(run)
-        yield b"".join(map(event, parts)) or PING
-    _note(request, run)
-    if body.include_usage:
-        usage = usage_of([one.completion for one in run.requests])
-        yield event({**top, "choices": [], "usage": usage, **measured(run)})
-    yield DONE
-
-
-def _note(request: Request, run: Run) -> None:
-    usage = usage_of([one.completion for one in run.requests])
-    exchange_of(request).tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+    first = [choice.first() for choice in choices.values()] if echoes else []
+    top = head("cmpl", "text_completion", model)
+    return chunk_events(
+        run, request, top, body.include_usage, first,
+        lambda pieces: [choices[id(job)].chunk(delta) for job, delta in pieces],
+    )  # fmt: skip

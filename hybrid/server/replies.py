@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from time import time
 from typing import Any
 
+from fastapi import Request
+
 from hybrid.core import Completion, TokenLogprob
 from hybrid.server.service import Run
+from hybrid.server.stream import exchange_of
 from hybrid.text.token_texts import TokenTexts
 
 
@@ -28,6 +31,12 @@ def usage_of(completions: Sequence[Completion]) -> dict[str, Any]:
         "total_tokens": prompt + produced,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)},
     }
+
+
+def note_usage(request: Request, run: Run) -> None:
+    """For the line about it in the log."""
+    usage = usage_of([one.completion for one in run.requests])
+    exchange_of(request).tokens = (usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def measured(run: Run) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Run:
 
     def __init__(self, service: Service, requests: list[Request], count: int) -> None:
         """Raises Refusal."""
-        self.requests, self.count, self._service = requests, count, service
+        self.requests, self.count, self.service = requests, count, service
         metrics = service.metrics
         self._experts = (metrics.expert_hits, metrics.expert_misses)
         try:
@@ -198,7 +198,7 @@ class Run:
         try:
             return await self._together.next(seconds)
         except Exception as error:
-            raise self._service.refuse(error) from None
+            raise self.service.refuse(error) from None
 
     async def finish(self) -> None:
         """Wait for all of it. Raises Refusal."""
@@ -213,12 +213,12 @@ class Run:
 
     def expert_cache(self) -> dict[str, int] | None:
         """Hits and misses in the steps since it began, which others share; None without a cache."""
-        metrics = self._service.metrics
+        metrics = self.service.metrics
         hits, misses = metrics.expert_hits - self._experts[0], metrics.expert_misses - self._experts[1]
-        return {"hits": hits, "misses": misses} if self._service.llm.llm.engine.experts else None
+        return {"hits": hits, "misses": misses} if self.service.llm.llm.engine.experts else None
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._together.close()
-            self._service.leave(self)
+            self.service.leave(self)

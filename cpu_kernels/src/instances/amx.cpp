@@ -6,7 +6,7 @@ using Isa = Amx;
 }
 
 #include "ops/kernels.h"
-#include "ops/tiles.h"
+#include "ops/small_tiles.h"
 
 namespace hybrid {
 extern const KernelTable kernels_amx;

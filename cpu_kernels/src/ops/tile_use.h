@@ -9,7 +9,7 @@ namespace HYBRID_ISA {
 struct Rows;
 struct Lines;
 
-// Defined in ops/tiles.h.
+// Defined in ops/tiles.h, and small_tile_product in ops/small_tiles.h.
 template <class Format>
 static void load_tiles(const Format& format);
 template <class Format>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from hybrid.weights.shard import Entry
 
 
 @dataclass(frozen=True)
-class MatrixEntry(Entry):
+class MatrixEntry(Entry, ABC):
     """A matrix [outputs, inputs] under the name that it would have unquantised.
 
     dtype: the packed format that holds it exactly, or bf16 where none does; `rounded` says then how it is published.
@@ -19,9 +20,9 @@ class MatrixEntry(Entry):
 
     rounded: str = ""
 
+    @abstractmethod
     def source(self, name: str, start: int, count: int, step: int) -> Source:
         """`count` rows, from row `start` on, each `step`-th."""
-        raise NotImplementedError
 
 
 class Scheme(Protocol):

@@ -154,8 +154,9 @@ class CodesSource(Source):
         return codes, np.repeat(scales, each, axis=1)[:, : -(-inputs // GROUP)]
 
     def _straight_rows(self, rows: slice) -> tuple[Bytes, Array]:
+        if rows.start == 0:  # once for a matrix
+            self._require_shape()
         scheme = self.entry.scheme
-        self._require_shape()
         return unpacked(self._part(scheme.codes, rows), 1, scheme.order), self._part(scheme.scales, rows)
 
     @cached_property
