@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import ON_DEVICE
+from checkpoints import CONFIGS, ON_DEVICE, random_tensors, write_tensors
 from rig import int8_rows as int8_rows_by_definition
 from steps import agreement, greedy, in_chunks, open_engine, step
 
@@ -84,6 +84,8 @@ LONG_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sinks, windows of 20 on half of the layers": ("gpt_oss", {"num_experts_per_tok": 6}),
     "sinks, windows longer than the mirror": ("gpt_oss", {"num_experts_per_tok": 6, "sliding_window": 150}),
     "many heads a key": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 40}),
+    "latents": ("deepseek_v3", {**all_active("deepseek_v3"), "num_attention_heads": 5, "num_key_value_heads": 5}),
+    "two ropes, windows on some layers": ("gemma3_text", {}),
 }
 
 
@@ -118,7 +120,7 @@ def test_attention_over_mirrored_and_older_tokens_is_that_over_all(tmp_path, cas
 
 
 @pytest.mark.parametrize("text", [*FEW, "int4,attention=fp8,head=int8,dense=mxfp4"])
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_every_format_gives_the_logits_of_what_it_stands_for(tmp_path, family, text) -> None:
     wanted = oracle.save(tmp_path / "hf", family, **all_active(family), **SHARP)
     with cached_store(wanted.path, tmp_path / "cache", text) as store:
@@ -204,6 +206,40 @@ def test_text_is_that_of_the_threads() -> None:
         assert agreement(engine, text, len(prompt), slot=1) > 0.9  # other chunks may round otherwise, with AMX
     with embedded(**STEP, gpu_kv_tokens=64, device="simulated", cache=CacheConfig(14, 4)) as engine:
         assert agreement(engine, text, len(prompt)) > 0.9
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_threads_go_on_with_the_latents_of_a_device_that_failed(tmp_path, monkeypatch, family, kv_format) -> None:
+    """The rows that it made are at home, in the order of dimensions that the threads read."""
+    from hybrid.gpu.layers.latent import MirroredLatents
+
+    wanted = oracle.save(tmp_path / "hf", family, **all_active(family), **SHARP)
+    with open_engine(wanted.path, tmp_path / "cache", kv_format=kv_format) as engine:
+        threads = step(engine, (0, 0, wanted.tokens))
+    with open_engine(wanted.path, tmp_path / "cache", kv_format=kv_format, **STEP) as engine:
+        step(engine, (0, 0, wanted.tokens[:40]))
+        monkeypatch.setattr(MirroredLatents, "mix", lambda *_: _no_memory())
+        with pytest.raises(KernelError, match="the device has no memory left"):
+            step(engine, (0, 40, wanted.tokens[40:]))
+        again = step(engine, (0, 40, wanted.tokens[40:]))
+        assert distance(again, threads[40:]) < (0.05 if kv_format == "fp8" else 0.02)
+
+
+def test_kimi_is_deepseek_v3_on_a_device_too(tmp_path) -> None:
+    plain = CONFIGS["deepseek_v3"]
+    tensors, text = random_tensors(plain), {**plain, "model_type": "kimi_k2"}
+    nested = {f"language_model.{name}": values for name, values in tensors.items()}
+    paths = [
+        write_tensors(tmp_path / "v3", plain, tensors),
+        write_tensors(tmp_path / "k2", text, tensors),
+        write_tensors(tmp_path / "k25", {"model_type": "kimi_k25", "text_config": text}, nested),
+    ]
+    logits = []
+    for path in paths:
+        with open_engine(path, tmp_path / "cache", **STEP) as engine:
+            logits.append(step(engine, (0, 0, np.arange(40))))
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("cache", [None, CacheConfig(14, 4)], ids=str)

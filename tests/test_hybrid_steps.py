@@ -29,7 +29,7 @@ from hybrid.errors import ConfigError, HybridError, StepCancelled
 from hybrid.trace_files import open_trace, read_trace
 
 EMBEDDED = {"max_batch": 8, "chunk_size": 128, "threads": 2, "max_seq_len": 256}
-FAMILIES = ("qwen3_moe", "qwen2_moe", "gpt_oss", "mixtral")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "gpt_oss", "mixtral", "deepseek_v2", "deepseek_v3")
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
 
 

@@ -96,7 +96,8 @@ def _choose(logits: torch.Tensor, top: TopK, correction: torch.Tensor | None) ->
     keys = scores if correction is None else scores + correction
     if top.groups > 1:
         grouped = keys.reshape(len(keys), top.groups, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top.top_groups, dim=-1).indices
+        worth = grouped.topk(2 if top.kind == "sigmoid" else 1, dim=-1).values.sum(-1)
+        best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : top.top_groups]
         kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
         keys = torch.where(kept[..., None], grouped, -torch.inf).reshape(keys.shape)
     ids = keys.sort(dim=-1, descending=True, stable=True).indices[:, : top.top_k]

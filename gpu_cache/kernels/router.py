@@ -12,10 +12,11 @@ import triton.language as tl
 @dataclass(frozen=True)
 class TopK:
     """How a row chooses. kind: "softmax" over all, then the largest; "topk_softmax": softmax over the chosen;
-    "sigmoid": sigmoid scores, chosen by score + correction among the `top_groups` of `groups` groups of experts whose
-    two best such sums are largest together; "sparsemixer" (Phi-3.5-MoE): one after the other the largest logit, its
-    weight by a softmax over those left that are within 2 * jitter of it, relative to their size. renormalise: weights
-    sum to `scale`; for topk_softmax they always do, for sparsemixer never.
+    "sigmoid": sigmoid scores, chosen by score + correction; "sparsemixer" (Phi-3.5-MoE): one after the other the
+    largest logit, its weight by a softmax over those left that are within 2 * jitter of it, relative to their size.
+    groups: of experts, as many in each; only those of the best `top_groups` are chosen among, by the largest score of a
+    group, or by the sum of its two largest sigmoids and corrections. renormalise: weights sum to `scale`; for
+    topk_softmax they always do, for sparsemixer never.
     """
 
     kind: str
@@ -73,7 +74,7 @@ def _choose(
         damaged = damaged | _is_damaged(corrections, there)
     keys = tl.where(there, keys, -float("inf"))
     if GROUPS > 1:
-        keys = _within_groups(keys, expert, EXPERTS // GROUPS, GROUPS, TOP_GROUPS)
+        keys = _within_groups(keys, expert, EXPERTS // GROUPS, GROUPS, TOP_GROUPS, KIND == "sigmoid")
     rank = tl.arange(0, RANKS)
     chosen, values = tl.zeros((RANKS,), tl.int32), tl.full((RANKS,), -float("inf"), tl.float32)
     for i in range(TOP_K):
@@ -108,14 +109,16 @@ def _sparse_share(x, left, top, margin):
 
 
 @triton.jit
-def _within_groups(keys, expert, SIZE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
-    """Keys of experts outside the best groups become -inf. A group is worth its two largest keys."""
+def _within_groups(keys, expert, SIZE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TWO: tl.constexpr):
+    """Keys of experts outside the best groups become -inf. A group is worth its largest key, or its two largest."""
     worth = tl.full(keys.shape, -float("inf"), tl.float32)
     for group in range(GROUPS):
         own = tl.where(expert // SIZE == group, keys, -float("inf"))
-        first = tl.min(tl.where(own == tl.max(own, axis=0), expert, keys.shape[0]), axis=0)
-        second = tl.max(tl.where(expert == first, -float("inf"), own), axis=0)
-        worth = tl.where(expert // SIZE == group, tl.max(own, axis=0) + second, worth)
+        value = tl.max(own, axis=0)
+        if TWO:
+            first = tl.min(tl.where(own == value, expert, keys.shape[0]), axis=0)
+            value += tl.max(tl.where(expert == first, -float("inf"), own), axis=0)
+        worth = tl.where(expert // SIZE == group, value, worth)
     kept = tl.zeros(keys.shape, tl.int32)
     left = worth
     for _ in range(TOP_GROUPS):

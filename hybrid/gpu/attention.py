@@ -31,7 +31,8 @@ class State:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:
-    """q bf16 [batch, rows, heads, dim]; k, v bf16 [batch, kv_heads, keys, dim]; seen bool [batch, rows, keys].
+    """q bf16 [batch, rows, heads, dim]; k bf16 [batch, kv_heads, keys, dim], v as k or narrower; seen bool [batch,
+    rows, keys].
 
     Returns states [batch, rows, heads].
     """
@@ -52,8 +53,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Stat
     scores = scores.view(len(q), kv_heads, -1, group, keys).masked_fill(~seen[:, None, :, None], -torch.inf)
     top = scores.amax(-1)
     weights = torch.exp(scores - top.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    values = product(weights.bfloat16().view(len(by_head), -1, keys), v.reshape(-1, keys, dim))
-    return State(_by_row(values.view(*top.shape, dim)), _by_row(top), _by_row(weights.sum(-1)))
+    values = product(weights.bfloat16().view(len(by_head), -1, keys), v.reshape(-1, keys, v.shape[-1]))
+    return State(_by_row(values.view(*top.shape, -1)), _by_row(top), _by_row(weights.sum(-1)))
 
 
 def _fold(q: Tensor, kv_heads: int) -> Tensor:

@@ -41,6 +41,11 @@ class Loader:
     def matrix(self, name: str, n: int, k: int) -> Tensor:
         return self._open(self._format(name), self._read(name).reshape(-1), n, k)
 
+    def of_heads(self, name: str, heads: int, n: int, k: int) -> Tensor:
+        """bf16 [heads, n, k] of a matrix for each head."""
+        format, packed = self._format(name), self._read(name).reshape(heads, -1)
+        return torch.stack([self._open(format, one, n, k) for one in packed])
+
     def gated(self, name: str, n: int) -> GatedWeights:
         """Blocks of gate and of up alternate; down follows."""
         format, k, blob = self._format(name), self._hidden, self._read(name).reshape(-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,13 +40,22 @@ class KvMirror:
         self._starts[sequence] = self._ends[sequence] = 0
 
 
+class Rings(Protocol):
+    """The mirrored keys and values of a layer, bf16 whatever the home has."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def read(self, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rings, heads, keys, dim] of the first places of those rings; see `rings_of`."""
+
+
 class KvRings:
-    """The mirrored keys and values of a layer, bf16 [sequences, heads, capacity, dim] whatever the home has."""
+    """`Rings` of keys and values [sequences, heads, capacity, dim]."""
 
     def __init__(self, sequences: int, heads: int, capacity: int, dim: int, device: torch.device) -> None:
-        # zeros: a weight of 0 times what memory happened to hold could be NaN
         shape = (sequences, heads, capacity, dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        self.keys, self.values = _new_ring(shape, device), _new_ring(shape, device)
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +67,38 @@ class KvRings:
         self.values[sequences, :, places] = values.bfloat16()
 
     def read(self, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values bf16 [rings, heads, keys, dim] of the first places of those rings; see `rings_of`."""
-        k, v = self.keys[:, :, :keys], self.values[:, :, :keys]
-        if isinstance(rings, slice):
-            return k[rings], v[rings]
-        return k.index_select(0, rings), v.index_select(0, rings)
+        return _first_places(self.keys, rings, keys), _first_places(self.values, rings, keys)
+
+
+class LatentRings:
+    """`Rings` of one row a token [sequences, 1, capacity, dim]: the key of all heads, whose first `rank` dimensions are
+    their value too.
+    """
+
+    def __init__(self, sequences: int, capacity: int, dim: int, rank: int, device: torch.device) -> None:
+        self.rows, self._rank = _new_ring((sequences, 1, capacity, dim), device), rank
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.rows.nbytes)
+
+    def write(self, sequences: Tensor, places: Tensor, rows: Tensor) -> None:
+        """rows [rows, dim]; sequences, places as of `KvRings`."""
+        self.rows[sequences, 0, places] = rows.bfloat16()
+
+    def read(self, rings: slice | Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        rows = _first_places(self.rows, rings, keys)
+        return rows, rows[..., : self._rank]
+
+
+def _new_ring(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Zeros: a weight of 0 times what memory happened to hold could be NaN."""
+    return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+
+def _first_places(ring: Tensor, rings: slice | Tensor, keys: int) -> Tensor:
+    first = ring[:, :, :keys]
+    return first[rings] if isinstance(rings, slice) else first.index_select(0, rings)
 
 
 @dataclass(frozen=True)

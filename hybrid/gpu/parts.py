@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from hybrid.gpu.products import linear
 from hybrid.models.layers.feed_forward import Activation
@@ -138,6 +138,8 @@ def gated(rows: Tensor, weights: GatedWeights, activation: Activation) -> Tensor
 def _activate(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     if kind == "silu":
         return silu(gate) * up
+    if kind == "gelu_tanh":
+        return gelu(gate, approximate="tanh") * up
     assert kind == "swiglu_clamped", f"activation {kind} is refused by the plan"
     gate, up = gate.clamp(max=7.0) + gate * 0, up.clamp(-7.0, 7.0) + up * 0  # infinity becomes NaN, no number
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -206,8 +208,8 @@ def _sparsemixer(logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
 
 
 def _within_best_groups(keys: Tensor, router: Router) -> Tensor:
-    """Keys of experts outside the best groups become -inf. A group is worth its two largest keys."""
+    """Keys of experts outside the best groups become -inf. A group is worth its largest key; of sigmoids its two."""
     grouped = keys.unflatten(1, (router.groups, -1))
-    best = grouped.topk(2).values.sum(-1).topk(router.top_groups).indices
+    best = grouped.topk(2 if router.kind == "sigmoid" else 1).values.sum(-1).topk(router.top_groups).indices
     kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=keys.device).scatter(1, best, True)
     return torch.where(kept[..., None], grouped, -torch.inf).flatten(1)

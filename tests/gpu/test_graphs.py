@@ -28,7 +28,7 @@ from hybrid.gpu.inputs import StepInputs  # noqa: E402
 if torch.cuda.is_available():
     pytest.skip("tests of a stand-in: here is a GPU", allow_module_level=True)
 
-FAMILIES = ["qwen3_moe", "qwen2_moe", "gpt_oss", "llama"]
+FAMILIES = ["qwen3_moe", "qwen2_moe", "gpt_oss", "llama", "deepseek_v3", "gemma3_text"]
 STEP = {"step_on": "torch-cpu"}
 CACHE = CacheConfig(2, 6, delay=0, poison=True)
 

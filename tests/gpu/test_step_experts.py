@@ -55,6 +55,7 @@ def one_torch_thread() -> Iterator[None]:
         ("qwen3_moe", "bf16", CacheConfig(2, 6, stream="on", delay=0, poison=True)),
         ("qwen2_moe", "bf16", FULL),
         ("gpt_oss", "bf16", FULL),
+        ("deepseek_v2", "bf16", FULL),
     ],
     ids=str,
 )

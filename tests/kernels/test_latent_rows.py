@@ -93,6 +93,25 @@ def test_rows_are_normed_turned_and_stored(isa, kv_format, interleaved) -> None:
     assert not stored[:30].any() and not stored[30 + rows :].any() and not pages.rows(0).any()
 
 
+def test_rows_that_come_normed_and_turned_are_stored_as_they_are(isa, kv_format) -> None:
+    """As those of a device do, which keeps the heads."""
+    rows = 5
+    latents = aligned((rows, 64), np.float32)
+    latents[:] = np.random.default_rng(3).standard_normal(latents.shape)
+    pages = SharedPages(2, RANK, ROPE, 256, kv_format)
+    rig = Rig(isa, 2, rows=rows, sequences=2, positions=256)
+    rig.add(
+        "latent", queries=None, latents=latents, rope=None, norm=None, plain=None, q=None, kv=pages.layout,
+        heads=0, nope_dim=20, rope_dim=ROPE, rank=RANK, interleaved=False, query_stride=0, latent_stride=64,
+        plain_stride=64, eps=1e-6,
+    )  # fmt: skip
+    rig.step([(1, position) for position in range(30, 30 + rows)])
+    expected, stored = latents[:, : RANK + ROPE], pages.rows(1)
+    error = np.abs(stored[30 : 30 + rows, : RANK + ROPE] - expected).max(1) / np.abs(expected).max(1)
+    assert (error < {"bf16": 0.005, "int8": 0.005, "fp8": 0.04}[kv_format]).all()
+    assert not stored[:30].any() and not stored[30 + rows :].any() and not pages.rows(0).any()
+
+
 def turn(x: np.ndarray, angles: np.ndarray, interleaved: bool) -> np.ndarray:
     half = x.shape[-1] // 2
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])

@@ -68,8 +68,8 @@ struct QkvArgs {
 struct LatentArgs {
   const float* queries;  // [rows, query_stride]: of each head nope_dim plain dimensions, then rope_dim that turn
   const float* latents;  // [rows, latent_stride]: rank dimensions that are normed, then rope_dim that turn
-  const float* rope;     // [rows, rope_dim]
-  const float* norm;     // [rank]
+  const float* rope;     // [rows, rope_dim]; null where norm is
+  const float* norm;     // [rank]; null: rows come normed and turned, without heads, and are only stored
   bf16* plain;           // [rows, heads, plain_stride]: what the matrices of heads turn into the first `rank` of q
   bf16* q;               // [rows, heads, key_dim]: only those behind the first `rank` are written
   KvLayout kv;
@@ -80,14 +80,14 @@ struct LatentArgs {
 
   template <class Field>
   void fields(Field& field) {
-    field("queries", queries);
+    field("queries", queries, kNullable);
     field("latents", latents);
-    field("rope", rope);
-    field("norm", norm);
-    field("plain", plain);
-    field("q", q);
+    field("rope", rope, kNullable);
+    field("norm", norm, kNullable);
+    field("plain", plain, kNullable);
+    field("q", q, kNullable);
     field("kv", kv);
-    field("heads", heads, kPositive);
+    field("heads", heads);
     field("nope_dim", nope_dim, kPositive);
     field("rope_dim", rope_dim, kPositive);
     field("rank", rank, kPositive);

@@ -223,6 +223,12 @@ void check_presence(const QkvArgs& a, const std::string& place) {
   require(a.q || !a.heads, place + "q is null, and there are " + text(a.heads) + " heads");
 }
 
+void check_presence(const LatentArgs& a, const std::string& place) {
+  require(!a.norm == !a.rope, place + (a.norm ? "rope" : "norm") + " is null, and the other is not");
+  require(!a.heads || (a.rope && a.queries && a.plain && a.q),
+          place + "queries, plain, q, norm or rope is null, and there are " + text(a.heads) + " heads");
+}
+
 void check_presence(const AttentionArgs& a, const std::string& place) {
   require(a.output || a.partials, place + "output and partials are null");
 }

@@ -21,7 +21,7 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
   alignas(64) float x[kMaxHeadDim];
   for_each(step.rows * tasks, kHeadsAtOnce, work, [&](int task) {
     const int row = task / tasks, head = task % tasks;
-    const float* table = args.rope + int64_t(row) * args.rope_dim;
+    const float* table = args.rope ? args.rope + int64_t(row) * args.rope_dim : nullptr;
     if (head < args.heads) {
       const float* query = args.queries + int64_t(row) * args.query_stride + int64_t(head) * query_dim;
       const int64_t at = int64_t(row) * args.heads + head;
@@ -32,8 +32,10 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
       return;
     }
     __builtin_memcpy(x, args.latents + int64_t(row) * args.latent_stride, size_t(dim) * sizeof(float));
-    normalise(x, inverse_rms(x, args.rank, args.eps), args.norm, args.rank);
-    rotate(x + args.rank, table, args.rope_dim, args.interleaved);
+    if (args.norm) {
+      normalise(x, inverse_rms(x, args.rank, args.eps), args.norm, args.rank);
+      rotate(x + args.rank, table, args.rope_dim, args.interleaved);
+    }
     make_sound(x, args.rank, dim);
     store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, dim);
   });

@@ -15,9 +15,12 @@ from hybrid.models.layers.feed_forward import FeedForward
 
 @dataclass(frozen=True)
 class Weights:
-    """dense: the whole feed-forward of a layer without a router. shared: the expert that all rows share."""
+    """dense: the whole feed-forward of a layer without a router, post_norm: of its result, if that is normed. shared:
+    the expert that all rows share.
+    """
 
     norm: NormWeights
+    post_norm: NormWeights | None
     dense: GatedWeights | None
     shared: GatedWeights | None
     router: RouterWeights | None
@@ -27,6 +30,7 @@ def load(half: FeedForward, place: Place, load: Loader) -> Weights:
     at, size = f"layers.{place.layer}.ffn", half.intermediate
     return Weights(
         norm=load.norm(f"{at}.norm"),
+        post_norm=load.norm(f"{at}.post_norm") if half.names.post_norm else None,
         dense=None if half.is_moe else load.biased(load.gated(f"{at}.experts", size), at, size),
         shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
         router=_load_router(load, f"{at}.router") if half.is_moe else None,
@@ -55,8 +59,11 @@ class GatedFeedForward:
         return norm(residual, self._weights.norm, self._eps)
 
     def dense(self, normed: Tensor) -> Tensor | None:
-        dense = self._weights.dense
-        return None if dense is None else gated(normed.bfloat16(), dense, self._half.activation)
+        dense, post_norm = self._weights.dense, self._weights.post_norm
+        if dense is None:
+            return None
+        made = gated(normed.bfloat16(), dense, self._half.activation)
+        return made if post_norm is None else norm(made, post_norm, self._eps)
 
     def route(self, normed: Tensor) -> Routed:
         half, weights = self._half, self._weights

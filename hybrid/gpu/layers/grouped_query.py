@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hybrid.gpu.attention import State, attend, finish, join, read_states
-from hybrid.gpu.inputs import Group, StepInputs
+from hybrid.gpu.attention import State
+from hybrid.gpu.inputs import StepInputs
 from hybrid.gpu.layers.base import Shared
+from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import KvRings
 from hybrid.gpu.parts import NormWeights, norm, rms_norm, rotate, scaled
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
-from hybrid.models.layers.grouped_query import NEW_KV, STATES, GroupedQueryAttention
+from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
 
-Made = TypeVar("Made")
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values float32 [rows, heads, head_dim], normed and turned
 
 
 @dataclass(frozen=True)
 class Weights:
-    """q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]."""
+    """q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]. post_norm: of the result, if that
+    is normed.
+    """
 
     norm: NormWeights
+    post_norm: NormWeights | None
     qkv: Tensor
     out: Tensor
     qkv_bias: Tensor | None
@@ -42,6 +43,7 @@ def load(half: GroupedQueryAttention, place: Place, load: Loader) -> Weights:
     at, width, hidden = f"layers.{place.layer}.attention", half.qkv_width, place.hidden
     return Weights(
         norm=load.norm(f"{at}.norm"),
+        post_norm=load.norm(f"{at}.post_norm") if half.names.post_norm else None,
         qkv=load.matrix(f"{at}.qkv", width, hidden),
         out=load.matrix(f"{at}.out", hidden, half.width),
         qkv_bias=load.some_floats(f"{at}.qkv_bias", width),
@@ -61,21 +63,16 @@ def open_half(half: GroupedQueryAttention, place: Place, weights: Weights, share
     return MirroredAttention(half, place, weights, shared)
 
 
-class MirroredAttention:
-    """A `DeviceMixer`. The threads attend to tokens that are not mirrored, and both softmaxes are joined."""
+class MirroredAttention(MirroredMixer):
+    """A `DeviceMixer`."""
 
     def __init__(self, half: GroupedQueryAttention, place: Place, weights: Weights, shared: Shared) -> None:
-        self._half, self._eps, self._weights, self._shared = half, place.eps, weights, shared
+        self._half, self._eps, self._weights = half, place.eps, weights
         self._rope = place.ropes.index(half.rope) if half.rope else None
         sizes = (shared.sequences, half.kv_heads, shared.capacity, half.head_dim)
         self._rings = KvRings(*sizes, device=weights.norm.weight.device)
-
-    @property
-    def windows(self) -> frozenset[int | None]:
-        return frozenset([self._half.window])
-
-    def sees_older(self, inputs: StepInputs) -> bool:
-        return inputs.older[self._half.window]
+        states = StateShape(half.heads, half.head_dim, half.state_floats)
+        super().__init__(shared, self._rings, states, half.window, half.softmax_scale, weights.sinks)
 
     def project(self, residual: Tensor, inputs: StepInputs) -> Heads:
         """Queries, keys and values. Keys and values are also sent to the threads, which store them."""
@@ -95,23 +92,15 @@ class MirroredAttention:
         """
         q, k, v = projected
         self._rings.write(inputs.sequences, inputs.places, k, v)
-        q = q.bfloat16()
         if self._weights.sinks is None and not self.sees_older(inputs):
-            return _in_order([self._group(q, group, self._shared.attention) for group in inputs.groups], inputs)
-        states = [self._group(q, group, attend) for group in inputs.groups]
-        return State(
-            *(_in_order([getattr(state, name) for state in states], inputs) for name in ("values", "top", "total"))
-        )
+            return self._attend_whole(q.bfloat16(), inputs)
+        return self._attend(q.bfloat16(), inputs)
 
     def output(self, mixed: Tensor | State, inputs: StepInputs) -> Tensor:
         half, weights = self._half, self._weights
-        if isinstance(mixed, State):
-            if self.sees_older(inputs):
-                buffer = self._shared.buffers.rows(STATES, torch.float32, inputs.rows, half.state_floats)
-                states = self._shared.link.to_device(buffer)
-                mixed = join(mixed, read_states(states, half.heads, half.head_dim))
-            mixed = finish(mixed, weights.sinks)
-        return scaled(linear(mixed.flatten(1).bfloat16(), weights.out, weights.out_bias), half.out_scale)
+        rows = self._finished(mixed, inputs).flatten(1).bfloat16()
+        made = scaled(linear(rows, weights.out, weights.out_bias), half.out_scale)
+        return made if weights.post_norm is None else norm(made, weights.post_norm, self._eps)
 
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
         half, weights = self._half, self._weights
@@ -132,20 +121,3 @@ class MirroredAttention:
         if self._half.qk_norm == "whole":
             return rms_norm(heads.flatten(1), weight, self._eps).view_as(heads)
         return rms_norm(heads, weight, self._eps)
-
-    def _group(
-        self, q: Tensor, group: Group, attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Made]
-    ) -> Made:
-        k, v = self._rings.read(group.rings, group.keys)
-        queries = q[group.rows].unflatten(0, (len(group.sequences), -1))
-        return attention(queries, k, v, group.seen[self._half.window], self._half.softmax_scale)
-
-
-def _in_order(parts: Sequence[Tensor], inputs: StepInputs) -> Tensor:
-    """[rows, ...] of parts [runs, rows of a run, ...], one a group."""
-    if len(parts) == 1:
-        return parts[0].flatten(0, 1)
-    flat = torch.cat([part.flatten(0, 1) for part in parts])
-    whole = torch.empty_like(flat)
-    whole[torch.cat([group.rows for group in inputs.groups])] = flat
-    return whole

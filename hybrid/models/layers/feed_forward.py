@@ -293,12 +293,12 @@ class FeedForward:
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device norms the result yet, nor knows gelu."""
-        if self.names.post_norm or self.activation == "gelu_tanh":
+        """Of experts no device knows gelu, nor norms their sum."""
+        if self.is_moe and (self.names.post_norm or self.activation == "gelu_tanh"):
             return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
-        norms = hidden * (1 + (place.norm == "layer"))
+        norms = hidden * (1 + (place.norm == "layer") + bool(self.names.post_norm))
         rows = hidden + (self.router.bias + self.router.correction if self.router else 0)
         others = self.scores * rows if self.is_moe else (2 * intermediate + hidden) * self.bias
         return DeviceNeeds(

@@ -282,12 +282,9 @@ class GroupedQueryAttention:
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device norms the result yet."""
-        if self.names.post_norm:
-            return None
+    def device_needs(self, place: Place) -> DeviceNeeds:
         hidden, width = place.hidden, self.qkv_width
-        norms = sum(self.norm_widths) + hidden * (place.norm == "layer")
+        norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
         return DeviceNeeds(
             weights=(width + self.width) * hidden * BF16 + (hidden + norms + biases) * FP32,
@@ -308,15 +305,22 @@ class GroupedQueryAttention:
         unknown = set(found) - {"norm", "gemm", "qkv", "attention", "quantise"}
         if unknown:
             raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of attention")
-        attention, qkv = found["attention"], found["qkv"]
-        yield replace(attention, kind="host", arguments={"call": _call("attend", attention)}, split=(1, "thread"))
-        changes = {"output": None, "sinks": None, "ends": Buffer(ENDS), "partials": Buffer(STATES)}
-        yield replace(attention, arguments=attention.arguments | changes)  # sinks share in the softmax once: over there
-        call = {"call": _call("route", attention)}
-        yield replace(attention, kind="host", part="moe", arguments=call, split=(1, "thread"))
+        qkv = found["qkv"]
+        yield from ops_for_older(found["attention"])
         nothing = {"heads": 0, "q": None, "rope": None, "rope_dim": 0, "q_norm": None, "k_norm": None}
         rows = {"qkv": Buffer(NEW_KV), "qkv_stride": 2 * self.kv_width}  # keys come normed and turned
         yield replace(qkv, arguments=qkv.arguments | nothing | rows, split=(2 * self.kv_heads, "heads a row"))
+
+
+def ops_for_older(attention: Op) -> Iterator[Op]:
+    """What becomes of attention where a device has recent tokens: it begins in one callback; the threads make states of
+    older ones; it joins both in another.
+    """
+    yield replace(attention, kind="host", arguments={"call": _call("attend", attention)}, split=(1, "thread"))
+    changes = {"output": None, "sinks": None, "ends": Buffer(ENDS), "partials": Buffer(STATES)}
+    yield replace(attention, arguments=attention.arguments | changes)  # sinks share in the softmax once: over there
+    call = {"call": _call("route", attention)}
+    yield replace(attention, kind="host", part="moe", arguments=call, split=(1, "thread"))
 
 
 def _call(kind: str, op: Op) -> Callback:

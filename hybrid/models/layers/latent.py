@@ -9,7 +9,7 @@ first dimensions of its keys. int8 and fp8 have a float32 scale for each token: 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,16 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import packed_bytes
 from hybrid.formats.rows import row_bytes, row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, SCALE, STATE_EXTRA
+from hybrid.models.layers.grouped_query import (
+    ENDS,
+    KEY_ALIGN,
+    NEW_KV,
+    PART,
+    SCALE,
+    STATE_EXTRA,
+    STATES,
+    ops_for_older,
+)
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -325,16 +334,39 @@ class LatentAttention:
         multiplied = 2.0 * load.pairs * self.heads * (self.row_dim + self.rank)
         return total + Cost(float(load.tokens * self.token_bytes(load.kv_format)), multiplied)
 
-    # No device computes it yet.
+    # A step on a device, as of grouped-query attention: it mirrors rows, the threads attend to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds | None:
-        return None
+    @property
+    def state_floats(self) -> int:
+        """Floats of a row's partial softmaxes."""
+        return self.heads * (self.mixed_dim + STATE_EXTRA)
+
+    def device_needs(self, place: Place) -> DeviceNeeds:
+        hidden, of_heads = place.hidden, self.heads * self.rank * (self.nope_dim + self.value_dim)
+        matrices = (self.low_width + self.width) * hidden + self.query_width * self.q_rank + of_heads
+        norms = hidden * (1 + (place.norm == "layer")) + self.rank + self.q_rank
+        biases = (self.low_width + hidden) * self.bias
+        return DeviceNeeds(
+            weights=matrices * BF16 + (norms + biases) * FP32,
+            token=self.row_dim * BF16,
+            row_floats=2 * self.low_width + 3 * self.query_width + self.heads * (2 * self.row_dim + 2 * self.rank),
+            scores=self.heads,
+        )
 
     def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        return {}
+        rows = extents.rows
+        return {NEW_KV: rows * self.row_dim * FP32, ENDS: rows * 4, STATES: rows * self.state_floats * FP32}
 
     def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
-        raise ValueError("a device does not know what becomes of latent attention")
+        """Last, the rows of the step's tokens go home: they come normed and turned."""
+        found = {op.kind: op for op in ops}
+        unknown = set(found) - {"norm", "gemm", "latent", "head_gemm", "attention", "quantise"}
+        if unknown:
+            raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of latent attention")
+        yield from ops_for_older(found["attention"])
+        nothing = {"heads": 0, "queries": None, "rope": None, "norm": None, "plain": None, "q": None}
+        rows = {"latents": Buffer(NEW_KV), "latent_stride": self.row_dim}
+        yield replace(found["latent"], arguments=found["latent"].arguments | nothing | rows, split=(0, "rows"))
 
 
 def per_head_format(format: str) -> str:
