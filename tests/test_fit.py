@@ -125,6 +125,42 @@ def test_a_gpu_gets_the_experts_that_fit() -> None:
     assert found.to_dict()["cache"]["slots"] == found.plan.cache.geometry.slots
 
 
+def test_a_gpu_mirrors_a_row_a_token_of_latents() -> None:
+    """61 layers of 576 bf16 values, whatever the number of heads and the format at home."""
+    spec, big = model_spec(CONFIGS["deepseek-r1"]), replace(MACHINE, memory_available=10**12, device_memory=80 * 10**9)
+    for kv_format in ("bf16", "fp8"):
+        config = EngineConfig(device="cuda", max_batch=4, kv_format=kv_format)
+        found = fit_model(spec, "fp8", MIXES["fp8"], big, Rates(80e9), config)
+        device = found.plan.device
+        assert device and device.kv == device.kv_tokens * 4 * 61 * 576 * 2
+        assert 34.4e9 < device.weights < 34.5e9 and device.left >= 0
+        assert found.to_dict()["gpu"]["kv"] == device.kv and not found.without_gpu
+
+
+def test_what_a_gpu_cannot_have_fits_the_cpu_all_the_same() -> None:
+    spec, machine = (
+        model_spec(CONFIGS["deepseek-r1"]),
+        replace(MACHINE, memory_available=10**12, device_memory=24 * 10**9),
+    )
+    found = fit_model(spec, "fp8", MIXES["fp8"], machine, Rates(80e9), EngineConfig(device="cuda"))
+    assert found.without_gpu.startswith("the device has 24.00 GB free; weights take 34.4")
+    assert found.plan.device is None and found.plan.cache is None and not found.plan.problem
+    with pytest.raises(ConfigError, match="--max-seq-len|max_seq_len"):
+        fit_model(spec, "fp8", MIXES["fp8"], machine, Rates(80e9), EngineConfig(device="cuda", max_seq_len=10**9))
+
+
+def test_the_command_says_what_lies_on_a_gpu(tmp_path) -> None:
+    wanted = {
+        "gemma3_text": "On the GPU, bf16: 0.38 MB of weights",
+        "lfm2": "Not on the GPU, bf16: layer 0 of model_type",
+    }
+    for family, words in wanted.items():
+        path = tmp_path / f"{family}.json"
+        path.write_text(json.dumps(SMALL[family]))
+        machine = ("--memory", "32GB", "--bandwidth", "80GB/s", "--gpu", "24GB", "--format", "bf16")
+        assert words in run_fit(str(path), *machine).stdout
+
+
 @pytest.mark.parametrize(
     "text, size",
     [("64GB", 64e9), ("512 GiB", 512 << 30), ("80GB/s", 80e9), ("1.5tb", 1.5e12), ("100", 100), ("2K", 2e3)],
@@ -157,7 +193,7 @@ def test_the_command_reads_a_configuration_alone(tmp_path) -> None:
     rows = {line.split()[0]: line for line in lines if line.split()[:1] in (["auto"], ["int8"], ["int4"])}
     assert " no " in rows["auto"] and " yes " in rows["int4"]
     assert "Take --format int4: the first that fits with 32768 tokens of context." in lines
-    assert any(line.startswith("On the GPU, int4: 48 indexes of ") for line in lines)
+    assert any(line.startswith("On the GPU, int4: 3.11 GB of weights") and "; 48 indexes of " in line for line in lines)
     report = json.loads(run_fit(str(path), *machine, "--json", "--format", "int4,head=int8").stdout)
     assert [entry["name"] for entry in report["formats"]] == ["int4,head=int8"]
     assert report["model"]["parameters"] == 30_532_122_624

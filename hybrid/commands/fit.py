@@ -159,7 +159,8 @@ def fits_of(
     from hybrid.plan.fit import fit_model
 
     if hardware.device_memory:
-        config = replace(config, device="cuda")
+        cache = config.cache if spec.moe_layers else replace(config.cache, mode="off")
+        config = replace(config, device="cuda", cache=cache)
     names: dict[FormatMix, str] = {}
     for name in options.format or ("auto", *OTHERS):
         names.setdefault(parse_mix(name, native), name)
@@ -247,6 +248,23 @@ def _conclusions(spec: ModelSpec, hardware: HardwareSpec, fits: Sequence[Fit]) -
         best = next(found for found in fitting if found.plan.max_seq_len == longest)
         lines.append(f"Take --format {best.name}: the first that fits with {longest} tokens of context.")
     for found in fits:
-        if found.plan.cache and not found.plan.problem:
-            lines.append(f"On the GPU, {found.name}: {found.plan.cache}.")
+        lines += _on_gpu(found)
     return lines
+
+
+def _on_gpu(found: Fit) -> list[str]:
+    """What of the model lies on a GPU, or why nothing does."""
+    from hybrid.machine.memory import size_text
+
+    if found.without_gpu:
+        return [f"Not on the GPU, {found.name}: {found.without_gpu}"]
+    device, cache = found.plan.device, found.plan.cache
+    if found.plan.problem or device is None:
+        return []
+    parts = [
+        f"{size_text(device.weights)} of weights",
+        f"{size_text(device.workspace)} for a step",
+        f"{size_text(device.kv)} of mirrored keys and values, {device.kv_tokens} tokens of a sequence",
+    ]
+    line = f"On the GPU, {found.name}: {', '.join(parts)}"
+    return [f"{line}; {cache}." if cache else f"{line}."]

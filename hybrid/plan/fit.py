@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from hybrid.config import EngineConfig
+from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
 from hybrid.formats.mix import FormatMix
 from hybrid.machine.hardware import HardwareSpec
@@ -50,6 +51,7 @@ class Fit:
     the context that does. decode, prompt: the cost of a token that is generated, and of PROMPT_ROWS tokens that are
     read. decode_speed, prompt_speed:
     predicted tokens per second at the depth that was asked for, None where the machine's operations are not known.
+    without_gpu: why the plan has no GPU, where one was asked for; else empty.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Fit:
     prompt: Cost
     decode_speed: float
     prompt_speed: float | None
+    without_gpu: str = ""
 
     @property
     def weights(self) -> int:
@@ -84,6 +87,8 @@ class Fit:
             "decode": {"tokens_per_second": self.decode_speed, **asdict(self.decode)},
             "prompt": {"tokens_per_second": self.prompt_speed, "rows": PROMPT_ROWS, **asdict(self.prompt)},
             "cache": cache.to_dict() if cache else None,
+            "gpu": asdict(self.plan.device) if self.plan.device else None,
+            "without_gpu": self.without_gpu or None,
         }
 
 
@@ -99,9 +104,9 @@ def fit_model(
     """Plan a model as an engine would, and predict its speed behind `depth` earlier tokens.
 
     hardware: with the memory of the machine in question. Raises ConfigError as `make_plan` does; a model that does
-    not fit is no error.
+    not fit is no error, nor one that a GPU cannot have.
     """
-    plan = make_plan(spec, hardware, config, mix)
+    plan, without_gpu = _plan(spec, hardware, config, mix)
     shares = AMX_PROMPT_SHARES if hardware.isa == "amx" else PROMPT_SHARES
     decode = tuple(part_costs(spec, mix, plan.kv.format, 1, 1, depth, 1))
     prompt = tuple(part_costs(spec, mix, plan.kv.format, 1, PROMPT_ROWS, depth, 0))
@@ -113,7 +118,18 @@ def fit_model(
         sum((cost for _, cost in prompt), Cost()),
         1 / _seconds(decode, rates, DECODE_SHARES),
         PROMPT_ROWS / _seconds(prompt, rates, shares) if rates.flops else None,
+        without_gpu,
     )
+
+
+def _plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> tuple[Plan, str]:
+    """The plan, and why it is one without the GPU that `config` asks for."""
+    try:
+        return make_plan(spec, hardware, config, mix), ""
+    except ConfigError as error:
+        if config.device != "cuda":
+            raise
+        return make_plan(spec, hardware, replace(config, device="cpu"), mix), str(error)
 
 
 def _seconds(parts: Iterable[tuple[tuple[str, ...], Cost]], rates: Rates, shares: Mapping[str, float]) -> float:
