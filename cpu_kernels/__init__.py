@@ -15,6 +15,7 @@ from cpu_kernels._ext import (
     StateLayout,
     ThreadPool,
     available_isas,
+    delta_state_bytes,
     fetches_near,
     missing_features,
     peak_flops,
@@ -25,11 +26,13 @@ from cpu_kernels._ext import (
 )
 
 KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
+MAX_DELTA_DIM: int = _ext.MAX_DELTA_DIM  # dimensions of keys and values in the gated delta rule
 MAX_NODES: int = _ext.MAX_NODES  # memory nodes that an executor can join
 TILE_ROWS: int = _ext.TILE_ROWS  # query rows times heads of one attention tile
 
 __all__ = [
     "KEY_BLOCK",
+    "MAX_DELTA_DIM",
     "MAX_NODES",
     "TILE_ROWS",
     "Activation",
@@ -45,6 +48,7 @@ __all__ = [
     "StateLayout",
     "ThreadPool",
     "available_isas",
+    "delta_state_bytes",
     "fetches_near",
     "missing_features",
     "peak_flops",

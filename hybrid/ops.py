@@ -27,9 +27,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class State:
-    """Where the mixer of a layer keeps what it knows of sequences: their keys and values."""
+    """Where the mixer of a layer keeps what it knows of sequences, their keys and values, `offset` bytes into it."""
 
     layer: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "qkv": "whole",
     "latent": "whole",
     "attention": "whole",
+    "gate": "whole",
     "short_conv": "whole",
+    "silu_conv": "whole",
+    "gated_delta": "whole",
     "router": "whole",
     "topk": "whole",
     "group": "whole",

@@ -44,6 +44,20 @@ _LATENT: dict[str, Any] = {  # latent attention of odd sizes
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
+_DELTA: dict[str, Any] = {  # gated delta rule of odd sizes
+    **_COMMON,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 20,
+    "linear_value_head_dim": 28,
+}
+_DELTA_EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
     "qwen2": {**_COMMON, "model_type": "qwen2"},
@@ -218,11 +232,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.0625,
     },
+    "qwen3_next": {**_DELTA, **_DELTA_EXPERTS, "model_type": "qwen3_next", "mlp_only_layers": [1]},
+    "qwen3_5_moe_text": {
+        **_DELTA,
+        **_DELTA_EXPERTS,
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_conv_kernel_dim": 3,
+        "attention_bias": True,
+    },
+    "qwen3_5_text": {**_DELTA, "model_type": "qwen3_5_text", "tie_word_embeddings": True},
 }
-OTHER_NAMES = ("kimi_k2", "kimi_k25")  # of families that are deepseek_v3
+# Families that are others under another name, or text models beside more.
+OTHER_NAMES = ("kimi_k2", "kimi_k25", "qwen3_5", "qwen3_5_moe")
 STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST = ("lfm2",)
+ON_HOST = ("lfm2", "qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

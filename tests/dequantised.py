@@ -10,6 +10,7 @@ from checkpoints import write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
+from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
@@ -59,7 +60,7 @@ def _attention(store: Store, index: int) -> Named:
     spec, prefix = store.spec, f"layers.{index}.attention"
     attention = spec.layers[index].mixer
     names, width = in_layer(attention.names, index), attention.qkv_width
-    ends = np.cumsum([attention.heads, attention.kv_heads]) * attention.head_dim
+    ends = np.cumsum([attention.query_width, attention.kv_width])
     fused = _matrix(store, f"{prefix}.qkv", width, spec.hidden)
     yield from _norm(store, f"{prefix}.norm", names.norm)
     if names.post_norm:
@@ -115,13 +116,43 @@ def _latent(store: Store, index: int) -> Named:
         yield _bias(names.out), store.array(f"{prefix}.out_bias")[: spec.hidden]
 
 
+def delta_tensors(store: Store, index: int) -> Named:
+    """Of a layer of the gated delta rule."""
+    spec, prefix, delta = store.spec, f"layers.{index}.delta", store.spec.layers[index].mixer
+    names, hidden = in_layer(delta.names, index), spec.hidden
+    yield from _norm(store, f"{prefix}.norm", names.norm)
+    keys, values, heads = delta.key_width, delta.value_width, delta.value_heads
+    projected = np.split(_matrix(store, f"{prefix}.in", delta.width, hidden), np.cumsum([keys, keys, values]))
+    decays = np.split(store.array(f"{prefix}.decays").reshape(-1, hidden), [heads])
+    if names.grouped:
+        yield names.grouped, _by_key_head(projected, delta.key_heads)
+        yield names.grouped_decays, _by_key_head(decays, delta.key_heads)
+    else:
+        yield names.qkv, np.concatenate(projected[:3])
+        yield from zip((names.gates, names.betas, names.decays), (projected[3], *decays), strict=True)
+    yield names.taps, store.array(f"{prefix}.taps").reshape(-1, 1, delta.taps)
+    for name, part in (
+        (names.decay_rate, "decay_rate"),
+        (names.decay_bias, "decay_bias"),
+        (names.head_norm, "head_norm"),
+    ):
+        yield name, store.array(f"{prefix}.{part}")
+    yield names.out, _matrix(store, f"{prefix}.out", hidden, values)
+
+
+def _by_key_head(parts: list[np.ndarray], heads: int) -> np.ndarray:
+    """The rows of all parts that belong to the first key head, then those of the next."""
+    hidden = parts[0].shape[-1]
+    return np.concatenate([part.reshape(heads, -1, hidden) for part in parts], axis=1).reshape(-1, hidden)
+
+
 def per_head(store: Store, name: str, heads: int, n: int, k: int) -> np.ndarray:
     """The matrices [heads, n, k] of heads, which lie behind each other."""
     format = FORMATS[store.tensors[name].format or ""]
     return np.stack([format.unpack(blocks, n, k) for blocks in store.array(name).reshape(heads, -1)])
 
 
-_MIXERS = {ShortConv: _conv, LatentAttention: _latent}
+_MIXERS = {ShortConv: _conv, LatentAttention: _latent, GatedDeltaNet: delta_tensors}
 
 
 def _feed_forward(store: Store, index: int) -> Named:

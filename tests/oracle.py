@@ -81,7 +81,10 @@ def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length:
 
 
 def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
-    """transformers starts norms at 1, biases and sinks near 0: that would hide one left out or taken for another."""
+    """transformers starts norms at 1, biases and sinks near 0: that would hide one left out or taken for another. It
+    has matrices of the delta rule forget all but a few tokens, and keys as often near to a query as opposite, where
+    trained models have neither: what a query finds would cancel, and a norm makes rounding as large as the rest.
+    """
     values = random.standard_normal(shape)
     if "norm" in name:
         return 1 + 0.1 * values
@@ -89,6 +92,10 @@ def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spr
         return 0.1 * values
     if name.endswith("sinks"):
         return 2 * values
+    if name.endswith("A_log"):
+        return values - 2
+    if name.endswith("conv1d.weight"):
+        return values
     return (0.3 if name.endswith("conv.conv.weight") else spread) * values
 
 

@@ -202,6 +202,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "qwen3_next": ("qwen3_next", {"num_experts_per_tok": 8}),  # of 8 experts: no near-tie decides
+    "qwen3_next tied, longer keys, not renormalised": (
+        "qwen3_next",
+        {
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [],
+            "linear_key_head_dim": 40,
+            "linear_num_value_heads": 6,
+            "full_attention_interval": 2,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {"num_experts_per_tok": 8}),
+    "qwen3_5_text": ("qwen3_5_text", {}),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),
 }

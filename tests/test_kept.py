@@ -184,6 +184,7 @@ CASES = {
     "keys and values in int8": ("mixtral", {"kv_format": "int8"}),
     "keys and values in fp8": ("qwen3", {"kv_format": "fp8"}),
     "recurrent": ("lfm2", {}),
+    "recurrent, gated delta rule": ("qwen3_next", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

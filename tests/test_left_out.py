@@ -194,6 +194,8 @@ PLAIN = {
     "bias of down": ("gpt_oss", "model.layers.1.mlp.experts.down_proj_bias"),
     "taps": ("lfm2", "model.layers.0.conv.conv.weight"),
     "bias of taps": ("lfm2", "model.layers.0.conv.conv.bias"),
+    "decays": ("qwen3_next", "model.layers.0.linear_attn.in_proj_ba.weight"),
+    "rate of decays": ("qwen3_5_moe_text", "model.layers.1.linear_attn.A_log"),
 }
 
 

@@ -21,6 +21,7 @@ ROUTING = Routing(**ROUTING_FIELDS)
 KV = KvPages(1, 2, 64, 256).layout
 SHARED = SharedPages(1, 50, 12, 256).layout
 STATE = StateLayout(base=PLACE, sequence_stride=320)
+STATE_OF_MATRICES = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28))
 SET = {
     **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
     **{"expert_stride": 8192, "blocks": 2, "inputs": 64},
@@ -61,6 +62,16 @@ OPS: dict[str, dict[str, Any]] = {
     "short_conv": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "state": STATE, "width": 40, "taps": 3},
         **{"input_stride": 128, "output_stride": 64},
+    },
+    "silu_conv": {"values": PLACE, "weight": PLACE, "state": STATE, "width": 40, "taps": 3, "stride": 64},
+    "gated_delta": {
+        **{"input": PLACE, "decays": PLACE, "decay_rate": PLACE, "decay_bias": PLACE, "norm": PLACE, "output": PLACE},
+        **{"state": STATE_OF_MATRICES, "key_heads": 2, "value_heads": 4, "key_dim": 20, "value_dim": 28},
+        **{"input_stride": 320, "decay_stride": 8, "output_stride": 128, "eps": 1e-6},
+    },
+    "gate": {
+        **{"values": PLACE, "gates": PLACE, "heads": 4, "head_dim": 24, "stride": 128, "gate_stride": 192},
+        **{"gate_head_stride": 48},
     },
     "router": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "logits": PLACE, "experts": 4, "hidden": 64},
@@ -190,6 +201,11 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("rope_table", {"long_frequencies": PLACE}, "lengths is null, and there are long_frequencies"),
         ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
         ("short_conv", {"taps": 9}, "taps 9 is above 8"),
+        ("silu_conv", {"taps": 9}, "taps 9 is above 8"),
+        ("gated_delta", {"key_heads": 3}, "4 value heads cannot share 3 key heads evenly"),
+        ("gated_delta", {"key_dim": 257}, "key_dim 257 is above 256"),
+        ("gated_delta", {"value_dim": 257}, "value_dim 257 is above 256"),
+        ("qkv", {"gated": True, "norm_whole": True, "qkv_stride": 768}, "gated and norm_whole exclude each other"),
         ("rope_table", {"factor": float("nan")}, "factor is -?nan"),
         ("norm", {"eps": float("inf")}, "eps is inf"),
         ("quantise", {"width": 65}, "width is 65; it must be a multiple of 64"),
@@ -301,6 +317,16 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("qkv", {"kv": layout(sequence_stride=65536)}, r"kv\.sequence_stride is 32768; .* has 65536"),
         ("short_conv", {"input_stride": 119}, "input_stride is 119; what it steps over has 120"),
         ("short_conv", {"taps": 4}, r"state\.sequence_stride is 320; what it steps over has 480"),
+        ("silu_conv", {"stride": 39}, "stride is 39; what it steps over has 40"),
+        ("silu_conv", {"taps": 4}, r"state\.sequence_stride is 320; what it steps over has 480"),
+        ("gated_delta", {"input_stride": 303}, "input_stride is 303; what it steps over has 304"),
+        ("gated_delta", {"decay_stride": 7}, "decay_stride is 7; what it steps over has 8"),
+        ("gated_delta", {"output_stride": 111}, "output_stride is 111; what it steps over has 112"),
+        ("gated_delta", {"state": STATE}, r"state\.sequence_stride is 320; what it steps over has"),
+        ("gate", {"stride": 95}, "stride is 95; what it steps over has 96"),
+        ("gate", {"gate_head_stride": 23}, "gate_head_stride is 23; what it steps over has 24"),
+        ("gate", {"gate_stride": 167}, "gate_stride is 167; what it steps over has 168"),
+        ("qkv", {"gated": True, "qkv_stride": 767}, "qkv_stride is 767; what it steps over has 768"),
         ("router", {"input_stride": 63}, "input_stride is 63; what it steps over has 64"),
         ("gate_up", {"expert_stride": 8128}, "expert_stride is 8128; what it steps over has 8192"),
         ("gate_up", {"output_stride": 31}, "output_stride is 31; what it steps over has 32"),

@@ -22,7 +22,7 @@ from checkpoints import (
     save_with_transformers,
     write_checkpoint,
 )
-from dequantised import per_head
+from dequantised import delta_tensors, per_head
 from safetensors import safe_open
 
 from hybrid.errors import WeightsError
@@ -30,6 +30,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats import packed as layout
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
+from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.tensors import bias_name, in_layer
@@ -201,6 +202,8 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
         return _compare_conv(store, layer, tensors, exact)
     if isinstance(store.spec.layers[layer].mixer, LatentAttention):
         return _compare_latent(store, layer, tensors, exact)
+    if isinstance(store.spec.layers[layer].mixer, GatedDeltaNet):
+        return _compare_delta(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     stacked = np.concatenate([tensors[name] for name in (names.q, names.k, names.v)])
@@ -236,6 +239,19 @@ def _compare_latent(store: Store, layer: int, tensors: dict[str, Any], exact: di
     norms = {"norm": names.norm, "kv_norm": names.kv_norm} | ({"q_norm": names.q_norm} if latent.q_rank else {})
     for part, name in norms.items():
         assert (store.array(prefix + part) == exact[name].astype("f4")).all()
+
+
+def _compare_delta(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    delta = store.spec.layers[layer].mixer
+    names = in_layer(delta.names, layer)
+    packed = {names.grouped, names.qkv, names.gates, names.out}
+    found = dict(delta_tensors(store, layer))
+    assert len(found) == (8 if names.grouped else 10)
+    _compare_norm(store, f"layers.{layer}.delta.norm", names.norm, exact)
+    del found[names.norm]
+    for name, values in found.items():
+        wanted = tensors[name] if name in packed else exact[name].astype("f4")
+        assert values.shape == wanted.shape and (values == wanted).all(), name
 
 
 def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:

@@ -56,6 +56,14 @@ class Addresses:
         """Free and zero the state of a sequence."""
         self._kv.release(sequence)
 
+    def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """As `KvArena.snapshot`."""
+        return self._kv.snapshot(sequence)
+
+    def restore(self, sequence: int, saved: npt.NDArray[np.uint8]) -> None:
+        """As `KvArena.restore`."""
+        self._kv.restore(sequence, saved)
+
     def repeat(self, sequence: int, known: int, tokens: int) -> None:
         """As `KvArena.repeat`."""
         self._kv.repeat(sequence, known, tokens)
@@ -73,8 +81,8 @@ class Addresses:
     def weight(self, name: str, node: int = -1) -> int:
         return self._weights.address(name, node)
 
-    def state(self, layer: int) -> Any:
-        return self._kv.layout(layer)
+    def state(self, layer: int, offset: int) -> Any:
+        return self._kv.layout(layer, offset)
 
     def answer(self, owner: Any, *kinds: str) -> None:
         """Bind callbacks of these kinds to the methods of `owner` with the same names."""

@@ -6,6 +6,9 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 import cpu_kernels
 from hybrid.errors import CapacityError
 from hybrid.machine.hardware import has_huge_pages
@@ -26,6 +29,11 @@ class KvArena:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._fixed = [
+            (offset, layer.nbytes)
+            for offset, layer in zip(plan.kv.offsets, plan.kv.layers, strict=True)
+            if not layer.token_bytes
+        ]
         size = plan.sequences * plan.kv.sequence_stride
         try:
             self._arena = cpu_kernels.Arena(size)
@@ -46,9 +54,9 @@ class KvArena:
         refused = (i for i, place in enumerate(places[:MAX_HUGE_RUNS]) if not self._arena.use_huge(*place))
         return next(refused, min(len(places), MAX_HUGE_RUNS))
 
-    def layout(self, layer: int) -> Any:
-        """The state of a layer as the kernels read it, an object of a class of `cpu_kernels`."""
-        return self._plan.kv.bound(layer, self._arena.address)
+    def layout(self, layer: int, offset: int = 0) -> Any:
+        """The state of a layer from `offset` bytes on as the kernels read it, an object of a class of `cpu_kernels`."""
+        return self._plan.kv.bound(layer, self._arena.address, offset)
 
     def repeat(self, sequence: int, known: int, tokens: int) -> None:
         """Copy the first `known` tokens of a sequence over those behind them, up to `tokens`.
@@ -63,6 +71,37 @@ class KvArena:
                 run = self._arena.address + sequence * kv.sequence_stride + start + offset
                 for first in range(known, tokens, known):
                     ctypes.memmove(run + first * width, run, min(known, tokens - first) * width)
+
+    def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """A copy of what a sequence has that does not grow: the states of recurrent layers; empty if there are none.
+
+        Together with keys and values, which later tokens do not change, it is the whole state after the tokens so far.
+        """
+        saved = np.empty(sum(size for _, size in self._fixed), np.uint8)
+        for place, part in self._parts(sequence, saved):
+            ctypes.memmove(part.ctypes.data, place, part.nbytes)
+        return saved
+
+    def restore(self, sequence: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `snapshot` made, of this sequence or of another one with the same first tokens.
+
+        Raises ValueError for what no snapshot of this model is.
+        """
+        size = sum(size for _, size in self._fixed)
+        if saved.dtype != np.uint8 or saved.shape != (size,):
+            raise ValueError(f"{saved.dtype} {list(saved.shape)} is no snapshot; it must be uint8 [{size}]")
+        for place, part in self._parts(sequence, np.ascontiguousarray(saved)):
+            ctypes.memmove(place, part.ctypes.data, part.nbytes)
+
+    def _parts(self, sequence: int, saved: npt.NDArray[np.uint8]) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """Addresses of the parts of a sequence that do not grow, and where a snapshot has them."""
+        if not 0 <= sequence < self._plan.sequences:
+            raise ValueError(f"sequence {sequence}; it must be from 0 to {self._plan.sequences - 1}")
+        first = 0
+        for offset, size in self._fixed:
+            place = self._arena.address + sequence * self._plan.kv.sequence_stride + offset
+            yield place, saved[first : first + size]
+            first += size
 
     def release(self, sequence: int) -> None:
         """Give the memory of a sequence back to the system."""

@@ -39,7 +39,11 @@ _SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-_OWN: dict[str, dict[str, Any]] = {"lfm2": {"layer_types": ["conv", "full_attention"]}}  # of one family
+_DELTA = {"layer_types": ["linear_attention", "full_attention"]}
+_OWN: dict[str, dict[str, Any]] = {  # of one family
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def all_families() -> list[Family]:
 
 def small_spec(model_type: str) -> ModelSpec:
     """The spec of a small model of this family."""
-    return model_spec({**_SMALL, **_OWN.get(model_type, {}), "model_type": model_type, "text_config": _SMALL})
+    small = {**_SMALL, **_OWN.get(model_type, {})}
+    return model_spec({**small, "model_type": model_type, "text_config": small})
 
 
 def _family(model_type: str) -> Family:

@@ -49,17 +49,6 @@ def gated_names(prefix: str) -> GatedNames:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """The rows of these tensors, one under the other. biases: of the biases beside them. plus: added to each value, of
-    plain floats alone.
-    """
-
-    names: tuple[str, ...]
-    biases: bool = False
-    plus: float = 0.0
-
-
-@dataclass(frozen=True)
 class PerHead:
     """A matrix of each head: of its `of_head` rows of a tensor those from `start` on, `rows` of them, or with `turned`
     these as columns.
@@ -71,6 +60,22 @@ class PerHead:
     start: int
     rows: int
     turned: bool = False
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The rows of these tensors, or of their heads, one under the other. biases: of the biases beside them. plus: added
+    to each value, of plain floats alone.
+    """
+
+    parts: tuple[str | PerHead, ...]
+    biases: bool = False
+    plus: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors, each once."""
+        return tuple(dict.fromkeys(part.name if isinstance(part, PerHead) else part for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,13 @@ def in_layer(names: Names, layer: int) -> Names:
 def below(names: Names, module: str) -> Names:
     """The same names as they are where the whole model is a module of another; what is empty stays so."""
     return _renamed(names, lambda name: name and f"{module}.{name}")
+
+
+def inside(names: Names, module: str) -> Names:
+    """The same names as they are where the layers are a module of the model: `model.x` is `model.module.x`. Unchanged
+    without one.
+    """
+    return _renamed(names, lambda name: name.replace("model.", f"model.{module}.", 1) if module else name)
 
 
 def _renamed(names: Names, change: Callable[[str], str]) -> Names:

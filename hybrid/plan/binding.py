@@ -16,8 +16,8 @@ class References(Protocol):
 
     def weight(self, name: str, node: int = -1) -> int: ...
 
-    def state(self, layer: int) -> Any:
-        """The layout of a layer's state, of a class of `cpu_kernels`."""
+    def state(self, layer: int, offset: int) -> Any:
+        """The layout of a layer's state from `offset` bytes on, of a class of `cpu_kernels`."""
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
         """The executor keeps it alive: it must not refer to the executor."""
@@ -43,8 +43,8 @@ def resolve(value: Any, at: References) -> Any:
             return [resolve(one, at) for one in value]
         case Choice():
             return choose(value)
-        case State(layer):
-            return at.state(layer)
+        case State(layer, offset):
+            return at.state(layer, offset)
         case Callback(kind, layer):
             return at.callback(kind, layer)
         case ExpertSet(arguments):

@@ -41,15 +41,16 @@ class KvPlan:
         """Whether a step that failed may be run again: whether it then writes what it would have written."""
         return all(layer.repeatable for layer in self.layers)
 
-    def bound(self, layer: int, base: int = 0) -> Any:
+    def bound(self, layer: int, base: int = 0, offset: int = 0) -> Any:
         """Where the kernels find the state of a layer, of the class of `cpu_kernels` that its mixer names.
 
-        base: address of the first sequence.
+        base: address of the first sequence. offset: bytes into the state.
         """
         state = self.layers[layer]
         binding = getattr(cpu_kernels, state.binding)
         fields = {name: choose(value) for name, value in state.fields.items()}
-        return binding(base=base + self.offsets[layer], sequence_stride=self.sequence_stride, **fields)
+        start = base + self.offsets[layer] + offset
+        return binding(base=start, sequence_stride=self.sequence_stride, **fields)
 
 
 def lay_out_kv(spec: ModelSpec, length: int, format: str) -> KvPlan:

@@ -26,8 +26,8 @@ class _Nowhere:
     def weight(self, name: str, node: int = -1) -> int:
         return 0
 
-    def state(self, layer: int) -> Any:
-        return self._kv.bound(layer)
+    def state(self, layer: int, offset: int) -> Any:
+        return self._kv.bound(layer, offset=offset)
 
     def callback(self, kind: str, layer: int) -> Callable[[], None]:
         raise AssertionError("who calls back needs no scratch")

@@ -54,14 +54,30 @@ class Content:
                 return iter([partial(self._expert_biases, names, down, tensor)])
             case PerHead() as origin:
                 return self._per_head(origin, tensor.format or "")
-            case Stacked(names, biases, plus):
+            case Stacked() as origin:
                 if tensor.format is not None:
-                    return self._matrix([self._checkpoint.matrix(name) for name in names], tensor.format)
-                return iter([partial(self._floats, [bias_name(n) for n in names] if biases else names, plus, tensor)])
+                    return self._matrix([*self._stacked(origin)], tensor.format)
+                return iter([partial(self._floats, origin, tensor)])
 
-    def _floats(self, names: Sequence[str], plus: float, tensor: StoreTensor) -> Floats:
-        parts = [self._checked(name, self._checkpoint.read(name), always=True).reshape(-1) for name in names]
-        values = np.concatenate([part.astype(np.float32) for part in parts]) + np.float32(plus)
+    def _stacked(self, origin: Stacked) -> Iterator[Source]:
+        for part in origin.parts:
+            if isinstance(part, PerHead):
+                yield from self._of_heads(part)
+            else:
+                yield self._checkpoint.matrix(part)
+
+    def _of_heads(self, origin: PerHead) -> Iterator[Source]:
+        for head in range(origin.heads):
+            yield self._checkpoint.rows(origin.name, head * origin.of_head + origin.start, origin.rows)
+
+    def _floats(self, origin: Stacked, tensor: StoreTensor) -> Floats:
+        if any(isinstance(part, PerHead) for part in origin.parts):
+            read = [(source.name, source.floats(0, source.count)) for source in self._stacked(origin)]
+        else:
+            names = [bias_name(name) for name in origin.names] if origin.biases else origin.names
+            read = [(name, self._checkpoint.read(name)) for name in names]
+        parts = [self._checked(name, values, always=True).reshape(-1).astype(np.float32) for name, values in read]
+        values = np.concatenate(parts) + np.float32(origin.plus)
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
     def _expert_biases(self, names: GatedNames, of_down: bool, tensor: StoreTensor) -> Floats:
@@ -85,9 +101,7 @@ class Content:
         yield from self._matrix([down], second)
 
     def _per_head(self, origin: PerHead, format: str) -> Iterator[Task]:
-        for head in range(origin.heads):
-            start = head * origin.of_head + origin.start
-            rows = self._checkpoint.rows(origin.name, start, origin.rows)
+        for rows in self._of_heads(origin):
             yield from self._matrix([TurnedSource.of(rows) if origin.turned else rows], format)
 
     def _matrix(self, parts: Sequence[Source], format: str) -> Iterator[Task]:

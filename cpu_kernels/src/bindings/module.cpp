@@ -191,6 +191,16 @@ NB_MODULE(_ext, m) {
   m.attr("KEY_BLOCK") = kKeys;
   m.attr("TILE_ROWS") = kAttentionRows;
   m.attr("MAX_NODES") = kMaxNodes;
+  m.attr("MAX_DELTA_DIM") = kMaxDeltaDim;
+  m.def(
+      "delta_state_bytes",
+      [](int value_heads, int key_dim, int value_dim) {
+        require(value_heads >= 1 && key_dim >= 1 && value_dim >= 1 && value_heads <= kLargest && key_dim <= kLargest &&
+                    value_dim <= kLargest,
+                "delta_state_bytes: sizes must be at least 1 and at most " + std::to_string(kLargest));
+        return delta_state_bytes(value_heads, key_dim, value_dim);
+      },
+      "value_heads"_a, "key_dim"_a, "value_dim"_a, "Bytes of the state of a sequence in the gated delta rule.");
 
   nb::enum_<Part>(m, "Part")
       .value("attention", Part::attention)

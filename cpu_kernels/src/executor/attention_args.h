@@ -42,6 +42,7 @@ struct QkvArgs {
   float eps;
   bool norm_whole;  // one norm over all heads of the queries, and one over those of the keys
   bool norm_last;   // norms come behind rope
+  bool gated;       // behind each query head is its gate, of the same size, which this op steps over
 
   template <class Field>
   void fields(Field& field) {
@@ -60,6 +61,7 @@ struct QkvArgs {
     field("eps", eps);
     field("norm_whole", norm_whole, kOptional);
     field("norm_last", norm_last, kOptional);
+    field("gated", gated, kOptional);
   }
 };
 
@@ -131,6 +133,25 @@ struct AttentionArgs {
   }
 };
 
+// What attention made, times the sigmoid of a gate for each value.
+struct GateArgs {
+  bf16* values;        // [rows, stride], changed in place
+  const float* gates;  // [rows, gate_stride]
+  int heads, head_dim, stride, gate_stride;
+  int gate_head_stride;  // from the gates of a head to the next
+
+  template <class Field>
+  void fields(Field& field) {
+    field("values", values);
+    field("gates", gates);
+    field("heads", heads, kPositive);
+    field("head_dim", head_dim, kPositive);
+    field("stride", stride);
+    field("gate_stride", gate_stride);
+    field("gate_head_stride", gate_head_stride);
+  }
+};
+
 // The second half of attention: joins the parts of split tiles. The executor adds it by itself.
 struct MergeArgs {
   AttentionArgs attention;
@@ -140,6 +161,7 @@ struct MergeArgs {
 #define HYBRID_ATTENTION_OPS(OP) \
   OP(qkv, QkvArgs)               \
   OP(latent, LatentArgs)         \
-  OP(attention, AttentionArgs)
+  OP(attention, AttentionArgs)   \
+  OP(gate, GateArgs)
 
 }  // namespace hybrid

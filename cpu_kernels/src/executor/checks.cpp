@@ -130,7 +130,14 @@ void check_fit(const QkvArgs& a, const std::string& place) {
   check_layout(a.kv, a.head_dim, place);
   require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
           place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
-  require_stride(place, "qkv_stride", a.qkv_stride, (a.heads + 2 * int64_t(a.kv_heads)) * a.head_dim);
+  require_stride(place, "qkv_stride", a.qkv_stride,
+                 (a.heads * (a.gated ? 2 : 1) + 2 * int64_t(a.kv_heads)) * a.head_dim);
+}
+
+void check_fit(const GateArgs& a, const std::string& place) {
+  require_stride(place, "stride", a.stride, int64_t(a.heads) * a.head_dim);
+  require_stride(place, "gate_head_stride", a.gate_head_stride, a.head_dim);
+  require_stride(place, "gate_stride", a.gate_stride, (a.heads - 1) * int64_t(a.gate_head_stride) + a.head_dim);
 }
 
 void check_fit(const LatentArgs& a, const std::string& place) {
@@ -210,6 +217,25 @@ void check_fit(const ShortConvArgs& a, const std::string& place) {
   require_stride(place, "state.sequence_stride", a.state.sequence_stride, (a.taps - 1) * int64_t(a.width) * 4);
 }
 
+void check_fit(const SiluConvArgs& a, const std::string& place) {
+  require(a.taps <= kMaxTaps, place + "taps " + text(a.taps) + " is above " + text(kMaxTaps));
+  require_stride(place, "stride", a.stride, a.width);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride, (a.taps - 1) * int64_t(a.width) * 4);
+}
+
+void check_fit(const GatedDeltaArgs& a, const std::string& place) {
+  require(a.value_heads % a.key_heads == 0,
+          place + text(a.value_heads) + " value heads cannot share " + text(a.key_heads) + " key heads evenly");
+  for (const auto& [name, dim] : {std::pair{"key_dim ", a.key_dim}, std::pair{"value_dim ", a.value_dim}})
+    require(dim <= kMaxDeltaDim, place + name + text(dim) + " is above " + text(kMaxDeltaDim));
+  const int64_t keys = int64_t(a.key_heads) * a.key_dim, values = int64_t(a.value_heads) * a.value_dim;
+  require_stride(place, "input_stride", a.input_stride, 2 * (keys + values));
+  require_stride(place, "decay_stride", a.decay_stride, 2 * int64_t(a.value_heads));
+  require_stride(place, "output_stride", a.output_stride, values);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride,
+                 delta_state_bytes(a.value_heads, a.key_dim, a.value_dim));
+}
+
 // What must be there only if something else is.
 template <class Args>
 void check_presence(const Args&, const std::string&) {}
@@ -221,6 +247,7 @@ void check_presence(const RopeTableArgs& a, const std::string& place) {
 void check_presence(const QkvArgs& a, const std::string& place) {
   require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
   require(a.q || !a.heads, place + "q is null, and there are " + text(a.heads) + " heads");
+  require(!a.gated || !a.norm_whole, place + "gated and norm_whole exclude each other");
 }
 
 void check_presence(const LatentArgs& a, const std::string& place) {
@@ -283,6 +310,10 @@ void check_extents_of(const AttentionArgs& a, const Limits& limits, const std::s
   check_arena(a.kv, a.kv_heads, limits, place);
   const int64_t split = std::min(limits.rows, limits.sequences);
   require_countable((limits.rows + split * (limits.positions / kKeys + 1)) * a.heads, place);
+}
+
+void check_extents_of(const GateArgs& a, const Limits& limits, const std::string& place) {
+  require_countable(int64_t(limits.rows) * a.heads, place);
 }
 
 void check_extents_of(const QuantiseArgs& a, const Limits& limits, const std::string& place) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "executor/rule.h"
+#include "executor/step.h"
 
 namespace hybrid {
 
@@ -43,7 +44,86 @@ struct ShortConvArgs {
   }
 };
 
+// The same convolution without gates, in place, with silu behind it.
+struct SiluConvArgs {
+  float* values;        // [rows, stride], the first `width` of each row
+  const float* weight;  // [width, taps], the newest token last
+  StateLayout state;    // of each sequence float32 [taps - 1, width]: what its last tokens brought, the newest last
+  int width, taps, stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("values", values);
+    field("weight", weight);
+    field("state", state);
+    field("width", width, kPositive);
+    field("taps", taps, kPositive);
+    field("stride", stride);
+  }
+};
+
+constexpr int kDeltaTokens = 8;    // adjacent tokens that are written into a matrix of the delta rule together
+constexpr int kMaxDeltaDim = 256;  // dimensions of its keys and of its values
+
+// Where things are in the state of a value head of the delta rule, in floats. The matrix is at its start: of each 16
+// values [key_dim, 16]. Of the tokens that are not yet written into it there are keys [kDeltaTokens, key_dim], values
+// [kDeltaTokens, whole blocks] and decays [1 + kDeltaTokens]: of the matrix and of each of them, since they came.
+struct DeltaOffsets {
+  int64_t keys, values, decays, end;
+};
+
+static inline DeltaOffsets delta_offsets(int key_dim, int value_dim) {
+  const int64_t padded = (int64_t(value_dim) + kBlock - 1) / kBlock * kBlock;
+  DeltaOffsets at{};
+  at.keys = padded * key_dim;
+  at.values = at.keys + (int64_t(kDeltaTokens) * key_dim + kBlock - 1) / kBlock * kBlock;
+  at.decays = at.values + kDeltaTokens * padded;
+  at.end = at.decays + (1 + kDeltaTokens + kBlock - 1) / kBlock * kBlock;
+  return at;
+}
+
+static inline int64_t delta_state_bytes(int value_heads, int key_dim, int value_dim) {
+  return value_heads * delta_offsets(key_dim, value_dim).end * int64_t(sizeof(float));
+}
+
+// The gated delta rule: every value head has a matrix S that each token multiplies by a decay and then corrects, so
+// that its key k finds more of its value v there: S += k (beta (v - S^T k))^T. What its query q finds, S^T q, is normed
+// and gated. Keys and queries are normed; a key head serves several adjacent value heads.
+struct GatedDeltaArgs {
+  const float* input;       // [rows, input_stride]: queries and keys of all key heads, values and gates of value heads
+  const float* decays;      // [rows, decay_stride]: of each value head what makes beta; then what makes the decay
+  const float* decay_rate;  // [value_heads], its logarithm
+  const float* decay_bias;  // [value_heads]
+  const float* norm;        // [value_dim]
+  bf16* output;             // [rows, output_stride]
+  StateLayout state;        // of each sequence, of each value head: see DeltaOffsets
+  int key_heads, value_heads, key_dim, value_dim, input_stride, decay_stride, output_stride;
+  float eps;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("input", input);
+    field("decays", decays);
+    field("decay_rate", decay_rate);
+    field("decay_bias", decay_bias);
+    field("norm", norm);
+    field("output", output);
+    field("state", state);
+    field("key_heads", key_heads, kPositive);
+    field("value_heads", value_heads, kPositive);
+    field("key_dim", key_dim, kPositive);
+    field("value_dim", value_dim, kPositive);
+    field("input_stride", input_stride);
+    field("decay_stride", decay_stride);
+    field("output_stride", output_stride);
+    field("eps", eps);
+  }
+};
+
 // As HYBRID_ROW_OPS.
-#define HYBRID_STATE_OPS(OP) OP(short_conv, ShortConvArgs)
+#define HYBRID_STATE_OPS(OP)    \
+  OP(short_conv, ShortConvArgs) \
+  OP(silu_conv, SiluConvArgs)   \
+  OP(gated_delta, GatedDeltaArgs)
 
 }  // namespace hybrid

@@ -4,6 +4,8 @@
 #include "ops/attention.h"
 #include "ops/combine.h"
 #include "ops/embedding.h"
+#include "ops/gate.h"
+#include "ops/gated_delta.h"
 #include "ops/gemm.h"
 #include "ops/grouped_product.h"
 #include "ops/join.h"

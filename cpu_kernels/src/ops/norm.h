@@ -11,15 +11,19 @@ static HYBRID_INLINE float mean(const float* x, int width) {
   return Isa::sum(sums) / float(width);
 }
 
-// 1 / sqrt(mean((x - centre)^2) + eps); NaN where the squares overflow, which else would make zeros of the row
-static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps, float centre = 0.0f) {
+static HYBRID_INLINE float sum_of_squares(const float* x, int width, float centre = 0.0f) {
   F32 squares = Isa::zero();
   for (int i = 0; i < width; i += kBlock) {
     const int count = min(kBlock, width - i);
     const F32 v = Isa::keep(Isa::sub(load_some(x + i, count), Isa::set(centre)), 0, count, 0.0f);
     squares = Isa::fma(v, v, squares);
   }
-  const float sum = Isa::sum(squares);
+  return Isa::sum(squares);
+}
+
+// 1 / sqrt(mean((x - centre)^2) + eps); NaN where the squares overflow, which else would make zeros of the row
+static HYBRID_INLINE float inverse_rms(const float* x, int width, float eps, float centre = 0.0f) {
+  const float sum = sum_of_squares(x, width, centre);
   return 1.0f / __builtin_sqrtf(sum / float(width) + eps) + 0.0f * sum;
 }
 

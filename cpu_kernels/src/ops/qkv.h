@@ -37,8 +37,9 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     const int row = task / per_row, head = task % per_row;
     const bool is_query = head < args.heads, is_key = !is_query && head < args.heads + args.kv_heads;
     const int sequence = step.sequences[row], position = step.positions[row];
-    const float* all = args.qkv + int64_t(row) * args.qkv_stride;
-    __builtin_memcpy(x, all + head * dim, dim * sizeof(float));
+    const float* queries = args.qkv + int64_t(row) * args.qkv_stride;
+    const float* all = queries + (args.gated ? args.heads * dim : 0);  // as if no gates were among them
+    __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : all + head * dim, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
       const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans

@@ -1,4 +1,5 @@
-// A short causal convolution between two gates, whose state is what the last tokens of a sequence brought.
+// Short causal convolutions, whose state is what the last tokens of a sequence brought: between two gates, or with silu
+// behind.
 #pragma once
 
 #include "ops/common.h"
@@ -6,8 +7,11 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Up to 16 channels of all rows, in order: those of a sequence follow each other.
-static HYBRID_INLINE void convolve(const ShortConvArgs& args, const Step& step, int channel, int count) {
+// Up to 16 channels of all rows, in order: those of a sequence follow each other. read(row) is what a token brings,
+// write(row, sum) takes what comes out.
+template <class Args, class Read, class Write>
+static HYBRID_INLINE void convolve(const Args& args, const float* biases, const Step& step, int channel, int count,
+                                   Read read, Write write) {
   const int taps = args.taps, width = args.width;
   F32 weights[kMaxTaps];
   for (int tap = 0; tap < taps; ++tap) {
@@ -15,12 +19,11 @@ static HYBRID_INLINE void convolve(const ShortConvArgs& args, const Step& step, 
     for (int i = 0; i < count; ++i) lanes[i] = args.weight[int64_t(channel + i) * taps + tap];
     weights[tap] = Isa::load(lanes);
   }
-  const F32 bias = args.bias ? load_some(args.bias + channel, count) : Isa::zero();
+  const F32 bias = biases ? load_some(biases + channel, count) : Isa::zero();
   for (int row = 0; row < step.rows; ++row) {
-    const float* in = args.input + int64_t(row) * args.input_stride + channel;
     char* place = args.state.base + step.sequences[row] * args.state.sequence_stride;
     float* state = reinterpret_cast<float*>(place) + channel;
-    F32 newest = Isa::mul(load_some(in, count), load_some(in + 2 * width, count));
+    F32 newest = read(row);
     F32 sum = Isa::fma(weights[taps - 1], newest, bias);
     for (int tap = taps - 2; tap >= 0; --tap) {
       float* kept = state + int64_t(tap) * width;
@@ -29,14 +32,35 @@ static HYBRID_INLINE void convolve(const ShortConvArgs& args, const Step& step, 
       store_some(kept, newest, count);
       newest = older;
     }
-    const F32 out = Isa::mul(load_some(in + width, count), sum);
-    store_some_bf16(args.output + int64_t(row) * args.output_stride + channel, out, count);
+    write(row, sum);
   }
 }
 
 static void short_conv(const ShortConvArgs& args, const Step& step, const Work& work) {
-  for_each((args.width + kBlock - 1) / kBlock, 1, work,
-           [&](int block) { convolve(args, step, block * kBlock, min(kBlock, args.width - block * kBlock)); });
+  const int width = args.width;
+  for_each((width + kBlock - 1) / kBlock, 1, work, [&](int block) {
+    const int channel = block * kBlock, count = min(kBlock, width - channel);
+    const float* in = args.input + channel;
+    const auto read = [&](int row) {
+      const float* gate = in + int64_t(row) * args.input_stride;
+      return Isa::mul(load_some(gate, count), load_some(gate + 2 * width, count));
+    };
+    const auto write = [&](int row, F32 sum) {
+      const F32 gate = load_some(in + int64_t(row) * args.input_stride + width, count);
+      store_some_bf16(args.output + int64_t(row) * args.output_stride + channel, Isa::mul(gate, sum), count);
+    };
+    convolve(args, args.bias, step, channel, count, read, write);
+  });
+}
+
+static void silu_conv(const SiluConvArgs& args, const Step& step, const Work& work) {
+  for_each((args.width + kBlock - 1) / kBlock, 1, work, [&](int block) {
+    const int channel = block * kBlock, count = min(kBlock, args.width - channel);
+    const auto at = [&](int row) { return args.values + int64_t(row) * args.stride + channel; };
+    convolve(
+        args, nullptr, step, channel, count, [&](int row) { return load_some(at(row), count); },
+        [&](int row, F32 sum) { store_some(at(row), silu(sum), count); });
+  });
 }
 
 }  // namespace HYBRID_ISA

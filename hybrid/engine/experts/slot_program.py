@@ -81,7 +81,7 @@ class SlotProgram:
     def weight(self, name: str, node: int = -1) -> int:
         return int(self._memory[name].ctypes.data)
 
-    def state(self, layer: int) -> Any:
+    def state(self, layer: int, offset: int) -> Any:
         raise AssertionError("experts know nothing of sequences")
 
     def callback(self, kind: str, layer: int) -> Any:

@@ -74,7 +74,8 @@ class GroupedQueryNames:
 class GroupedQueryAttention:
     """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
     that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
-    come after rope. out_scale: of what is added to the residual stream.
+    come after rope. out_scale: of what is added to the residual stream. gated: behind each query head of its projection
+    is a gate of the same size, whose sigmoid multiplies what the head attended to.
     """
 
     heads: int
@@ -89,6 +90,7 @@ class GroupedQueryAttention:
     scale: float | None = None
     norm_last: bool = False
     out_scale: float = 1.0
+    gated: bool = False
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
 
     @property
@@ -103,8 +105,13 @@ class GroupedQueryAttention:
 
     @property
     def qkv_width(self) -> int:
-        """Rows of the fused projection: all query heads, then key heads, then value heads."""
-        return self.width + 2 * self.kv_width
+        """Rows of the fused projection: all query heads with their gates, then key heads, then value heads."""
+        return self.query_width + 2 * self.kv_width
+
+    @property
+    def query_width(self) -> int:
+        """Rows of the projection of queries."""
+        return self.width * (2 if self.gated else 1)
 
     @property
     def norm_widths(self) -> tuple[int, int]:
@@ -135,7 +142,7 @@ class GroupedQueryAttention:
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
-        for name, rows in ((names.q, self.width), (names.k, self.kv_width), (names.v, self.kv_width)):
+        for name, rows in ((names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width)):
             yield name, (rows, hidden)
             if self.qkv_bias:
                 yield bias_name(name), (rows,)
@@ -187,6 +194,8 @@ class GroupedQueryAttention:
         yield gemm(PART, format, NORMED, f"{prefix}.qkv", "qkv", self.qkv_width, hidden, stride, bias=self.qkv_bias)
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
+        if self.gated:
+            yield self._gate()
         yield from quantise(PART, "attended", self.width, format)
         normed = bool(self.names.post_norm)
         yield gemm(
@@ -212,6 +221,8 @@ class GroupedQueryAttention:
             "norm_whole": self.qk_norm == "whole",
             "norm_last": self.norm_last,
         }
+        if self.gated:
+            arguments["gated"] = True
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
     def _attend(self, place: Place, prefix: str) -> Op:
@@ -226,6 +237,18 @@ class GroupedQueryAttention:
         }
         split = (self.kv_heads, "KV heads a tile and key block")
         return Op("attention", PART, self._shape(place) | arguments, split)
+
+    def _gate(self) -> Op:
+        arguments = {
+            "values": Buffer(rows_name("attended", self.width, False)),
+            "gates": Buffer("qkv", self.head_dim * FP32),
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "stride": row_stride(self.width),
+            "gate_stride": row_stride(self.qkv_width),
+            "gate_head_stride": 2 * self.head_dim,
+        }
+        return Op("gate", PART, arguments, (self.heads, "heads a row"))
 
     def _shape(self, place: Place) -> dict[str, Any]:
         shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
@@ -282,7 +305,10 @@ class GroupedQueryAttention:
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds:
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        """No device gates the result yet."""
+        if self.gated:
+            return None
         hidden, width = place.hidden, self.qkv_width
         norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks

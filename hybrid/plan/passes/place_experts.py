@@ -49,7 +49,7 @@ def place_experts(ops: Iterable[Op], next_gate: bool = False) -> list[Op]:
     Raises ValueError for an unknown op.
     """
     ops = require_known(ops)
-    routers = [(router, topk) for router, topk in zip(ops, ops[1:], strict=False) if router.kind == "router"]
+    routers = [(router, topk) for router, topk in zip(ops, ops[1:], strict=False) if topk.kind == "topk"]
     placed: list[Op] = []
     moe = top_k = 0
     for op in ops:

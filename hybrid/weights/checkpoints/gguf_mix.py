@@ -10,7 +10,7 @@ from hybrid.formats.block import BLOCK
 from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import Gated, GatedBiases, Stacked, StoreTensor
+from hybrid.models.tensors import Gated, GatedBiases, PerHead, Stacked, StoreTensor
 from hybrid.weights.shard import Entry
 
 # What holds every value of a type, the one that takes least memory first.
@@ -66,7 +66,11 @@ def matrix_types(tensor: StoreTensor, entries: Mapping[str, Entry]) -> list[set[
     """
     found = [{entries[name].dtype for name in names if name in entries} for names in _sources(tensor)]
     if isinstance(tensor.origin, Stacked):
-        rows = [entries[name].shape[0] for name in tensor.origin.names if name in entries]
+        rows = [
+            part.rows if isinstance(part, PerHead) else entries[part].shape[0]
+            for part in tensor.origin.parts
+            if isinstance(part, PerHead) or part in entries
+        ]
         if any(count % BLOCK for count in rows[:-1]):
             found[0].add("F32")
     return found

@@ -1,0 +1,254 @@
+"""Gated DeltaNet: every value head has a matrix that each token corrects, so that its key finds its value there.
+
+The state of a sequence is of one size: the matrices of all value heads with the tokens that are not yet written into
+them, as `cpu_kernels` lays them out, then what the short convolution keeps, float32 [taps - 1, channels].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+import cpu_kernels
+from hybrid.formats.block import round_up
+from hybrid.formats.mix import FormatMix
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.products import (
+    FP32,
+    NORMED,
+    NORMED_F32,
+    RESIDUAL,
+    gemm,
+    norm,
+    norm_shapes,
+    norm_tensors,
+    product_cost,
+    quantise,
+    rows_buffers,
+    rows_name,
+)
+from hybrid.models.rope import RopeSpec
+from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer
+from hybrid.ops import Buffer, Op, State, Weight
+
+PART = "attention"  # its matrices are of the format of attention, and its time is booked there
+# Buffers: queries, keys, values and gates of all heads; what decays are made of; what queries found.
+PROJECTED, DECAYS, FOUND = "projected", "decays", "found"
+LINE = 64  # bytes; states begin at one
+
+
+@dataclass(frozen=True)
+class GatedDeltaNames:
+    """Names in a checkpoint. grouped, grouped_decays: of projections that are made for one key head after the other;
+    empty where queries, keys and values of all heads, gates, betas and decays have projections of their own.
+    """
+
+    norm: str = "model.layers.{layer}.input_layernorm.weight"
+    grouped: str = "model.layers.{layer}.linear_attn.in_proj_qkvz.weight"
+    grouped_decays: str = "model.layers.{layer}.linear_attn.in_proj_ba.weight"
+    qkv: str = "model.layers.{layer}.linear_attn.in_proj_qkv.weight"
+    gates: str = "model.layers.{layer}.linear_attn.in_proj_z.weight"
+    betas: str = "model.layers.{layer}.linear_attn.in_proj_b.weight"
+    decays: str = "model.layers.{layer}.linear_attn.in_proj_a.weight"
+    taps: str = "model.layers.{layer}.linear_attn.conv1d.weight"
+    decay_rate: str = "model.layers.{layer}.linear_attn.A_log"
+    decay_bias: str = "model.layers.{layer}.linear_attn.dt_bias"
+    head_norm: str = "model.layers.{layer}.linear_attn.norm.weight"
+    out: str = "model.layers.{layer}.linear_attn.out_proj.weight"
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """A key head, of queries and of keys, serves `value_heads / key_heads` adjacent value heads. taps: tokens that a
+    channel of the convolution sees, the newest included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    names: GatedDeltaNames = field(default_factory=GatedDeltaNames)
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def width(self) -> int:
+        """Rows of the projection: what is convolved, then gates."""
+        return self.channels + self.value_width
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        return None
+
+    # Weights.
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        names, hidden, heads = in_layer(self.names, place.layer), place.hidden, self.value_heads
+        yield from norm_shapes(place, names.norm)
+        if names.grouped:
+            yield names.grouped, (self.width, hidden)
+            yield names.grouped_decays, (2 * heads, hidden)
+        else:
+            yield names.qkv, (self.channels, hidden)
+            yield names.gates, (self.value_width, hidden)
+            yield names.betas, (heads, hidden)
+            yield names.decays, (heads, hidden)
+        yield names.taps, (self.channels, 1, self.taps)
+        yield names.decay_rate, (heads,)
+        yield names.decay_bias, (heads,)
+        yield names.head_norm, (self.value_dim,)
+        yield names.out, (hidden, self.value_width)
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
+        yield from norm_tensors(place, shard, "delta.norm", names.norm)
+        yield shard.matrix("delta.in", PART, self._projections(names), format, self.width, hidden)
+        yield shard.floats("delta.decays", PART, self._decays(names), 2 * self.value_heads, hidden)
+        yield shard.floats("delta.taps", PART, Stacked((names.taps,)), self.channels, self.taps)
+        yield shard.floats("delta.decay_rate", PART, Stacked((names.decay_rate,)), self.value_heads)
+        yield shard.floats("delta.decay_bias", PART, Stacked((names.decay_bias,)), self.value_heads)
+        yield shard.floats("delta.head_norm", "norms", Stacked((names.head_norm,)), self.value_dim)
+        yield shard.matrix("delta.out", PART, Stacked((names.out,)), format, hidden, self.value_width)
+
+    def _projections(self, names: GatedDeltaNames) -> Stacked:
+        """Queries of all heads, then keys, values and gates."""
+        if not names.grouped:
+            return Stacked((names.qkv, names.gates))
+        values = self.value_width // self.key_heads
+        return self._ungrouped(names.grouped, self.key_dim, self.key_dim, values, values)
+
+    def _decays(self, names: GatedDeltaNames) -> Stacked:
+        """What betas are made of, then decays."""
+        if not names.grouped:
+            return Stacked((names.betas, names.decays))
+        heads = self.value_heads // self.key_heads
+        return self._ungrouped(names.grouped_decays, heads, heads)
+
+    def _ungrouped(self, name: str, *sizes: int) -> Stacked:
+        """The same rows of a tensor, which has parts of these sizes for each key head, part by part."""
+        starts = [sum(sizes[:part]) for part in range(len(sizes))]
+        rows = zip(starts, sizes, strict=True)
+        return Stacked(tuple(PerHead(name, self.key_heads, sum(sizes), start, size) for start, size in rows))
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        return (mix.attention,)
+
+    # A step.
+
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        return iter(())
+
+    def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
+        return {}
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.delta", place.hidden
+        stride = row_stride(self.width)
+        yield norm(place, PART, f"{prefix}.norm", format, f32=True)
+        yield gemm(PART, format, NORMED, f"{prefix}.in", PROJECTED, self.width, hidden, stride)
+        yield self._score_decays(prefix, hidden)
+        convolved = {
+            "values": Buffer(PROJECTED),
+            "weight": Weight(f"{prefix}.taps"),
+            "state": State(place.layer, self._matrix_bytes()),
+            "width": self.channels,
+            "taps": self.taps,
+            "stride": stride,
+        }
+        yield Op("silu_conv", PART, convolved, (self.channels, "channels"))
+        yield self._correct(place, prefix)
+        yield from quantise(PART, FOUND, self.value_width, format)
+        yield gemm(
+            PART, format, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.value_width, row_stride(hidden),
+            accumulate=True,
+        )  # fmt: skip
+
+    def _score_decays(self, prefix: str, hidden: int) -> Op:
+        """In fp32, as a router: these numbers are few, and every later token feels their error."""
+        scores = 2 * self.value_heads
+        arguments = {
+            "input": Buffer(NORMED_F32),
+            "weight": Weight(f"{prefix}.decays"),
+            "bias": None,
+            "logits": Buffer(DECAYS),
+            "experts": scores,
+            "hidden": hidden,
+            "input_stride": row_stride(hidden),
+        }
+        return Op("router", PART, arguments, (scores, "heads a block of rows"))
+
+    def _correct(self, place: Place, prefix: str) -> Op:
+        arguments = {
+            "input": Buffer(PROJECTED),
+            "decays": Buffer(DECAYS),
+            "decay_rate": Weight(f"{prefix}.decay_rate"),
+            "decay_bias": Weight(f"{prefix}.decay_bias"),
+            "norm": Weight(f"{prefix}.head_norm"),
+            "output": Buffer(rows_name(FOUND, self.value_width, False)),
+            "state": State(place.layer),
+            "key_heads": self.key_heads,
+            "value_heads": self.value_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "input_stride": row_stride(self.width),
+            "decay_stride": 2 * self.value_heads,
+            "output_stride": row_stride(self.value_width),
+            "eps": place.eps,
+        }
+        return Op("gated_delta", PART, arguments, (self.value_heads, "heads"))
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        rows, format = extents.rows, place.mix.attention
+        return {
+            PROJECTED: rows * row_stride(self.width) * FP32,
+            DECAYS: rows * 2 * self.value_heads * FP32,
+            NORMED_F32: rows * row_stride(place.hidden) * FP32,
+            **rows_buffers(NORMED, place.hidden, format, rows),
+            **rows_buffers(FOUND, self.value_width, format, rows),
+        }
+
+    def _matrix_bytes(self) -> int:
+        return int(cpu_kernels.delta_state_bytes(self.value_heads, self.key_dim, self.value_dim))
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        """A step that failed has changed it, so it cannot be run again."""
+        nbytes = self._matrix_bytes() + round_up((self.taps - 1) * self.channels * FP32, LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""
+        format, hidden, rows, scores = place.mix.attention, place.hidden, load.rows, 2 * self.value_heads
+        total = product_cost(format, self.width, hidden, rows) + product_cost(format, hidden, self.value_width, rows)
+        matrices = self.value_heads * self.key_dim * self.value_dim
+        floats = matrices + 2 * (self.taps - 1) * self.channels
+        read = Cost(float(FP32 * (scores * hidden + load.sequences * floats)))
+        return (
+            total + read + Cost(0.0, rows * (6.0 * matrices + 2.0 * scores * hidden + 2.0 * self.channels * self.taps))
+        )
+
+    # No device computes it yet.
+
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        return None
+
+    def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        return {}
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        raise ValueError("a device does not know what becomes of the gated delta rule")

@@ -1,0 +1,199 @@
+"""The gated delta rule and the convolution before it: what their definitions say, however a sequence is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rig import BF16, Rig, aligned, placed, row_stride
+
+import cpu_kernels
+
+SEQUENCES, TOKENS = 3, 8  # tokens that are written into a matrix together
+SIZES = [(2, 4, 20, 28), (1, 1, 128, 128), (3, 3, 16, 33), (1, 3, 5, 7), (1, 2, 255, 256)]
+
+
+class Heads:
+    """Random weights and a state for every sequence."""
+
+    def __init__(self, isa: str, key_heads: int, value_heads: int, key_dim: int, value_dim: int, threads: int = 1):
+        random = np.random.default_rng(key_dim + value_dim)
+        self.isa, self.threads, self.key_heads, self.value_heads = isa, threads, key_heads, value_heads
+        self.key_dim, self.value_dim = key_dim, value_dim
+        self.rate = placed(random.uniform(-3, 1, value_heads).astype(np.float32))
+        self.bias = placed(random.standard_normal(value_heads).astype(np.float32))
+        self.norm = placed(random.standard_normal(value_dim).astype(np.float32))
+        self.size = cpu_kernels.delta_state_bytes(value_heads, key_dim, value_dim)
+        self.states = aligned((SEQUENCES, self.size), np.uint8)
+
+    @property
+    def widths(self) -> list[int]:
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return [keys, keys, values, values]
+
+    def rows(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Queries, keys, values and gates; what betas and decays are made of."""
+        random = np.random.default_rng(seed)
+        both = (
+            random.standard_normal((count, sum(self.widths))),
+            2 * random.standard_normal((count, 2 * self.value_heads)),
+        )
+        return both[0].astype(np.float32), both[1].astype(np.float32)
+
+    def run(self, rows: tuple[np.ndarray, np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
+        """places: the sequence and position of each row."""
+        source = aligned((len(places), row_stride(sum(self.widths))), np.float32)
+        source[:, : sum(self.widths)] = rows[0]
+        width = self.widths[3]
+        output = aligned((len(places), row_stride(width)), BF16)
+        rig = Rig(self.isa, self.threads, sequences=SEQUENCES)
+        layout = cpu_kernels.StateLayout(base=self.states.ctypes.data, sequence_stride=self.size)
+        rig.add(
+            "gated_delta", input=source, decays=placed(rows[1]), decay_rate=self.rate, decay_bias=self.bias,
+            norm=self.norm, output=output, state=layout, key_heads=self.key_heads, value_heads=self.value_heads,
+            key_dim=self.key_dim, value_dim=self.value_dim, input_stride=source.shape[1],
+            decay_stride=rows[1].shape[1], output_stride=output.shape[1], eps=1e-6,
+        )  # fmt: skip
+        rig.step(places)
+        assert not output[:, width:].any()
+        return output[:, :width].copy()
+
+    def expected(self, rows: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The definition in double precision, of a sequence from its start, a token at a time."""
+        every, group = rows[0].astype(np.float64), self.value_heads // self.key_heads
+        q, k, v, z = np.split(every, np.cumsum(self.widths)[:-1], axis=1)
+        q, k = (x.reshape(len(x), self.key_heads, -1).repeat(group, axis=1) for x in (q, k))
+        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+        v, z = (x.reshape(len(x), self.value_heads, -1) for x in (v, z))
+        b, a = np.split(rows[1].astype(np.float64), 2, axis=1)
+        beta = 1 / (1 + np.exp(-b))
+        decay = np.exp(-np.exp(self.rate.astype(np.float64)) * np.logaddexp(0, a + self.bias))
+        state = np.zeros((self.value_heads, self.key_dim, self.value_dim))
+        found = []
+        for t in range(len(every)):
+            state *= decay[t, :, None, None]
+            correction = beta[t, :, None] * (v[t] - np.einsum("hkv,hk->hv", state, k[t]))
+            state += k[t, :, :, None] * correction[:, None]
+            found.append(np.einsum("hkv,hk->hv", state, q[t]) * self.key_dim**-0.5)
+        o = np.stack(found)
+        o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * self.norm * z * np.exp(-np.logaddexp(0, -z))
+        return o.reshape(len(o), -1)
+
+
+def of_sequence(sequence: int, first: int, count: int) -> list[tuple[int, int]]:
+    return [(sequence, first + i) for i in range(count)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_sequence_is_what_the_definition_says(isa, sizes) -> None:
+    heads = Heads(isa, *sizes, threads=2)
+    rows = heads.rows(45)
+    wanted = heads.expected(rows)
+    found = heads.run(rows, of_sequence(0, 0, 45)).astype(np.float64)
+    assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("cuts", [[1] * 30, [5, 25], [8, 16, 6], [3, 1, 9, 2, 15]])
+def test_chunks_and_company_change_no_bit(isa, cuts) -> None:
+    """A prompt in chunks, beside two sequences that decode, on other numbers of threads."""
+    heads = Heads(isa, *SIZES[0], threads=3)
+    rows = heads.rows(30)
+    whole = Heads(isa, *SIZES[0]).run(rows, of_sequence(1, 0, 30))
+    found, first = [], 0
+    for step, count in enumerate(cuts):
+        others = heads.rows(2, step + 1)
+        mixed = tuple(
+            np.concatenate([other[:1], one[first : first + count], other[1:]])
+            for one, other in zip(rows, others, strict=True)
+        )
+        found.append(heads.run(mixed, [(0, step), *of_sequence(1, first, count), (2, step)])[1:-1])
+        first += count
+    assert (np.concatenate(found).view(np.uint16) == whole.view(np.uint16)).all()
+
+
+def test_strong_decays_and_large_numbers_stay_exact(isa) -> None:
+    """Of betas and decays that are 0 or 1, of tokens that are forgotten at once, of keys of zeros."""
+    heads = Heads(isa, *SIZES[0])
+    rows = heads.rows(40)
+    rows[1][::3] *= 50
+    rows[0][5] = 0
+    rows[0][7] *= 1e6
+    wanted = heads.expected(rows)
+    found = heads.run(rows, of_sequence(0, 0, 40)).astype(np.float64)
+    usual = [row for row in range(40) if row != 7]
+    assert np.abs(found - wanted)[usual].max() <= 2.0**-8 * np.abs(wanted[usual]).max()
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["query", "key", "value", "gate", "beta", "decay"])
+def test_damage_stays_in_its_sequence_and_does_not_become_a_number(isa, place, value) -> None:
+    heads = Heads(isa, *SIZES[0])
+    rows = heads.rows(24)
+    places = [*of_sequence(0, 0, 12), *of_sequence(1, 0, 12)]
+    clean = heads.run(rows, places)
+    heads.states[:] = 0
+    starts = dict(zip(("query", "key", "value", "gate"), np.cumsum([0, *heads.widths[:-1]]), strict=True))
+    if place in starts:
+        rows[0][5, starts[place] + 1] = value
+    else:
+        rows[1][5, 0 if place == "beta" else heads.value_heads] = value
+    made = heads.run(rows, places).astype(np.float32)
+    assert not np.isfinite(made[5, 1 if place == "gate" else slice(heads.value_dim)]).any()
+    if place in ("key", "value", "beta", "decay"):
+        later = made[6:12, : heads.value_dim]
+        assert not np.isfinite(later).all(axis=1).any()  # the matrix keeps it
+    same = np.r_[0:5, 12:24]
+    assert made[same].tobytes() == clean[same].astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize(("width", "taps"), [(16, 4), (1, 2), (50, 3), (33, 8)])
+def test_a_convolution_with_silu(isa, width, taps) -> None:
+    random = np.random.default_rng(taps)
+    weight = placed(random.standard_normal((width, taps)).astype(np.float32))
+    rows = random.standard_normal((11, width)).astype(np.float32)
+    size = -(-(taps - 1) * width * 4 // 64) * 64
+
+    def run(cuts: list[int]) -> np.ndarray:
+        states, found, first = aligned((SEQUENCES, size), np.uint8), [], 0
+        for count in cuts:
+            values = aligned((count, row_stride(width)), np.float32)
+            values[:, :width] = rows[first : first + count]
+            rig = Rig(isa, 2, sequences=SEQUENCES)
+            rig.add(
+                "silu_conv", values=values, weight=weight, width=width, taps=taps, stride=values.shape[1],
+                state=cpu_kernels.StateLayout(base=states.ctypes.data, sequence_stride=size),
+            )  # fmt: skip
+            rig.step(of_sequence(1, first, count))
+            assert not values[:, width:].any()
+            found.append(values[:, :width].copy())
+            first += count
+        kept = states[1].view(np.float32)[: (taps - 1) * width].reshape(taps - 1, width)
+        assert (kept == rows[-(taps - 1) :]).all()
+        return np.concatenate(found)
+
+    seen = np.concatenate([np.zeros((taps - 1, width)), rows.astype(np.float64)])
+    sums = sum(seen[tap : tap + 11] * weight[:, tap].astype(np.float64) for tap in range(taps))
+    wanted = sums / (1 + np.exp(-sums))
+    found = run([11])
+    assert np.abs(found - wanted).max() <= 2.0**-20 * np.abs(wanted).max() * taps
+    assert run([1, 4, 6]).tobytes() == found.tobytes()
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(3, 24), (1, 1), (4, 64)])
+def test_a_gate_weighs_what_attention_made(isa, heads, dim) -> None:
+    random, rows = np.random.default_rng(dim), 5
+    values = aligned((rows, row_stride(heads * dim)), BF16)
+    values[:, : heads * dim] = random.standard_normal((rows, heads * dim))
+    gates = placed(3 * random.standard_normal((rows, heads * 2 * dim)).astype(np.float32))
+    before = values[:, : heads * dim].astype(np.float64).reshape(rows, heads, dim)
+    weights = gates.reshape(rows, heads, 2, dim)[:, :, 1].astype(np.float64)
+    rig = Rig(isa, 2)
+    rig.add(
+        "gate", values=values, gates=gates.ctypes.data + dim * 4, heads=heads, head_dim=dim, stride=values.shape[1],
+        gate_stride=gates.shape[1], gate_head_stride=2 * dim,
+    )  # fmt: skip
+    rig.run(rows)
+    wanted = (before / (1 + np.exp(-weights))).reshape(rows, -1)
+    found = values[:, : heads * dim].astype(np.float64)
+    assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
+    assert not values[:, heads * dim :].any()
