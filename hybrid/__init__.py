@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hybrid.config import CacheConfig as CacheConfig
     from hybrid.config import EngineConfig as EngineConfig
     from hybrid.core import Completion as Completion
+    from hybrid.core import Grammar as Grammar
     from hybrid.core import SamplingParams as SamplingParams
     from hybrid.core import TextDelta as TextDelta
     from hybrid.errors import HybridError as HybridError
@@ -25,6 +26,7 @@ _HOMES = {
     "CacheConfig": "hybrid.config",
     "Completion": "hybrid.core",
     "EngineConfig": "hybrid.config",
+    "Grammar": "hybrid.core",
     "HybridError": "hybrid.errors",
     "LLM": "hybrid.serving.llm",
     "SamplingParams": "hybrid.core",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from json import dumps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -11,6 +12,35 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a text must be, made by one of the methods. `hybrid.text.grammar` checks and compiles it."""
+
+    kind: Literal["json", "regex", "choice", "lark", "gbnf"]
+    source: str  # JSON of a schema or of a list of texts; else as it was given
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any] | bool | str | None = None) -> Grammar:
+        """JSON that satisfies a schema, which may be JSON text itself; None: any object."""
+        schema = {"type": "object"} if schema is None else schema
+        return cls("json", schema if isinstance(schema, str) else dumps(schema))
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that a regular expression matches as a whole."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Grammar:
+        """One of these."""
+        return cls("choice", dumps(list(texts)))
+
+    @classmethod
+    def rules(cls, text: str) -> Grammar:
+        """What a grammar describes: that of Lark, whose first rule is `start`, or GBNF, whose first is `root`."""
+        return cls("gbnf" if "::=" in text else "lark", text)
 
 
 SpanObserver = Callable[[str, float, float], None]  # what happened, from when to when: seconds of time.perf_counter
@@ -29,6 +59,8 @@ class SamplingParams:
     are so many, no token ends the text; a stop string does. logit_bias: what is added to the logits of token ids.
     logits_processor: called on the engine's thread with all token ids so far, int32 [n], and the logits, float32
     [vocab], which it may change or replace by what it returns; penalties, bias and filters come after it.
+    grammar: what the text must be, see `Grammar`; tokens that do not go on with it cannot come, and it ends with
+    it. In a chat it begins behind the reasoning.
     """
 
     GROUP: ClassVar[str] = "sampling"
@@ -87,6 +119,7 @@ class SamplingParams:
     )
     n: int = field(default=1, metadata={"help": "Completions of each prompt.", "minimum": 1, "maximum": 1024})
     logits_processor: Callable[..., Any] | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ async def _answer(service: Service, request: Request, body: ChatBody) -> Respons
 def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     count = body.n or 1
     params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
-    chat = ChatInput(body.messages, body.offered_tools(), None, body.template_kwargs())
+    several = body.parallel_tool_calls is not False
+    chat = ChatInput(body.messages, body.offered_tools(), None, body.template_kwargs(), body.tool_choice, several)
     return llm.intake.chat_samples(chat, replace(params, n=count), keep=count == 1)
 
 

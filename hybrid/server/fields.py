@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hybrid.core import SamplingParams
+from hybrid.server.constraints import Constrained
 from hybrid.server.refusals import Refusal
 
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
@@ -32,7 +33,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Sampling(Strict):
+class Sampling(Constrained):
     """What chats and completions share."""
 
     model: str | None = Field(None, max_length=1000)
@@ -94,6 +95,7 @@ class Sampling(Strict):
             ignore_eos=bool(self.ignore_eos),
             logit_bias=_biases(self.logit_bias or {}, vocab),
             logprobs=logprobs,
+            grammar=self.grammar(),
         )
 
 
@@ -156,7 +158,6 @@ class ChatBody(ChatInputBody, Sampling):
 
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     max_completion_tokens: int | None = Field(None, ge=1, le=_LARGEST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -164,10 +165,11 @@ class ChatBody(ChatInputBody, Sampling):
 
     def check(self) -> None:
         """Raise Refusal for what is known, and cannot be done."""
-        if self.tool_choice not in (None, "auto", "none"):
-            raise Refusal(400, "tool_choice: this server can do 'auto' and 'none' alone", param="tool_choice")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise Refusal(400, "response_format: this server can do the type 'text' alone", param="response_format")
+        choice = self.tool_choice
+        if isinstance(choice, dict) and choice.get("type") not in (None, "function"):
+            raise Refusal(400, f"tool_choice: the type {choice['type']!r:.50} is not known here", param="tool_choice")
+        if choice is not None and not isinstance(choice, (str, dict)):
+            raise Refusal(400, "tool_choice must be a text or an object", param="tool_choice")
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 

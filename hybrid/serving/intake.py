@@ -18,6 +18,9 @@ from hybrid.text.answer import AnswerStream
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.detokenizer import TextStream
+from hybrid.text.grammar import GrammarCompiler, TokenMask
+from hybrid.text.grammar_check import part_of
+from hybrid.text.grammar_frame import Frame, answer_frame, offered_tools
 from hybrid.text.messages import ChatInput
 from hybrid.text.tokenizer import Tokenizer
 
@@ -44,6 +47,7 @@ class Intake:
         if answers is None and template and tokenizer:
             answers = choose_format(template.sources, tokenizer.added)
         self.answers = answers or AnswerFormat()
+        self._compiler = GrammarCompiler(tokenizer, limits.vocab, eos_ids) if tokenizer else None
 
     def requests(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
         """`n` for each prompt, or none at all. params: for all prompts, or as many as there are prompts."""
@@ -67,13 +71,13 @@ class Intake:
         if not len(tokens) and self._tokenizer and self._tokenizer.bos_id is not None:
             tokens = _token_array([self._tokenizer.bos_id])
         params = self._checked(params, tokens)
-        requests = []
+        masks, requests = self._masks(params), []
         for sample in range(params.n):
             answer = None
             if self._tokenizer:
                 text = TextStream(self._tokenizer, params.stop, tokens.tolist(), isinstance(prompt, str))
                 answer = AnswerStream(text)
-            requests.append(Request(tokens, params, self._eos_ids, answer, index, sample=sample))
+            requests.append(Request(tokens, params, self._eos_ids, answer, index, sample=sample, mask=masks[sample]))
             requests[-1].completion.prompt = prompt if isinstance(prompt, str) else None
         return requests
 
@@ -102,14 +106,27 @@ class Intake:
         tokenizer, prompt = self._rendered(chat)
         tokens = _token_array(tokenizer.encode(prompt, special_tokens=False))
         params = self._checked(params, tokens, self._limits.tokens)
+        frame = answer_frame(self.answers, chat, prompt, params.grammar, tokenizer.added)
+        masks = self._masks(params, frame)
         shown, requests = self.answers.shown(tokenizer.specials), []
         for sample in range(params.n):
             text = TextStream(tokenizer, params.stop, shown=shown)
-            answer = AnswerStream(text, self.answers.parser(chat.tools or (), prompt))
+            answer = AnswerStream(text, self.answers.parser(offered_tools(chat), prompt))
             ends = self._eos_ids | tokenizer.eos_ids
-            requests.append(Request(tokens, params, ends, answer, index, keep, sample))
+            requests.append(Request(tokens, params, ends, answer, index, keep, sample, masks[sample]))
             requests[-1].completion.prompt = prompt
         return requests
+
+    def _masks(self, params: SamplingParams, frame: Frame | None = None) -> Sequence[TokenMask | None]:
+        """One for each of `n` texts; frame: what is around the grammar of an answer in a chat."""
+        if frame is None and params.grammar is None:
+            return [None] * params.n
+        if self._compiler is None:
+            raise RequestError("this model has no tokenizer, so no grammar can be kept to; remove it")
+        if frame is not None:
+            return self._compiler.masks(frame.parts, str(frame), params.n)
+        assert params.grammar is not None
+        return self._compiler.masks([part_of(params.grammar)], None, params.n)
 
     def logits_score(self, token_ids: Sequence[int]) -> LogitsScore:
         """Nothing is to be computed for one without tokens."""

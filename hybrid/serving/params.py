@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.core import SamplingParams
+from hybrid.core import Grammar, SamplingParams
 from hybrid.errors import RequestError
 from hybrid.settings import Setting, settings_of
 
@@ -25,6 +25,8 @@ def check_params(params: SamplingParams) -> SamplingParams:
     values = {setting.field: _plain(setting, setting.of(params)) for setting in settings_of(SamplingParams)}
     if params.logits_processor is not None and not callable(params.logits_processor):
         raise RequestError(f"logits_processor is {_shown(params.logits_processor)}; it must be a function, or None")
+    if params.grammar is not None and not isinstance(params.grammar, Grammar):
+        raise RequestError(f"grammar is {_shown(params.grammar)}; it must be a hybrid.Grammar, or None")
     plain = replace(params, **values)
     if plain.max_tokens is not None and plain.min_tokens > plain.max_tokens:
         raise RequestError(f"min_tokens is {plain.min_tokens}, which is more than max_tokens, {plain.max_tokens}")

@@ -16,6 +16,7 @@ from hybrid.core import Completion, FinishReason, SamplingParams, TextDelta, Tok
 from hybrid.errors import CapacityError, RequestError
 from hybrid.serving.sampler import Sampler, token_logprob
 from hybrid.text.answer import AnswerStream
+from hybrid.text.grammar import TokenMask
 from hybrid.text.parts import Parts
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Request(Job):
 
     prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
     produced. keep: whether its keys and values stay for a request whose prompt begins with the same tokens, and whether
-    it looks for such.
+    it looks for such. mask: of the grammar that the text must keep to.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Request(Job):
         index: int = 0,
         keep: bool = False,
         sample: int = 0,
+        mask: TokenMask | None = None,
     ) -> None:
         super().__init__(prompt)
         self.params = params
@@ -116,6 +118,7 @@ class Request(Job):
         self.ends = (frozenset() if params.ignore_eos else eos_ids) | {*params.stop_token_ids}
         self._made = perf_counter()
         self._text = text
+        self._mask = mask
         self._told = 0  # tokens that earlier deltas carried
         # The scheduler's own, set on admission.
         self.sampler: Sampler | None = None
@@ -138,7 +141,7 @@ class Request(Job):
         self._clock("started")
         self.tokens = np.empty(length, np.int32)
         self.tokens[: self.length] = self.prompt
-        self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample)
+        self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample, self._mask)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> None:
         """Append the next token, chosen from its logits [vocab]."""
@@ -160,7 +163,7 @@ class Request(Job):
         if token in self.ends:
             return self.finish("stop")
         parts = self._text.push(token) if self._text else Parts()
-        if self._text and self._text.stopped:
+        if (self._text and self._text.stopped) or (self._mask and self._mask.finished):
             return self.finish("stop", parts)
         if self.length == len(self.tokens):
             return self.finish("length", parts)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from hybrid.core import SamplingParams, TokenLogprob
 from hybrid.errors import KernelError, RequestError
+from hybrid.text.grammar import TokenMask
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
@@ -32,9 +33,11 @@ class Sampler:
         vocab: int,
         ends: Collection[int] = (),
         sample: int = 0,
+        mask: TokenMask | None = None,
     ) -> None:
         """prompt: the token ids that the repetition penalty counts from the beginning. ends: those that end the text,
         which may not come before `min_tokens`. sample: which of `n` completions it is; each draws for itself.
+        mask: of a grammar, which is told what comes.
         """
         self._params = params
         self._random = np.random.Generator(np.random.PCG64(_seed(params.seed, sample)))
@@ -45,6 +48,7 @@ class Sampler:
         self._bias = np.array(list(params.logit_bias.values()), np.float32)
         self._ends = np.array(sorted(end for end in ends if end < vocab), np.intp) if params.min_tokens else np.empty(0)
         self._made = 0
+        self._mask = mask
 
     def choose(self, logits: Floats, tokens: npt.NDArray[np.int32] = _NO_TOKENS) -> tuple[int, TokenLogprob | None]:
         """The next token from logits [vocab], which stay as they are. KernelError on NaN or infinity.
@@ -55,11 +59,17 @@ class Sampler:
         scores = self._change(logits, tokens)
         best = int(scores.argmax())
         if scores[best] == -np.inf:
-            raise RequestError("min_tokens leaves no token that may come: every one of them ends the text")
+            raise RequestError(
+                "no token may come: "
+                + ("the grammar allows none that logit_bias, min_tokens and logits_processor allow" if self._mask else
+                   "min_tokens leaves none, for every one of them ends the text")
+            )  # fmt: skip
         token = best if self._params.temperature == 0 else self._draw(scores, best)
         if self._penalties:
             self._penalties.count(token)
         self._made += 1
+        if self._mask:
+            self._mask.take(token)
         top = self._params.logprobs
         return token, None if top is None else token_logprob(logits, token, top)
 
@@ -76,7 +86,7 @@ class Sampler:
         if self._made < self._params.min_tokens and len(self._ends):
             scores = scores.copy() if scores is logits else scores
             scores[self._ends] = -np.inf
-        return scores
+        return np.where(self._mask.allowed(), scores, np.float32(-np.inf)) if self._mask else scores
 
     def _draw(self, scores: Floats, best: int) -> int:
         params = self._params

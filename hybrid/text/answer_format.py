@@ -12,7 +12,7 @@ from hybrid.text.parts import AnswerParser
 from hybrid.text.reasoning import REASONING, ReasoningMarks, TaggedParser
 from hybrid.text.tool_parsers import deepseek, gemma4, glm4, hermes, invoke, json_blocks, kimi, lfm2, llama3, mistral
 from hybrid.text.tool_parsers import qwen3_coder as coder
-from hybrid.text.tool_parsers.dialect import Dialect, Tools
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools
 
 AUTO, NONE, HARMONY = "auto", "none", "harmony"
 # In the order in which their signs are looked for: <tool_call> is a sign of the last alone, for others have it too.
@@ -44,11 +44,12 @@ REASONING_MARKS: Mapping[str, ReasoningMarks] = {marks.name: marks for marks in 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """harmony: answers come in channels, and the rest says nothing."""
+    """harmony: answers come in channels, and the rest says nothing. form: how a grammar writes calls, if it can."""
 
     reasoning: ReasoningMarks | None = None
     dialect: Dialect | None = None
     harmony: bool = False
+    form: CallForm | None = None
 
     def __str__(self) -> str:
         if self.harmony:
@@ -94,7 +95,8 @@ def choose_format(
         return AnswerFormat(harmony=True)
     marks = REASONING_MARKS.get(reasoning) or (_reasoning(template, tokens) if reasoning == AUTO else None)
     dialect = DIALECTS.get(tool_parser) or (_dialect(template, tokens) if tool_parser == AUTO else None)
-    return AnswerFormat(marks, dialect)
+    form = next((form for form in dialect.forms if form.sign in template), None) if dialect else None
+    return AnswerFormat(marks, dialect, form=form)
 
 
 def _joined_analysis(message: Message) -> Message:

@@ -28,16 +28,24 @@ class ChatOptions(TypedDict, total=False):
     tools: Sequence[Tool] | None
     documents: Sequence[Document] | None
     template_kwargs: Mapping[str, Any] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
 
 
 @dataclass(frozen=True)
 class ChatInput:
-    """What the caller of a chat gives; `ChatTemplate.render` says what each of it means."""
+    """What the caller of a chat gives; `ChatTemplate.render` says what most of it means.
+
+    tool_choice: "auto" (or None) lets the model call tools, "none" takes its answer for a text, "required" has it call
+    one or more, and {"name": ...} this one. parallel_tool_calls False: of these, one alone.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[Tool] | None = None
     documents: Sequence[Document] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
 
 def plain_messages(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, marked_calls, new_call
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, marked_calls, new_call
 
 BLOCKS = {"<｜tool▁calls▁begin｜>": "<｜tool▁calls▁end｜>"}
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -22,6 +22,9 @@ def _call(text: str) -> ToolCall:
     return new_call(fenced[1], fenced[2]) if fenced else new_call(head if begun else "", body)
 
 
-DIALECT = Dialect(
-    "deepseek", ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"), BLOCKS, parse, (BEGIN, SEPARATOR, END)
+_OPENING, _CLOSING = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_FORMS = (
+    CallForm(f"{BEGIN}function{SEPARATOR}{{name}}\n```json\n", f"\n```{END}", "\n", _OPENING, _CLOSING, sign="```json"),
+    CallForm(f"{BEGIN}{{name}}{SEPARATOR}", END, "", _OPENING, _CLOSING),
 )
+DIALECT = Dialect("deepseek", ("<｜tool▁calls▁begin｜>", BEGIN), BLOCKS, parse, (BEGIN, SEPARATOR, END), forms=_FORMS)

@@ -14,13 +14,33 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class CallForm:
+    """How a block of calls is written, where a grammar is to demand one: opening, calls, closing.
+
+    begin: before the arguments of a call, with {name}; end: behind them. between: what divides calls; None: an answer
+    has one alone. before, after: around the value of each parameter, with {key}; without them the arguments are one
+    JSON object. sign: what a chat template holds that means this form, of several that a dialect has.
+    """
+
+    begin: str
+    end: str
+    between: str | None = None
+    opening: str = ""
+    closing: str = ""
+    before: str = ""
+    after: str = ""
+    sign: str = ""
+
+
+@dataclass(frozen=True)
 class Dialect:
     """A way to write calls.
 
     signs: a chat template that holds one of them, or a tokenizer that has one as a token, means this dialect.
     blocks: what opens a block of calls and what closes it; an empty text is the end of the answer. parse: makes calls
     of a block, its opening and its end included, or raises ValueError. tokens: other special tokens that a block holds.
-    bare: an answer that begins with this character may be a call, if there are tools.
+    bare: an answer that begins with this character may be a call, if there are tools. forms: how a grammar writes its
+    calls; none: it cannot.
     """
 
     name: str
@@ -29,6 +49,7 @@ class Dialect:
     parse: Callable[[str, Tools], list[ToolCall]]
     tokens: tuple[str, ...] = ()
     bare: str = ""
+    forms: tuple[CallForm, ...] = ()
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -113,7 +134,7 @@ def _json_call(value: Any) -> ToolCall:
 
 def typed(text: str, schema: Any) -> Any:
     """The value that a text without quotes means, by a schema; without one it is JSON if it can be."""
-    types = _types(schema)
+    types = types_of(schema)
     if text.strip() == "null" and (not types or "null" in types):
         return None
     if "string" in types:
@@ -139,7 +160,7 @@ def property_of(schema: Any, key: str) -> Any:
     return properties.get(key) if isinstance(properties, Mapping) else None
 
 
-def _types(schema: Any) -> set[str]:
+def types_of(schema: Any) -> set[str]:
     """The names of types that a schema allows, empty if it does not say."""
     if not isinstance(schema, Mapping):
         return set()
@@ -148,5 +169,5 @@ def _types(schema: Any) -> set[str]:
     found = schema.get("type")
     types = {found} if isinstance(found, str) else {t for t in _listed(found) if isinstance(t, str)}
     for branch in ("anyOf", "oneOf", "allOf"):
-        types |= {t for part in _listed(schema.get(branch)) for t in _types(part)}
+        types |= {t for part in _listed(schema.get(branch)) for t in types_of(part)}
     return types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, new_call, schema_of, typed
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, new_call, schema_of, typed
 
 BLOCKS = {"<tool_call>": "</tool_call>"}
 _SUFFIX = r"(?::\w+)?"
@@ -31,7 +31,11 @@ def _call(body: str, tools: Tools) -> ToolCall:
     return new_call(name[1], {key: typed(value, schema_of(name[1], key, tools)) for key, value in pairs})
 
 
-DIALECT = Dialect("glm4", ("<arg_key>",), BLOCKS, parse)
+_FORM = CallForm(
+    "<tool_call>{name}\n", "</tool_call>", "\n",
+    before="<arg_key>{key}</arg_key>\n<arg_value>", after="</arg_value>\n",
+)  # fmt: skip
+DIALECT = Dialect("glm4", ("<arg_key>",), BLOCKS, parse, forms=(_FORM,))
 HUNYUAN = Dialect(
     "hy_v3",
     ("<tool_sep{}>", "<tool_sep:opensource>"),

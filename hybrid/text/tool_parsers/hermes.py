@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, inner, json_calls
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, inner, json_calls
 
 BLOCKS = {"<tool_call>": "</tool_call>"}
 
@@ -12,4 +12,5 @@ def parse(block: str, tools: Tools) -> list[ToolCall]:
     return json_calls(inner(block, BLOCKS))
 
 
-DIALECT = Dialect("hermes", ("<tool_call>",), BLOCKS, parse)
+_FORM = CallForm('<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "\n")
+DIALECT = Dialect("hermes", ("<tool_call>",), BLOCKS, parse, forms=(_FORM,))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, new_call, property_of, schema_of, typed
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, new_call, property_of, schema_of, typed
 
 _MINIMAX = "]<]minimax[>["  # before every tag of M3
 _INVOKE = re.compile(r"<(?:｜DSML｜)?invoke name=\"([^\"]+)\">(.*?)(?:</(?:｜DSML｜)?invoke>|\Z)", re.DOTALL)
@@ -74,7 +74,13 @@ def _value(children: list[tuple[str, Any]], texts: list[str]) -> Any:
     return dict(children)
 
 
-MINIMAX = Dialect("minimax", ("<minimax:tool_call>",), {"<minimax:tool_call>": "</minimax:tool_call>"}, parse)
+_FORM = CallForm(
+    '<invoke name="{name}">\n', "</invoke>", "\n", "<minimax:tool_call>\n", "\n</minimax:tool_call>",
+    before='<parameter name="{key}">', after="</parameter>\n",
+)  # fmt: skip
+MINIMAX = Dialect(
+    "minimax", ("<minimax:tool_call>",), {"<minimax:tool_call>": "</minimax:tool_call>"}, parse, forms=(_FORM,)
+)
 MINIMAX_M3 = Dialect(
     "minimax_m3", (_MINIMAX,), {f"{_MINIMAX}<tool_call>": f"{_MINIMAX}</tool_call>"}, parse, (_MINIMAX,)
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, inner, json_calls
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, inner, json_calls
 
 
 def _parse(blocks: dict[str, str], block: str, tools: Tools) -> list[ToolCall]:
@@ -14,7 +14,8 @@ def _parse(blocks: dict[str, str], block: str, tools: Tools) -> list[ToolCall]:
 
 def _dialect(name: str, opening: str, closing: str) -> Dialect:
     blocks = {opening: closing}
-    return Dialect(name, (opening,), blocks, partial(_parse, blocks))
+    form = CallForm('{"name": "{name}", "arguments": ', "}", ", ", f"{opening}[", f"]{closing}")
+    return Dialect(name, (opening,), blocks, partial(_parse, blocks), forms=(form,))
 
 
 TOOL_CALLS = _dialect("tool_calls", "<tool_calls>", "</tool_calls>")
@@ -27,4 +28,7 @@ def _parse_list(block: str, tools: Tools) -> list[ToolCall]:
     return json_calls(block.removeprefix("<|tool_call|>").removesuffix("<|/tool_call|>"))
 
 
-TOOL_LIST = Dialect("granite", ("<|tool_call|>",), {"<|tool_call|>": ""}, _parse_list, ("<|/tool_call|>",))
+_LIST = CallForm('{"name": "{name}", "arguments": ', "}", ", ", "<|tool_call|>[", "]")
+TOOL_LIST = Dialect(
+    "granite", ("<|tool_call|>",), {"<|tool_call|>": ""}, _parse_list, ("<|/tool_call|>",), forms=(_LIST,)
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, marked_calls, new_call
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, marked_calls, new_call
 
 BLOCKS = {"<|tool_calls_section_begin|>": "<|tool_calls_section_end|>"}
 BEGIN, ARGUMENTS, END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
@@ -22,4 +22,10 @@ def _call(text: str) -> ToolCall:
     return new_call(name[1] if name and begun else "", arguments, id.strip())
 
 
-DIALECT = Dialect("kimi", ("<|tool_calls_section_begin|>",), BLOCKS, parse, (BEGIN, ARGUMENTS, END))
+_FORM = CallForm(
+    f"{BEGIN}functions.{{name}}:0{ARGUMENTS}",
+    END,
+    opening="<|tool_calls_section_begin|>",
+    closing="<|tool_calls_section_end|>",
+)
+DIALECT = Dialect("kimi", ("<|tool_calls_section_begin|>",), BLOCKS, parse, (BEGIN, ARGUMENTS, END), forms=(_FORM,))

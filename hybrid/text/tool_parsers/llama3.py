@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, json_calls
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, json_calls
 
 _TAG = "<|python_tag|>"
 
@@ -12,4 +12,5 @@ def parse(block: str, tools: Tools) -> list[ToolCall]:
     return json_calls(block.replace(_TAG, ""))
 
 
-DIALECT = Dialect("llama3", (_TAG, '"parameters": dictionary of'), {_TAG: ""}, parse, bare="{")
+_FORM = CallForm('{"name": "{name}", "parameters": ', "}")
+DIALECT = Dialect("llama3", (_TAG, '"parameters": dictionary of'), {_TAG: ""}, parse, bare="{", forms=(_FORM,))

@@ -6,7 +6,7 @@ import json
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, json_calls, new_call
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, json_calls, new_call
 
 _START = "[TOOL_CALLS]"
 _NAMED = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\]([^\[]*))?(?:\[ARGS\])?")
@@ -28,4 +28,8 @@ def _named(text: str) -> list[ToolCall]:
     return [new_call(named[1], arguments, named[2])]
 
 
-DIALECT = Dialect("mistral", (_START,), {_START: ""}, parse, ("[ARGS]", "[CALL_ID]"))
+_FORMS = (
+    CallForm("[TOOL_CALLS]{name}[ARGS]", "", "", sign="[ARGS]"),
+    CallForm('{"name": "{name}", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]"),
+)
+DIALECT = Dialect("mistral", (_START,), {_START: ""}, parse, ("[ARGS]", "[CALL_ID]"), forms=_FORMS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid.core import ToolCall
-from hybrid.text.tool_parsers.dialect import Dialect, Tools, new_call, schema_of, typed
+from hybrid.text.tool_parsers.dialect import CallForm, Dialect, Tools, new_call, schema_of, typed
 
 BLOCKS = {
     "<tool_call>": "</tool_call>",
@@ -36,4 +36,11 @@ def _line(value: str) -> str:
     return value.removeprefix("\n").removesuffix("\n")
 
 
-DIALECT = Dialect("qwen3_coder", ("<function=", "<seed:tool_call>"), BLOCKS, parse)
+_FORMS = tuple(
+    CallForm(
+        f"<{tag}>\n<function={{name}}>\n", f"</function>\n</{tag}>", "\n",
+        before="<parameter={key}>\n", after="\n</parameter>\n", sign=sign,
+    )
+    for tag, sign in (("seed:tool_call", "<seed:tool_call>"), ("tool_call", ""))
+)  # fmt: skip
+DIALECT = Dialect("qwen3_coder", ("<function=", "<seed:tool_call>"), BLOCKS, parse, forms=_FORMS)
