@@ -31,6 +31,17 @@ QWEN3_235B = {
     **CONFIGS["qwen3-30b-a3b"],
     "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536,
 }  # fmt: skip
+QWEN3_CODER_480B = {
+    **CONFIGS["qwen3-30b-a3b"],
+    "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96, "num_key_value_heads": 8,
+    "num_experts": 160, "moe_intermediate_size": 2560, "intermediate_size": 8192, "max_position_embeddings": 262144,
+}  # fmt: skip
+GPT_OSS_120B = {**CONFIGS["gpt-oss-20b"], "num_hidden_layers": 36, "num_local_experts": 128}
+MIXTRAL_8X22B = {
+    **CONFIGS["mixtral-8x7b"],
+    "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56, "num_attention_heads": 48,
+    "max_position_embeddings": 65536,
+}  # fmt: skip
 
 
 def fit(spec: ModelSpec, name: str = "int4", rates: Rates | None = None, depth: int = 0, **config: Any) -> Fit:
@@ -48,6 +59,10 @@ def fit(spec: ModelSpec, name: str = "int4", rates: Rates | None = None, depth: 
         (CONFIGS["deepseek-v2-lite"], 15_706_484_224),
         (CONFIGS["deepseek-r1"], 671_026_419_200),  # without the layer that predicts a further token
         (CONFIGS["qwen3-next-80b-a3b"], 79_674_391_296),  # likewise
+        (QWEN3_CODER_480B, 480_154_875_392),
+        (GPT_OSS_120B, 116_829_156_672),
+        (MIXTRAL_8X22B, 140_620_634_112),
+        (CONFIGS["phi-3.5-moe"], 41_873_153_344),
     ],
     ids=lambda given: f"{given['model_type']}" if isinstance(given, dict) else "",
 )
