@@ -242,6 +242,24 @@ def test_kimi_is_deepseek_v3_on_a_device_too(tmp_path) -> None:
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
+def test_threads_go_on_with_the_states_of_a_device_that_failed(tmp_path, monkeypatch) -> None:
+    """Which have one home. Tokens come whole, one by one and beside others before."""
+    from hybrid.gpu.layers.short_conv import Projections
+
+    wanted = oracle.save(tmp_path / "hf", "lfm2")
+    tokens = wanted.tokens
+    with open_engine(wanted.path, tmp_path / "cache") as engine:
+        threads = step(engine, (0, 0, tokens))
+    with open_engine(wanted.path, tmp_path / "cache", **STEP) as engine:
+        step(engine, (0, 0, tokens[:30]), (2, 0, tokens[:9]))
+        for i in range(30, 40):
+            step(engine, (0, i, tokens[i : i + 1]), (2, i - 21, tokens[:1]))
+        monkeypatch.setattr(Projections, "project", lambda *_: _no_memory())
+        with pytest.raises(KernelError, match="the device has no memory left"):
+            step(engine, (0, 40, tokens[40:]))
+        assert distance(step(engine, (0, 40, tokens[40:])), threads[40:]) < 0.02
+
+
 @pytest.mark.parametrize("cache", [None, CacheConfig(14, 4)], ids=str)
 def test_a_device_that_fails_costs_one_step(monkeypatch, cache) -> None:
     """The home of keys and values has all tokens, so the threads go on with them."""

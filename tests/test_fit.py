@@ -165,16 +165,15 @@ def test_what_a_gpu_cannot_have_fits_the_cpu_all_the_same() -> None:
         fit_model(spec, "fp8", MIXES["fp8"], machine, Rates(80e9), EngineConfig(device="cuda", max_seq_len=10**9))
 
 
-def test_the_command_says_what_lies_on_a_gpu(tmp_path) -> None:
-    wanted = {
-        "gemma3_text": "On the GPU, bf16: 0.38 MB of weights",
-        "lfm2": "Not on the GPU, bf16: layer 0 of model_type",
-    }
-    for family, words in wanted.items():
-        path = tmp_path / f"{family}.json"
-        path.write_text(json.dumps(SMALL[family]))
-        machine = ("--memory", "32GB", "--bandwidth", "80GB/s", "--gpu", "24GB", "--format", "bf16")
-        assert words in run_fit(str(path), *machine).stdout
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [("24GB", "On the GPU, bf16: 0.38 MB of weights"), ("100KB", "Not on the GPU, bf16: the device has 0.10 MB free")],
+)
+def test_the_command_says_what_lies_on_a_gpu(tmp_path, gpu, words) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL["gemma3_text"]))
+    machine = ("--memory", "32GB", "--bandwidth", "80GB/s", "--gpu", gpu, "--format", "bf16")
+    assert words in run_fit(str(path), *machine).stdout
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ class DeviceStep:
         self._buffers = SharedBuffers(spec, plan, link, address)
         shared = Shared(plan.sequences, mirror.capacity, link, self._buffers, attention, chooser(link.device))
         self._mixers, self._feed_forwards = _open_halves(spec, plan, weights, shared)
+        self._crosses = any(mixer.crosses for mixer in self._mixers)
         self._windows = frozenset[int | None]().union(*(mixer.windows for mixer in self._mixers))
         self._experts_pending = False
         self._mixed: Any = None  # the mixer's result over mirrored tokens, between `attend` and `route`
@@ -161,7 +162,7 @@ class DeviceStep:
         """If rows see tokens that are not mirrored: queue attention over the mirrored ones, which runs while the
         threads attend to the others. Otherwise `route` does all of it.
         """
-        if self._inputs.whole:
+        if self._alone(layer):
             return
         mixer = self._mixers[layer]
         with self._phase("attention"):
@@ -177,7 +178,7 @@ class DeviceStep:
     @_on_device
     def route(self, layer: int) -> None:
         """Run the rest of attention, and a MoE layer up to what its experts read, or all of a dense feed-forward."""
-        if self._inputs.whole:
+        if self._alone(layer):
             self._output = self.graphs.run(("layer", layer), partial(self._whole_layer, layer))
         else:
             self._output = self._after_older(layer)
@@ -214,11 +215,16 @@ class DeviceStep:
 
     def _shape(self, inputs: StepInputs) -> tuple[object, ...] | None:
         """Key of this step's CUDA graphs, see `Graphs.begin`. None with an observer: spans need launches without
-        graphs.
+        graphs. None too where threads have a part in some layers: graphs of others would read what lies elsewhere in
+        every step.
         """
-        if inputs.shape is None or self.observer is not None:
+        if inputs.shape is None or self.observer is not None or self._crosses:
             return None
         return (self._launches_hits, *inputs.shape)
+
+    def _alone(self, layer: int) -> bool:
+        """Whether the device computes the mixer of a layer, as those of all others that attend, without the threads."""
+        return self._inputs.whole and not self._mixers[layer].crosses
 
     def _whole_layer(self, layer: int) -> _LayerOutput:
         mixer, inputs = self._mixers[layer], self._inputs
@@ -231,7 +237,7 @@ class DeviceStep:
     def _after_older(self, layer: int) -> _LayerOutput:
         """Finish a layer after the threads have attended to the tokens that are not mirrored, if there are any."""
         mixer = self._mixers[layer]
-        if self.observer is not None and mixer.sees_older(self._inputs):
+        if self.observer is not None and not mixer.crosses and mixer.sees_older(self._inputs):
             self.observer("older tokens", self._attend_ended, perf_counter())
         with self._phase("route"):
             return self._feed_forward(layer, self._output.residual + mixer.output(self._mixed, self._inputs))

@@ -98,6 +98,16 @@ def test_replayed_steps_have_the_bits_of_plain_ones(tmp_path, monkeypatch, famil
         assert 0 < capture.captured < made.replayed / 2
 
 
+def test_layers_that_cross_in_every_step_are_not_captured(tmp_path, capture) -> None:
+    """Nor those between them, whose graphs would read what lies elsewhere in every step."""
+    with opened(tmp_path, "lfm2", step_on="threads") as engine:
+        wanted = work(engine)
+    with opened(tmp_path, "lfm2", **STEP) as engine:
+        found = work(engine)
+        assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+        assert engine.device_step.graphs.replayed == 0 and capture.captured == 0
+
+
 @pytest.mark.parametrize("cache", [CACHE, CacheConfig(2, 6, delay=3, strict_placement=True)], ids=str)
 def test_experts_that_the_device_finds_are_captured_too(tmp_path, monkeypatch, cache) -> None:
     put(monkeypatch, compute=OnStandIn, step_device="cpu")

@@ -36,8 +36,12 @@ class DeviceMixer(Protocol):
     def windows(self) -> frozenset[int | None]:
         """Attention windows in use; None is unlimited."""
 
+    @property
+    def crosses(self) -> bool:
+        """Whether the threads have a part in it in every step; else only where rows see older tokens."""
+
     def sees_older(self, inputs: StepInputs) -> bool:
-        """Whether the threads must attend to tokens that are not mirrored."""
+        """Whether the threads have a part in this step, as to attend to tokens that are not mirrored."""
 
     def project(self, residual: Tensor, inputs: StepInputs) -> Any:
         """Projections of the residual stream, float32 [rows, hidden]; sends the threads what they need."""

@@ -32,6 +32,8 @@ class StateShape:
 class MirroredMixer:
     """Base of a `DeviceMixer` whose threads attend to tokens that are not mirrored; both softmaxes are joined."""
 
+    crosses = False
+
     def __init__(
         self,
         shared: Shared,

@@ -25,6 +25,7 @@ from hybrid.models.layers.products import (
     NORMED,
     RESIDUAL,
     add_normed,
+    between_calls,
     gemm,
     made_buffers,
     norm,
@@ -38,7 +39,7 @@ from hybrid.models.layers.products import (
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
-from hybrid.ops import Buffer, Callback, Choice, Op, State, Weight
+from hybrid.ops import Buffer, Choice, Op, State, Weight
 
 QkNorm = Literal["none", "head", "whole"]  # of queries and keys: each head, or all heads of a row together
 
@@ -342,13 +343,7 @@ def ops_for_older(attention: Op) -> Iterator[Op]:
     """What becomes of attention where a device has recent tokens: it begins in one callback; the threads make states of
     older ones; it joins both in another.
     """
-    yield replace(attention, kind="host", arguments={"call": _call("attend", attention)}, split=(1, "thread"))
     changes = {"output": None, "sinks": None, "ends": Buffer(ENDS), "partials": Buffer(STATES)}
-    yield replace(attention, arguments=attention.arguments | changes)  # sinks share in the softmax once: over there
-    call = {"call": _call("route", attention)}
-    yield replace(attention, kind="host", part="moe", arguments=call, split=(1, "thread"))
-
-
-def _call(kind: str, op: Op) -> Callback:
-    assert op.layer is not None
-    return Callback(kind, op.layer)
+    yield from between_calls(
+        replace(attention, arguments=attention.arguments | changes)
+    )  # sinks share once: over there

@@ -1,8 +1,12 @@
-"""The ops around a matrix product, which every kind of layer is made of: norm, quantise, product; and their rows."""
+"""The ops around a matrix product, which every kind of layer is made of: norm, quantise, product; and their rows.
+
+And the calls of a device around what a mixer leaves to the threads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
@@ -10,7 +14,7 @@ from hybrid.formats.packed import expert_bytes, matrix_formats, packed_bytes
 from hybrid.formats.rows import row_bytes, row_stride
 from hybrid.models.layers.base import Cost, Place
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name
-from hybrid.ops import Buffer, Choice, Op, Weight
+from hybrid.ops import Buffer, Callback, Choice, Op, Weight
 
 RESIDUAL, NORMED, NORMED_F32 = "residual", "normed", "normed_f32"
 MADE = "made"  # by a half whose result is normed before it is added to the residual stream
@@ -141,3 +145,12 @@ def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows
 
 def operations(format: str, products: float) -> Cost:
     return Cost(int_ops=2.0 * products) if FORMATS[format].integer else Cost(flops=2.0 * products)
+
+
+def between_calls(op: Op) -> Iterator[Op]:
+    """An op of a mixer that the threads do: the device begins in one callback, and goes on in the next."""
+    assert op.layer is not None
+    for kind, part in (("attend", op.part), ("route", "moe")):
+        yield replace(op, kind="host", part=part, arguments={"call": Callback(kind, op.layer)}, split=(1, "thread"))
+        if kind == "attend":
+            yield op

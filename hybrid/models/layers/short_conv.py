@@ -16,9 +16,11 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.products import (
+    BF16,
     FP32,
     NORMED,
     RESIDUAL,
+    between_calls,
     gemm,
     norm,
     norm_shapes,
@@ -141,13 +143,20 @@ class ShortConv:
         state = 2.0 * load.sequences * (self.taps - 1) * self.width * FP32
         return projections + Cost(state, 2.0 * load.rows * self.width * (self.taps + 2))
 
-    # No device computes it yet.
+    # A step on a device, which projects; the threads convolve, and so the state has one home.
 
-    def device_needs(self, place: Place) -> DeviceNeeds | None:
-        return None
+    def device_needs(self, place: Place) -> DeviceNeeds:
+        hidden, width = place.hidden, self.width
+        norms, biases = hidden * (1 + (place.norm == "layer")), (3 * width + hidden) * self.bias
+        weights = 4 * width * hidden * BF16 + (norms + biases) * FP32
+        return DeviceNeeds(weights=weights, token=0, row_floats=8 * width, scores=0)
 
     def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         return {}
 
     def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
-        raise ValueError("a device does not know what becomes of a short convolution")
+        found = {op.kind: op for op in ops}
+        unknown = set(found) - {"norm", "gemm", "short_conv", "quantise"}
+        if unknown:
+            raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of a short convolution")
+        yield from between_calls(found["short_conv"])
