@@ -124,11 +124,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probability of the chosen token and of the most likely ones, before temperature and filters."""
+    """Natural-log probability of the chosen token and of the most likely ones, before temperature and filters.
+
+    rank: its place among all tokens, the likeliest has 1; 0 where a text was made and not scored.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

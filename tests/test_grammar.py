@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +106,10 @@ def test_what_nothing_can_follow_is_an_error_of_that_request_alone(llm):
 
 def _only_the_first(tokens, logits):
     logits[1:] = -np.inf
+
+
+def test_the_examples_of_the_page_run(capsys):
+    text = (Path(__file__).parent.parent / "docs/structured.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "docs/structured.md", "exec"), {})
+    assert '"age"' in capsys.readouterr().out

@@ -15,6 +15,7 @@ from hybrid.server.bodies import read_body
 from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import takes
 from hybrid.server.fields import ChatBody
+from hybrid.server.prompt_logprobs import prompt_logprobs
 from hybrid.server.replies import chat_logprobs, head, measured, note_usage, usage_of
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import EventStream, until_gone
@@ -49,6 +50,7 @@ async def _answer(service: Service, request: Request, body: ChatBody) -> Respons
         reply = head("chatcmpl", "chat.completion", model)
         reply["choices"] = [_choice(service, completion, body) for completion in completions]
         reply |= {"usage": usage_of(completions), **measured(run)}
+        reply |= await prompt_logprobs(service, completions[0].prompt_token_ids, body)
         note_usage(request, run)
         return JSONResponse(reply)
     finally:

@@ -15,6 +15,7 @@ from hybrid.server.bodies import read_body
 from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import takes
 from hybrid.server.fields import CompletionBody
+from hybrid.server.prompt_logprobs import prompt_logprobs, score
 from hybrid.server.replies import completion_logprobs, head, measured, note_usage, usage_of
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import EventStream, until_gone
@@ -47,7 +48,12 @@ async def _answer(service: Service, request: Request, body: CompletionBody) -> R
             await run.finish()
             choices = [_Choice(service, one.completion, body, echoes) for one in run.requests]
             reply = head("cmpl", "text_completion", model)
-            reply["choices"] = [choice.whole() for choice in choices]
+            scored: dict[int, dict[str, Any]] = {}
+            for one in run.requests:
+                if one.completion.sample == 0:
+                    tokens = one.completion.prompt_token_ids
+                    scored[one.completion.index] = await prompt_logprobs(service, tokens, body)
+            reply["choices"] = [{**choice.whole(), **scored[choice.completion.index]} for choice in choices]
             reply |= {"usage": usage_of([one.completion for one in run.requests]), **measured(run)}
             note_usage(request, run)
             run.close()
@@ -85,14 +91,10 @@ async def _echoes(service: Service, run: Run, body: CompletionBody) -> dict[int,
         text = service.llm.llm.decode(tokens) if completion.prompt is None else completion.prompt
         logprobs = None
         if body.logprobs is not None:
-            scores = await service.attempt(partial(_score, tokens, body.logprobs))
+            scores = await service.attempt(partial(score, tokens, body.logprobs))
             logprobs = completion_logprobs(service.token_texts, tokens, scores)
         found[completion.index] = _Echo(text, logprobs)
     return found
-
-
-async def _score(tokens: list[int], top: int, llm: AsyncLLM) -> list[TokenLogprob | None]:
-    return await llm.score(tokens, top)
 
 
 @dataclass

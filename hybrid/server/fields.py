@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hybrid.core import SamplingParams
 from hybrid.server.constraints import Constrained
+from hybrid.server.prompt_logprobs import PromptScored
 from hybrid.server.refusals import Refusal
 
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
@@ -99,7 +100,7 @@ class Sampling(Constrained):
         )
 
 
-class CompletionBody(Sampling):
+class CompletionBody(Sampling, PromptScored):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
@@ -153,7 +154,7 @@ class ChatInputBody(Strict):
         return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
 
 
-class ChatBody(ChatInputBody, Sampling):
+class ChatBody(ChatInputBody, Sampling, PromptScored):
     """POST /v1/chat/completions."""
 
     tool_choice: Any = None

@@ -71,7 +71,7 @@ def _rate(tokens: int, seconds: float) -> float | None:
 def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = texts.bytes_of(token)
-        return {"token": texts.text_of(token), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": texts.text_of(token), "logprob": finite(logprob), "bytes": list(raw)}
 
     content = [
         {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
@@ -91,7 +91,7 @@ def completion_logprobs(
         offset += len(text)
     return {
         "tokens": written,
-        "token_logprobs": [None if token is None else _finite(token.logprob) for token in tokens],
+        "token_logprobs": [None if token is None else finite(token.logprob) for token in tokens],
         "top_logprobs": [None if token is None else _top(texts, token) for token in tokens],
         "text_offset": offsets,
     }
@@ -101,10 +101,10 @@ def _top(texts: TokenTexts, token: TokenLogprob) -> dict[str, float]:
     """The likeliest first; of tokens that are written alike, the likelier. The token itself is there too."""
     found: dict[str, float] = {}
     for other, logprob in (*token.top, (token.token_id, token.logprob)):
-        found.setdefault(texts.text_of(other), _finite(logprob))
+        found.setdefault(texts.text_of(other), finite(logprob))
     return found
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON knows no infinity: what is impossible is very unlikely."""
     return max(float(logprob), -9999.0)

@@ -258,9 +258,9 @@ class LogprobScore(Score):
 
     def take(self, logits: npt.NDArray[np.float32]) -> None:
         following = self.prompt[self.computed + 1 : self.computed + 1 + len(logits)]
-        self.result += [
-            token_logprob(row, int(token), self._top) for row, token in zip(logits, following, strict=False)
-        ]
+        for row, token in zip(logits, following.tolist(), strict=False):
+            rank = 1 + int(np.count_nonzero(row > row[token]))
+            self.result.append(replace(token_logprob(row, token, self._top), rank=rank))
 
 
 def _nowhere(result: object) -> None:
