@@ -20,7 +20,7 @@ ARCHITECTURES = {
     "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
-    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
 }  # fmt: skip
 
 
@@ -89,25 +89,30 @@ def write_gguf(
 
 _NAMES = (
     (r"model\.embed_tokens\.weight", "token_embd.weight"),
-    (r"model\.norm\.weight", "output_norm.weight"),
-    (r"lm_head\.weight", "output.weight"),
-    (r"(.*)\.input_layernorm\.weight", r"\1.attn_norm.weight"),
+    (r"model\.norm\.(\w+)", r"output_norm.\1"),
+    (r"model\.embedding_norm\.weight", "token_embd_norm.weight"),
+    (r"lm_head\.(\w+)", r"output.\1"),
+    (r"(.*)\.(?:input_layernorm|operator_norm)\.(\w+)", r"\1.attn_norm.\2"),
+    (r"(.*)\.conv\.(conv|in_proj|out_proj)\.weight", r"\1.shortconv.\2.weight"),
+    (r"(.*)\.ffn_norm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.pre_feedforward_layernorm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.post_feedforward_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
     (r"(.*)\.self_attn\.q_([ab])_proj\.weight", r"\1.attn_q_\2.weight"),
     (r"(.*)\.self_attn\.q_a_layernorm\.weight", r"\1.attn_q_a_norm.weight"),
     (r"(.*)\.self_attn\.kv_a_proj_with_mqa\.weight", r"\1.attn_kv_a_mqa.weight"),
     (r"(.*)\.self_attn\.kv_a_layernorm\.weight", r"\1.attn_kv_a_norm.weight"),
     (r"(.*)\.self_attn\.kv_b_proj\.weight", r"\1.attn_kv_b.weight"),
-    (r"(.*)\.self_attn\.o_proj\.(\w+)", r"\1.attn_output.\2"),
-    (r"(.*)\.self_attn\.(?:q_norm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
-    (r"(.*)\.self_attn\.(?:k_norm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
+    (r"(.*)\.self_attn\.(?:o_proj|out_proj)\.(\w+)", r"\1.attn_output.\2"),
+    (r"(.*)\.self_attn\.(?:q_norm|q_layernorm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
+    (r"(.*)\.self_attn\.(?:k_norm|k_layernorm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
     (r"(.*)\.self_attn\.sinks", r"\1.attn_sinks.weight"),
-    (r"(.*)\.post_attention_layernorm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
     (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
     (r"(.*)\.shared_(?:expert|experts|mlp)\.(gate|up|down)_proj\.weight", r"\1.ffn_\2_shexp.weight"),
     (r"(.*)\.experts\.(\d+)\.(gate|up|down)_proj\.weight", r"\1.ffn_\3.\2.weight"),
-    (r"(.*)\.mlp\.(gate|up|down)_proj\.(\w+)", r"\1.ffn_\2.\3"),
+    (r"(.*)\.(?:mlp|feed_forward)\.(gate|up|down)_proj\.(\w+)", r"\1.ffn_\2.\3"),
     (r"(.*)\.(?:gate|gate\.wg|router|router\.layer)\.(weight|bias)", r"\1.ffn_gate_inp.\2"),
 )
 _WORDS = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
@@ -128,8 +133,13 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     one dimension and routers as float32.
     """
     found: dict[str, np.ndarray] = {}
+    gemma = config["model_type"] == "gemma3_text"
     for name, array in tensors.items():
-        if name.endswith(("gate_up_proj", "input_linear.weight", "gate_up_proj_bias")):
+        if gemma and name.endswith("norm.weight"):
+            array = array.astype(np.float32) + 1
+        if gemma and name.endswith("post_attention_layernorm.weight"):
+            found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
+        elif name.endswith(("gate_up_proj", "input_linear.weight", "gate_up_proj_bias")):
             found |= _halves(config["model_type"], name, array)
         elif name.endswith(("experts.down_proj", "output_linear.weight", "down_proj_bias")):
             kind, layer = "bias" if name.endswith("_bias") else "weight", name.split(".")[2]
@@ -142,6 +152,9 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     if config["model_type"] in ("llama", "mixtral", "granitemoe"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
+    if (config.get("rope_scaling") or {}).get("rope_type") == "longrope":
+        for which in ("short", "long"):
+            found[f"rope_factors_{which}.weight"] = np.array(config["rope_scaling"][f"{which}_factor"], np.float32)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
@@ -195,6 +208,9 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
 
+_ONE_WIDTH = ("mixtral", "olmoe", "granitemoe", "phimoe")  # that of experts is that of all feed-forwards
+
+
 def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a GGUF file says of a model with this config.json."""
     get, family = config.get, config["model_type"]
@@ -216,7 +232,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope.dimension_count": turning,
         "expert_count": experts,
         "expert_used_count": next((get(n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if get(n)), None),
-        "expert_feed_forward_length": wide if experts and family not in ("mixtral", "olmoe", "granitemoe") else None,
+        "expert_feed_forward_length": wide if experts and family not in _ONE_WIDTH else None,
         "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
         "expert_shared_count": get("n_shared_experts") or get("moe_num_shared_experts"),
         "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2") else None,
@@ -244,11 +260,22 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_gating_func": 2 if family == "deepseek_v3" else 1,
             "expert_weights_norm": family == "deepseek_v3",
         }
-    if scaling := get("rope_scaling"):
+    if layer_types := get("layer_types"):
+        kv_heads = config["num_key_value_heads"]
+        found |= {
+            "attention.head_count_kv": [0 if kind == "conv" else kv_heads for kind in layer_types],
+            "shortconv.l_cache": get("conv_L_cache"),
+        }
+    if (scaling := get("rope_scaling")) and scaling["rope_type"] == "longrope":
+        found |= {
+            "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+            "rope.scaling.attn_factor": scaling["short_mscale"],
+        }
+    elif scaling:
         found |= {
             "rope.scaling.type": scaling["rope_type"],
             "rope.scaling.factor": scaling["factor"],
-            "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+            "rope.scaling.original_context_length": scaling.get("original_max_position_embeddings"),
             "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
             "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
             "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"]

@@ -19,19 +19,29 @@ from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import is_gguf
 from hybrid.files.gguf_types import TYPES_BY_NAME
 from hybrid.formats.mix import parse_mix
+from hybrid.models import model_spec
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.rope import inverse_frequencies
 from hybrid.weights.checkpoints.gguf_blocks import values
+from hybrid.weights.checkpoints.gguf_config import gguf_config
+from hybrid.weights.checkpoints.gguf_files import read_gguf
 from hybrid.weights.checkpoints.opening import describe_checkpoint, open_checkpoint
 from hybrid.weights.hub import local_model
 from hybrid.weights.pack import pack
 from hybrid.weights.source import source_fingerprint
 from hybrid.weights.store import Store
 
-CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in one way alone
     "qwen2_moe": {"mlp_only_layers": []},
     "qwen3_moe": {"mlp_only_layers": []},
     "hunyuan_v1_moe": {"tie_word_embeddings": True},
-}
+    "gemma3_text": {
+        "num_hidden_layers": 7, "layer_types": None, "rope_parameters": None, "query_pre_attn_scalar": 24,
+        "rope_theta": 1e5, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
+    "phimoe": {"rope_scaling": {**CONFIGS["phimoe"]["rope_scaling"], "long_mscale": 1.1}},
+    "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
+}  # fmt: skip
 
 
 def model(family: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -265,6 +275,36 @@ def test_metadata_that_cannot_be(tmp_path: Path, case: str) -> None:
     with pytest.raises((WeightsError, ConfigError), match=message) as raised:
         open_checkpoint(path).check()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kv_heads", [[2, 2], [0, 2, 0, 3], [0, 0, 0, 0], [0.0, 2.0, 0.0, 0.0], "2"])
+def test_layers_that_attend_are_those_with_heads(tmp_path: Path, kv_heads: Any) -> None:
+    config, tensors = model("lfm2")
+    metadata = {**gguf_metadata(config), "lfm2.attention.head_count_kv": kv_heads}
+    path = write_gguf(tmp_path / "model.gguf", metadata, gguf_tensors(config, tensors))
+    with pytest.raises(WeightsError, match=r"head_count_kv .*; it must be (one number above|an integer, or)"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("layers, scale", [(61, 24**-0.5), (62, 16**-0.5)])
+def test_gemma_scales_scores_by_its_heads_but_the_largest_by_its_width(
+    tmp_path: Path, layers: int, scale: float
+) -> None:
+    config, tensors = model("gemma3_text")
+    embedding = {"token_embd.weight": tensors["model.embed_tokens.weight"]}
+    path = write_gguf(tmp_path / "model.gguf", {**gguf_metadata(config), "gemma3.block_count": layers}, embedding)
+    mixer = model_spec(gguf_config(read_gguf(path))).layers[0].mixer
+    assert isinstance(mixer, GroupedQueryAttention) and mixer.scale == pytest.approx(scale)
+
+
+def test_a_final_norm_may_have_another_name(tmp_path: Path) -> None:
+    """That of LFM2 is named after the embedding in many files."""
+    config, tensors = model("lfm2")
+    older = gguf_tensors(config, tensors)
+    newer = {name.replace("token_embd_norm", "output_norm"): array for name, array in older.items()}
+    one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), older))
+    with one, packed(write_gguf(tmp_path / "other.gguf", gguf_metadata(config), newer)) as other:
+        assert older.keys() != newer.keys() and same_stores(one, other)
 
 
 def test_tensors_that_cannot_be(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
-from hybrid.weights.checkpoints.gguf_config import ROPE_FACTORS, gguf_config
+from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_mix, opened_types
 from hybrid.weights.checkpoints.gguf_names import apart, joined_kv, kv_parts, permuted_heads, with_gguf_names
+from hybrid.weights.checkpoints.gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source, TurnedSource
 from hybrid.weights.shard import Entry
@@ -151,7 +152,7 @@ class GgufCheckpoint(Checkpoint):
         """Whether a tensor is read elsewhere, or is of a layer that predicts further tokens."""
         layer = name.split(".")[1] if name.startswith("blk.") else ""
         further = range(len(self.spec.layers), self.blocks)
-        return name == ROPE_FACTORS or (layer.isdecimal() and int(layer) in further)
+        return name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS) or (layer.isdecimal() and int(layer) in further)
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:

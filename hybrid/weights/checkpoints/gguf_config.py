@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from hybrid.errors import WeightsError
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
-from hybrid.weights.shard import read_bytes
+from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
 
-Config = dict[str, Any]
-
-EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
 _SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
 _GATING = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
+_GEMMA3_27B, _GEMMA3_PATTERN = 62, 6  # layers of that model; in all of them every 6th sees everything
 _NULLS = ("q_lora_rank",)  # fields in which null says something
-_TOO_LARGE = 1 << 20  # bytes of factors of a rope
 
 
 def gguf_config(model: Gguf) -> Config:
@@ -52,65 +47,31 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "max_position_embeddings": metadata.size("context_length"),
         "intermediate_size": metadata.size("feed_forward_length", 0) or None,
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
+        "num_key_value_heads": max(_kv_heads(metadata)),
         "head_dim": dim,
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(model, metadata),
-        "partial_rotary_factor": _rope_part(metadata, dim),
+        "rope_scaling": rope_scaling(model, metadata),
+        "partial_rotary_factor": rope_part(metadata, dim),
         "tie_word_embeddings": HEAD not in model.tensors,
         "attention_bias": _has(model, "attn_q.bias") or _has(model, "attn_qkv.bias"),
     }
 
 
+def _kv_heads(metadata: GgufMetadata) -> list[int]:
+    """Of every layer; in models with short convolutions 0 of those that do not attend."""
+    name, heads = "attention.head_count_kv", metadata.size("attention.head_count")
+    if metadata.architecture != "lfm2":
+        return [metadata.size(name, heads)] * max(1, layer_count(metadata))
+    found = metadata.layer_sizes(name, layer_count(metadata))
+    if len({*found} - {0}) != 1:
+        raise metadata.refuse(name, found, "one number above 0, and 0 where a layer does not attend")
+    return found
+
+
 def _key_length(metadata: GgufMetadata) -> int:
     shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
     return metadata.size("attention.key_length", shared)
-
-
-def _rope_part(metadata: GgufMetadata, dim: int) -> float | None:
-    turning = metadata.size("rope.dimension_count", dim)
-    return None if turning == dim or not dim else turning / dim
-
-
-def _rope_scaling(model: Gguf, metadata: GgufMetadata) -> Config | None:
-    if factors := _factors(model, ROPE_FACTORS):
-        return {"rope_type": "factors", "factors": factors}
-    linear = metadata.number("rope.scale_linear", 1.0)  # of old files
-    factor = metadata.number("rope.scaling.factor", linear)
-    kind = metadata.text("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
-    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        return _yarn(metadata, factor)
-    raise metadata.refuse("rope.scaling.type", kind, "none, linear or yarn")
-
-
-def _yarn(metadata: GgufMetadata, factor: float) -> Config:
-    names = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-    found = {ours: metadata.number(f"rope.scaling.{name}") for name, ours in names.items() if _set(metadata, name)}
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": metadata.size("rope.scaling.original_context_length"),
-        **found,
-    }
-
-
-def _set(metadata: GgufMetadata, name: str) -> bool:
-    return metadata.has(f"rope.scaling.{name}") and metadata.number(f"rope.scaling.{name}") > 0
-
-
-def _factors(model: Gguf, name: str) -> list[float]:
-    """The values of a small tensor of floats, [] where there is none."""
-    entry = model.tensors.get(name)
-    if entry is None:
-        return []
-    if entry.dtype != "F32" or len(entry.shape) != 1 or entry.end - entry.start > _TOO_LARGE:
-        raise WeightsError(f"{model.path}: tensor {name} is {entry.dtype} {list(entry.shape)}; it must be a row of F32")
-    return [float(value) for value in read_bytes(entry, 0, entry.end - entry.start).view(np.float32)]
 
 
 def _has(model: Gguf, name: str, layer: int = 0) -> bool:
@@ -186,7 +147,7 @@ def _qwen3_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _gpt_oss(model: Gguf, metadata: GgufMetadata) -> Config:
     """The published models turn with bounds of yarn that are not rounded."""
-    scaling = _rope_scaling(model, metadata)
+    scaling = rope_scaling(model, metadata)
     return {
         "model_type": "gpt_oss",
         **_experts(metadata),
@@ -305,7 +266,7 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
         "norm_topk_prob": normed,
         "n_group": groups,
         "topk_group": metadata.size("expert_group_used_count", 0) or 1,
-        "rope_scaling": _latent_scaling(metadata, _rope_scaling(model, metadata)),
+        "rope_scaling": latent_scaling(metadata, rope_scaling(model, metadata)),
         "attention_bias": False,
     }
     return (
@@ -313,12 +274,36 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
     )
 
 
-def _latent_scaling(metadata: GgufMetadata, scaling: Config | None) -> Config | None:
-    """What YaRN multiplies scores by, apart from the turned dimensions."""
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return scaling
-    magnitude = metadata.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
-    return {**scaling, "mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else scaling
+def _gemma3(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Files say neither which layers slide nor what scales scores: of the largest model it is another number."""
+    heads, hidden = metadata.size("attention.head_count"), metadata.size("embedding_length")
+    largest = layer_count(metadata) == _GEMMA3_27B
+    return {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": hidden // max(1, heads) if largest else _key_length(metadata),
+        "sliding_window": metadata.size("attention.sliding_window", 0) or None,
+        "sliding_window_pattern": metadata.size("attention.sliding_window_pattern", _GEMMA3_PATTERN),
+        "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10_000.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
+    }
+
+
+def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {
+        "model_type": "phimoe",
+        **_experts(metadata),
+        "lm_head_bias": HEAD_BIAS in model.tensors,
+        "sliding_window": metadata.size("attention.sliding_window", 0) or None,
+    }
+
+
+def _lfm2(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {
+        "model_type": "lfm2",
+        "layer_types": ["full_attention" if heads else "conv" for heads in _kv_heads(metadata)],
+        "conv_L_cache": metadata.size("shortconv.l_cache"),
+        "block_auto_adjust_ff_dim": False,
+    }
 
 
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
@@ -335,6 +320,9 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
+    "gemma3": _gemma3,
+    "phimoe": _phimoe,
+    "lfm2": _lfm2,
 }
 MODEL_TYPES = {
     "llama": ("llama", "mixtral"),
@@ -350,4 +338,7 @@ MODEL_TYPES = {
     "olmoe": ("olmoe",),
     "granitemoe": ("granitemoe",),
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
+    "gemma3": ("gemma3_text",),
+    "phimoe": ("phimoe",),
+    "lfm2": ("lfm2",),
 }  # that the functions above make of files of each architecture

@@ -23,6 +23,14 @@ class GgufMetadata:
         """An integer; of a list with one for each layer, the value that all have."""
         return int(self._read(self._key(name), default, "an integer, the same for all layers", _is_size))
 
+    def layer_sizes(self, name: str, count: int) -> list[int]:
+        """An integer for each of `count` layers, or one for all of them."""
+        value: Any = self._model.metadata.get(self._key(name))
+        found: list[Any] = value if isinstance(value, list) else [value] * count
+        if len(found) != count or not all(map(_is_size, found)):
+            raise self._bad(self._key(name), value, f"an integer, or one for each of {count} layers")
+        return found
+
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._read(self._key(name), default, "a number", _is_number))
 

@@ -15,6 +15,7 @@ from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
 from hybrid.models.layers.latent import LatentAttention, LatentNames
 from hybrid.models.layers.router import FeedForwardNames
+from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
 from hybrid.weights.shard import Entry
@@ -26,6 +27,14 @@ _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bia
 _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 
 OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
+_OTHER_NAMES = {"token_embd_norm.weight": OUTER.final_norm}  # of what some files misname
+_POST_ATTENTION, _POST_FEED_FORWARD = f"{_LAYER}.post_attention_norm.weight", f"{_LAYER}.post_ffw_norm.weight"
+CONVOLUTION = ShortConvNames(
+    norm=f"{_LAYER}.attn_norm.weight",
+    into=f"{_LAYER}.shortconv.in_proj.weight",
+    taps=f"{_LAYER}.shortconv.conv.weight",
+    out=f"{_LAYER}.shortconv.out_proj.weight",
+)
 ATTENTION = GroupedQueryNames(
     norm=f"{_LAYER}.attn_norm.weight",
     q=f"{_LAYER}.attn_q.weight",
@@ -69,23 +78,27 @@ FEED_FORWARD = FeedForwardNames(
 
 
 def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
-    """A copy of the spec of a model with the names of GGUF files of this architecture."""
+    """A copy of the spec of a model with the names of GGUF files of this architecture, whose norms are whole."""
     feed_forward = FEED_FORWARD
     if architecture in _NORM_BEHIND:
-        feed_forward = replace(feed_forward, norm=f"{_LAYER}.post_attention_norm.weight")
+        feed_forward = replace(feed_forward, norm=_POST_ATTENTION)
     layers = [LayerSpec(_mixer(layer.mixer), _named(layer.feed_forward, feed_forward)) for layer in spec.layers]
-    return replace(spec, layers=tuple(layers), names=OUTER)
+    norm = "rms" if spec.norm == "rms_less_one" else spec.norm
+    return replace(spec, layers=tuple(layers), names=OUTER, norm=norm)
 
 
 def _mixer(mixer: Mixer) -> Mixer:
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
+    if isinstance(mixer, ShortConv):
+        return replace(mixer, names=CONVOLUTION)
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
-    return replace(mixer, names=ATTENTION)
+    return replace(mixer, names=replace(ATTENTION, post_norm=mixer.names.post_norm and _POST_ATTENTION))
 
 
 def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
-    return replace(feed_forward, names=names)
+    post_norm = feed_forward.names.post_norm and _POST_FEED_FORWARD
+    return replace(feed_forward, names=replace(names, post_norm=post_norm))
 
 
 def permuted_heads(spec: ModelSpec, architecture: str) -> dict[str, int]:
@@ -109,7 +122,8 @@ def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
         elif match := _QKV.fullmatch(name):
             found.update(_queries_keys_values(spec, entry, *match.groups()))
         else:
-            found[name] = entry
+            other = _OTHER_NAMES.get(name, name)
+            found[name if other in tensors else other] = entry
     return found
 
 
