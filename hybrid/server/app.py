@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 import hybrid
-from hybrid.server import chat, completions, state, texts
+from hybrid.server import chat, completions, messages, ollama, responses, state, texts
 from hybrid.server.gate import Gate
 from hybrid.server.refusals import Refusal, internal
 from hybrid.server.service import Service
@@ -18,7 +18,7 @@ _CLIENT_GONE = 499  # as nginx writes it; nobody reads it
 def build(service: Service) -> Gate:
     """An ASGI application. Whatever a route raises becomes an error of the API's shape."""
     app = FastAPI(title="hybrid", version=hybrid.__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
-    for endpoints in (chat, completions, texts, state):
+    for endpoints in (chat, completions, messages, responses, ollama, texts, state):
         app.include_router(endpoints.routes(service))
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(ClientGone, _gone)
@@ -28,7 +28,8 @@ def build(service: Service) -> Gate:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return error.response() if isinstance(error, Refusal) else internal().response()
+    refusal = error if isinstance(error, Refusal) else internal()
+    return refusal.response(request.scope["path"])
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -38,11 +39,11 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = {404: "there is no such endpoint", 405: "this endpoint takes another method"}.get(status, "not possible")
-    response = Refusal(status, message).response()
+    response = Refusal(status, message).response(request.scope["path"])
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     return response
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return internal().response()
+    return internal().response(request.scope["path"])

@@ -38,9 +38,8 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, request: Request, body: ChatBody) -> Response:
-    body.check()
     model = service.check_model(body.model)
-    run = await service.start(body.n or 1, partial(_requests, body, service.vocab))
+    run = await start(service, body)
     if body.stream:
         events = _events(service, run, body, model, request)
         return EventStream(events, run.close)
@@ -55,6 +54,12 @@ async def _answer(service: Service, request: Request, body: ChatBody) -> Respons
         return JSONResponse(reply)
     finally:
         run.close()
+
+
+async def start(service: Service, body: ChatBody) -> Run:
+    """Let a chat in, whichever API it was asked by. Raises Refusal."""
+    body.check()
+    return await service.start(body.n or 1, partial(_requests, body, service.vocab))
 
 
 def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:

@@ -15,9 +15,9 @@ from hybrid.server.refusals import Refusal
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
 MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "thinking_budget")
-_LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -40,7 +40,7 @@ class Sampling(Constrained):
     model: str | None = Field(None, max_length=1000)
     temperature: Finite | None = Field(None, ge=0, le=2)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=_LARGEST)
+    top_k: int | None = Field(None, ge=-1, le=LARGEST)
     min_p: Finite | None = Field(None, ge=0, le=1)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
@@ -53,9 +53,9 @@ class Sampling(Constrained):
         None, max_length=MAX_BIASES
     )
     ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=_LARGEST)
+    min_tokens: int | None = Field(None, ge=0, le=LARGEST)
     n: int | None = Field(None, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(None, ge=0, le=_LARGEST)
+    max_tokens: int | None = Field(None, ge=0, le=LARGEST)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Of no effect on the answer, but sent by clients.
@@ -159,7 +159,7 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
 
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: int | None = Field(None, ge=1, le=_LARGEST)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     modalities: list[Literal["text"]] | None = None

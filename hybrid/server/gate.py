@@ -35,7 +35,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CORS = {
     b"access-control-allow-methods": b"GET, POST",
-    b"access-control-allow-headers": b"authorization, content-type, x-api-key, x-request-id",
+    b"access-control-allow-headers": b"authorization, content-type, x-api-key, x-request-id, "
+    b"anthropic-version, anthropic-beta",
     b"access-control-max-age": b"600",
 }
 logger = logging.getLogger("hybrid.server")
@@ -60,14 +61,14 @@ class Gate:
             if exchange.headers.get(b"origin") and scope["method"] == "OPTIONS" and self._origin_allowed(exchange):
                 return await exchange.send_preflight()
             if (refusal := self._refusal(exchange)) is not None:
-                return await refusal.response()(scope, receive, exchange.send)
+                return await refusal.response(exchange.path)(scope, receive, exchange.send)
             await self._app(scope, receive, exchange.send)
         except asyncio.CancelledError:
             raise
         except Exception as error:
             exchange.log_failure(error)
             if exchange.status is None:
-                await internal().response()(scope, receive, exchange.send)
+                await internal().response(exchange.path)(scope, receive, exchange.send)
         finally:
             exchange.log_end()
 
@@ -117,9 +118,13 @@ class Exchange:
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
+    @property
+    def path(self) -> str:
+        path: str = self.scope["path"]
+        return path
+
     def is_for(self, paths: set[str]) -> bool:
-        path = self.scope["path"]
-        return path in paths and self.scope.get("raw_path", path.encode()) == path.encode()
+        return self.path in paths and self.scope.get("raw_path", self.path.encode()) == self.path.encode()
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """To the client; TimeoutError if it takes nothing for too long."""

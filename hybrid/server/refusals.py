@@ -1,4 +1,4 @@
-"""What a client is told when it gets no answer: the errors of OpenAI's API."""
+"""What a client is told when it gets no answer: errors as the API has them that was asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from fastapi.responses import JSONResponse
 
 from hybrid.errors import RequestError
 
+ANTHROPIC, OLLAMA = "/v1/messages", "/api/"  # how paths begin whose errors have another shape
+_ANTHROPIC_KINDS = {404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 KINDS = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "overloaded_error"}
 INTERNAL = "the server failed on this request; its log has more, by the request id"
 RETRY_SECONDS = 1
@@ -34,11 +36,20 @@ class Refusal(Exception):
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def body_for(self, path: str) -> dict[str, Any]:
+        """As the API wants it that the path is of."""
+        if path.startswith(OLLAMA):
+            return {"error": self.message}
+        if not path.startswith(ANTHROPIC):
+            return self.body
+        kind = _ANTHROPIC_KINDS.get(self.status) or KINDS.get(self.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str = "") -> JSONResponse:
         headers = {"retry-after": str(RETRY_SECONDS)} if self.status == 503 else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body_for(path), self.status, headers)
 
 
 def internal() -> Refusal:

@@ -108,3 +108,9 @@ def _top(texts: TokenTexts, token: TokenLogprob) -> dict[str, float]:
 def finite(logprob: float) -> float:
     """JSON knows no infinity: what is impossible is very unlikely."""
     return max(float(logprob), -9999.0)
+
+
+def stopped_by(text: str, stops: Sequence[str]) -> str | None:
+    """Which stop text ended an answer, whose whole text with it this is: the one that was complete first."""
+    found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    return min(found)[2] if found else None

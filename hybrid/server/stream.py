@@ -22,15 +22,30 @@ class ClientGone(Exception):
     """Nobody waits for the answer."""
 
 
+def plain(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + plain(data) + b"\n\n"
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Its name is its type."""
+    return f"event: {data['type']}\n".encode() + event(data)
+
+
+def line(data: Mapping[str, Any]) -> bytes:
+    return plain(data) + b"\n"
 
 
 class EventStream(Response):
     """Sends events as they come, and what ends them early as a last one. close: called in every case, once."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    def __init__(
+        self, events: AsyncIterator[bytes], close: Callable[[], None], media_type: str = "text/event-stream"
+    ) -> None:
+        super().__init__(media_type=media_type, headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._events, self._close = events, close
 

@@ -1,0 +1,185 @@
+"""What POST /v1/messages takes, as the chat that it asks for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hybrid.server.bodies import checked
+from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, Finite, StopText, Strict
+from hybrid.server.refusals import Refusal
+
+Block = dict[str, Any]
+
+
+class MessageTool(BaseModel):
+    """Of a function of the client; what else clients send of it does not change the prompt."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: str | None = None
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+
+    def function(self) -> dict[str, Any]:
+        """Raises Refusal for a tool that would run here."""
+        if self.type not in (None, "custom"):
+            raise Refusal(
+                400, f"tools: the type {self.type!r:.60} would run on the server; this one runs none", "tools"
+            )
+        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+class MessageToolChoice(Strict):
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(BaseModel):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = Field(None, ge=0, le=LARGEST)
+
+
+class OutputConfig(Strict):
+    effort: str | None = Field(None, max_length=32)
+    format: dict[str, Any] | None = None
+
+
+class CountBody(Strict):
+    """POST /v1/messages/count_tokens: what makes the prompt."""
+
+    model: str | None = Field(None, max_length=1000)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[MessageTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: MessageToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    # Of no effect on the answer, but sent by clients.
+    betas: Any = None
+    cache_control: Any = None
+    context_management: Any = None
+
+    def chat(self) -> dict[str, Any]:
+        """The fields of a chat. Raises Refusal."""
+        messages = [] if self.system is None else [{"role": "system", "content": _text(self.system, "system")}]
+        for index, message in enumerate(self.messages):
+            messages += _messages(message, f"messages.{index}")
+        if messages[-1]["role"] == "assistant":
+            raise Refusal(400, "messages: the last is the assistant's; this server does not continue one", "messages")
+        chat: dict[str, Any] = {"messages": messages, **self._choice()}
+        if self.tools:
+            chat["tools"] = [tool.function() for tool in self.tools]
+        if self.thinking and self.thinking.type != "adaptive":
+            on = self.thinking.type == "enabled"
+            chat["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on}
+        return chat | self._output()
+
+    def _choice(self) -> dict[str, Any]:
+        choice = self.tool_choice
+        if choice is None:
+            return {}
+        if choice.type == "tool":
+            made: Any = {"type": "function", "function": {"name": choice.name or ""}}
+        else:
+            made = "required" if choice.type == "any" else choice.type
+        return {"tool_choice": made, "parallel_tool_calls": not choice.disable_parallel_tool_use}
+
+    def _output(self) -> dict[str, Any]:
+        given = self.output_config
+        made: dict[str, Any] = {"reasoning_effort": given.effort if given else None}
+        if given and given.format is not None:
+            schema = given.format.get("schema")
+            made["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        return made
+
+
+class MessagesBody(CountBody):
+    """POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, le=LARGEST)
+    temperature: Finite | None = Field(None, ge=0, le=1)
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=LARGEST)
+    stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOPS)
+    stream: bool | None = None
+    metadata: Any = None
+    service_tier: Any = None
+
+    def chat_body(self) -> ChatBody:
+        """Raises Refusal."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        more = {"max_tokens": self.max_tokens, "stop": self.stop_sequences or None}
+        return checked(ChatBody, {**self.chat(), **sampling, **more})
+
+
+def _messages(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """A message as messages of a chat: results of tools become messages of their own."""
+    if strange := sorted(set(message) - {"role", "content"}):
+        raise Refusal(400, f"{place}: {strange[0][:50]!r} is unknown here", "messages")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise Refusal(400, f"{place}: the role is {role!r:.50}; allowed: user, assistant", "messages")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise Refusal(400, f"{place}: the content must be a text or a list of blocks", "messages")
+    if role == "assistant":
+        return [_assistant(blocks, place)]
+    made, texts = [], []
+    for block in blocks:
+        if block.get("type") == "tool_result" and role == "user":
+            result = _text(block.get("content") or "", place)
+            made.append({"role": "tool", "tool_call_id": _name(block, "tool_use_id", place), "content": result})
+        else:
+            texts.append(_text([block], place))
+    if texts or not made:
+        made.append({"role": role, "content": "\n".join(texts)})
+    return made
+
+
+def _assistant(blocks: list[Block], place: str) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": "assistant", "content": ""}
+    texts, reasons, calls = [], [], []
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "thinking":
+            reasons.append(_name(block, "thinking", place))
+        elif kind == "tool_use":
+            arguments = block.get("input")
+            if not isinstance(arguments, dict):
+                raise Refusal(400, f"{place}: the input of a tool_use must be an object", "messages")
+            function = {"name": _name(block, "name", place), "arguments": json.dumps(arguments, ensure_ascii=False)}
+            calls.append({"type": "function", "id": _name(block, "id", place), "function": function})
+        elif kind != "redacted_thinking":  # which nobody can read
+            texts.append(_text([block], place))
+    said["content"] = "".join(texts)
+    if reasons:
+        said["reasoning_content"] = "".join(reasons)
+    if calls:
+        said["tool_calls"] = calls
+    return said
+
+
+def _text(content: Any, place: str) -> str:
+    """A text, or the lines of blocks that are texts."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for block in content if isinstance(content, list) else [content]:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind != "text":
+            raise Refusal(400, f"{place}: a block of the type {kind!r:.50} cannot be read here; text can", "messages")
+        texts.append(_name(block, "text", place))
+    return "\n".join(texts)
+
+
+def _name(block: Block, field: str, place: str) -> str:
+    value = block.get(field)
+    if not isinstance(value, str):
+        raise Refusal(400, f"{place}: {field} of a block must be a text", "messages")
+    return value

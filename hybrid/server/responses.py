@@ -1,0 +1,202 @@
+"""POST /v1/responses, as OpenAI's API has it, without anything that is kept."""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+from time import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from hybrid.server.bodies import read_body
+from hybrid.server.chat import start
+from hybrid.server.documented import takes
+from hybrid.server.parts import Face, Part, answer
+from hybrid.server.refusals import Refusal
+from hybrid.server.replies import measured, usage_of
+from hybrid.server.responses_body import ResponsesBody
+from hybrid.server.service import Run, Service
+from hybrid.server.stream import PING, named_event, until_gone
+
+Item = dict[str, Any]
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/responses", openapi_extra=takes(ResponsesBody), response_model=None)
+    async def responses(request: Request) -> Response:
+        """The assistant's answer as items, whole or as a stream."""
+        service.require_room()
+        body = await read_body(request, ResponsesBody, service.config.max_body_mb << 20)
+        return await until_gone(request.receive, _answer(service, request, body))
+
+    @router.get("/v1/responses/{name}", response_model=None)
+    async def response(name: str) -> Response:
+        """Always 404: no response is kept."""
+        raise Refusal(404, "this server keeps no responses", "id", "response_not_found")
+
+    return router
+
+
+async def _answer(service: Service, request: Request, body: ResponsesBody) -> Response:
+    model = service.check_model(body.model)
+    run = await start(service, body.chat_body())
+    return await answer(request, run, bool(body.stream), partial(_Response, model=model, body=body))
+
+
+class _Response(Face):
+    """A response: items that are reasoning, a message or a call of a function."""
+
+    def __init__(self, run: Run, model: str, body: ResponsesBody) -> None:
+        super().__init__(run, model, body.parallel_tool_calls is False)
+        self._id, self._created, self._body = f"resp_{uuid.uuid4().hex}", time(), body
+        self._items: list[Item] = []
+        self._open: str | None = None  # the kind of the last item, while it goes on
+        self._number = 0  # of the next event
+
+    def begin(self) -> bytes:
+        whole = self._response("in_progress")
+        return self._event("response.created", response=whole) + self._event("response.in_progress", response=whole)
+
+    def add(self, part: Part) -> bytes:
+        if part.call:
+            return self._close() + self._call(part)
+        events = b""
+        if part.kind != self._open:
+            events = self._close() + self._start(part.kind)
+        self._items[-1]["content"][0]["text"] += part.text
+        return events + self._inner(f"{_stem(part.kind)}.delta", delta=part.text, **_logprobs(part.kind))
+
+    def end(self) -> bytes:
+        events = self._close(self._status)
+        return events + self._event(f"response.{self._status}", response=self._finished())
+
+    def whole(self) -> dict[str, Any]:
+        return {**self._finished(), **measured(self.run)}
+
+    def silence(self) -> bytes:
+        return PING
+
+    def failed(self, refusal: Refusal) -> bytes:
+        code = refusal.code or "server_error"
+        return self._event("error", code=code, message=refusal.message, param=refusal.param)
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self.completion.finish_reason == "length" else "completed"
+
+    def _start(self, kind: str) -> bytes:
+        """An item whose text is to come."""
+        self._open = kind
+        if kind == "reasoning":
+            item: Item = {"type": "reasoning", "id": _new("rs"), "summary": [], "content": []}
+            part: Item = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"type": "message", "id": _new("msg"), "role": "assistant", "content": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._items.append({**item, "status": "in_progress"})
+        events = self._event("response.output_item.added", output_index=self._index, item=dict(self._items[-1]))
+        self._items[-1]["content"] = [part]
+        return events + self._inner("content_part.added", part=dict(part))
+
+    def _close(self, status: str = "completed") -> bytes:
+        if self._open is None:
+            return b""
+        kind, self._open = self._open, None
+        self._items[-1]["status"] = status
+        part = self._items[-1]["content"][0]
+        events = self._inner(f"{_stem(kind)}.done", text=part["text"], **_logprobs(kind))
+        return events + self._inner("content_part.done", part=part) + self._item_done()
+
+    def _call(self, part: Part) -> bytes:
+        assert part.call
+        item: Item = {"type": "function_call", "id": _new("fc"), "call_id": part.call.id, "name": part.call.name}
+        self._items.append({**item, "arguments": "", "status": "in_progress"})
+        place = {"item_id": item["id"], "output_index": self._index}
+        events = self._event("response.output_item.added", output_index=self._index, item=dict(self._items[-1]))
+        stem = "response.function_call_arguments"
+        events += self._event(f"{stem}.delta", **place, delta=part.text)
+        events += self._event(f"{stem}.done", **place, name=part.call.name, arguments=part.text)
+        self._items[-1] |= {"arguments": part.text, "status": "completed"}
+        return events + self._item_done()
+
+    def _item_done(self) -> bytes:
+        return self._event("response.output_item.done", output_index=self._index, item=self._items[-1])
+
+    @property
+    def _index(self) -> int:
+        return len(self._items) - 1
+
+    def _inner(self, kind: str, **more: Any) -> bytes:
+        place = {"item_id": self._items[-1]["id"], "output_index": self._index, "content_index": 0}
+        return self._event(f"response.{kind}", **place, **more)
+
+    def _event(self, kind: str, **more: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return named_event({"type": kind, "sequence_number": number, **more})
+
+    def _finished(self) -> dict[str, Any]:
+        usage = usage_of([self.completion])
+        reasoning = self.run.service.llm.llm.encode(self.completion.reasoning, False)
+        made = self._response(self._status)
+        made["completed_at"] = int(time()) if self._status == "completed" else None
+        made["incomplete_details"] = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        made["output"] = self._items
+        made["usage"] = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": min(len(reasoning), usage["completion_tokens"])},
+            "total_tokens": usage["total_tokens"],
+        }
+        return made
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body = self._body
+        said = body.model_dump(include={"instructions", "max_output_tokens", "metadata", "user", "max_tool_calls"})
+        reasoning = body.reasoning or None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": int(self._created),
+            "completed_at": None,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.model,
+            "output": [],
+            **said,
+            "metadata": body.metadata or {},
+            "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in body.tools or ()],
+            "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "top_logprobs": 0,
+            "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "truncation": body.truncation or "disabled",
+            "service_tier": "default",
+            "previous_response_id": None,
+            "background": False,
+            "store": False,
+            "safety_identifier": None,
+            "prompt_cache_key": None,
+            "usage": None,
+        }
+
+
+def _stem(kind: str) -> str:
+    return "reasoning_text" if kind == "reasoning" else "output_text"
+
+
+def _logprobs(kind: str) -> dict[str, Any]:
+    return {"logprobs": []} if kind == "text" else {}
+
+
+def _new(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"

@@ -1,0 +1,180 @@
+"""What POST /v1/responses takes, as the chat that it asks for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hybrid.server.bodies import checked
+from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_TOOLS, ChatBody, Finite, Strict
+from hybrid.server.refusals import Refusal
+
+Item = dict[str, Any]
+_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
+
+
+class ResponseTool(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    type: str
+    name: str | None = Field(None, min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def function(self) -> dict[str, Any]:
+        """Raises Refusal for a tool that is none of the client's functions."""
+        if self.type != "function" or self.name is None:
+            message = f"tools: the type {self.type!r:.60} without a name; this server knows named functions alone"
+            raise Refusal(400, message, "tools")
+        return {"type": "function", "function": self.model_dump(exclude_none=True, exclude={"type"})}
+
+
+class Reasoning(Strict):
+    effort: str | None = Field(None, max_length=32)
+    summary: Any = None
+    generate_summary: Any = None
+
+
+class TextFormat(Strict):
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponseStreamOptions(Strict):
+    include_obfuscation: bool = False
+
+
+class ResponsesBody(Strict):
+    """POST /v1/responses."""
+
+    model: str | None = Field(None, max_length=1000)
+    input: str | list[dict[str, Any]] = Field(min_length=1)
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    temperature: Finite | None = Field(None, ge=0, le=2)
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=LARGEST)
+    min_p: Finite | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextFormat | None = None
+    chat_template_kwargs: dict[str, bool | int | str | None] | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, max_length=8)
+    top_logprobs: Literal[0] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    prompt: Any = None
+    # Of no effect on the answer, but sent by clients.
+    store: Any = None
+    truncation: Literal["auto", "disabled"] | None = None
+    max_tool_calls: Any = None
+    metadata: dict[str, Any] | None = None
+    user: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+    def chat_body(self) -> ChatBody:
+        """Raises Refusal."""
+        for name in ("previous_response_id", "conversation", "prompt"):
+            if getattr(self, name) is not None:
+                raise Refusal(400, f"{name}: this server keeps nothing; send the whole input again", name)
+        chat: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
+        chat |= {"messages": self._messages(), "max_tokens": self.max_output_tokens}
+        chat |= {"parallel_tool_calls": self.parallel_tool_calls, "chat_template_kwargs": self.chat_template_kwargs}
+        if self.tools:
+            chat["tools"] = [tool.function() for tool in self.tools]
+        chat["tool_choice"] = _choice(self.tool_choice)
+        if self.reasoning:
+            chat["reasoning_effort"] = self.reasoning.effort
+        if self.text and (format := self.text.format) is not None:
+            if format.get("type") == "json_schema":
+                inner = {key: value for key, value in format.items() if key != "type"}
+                format = {"type": "json_schema", "json_schema": inner}
+            chat["response_format"] = format
+        return checked(ChatBody, chat)
+
+    def _messages(self) -> list[dict[str, Any]]:
+        made = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        if isinstance(self.input, str):
+            return [*made, {"role": "user", "content": self.input}]
+        if len(self.input) > MAX_MESSAGES:
+            raise Refusal(400, f"input has more than {MAX_MESSAGES} items", "input")
+        for index, item in enumerate(self.input):
+            _add(made, item, f"input.{index}")
+        return made
+
+
+def _choice(given: str | dict[str, Any] | None) -> Any:
+    if isinstance(given, dict) and given.get("type") == "function" and "name" in given:
+        return {"type": "function", "function": {"name": given["name"]}}
+    return given
+
+
+def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
+    """One item more. What the assistant reasons, says and calls, one after the other, is one message."""
+    kind = item.get("type", "message")
+    if kind == "function_call_output":
+        output = _text(item.get("output"), place)
+        made.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": output})
+    elif kind == "message" and item.get("role") != "assistant":
+        role, content = item.get("role"), _text(item.get("content"), place)
+        if role not in ("user", "system", "developer"):
+            message = f"{place}: the role is {role!r:.50}; allowed: user, assistant, system, developer"
+            raise Refusal(400, message, "input")
+        made.append({"role": "system" if role == "developer" else role, "content": content})
+    elif kind in ("message", "reasoning", "function_call"):
+        if not made or made[-1]["role"] != "assistant":
+            made.append({"role": "assistant", "content": ""})
+        _say(made[-1], kind, item, place)
+    else:
+        raise Refusal(400, f"{place}: an item of the type {kind!r:.60} cannot be read here", "input")
+
+
+def _say(message: dict[str, Any], kind: str, item: Item, place: str) -> None:
+    if kind == "message":
+        message["content"] += _text(item.get("content"), place)
+    elif kind == "reasoning":
+        text = _text(item.get("content") or item.get("summary") or "", place)
+        if text:
+            message["reasoning_content"] = message.get("reasoning_content", "") + text
+    else:
+        function = {name: _string(item, name, place) for name in ("name", "arguments")}
+        call = {"type": "function", "id": _string(item, "call_id", place), "function": function}
+        message.setdefault("tool_calls", []).append(call)
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Refusal(400, f"{place}: the content must be a text or a list of parts", "input")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal":
+            texts.append(_string(part, "refusal", place))
+        elif kind in _TEXTS:
+            texts.append(_string(part, "text", place))
+        else:
+            raise Refusal(400, f"{place}: a part of the type {kind!r:.60} cannot be read here; text can", "input")
+    return "\n".join(texts)
+
+
+def _string(item: Item, field: str, place: str) -> str:
+    value = item.get(field)
+    if not isinstance(value, str):
+        raise Refusal(400, f"{place}: {field} must be a text", "input")
+    return value
