@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
+    "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
 }  # fmt: skip
 
 
@@ -107,6 +108,17 @@ _NAMES = (
     (r"(.*)\.self_attn\.(?:q_norm|q_layernorm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
     (r"(.*)\.self_attn\.(?:k_norm|k_layernorm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
     (r"(.*)\.self_attn\.sinks", r"\1.attn_sinks.weight"),
+    (r"(.*)\.linear_attn\.in_proj_qkv\.weight", r"\1.attn_qkv.weight"),
+    (r"(.*)\.linear_attn\.in_proj_z\.weight", r"\1.attn_gate.weight"),
+    (r"(.*)\.linear_attn\.in_proj_qkvz\.weight", r"\1.ssm_in.weight"),
+    (r"(.*)\.linear_attn\.in_proj_ba\.weight", r"\1.ssm_ba.weight"),
+    (r"(.*)\.linear_attn\.in_proj_a\.weight", r"\1.ssm_alpha.weight"),
+    (r"(.*)\.linear_attn\.in_proj_b\.weight", r"\1.ssm_beta.weight"),
+    (r"(.*)\.linear_attn\.A_log", r"\1.ssm_a"),
+    (r"(.*)\.linear_attn\.dt_bias", r"\1.ssm_dt.bias"),
+    (r"(.*)\.linear_attn\.conv1d\.weight", r"\1.ssm_conv1d.weight"),
+    (r"(.*)\.linear_attn\.norm\.weight", r"\1.ssm_norm.weight"),
+    (r"(.*)\.linear_attn\.out_proj\.weight", r"\1.ssm_out.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
     (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
@@ -155,9 +167,47 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     if (config.get("rope_scaling") or {}).get("rope_type") == "longrope":
         for which in ("short", "long"):
             found[f"rope_factors_{which}.weight"] = np.array(config["rope_scaling"][f"{which}_factor"], np.float32)
+    if "linear_num_key_heads" in config:
+        found = _delta(config, found)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
+
+
+def _delta(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Norms with their 1, rates of decay, projections apart; value heads in turn unless they were by key head."""
+    groups, keys = config["linear_num_key_heads"], config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    found: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        name = name.replace("ffn_norm", "post_attention_norm")
+        if name.endswith("ssm_a"):
+            array = -np.exp(array.astype(np.float32))
+        elif name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
+            array = array.astype(np.float32) + 1
+        if name.endswith("ssm_in.weight"):
+            of_value = config["linear_num_value_heads"] // groups * config["linear_value_head_dim"]
+            dim, heads = config["linear_key_head_dim"], array.reshape(groups, -1, array.shape[-1])
+            parts = np.split(heads, [dim, 2 * dim, 2 * dim + of_value], axis=1)
+            flat = [part.reshape(-1, array.shape[-1]) for part in parts]
+            found[name.replace("ssm_in", "attn_qkv")] = np.concatenate(flat[:3])
+            found[name.replace("ssm_in", "attn_gate")] = flat[3]
+        elif config["model_type"] == "qwen3_next":
+            found[name] = array
+        elif re.search(r"attn_qkv|ssm_conv1d", name):
+            found[name] = np.concatenate([array[: 2 * keys], _in_turn(array[2 * keys :], groups, config)])
+        elif re.search(r"attn_gate|ssm_(alpha|beta|a$|dt)", name):
+            found[name] = _in_turn(array, groups, config)
+        elif "ssm_out" in name:
+            found[name] = _in_turn(array.T, groups, config).T
+        else:
+            found[name] = array
+    return found
+
+
+def _in_turn(rows: np.ndarray, groups: int, config: Mapping[str, Any]) -> np.ndarray:
+    """The first value head of every key head, then the second ones."""
+    each = config["linear_num_value_heads"] // groups
+    return rows.reshape(groups, each, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
 def _latent(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -281,6 +331,16 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"]
             if "mscale_all_dim" in scaling
             else None,
+        }
+    if groups := get("linear_num_key_heads"):
+        values = config["linear_num_value_heads"]
+        found |= {
+            "rope.dimension_count": round(config["head_dim"] * get("partial_rotary_factor", 0.25)),
+            "ssm.conv_kernel": get("linear_conv_kernel_dim", 4),
+            "ssm.state_size": config["linear_key_head_dim"],
+            "ssm.group_count": groups,
+            "ssm.time_step_rank": values,
+            "ssm.inner_size": values * config["linear_value_head_dim"],
         }
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}

@@ -9,9 +9,10 @@ import numpy as np
 import oracle
 import pytest
 from checkpoints import CONFIGS, FP8, as_fp8, dequantised, packed, random_tensors, write_tensors
+from gguf_rig import gguf_metadata, gguf_tensors, write_gguf, write_model
 from steps import in_chunks, open_engine, step
 
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, WeightsError
 from hybrid.formats import FORMATS
 from hybrid.models import model_spec
 
@@ -113,6 +114,30 @@ def test_projections_by_key_head_are_taken_apart_as_published(tmp_path: Path) ->
     assert np.array_equal(FORMATS["fp8"].unpack(store.array("layers.0.delta.in"), 1024, 192), wanted)
     both = tensors[ba].astype(np.float32).reshape(2, 2, 2, 192).transpose(1, 0, 2, 3)
     assert np.array_equal(store.array("layers.0.delta.decays").reshape(2, 2, 2, 192), both)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_value_heads_of_gguf_files_lie_in_turn(tmp_path: Path, family) -> None:
+    """What they add to the residual stream is summed in another order."""
+    config = {**CONFIGS[family], "linear_num_key_heads": 2, "linear_num_value_heads": 6}
+    tensors = random_tensors(config)
+    paths = [write_tensors(tmp_path / "hf", config, tensors), write_model(tmp_path / "model.gguf", config, tensors)]
+    logits = []
+    for path in paths:
+        with open_engine(path, tmp_path / "cache") as engine:
+            assert engine.spec.layers[1].mixer.in_turn == path.name.endswith("gguf")
+            logits.append(step(engine, (0, 0, np.arange(40))))
+    assert np.linalg.norm(logits[1] - logits[0]) < 0.01 * np.linalg.norm(logits[0])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, -np.inf])
+def test_decays_of_gguf_files_that_do_not_decay_are_refused(tmp_path: Path, rate) -> None:
+    config = CONFIGS["qwen3_5_text"]
+    tensors = gguf_tensors(config, random_tensors(config))
+    tensors["blk.0.ssm_a"] = np.full_like(tensors["blk.0.ssm_a"], rate)
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), tensors)
+    with pytest.raises(WeightsError, match=r"tensor blk\.0\.ssm_a holds NaN or infinity"):
+        open_engine(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

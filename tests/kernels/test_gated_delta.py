@@ -22,6 +22,7 @@ class Heads:
         self.rate = placed(random.uniform(-3, 1, value_heads).astype(np.float32))
         self.bias = placed(random.standard_normal(value_heads).astype(np.float32))
         self.norm = placed(random.standard_normal(value_dim).astype(np.float32))
+        self.in_turn = False
         self.size = cpu_kernels.delta_state_bytes(value_heads, key_dim, value_dim)
         self.states = aligned((SEQUENCES, self.size), np.uint8)
 
@@ -52,6 +53,7 @@ class Heads:
             norm=self.norm, output=output, state=layout, key_heads=self.key_heads, value_heads=self.value_heads,
             key_dim=self.key_dim, value_dim=self.value_dim, input_stride=source.shape[1],
             decay_stride=rows[1].shape[1], output_stride=output.shape[1], eps=1e-6,
+            in_turn=self.in_turn,
         )  # fmt: skip
         rig.step(places)
         assert not output[:, width:].any()
@@ -90,6 +92,21 @@ def test_a_sequence_is_what_the_definition_says(isa, sizes) -> None:
     wanted = heads.expected(rows)
     found = heads.run(rows, of_sequence(0, 0, 45)).astype(np.float64)
     assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
+
+
+def test_value_heads_in_turn_are_others_of_the_same_keys(isa) -> None:
+    """The second and the third of four heads change places: with them their values, gates and decays."""
+    heads, other = Heads(isa, *SIZES[0]), Heads(isa, *SIZES[0])
+    rows, order = heads.rows(20), [0, 2, 1, 3]
+
+    def turned(values: np.ndarray, width: int) -> np.ndarray:
+        return values.reshape(len(values), -1, 4, width)[:, :, order].reshape(len(values), -1)
+
+    keys = 2 * heads.widths[0]
+    moved = np.concatenate([rows[0][:, :keys], turned(rows[0][:, keys:], 28)], axis=1), turned(rows[1], 1)
+    other.in_turn, other.rate, other.bias = True, placed(heads.rate[order]), placed(heads.bias[order])
+    found, wanted = other.run(moved, of_sequence(0, 0, 20)), heads.run(rows, of_sequence(0, 0, 20))
+    assert found.tobytes() == turned(wanted, 28).tobytes()
 
 
 @pytest.mark.parametrize("cuts", [[1] * 30, [5, 25], [8, 16, 6], [3, 1, 9, 2, 15]])

@@ -88,7 +88,7 @@ static inline int64_t delta_state_bytes(int value_heads, int key_dim, int value_
 
 // The gated delta rule: every value head has a matrix S that each token multiplies by a decay and then corrects, so
 // that its key k finds more of its value v there: S += k (beta (v - S^T k))^T. What its query q finds, S^T q, is normed
-// and gated. Keys and queries are normed; a key head serves several adjacent value heads.
+// and gated. Keys and queries are normed; a key head serves several value heads.
 struct GatedDeltaArgs {
   const float* input;       // [rows, input_stride]: queries and keys of all key heads, values and gates of value heads
   const float* decays;      // [rows, decay_stride]: of each value head what makes beta; then what makes the decay
@@ -99,6 +99,7 @@ struct GatedDeltaArgs {
   StateLayout state;        // of each sequence, of each value head: see DeltaOffsets
   int key_heads, value_heads, key_dim, value_dim, input_stride, decay_stride, output_stride;
   float eps;
+  bool in_turn;  // the value heads of a key head are as many apart as there are key heads, not adjacent
 
   template <class Field>
   void fields(Field& field) {
@@ -117,6 +118,7 @@ struct GatedDeltaArgs {
     field("decay_stride", decay_stride);
     field("output_stride", output_stride);
     field("eps", eps);
+    field("in_turn", in_turn, kOptional);
   }
 };
 

@@ -67,7 +67,8 @@ static HYBRID_INLINE void norm_key(const float* x, float* out, int dim, float sc
 }
 
 static HYBRID_INLINE void read_tokens(const GatedDeltaArgs& args, int head, const DeltaState& state, DeltaTokens& t) {
-  const int dim = args.key_dim, key_head = head / (args.value_heads / args.key_heads);
+  const int dim = args.key_dim;
+  const int key_head = args.in_turn ? head % args.key_heads : head / (args.value_heads / args.key_heads);
   const float scale = 1.0f / __builtin_sqrtf(float(dim));
   float in_decay[kBlock] = {}, in_beta[kBlock] = {}, decays[kBlock];
   for (int c = 0; c < t.old; ++c) t.key[c] = state.keys + c * dim;

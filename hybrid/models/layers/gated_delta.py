@@ -44,7 +44,7 @@ LINE = 64  # bytes; states begin at one
 @dataclass(frozen=True)
 class GatedDeltaNames:
     """Names in a checkpoint. grouped, grouped_decays: of projections that are made for one key head after the other;
-    empty where queries, keys and values of all heads, gates, betas and decays have projections of their own.
+    empty where queries, keys and values of all heads and gates, or betas and decays, have projections of their own.
     """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
@@ -63,8 +63,8 @@ class GatedDeltaNames:
 
 @dataclass(frozen=True)
 class GatedDeltaNet:
-    """A key head, of queries and of keys, serves `value_heads / key_heads` adjacent value heads. taps: tokens that a
-    channel of the convolution sees, the newest included.
+    """A key head, of queries and of keys, serves `value_heads / key_heads` value heads: adjacent ones, or if they are
+    `in_turn` every `key_heads`-th. taps: tokens that a channel of the convolution sees, the newest included.
     """
 
     key_heads: int
@@ -72,6 +72,7 @@ class GatedDeltaNet:
     key_dim: int
     value_dim: int
     taps: int
+    in_turn: bool = False
     names: GatedDeltaNames = field(default_factory=GatedDeltaNames)
 
     @property
@@ -103,10 +104,12 @@ class GatedDeltaNet:
         yield from norm_shapes(place, names.norm)
         if names.grouped:
             yield names.grouped, (self.width, hidden)
-            yield names.grouped_decays, (2 * heads, hidden)
         else:
             yield names.qkv, (self.channels, hidden)
             yield names.gates, (self.value_width, hidden)
+        if names.grouped_decays:
+            yield names.grouped_decays, (2 * heads, hidden)
+        else:
             yield names.betas, (heads, hidden)
             yield names.decays, (heads, hidden)
         yield names.taps, (self.channels, 1, self.taps)
@@ -135,7 +138,7 @@ class GatedDeltaNet:
 
     def _decays(self, names: GatedDeltaNames) -> Stacked:
         """What betas are made of, then decays."""
-        if not names.grouped:
+        if not names.grouped_decays:
             return Stacked((names.betas, names.decays))
         heads = self.value_heads // self.key_heads
         return self._ungrouped(names.grouped_decays, heads, heads)
@@ -211,6 +214,8 @@ class GatedDeltaNet:
             "output_stride": row_stride(self.value_width),
             "eps": place.eps,
         }
+        if self.in_turn:
+            arguments["in_turn"] = True
         return Op("gated_delta", PART, arguments, (self.value_heads, "heads"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:

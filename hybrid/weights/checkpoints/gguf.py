@@ -19,7 +19,14 @@ from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, 
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_mix, opened_types
-from hybrid.weights.checkpoints.gguf_names import apart, joined_kv, kv_parts, permuted_heads, with_gguf_names
+from hybrid.weights.checkpoints.gguf_names import (
+    apart,
+    as_published,
+    joined_kv,
+    kv_parts,
+    permuted_heads,
+    with_gguf_names,
+)
 from hybrid.weights.checkpoints.gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source, TurnedSource
@@ -75,6 +82,7 @@ class GgufCheckpoint(Checkpoint):
 
     heads: Mapping[str, int] = field(default_factory=dict)
     blocks: int = 0
+    architecture: str = ""
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
@@ -86,7 +94,7 @@ class GgufCheckpoint(Checkpoint):
         entries = joined_kv(spec, _shaped(spec, apart(spec, model.tensors)))
         _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
-        return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks)
+        return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks, architecture)
 
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
@@ -113,7 +121,7 @@ class GgufCheckpoint(Checkpoint):
         if name in self.heads and len(entry.shape) == 1:
             column = replace(entry, shape=(*entry.shape, 1))
             return GgufSource(name, column, 0, entry.shape[0], heads=self.heads[name]).floats(0, entry.shape[0])[:, 0]
-        return super().read(name)
+        return as_published(self.architecture, name, super().read(name))
 
     def notes(self, mix: FormatMix) -> list[str]:
         """What is opened to bf16 because no format holds it, where no other was asked for."""

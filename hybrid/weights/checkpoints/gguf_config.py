@@ -306,6 +306,51 @@ def _lfm2(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
+def _qwen3_next(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "qwen3_next", **_delta(model, metadata), **_shared_experts(metadata)}
+
+
+def _qwen3_5(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "qwen3_5_text", **_delta(model, metadata), **_heads_in_turn(metadata)}
+
+
+def _qwen3_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
+    found = {**_delta(model, metadata), **_heads_in_turn(metadata), **_shared_experts(metadata)}
+    return {"model_type": "qwen3_5_moe_text", **found}
+
+
+def _delta(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Which layers attend is told in two ways, or not at all; those that do not have decays."""
+    values, dim = metadata.size("ssm.time_step_rank"), _key_length(metadata)
+    layers = range(min(layer_count(metadata), len(model.tensors)))
+    return {
+        "linear_conv_kernel_dim": metadata.size("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.size("ssm.state_size"),
+        "linear_num_key_heads": metadata.size("ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": metadata.size("ssm.inner_size") // max(1, values),
+        "layer_types": ["linear_attention" if _has(model, "ssm_a", layer) else "full_attention" for layer in layers],
+        "partial_rotary_factor": metadata.size("rope.dimension_count", dim) / max(1, dim),
+    }
+
+
+def _heads_in_turn(metadata: GgufMetadata) -> Config:
+    """Value heads lie as the program repeats those of keys that made the file: all of them, once more and once more."""
+    in_turn = metadata.size("ssm.group_count") != metadata.size("ssm.time_step_rank")
+    return {"linear_value_heads_in_turn": True} if in_turn else {}
+
+
+def _shared_experts(metadata: GgufMetadata) -> Config:
+    _gating(metadata, _SOFTMAX, _SOFTMAX)
+    _weights(metadata, norm=True)
+    return {
+        **_experts(metadata),
+        "moe_intermediate_size": _expert_width(metadata),
+        "shared_expert_intermediate_size": metadata.size("expert_shared_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -323,6 +368,9 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "gemma3": _gemma3,
     "phimoe": _phimoe,
     "lfm2": _lfm2,
+    "qwen3next": _qwen3_next,
+    "qwen35": _qwen3_5,
+    "qwen35moe": _qwen3_5_moe,
 }
 MODEL_TYPES = {
     "llama": ("llama", "mixtral"),
@@ -341,4 +389,7 @@ MODEL_TYPES = {
     "gemma3": ("gemma3_text",),
     "phimoe": ("phimoe",),
     "lfm2": ("lfm2",),
+    "qwen3next": ("qwen3_next",),
+    "qwen35": ("qwen3_5_text",),
+    "qwen35moe": ("qwen3_5_moe_text",),
 }  # that the functions above make of files of each architecture

@@ -10,8 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
+
+from hybrid.formats.block import Array
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
+from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
 from hybrid.models.layers.latent import LatentAttention, LatentNames
 from hybrid.models.layers.router import FeedForwardNames
@@ -21,7 +25,8 @@ from hybrid.models.tensors import GatedNames
 from hybrid.weights.shard import Entry
 
 PERMUTED = ("llama", "granitemoe")  # rows of queries and keys lie as their rope turns them: pair by pair
-_NORM_BEHIND = ("gpt-oss", "glm4moe")  # the norm before the feed-forward is named after the attention
+_DELTA = ("qwen3next", "qwen35", "qwen35moe")
+_NORM_BEHIND = ("gpt-oss", "glm4moe", *_DELTA)  # the norm before the feed-forward is named after the attention
 _LAYER = "blk.{layer}"
 _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
@@ -56,6 +61,21 @@ LATENT = LatentNames(
     kv_up=f"{_LAYER}.attn_kv_b.weight",
     out=f"{_LAYER}.attn_output.weight",
 )
+# Betas and decays are by key head in files of qwen3next alone.
+DELTA = GatedDeltaNames(
+    norm=f"{_LAYER}.attn_norm.weight",
+    grouped="",
+    grouped_decays="",
+    qkv=f"{_LAYER}.attn_qkv.weight",
+    gates=f"{_LAYER}.attn_gate.weight",
+    betas=f"{_LAYER}.ssm_beta.weight",
+    decays=f"{_LAYER}.ssm_alpha.weight",
+    taps=f"{_LAYER}.ssm_conv1d.weight",
+    decay_rate=f"{_LAYER}.ssm_a",
+    decay_bias=f"{_LAYER}.ssm_dt.bias",
+    head_norm=f"{_LAYER}.ssm_norm.weight",
+    out=f"{_LAYER}.ssm_out.weight",
+)
 
 
 def _gated(ending: str) -> GatedNames:
@@ -82,12 +102,17 @@ def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
     feed_forward = FEED_FORWARD
     if architecture in _NORM_BEHIND:
         feed_forward = replace(feed_forward, norm=_POST_ATTENTION)
-    layers = [LayerSpec(_mixer(layer.mixer), _named(layer.feed_forward, feed_forward)) for layer in spec.layers]
+    layers = tuple(
+        LayerSpec(_mixer(layer.mixer, architecture), _named(layer.feed_forward, feed_forward)) for layer in spec.layers
+    )
     norm = "rms" if spec.norm == "rms_less_one" else spec.norm
-    return replace(spec, layers=tuple(layers), names=OUTER, norm=norm)
+    return replace(spec, layers=layers, names=OUTER, norm=norm)
 
 
-def _mixer(mixer: Mixer) -> Mixer:
+def _mixer(mixer: Mixer, architecture: str) -> Mixer:
+    if isinstance(mixer, GatedDeltaNet):
+        by_key_head = f"{_LAYER}.ssm_ba.weight" if architecture == "qwen3next" else ""
+        return replace(mixer, names=replace(DELTA, grouped_decays=by_key_head))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
     if isinstance(mixer, ShortConv):
@@ -99,6 +124,14 @@ def _mixer(mixer: Mixer) -> Mixer:
 def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
     post_norm = feed_forward.names.post_norm and _POST_FEED_FORWARD
     return replace(feed_forward, names=replace(names, post_norm=post_norm))
+
+
+def as_published(architecture: str, name: str, values: Array) -> Array:
+    """A tensor of floats as its checkpoint had it: the logarithms of rates of decay."""
+    if architecture in _DELTA and name.endswith(".ssm_a"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not negative is refused as not finite
+            return np.log(-values)
+    return values
 
 
 def permuted_heads(spec: ModelSpec, architecture: str) -> dict[str, int]:
