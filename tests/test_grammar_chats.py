@@ -192,3 +192,23 @@ def test_what_is_no_choice_is_refused() -> None:
     with pytest.raises(RequestError, match="has the name"):
         rig.mask(tools=[{"name": 'a"b'}], tool_choice="required")
     assert choose_format("<tool_call>", ()).form is not None
+
+
+def test_what_looks_like_a_mark_within_a_bound_answer_is_none() -> None:
+    answers = AnswerFormat(THINK, DIALECTS["hermes"])
+    texts = ['{"a": "<think>x</think> <tool_call>{}</tool_call>"}', "</think>"]
+    call = '<tool_call>\n{"name": "look", "arguments": {"a": "</tool_call>\\n<tool_call>"}}\n</tool_call>'
+    for before in ("", "<think>Hm</think>\n\n"):
+        for size in (1, 5, 500):
+            for text in texts:
+                parser = answers.parser([], bound=True)
+                whole = before + text
+                parts = [parser.push(whole[at : at + size]) for at in range(0, len(whole), size)]
+                parts.append(parser.finish(True))
+                assert "".join(part.text for part in parts) == text
+            parser = answers.parser(TOOLS, bound=True)
+            whole = f"{before}{call}\n{call}"
+            parts = [parser.push(whole[at : at + size]) for at in range(0, len(whole), size)]
+            parts.append(parser.finish(True))
+            calls = [one for part in parts for one in part.tool_calls]
+            assert [json.loads(one.arguments)["a"] for one in calls] == ["</tool_call>\n<tool_call>"] * 2

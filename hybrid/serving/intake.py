@@ -20,7 +20,7 @@ from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.detokenizer import TextStream
 from hybrid.text.grammar import GrammarCompiler, TokenMask
 from hybrid.text.grammar_check import part_of
-from hybrid.text.grammar_frame import Frame, answer_frame, offered_tools
+from hybrid.text.grammar_frame import Frame, answer_frame, demands_call, offered_tools
 from hybrid.text.messages import ChatInput
 from hybrid.text.tokenizer import Tokenizer
 
@@ -109,9 +109,10 @@ class Intake:
         frame = answer_frame(self.answers, chat, prompt, params.grammar, tokenizer.added)
         masks = self._masks(params, frame)
         shown, requests = self.answers.shown(tokenizer.specials), []
+        bound = params.grammar is not None or demands_call(chat)
         for sample in range(params.n):
             text = TextStream(tokenizer, params.stop, shown=shown)
-            answer = AnswerStream(text, self.answers.parser(offered_tools(chat), prompt))
+            answer = AnswerStream(text, self.answers.parser(offered_tools(chat), prompt, bound))
             ends = self._eos_ids | tokenizer.eos_ids
             requests.append(Request(tokens, params, ends, answer, index, keep, sample, masks[sample]))
             requests[-1].completion.prompt = prompt

@@ -57,12 +57,14 @@ class AnswerFormat:
         parts = (("reasoning", self.reasoning), ("tools", self.dialect))
         return ", ".join(f"{what} {part.name}" for what, part in parts if part) or "plain"
 
-    def parser(self, tools: Tools = (), prompt: str = "") -> AnswerParser:
-        """A parser of one answer. prompt: what it answers, which may have begun the reasoning."""
+    def parser(self, tools: Tools = (), prompt: str = "", bound: bool = False) -> AnswerParser:
+        """A parser of one answer. prompt: what it answers, which may have begun the reasoning. bound: a grammar demands
+        the answer as a whole.
+        """
         if self.harmony:
             return HarmonyParser()
         opened = self.reasoning is not None and prompt.rstrip().endswith(self.reasoning.start.rstrip())
-        return TaggedParser(self.reasoning, self.dialect, tools, opened)
+        return TaggedParser(self.reasoning, self.dialect, tools, opened, bound)
 
     def sent_back(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template takes them: that of gpt-oss refuses a call with both reasoning and a text before it,

@@ -22,6 +22,7 @@ _NAME = re.compile(r"[\w.:/-]{1,256}")
 _TEXT = "/(?s:.*)/"
 _SPACE = r"/[ \n]{1,4}/"
 _HARMONY = CallForm("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", "")
+_MAX_CALLS = 32  # of an answer, for small models go on for ever
 _OBJECT = {"type": "object"}
 
 
@@ -107,6 +108,11 @@ def offered_tools(chat: ChatInput) -> Sequence[Mapping[str, Any]]:
     return [] if chat.tool_choice == "none" else list(chat.tools or ())
 
 
+def demands_call(chat: ChatInput) -> bool:
+    """Whether a tool must be called."""
+    return chat.tool_choice not in (None, "auto", "none")
+
+
 def _told_apart(answers: AnswerFormat, added: Mapping[str, int]) -> bool:
     """Whether calls begin with a token of their own, so that they are known from a text."""
     if answers.harmony:
@@ -133,7 +139,7 @@ def _thought(frame: Frame, answers: AnswerFormat, prompt: str) -> str:
 def _chosen(chat: ChatInput, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]] | None:
     """The tools of which one must be called; None where none must."""
     choice = chat.tool_choice
-    if choice in (None, "auto", "none"):
+    if not demands_call(chat):
         return None
     if not tools:
         raise RequestError("tool_choice demands a call, and there are no tools")
@@ -177,7 +183,9 @@ def _calls(frame: Frame, form: CallForm, tools: Sequence[Mapping[str, Any]], str
         begin, end = (frame.literal(part) for part in (form.begin.replace("{name}", name), form.end))
         each.append(f"{begin} {arguments} {end}")
     call = frame.rule(" | ".join(each))
-    more = f"({frame.literal(form.between)} {call})*" if several and form.between is not None else ""
+    more = (
+        f"({frame.literal(form.between)} {call}){{0,{_MAX_CALLS - 1}}}" if several and form.between is not None else ""
+    )
     return f"{frame.literal(form.opening)} {call} {more} {frame.literal(form.closing)}"
 
 

@@ -40,15 +40,22 @@ REASONING = (
 class TaggedParser(MarkedParser):
     """For answers whose reasoning and calls stand between marks.
 
-    opened: the prompt has begun the reasoning already. A block that is no call, or is not finished, is text: nothing
-    that a model wrote is lost.
+    opened: the prompt has begun the reasoning already. bound: a grammar demands the answer, so that what looks like a
+    mark within a text that it describes, or within a call, is none. A block that is no call, or is not finished, is
+    text: nothing that a model wrote is lost.
     """
 
     def __init__(
-        self, reasoning: ReasoningMarks | None, dialect: Dialect | None, tools: Tools = (), opened: bool = False
+        self,
+        reasoning: ReasoningMarks | None,
+        dialect: Dialect | None,
+        tools: Tools = (),
+        opened: bool = False,
+        bound: bool = False,
     ) -> None:
         super().__init__()
         self._reasoning, self._dialect, self._tools = reasoning, dialect, tools
+        self._bound, self._answered = bound, False
         self._said, self._thought = Voice(), Voice(" \n\t\r", begins=True)
         self._thinking = opened and reasoning is not None
         self._block: str | None = None  # of a call that is being written
@@ -72,6 +79,8 @@ class TaggedParser(MarkedParser):
         if self._thinking:
             assert self._reasoning
             return [self._reasoning.start, self._reasoning.end, *filter(_special, blocks)]
+        if self._answered:
+            return []
         if self._reasoning:
             blocks += [self._reasoning.start, *self._reasoning.dropped]
         return blocks
@@ -91,12 +100,15 @@ class TaggedParser(MarkedParser):
             if self._dialect and first.startswith(self._dialect.bare):
                 self._block, self._end = text, ""
                 return Parts()
+        self._answered = self._bound and bool(self._answered or text.strip())
         return Parts(self._said.say(text))
 
     def _turn(self, mark: str) -> Parts:
         if self._block is not None:
             self._block += mark
-            return self._call()
+            return Parts() if self._bound and not self._reads(self._block) else self._call()
+        if self._answered:
+            return self._take(mark)  # the text before it came at once with it
         self._thought.mark()
         if self._dialect and mark in self._dialect.blocks:
             self._thinking = False  # which some models forget to end
@@ -105,6 +117,13 @@ class TaggedParser(MarkedParser):
         self._said.mark()
         self._thinking = self._reasoning is not None and mark == self._reasoning.start
         return Parts()
+
+    def _reads(self, block: str) -> bool:
+        assert self._dialect
+        try:
+            return bool(self._dialect.parse(block, self._tools))
+        except _WRONG:
+            return False
 
     def _call(self, whole: bool = True) -> Parts:
         assert self._dialect and self._block is not None
