@@ -222,3 +222,13 @@ def test_tokens_are_told_as_bytes_where_they_are_no_characters() -> None:
     texts = TokenTexts(BYTES)
     assert [texts.text_of(token) for token in (65, 0xE4, SPECIAL)] == ["A", "bytes:\\xe4", "<end>"]
     assert texts.bytes_of(257) == b"\xe4\xbd" and texts.bytes_of(99999) == b""
+
+
+def test_none_takes_what_looks_like_a_call_for_a_text() -> None:
+    call = '<tool_call>{"name": "weather", "arguments": {"place": "Rome"}}</tool_call>'
+    model = scripted(call)
+    with running(model.llm) as server:
+        for choice, said in (("auto", None), ("none", call)):
+            body = {"messages": QUESTION, "tools": [WEATHER], "tool_choice": choice, "temperature": 0}
+            (reply,) = server.post("/v1/chat/completions", **body).json()["choices"]
+            assert reply["message"]["content"] == said and ("tool_calls" in reply["message"]) == (said is None)

@@ -86,3 +86,23 @@ def test_what_is_refused_is_one_line_and_no_stream(server, fields, words) -> Non
         message = reply.json()["error"]["message"]
         assert reply.status_code == 400 and re.search(words, message) and "\n" not in message
     assert json.loads(server.http.get("/ready").text)["status"] == "ok"
+
+
+def test_calls_that_must_be_made_are_made() -> None:
+    function = {"name": "weather", "parameters": Animal.model_json_schema(), "strict": True}
+    function["parameters"]["properties"]["kind"] = {"enum": ["cat", "dog"]}
+    function["parameters"]["properties"]["legs"] |= {"minimum": 0, "maximum": 9}
+    words = {"messages": QUESTION, "tools": [{"type": "function", "function": function}], "seed": 1}
+    with running(LLM(tool_parser="hermes")) as server:
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            body = {**words, "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 300}
+            (reply,) = server.post("/v1/chat/completions", **body).json()["choices"]
+            (call,) = reply["message"]["tool_calls"]
+            assert reply["finish_reason"] == "tool_calls" and call["function"]["name"] == "weather"
+            assert Animal.model_validate_json(call["function"]["arguments"])
+            events = server.events("/v1/chat/completions", **body)
+            deltas = [event["choices"][0]["delta"] for event in events[:-1] if event["choices"]]
+            (told,) = [one for delta in deltas for one in delta.get("tool_calls", ())]
+            assert told["function"] == call["function"]
+        wrong = server.post("/v1/chat/completions", **{**words, "tool_choice": {"name": "other"}})
+        assert wrong.status_code == 400 and "tool_choice" in wrong.json()["error"]["message"]

@@ -110,9 +110,10 @@ class Intake:
         masks = self._masks(params, frame)
         shown, requests = self.answers.shown(tokenizer.specials), []
         bound = params.grammar is not None or demands_call(chat)
+        answers = replace(self.answers, dialect=None) if chat.tool_choice == "none" else self.answers
         for sample in range(params.n):
             text = TextStream(tokenizer, params.stop, shown=shown)
-            answer = AnswerStream(text, self.answers.parser(offered_tools(chat), prompt, bound))
+            answer = AnswerStream(text, answers.parser(offered_tools(chat), prompt, bound))
             ends = self._eos_ids | tokenizer.eos_ids
             requests.append(Request(tokens, params, ends, answer, index, keep, sample, masks[sample]))
             requests[-1].completion.prompt = prompt
