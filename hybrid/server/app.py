@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 import hybrid
-from hybrid.server import chat, completions, messages, ollama, responses, state, texts
+from hybrid.server import cache, chat, completions, messages, ollama, responses, state, texts
 from hybrid.server.gate import Gate
 from hybrid.server.refusals import Refusal, internal
 from hybrid.server.service import Service
@@ -18,7 +18,7 @@ _CLIENT_GONE = 499  # as nginx writes it; nobody reads it
 def build(service: Service) -> Gate:
     """An ASGI application. Whatever a route raises becomes an error of the API's shape."""
     app = FastAPI(title="hybrid", version=hybrid.__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
-    for endpoints in (chat, completions, messages, responses, ollama, texts, state):
+    for endpoints in (chat, completions, messages, responses, ollama, texts, cache, state):
         app.include_router(endpoints.routes(service))
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(ClientGone, _gone)

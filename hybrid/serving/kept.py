@@ -45,6 +45,11 @@ class KeptSequences:
     def tokens(self) -> int:
         return sum(len(kept.tokens) for kept in self._kept)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [len(kept.tokens) for kept in self._kept]
+
     def put(self, kept: Kept) -> None:
         self._kept.append(kept)
 

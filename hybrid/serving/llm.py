@@ -263,6 +263,10 @@ class LLM:
         """Free the keys and values that chats have kept."""
         self._loop.forget()
 
+    def kept_lengths(self) -> list[int]:
+        """Tokens of each conversation whose keys and values chats have kept, least recently used first."""
+        return self._loop.kept_lengths()
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special_tokens: with those that the tokenizer adds, such as one that begins it."""
         return [int(token) for token in self._intake.encode(text, special_tokens)]

@@ -117,6 +117,10 @@ class Loop:
         """Free the sequences that requests have left behind."""
         self.run(self._worker.scheduler.forget)
 
+    def kept_lengths(self) -> list[int]:
+        """Tokens of each sequence that a request has left behind, least recently used first."""
+        return self.run(lambda: self._worker.scheduler.kept_lengths)
+
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have it called with the record of every step. Raises what the one before raised, which ended it then."""
         self.run(partial(setattr, self._worker.scheduler, "on_step", on_step))

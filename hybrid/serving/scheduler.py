@@ -150,6 +150,11 @@ class Scheduler:
         while kept := self._kept.pop_oldest():
             self._engine.release(kept.sequence)
 
+    @property
+    def kept_lengths(self) -> list[int]:
+        """Tokens of each kept sequence, least recently used first."""
+        return self._kept.lengths
+
     def _length(self, job: Job) -> int:
         """Tokens to reserve."""
         more = job.params.max_tokens or 0 if isinstance(job, Request) else 0

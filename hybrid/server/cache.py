@@ -1,0 +1,70 @@
+"""GET /cache: what lies in the expert cache and what it did, and the conversations whose keys and values are kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+
+from hybrid.server.service import Service
+from hybrid.serving.llm import LLM
+
+if TYPE_CHECKING:
+    from hybrid.engine.experts.runtime import DeviceExperts
+
+_COUNTS = ("calls", "hits", "loading", "misses", "evictions", "fills")  # of `DeviceExperts.count`
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/cache", response_model=None)
+    async def cache() -> dict[str, Any]:
+        """The expert cache, null with a reason where there is none, and the kept conversations."""
+        return await service.prepare(lambda: _state(service.llm.llm))
+
+    return router
+
+
+def _state(llm: LLM) -> dict[str, Any]:
+    engine = llm.engine
+    experts = None if engine.experts is None else llm.run(lambda: _experts(engine.experts))
+    lengths = llm.kept_lengths()
+    kept = {"sequences": len(lengths), "tokens": sum(lengths), "lengths": lengths}
+    kept |= {"limit_sequences": engine.plan.sequences, "limit_tokens": engine.plan.kv_token_budget}
+    return {"experts": experts, "reason": _reason(llm) if experts is None else None, "kept": kept}
+
+
+def _reason(llm: LLM) -> str:
+    if not llm.engine.spec.moe_layers:
+        return "this model has no experts"
+    return "the processor computes all experts; --device puts some of them on another one"
+
+
+def _experts(experts: DeviceExperts | None) -> dict[str, Any] | None:
+    """On the engine's thread, between steps."""
+    if experts is None:
+        return None
+    geometry, settings, counts = experts.geometry, experts.plan.settings, experts.count()
+    layers = [
+        {"layer": layer, **dict(zip(_COUNTS, map(int, row), strict=True))}
+        for layer, row in zip(experts.plan.shape.layers, counts, strict=True)
+    ]
+    total = dict(zip(_COUNTS, map(int, counts.sum(axis=0)), strict=True))
+    return {
+        "active": experts.placing,
+        "geometry": {
+            "nblocks": geometry.nblocks,
+            "nways": geometry.nways,
+            "mapping": geometry.mapping,
+            "slots": geometry.slots,
+            "experts": geometry.experts,
+            "layers": geometry.layers,
+        },
+        "slots_in_use": len(experts.table.resident()),
+        "policy": settings.policy,
+        "admission": settings.admission,
+        "hit_rate": total["hits"] / max(1, total["calls"]),
+        "total": total,
+        "layers": layers,
+    }
