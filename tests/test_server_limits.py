@@ -171,6 +171,8 @@ def test_no_such_endpoint_and_no_such_method(server: Running) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     huge = raw(server, b"GET /live HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * (1 << 20) + b"\r\n\r\n")
     assert not huge or huge.startswith(b"HTTP/1.1 4")
+    for path, methods in server.http.get("/openapi.json").json()["paths"].items():
+        assert all({"200", "4XX", "5XX"} <= {*method["responses"]} for method in methods.values()), path
 
 
 def test_names_and_pages_of_other_machines_are_refused(server: Running) -> None:

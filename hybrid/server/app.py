@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
@@ -12,12 +14,23 @@ from hybrid.server.refusals import Refusal, internal
 from hybrid.server.service import Service
 from hybrid.server.stream import ClientGone
 
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "What cannot be, with an error that says why."},
+    "5XX": {"description": "What cannot be now, with an error."},
+}
 _CLIENT_GONE = 499  # as nginx writes it; nobody reads it
 
 
 def build(service: Service) -> Gate:
     """An ASGI application. Whatever a route raises becomes an error of the API's shape."""
-    app = FastAPI(title="hybrid", version=hybrid.__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="hybrid",
+        version=hybrid.__version__,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+    )
     for endpoints in (chat, completions, messages, responses, ollama, texts, cache, state):
         app.include_router(endpoints.routes(service))
     app.add_exception_handler(Refusal, _refused)

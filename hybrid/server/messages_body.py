@@ -108,8 +108,12 @@ class MessagesBody(CountBody):
     top_k: int | None = Field(None, ge=0, le=LARGEST)
     stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
+    mcp_servers: list[Any] | None = Field(None, max_length=0)
+    # Of no effect on the answer, but sent by clients.
     metadata: Any = None
     service_tier: Any = None
+    inference_geo: Any = None
+    speed: Any = None
 
     def chat_body(self) -> ChatBody:
         """Raises Refusal."""

@@ -80,6 +80,7 @@ class ResponsesBody(Strict):
     truncation: Literal["auto", "disabled"] | None = None
     max_tool_calls: Any = None
     metadata: dict[str, Any] | None = None
+    client_metadata: Any = None
     user: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
