@@ -221,6 +221,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "phi3": {
+        **_COMMON,
+        "model_type": "phi3",
+        "head_dim": 16,
+        "pad_token_id": None,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.05, 1.15, 1.3, 1.6, 2.0],
+            "long_factor": [1.0, 1.5, 2.2, 3.0, 5.0, 8.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
     "granitemoe": {
         **_COMMON,
         "model_type": "granitemoe",

@@ -66,7 +66,7 @@ def _attention(store: Store, index: int) -> Named:
     if names.post_norm:
         yield from _norm(store, f"{prefix}.post_norm", names.post_norm)
     parts = [names.q, names.k, names.v]
-    yield from zip(parts, np.split(fused, ends), strict=True)
+    yield from [(names.qkv, fused)] if names.qkv else zip(parts, np.split(fused, ends), strict=True)
     if attention.qkv_bias:
         biases = np.split(store.array(f"{prefix}.qkv_bias")[:width], ends)
         yield from zip(map(_bias, parts), biases, strict=True)
@@ -162,7 +162,12 @@ def _feed_forward(store: Store, index: int) -> Named:
     if names.post_norm:
         yield from _norm(store, f"layers.{index}.ffn.post_norm", names.post_norm)
     if not layer.feed_forward.is_moe:
-        yield from zip(names.dense.of_expert(0), _expert(store, index, layer, 0), strict=True)
+        gate, up, down = _expert(store, index, layer, 0)
+        if names.dense.gate:
+            yield from zip(names.dense.of_expert(0), (gate, up, down), strict=True)
+        else:
+            yield names.dense.fused_gate_up, np.concatenate([gate, up])
+            yield names.dense.fused_down, down
         return
     router, ffn = names.router, layer.feed_forward
     scores = store.array(f"layers.{index}.ffn.router")

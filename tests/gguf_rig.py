@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+    "phi3": "phi3",
 }  # fmt: skip
 
 
@@ -96,6 +97,8 @@ _NAMES = (
     (r"(.*)\.(?:input_layernorm|operator_norm)\.(\w+)", r"\1.attn_norm.\2"),
     (r"(.*)\.conv\.(conv|in_proj|out_proj)\.weight", r"\1.shortconv.\2.weight"),
     (r"(.*)\.ffn_norm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.self_attn\.qkv_proj\.weight", r"\1.attn_qkv.weight"),
+    (r"(.*)\.mlp\.gate_up_proj\.weight", r"\1.ffn_up.weight"),
     (r"(.*)\.pre_feedforward_layernorm\.weight", r"\1.ffn_norm.weight"),
     (r"(.*)\.post_feedforward_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
@@ -268,6 +271,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
                     if get(name)), None)  # fmt: skip
     wide = get("moe_intermediate_size") or get("intermediate_size")
     turning = get("rotary_dim") or (config.get("head_dim", 0) // 2 if family == "glm4_moe" else config.get("head_dim"))
+    turning = int(turning * config["partial_rotary_factor"]) if family == "phi3" else turning
     found = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -319,7 +323,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     if (scaling := get("rope_scaling")) and scaling["rope_type"] == "longrope":
         found |= {
             "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
-            "rope.scaling.attn_factor": scaling["short_mscale"],
+            "rope.scaling.attn_factor": scaling.get("short_mscale", scaling.get("attention_factor")),
         }
     elif scaling:
         found |= {

@@ -189,6 +189,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "phi3, longer than the original context": ("phi3", SHARP),
+    "phi3 tied, window, default rope": (
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "sliding_window": 20,
+            "rope_scaling": None,
+            "partial_rotary_factor": 1.0,
+            **SHARP,
+        },
+    ),
     "phimoe, longer than the original context": ("phimoe", {**NO_TIE, **SHARP}),
     "phimoe tied, no biases, default rope": (
         "phimoe",

@@ -42,6 +42,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
         "rope_theta": 1e5, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 3.0},
     },
     "phimoe": {"rope_scaling": {**CONFIGS["phimoe"]["rope_scaling"], "long_mscale": 1.1}},
+    "phi3": {"rope_scaling": {**CONFIGS["phi3"]["rope_scaling"], "short_mscale": 1.25, "long_mscale": 1.25}},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 

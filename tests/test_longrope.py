@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS
+from checkpoints import CONFIGS, write_checkpoint
 from oracle import Oracle
 from steps import in_chunks, open_engine, step
 
@@ -95,6 +95,16 @@ def test_logits_of_a_long_prompt_are_the_same_bits_in_chunks_and_beside_others(s
     for choices in ({}, {"chunk_size": 16}, {"chunk_size": 16, "threads": 1}):
         together = opened(**choices).generate(prompts, GREEDY)
         assert [answer.token_ids for answer in together] == alone
+
+
+def test_phi3_goes_on_beyond_the_original_context_as_with_the_whole_text(tmp_path) -> None:
+    """Whose logits `test_engine` compares with those of transformers."""
+    path = write_checkpoint(tmp_path / "hf", "phi3")
+    prompt = np.random.default_rng(1).integers(0, 131, ORIGINAL - 4).tolist()
+    with LLM(path, cache_dir=tmp_path / "cache", threads=2, batch_invariant=True) as llm:
+        (answer,) = llm.generate([prompt], GREEDY)
+        best = llm.logits([*prompt, *answer.token_ids]).argmax(axis=-1)
+    assert list(answer.token_ids)[5:] == best[ORIGINAL:-1].tolist()
 
 
 def test_a_device_computes_the_same_text(saved, opened) -> None:

@@ -206,7 +206,8 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
         return _compare_delta(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
-    stacked = np.concatenate([tensors[name] for name in (names.q, names.k, names.v)])
+    apart = (names.qkv,) if names.qkv else (names.q, names.k, names.v)
+    stacked = np.concatenate([tensors[name] for name in apart])
     assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
     out = tensors[names.out]
     assert (_unpacked(store, f"{prefix}out", *out.shape) == out).all()
@@ -289,6 +290,8 @@ def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fus
 def _expert(store: Store, layer: int, expert: int, tensors: dict[str, Any], fused: bool) -> tuple[Any, Any, Any]:
     ffn = store.spec.layers[layer].feed_forward
     names = in_layer(ffn.names.experts if ffn.is_moe else ffn.names.dense, layer)
+    if not ffn.is_moe and not names.gate:
+        return *np.split(tensors[names.fused_gate_up], 2), tensors[names.fused_down]
     if fused:
         both, down = (tensors[name][expert] for name in (names.fused_gate_up, names.fused_down))
         if names.fused_transposed:

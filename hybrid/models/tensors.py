@@ -195,6 +195,15 @@ def gated_shapes(names: tuple[str, str, str], hidden: int, intermediate: int, bi
             yield bias_name(name), shape[:1]
 
 
+def dense_shapes(names: GatedNames, hidden: int, intermediate: int, bias: bool) -> Shapes:
+    """Those of a dense feed-forward: three matrices, or gate and up in one where the family names no other."""
+    if names.gate:
+        yield from gated_shapes(names.of_expert(0), hidden, intermediate, bias)
+    else:
+        yield names.fused_gate_up, (2 * intermediate, hidden)
+        yield names.fused_down, (hidden, intermediate)
+
+
 def fused_shapes(origin: Gated, experts: int, form: ExpertForm, bias: bool) -> Shapes:
     """All experts of a layer, stacked."""
     names, hidden, intermediate = origin.names, origin.hidden, origin.intermediate

@@ -46,6 +46,7 @@ from hybrid.models.tensors import (
     Stacked,
     StoreTensor,
     bias_name,
+    dense_shapes,
     fused_shapes,
     gated_shapes,
     in_layer,
@@ -120,7 +121,7 @@ class FeedForward:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
         if not self.is_moe:
-            yield from gated_shapes(names.dense.of_expert(0), hidden, self.intermediate, self.bias)
+            yield from dense_shapes(names.dense, hidden, self.intermediate, self.bias)
             if names.post_norm:
                 yield from norm_shapes(place, names.post_norm)
             return

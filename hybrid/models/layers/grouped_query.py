@@ -57,7 +57,8 @@ STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads
 @dataclass(frozen=True)
 class GroupedQueryNames:
     """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`. post_norm: of
-    what attention adds to the residual stream; empty where that is not normed.
+    what attention adds to the residual stream; empty where that is not normed. qkv: of queries, keys and values, where
+    they are one matrix.
     """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
@@ -69,6 +70,7 @@ class GroupedQueryNames:
     k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
     sinks: str = "model.layers.{layer}.self_attn.sinks"
     post_norm: str = ""
+    qkv: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class GroupedQueryAttention:
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
-        for name, rows in ((names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width)):
+        apart = ((names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width))
+        for name, rows in ((names.qkv, self.qkv_width),) if names.qkv else apart:
             yield name, (rows, hidden)
             if self.qkv_bias:
                 yield bias_name(name), (rows,)
@@ -160,7 +163,7 @@ class GroupedQueryAttention:
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format, width = in_layer(self.names, place.layer), place.mix.attention, self.qkv_width
-        qkv = (names.q, names.k, names.v)
+        qkv = (names.qkv,) if names.qkv else (names.q, names.k, names.v)
         yield from norm_tensors(place, shard, "attention.norm", names.norm)
         yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
         if self.qkv_bias:

@@ -203,11 +203,10 @@ def _ernie4_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 def _hunyuan_moe(model: Gguf, metadata: GgufMetadata) -> Config:
     _gating(metadata, _SOFTMAX, _SOFTMAX)
     _weights(metadata, norm=True)
-    experts = metadata.size("expert_used_count")
     return {
         "model_type": "hunyuan_v1_moe",
         "num_experts": metadata.size("expert_count"),
-        "moe_topk": experts,
+        "moe_topk": metadata.size("expert_used_count"),
         "intermediate_size": metadata.size("expert_feed_forward_length"),
     }
 
@@ -276,16 +275,19 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _gemma3(model: Gguf, metadata: GgufMetadata) -> Config:
     """Files say neither which layers slide nor what scales scores: of the largest model it is another number."""
-    heads, hidden = metadata.size("attention.head_count"), metadata.size("embedding_length")
-    largest = layer_count(metadata) == _GEMMA3_27B
+    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
     return {
         "model_type": "gemma3_text",
-        "query_pre_attn_scalar": hidden // max(1, heads) if largest else _key_length(metadata),
+        "query_pre_attn_scalar": shared if layer_count(metadata) == _GEMMA3_27B else _key_length(metadata),
         "sliding_window": metadata.size("attention.sliding_window", 0) or None,
         "sliding_window_pattern": metadata.size("attention.sliding_window_pattern", _GEMMA3_PATTERN),
         "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10_000.0),
         "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
     }
+
+
+def _phi3(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "phi3", "sliding_window": metadata.size("attention.sliding_window", 0) or None}
 
 
 def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -366,6 +368,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
     "gemma3": _gemma3,
+    "phi3": _phi3,
     "phimoe": _phimoe,
     "lfm2": _lfm2,
     "qwen3next": _qwen3_next,
@@ -387,6 +390,7 @@ MODEL_TYPES = {
     "granitemoe": ("granitemoe",),
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
     "gemma3": ("gemma3_text",),
+    "phi3": ("phi3",),
     "phimoe": ("phimoe",),
     "lfm2": ("lfm2",),
     "qwen3next": ("qwen3_next",),

@@ -29,6 +29,7 @@ _DELTA = ("qwen3next", "qwen35", "qwen35moe")
 _NORM_BEHIND = ("gpt-oss", "glm4moe", *_DELTA)  # the norm before the feed-forward is named after the attention
 _LAYER = "blk.{layer}"
 _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+_UP = re.compile(r"(blk\.\d+)\.ffn_up\.weight")
 _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 
 OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
@@ -154,6 +155,8 @@ def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
             found.update(_experts(entry, *match.groups()))
         elif match := _QKV.fullmatch(name):
             found.update(_queries_keys_values(spec, entry, *match.groups()))
+        elif (match := _UP.fullmatch(name)) and f"{match[1]}.ffn_gate.weight" not in tensors:
+            found.update(_gate_and_up(entry, match[1]))
         else:
             other = _OTHER_NAMES.get(name, name)
             found[name if other in tensors else other] = entry
@@ -188,6 +191,13 @@ def _experts(entry: Entry, layer: str, which: str, kind: str) -> Iterator[tuple[
                 yield f"{layer}.ffn_{name}.{expert}.{kind}", piece
         else:
             yield f"{layer}.ffn_{which}.{expert}.{kind}", own
+
+
+def _gate_and_up(entry: Entry, layer: str) -> Iterator[tuple[str, Entry]]:
+    """Of a dense feed-forward, whose only matrix beside down is called up."""
+    half = entry.shape[0] // 2 if entry.shape else 0
+    for name, piece in zip(("gate", "up"), _cut(entry, [half] * 2), strict=True):
+        yield f"{layer}.ffn_{name}.weight", piece if entry.shape else entry
 
 
 def _queries_keys_values(spec: ModelSpec, entry: Entry, layer: str, kind: str) -> Iterator[tuple[str, Entry]]:
