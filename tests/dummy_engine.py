@@ -10,6 +10,7 @@ import numpy as np
 
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
+from hybrid.formats.block import BLOCK
 from hybrid.machine.memory import MemoryGrant
 
 
@@ -60,6 +61,11 @@ class DummyEngine:
     def release(self, sequence: int) -> None:
         assert not self.closed
         self.sequences.pop(sequence, None)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        assert self.plan.repeatable and tokens % BLOCK == 0 and not self.sequences.get(target)
+        assert 0 < tokens <= len(self.sequences[source])
+        self.sequences[target] = self.sequences[source][:tokens]
 
     def cancel(self) -> None:
         """Its steps have no two operations to end between."""

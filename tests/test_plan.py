@@ -94,12 +94,10 @@ def test_keys_and_values_lie_one_after_the_other(format, size, scale) -> None:
         assert layer.fields["key_scales_offset"] == (scales if scale else 0)
         assert layer.fields["value_scales_offset"] == (scales + 256 * scale if scale else 0)
         assert layer.fields["head_stride"] == stride and layer.nbytes == 2 * stride
-        assert layer.runs == (
-            (0, values),
-            (values, scales - values),
-            (stride, values),
-            (stride + values, scales - values),
-        )
+        parts = [(0, values), (values, scales - values)]
+        if scale:
+            parts += [(scales, 256 * scale), (scales + 256 * scale, 256 * scale)]
+        assert layer.runs == tuple((head + start, size) for head in (0, stride) for start, size in parts)
         end = start + 2 * stride
     assert kv.sequence_stride == end
     assert kv.token_bytes * 256 == end

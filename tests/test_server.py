@@ -76,6 +76,17 @@ def test_a_conversation_that_goes_on_reads_only_what_is_new(client) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens > 10
 
 
+def test_strangers_and_samples_share_what_their_prompts_begin_with(client) -> None:
+    system = {
+        "role": "system",
+        "content": "Speak of bears, bees, foxes and owls, in words that a child understands. " * 4,
+    }
+    for question, count in (("Who are you?", 1), ("Where do you live?", 3)):
+        messages = [system, {"role": "user", "content": question}]
+        reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, n=count)
+    assert reply.usage.prompt_tokens_details.cached_tokens >= reply.usage.prompt_tokens // 2
+
+
 def test_sampling_is_repeatable_and_its_parameters_count(client) -> None:
     def said(**words):
         words = {"model": "tiny", "messages": QUESTION, "max_tokens": 10, **words}

@@ -56,6 +56,10 @@ class Addresses:
         """Free and zero the state of a sequence."""
         self._kv.release(sequence)
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """As `KvArena.copy`."""
+        self._kv.copy(source, target, tokens)
+
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
         """As `KvArena.snapshot`."""
         return self._kv.snapshot(sequence)

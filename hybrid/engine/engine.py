@@ -247,6 +247,13 @@ class Engine:
         if self.device_step:
             self.device_step.forget(sequence)
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the state of the first `tokens` tokens of a sequence to a new one: keys and values alone, so the plan's
+        state must be repeatable. tokens: a multiple of `hybrid.formats.block.BLOCK`.
+        """
+        if not self._closed:
+            self.addresses.copy(source, target, tokens)
+
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread. Does nothing once closed."""
         if self._closed:

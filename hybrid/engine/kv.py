@@ -72,6 +72,19 @@ class KvArena:
                 for first in range(known, tokens, known):
                     ctypes.memmove(run + first * width, run, min(known, tokens - first) * width)
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy keys and values of the first `tokens` tokens of a sequence to another one, which has none.
+
+        tokens: a multiple of BLOCK, the tokens whose keys lie together: none of another token is copied.
+        """
+        kv = self._plan.kv
+        base = self._arena.address
+        for start, layer in zip(kv.offsets, kv.layers, strict=True):
+            for offset, size in layer.runs:
+                place = base + start + offset
+                known = tokens * (size // kv.tokens)
+                ctypes.memmove(place + target * kv.sequence_stride, place + source * kv.sequence_stride, known)
+
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
         """A copy of what a sequence has that does not grow: the states of recurrent layers; empty if there are none.
 

@@ -67,7 +67,7 @@ def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
     several = body.parallel_tool_calls is not False
     chat = ChatInput(body.messages, body.offered_tools(), None, body.template_kwargs(), body.tool_choice, several)
-    return llm.intake.chat_samples(chat, replace(params, n=count), keep=count == 1)
+    return llm.intake.chat_samples(chat, replace(params, n=count), keep=True)
 
 
 def _choice(service: Service, completion: Completion, body: ChatBody) -> dict[str, Any]:

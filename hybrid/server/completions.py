@@ -69,7 +69,7 @@ def _requests(body: CompletionBody, prompts: Sequence[str | list[int]], vocab: i
     params = replace(body.params(vocab, limit, body.logprobs), n=body.n or 1)
     requests = llm.intake.requests(prompts, params)
     for request in requests:
-        request.keep = params.n == 1
+        request.keep = True
     return requests
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,13 @@ class Kept:
     tokens: Tokens
     prompt: int
     phase: int = 0
+
+
+def shared_tokens(known: Tokens, prompt: Tokens) -> int:
+    """How many tokens a prompt shares with the beginning of others; the last one is always computed, for its logits."""
+    most = min(len(known), len(prompt) - 1)
+    differing = np.flatnonzero(known[:most] != prompt[:most])
+    return int(differing[0]) if len(differing) else most
 
 
 class KeptSequences:
@@ -50,14 +58,22 @@ class KeptSequences:
         """Tokens of each."""
         return [len(kept.tokens) for kept in self._kept]
 
+    def __iter__(self) -> Iterator[Kept]:
+        return iter(self._kept)
+
     def put(self, kept: Kept) -> None:
+        self._kept.append(kept)
+
+    def use(self, kept: Kept) -> None:
+        """It was used just now."""
+        self._kept.remove(kept)
         self._kept.append(kept)
 
     def find(self, prompt: Tokens, phase: int = 0) -> tuple[Kept, int] | None:
         """The one that saves most of a prompt of this phase, and how many of its tokens need not be computed.
 
         It must share half of its own prompt at least: otherwise it belongs to another conversation, which would lose
-        more than this one gains. One token of the prompt is always computed, for its logits.
+        more than this one gains.
         """
         found = [(self._shared(kept, prompt), place) for place, kept in enumerate(self._kept) if kept.phase == phase]
         shared, place = max(found, default=(0, 0))
@@ -75,9 +91,7 @@ class KeptSequences:
         return oldest
 
     def _shared(self, kept: Kept, prompt: Tokens) -> int:
-        most = min(len(kept.tokens), len(prompt) - 1)
-        differing = np.flatnonzero(kept.tokens[:most] != prompt[:most])
-        shared = int(differing[0]) if len(differing) else most
+        shared = shared_tokens(kept.tokens, prompt)
         if not self.rewindable:
             return shared if shared == len(kept.tokens) else 0
         return shared if 2 * shared >= kept.prompt else 0

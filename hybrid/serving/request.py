@@ -94,7 +94,7 @@ class Request(Job):
 
     prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
     produced. keep: whether its keys and values stay for a request whose prompt begins with the same tokens, and whether
-    it looks for such. mask: of the grammar that the text must keep to.
+    it looks for such, of running requests too. mask: of the grammar that the text must keep to.
     """
 
     def __init__(

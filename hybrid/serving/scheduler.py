@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
+from hybrid.formats.block import BLOCK
 from hybrid.serving.kept import Kept, KeptSequences
+from hybrid.serving.prefixes import Prefix, is_being_read, longest_prefix
 from hybrid.serving.request import Job, Limits, Request, Score, Tokens
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ class Scheduler:
     """Runs requests on an engine, as many together as its sequences and its memory for keys and values hold.
 
     A request that says so leaves its sequence behind, and one that says so goes on with it where its prompt begins
-    with the same tokens (`hybrid.serving.kept`): the same bits as if it were computed anew. What is left behind gives
-    way to whatever needs its place.
+    with the same tokens (`hybrid.serving.kept`), or copies the beginning of one that is left behind or runs
+    (`hybrid.serving.prefixes`): the same bits as if it were computed anew. What is left behind gives way to whatever
+    needs its place.
 
     One thread calls it: that of a `Loop`. forward: runs a step of these jobs; `Engine.forward` if it is not given.
     on_step: called with the record of every step of requests. One that raises is called no more; what it raised is
@@ -134,7 +137,7 @@ class Scheduler:
         while self._waiting and not self._scoring:
             job = self._waiting[0]
             length = self._length(job)
-            if not self._can_fit(length):
+            if not self._can_fit(length) or self._is_read_by_another(job):
                 break
             self._waiting.popleft()
             try:
@@ -205,9 +208,17 @@ class Scheduler:
     def _settle(self, job: Request) -> None:
         """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one."""
         job.reserved = len(job.tokens)
-        job.phase = self._engine.spec.length_phase(len(job.prompt))
-        found = self._kept.find(job.prompt, job.phase) if job.keep and not self._routes_matter else None
-        if found and self._make_room(job.reserved, found[0]):
+        found = self._kept.find(job.prompt, job.phase) if self._shares(job) else None
+        prefix = self._copyable(job)
+        if prefix and (not found or _loses_more(*found, prefix)):
+            if prefix.kept:
+                self._kept.use(prefix.kept)
+            self._make_room(job.reserved)
+            sequence = self._free_sequence()
+            self._engine.copy(prefix.sequence, sequence, prefix.tokens)
+            job.sequence, job.computed = sequence, prefix.tokens
+            job.completion.cached_tokens = job.computed
+        elif found and self._make_room(job.reserved, found[0]):
             kept, job.computed = found
             self._kept.take(kept)
             job.sequence = kept.sequence
@@ -216,6 +227,31 @@ class Scheduler:
         else:
             self._make_room(job.reserved)
             job.sequence = self._free_sequence()
+
+    def _shares(self, job: Job) -> TypeGuard[Request]:
+        return isinstance(job, Request) and job.keep and not self._routes_matter
+
+    def _is_read_by_another(self, job: Job) -> bool:
+        """Whether a request had better wait, because a prompt that begins as its own does is being read. Prompts are
+        read in order of arrival, so that this delays nothing behind it either.
+        """
+        if isinstance(job, Request):
+            job.phase = self._engine.spec.length_phase(len(job.prompt))
+        if not self._shares(job) or not self._kept.rewindable:
+            return False
+        prefix = longest_prefix(job, self._running, self._kept)
+        return is_being_read(job, self._running, prefix.tokens if prefix else 0)
+
+    def _copyable(self, job: Request) -> Prefix | None:
+        """What a request may copy; what was left behind must not give way to it."""
+        if not self._shares(job) or not self._kept.rewindable:
+            return None
+        prefix = longest_prefix(job, self._running, self._kept)
+        if prefix is None or prefix.kept is None:
+            return prefix
+        room = len(self._running) + 2 <= self._plan.sequences
+        tokens = self._reserved + len(prefix.kept.tokens) + job.reserved
+        return prefix if room and tokens <= self._plan.kv_token_budget else None
 
     @property
     def _routes_matter(self) -> bool:
@@ -303,6 +339,11 @@ class Scheduler:
             self.on_step(StepRecord(*counts, result.times, seconds, result.cache, prompts))
         except BaseException as error:
             self.on_step, self.observer_error = None, error
+
+
+def _loses_more(kept: Kept, shared: int, prefix: Prefix) -> bool:
+    """Whether going on with a kept sequence saves less than a copy would, or destroys a part of its prompt."""
+    return shared < prefix.tokens or shared + BLOCK < kept.prompt
 
 
 def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:

@@ -60,7 +60,8 @@ class StateLayout:
 
     nbytes: in all. token_bytes: per token, 0 if the state does not grow. binding: the class of `cpu_kernels` that
     describes it to the kernels, constructed from `base`, `sequence_stride` and `fields`. runs: (offset, bytes) of its
-    long contiguous parts. repeatable: whether a failed step may be run again on it.
+    parts that grow, each contiguous and of as many bytes for every token. repeatable: whether a failed step may be run
+    again on it.
     """
 
     nbytes: int

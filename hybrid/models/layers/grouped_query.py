@@ -282,11 +282,11 @@ class GroupedQueryAttention:
         scaled, size = kv_format != "bf16", BF16 if kv_format == "bf16" else 1
         stride, values = tokens * self.token_bytes(kv_format), tokens * self.key_dim * size
         scales = stride - 2 * SCALE * tokens if scaled else stride
-        runs = [
-            run
-            for head in range(0, self.kv_heads * stride, stride)
-            for run in ((head, values), (head + values, scales - values))
-        ]
+        parts = [(0, values), (values, scales - values)]
+        if scaled:
+            parts += [(scales, SCALE * tokens), (scales + SCALE * tokens, SCALE * tokens)]
+        heads = range(0, self.kv_heads * stride, stride)
+        runs = [(head + start, size) for head in heads for start, size in parts]
         fields = {
             "head_stride": stride,
             "value_offset": values,

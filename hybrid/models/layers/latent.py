@@ -320,7 +320,8 @@ class LatentAttention:
             "value_scales_offset": rows * scaled,
             "shared": True,
         }
-        return StateLayout(nbytes, nbytes // tokens, "KvLayout", fields, ((0, rows),))
+        runs = ((0, rows), (rows, SCALE * tokens)) if scaled else ((0, rows),)
+        return StateLayout(nbytes, nbytes // tokens, "KvLayout", fields, runs)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Rows are read once, whatever the number of heads; every head multiplies all their dimensions, twice."""
