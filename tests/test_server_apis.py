@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -11,6 +12,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
+from dummy_engine import WATCHDOG  # noqa: E402
 from scripted_model import Model  # noqa: E402
 from server_rig import Running, running  # noqa: E402
 
@@ -155,7 +157,7 @@ def test_items_of_a_conversation_reach_the_template(server, model) -> None:
     more = {"store": False, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}}
     body = {"input": items, "instructions": "Be brief", "max_output_tokens": 3, **more}
     assert server.post(RESPONSES, **body).status_code == 200
-    expected = "(s)Be brief(s)Be kind(u)Rain?(a)I look[weatherRome]Hm(t)Wet."
+    expected = "(s)Be brief\n\nBe kind(u)Rain?(a)I look[weatherRome]Hm(t)Wet."
     assert model.prompts[-1] == expected
     reply = server.http.get(f"{RESPONSES}/resp_1")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "response_not_found")
@@ -289,6 +291,24 @@ def test_other_errors_have_the_shape_too(server) -> None:
         assert closed.post(MESSAGES).json()["error"]["type"] == "authentication_error"
         for path in ("/", "/api/tags", "/api/ps", "/api/version", f"{RESPONSES}/a"):
             assert closed.http.get(path).status_code == 401
+
+
+SILENCE = {MESSAGES: "event: ping", RESPONSES: ": ping", CHAT: '"content":""', GENERATE: '"response":""'}
+
+
+@pytest.mark.parametrize("path", SILENCE)
+def test_a_stream_that_waits_says_so(path: str) -> None:
+    """The step goes on when the client has heard of it."""
+    model, heard = Model("abc"), threading.Event()
+    model.fail = lambda batch: heard.wait(WATCHDOG)
+    with (
+        running(model.llm, ping_seconds=0.01) as server,
+        server.http.stream("POST", path, json={**GOOD[path], "stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        assert any(SILENCE[path] in line for line in lines)
+        heard.set()
+        assert len(list(lines)) > 1
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES, CHAT, GENERATE])

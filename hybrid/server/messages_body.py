@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hybrid.server.bodies import checked
 from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, Finite, StopText, Strict
 from hybrid.server.refusals import Refusal
+from hybrid.server.turns import one_system
 
 Block = dict[str, Any]
 
@@ -72,7 +73,7 @@ class CountBody(Strict):
             messages += _messages(message, f"messages.{index}")
         if messages[-1]["role"] == "assistant":
             raise Refusal(400, "messages: the last is the assistant's; this server does not continue one", "messages")
-        chat: dict[str, Any] = {"messages": messages, **self._choice()}
+        chat: dict[str, Any] = {"messages": one_system(messages), **self._choice()}
         if self.tools:
             chat["tools"] = [tool.function() for tool in self.tools]
         if self.thinking and self.thinking.type != "adaptive":

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hybrid.server.bodies import checked
 from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_TOOLS, ChatBody, Finite, Strict
 from hybrid.server.refusals import Refusal
+from hybrid.server.turns import one_system
 
 Item = dict[str, Any]
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -115,7 +116,7 @@ class ResponsesBody(Strict):
             raise Refusal(400, f"input has more than {MAX_MESSAGES} items", "input")
         for index, item in enumerate(self.input):
             _add(made, item, f"input.{index}")
-        return made
+        return one_system(made)
 
 
 def _choice(given: str | dict[str, Any] | None) -> Any:
