@@ -171,7 +171,11 @@ def test_no_such_endpoint_and_no_such_method(server: Running) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     huge = raw(server, b"GET /live HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * (1 << 20) + b"\r\n\r\n")
     assert not huge or huge.startswith(b"HTTP/1.1 4")
-    for path, methods in server.http.get("/openapi.json").json()["paths"].items():
+    paths = server.http.get("/openapi.json").json()["paths"]
+    assert {*paths["/metrics"]["get"]["responses"]["200"]["content"]} == {"text/plain"}
+    assert {*paths[CHAT]["post"]["responses"]["200"]["content"]} == {"application/json", "text/event-stream"}
+    assert "application/x-ndjson" in paths["/api/chat"]["post"]["responses"]["200"]["content"]
+    for path, methods in paths.items():
         assert all({"200", "4XX", "5XX"} <= {*method["responses"]} for method in methods.values()), path
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from hybrid.core import Completion, TextDelta, ToolCall
 from hybrid.server.bodies import read_body
 from hybrid.server.chunks import chunk_events
-from hybrid.server.documented import takes
+from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import ChatBody
 from hybrid.server.prompt_logprobs import prompt_logprobs
 from hybrid.server.replies import chat_logprobs, head, measured, note_usage, usage_of
@@ -27,7 +27,7 @@ from hybrid.text.messages import ChatInput
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody), response_model=None)
+    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody, EVENTS), response_model=None)
     async def chat_completions(request: Request) -> Response:
         """The assistant's answer to a conversation, whole or as a stream."""
         service.require_room()

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from hybrid.core import Completion, TextDelta, TokenLogprob
 from hybrid.server.bodies import read_body
 from hybrid.server.chunks import chunk_events
-from hybrid.server.documented import takes
+from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import CompletionBody
 from hybrid.server.prompt_logprobs import prompt_logprobs, score
 from hybrid.server.replies import completion_logprobs, head, measured, note_usage, usage_of
@@ -28,7 +28,7 @@ DEFAULT_TOKENS = 16  # what OpenAI's API continues a prompt by
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=takes(CompletionBody), response_model=None)
+    @router.post("/v1/completions", openapi_extra=takes(CompletionBody, EVENTS), response_model=None)
     async def completions(request: Request) -> Response:
         """Prompts continued, whole or as a stream."""
         service.require_room()

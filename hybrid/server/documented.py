@@ -6,11 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 
-def takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """For `openapi_extra` of a route."""
+
+def takes(kind: type[BaseModel], stream: str | None = None) -> dict[str, Any]:
+    """For `openapi_extra` of a route. stream: the type of what it answers if it is asked for a stream."""
     schema = _inlined(kind.model_json_schema())
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    said = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return said if stream is None else {**said, "responses": {"200": {"content": {stream: {}}}}}
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

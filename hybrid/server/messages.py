@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hybrid.server.bodies import checked, read_body
 from hybrid.server.chat import start
-from hybrid.server.documented import takes
+from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import ChatBody
 from hybrid.server.messages_body import CountBody, MessagesBody
 from hybrid.server.parts import Face, Part, answer
@@ -27,7 +27,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     max_bytes = service.config.max_body_mb << 20
 
-    @router.post("/v1/messages", openapi_extra=takes(MessagesBody), response_model=None)
+    @router.post("/v1/messages", openapi_extra=takes(MessagesBody, EVENTS), response_model=None)
     async def messages(request: Request) -> Response:
         """The assistant's next message, whole or as a stream."""
         service.require_room()

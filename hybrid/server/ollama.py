@@ -14,7 +14,7 @@ import hybrid
 from hybrid.core import SamplingParams
 from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
-from hybrid.server.documented import takes
+from hybrid.server.documented import LINES, takes
 from hybrid.server.ollama_body import OllamaBody, OllamaChatBody, OllamaGenerateBody, ShowBody
 from hybrid.server.parts import Face, Part, answer
 from hybrid.server.refusals import OLLAMA, Refusal
@@ -37,14 +37,14 @@ def routes(service: Service) -> APIRouter:
         """Clients ask whether anybody is there."""
         return PlainTextResponse("hybrid is running\n")
 
-    @router.post("/api/chat", openapi_extra=takes(OllamaChatBody), response_model=None)
+    @router.post("/api/chat", openapi_extra=takes(OllamaChatBody, LINES), response_model=None)
     async def chat(request: Request) -> Response:
         """The assistant's next message, as lines of JSON unless `stream` is false."""
         service.require_room()
         body = await read_body(request, OllamaChatBody, max_bytes)
         return await until_gone(request.receive, _chat(service, request, body))
 
-    @router.post("/api/generate", openapi_extra=takes(OllamaGenerateBody), response_model=None)
+    @router.post("/api/generate", openapi_extra=takes(OllamaGenerateBody, LINES), response_model=None)
     async def generate(request: Request) -> Response:
         """The answer to a prompt, as lines of JSON unless `stream` is false."""
         service.require_room()

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
-from hybrid.server.documented import takes
+from hybrid.server.documented import EVENTS, takes
 from hybrid.server.parts import Face, Part, answer
 from hybrid.server.refusals import Refusal
 from hybrid.server.replies import measured, usage_of
@@ -25,7 +25,7 @@ Item = dict[str, Any]
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/responses", openapi_extra=takes(ResponsesBody), response_model=None)
+    @router.post("/v1/responses", openapi_extra=takes(ResponsesBody, EVENTS), response_model=None)
     async def responses(request: Request) -> Response:
         """The assistant's answer as items, whole or as a stream."""
         service.require_room()

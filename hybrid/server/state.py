@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import hybrid
@@ -50,7 +50,7 @@ def routes(service: Service) -> APIRouter:
     async def model(name: str) -> dict[str, Any]:
         return _model(service, service.check_model(name))
 
-    @router.get("/metrics", response_model=None)
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters, in the form of Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
