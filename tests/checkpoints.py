@@ -263,8 +263,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Families that are others under another name, or text models beside more.
 OTHER_NAMES = ("kimi_k2", "kimi_k25", "qwen3_5", "qwen3_5_moe")
 STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
-# Families with layers that no device computes.
-ON_HOST = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
+ON_HOST: tuple[str, ...] = ()  # families with layers that no device computes
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

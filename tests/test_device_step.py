@@ -242,11 +242,31 @@ def test_kimi_is_deepseek_v3_on_a_device_too(tmp_path) -> None:
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
-def test_threads_go_on_with_the_states_of_a_device_that_failed(tmp_path, monkeypatch) -> None:
-    """Which have one home. Tokens come whole, one by one and beside others before."""
-    from hybrid.gpu.layers.short_conv import Projections
+@pytest.mark.parametrize("kv_format", ["bf16", "int8"])
+def test_gated_attention_over_mirrored_and_older_tokens_is_that_over_all(tmp_path, kv_format) -> None:
+    """Beside layers whose states cannot be rewound: chunks that leave the mirror behind, then single tokens."""
+    changes = {**LONG, **all_active("qwen3_next"), "layer_types": ["linear_attention", "full_attention"] * 2}
+    wanted = oracle.save(tmp_path / "hf", "qwen3_next", **changes)
+    sizes = {"chunk_size": 64, "max_seq_len": 512, "kv_format": kv_format, "max_batch": 4}
 
-    wanted = oracle.save(tmp_path / "hf", "lfm2")
+    def error(**options: Any) -> float:
+        tokens = wanted.tokens
+        with open_engine(wanted.path, tmp_path / "cache", **sizes, **options) as engine:
+            logits = [in_chunks(engine, tokens[:470], 50, slot=1)]
+            logits += [step(engine, (1, i, tokens[i : i + 1]), (3, i - 470, tokens[:1]))[:1] for i in range(470, 500)]
+        return wanted.error(np.concatenate(logits))
+
+    threads = error()
+    assert error(**STEP) <= NEAR * threads and error(**STEP, gpu_kv_tokens=64) <= NEAR * threads
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+def test_threads_go_on_with_the_states_of_a_device_that_failed(tmp_path, monkeypatch, family) -> None:
+    """Which have one home. Tokens come whole, one by one and beside others before."""
+    from hybrid.gpu.layers.gated_delta import Projections as Delta
+    from hybrid.gpu.layers.short_conv import Projections as Convolution
+
+    wanted = oracle.save(tmp_path / "hf", family, **(all_active(family) if family == "qwen3_next" else {}))
     tokens = wanted.tokens
     with open_engine(wanted.path, tmp_path / "cache") as engine:
         threads = step(engine, (0, 0, tokens))
@@ -254,7 +274,8 @@ def test_threads_go_on_with_the_states_of_a_device_that_failed(tmp_path, monkeyp
         step(engine, (0, 0, tokens[:30]), (2, 0, tokens[:9]))
         for i in range(30, 40):
             step(engine, (0, i, tokens[i : i + 1]), (2, i - 21, tokens[:1]))
-        monkeypatch.setattr(Projections, "project", lambda *_: _no_memory())
+        for mixer in (Convolution, Delta):
+            monkeypatch.setattr(mixer, "project", lambda *_: _no_memory())
         with pytest.raises(KernelError, match="the device has no memory left"):
             step(engine, (0, 40, tokens[40:]))
         assert distance(step(engine, (0, 40, tokens[40:])), threads[40:]) < 0.02

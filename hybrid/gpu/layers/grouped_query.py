@@ -19,7 +19,25 @@ from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
 
-Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values float32 [rows, heads, head_dim], normed and turned
+
+@dataclass(frozen=True)
+class Heads:
+    """float32 [rows, heads, head_dim]: queries, keys and values, normed and turned; gates of the result, if it has
+    them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor | None
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What was made over mirrored tokens: all, [rows, heads, head_dim], or a state. gates: of `Heads`."""
+
+    made: Tensor | State
+    gates: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,34 +96,38 @@ class MirroredAttention(MirroredMixer):
         """Queries, keys and values. Keys and values are also sent to the threads, which store them."""
         weights, buffers, link = self._weights, self._shared.buffers, self._shared.link
         rows = norm(residual, weights.norm, self._eps).bfloat16()
-        q, k, v = self._heads(linear(rows, weights.qkv, weights.qkv_bias), inputs)
-        new = torch.cat([k, v], 1).flatten(1)
+        heads = self._heads(linear(rows, weights.qkv, weights.qkv_bias), inputs)
+        new = torch.cat([heads.k, heads.v], 1).flatten(1)
         link.to_host(buffers.rows(NEW_KV, torch.float32, *new.shape), new)
         if self.sees_older(inputs):
-            queries = pad(q, (0, self._half.key_dim - self._half.head_dim)).bfloat16().flatten(1)
+            queries = pad(heads.q, (0, self._half.key_dim - self._half.head_dim)).bfloat16().flatten(1)
             link.to_host(buffers.rows("q", torch.bfloat16, *queries.shape), queries)
-        return q, k, v
+        return heads
 
-    def mix(self, projected: Heads, inputs: StepInputs) -> Tensor | State:
-        """Mirror k and v, then attend: whole [rows, heads, head_dim] where that is all, else a state, to be joined with
-        that of the threads and with sinks.
+    def mix(self, projected: Heads, inputs: StepInputs) -> Attended:
+        """Mirror k and v, then attend: whole where that is all, else a state, to be joined with that of the threads and
+        with sinks.
         """
-        q, k, v = projected
-        self._rings.write(inputs.sequences, inputs.places, k, v)
-        if self._weights.sinks is None and not self.sees_older(inputs):
-            return self._attend_whole(q.bfloat16(), inputs)
-        return self._attend(q.bfloat16(), inputs)
+        self._rings.write(inputs.sequences, inputs.places, projected.k, projected.v)
+        whole = self._weights.sinks is None and not self.sees_older(inputs)
+        attend = self._attend_whole if whole else self._attend
+        return Attended(attend(projected.q.bfloat16(), inputs), projected.gates)
 
-    def output(self, mixed: Tensor | State, inputs: StepInputs) -> Tensor:
-        half, weights = self._half, self._weights
-        rows = self._finished(mixed, inputs).flatten(1).bfloat16()
-        made = scaled(linear(rows, weights.out, weights.out_bias), half.out_scale)
+    def output(self, mixed: Attended, inputs: StepInputs) -> Tensor:
+        half, weights, rows = self._half, self._weights, self._finished(mixed.made, inputs)
+        if mixed.gates is not None:
+            rows = rows * torch.sigmoid(mixed.gates)
+        made = scaled(linear(rows.flatten(1).bfloat16(), weights.out, weights.out_bias), half.out_scale)
         return made if weights.post_norm is None else norm(made, weights.post_norm, self._eps)
 
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
-        half, weights = self._half, self._weights
-        counts = [half.heads, half.kv_heads, half.kv_heads]
-        q, k, v = qkv.unflatten(1, (-1, half.head_dim)).split(counts, 1)
+        half, weights, gates = self._half, self._weights, None
+        q, k, v = qkv.split([half.query_width, half.kv_width, half.kv_width], 1)
+        q, k, v = (
+            x.unflatten(1, (heads, -1)) for x, heads in ((q, half.heads), (k, half.kv_heads), (v, half.kv_heads))
+        )
+        if half.gated:
+            q, gates = q.chunk(2, 2)
         if not half.norm_last:
             q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
         if half.rope is not None and self._rope is not None:
@@ -113,7 +135,7 @@ class MirroredAttention(MirroredMixer):
             q, k = (rotate(x, table, rope) for x in (q, k))
         if half.norm_last:
             q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
-        return q, k, v
+        return Heads(q, k, v, gates)
 
     def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:

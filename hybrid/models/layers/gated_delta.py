@@ -18,10 +18,12 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.products import (
+    BF16,
     FP32,
     NORMED,
     NORMED_F32,
     RESIDUAL,
+    between_calls,
     gemm,
     norm,
     norm_shapes,
@@ -247,13 +249,20 @@ class GatedDeltaNet:
             total + read + Cost(0.0, rows * (6.0 * matrices + 2.0 * scores * hidden + 2.0 * self.channels * self.taps))
         )
 
-    # No device computes it yet.
+    # A step on a device, which projects; the threads convolve and correct, and so the state has one home.
 
-    def device_needs(self, place: Place) -> DeviceNeeds | None:
-        return None
+    def device_needs(self, place: Place) -> DeviceNeeds:
+        hidden, scores = place.hidden, 2 * self.value_heads
+        floats = hidden * (1 + (place.norm == "layer")) + scores * hidden
+        weights = (self.width + self.value_width) * hidden * BF16 + floats * FP32
+        return DeviceNeeds(weights=weights, token=0, row_floats=2 * self.width + 2 * self.value_width, scores=0)
 
     def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         return {}
 
     def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
-        raise ValueError("a device does not know what becomes of the gated delta rule")
+        found = {op.kind: op for op in ops}
+        unknown = set(found) - {"norm", "gemm", "router", "silu_conv", "gated_delta", "quantise"}
+        if unknown:
+            raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of the gated delta rule")
+        yield from between_calls(found["silu_conv"], found["gated_delta"])

@@ -309,10 +309,7 @@ class GroupedQueryAttention:
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device gates the result yet."""
-        if self.gated:
-            return None
+    def device_needs(self, place: Place) -> DeviceNeeds:
         hidden, width = place.hidden, self.qkv_width
         norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
@@ -332,7 +329,7 @@ class GroupedQueryAttention:
         are any, which it joins with its own in the callback `route`. Last, the step's keys and values go home.
         """
         found = {op.kind: op for op in ops}
-        unknown = set(found) - {"norm", "gemm", "qkv", "attention", "quantise"}
+        unknown = set(found) - {"norm", "gemm", "qkv", "attention", "gate", "quantise"}
         if unknown:
             raise ValueError(f"a device does not know what becomes of {sorted(unknown)} of attention")
         qkv = found["qkv"]

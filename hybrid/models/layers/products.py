@@ -147,10 +147,10 @@ def operations(format: str, products: float) -> Cost:
     return Cost(int_ops=2.0 * products) if FORMATS[format].integer else Cost(flops=2.0 * products)
 
 
-def between_calls(op: Op) -> Iterator[Op]:
-    """An op of a mixer that the threads do: the device begins in one callback, and goes on in the next."""
-    assert op.layer is not None
-    for kind, part in (("attend", op.part), ("route", "moe")):
-        yield replace(op, kind="host", part=part, arguments={"call": Callback(kind, op.layer)}, split=(1, "thread"))
-        if kind == "attend":
-            yield op
+def between_calls(first: Op, *others: Op) -> Iterator[Op]:
+    """Ops of a mixer that the threads do: the device begins in one callback, and goes on in the next."""
+    assert first.layer is not None
+    for kind, part, between in (("attend", first.part, (first, *others)), ("route", "moe", ())):
+        call = {"call": Callback(kind, first.layer)}
+        yield replace(first, kind="host", part=part, arguments=call, split=(1, "thread"))
+        yield from between
