@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
-from hybrid.formats.block import BLOCK
-from hybrid.serving.kept import Kept, KeptSequences
-from hybrid.serving.prefixes import Prefix, is_being_read, longest_prefix
+from hybrid.serving.admission import Admission
+from hybrid.serving.prefixes import Prefix
 from hybrid.serving.request import Job, Limits, Request, Score, Tokens
 
 if TYPE_CHECKING:
@@ -64,8 +63,8 @@ class Scheduler:
         self._plan = engine.plan
         self._limits = Limits.of(engine)
         self._waiting: deque[Job] = deque()
-        self._running: list[Request] = []  # in order of admission; a sequence is free when none of these has it
-        self._kept = KeptSequences(engine.plan.kv.repeatable)
+        self._admission = Admission(engine)
+        self._running, self._kept = self._admission.running, self._admission.kept
         self._scoring: Score | None = None  # has the steps to itself, and nothing is admitted meanwhile
 
     @property
@@ -134,14 +133,19 @@ class Scheduler:
     def _admit(self) -> list[Job]:
         """Give sequences to what waits, in order of arrival; returns what has no room for a token and ended."""
         done: list[Job] = []
-        while self._waiting and not self._scoring:
-            job = self._waiting[0]
+        while self._waiting and not self._scoring and (job := self._waiting[0]):
             length = self._length(job)
-            if not self._can_fit(length) or self._is_read_by_another(job):
+            if not self._admission.can_fit(length):
                 break
+            prefix = None
+            if isinstance(job, Request):
+                job.phase = self._engine.spec.length_phase(len(job.prompt))
+                prefix, soon = self._admission.look(job)
+                if soon:
+                    break
             self._waiting.popleft()
             try:
-                self._enter(job, length)
+                self._enter(job, length, prefix)
             except Exception as error:
                 self._fail([job], error)
             if job.finished:
@@ -150,8 +154,7 @@ class Scheduler:
 
     def forget(self) -> None:
         """Free the sequences that were left behind."""
-        while kept := self._kept.pop_oldest():
-            self._engine.release(kept.sequence)
+        self._admission.forget()
 
     @property
     def kept_lengths(self) -> list[int]:
@@ -163,101 +166,14 @@ class Scheduler:
         more = job.params.max_tokens or 0 if isinstance(job, Request) else 0
         return min(len(job.prompt) + more, self._limits.tokens)
 
-    def _can_fit(self, length: int) -> bool:
-        """Whether there is room for so many tokens, if what was left behind gives way."""
-        return len(self._running) < self._plan.sequences and self._reserved + length <= self._plan.kv_token_budget
-
-    @property
-    def _reserved(self) -> int:
-        """Tokens that the running requests may come to."""
-        return sum(request.reserved for request in self._running)
-
-    def _make_room(self, length: int, besides: Kept | None = None) -> bool:
-        """Have what was left behind give way to so many tokens, the sequence `besides` last; returns whether it
-        stays.
-        """
-        more = max(length - len(besides.tokens), 0) if besides else length
-        places = self._plan.sequences - len(self._running) - (besides is None)
-        while len(self._kept) > places or self._reserved + self._kept.tokens + more > self._plan.kv_token_budget:
-            oldest = self._kept.pop_oldest(besides)
-            if oldest is None:
-                break
-            self._engine.release(oldest.sequence)
-        else:
-            return besides is not None
-        if besides:
-            self._kept.take(besides)
-            self._engine.release(besides.sequence)
-        return False
-
-    def _free_sequence(self) -> int:
-        used = {request.sequence for request in self._running} | self._kept.sequences
-        return next(sequence for sequence in range(self._plan.sequences) if sequence not in used)
-
-    def _enter(self, job: Job, length: int) -> None:
+    def _enter(self, job: Job, length: int, prefix: Prefix | None) -> None:
         if isinstance(job, Score):
-            self._make_room(length)
-            job.sequence, self._scoring = self._free_sequence(), job
+            job.sequence, self._scoring = self._admission.free(length), job
         elif isinstance(job, Request):
             if length == len(job.prompt):
                 return job.finish("length")
             job.enter(self._engine.spec.vocab, length)
-            self._settle(job)
-            self._running.append(job)
-
-    def _settle(self, job: Request) -> None:
-        """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one."""
-        job.reserved = len(job.tokens)
-        found = self._kept.find(job.prompt, job.phase) if self._shares(job) else None
-        prefix = self._copyable(job)
-        if prefix and (not found or _loses_more(*found, prefix)):
-            if prefix.kept:
-                self._kept.use(prefix.kept)
-            self._make_room(job.reserved)
-            sequence = self._free_sequence()
-            self._engine.copy(prefix.sequence, sequence, prefix.tokens)
-            job.sequence, job.computed = sequence, prefix.tokens
-            job.completion.cached_tokens = job.computed
-        elif found and self._make_room(job.reserved, found[0]):
-            kept, job.computed = found
-            self._kept.take(kept)
-            job.sequence = kept.sequence
-            job.reserved = max(job.reserved, len(kept.tokens))
-            job.completion.cached_tokens = job.computed
-        else:
-            self._make_room(job.reserved)
-            job.sequence = self._free_sequence()
-
-    def _shares(self, job: Job) -> TypeGuard[Request]:
-        return isinstance(job, Request) and job.keep and not self._routes_matter
-
-    def _is_read_by_another(self, job: Job) -> bool:
-        """Whether a request had better wait, because a prompt that begins as its own does is being read. Prompts are
-        read in order of arrival, so that this delays nothing behind it either.
-        """
-        if isinstance(job, Request):
-            job.phase = self._engine.spec.length_phase(len(job.prompt))
-        if not self._shares(job) or not self._kept.rewindable:
-            return False
-        prefix = longest_prefix(job, self._running, self._kept)
-        return is_being_read(job, self._running, prefix.tokens if prefix else 0)
-
-    def _copyable(self, job: Request) -> Prefix | None:
-        """What a request may copy; what was left behind must not give way to it."""
-        if not self._shares(job) or not self._kept.rewindable:
-            return None
-        prefix = longest_prefix(job, self._running, self._kept)
-        if prefix is None or prefix.kept is None:
-            return prefix
-        room = len(self._running) + 2 <= self._plan.sequences
-        tokens = self._reserved + len(prefix.kept.tokens) + job.reserved
-        return prefix if room and tokens <= self._plan.kv_token_budget else None
-
-    @property
-    def _routes_matter(self) -> bool:
-        """Whether the experts of every token are recorded, or told by a trace: then every token is computed."""
-        routes = self._engine.routes
-        return routes is not None and (routes.observer is not None or routes.trace is not None)
+            self._admission.settle(job, prefix)
 
     def _leave(self, job: Job) -> None:
         """Take a job from wherever it is, and free its sequence."""
@@ -267,20 +183,12 @@ class Scheduler:
             return
         if job is self._scoring:
             self._scoring = None
-        elif isinstance(job, Request):
-            self._running.remove(job)
-        sequence, job.sequence = job.sequence, None
-        if isinstance(job, Request) and self._leaves_behind(job):
-            self._kept.put(Kept(sequence, job.tokens[: job.computed].copy(), len(job.prompt), job.phase))
-        else:
-            self._engine.release(sequence)
+        self._admission.leave(job, self._is_whole(job))
 
-    def _leaves_behind(self, job: Request) -> bool:
-        """Whether the state of its sequence is kept. That of a step which was cut is whole up to the rows of that
+    def _is_whole(self, job: Job) -> bool:
+        """Whether the state of its sequence is known. That of a step which was cut is whole up to the rows of that
         step, if a state can be rewound.
         """
-        if not job.keep or not job.computed:
-            return False
         return job.error is None or (isinstance(job.error, StepCancelled) and self._kept.rewindable)
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> list[Job]:
@@ -339,11 +247,6 @@ class Scheduler:
             self.on_step(StepRecord(*counts, result.times, seconds, result.cache, prompts))
         except BaseException as error:
             self.on_step, self.observer_error = None, error
-
-
-def _loses_more(kept: Kept, shared: int, prefix: Prefix) -> bool:
-    """Whether going on with a kept sequence saves less than a copy would, or destroys a part of its prompt."""
-    return shared < prefix.tokens or shared + BLOCK < kept.prompt
 
 
 def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
