@@ -120,15 +120,16 @@ def _round(entry: Duel, ours: Contender, theirs: Contender, probe: Probe, limit:
     time.sleep(REST_SECONDS)
     ours.prepare(test)
     probe.measure()
-    entry.ours.append(_timed(ours, test))
+    entry.ours.append(timed(ours, test))
     probe.measure()
     entry.limits.append(limit(test))
     time.sleep(REST_SECONDS)
     theirs.prepare(test)
-    entry.theirs.append(_timed(theirs, test))
+    entry.theirs.append(timed(theirs, test))
 
 
-def _timed(contender: Contender, test: Test) -> float:
+def timed(contender: Contender, test: Test) -> float:
+    """Seconds of one run."""
     start = time.perf_counter()
     contender.run(test)
     return time.perf_counter() - start

@@ -108,6 +108,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "rope_theta": 1e7, "rope_scaling": None,
         "attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
     },
+    "glm-4.5-air": {
+        **_COMMON, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 151552,
+        "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 46,
+        "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "partial_rotary_factor": 0.5,
+        "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False,
+        "attention_bias": True, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "rope_scaling": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
+    },
+    "qwen3.5-35b-a3b": {  # its text part
+        **_COMMON, "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text",
+        "vocab_size": 248320, "hidden_size": 2048, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "num_hidden_layers": 40, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "num_experts": 256, "num_experts_per_tok": 8,
+        "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "tie_word_embeddings": False,
+    },
     "phi-3.5-moe": {  # but for its two lists of divisors
         **_COMMON, "architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "vocab_size": 32064,
         "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -145,6 +165,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
+
+# What is changed of a model to measure its layers: so few that a store takes some GB, and a head that does not hide
+# them. Experts that are left out are none that a token reads.
+SLICES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {"num_hidden_layers": 4},
+    "gpt-oss-20b": {"num_hidden_layers": 4},
+    "deepseek-v2-lite": {"num_hidden_layers": 4},
+    "deepseek-r1": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 64},
+    "qwen3-next-80b-a3b": {"num_hidden_layers": 4, "num_experts": 128},
+    "glm-4.5-air": {"num_hidden_layers": 3, "n_routed_experts": 64},
+    "qwen3.5-35b-a3b": {"num_hidden_layers": 4, "num_experts": 128},
+    "phi-3.5-moe": {"num_hidden_layers": 2},
+}
+SLICE_VOCABULARY = 16384
 
 _BYTES = {"BF16": 2, "F8_E4M3": 1, "U8": 1}
 
@@ -185,6 +219,13 @@ def make_config(like: str, family: str | None = None, layers: int | None = None)
     if family not in (None, config["model_type"]):
         raise typer.BadParameter(f"{like} is of family {config['model_type']}, not {family}")
     return {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
+
+
+def make_slice(like: str) -> dict[str, Any]:
+    """The config.json of some layers of a model in `SLICES`."""
+    if like not in SLICES:
+        raise typer.BadParameter(f"{like!r} has no slice; known: {', '.join(SLICES)}")
+    return {**make_config(like), "vocab_size": SLICE_VOCABULARY, **SLICES[like]}
 
 
 def write_checkpoint(out: Path, config: dict[str, Any], seed: int, shard_bytes: int = SHARD_BYTES) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from hybrid.commands.console import show, show_json
+from hybrid.commands.console import say, show, show_json
 from hybrid.commands.flags import command, new_app, only
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
@@ -73,27 +73,35 @@ def fit(
     from hybrid.models import model_spec
     from hybrid.weights.hub import local_model
 
-    contents, native = read_model(local_model(model, only_config=True))
+    contents, native, notes = read_model(local_model(model, only_config=True))
     spec = model_spec(contents)
     hardware, rates = machine_of(options)
     found = fits_of(spec, native, hardware, rates, replace(config, numa="off"), options)
+    for note in notes:
+        say(note)
     if options.json:
         show_json(report(spec, hardware, rates, found))
     else:
         show(text(spec, hardware, rates, found))
 
 
-def read_model(path: Path) -> tuple[dict[str, Any], FormatMix]:
-    """The contents of a config.json, and the mix of formats that the model is published in."""
+def read_model(path: Path) -> tuple[dict[str, Any], FormatMix | None, tuple[str, ...]]:
+    """The contents of a config.json; the mix of formats that the model is published in, None if that cannot be told;
+    and lines about it.
+    """
     from hybrid.files import read_json_object
     from hybrid.files.gguf import is_gguf
+    from hybrid.weights.checkpoints.gguf_outline import outline_gguf
     from hybrid.weights.checkpoints.published import native_mix
     from hybrid.weights.pack import describe
 
-    if path.is_dir() or is_gguf(path) or not path.exists():
-        return describe(path)
+    if is_gguf(path):
+        outline = outline_gguf(path)
+        return outline.config, outline.native, outline.notes
+    if path.is_dir() or not path.exists():
+        return *describe(path), ()
     config = read_json_object(path)
-    return config, native_mix(config)
+    return config, native_mix(config), ()
 
 
 def machine_of(options: FitOptions) -> tuple[HardwareSpec, Rates]:
@@ -148,23 +156,35 @@ def parse_size(text: str, flag: str) -> int:
 
 def fits_of(
     spec: ModelSpec,
-    native: FormatMix,
+    native: FormatMix | None,
     hardware: HardwareSpec,
     rates: Rates,
     config: EngineConfig,
     options: FitOptions,
 ) -> list[Fit]:
     """The model in every format that was asked for, or in its own and those that need less."""
-    from hybrid.formats.mix import parse_mix
     from hybrid.plan.fit import fit_model
 
     if hardware.device_memory:
         cache = config.cache if spec.moe_layers else replace(config.cache, mode="off")
         config = replace(config, device="cuda", cache=cache)
     names: dict[FormatMix, str] = {}
-    for name in options.format or ("auto", *OTHERS):
-        names.setdefault(parse_mix(name, native), name)
+    for name in options.format or (("auto", *OTHERS) if native else OTHERS):
+        names.setdefault(_mix(name, native), name)
     return [fit_model(spec, name, mix, hardware, rates, config, options.depth) for mix, name in names.items()]
+
+
+def _mix(text: str, native: FormatMix | None) -> FormatMix:
+    """What `--format` asks for. native: what the model has, None if that is not known. Raises ConfigError."""
+    from hybrid.formats.mix import FormatMix, parse_mix
+
+    found = parse_mix(text, native or FormatMix.uniform("bf16"))
+    if native is None and (text.strip().startswith("auto") or "=" in text.split(",")[0]):
+        raise ConfigError(
+            f"--format {text:.80} begins with what the model has, which the files that are here do not show; "
+            "begin with another, as int4, or fetch the header of the next file"
+        )
+    return found
 
 
 def report(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit]) -> dict[str, Any]:

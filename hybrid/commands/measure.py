@@ -91,10 +91,14 @@ class MachineProbe:
         if "int8" in self.peaks:
             self.peaks["int8"].append(cpu_kernels.peak_int_ops(pool, isa, PROBE_ROUNDS))
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Bytes and operations a second, each by the last two samples."""
+        return tuple(statistics.mean(samples[-2:]) for samples in (self.read, *self.peaks.values()))
+
     def seconds(self, cost: Cost) -> float:
         """The shortest time of a step by the last two samples."""
-        rates = (statistics.mean(samples[-2:]) for samples in (self.read, *self.peaks.values()))
-        return cost.seconds(*rates)
+        return cost.seconds(*self.rates)
 
 
 def run_tests(

@@ -64,20 +64,25 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Read and check the header of a file. Raises WeightsError on anything that is not sound."""
+def read_gguf_header(path: Path, whole: bool = True) -> GgufHeader:
+    """Read and check the header of a file. Raises WeightsError on anything that is not sound.
+
+    whole: whether the file must hold its tensors, too, and not only say where they would be.
+    """
     with input_descriptor(path, GGUF) as opened:
         status = os.fstat(opened)
-    return _read(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    return _read(path, status.st_size, status.st_mtime_ns, status.st_ino, whole)
 
 
 @lru_cache(maxsize=8)  # a start reads it several times, and a vocabulary takes a while
-def _read(path: Path, size: int, time: int, inode: int) -> GgufHeader:
+def _read(path: Path, size: int, time: int, inode: int, whole: bool) -> GgufHeader:
     with input_descriptor(path, GGUF) as opened:
         cursor = _Cursor(path, opened, size)
         count, entries = _read_counts(cursor)
         metadata = _read_metadata(cursor, entries)
-        return GgufHeader(path, metadata, _read_tensors(cursor, count, _alignment(path, metadata)), cursor.position)
+        tensors = _read_tensors(cursor, count, _alignment(path, metadata))
+        _check_places(path, tensors, size if whole else None)
+        return GgufHeader(path, metadata, tensors, cursor.position)
 
 
 class _Cursor:
@@ -219,9 +224,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Gguf
             raise damaged(cursor.path, f"has tensor {name:.100} twice")
         found[name] = _read_tensor(cursor, name, alignment)
     data = -(-cursor.position // alignment) * alignment
-    placed = {name: GgufTensor(t.type, t.shape, data + t.start, data + t.end) for name, t in found.items()}
-    _check_places(cursor, placed)
-    return placed
+    return {name: GgufTensor(t.type, t.shape, data + t.start, data + t.end) for name, t in found.items()}
 
 
 def _read_tensor(cursor: _Cursor, name: str, alignment: int) -> GgufTensor:
@@ -247,14 +250,15 @@ def _read_tensor(cursor: _Cursor, name: str, alignment: int) -> GgufTensor:
     return GgufTensor(found.name, tuple(reversed(sizes)), offset, offset + nbytes)
 
 
-def _check_places(cursor: _Cursor, tensors: Mapping[str, GgufTensor]) -> None:
+def _check_places(path: Path, tensors: Mapping[str, GgufTensor], size: int | None) -> None:
+    """size: of the file, None where the tensors need not be there."""
     before, end = "", 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.end > cursor.size:
-            place = f"tensor {name:.100} ends at byte {tensor.end}, the file has {cursor.size}"
-            raise damaged(cursor.path, f"is truncated: {place}")
+        if size is not None and tensor.end > size:
+            place = f"tensor {name:.100} ends at byte {tensor.end}, the file has {size}"
+            raise damaged(path, f"is truncated: {place}")
         if tensor.start < end:
-            raise damaged(cursor.path, f"has overlapping tensors {before:.100} and {name:.100}")
+            raise damaged(path, f"has overlapping tensors {before:.100} and {name:.100}")
         before, end = name, tensor.end
 
 

@@ -73,15 +73,15 @@ def local_model(path: Path, progress: Progress | None = None, only_config: bool 
     ConfigError and WeightsError; a path that is neither is given back, for its reader to refuse.
     """
     if os.path.exists(path):
-        return _gguf_file(path)
+        return _gguf_file(path, only_config)
     repository = parse_name(str(path))
     return path if repository is None else _fetch(repository, progress, only_config)
 
 
-def _gguf_file(path: Path) -> Path:
-    """Of a GGUF model the first file; any other path as it is."""
+def _gguf_file(path: Path, only_config: bool) -> Path:
+    """Of a GGUF model the first file; any other path as it is. only_config: the other files need not be there."""
     if is_gguf(path):
-        return gguf_files(path)[0]
+        return (split_names if only_config else gguf_files)(path)[0]
     if path.is_dir() and not has_weights(path) and not is_file(path / MANIFEST):
         return gguf_in(path) or path
     return path

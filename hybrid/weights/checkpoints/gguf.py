@@ -87,7 +87,11 @@ class GgufCheckpoint(Checkpoint):
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
         """Read the headers of all files of a model. Raises `ConfigError` and `WeightsError`; see also `check`."""
-        model = read_gguf(Path(path))
+        return cls.of(read_gguf(Path(path)))
+
+    @classmethod
+    def of(cls, model: Gguf) -> GgufCheckpoint:
+        """The model of headers that have been read."""
         config, plain = _config_and_spec(model)
         architecture = str(model.metadata["general.architecture"])
         spec = with_gguf_names(plain, architecture)

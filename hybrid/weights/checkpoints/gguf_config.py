@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
+from hybrid.models.decoder import MAX_LAYERS
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
@@ -31,7 +32,7 @@ def gguf_config(model: Gguf) -> Config:
 
 def layer_count(metadata: GgufMetadata) -> int:
     """Layers that predict more than the next token come last, and are not used."""
-    return metadata.size("block_count") - metadata.size("nextn_predict_layers", 0)
+    return metadata.size("block_count", maximum=MAX_LAYERS) - metadata.size("nextn_predict_layers", 0)
 
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:

@@ -19,11 +19,17 @@ _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 @dataclass(frozen=True)
 class Gguf:
-    """A whole model. path: of the only or first file."""
+    """A model. path: of the only or first file.
+
+    whole: whether all bytes of the tensors are there; else `headers_of` has read what is, and `missing` is the number
+    of files that are not.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Entry]
+    whole: bool = True
+    missing: int = 0
 
 
 def gguf_files(path: Path) -> list[Path]:
@@ -55,17 +61,43 @@ def read_gguf(path: Path) -> Gguf:
         raise WeightsError(
             f"{path}: is one of {first.metadata[_COUNT]} files; they must keep their names, as NAME-00001-of-00003.gguf"
         )
+    tensors = _joined(dict(enumerate(headers)), len(headers))
+    if _number(first, _TENSORS, len(tensors)) != len(tensors):
+        raise damaged(first.path, f"tells of {first.metadata[_TENSORS]} tensors in all, there are {len(tensors)}")
+    return Gguf(first.path, first.metadata, tensors)
+
+
+def headers_of(path: Path) -> Gguf:
+    """The same from headers without tensors behind them, and without the files that are not there.
+
+    The first one must be: it alone says what the model is. A file of a split may have any name here. Raises
+    WeightsError.
+    """
+    names = split_names(path)
+    headers = {at: read_gguf_header(file, whole=False) for at, file in enumerate(names) if is_file(file)}
+    if 0 not in headers:
+        raise WeightsError(f"{names[0]}: missing; it says what the model is: fetch its header, too")
+    first = headers[0]
+    count = len(names) if len(names) > 1 else max(1, _number(first, _COUNT, 1))
+    if count > 1 and _number(first, _NUMBER, -1) != 0:
+        raise WeightsError(f"{path}: is not the first of {count} files of a model, which says what the model is")
+    tensors = _joined(headers, count)
+    if _number(first, _TENSORS, len(tensors)) < len(tensors):
+        raise damaged(first.path, f"tells of {first.metadata[_TENSORS]} tensors in all, there are {len(tensors)}")
+    return Gguf(first.path, first.metadata, tensors, whole=False, missing=count - len(headers))
+
+
+def _joined(headers: Mapping[int, GgufHeader], count: int) -> dict[str, Entry]:
+    """The tensors of all files. headers: by the place of their file among `count` ones. Raises WeightsError."""
     tensors: dict[str, Entry] = {}
-    for number, header in enumerate(headers):
-        if len(headers) > 1 and (_number(header, _NUMBER, -1), _number(header, _COUNT, -1)) != (number, len(headers)):
-            raise damaged(header.path, f"does not say that it is part {number + 1} of {len(headers)}")
+    for number, header in headers.items():
+        if count > 1 and (_number(header, _NUMBER, -1), _number(header, _COUNT, -1)) != (number, count):
+            raise damaged(header.path, f"does not say that it is part {number + 1} of {count}")
         for name, tensor in header.tensors.items():
             if name in tensors:
                 raise damaged(header.path, f"has tensor {name:.100}, which is in {tensors[name].path.name} too")
             tensors[name] = Entry(header.path, tensor.type, tensor.shape, tensor.start, tensor.end)
-    if _number(first, _TENSORS, len(tensors)) != len(tensors):
-        raise damaged(first.path, f"tells of {first.metadata[_TENSORS]} tensors in all, there are {len(tensors)}")
-    return Gguf(first.path, first.metadata, tensors)
+    return tensors
 
 
 def gguf_in(folder: Path) -> Path | None:

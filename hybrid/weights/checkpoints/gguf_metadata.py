@@ -19,9 +19,12 @@ class GgufMetadata:
         self._model = model
         self.architecture = str(self._read("general.architecture", None, "a text", lambda value: type(value) is str))
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, maximum: int = _LARGEST) -> int:
         """An integer; of a list with one for each layer, the value that all have."""
-        return int(self._read(self._key(name), default, "an integer, the same for all layers", _is_size))
+        found = int(self._read(self._key(name), default, "an integer, the same for all layers", _is_size))
+        if found > maximum:
+            raise self.refuse(name, found, f"at most {maximum}")
+        return found
 
     def layer_sizes(self, name: str, count: int) -> list[int]:
         """An integer for each of `count` layers, or one for all of them."""

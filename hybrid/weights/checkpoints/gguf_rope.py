@@ -70,12 +70,14 @@ def _set(metadata: GgufMetadata, name: str) -> bool:
 
 
 def _factors(model: Gguf, name: str) -> list[float]:
-    """The values of a small tensor of floats, [] where there is none."""
+    """The values of a small tensor of floats, [] where there is none; ones of a header without its tensors."""
     entry = model.tensors.get(name)
     if entry is None:
         return []
     if entry.dtype != "F32" or len(entry.shape) != 1 or entry.end - entry.start > _TOO_LARGE:
         raise WeightsError(f"{model.path}: tensor {name} is {entry.dtype} {list(entry.shape)}; it must be a row of F32")
+    if not model.whole:
+        return [1.0] * entry.shape[0]
     return [float(value) for value in read_bytes(entry, 0, entry.end - entry.start).view(np.float32)]
 
 
