@@ -221,6 +221,9 @@ class EngineConfig:
     )
     max_batch: int = setting(8, "Sequences that run together.", minimum=1)
     chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
+    speculate: bool = setting(
+        True, "Guess tokens that repeat the text and compute them along, where that pays.", negatable=True
+    )
     isa: str | None = setting(None, "Instruction set; the best of the machine.", flag=False, late=True)
     cache_dir: Path | None = setting(None, "Where packed models are kept.", shown="user cache")
     check: bool = setting(False, "Verify every weight while loading.")

@@ -18,6 +18,7 @@ for name in list(os.environ):
     ):
         del os.environ[name]
 os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
+os.environ["HYBRID_SPECULATE"] = "0"
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
@@ -26,6 +27,13 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
 settings.load_profile("any")
+
+
+@pytest.fixture(autouse=True)
+def no_guesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether guessed tokens pay is measured, and the number of steps must not depend on that."""
+    if not request.node.get_closest_marker("guesses"):
+        monkeypatch.setattr("hybrid.serving.speculation.COUNTS", (0,))
 
 
 @pytest.fixture(params=ISAS)

@@ -24,6 +24,8 @@ class DummyPlan:
     isa: str = "dummy"
     format_text: str = "all of it dummy"
     repeatable: bool = True
+    speculate: bool = True
+    cache: None = None
 
     @property
     def kv(self):
@@ -66,6 +68,9 @@ class DummyEngine:
         assert self.plan.repeatable and tokens % BLOCK == 0 and not self.sequences.get(target)
         assert 0 < tokens <= len(self.sequences[source])
         self.sequences[target] = self.sequences[source][:tokens]
+
+    def step_bytes(self, rows: int) -> float:
+        return 10.0 + rows
 
     def cancel(self) -> None:
         """Its steps have no two operations to end between."""

@@ -30,6 +30,7 @@ from hybrid.plan.passes.gpu_step import CALLS
 from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
 from hybrid.plan.plan import Plan
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model
+from hybrid.plan.roofline import step_cost
 from hybrid.plan.route_trace import read_route_trace
 from hybrid.weights.hub import with_local_model
 from hybrid.weights.pack import Notice, Progress, cached_store, default_cache_dir
@@ -246,6 +247,10 @@ class Engine:
         self.addresses.release(sequence)
         if self.device_step:
             self.device_step.forget(sequence)
+
+    def step_bytes(self, rows: int) -> float:
+        """What a step with so many rows of one sequence reads at least, and their logits."""
+        return step_cost(self.spec, self.plan.formats, self.plan.kv.format, 1, rows, 0, rows).bytes
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the state of the first `tokens` tokens of a sequence to a new one: keys and values alone, so the plan's

@@ -47,13 +47,18 @@ class Routes:
         self.rows = 0
         self.ids, self.weights = self._all_ids[:0], self._all_weights[:0]
 
+    @property
+    def matter(self) -> bool:
+        """Whether the experts of every token are recorded, or told by a trace: then each is computed, and once."""
+        return self.observer is not None or self.trace is not None
+
     def begin(self, batch: Batch) -> None:
         """A step begins."""
         self.step += 1
         self.rows = len(batch.sequences)
         pairs = self.rows * self.top_k
         self.ids, self.weights = self._all_ids[:pairs], self._all_weights[:pairs]
-        if self.observer is None and self.trace is None:
+        if not self.matter:
             return
         known = batch.sequences < len(self._number_of)  # the executor refuses others
         new = batch.sequences[(batch.positions == 0) & known]

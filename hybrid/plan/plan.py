@@ -47,7 +47,8 @@ class Plan:
     cache: where experts may be computed on a device, and placed_ops the ops of such a step; `ops` are those without.
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
     lists for a step with it, by CUDA graphs if wanted.
-    route_trace: whose experts rows take in place of those of the model's routers.
+    route_trace: whose experts rows take in place of those of the model's routers. speculate: whether tokens may be
+    guessed.
     """
 
     model_type: str
@@ -85,6 +86,7 @@ class Plan:
     device_placed_ops: tuple[Op, ...] = ()
     cuda_graphs: bool = True
     route_trace: Path | None = None
+    speculate: bool = True
 
     @property
     def nodes(self) -> int:
@@ -215,6 +217,7 @@ def _sized(
         placed_ops=tuple(place_experts(driven(step.ops), next_gate)) if shape else (),
         device_name="cpu" if config.device == "auto" else config.device,
         route_trace=config.route_trace,
+        speculate=config.speculate,
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)

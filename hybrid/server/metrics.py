@@ -39,6 +39,7 @@ class Metrics:
         self._steps = Counter("hybrid_steps", "Steps of the engine.", registry=registry)
         self._step_seconds = Counter("hybrid_step_seconds", "Seconds in steps.", registry=registry)
         self._rows = Counter("hybrid_step_rows", "Rows that steps computed.", ["kind"], registry=registry)
+        self._guesses = Counter("hybrid_guessed_tokens", "Guessed tokens computed.", ["came_true"], registry=registry)
         self._experts = {
             name: Counter(f"hybrid_expert_cache_{name}", f"Experts: {name}.", ["layer"], registry=registry)
             for name in ("hits", "misses", "evictions")
@@ -51,6 +52,8 @@ class Metrics:
         self._step_seconds.inc(record.seconds)
         self._rows.labels("prompt").inc(record.prompt_rows)
         self._rows.labels("decode").inc(record.decode_rows)
+        self._guesses.labels("yes").inc(record.right)
+        self._guesses.labels("no").inc(record.guessed - record.right)
         if record.cache is None:
             return
         _, hits, _, misses, evictions = record.cache.T.tolist()

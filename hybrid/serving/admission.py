@@ -105,7 +105,7 @@ class Admission:
         return False
 
     def _shares(self, job: Request) -> bool:
-        return job.keep and not self._routes_matter
+        return job.keep and not (self._engine.routes and self._engine.routes.matter)
 
     def _can_keep(self, prefix: Prefix, job: Request) -> bool:
         """Whether what a request would copy need not give way to it."""
@@ -113,12 +113,6 @@ class Admission:
             return True
         room = len(self.running) + 2 <= self._plan.sequences
         return room and self._reserved + len(prefix.kept.tokens) + job.reserved <= self._plan.kv_token_budget
-
-    @property
-    def _routes_matter(self) -> bool:
-        """Whether the experts of every token are recorded, or told by a trace: then every token is computed."""
-        routes = self._engine.routes
-        return routes is not None and (routes.observer is not None or routes.trace is not None)
 
 
 def _loses_more(kept: Kept, shared: int, prefix: Prefix) -> bool:

@@ -11,9 +11,10 @@ import numpy as np
 
 from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
+from hybrid.serving.guesses import Tokens
 from hybrid.serving.params import check_params
 from hybrid.serving.perplexity import Windows, scored_bytes
-from hybrid.serving.request import Limits, LogitsScore, LogprobScore, Request, Tokens
+from hybrid.serving.request import Limits, LogitsScore, LogprobScore, Request
 from hybrid.text.answer import AnswerStream
 from hybrid.text.answer_format import AnswerFormat, choose_format
 from hybrid.text.chat_template import ChatTemplate

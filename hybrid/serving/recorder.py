@@ -160,7 +160,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 def _breakdown_row(step: int, record: StepRecord) -> list[Any]:
     parts = asdict(record.times)
     times = [f"{parts[name] * 1000:.4f}" for name in TIMES]
-    rows = record.prompt_rows + record.decode_rows
+    rows = record.prompt_rows + record.decode_rows + record.guessed - record.right
     return [step, rows, record.prompt_rows, record.decode_rows, *times]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hybrid.core import Completion, FinishReason, SamplingParams, TextDelta, TokenLogprob
 from hybrid.errors import CapacityError, RequestError
+from hybrid.serving.guesses import Guesses, PromptLookup, Tokens
 from hybrid.serving.sampler import Sampler, token_logprob
 from hybrid.text.answer import AnswerStream
 from hybrid.text.grammar import TokenMask
@@ -22,7 +23,6 @@ from hybrid.text.parts import Parts
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
-Tokens = npt.NDArray[np.int32]
 _NOTHING = Parts()
 
 
@@ -126,6 +126,8 @@ class Request(Job):
         self.length = len(prompt)
         self.reserved = 0  # tokens that its sequence may hold
         self.phase = 0  # of the length for which its tokens were computed, see `ModelSpec.length_phase`
+        self.guesses = Guesses(PromptLookup())
+        self.guessed = 0  # tokens behind `length` that the next step computes as guesses
 
     @property
     def finished(self) -> bool:
@@ -143,10 +145,32 @@ class Request(Job):
         self.tokens[: self.length] = self.prompt
         self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample, self._mask)
 
-    def choose(self, logits: npt.NDArray[np.float32]) -> None:
-        """Append the next token, chosen from its logits [vocab]."""
+    def guess(self, count: int) -> list[int]:
+        """At most `count` tokens that may follow, and fit with one more."""
+        room = len(self.tokens) - self.length - 1
+        return self.guesses.draft(self.tokens[: self.length], min(count, room)) if room > 0 else []
+
+    def place(self, guesses: Sequence[int]) -> None:
+        """Have the next step compute guesses, too."""
+        self.guessed = len(guesses)
+        self.tokens[self.length : self.length + self.guessed] = guesses
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """Append the next token, chosen from the first row of logits [1 + guessed, vocab], and as long as that is what
+        was guessed the next one, from the row of the guess. Returns how many were guessed right.
+        """
         assert self.sampler is not None
-        self.accept(*self.sampler.choose(logits, self.tokens[: self.length]))
+        guesses, self.guessed = self.tokens[self.length : self.length + self.guessed].tolist(), 0
+        right = 0
+        for row in logits:
+            self.accept(*self.sampler.choose(row, self.tokens[: self.length]))
+            if self.finished or right == len(guesses) or self.tokens[self.length - 1] != guesses[right]:
+                break
+            right += 1
+        self.computed += right
+        if guesses:
+            self.guesses.tell(len(guesses), right)
+        return right
 
     def _clock(self, moment: str) -> None:
         self.completion.times = replace(self.completion.times, **{moment: perf_counter() - self._made})

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import starmap
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ import numpy.typing as npt
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.admission import Admission
+from hybrid.serving.guesses import Tokens
 from hybrid.serving.prefixes import Prefix
-from hybrid.serving.request import Job, Limits, Request, Score, Tokens
+from hybrid.serving.request import Job, Limits, Request, Score
+from hybrid.serving.speculation import Speculation
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -28,9 +31,10 @@ Forward = Callable[[Sequence[Job], Batch], StepResult]
 class StepRecord:
     """One step: how many rows of prompts and of produced tokens it computed, and how long that took.
 
-    times: as the executor measured them, with sampling. seconds: the whole step, from choosing its rows to
-    the text of its tokens. cache: that of its `StepResult`. prompts: of each token that was chosen the number of its
-    prompt, in the list that was given to `generate`.
+    sampled: tokens that were chosen. times: as the executor measured them, with sampling. seconds: the whole step, from
+    choosing its rows to the text of its tokens. cache: that of its `StepResult`. prompts: of each token that was chosen
+    the number of its prompt, in the list that was given to `generate`. guessed: rows of guesses; right: those of them
+    that came true, which `decode_rows` has too.
     """
 
     prompt_rows: int
@@ -40,6 +44,8 @@ class StepRecord:
     seconds: float
     cache: npt.NDArray[np.int64] | None = None
     prompts: tuple[int, ...] = ()
+    guessed: int = 0
+    right: int = 0
 
 
 class Scheduler:
@@ -65,6 +71,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._admission = Admission(engine)
         self._running, self._kept = self._admission.running, self._admission.kept
+        self._speculation = Speculation(engine)
         self._scoring: Score | None = None  # has the steps to itself, and nothing is admitted meanwhile
 
     @property
@@ -101,17 +108,22 @@ class Scheduler:
         chunks = self._schedule()
         if not chunks:
             return touched
-        jobs = [request for request, _ in chunks]
+        jobs, prompt_rows = [request for request, _ in chunks], sum(starmap(_prompt_rows, chunks))
         try:
             result = self._forward(jobs, _batch(chunks))
         except BaseException as error:
             return touched + self._fail(jobs, error)
-        sampling = perf_counter()
+        sampling, guessed = perf_counter(), sum(request.guessed for request in jobs)
         sampled = self._sample(chunks, result.logits)
         ended = perf_counter()
-        result = replace(result, times=_with_sampling(result.times, ended - sampling))
-        self._report(chunks, sampled, result, ended - started)
-        return touched + sampled
+        times, rows = _with_sampling(result.times, ended - sampling), sum(rows for _, rows in chunks)
+        if not prompt_rows:
+            self._speculation.tell(rows, times.total)
+        prompts = tuple(request.completion.index for request, right in sampled for _ in range(right + 1))
+        right = sum(right for _, right in sampled)
+        counts = (prompt_rows, rows - prompt_rows - guessed + right, len(prompts))
+        self._report(StepRecord(*counts, times, ended - started, result.cache, prompts, guessed, right))
+        return touched + [request for request, _ in sampled]
 
     def _score(self, score: Score) -> list[Job]:
         """The next rows of a score, a step of their own; returns it once it has finished."""
@@ -202,9 +214,10 @@ class Scheduler:
         """Rows of the next step: one of every decoding request, then prompts in order of arrival."""
         for request in self._running:
             self._begin_phase(request)
+        self._speculation.guess(self._running)
         chunks, room = [], self._plan.max_rows
         for request in sorted(self._running, key=lambda request: request.pending > 1):
-            rows = min(request.pending, room)
+            rows = min(request.pending + request.guessed, room)
             if rows == 0:
                 break
             chunks.append((request, rows))
@@ -219,32 +232,38 @@ class Scheduler:
             self._engine.release(request.sequence)
             request.computed, request.phase = 0, phase
 
-    def _sample(self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]) -> list[Job]:
-        """Advance the requests of a step; returns those that got a token, or an error of their own."""
-        whole = [request for request, rows in chunks if rows == request.pending]
+    def _sample(
+        self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]
+    ) -> list[tuple[Request, int]]:
+        """Advance the requests of a step; returns those that got a token, or an error of their own, with the number of
+        guesses that came true.
+        """
+        sampled, first = [], 0
         for request, rows in chunks:
+            whole, rows = _is_whole(request, rows), rows - request.guessed
             request.computed += rows
-        for request, row in zip(whole, logits, strict=True):
-            try:
-                request.choose(row)
-            except BaseException as error:  # of a processor of logits too
-                request.fail(error)
-            if request.finished:
-                self._leave(request)
-        return [*whole]
+            if whole:
+                last = first + 1 + request.guessed
+                sampled.append((request, self._choose(request, logits[first:last])))
+                first = last
+        return sampled
 
-    def _report(
-        self, chunks: Sequence[tuple[Request, int]], sampled: Sequence[Job], result: StepResult, seconds: float
-    ) -> None:
+    def _choose(self, request: Request, logits: npt.NDArray[np.float32]) -> int:
+        """How many guesses came true."""
+        right = 0
+        try:
+            right = request.choose(logits)
+        except BaseException as error:  # of a processor of logits too
+            request.fail(error)
+        if request.finished:
+            self._leave(request)
+        return right
+
+    def _report(self, record: StepRecord) -> None:
         if self.on_step is None:
             return
-        rows = sum(rows for _, rows in chunks)
-        prompt_rows = sum(_prompt_rows(request, rows) for request, rows in chunks)
-        decode_rows = rows - prompt_rows
         try:
-            prompts = tuple(job.completion.index for job in sampled if isinstance(job, Request))
-            counts = (prompt_rows, decode_rows, len(sampled))
-            self.on_step(StepRecord(*counts, result.times, seconds, result.cache, prompts))
+            self.on_step(record)
         except BaseException as error:
             self.on_step, self.observer_error = None, error
 
@@ -252,14 +271,18 @@ class Scheduler:
 def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
     starts = [request.computed for request, _ in chunks]
     ends = np.cumsum([rows for _, rows in chunks], dtype=np.int32)
-    whole = [rows == request.pending for request, rows in chunks]
+    wanted = [
+        np.arange(end - 1 - request.guessed, end, dtype=np.int32)
+        for end, (request, rows) in zip(ends, chunks, strict=True)
+        if _is_whole(request, rows)
+    ]
     return Batch(
         np.concatenate([r.tokens[r.computed : r.computed + rows] for r, rows in chunks]),
         np.repeat(_int32([r.sequence for r, _ in chunks]), [rows for _, rows in chunks]),
         np.concatenate(
             [np.arange(at, at + rows, dtype=np.int32) for at, (_, rows) in zip(starts, chunks, strict=True)]
         ),
-        ends[whole] - np.int32(1),
+        np.concatenate([_int32([]), *wanted]),
         np.repeat(_int32([r.length for r, _ in chunks]), [rows for _, rows in chunks]),
     )
 
@@ -268,10 +291,14 @@ def _int32(values: Any) -> Tokens:
     return np.asarray(values, dtype=np.int32)
 
 
+def _is_whole(request: Request, rows: int) -> bool:
+    """Whether a token can be chosen after so many rows."""
+    return rows == request.pending + request.guessed
+
+
 def _prompt_rows(request: Request, rows: int) -> int:
-    """How many of the last `rows` computed rows of a request belong to its prompt."""
-    before = request.computed - rows
-    return min(rows, max(0, len(request.prompt) - before))
+    """How many of the next `rows` rows of a request belong to its prompt."""
+    return min(rows, max(0, len(request.prompt) - request.computed))
 
 
 def _with_sampling(times: StepTimes, sampling: float) -> StepTimes:

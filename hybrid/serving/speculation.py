@@ -1,0 +1,105 @@
+"""Speculative decoding: a step computes guessed tokens behind the known one, and those that are chosen anyway are kept.
+
+Every row is sampled as without guesses, with the same random numbers, and a guess counts only where it is what was
+chosen. So the tokens are those without speculation; what was computed of wrong guesses is overwritten.
+
+A guess costs more where experts are many: each row brings its own, and a step reads the union. Whether guesses pay is
+therefore decided for every step, from how often those of a request came true and how long steps of so many rows took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hybrid.serving.guesses import Guesses
+from hybrid.serving.request import Request
+
+if TYPE_CHECKING:
+    from hybrid.engine.engine import Engine
+
+COUNTS = (1, 2, 4, 8, 16, 32)  # guesses of a request in a step
+MARGIN = 1.05  # by how much guesses must promise more tokens a second: measurements are that noisy
+_MEMORY = 0.8  # what older steps weigh beside the newest
+
+
+class Speculation:
+    """Decides for every step of a scheduler which guesses it computes.
+
+    There are none where a state cannot be rewound, and where it matters what is computed: with routes that are recorded
+    or told, and with an expert cache, whose steps are to be those of its simulator.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        plan, self._engine = engine.plan, engine
+        self._wanted = plan.speculate and plan.kv.repeatable and plan.cache is None
+        self._max_rows, self._phase = plan.max_rows, engine.spec.length_phase
+        self._seconds = StepSeconds(engine.step_bytes)
+
+    def guess(self, running: Sequence[Request]) -> None:
+        """Give requests guesses if that pays, and if no prompt is to be read, which it would delay."""
+        routes, reads = self._engine.routes, any(request.pending > 1 for request in running)
+        if not self._wanted or not self._seconds.known or reads or (routes and routes.matter):
+            return
+        made = [(request, request.guess(COUNTS[-1])) for request in running if self._may_guess(request)]
+        made = [(request, guesses) for request, guesses in made if guesses]
+        drafts = [(request.guesses, len(guesses)) for request, guesses in made]
+        count = worth_guessing(self._seconds, drafts, len(running), self._max_rows - len(running))
+        for request, guesses in made:
+            if count:
+                request.place(guesses[:count])
+            else:
+                request.guesses.give_up()
+
+    def tell(self, rows: int, seconds: float) -> None:
+        """A step of so many rows, none of a prompt, took so long."""
+        self._seconds.tell(rows, seconds)
+
+    def _may_guess(self, request: Request) -> bool:
+        """Tokens behind a step's must have the keys that its own have."""
+        return self._phase(request.length + COUNTS[-1]) == request.phase
+
+
+class StepSeconds:
+    """Seconds of a decode step by its number of rows: what was measured, and between measurements as `work` grows."""
+
+    def __init__(self, work: Callable[[int], float]) -> None:
+        """work: what a step of so many rows has to do, in any unit."""
+        self._work = work
+        self._rates: dict[int, float] = {}  # seconds a unit of work, by `_size`
+
+    @property
+    def known(self) -> bool:
+        """Whether any step was measured."""
+        return bool(self._rates)
+
+    def tell(self, rows: int, seconds: float) -> None:
+        rate, size = seconds / self._work(rows), _size(rows)
+        before = self._rates.get(size, rate)
+        self._rates[size] = before + (rate - before) * (1 - _MEMORY)
+
+    def expected(self, rows: int) -> float:
+        """Of a step that may not have been measured; another one must have been."""
+        nearest = min(self._rates, key=lambda known: abs(known - _size(rows)))
+        return self._work(rows) * self._rates[nearest]
+
+
+def _size(rows: int) -> int:
+    """Of a step: the rows of one request with each of `COUNTS` guesses are of sizes of their own."""
+    return (rows - 1).bit_length()
+
+
+def worth_guessing(seconds: StepSeconds, drafts: Sequence[tuple[Guesses, int]], rows: int, room: int) -> int:
+    """How many guesses each request should have in a step of `rows` rows beside them, where `room` more fit; 0 where
+    they do not pay. drafts: of the requests that have guesses, how many.
+    """
+    best, rate = 0, rows / seconds.expected(rows)
+    for count in COUNTS:
+        counts = [min(count, made) for _, made in drafts]
+        if not drafts or sum(counts) > room:
+            break
+        tokens = rows + sum(guesses.expected(n) - 1 for (guesses, _), n in zip(drafts, counts, strict=True))
+        faster = tokens / seconds.expected(rows + sum(counts))
+        if faster > rate * (1 if best else MARGIN):
+            best, rate = count, faster
+    return best

@@ -1,0 +1,260 @@
+"""Guessed tokens: where they come from, when they are made, and that what is chosen stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from dummy_engine import DummyEngine, reference_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid.core import Grammar, SamplingParams
+from hybrid.serving import speculation
+from hybrid.serving.guesses import NGRAM, Guesses, PromptLookup
+from hybrid.serving.llm import LLM
+from hybrid.serving.request import Request
+from hybrid.serving.scheduler import Scheduler, StepRecord
+from hybrid.serving.speculation import StepSeconds, worth_guessing
+
+pytestmark = pytest.mark.guesses
+
+
+def tokens(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def test_the_guess_is_what_followed_the_last_time() -> None:
+    lookup = PromptLookup()
+    assert lookup.draft(tokens(1, 2, 3, 4, 5, 9, 1, 2, 3), 3) == [4, 5, 9]
+    assert lookup.draft(tokens(1, 2, 3, 4, 5, 9, 1, 2, 3, 7, 8, 1, 2, 3), 3) == [7, 8, 1]
+    assert lookup.draft(tokens(1, 2, 3, 4, 5, 9, 1, 2, 3, 7, 8, 1, 2, 3, 6), 3) == []
+
+
+def test_what_repeats_itself_is_guessed_beyond_its_end() -> None:
+    assert PromptLookup().draft(tokens(5, 1, 2, 1, 2, 1), 5) == [2, 1, 2, 1, 2]
+    assert PromptLookup().draft(tokens(7, 7, 7, 7), 3) == [7, 7, 7]
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 39), st.integers(1, 8))
+def test_a_text_that_grows_is_looked_through_as_one_that_is_whole(text: list[int], cut: int, count: int) -> None:
+    growing = PromptLookup()
+    growing.draft(tokens(*text[:cut]), count)
+    drafted = growing.draft(tokens(*text), count)
+    assert drafted == PromptLookup().draft(tokens(*text), count)
+    places = [i for i in range(NGRAM, len(text)) if text[i - NGRAM : i] == text[-NGRAM:]]
+    assert bool(drafted) == bool(places)
+    if places:
+        assert (text + drafted)[places[-1] :][:count] == drafted
+
+
+def taught(seconds_of, rows=(1, 2, 3, 5, 9, 17, 33)) -> StepSeconds:
+    seconds = StepSeconds(float)
+    for count in rows:
+        for _ in range(30):
+            seconds.tell(count, seconds_of(count))
+    return seconds
+
+
+def guesses(*told: tuple[int, int]) -> Guesses:
+    made = Guesses(PromptLookup())
+    for guessed, true in told:
+        made.tell(guessed, true)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("seconds_of", "told", "expected"),
+    [
+        (lambda rows: 1.0, [(8, 8)] * 9, 32),  # more rows cost nothing
+        (lambda rows: float(rows), [(8, 8)] * 9, 0),  # each row costs as much as the first
+        (lambda rows: 1 + 0.1 * rows, [(8, 0)] * 9, 0),  # guesses do not come true
+        (lambda rows: 1 + 0.2 * rows, [(8, 4)] * 9, 4),
+    ],
+)
+def test_as_many_are_guessed_as_pay(seconds_of, told, expected: int) -> None:
+    assert worth_guessing(taught(seconds_of), [(guesses(*told), 32)], 1, 100) == expected
+
+
+def test_no_more_are_guessed_than_a_step_has_room_for() -> None:
+    sure = guesses(*[(8, 8)] * 9)
+    assert worth_guessing(taught(lambda rows: 1.0), [(sure, 32)], 1, 7) == 4
+    assert worth_guessing(taught(lambda rows: 1.0), [(sure, 32)] * 3, 3, 7) == 2
+    assert worth_guessing(taught(lambda rows: 1.0), [(sure, 32)], 1, 0) == 0
+
+
+def test_requests_share_the_decision() -> None:
+    """Rows of one whose guesses come true must not be paid for by rows of another whose guesses do not."""
+    seconds = taught(lambda rows: 1 + 0.3 * rows)
+    sure, wrong = guesses(*[(8, 8)] * 9), guesses(*[(8, 0)] * 9)
+    assert worth_guessing(seconds, [(sure, 32)], 2, 100) > worth_guessing(seconds, [(sure, 32), (wrong, 32)], 2, 100)
+
+
+def test_rests_grow_while_nothing_comes_true_and_end_with_the_first_that_does() -> None:
+    made = Guesses(PromptLookup())
+    text = tokens(1, 2, 3, 4, 1, 2, 3)
+    rests = []
+    for _ in range(9):
+        made.tell(2, 0)
+        rest = 0
+        while not made.draft(text, 1):
+            rest += 1
+        rests.append(rest)
+    assert rests == [4, 8, 16, 32, 64, 128, 256, 256, 256]
+    made.tell(2, 1)
+    assert made.draft(text, 1) == [4]
+
+
+def test_times_between_measurements_grow_as_the_work() -> None:
+    seconds = StepSeconds(lambda rows: 10.0 + rows)
+    seconds.tell(1, 22.0)
+    assert seconds.expected(1) == pytest.approx(22.0) and seconds.expected(10) == pytest.approx(40.0)
+    for _ in range(50):
+        seconds.tell(10, 60.0)
+    assert seconds.expected(10) == pytest.approx(60.0) and seconds.expected(1) == pytest.approx(22.0)
+
+
+class Script:
+    """Guesses what `tokens` say, which may be wrong."""
+
+    def __init__(self, prompt: list[int], following: list[int]) -> None:
+        self._all = prompt + following
+
+    def draft(self, tokens: np.ndarray, count: int) -> list[int]:
+        return self._all[len(tokens) : len(tokens) + count]
+
+
+class Always(Guesses):
+    """Never rests."""
+
+    def draft(self, tokens: np.ndarray, count: int) -> list[int]:
+        return self.drafter.draft(tokens, count)
+
+
+@pytest.fixture
+def always(monkeypatch) -> None:
+    """As many guesses as fit, whether they pay or not."""
+    monkeypatch.setattr(speculation, "worth_guessing", lambda seconds, drafts, rows, room: room // max(1, len(drafts)))
+    monkeypatch.setattr(StepSeconds, "known", True)
+    monkeypatch.setattr("hybrid.serving.request.Guesses", Always)
+
+
+def run(engine: DummyEngine, requests: list[Request]) -> list[StepRecord]:
+    records: list[StepRecord] = []
+    scheduler = Scheduler(engine)
+    scheduler.on_step = records.append
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        scheduler.step()
+    assert scheduler.observer_error is None
+    return records
+
+
+def request(prompt: list[int], count: int, wrong: set[int] = frozenset(), eos: frozenset[int] = frozenset()) -> Request:
+    """Whose guesses are what comes, but for those at the places `wrong`."""
+    made = Request(np.array(prompt, np.int32), SamplingParams(max_tokens=count), eos)
+    following = [(t + (i in wrong)) % 300 for i, t in enumerate(reference_tokens(prompt, count + 9))]
+    made.guesses.drafter = Script(prompt, following)
+    return made
+
+
+@settings(max_examples=60)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=20), min_size=1, max_size=6),
+    counts=st.lists(st.integers(1, 20), min_size=6, max_size=6),
+    wrong=st.lists(st.sets(st.integers(0, 20)), min_size=6, max_size=6),
+    max_rows=st.integers(4, 20),
+)
+def test_tokens_are_those_without_guesses(prompts, counts, wrong, max_rows) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "worth_guessing", lambda seconds, drafts, rows, room: room // max(1, len(drafts)))
+        patch.setattr(StepSeconds, "known", True)
+        patch.setattr("hybrid.serving.request.Guesses", Always)
+        requests = [request(*some) for some in zip(prompts, counts, wrong, strict=False)]
+        engine = DummyEngine(max_rows=max_rows)
+        records = run(engine, requests)
+    for made, prompt, count in zip(requests, prompts, counts, strict=False):
+        assert made.completion.token_ids == reference_tokens(prompt, count)
+        assert sum((delta.token_ids for delta in made.deltas), ()) == tuple(made.completion.token_ids)
+    assert engine.sequences == {}
+    assert sum(record.sampled for record in records) == sum(len(made.completion.token_ids) for made in requests)
+    assert sum(record.prompt_rows for record in records) == sum(map(len, prompts))
+    rows = sum(len(batch.token_ids) for batch in engine.steps)
+    assert rows == sum(r.prompt_rows + r.decode_rows + r.guessed - r.right for r in records)
+
+
+def test_right_guesses_save_steps_and_wrong_ones_cost_none(always) -> None:
+    right, wrong = request([1, 2, 3], 15), request([1, 2, 3], 15, set(range(15)))
+    records = run(DummyEngine(), [right])
+    assert [record.sampled for record in records] == [1, 8, 6] and records[1].right == 7
+    assert len(run(DummyEngine(), [wrong])) == 15
+
+
+def test_a_guess_that_ends_the_text_ends_it(always) -> None:
+    tokens_after = reference_tokens([1, 2, 3], 9)
+    made = request([1, 2, 3], 9, eos=frozenset([tokens_after[4]]))
+    run(DummyEngine(), [made])
+    assert made.completion.token_ids == tokens_after[:5] and made.completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("plan", [{"speculate": False}, {"repeatable": False}])
+def test_there_are_no_guesses_where_there_may_be_none(always, plan) -> None:
+    engine = DummyEngine(**plan)
+    run(engine, [request([1, 2, 3], 9)])
+    assert [len(batch.token_ids) for batch in engine.steps] == [3] + [1] * 8
+
+
+def test_guesses_do_not_delay_a_prompt(always) -> None:
+    short, long = request([1], 20), request(list(range(30)), 3)
+    engine = DummyEngine()
+    run(engine, [short, long])
+    assert [len(batch.token_ids) for batch in engine.steps[:4]] == [8, 8, 8, 8]
+    assert [len(batch.logit_rows) for batch in engine.steps[1:3]] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(threads=2, max_seq_len=512, max_batch=4, chunk_size=64, speculate=True) as opened:
+        yield opened
+
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 7, "top_p": 0.9},
+    "with logprobs": {"logprobs": 2},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
+    "stop": {"stop": ("was",)},
+    "grammar": {"grammar": Grammar.regex("( (red|blue|ball|Tom|Lily|had|a|\\.))+")},
+}
+
+
+@pytest.mark.parametrize("case", PARAMS)
+def test_answers_of_a_model_are_those_without_guesses(llm, monkeypatch, always, case) -> None:
+    """Every fifth guess is wrong."""
+    if case == "grammar":
+        pytest.importorskip("llguidance")
+    params = SamplingParams(**{"max_tokens": 40, **PARAMS[case]})
+    prompts = ["Lily had a red ball. Tom had", "Once upon a time", "One day"]
+    monkeypatch.setattr(speculation, "COUNTS", (0,))
+    plain = llm.generate(prompts, params)
+    monkeypatch.setattr(speculation, "COUNTS", (1, 2, 4, 8))
+
+    def draft(_: PromptLookup, tokens: np.ndarray, count: int) -> list[int]:
+        texts = [made.prompt_token_ids + made.token_ids for made in plain]
+        text = next(text for text in texts if text[: len(tokens)] == tokens.tolist())
+        following = range(len(tokens), min(len(text), len(tokens) + count))
+        return [5 if place % 5 == 0 else text[place] for place in following]
+
+    monkeypatch.setattr(PromptLookup, "draft", draft)
+    records: list[StepRecord] = []
+    llm.observe(records.append)
+    guessed = llm.generate(prompts, params)
+    llm.observe(None)
+    for mine, its in zip(guessed, plain, strict=True):
+        assert (mine.token_ids, mine.text, mine.logprobs) == (its.token_ids, its.text, its.logprobs)
+        assert mine.finish_reason == its.finish_reason
+    right, count = (sum(getattr(record, name) for record in records) for name in ("right", "guessed"))
+    assert count > right > 10 and len(records) < 40
