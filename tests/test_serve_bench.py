@@ -1,0 +1,101 @@
+"""The load on a server: what is asked when, and what is told of the answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import load  # noqa: E402
+import serve  # noqa: E402
+from server_rig import running  # noqa: E402
+
+from hybrid import LLM  # noqa: E402
+
+MOONCAKE = [
+    {"timestamp": 0, "input_length": 700, "output_length": 64, "hash_ids": [0, 1]},
+    {"timestamp": 4000, "input_length": 1024, "output_length": 128, "hash_ids": [0, 2]},
+    {"timestamp": 9000, "input_length": 100, "output_length": 1, "hash_ids": [3]},
+]
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\n2023-11-16 18:17:04.4799600,32,8\n"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(LLM(max_seq_len=256, max_batch=4, threads=1)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("flags", [["--users", "3"], ["--rate", "200"], ["--users", "2", "--shared", "32"]])
+def test_every_request_is_answered_and_told(server, tmp_path, capsys, flags) -> None:
+    output = tmp_path / "results.json"
+    serve.main(
+        [f"a={server.address}", f"b={server.address}", "--requests", "4", "--rounds", "2", "--prompt", "40",
+         "--answer", "6", "--first-limit", "60", "--gap-limit", "60", "--output", str(output), *flags]
+    )  # fmt: skip
+    found = json.loads(output.read_text())["results"]
+    assert list(found) == ["a", "b"]
+    for one in found.values():
+        assert (one["asked"], one["failed"], one["errors"]) == (8, 0, [])
+        assert one["tokens_per_second"] > 0 and one["good_per_second"] > 0
+        assert one["first"]["p50"] <= one["first"]["p99"] <= one["whole"]["p99"]
+        assert one["prompt_tokens"] >= 8 * 40
+    if "--shared" in flags:
+        assert found["b"]["cached_share"] > 0.3
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and len({len(line) for line in printed}) == 1
+
+
+def test_what_fails_is_counted_and_said(server, tmp_path, capsys) -> None:
+    serve.main([server.address, "--requests", "2", "--rounds", "1", "--prompt", "900", "--answer", "4"])
+    printed = capsys.readouterr().out
+    assert "server: 400 " in printed and "raise max_seq_len" in printed
+    row = [cell.strip() for cell in printed.splitlines()[2].split("|")]
+    assert row[1:4] == ["server", "2", "2"] and row[6] == "-"
+
+
+def test_a_recorded_load_of_mooncake(tmp_path) -> None:
+    path = tmp_path / "conversation.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in MOONCAKE))
+    asks = load.recorded(path, 9, 32, 2.0)
+    assert [ask.at for ask in asks] == [0.0, 2.0, 4.5]
+    assert [ask.max_tokens for ask in asks] == [2, 4, 1]
+    first, second, third = (ask.prompt.split() for ask in asks)
+    assert [len(first), len(second), len(third)] == [22, 32, 3]
+    assert first[:16] == second[:16] and first[16:22] != second[16:22]
+    assert len(load.recorded(path, 2, 1, 1.0)) == 2
+
+
+def test_a_recorded_load_of_azure(tmp_path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(AZURE)
+    asks = load.recorded(path, 9, 2, 1.0)
+    assert [(len(ask.prompt.split()), ask.max_tokens, ask.at) for ask in asks] == [(24, 5, 0.0), (16, 4, 0.5)]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "{}\n"), ("a.jsonl", "[1]\n"), ("a.csv", "a,b\n1,2\n")])
+def test_another_file_is_refused_in_one_line(server, tmp_path, capsys, name, text) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        serve.main([server.address, "--trace", str(path)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and str(path) in error and "of Mooncake (.jsonl) or of Azure (.csv)" in error
+
+
+def test_no_server_is_said_in_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["http://127.0.0.1:9", "--requests", "1"])
+    assert ended.value.code == 2 and "is no server that speaks OpenAI's API" in capsys.readouterr().err
+
+
+def test_arrivals_at_random_keep_their_rate() -> None:
+    asks = load.poisson(load.equal_asks(2000, 4, 1, 0, 0), 50.0, 1)
+    assert 35 < asks[-1].at < 45 and all(a.at < b.at for a, b in zip(asks, asks[1:], strict=False))
