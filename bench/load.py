@@ -20,8 +20,8 @@ from hybrid.errors import ConfigError
 
 # Of one token each in about every vocabulary, with the space before.
 COMMON = (
-    "the of and to in is that for it as was with on be by not he this are or his from at which but have an had they you "
-    "were their one all we can her has there been if more when will would who so no out up into do any time"
+    "the of and to in is that for it as was with on be by not he this are or his from at which but have an had they "
+    "you were their one all we can her has there been if more when will would who so no out up into do any time"
 )
 WORDS = COMMON.split()
 HASHED = 512  # tokens behind each number of a trace of Mooncake
