@@ -10,8 +10,9 @@ import pytest
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
 from hybrid.formats import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from hybrid.weights.checkpoints.exact_mix import exact_format
 from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
-from hybrid.weights.checkpoints.gguf_mix import HOLDS, exact_format
+from hybrid.weights.checkpoints.gguf_mix import HOLDS, type_kind
 
 FORMATS = {format.name: format for format in (MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0)}
 ROWS, COLUMNS = 32, 512
@@ -167,6 +168,16 @@ def test_every_type_is_tested() -> None:
     assert {*READABLE} == {*READ, "F32", "F16", "BF16"} and {*HOLDS} <= {*READ}
 
 
-def test_types_that_no_format_holds_together_are_bf16() -> None:
-    assert exact_format({"Q4_K", "Q6_K"}) == exact_format({"Q8_0", "F16"}) == exact_format({"Q2_K"}) == "bf16"
-    assert exact_format({"MXFP4"}) == "mxfp4"
+@pytest.mark.parametrize(
+    ("types", "format"),
+    [
+        (["Q4_K", "Q6_K"], "bf16"),
+        (["Q8_0", "F16"], "bf16"),
+        (["Q2_K"], "bf16"),
+        (["MXFP4"], "mxfp4"),
+        (["Q8_0", "Q4_0"], "q8_0"),
+        (["Q4_1"], "q4_1"),
+    ],
+)
+def test_the_smallest_format_holds_all_of_a_matrix(types: list[str], format: str) -> None:
+    assert exact_format(type_kind(type, 16) for type in types) == format

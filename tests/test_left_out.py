@@ -26,7 +26,8 @@ from test_published import FP8_CONFIG, MXFP4, MXFP4_CONFIGS, expert, matrix, nam
 
 from hybrid import LLM
 from hybrid.errors import ConfigError, WeightsError
-from hybrid.formats.mix import MIXES
+from hybrid.formats.mix import MIXES, FormatMix
+from hybrid.formats.packed import matrix_formats
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.published import native_mix
@@ -50,12 +51,17 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def bf16_in(parts: dict[int, list[str]], usual: FormatMix = MIXES["fp8"], layers: int = 3) -> FormatMix:
+    """The usual formats, but for these parts of some layers."""
+    return FormatMix.of_layers([usual.with_parts(dict.fromkeys(parts.get(i, ()), "bf16")) for i in range(layers)])
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_what_is_stored_decides_what_is_quantised(tmp_path: Path, spelling: str) -> None:
     config = {**FP8_CONFIG, "quantization_config": {**FP8, **SPELLINGS[spelling]}}
     tensors = as_fp8(random_tensors(config), keep=("layers.1.self_attn.o_proj",))
     source = write_tensors(tmp_path / "hf", config, tensors, shards=2)
-    expected = replace(MIXES["fp8"], attention="bf16")
+    expected = bf16_in({1: ["attention"]})
     assert Checkpoint.open(source).native == model_formats(source) == expected
     with packed(source) as store:
         assert store.mix == expected
@@ -66,30 +72,33 @@ def test_what_is_stored_decides_what_is_quantised(tmp_path: Path, spelling: str)
 
 
 @pytest.mark.parametrize(
-    ("keep", "part"),
+    ("keep", "formats"),  # of attention and feed-forward
     [
-        (("layers.0.mlp.experts.7.up_proj",), "experts"),  # one matrix of one expert
-        (("layers.2.mlp.experts",), "experts"),
-        (("layers.1.mlp",), "dense"),
-        (("layers.2.self_attn.k_proj",), "attention"),  # beside q and v in one matrix of ours
-        (("layers.0.",), "attention"),
-        ((), ""),
+        (("layers.0.mlp.experts.7.up_proj",), {0: ("fp8", "bf16/fp8")}),  # one matrix of one expert
+        (("layers.2.mlp.experts",), {2: ("fp8", "bf16")}),
+        (("layers.1.mlp",), {1: ("fp8", "bf16")}),
+        (("layers.2.self_attn.k_proj",), {2: ("bf16", "fp8")}),  # beside q and v in one matrix of ours
+        (("layers.0.",), {0: ("bf16", "bf16")}),
+        ((), {}),
     ],
 )
-def test_each_part_is_bf16_if_anything_of_it_was_left_out(tmp_path: Path, keep: tuple[str, ...], part: str) -> None:
+def test_a_part_of_a_layer_is_bf16_if_anything_of_it_was_left_out(
+    tmp_path: Path, keep: tuple[str, ...], formats: dict[int, tuple[str, str]]
+) -> None:
     config = {**FP8_CONFIG, "quantization_config": FP8}
     tensors = as_fp8(random_tensors(config), keep=keep)
     with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
-        parts = {part, "experts"} if keep == ("layers.0.",) else {part} - {""}
-        assert store.mix == replace(MIXES["fp8"], **dict.fromkeys(parts, "bf16"))
+        mixes = [store.mix.of_layer(layer) for layer in range(3)]
+        own = [(mix.attention, mix.dense if layer == 1 else mix.experts) for layer, mix in enumerate(mixes)]
+        assert own == [formats.get(layer, ("fp8", "fp8")) for layer in range(3)] and store.mix.head == "bf16"
         for layer, index in ((0, 7), (1, 0), (2, 3)):
             for found, name in zip(expert(store, layer, index), names_of(layer, index, layer != 1), strict=True):
                 exact = dequantised(tensors, name)
-                kept = "bf16" in (store.mix.dense if layer == 1 else store.mix.experts)
+                kept = matrix_formats(own[layer][1])["down_proj" in name] == "bf16"
                 assert (found == (exact.astype("bfloat16") if kept else exact)).all()
         names = [f"model.layers.2.self_attn.{x}_proj.weight" for x in "qkv"]
         stacked = np.concatenate([dequantised(tensors, name) for name in names])
-        if store.mix.attention == "bf16":
+        if mixes[2].attention == "bf16":
             stacked = stacked.astype("bfloat16").astype("f4")
         assert (matrix(store, "layers.2.attention.qkv", *stacked.shape) == stacked).all()
 
@@ -117,7 +126,9 @@ def test_experts_of_a_layer_may_be_left_out_of_mxfp4(tmp_path: Path, family: str
     tensors |= {name: random.standard_normal(shape).astype(ml_dtypes.bfloat16) for name, shape in plain.items()}
     source = write_tensors(tmp_path / "hf", config, tensors)
     checkpoint = Checkpoint.open(source)
-    assert checkpoint.form == "mxfp4" and checkpoint.native == replace(MIXES["mxfp4"], experts="bf16")
+    assert checkpoint.form == "mxfp4" and checkpoint.native == bf16_in(
+        {kept: ["experts"]}, MIXES["mxfp4"], len(spec.layers)
+    )
     with packed(source) as store:
         names = spec.layers[0].feed_forward.names.experts
         for layer in (0, 1):

@@ -25,7 +25,7 @@ from checkpoints import (
 from hybrid.errors import ConfigError, HybridError, WeightsError
 from hybrid.formats import FORMATS
 from hybrid.formats.mix import MIXES, FormatMix
-from hybrid.formats.packed import down_offset
+from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
@@ -49,14 +49,15 @@ def matrix(store: Store, name: str, n: int, k: int) -> np.ndarray:
     return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), n, k)
 
 
-def expert(store: Store, layer: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def expert(store: Store, layer: int, index: int) -> list[np.ndarray]:
     """Gate, up and down of an expert, as float32."""
-    tensor, size = store.tensors[f"layers.{layer}.ffn.experts"], store.spec.layers[layer].feed_forward.intermediate
-    kind, hidden, blob = FORMATS[tensor.format or ""], store.spec.hidden, store.array(tensor.name)[index]
-    start = down_offset(kind.name, hidden, size)
-    blocks = blob[:start].reshape(-1, 2, kind.block_bytes(tensor.runs[0].inputs))
-    gate, up = (kind.unpack(blocks[:, part], size, hidden) for part in (0, 1))
-    return gate, up, kind.unpack(blob[start:], hidden, size)
+    tensor = store.tensors[f"layers.{layer}.ffn.experts"]
+    hidden, size = store.spec.hidden, store.spec.layers[layer].feed_forward.intermediate
+    wide, narrow = (FORMATS[name] for name in matrix_formats(tensor.format or ""))
+    blob = store.array(tensor.name)[index]
+    start = down_offset(tensor.format or "", hidden, size)
+    blocks = blob[:start].reshape(-1, 2, wide.block_bytes(tensor.runs[0].inputs))
+    return [*(wide.unpack(blocks[:, part], size, hidden) for part in (0, 1)), narrow.unpack(blob[start:], hidden, size)]
 
 
 def names_of(layer: int, index: int, routed: bool = True) -> list[str]:
@@ -123,10 +124,10 @@ def test_modules_that_were_not_converted_are_bf16(tmp_path: Path) -> None:
     assert native_mix(config) == replace(MIXES["fp8"], attention="bf16")
     tensors = as_fp8(random_tensors(config), keep=("layers.1.self_attn.o_proj",))
     with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
-        assert store.format == "attention bf16, head bf16, rest fp8"
+        assert store.format == "head bf16, rest fp8; layers 1: attention bf16, head bf16, rest fp8"
         for layer in (0, 1):
             weight = dequantised(tensors, f"model.layers.{layer}.self_attn.o_proj.weight")
-            assert (matrix(store, f"layers.{layer}.attention.out", 200, 144) == weight.astype("bfloat16")).all()
+            assert (matrix(store, f"layers.{layer}.attention.out", 200, 144) == weight).all()
     for names, part in ((["model.layers.*.mlp.experts"], "experts"), (["model.layers.1.mlp"], "dense")):
         mix = native_mix({**config, "quantization_config": {**FP8, "modules_to_not_convert": names}})
         assert getattr(mix, part) == "bf16" and mix.attention == "fp8"

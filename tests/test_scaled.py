@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from checkpoints import packed, random_tensors, write_tensors
 from test_model_mutations import mutated
-from test_schemes import CONFIG, expert, matrix
+from test_published import expert
+from test_schemes import CONFIG, matrix
 
 from hybrid import LLM
 from hybrid.errors import HybridError, WeightsError
@@ -147,7 +148,12 @@ MODULE = "model.layers.0.mlp.experts.1.up_proj"
         ("modelopt, nvfp4", "weight_scale_2", None, f"{MODULE}.weight_scale_2 is missing"),
         ("modelopt, nvfp4", "weight_scale_2", lambda a: a.astype("f8"), "the scale of all of .* is F64"),
         ("modelopt, nvfp4", "pre_quant_scale", lambda a: np.ones(8, "f4"), "changes what its weights mean"),
-        ("compressed, int8", "weight_zero_point", lambda a: np.ones(8, "i1"), "changes what its weights mean"),
+        (
+            "compressed, int8",
+            "weight_zero_point",
+            lambda a: np.ones(8, "i1"),
+            r"weight_zero_point is I8 \[8\]; it must",
+        ),
         ("modelopt, nvfp4", "weight_scale", lambda a: a[:, :3].copy(), r"weight_scale is F8_E4M3 \[64, 3\] beside U8"),
         ("modelopt, nvfp4", "weight_scale", lambda a: np.full_like(a, np.nan), "hold NaN or infinity"),
         ("fbgemm", "weight_scale", lambda a: np.full_like(a, np.inf), "hold NaN or infinity"),

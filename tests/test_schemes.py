@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIGS, packed, random_tensors, write_tensors
+from test_published import expert
 
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.formats import FORMATS
-from hybrid.formats.packed import down_offset
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.patterns import wildcards
@@ -38,6 +38,10 @@ def compressed(group: int = 32, **changes: Any) -> dict[str, Any]:
 
 def gptq(group: int = 32, **changes: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False, **changes}
+
+
+def auto_round(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, **changes}
 
 
 def awq(group: int = 32, **changes: Any) -> dict[str, Any]:
@@ -74,8 +78,10 @@ def quantised(tensors: Tensors, config: dict[str, Any], scales: Any = None) -> t
         if method == "compressed-tensors":
             parts = {"weight_packed": in_words(codes), "weight_scale": steps, "weight_shape": np.array([rows, inputs])}
         elif method == "gptq":
-            stored = (zeros - (config.get("checkpoint_format", "gptq") == "gptq")) & 15
-            parts = {"qweight": in_words(codes).T, "qzeros": in_words(stored.T), "scales": steps.T}
+            stored = in_words(zeros.T)
+            if config.get("checkpoint_format", "gptq") == "gptq":
+                stored = (stored.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+            parts = {"qweight": in_words(codes).T, "qzeros": stored, "scales": steps.T}
             parts["g_idx"] = (np.arange(inputs) // group).astype(np.int32)
         else:
             parts = {"qweight": in_words(codes.T, AWQ_ORDER), "qzeros": in_words(zeros.T, AWQ_ORDER), "scales": steps.T}
@@ -85,19 +91,6 @@ def quantised(tensors: Tensors, config: dict[str, Any], scales: Any = None) -> t
 
 def matrix(store: Store, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return FORMATS[store.tensors[name].format or ""].unpack(store.array(name), *shape)
-
-
-def expert(store: Store, layer: int, index: int) -> list[np.ndarray]:
-    tensor = store.tensors[f"layers.{layer}.ffn.experts"]
-    kind, hidden, size = (
-        FORMATS[tensor.format or ""],
-        store.spec.hidden,
-        store.spec.layers[layer].feed_forward.intermediate,
-    )
-    blob = store.array(tensor.name)[index]
-    start = down_offset(kind.name, hidden, size)
-    blocks = blob[:start].reshape(-1, 2, kind.block_bytes(tensor.runs[0].inputs))
-    return [*(kind.unpack(blocks[:, part], size, hidden) for part in (0, 1)), kind.unpack(blob[start:], hidden, size)]
 
 
 CASES = {
@@ -134,10 +127,41 @@ def test_other_formats_are_made_of_what_codes_stand_for(tmp_path: Path, case: st
     config, scales, _ = CASES[case]
     tensors, values = quantised(random_tensors(CONFIG), config, scales)
     source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)
-    out, kind = values["model.layers.0.self_attn.o_proj.weight"], FORMATS["q8_0"]
-    with packed(source, "q8_0") as store:
+    out, kind = values["model.layers.0.self_attn.o_proj.weight"], FORMATS["q6_k"]
+    with packed(source, "q6_k") as store:
         expected = kind.unpack(kind.pack(out), *out.shape)
         assert (matrix(store, "layers.0.attention.out", out.shape) == expected).all()
+
+
+def test_matrices_of_a_part_may_have_their_own_bits(tmp_path: Path) -> None:
+    """8 bits for down, for all of layer 0's attention and for layer 2's o, 4 for the rest: as `dynamic` says."""
+    many = (".down_proj", "layers.0.self_attn", "layers.2.self_attn.o_proj")
+    config = gptq(dynamic={"+:.*": {"bits": 8, "group_size": -1}, "-:lm_head": {}})
+    plain = random_tensors(CONFIG)
+    tensors, values = quantised({n: t for n, t in plain.items() if not any(word in n for word in many)}, config)
+    chance = np.random.default_rng(7)
+    for name in [name for name in plain if any(word in name for word in many) and name.endswith("_proj.weight")]:
+        rows, inputs = plain[name].shape
+        codes = chance.integers(0, 256, (rows, inputs), np.uint8)
+        scales = chance.uniform(1e-4, 1e-3, (rows, 1)).astype(np.float16)
+        values[name] = (codes.astype("f4") - 128) * scales.astype("f4")
+        words = np.ascontiguousarray(codes).view(np.int32).T.copy()
+        zeros = np.full((1, rows // 4), 0x7F7F7F7F, np.int32)
+        parts = {"qweight": words, "qzeros": zeros, "scales": scales.T.copy()}
+        tensors |= {name.replace(".weight", f".{part}"): array for part, array in parts.items()}
+    tensors |= {name: plain[name] for name in plain if name not in values}
+    source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)
+    with packed(source) as store:
+        mixes = [store.mix.of_layer(layer) for layer in range(3)]
+        assert [mix.attention for mix in mixes] == ["int8", "q4_0", "q8_0"]
+        assert {mix.experts for mix in mixes} == {mix.dense for mix in mixes} == {"q4_0/int8"}
+        for layer in range(3):
+            qkv = np.concatenate([values[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkv"])
+            assert (matrix(store, f"layers.{layer}.attention.qkv", qkv.shape) == qkv).all()
+            out = values[f"model.layers.{layer}.self_attn.o_proj.weight"]
+            assert (matrix(store, f"layers.{layer}.attention.out", out.shape) == out).all()
+        names = [f"model.layers.2.mlp.experts.7.{part}_proj.weight" for part in ("gate", "up", "down")]
+        assert all((a == values[name]).all() for a, name in zip(expert(store, 2, 7), names, strict=True))
 
 
 @pytest.mark.parametrize(("version", "less"), [("gptq", 0), ("gptq_v2", 1)])
@@ -210,18 +234,25 @@ def test_other_expressions_are_not_understood(expression: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (compressed(num_bits=8), "weights.num_bits is 8"),
-        (compressed(symmetric=False), "weights.symmetric is False"),
+        (compressed(num_bits=3), "codes of 3 bits; those of 2, 4, 8 bits are read"),
+        (compressed(strategy="tensor"), "weights.strategy is 'tensor'"),
         (compressed(type="float"), "weights.type is 'float'"),
         (compressed(group=48), "group_size is 48; it must be a multiple of 32"),
         ({**compressed(), "format": "mxfp6-pack-quantized"}, "format is 'mxfp6-pack-quantized'"),
         ({**compressed(), "transform_config": {"R3": {}}}, "transform_config is"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo is 'NVFP4_AWQ'"),
         ({"quant_method": "compressed-tensors"}, "config_groups"),
-        (gptq(bits=3), "quantization_config.bits is 3"),
+        (gptq(bits=5), "codes of 5 bits; those of 2, 3, 4, 8 bits are read"),
+        (gptq(dynamic={"+:.*": {"bits": 6}}), "codes of 6 bits"),
+        (gptq(dynamic={"+:.*": 4}), "quantization_config.dynamic is"),
+        (auto_round(packing_format="auto_round:fake"), "packing_format is 'auto_round:fake'"),
+        (auto_round(data_type="mx_int"), "data_type is 'mx_int'"),
+        (auto_round(rotation_config={"algorithm": "hadamard"}), "rotation_config is"),
+        (auto_round(extra_config={"lm_head": []}), "quantization_config.extra_config is"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'.*one of these kinds"),
         (gptq(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
         (awq(version="gemv"), "version is 'gemv'"),
-        (awq(zero_point=False), "zero_point is False"),
+        (awq(backend="llm-awq"), "backend is 'llm-awq'"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
@@ -239,10 +270,17 @@ MODULE = "model.layers.0.mlp.experts.1.up_proj"
     [
         (gptq(), "scales", None, f"{MODULE}.scales is missing"),
         (gptq(), "scales", lambda a: a[:, :8], r"up_proj.scales has shape \[4, 8\]; codes and config.json ask for"),
-        (gptq(), "scales", lambda a: a.astype("f4"), "scales is F32 of 2 dimensions; it must be BF16 or F16"),
+        (gptq(), "scales", lambda a: a.astype("f8"), "scales is F64 of 2 dimensions; it must be BF16 or F16"),
+        (gptq(), "scales", lambda a: a * np.float16(np.nan), "hold NaN or infinity"),
         (gptq(), "qweight", lambda a: a.astype("i8"), "qweight is I64 of 2 dimensions"),
         (gptq(), "qzeros", lambda a: a + 1, "has zeros other than 8"),
-        (gptq(), "g_idx", lambda a: a[::-1].copy(), "ordered by activations"),
+        (gptq(), "g_idx", lambda a: a[::-1].copy(), "groups in another order than inputs, which q4_0 does not hold"),
+        (gptq(), "g_idx", lambda a: a + 1, r"has the groups \[1, 1, 1, 1\] ... in g_idx"),
+        (gptq(), "g_idx", lambda a: a - 1, r"has the groups \[-1, -1, -1, -1\] ... in g_idx"),
+        (gptq(), "g_idx", lambda a: a.astype("f4"), "g_idx is F32 of 1 dimensions; it must be I32 or I64 of 1"),
+        (gptq(), "g_idx", lambda a: a[:9].copy(), r"g_idx has shape \[9\]"),
+        (awq(), "qzeros", None, f"{MODULE}.qzeros is missing"),
+        (compressed(symmetric=False), "weight_zero_point", None, "down_proj.weight_zero_point is missing"),
         (compressed(), "weight_shape", lambda a: a[::-1].copy(), r"has the weight_shape \[128, 64\]"),
         (awq(), "scales", lambda a: np.full_like(a, np.nan), "NaN"),
     ],
@@ -253,7 +291,7 @@ def test_parts_that_do_not_fit_are_refused(
     tensors, _ = quantised(random_tensors(CONFIG), config)
     name = f"{MODULE}.{part}"
     if change is None:
-        del tensors[name]
+        tensors.pop(name, None)
     else:
         tensors[name] = change(tensors[name])
     source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)

@@ -15,10 +15,11 @@ from hybrid.formats.block import Array, Bytes
 from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
+from hybrid.weights.checkpoints.exact_mix import opened
 from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
-from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_mix, opened_types
+from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_kinds, gguf_mix
 from hybrid.weights.checkpoints.gguf_names import (
     apart,
     as_published,
@@ -98,7 +99,8 @@ class GgufCheckpoint(Checkpoint):
         entries = joined_kv(spec, _shaped(spec, apart(spec, model.tensors)))
         _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
-        return cls(model.path, config, spec, gguf_mix(spec, entries), entries, "apart", heads, blocks, architecture)
+        mix = gguf_mix(spec, entries)
+        return cls(model.path, config, spec, mix, entries, "apart", heads, blocks, architecture)
 
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
@@ -131,11 +133,10 @@ class GgufCheckpoint(Checkpoint):
         """What is opened to bf16 because no format holds it, where no other was asked for."""
         if mix != self.native:
             return []
-        opened = opened_types(self.spec, self.entries, mix)
         return [
             f"note: {part}: {' and '.join(types)} in the file, opened to bf16 where no packed format holds all of a "
             f"matrix; another --format {part}= takes less memory"
-            for part, types in opened.items()
+            for part, types in opened(self.spec, gguf_kinds(self.entries), mix).items()
         ]
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name
+from hybrid.weights.checkpoints.exact_mix import opened
 from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, quantisation_of, read_config
 from hybrid.weights.checkpoints.matrices import (
     FLOATS,
@@ -27,7 +28,7 @@ from hybrid.weights.checkpoints.matrices import (
     Source,
     TransposedSource,
 )
-from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.checkpoints.published import native_mix, published_kinds
 from hybrid.weights.checkpoints.schemes import with_matrices
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.shard import Entry, same_bytes
@@ -118,13 +119,15 @@ class Checkpoint:
 
     def notes(self, mix: FormatMix) -> list[str]:
         """Lines about what packing in these formats changes, beyond what was asked for."""
-        found = (entry.rounded for entry in self.entries.values() if isinstance(entry, MatrixEntry))
-        rounded = " and ".join(dict.fromkeys(filter(None, found)))
-        if mix != self.native or not rounded:
+        if mix != self.native:
             return []
+        parts: dict[str, list[str]] = {}
+        for part, kinds in opened(self.spec, published_kinds(self.entries), mix).items():
+            parts.setdefault(" and ".join(kinds), []).append(part)
         return [
-            f"note: {rounded} in the checkpoint, opened to bf16, which rounds a weight by at most 1/256 of itself, "
-            "because no packed format holds them; another --format takes less memory"
+            f"note: {' and '.join(names)}: {kinds} in the checkpoint, opened to bf16 where no packed format holds all "
+            "of a matrix, which rounds a weight by at most 1/256 of itself; another --format takes less memory"
+            for kinds, names in parts.items()
         ]
 
     def check(self) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from hybrid.errors import ConfigError
 from hybrid.formats.block import BLOCK
-from hybrid.formats.mix import MIXES, PARTS, FormatMix
+from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import Origin, PerHead, Stacked, StoreTensor
+from hybrid.models.tensors import Origin, PerHead, Stacked
+from hybrid.weights.checkpoints.exact_mix import Kind, Kinds, exact_mix
 from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
 from hybrid.weights.checkpoints.patterns import wildcards
@@ -25,14 +26,15 @@ KNOWN = ("mxfp4", f"fp8 with weight_block_size {SQUARE_SIZE}", *WORDS)  # quanti
 KEPT_FIELDS = ("modules_to_not_convert", "ignored_layers", "ignore")
 MAX_KEPT = 10_000
 _EXPRESSION = "re:"
+_MXFP4 = Kind("mxfp4", ("mxfp4",), BLOCK, again=True)
+_FP8 = Kind("fp8 with a scale for 128 by 128", ("fp8",), BLOCK, again=True)
 
 
 def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = None) -> FormatMix:
     """The formats of a checkpoint with this config.json; fp16 and fp32 count as bf16.
 
     entries: its tensors. How they are stored decides, however config.json spells what was left out; without them,
-    config.json is believed. A part that is only quantised here and there counts as bf16, which loses nothing that
-    matters. Raises `ConfigError` for a quantisation that cannot be read.
+    config.json is believed. Raises `ConfigError` for a quantisation that cannot be read.
     """
     quantisation = quantisation_of(config)
     if quantisation is None:
@@ -47,33 +49,34 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
         mix = MIXES["fp8"]
     else:
         raise ConfigError(
-            f"config.json: quantization_config is {reprlib.repr(quantisation)}; it must be absent, "
+            f"config.json: quantization_config is {_described(quantisation)}; it must be absent, "
             f"{', '.join(KNOWN[:-1])} or {KNOWN[-1]}: take the unquantised checkpoint, or one of these kinds"
         )
     spec = model_spec(config)
     if entries is None:
         return mix.with_parts(dict.fromkeys(_kept_parts(spec, mix, kept), "bf16"))
-    return mix.with_parts(_stored_formats(spec, entries))
+    return exact_mix(spec, published_kinds(entries), mix)
 
 
-def _stored_formats(spec: ModelSpec, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """The format of each part whose matrices are stored here."""
-    found: dict[str, set[str]] = {}
-    for tensor in spec.store_tensors(MIXES["bf16"]):
-        if tensor.part in PARTS and tensor.format is not None:
-            found.setdefault(tensor.part, set()).update(_formats(tensor, entries))
-    return {part: formats.pop() if len(formats) == 1 else "bf16" for part, formats in found.items() if formats}
+def published_kinds(entries: Mapping[str, Entry]) -> Kinds:
+    """How the tensors of a checkpoint are stored, by the names that they would have unquantised."""
 
-
-def _formats(tensor: StoreTensor, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Of all checkpoint tensors that it is made of; those that are missing are not this function's concern."""
-    for name in _sources(tensor.origin, tensor.shape[0] if tensor.part == "experts" else 1, entries):
+    def kind(name: str) -> Kind | None:
+        entry = entries.get(name)
         if f"{name}_blocks" in entries:
-            yield "mxfp4"
-        elif isinstance(found := entries.get(name), MatrixEntry):
-            yield found.dtype if found.shape[0] % BLOCK == 0 else "bf16"  # else blocks of rows may have two tensors
-        elif name in entries:
-            yield "fp8" if entries[name].dtype == FP8_DTYPE else "bf16"
+            return _MXFP4
+        if entry is None:
+            return None
+        if isinstance(entry, MatrixEntry):
+            return Kind(entry.words, entry.holds, entry.shape[0])
+        return _FP8 if entry.dtype == FP8_DTYPE else Kind("", (), entry.shape[0] if entry.shape else 1)
+
+    return kind
+
+
+def _described(quantisation: Any) -> str:
+    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    return f"of the quant_method {reprlib.repr(method)}" if isinstance(method, str) else reprlib.repr(quantisation)
 
 
 def _kept_names(quantisation: Mapping[str, Any]) -> list[str]:
@@ -128,18 +131,11 @@ def _edges(module: str) -> set[str]:
     return {".".join(words[:cut]) for cut in cuts} | {".".join(words[cut:]) for cut in cuts}
 
 
-def _sources(origin: Origin, experts: int = 1, entries: Mapping[str, Entry] | None = None) -> Iterator[str]:
-    """Names of the checkpoint tensors that it may be made of, up to the first expert that has no entry."""
+def _sources(origin: Origin) -> Iterator[str]:
+    """Names of the checkpoint tensors that it may be made of, of experts those of the first."""
     if isinstance(origin, Stacked):
         yield from origin.names
-        return
-    if isinstance(origin, PerHead):
+    elif isinstance(origin, PerHead):
         yield origin.name
-        return
-    names = origin.names
-    yield from (names.fused_gate_up, names.fused_down)
-    for expert in range(experts):
-        of_expert = names.of_expert(expert)
-        if entries is not None and of_expert[0] not in entries:
-            return
-        yield from of_expert
+    else:
+        yield from (origin.names.fused_gate_up, origin.names.fused_down, *origin.names.of_expert(0))

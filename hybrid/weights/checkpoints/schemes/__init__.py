@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.weights.checkpoints.files import quantisation_of
-from hybrid.weights.checkpoints.schemes import awq, compressed_tensors, float8, gptq, modelopt
+from hybrid.weights.checkpoints.schemes import auto_round, awq, compressed_tensors, float8, gptq, modelopt
 from hybrid.weights.checkpoints.schemes.base import Scheme
 from hybrid.weights.shard import Entry
 
@@ -17,6 +17,8 @@ _METHODS = {
     "fbgemm_fp8": float8,
     "gptq": gptq,
     "awq": awq,
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
 }
 WORDS = tuple(dict.fromkeys(method.WORDS for method in _METHODS.values()))
 

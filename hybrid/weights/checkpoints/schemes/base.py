@@ -10,15 +10,18 @@ from typing import Protocol
 from hybrid.weights.checkpoints.matrices import Source
 from hybrid.weights.shard import Entry
 
+ROUND = "give another --format, as bf16 or int8, which rounds it"  # what to do where a format cannot hold a matrix
+
 
 @dataclass(frozen=True)
 class MatrixEntry(Entry, ABC):
-    """A matrix [outputs, inputs] under the name that it would have unquantised.
+    """A matrix [outputs, inputs] under the name that it would have unquantised; dtype and bytes are those of its codes.
 
-    dtype: the packed format that holds it exactly, or bf16 where none does; `rounded` says then how it is published.
+    words: how it is published, for people. holds: the packed formats that hold it exactly.
     """
 
-    rounded: str = ""
+    words: str
+    holds: tuple[str, ...]
 
     @abstractmethod
     def source(self, name: str, start: int, count: int, step: int) -> Source:

@@ -1,233 +1,192 @@
-"""Matrices that are published as 4-bit codes, eight in a word of 32 bits, with scales for groups of inputs."""
+"""A matrix that is published as codes in words of 32 bits, with scales and perhaps zeros for groups of inputs."""
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
 
-from hybrid.errors import ConfigError, WeightsError
-from hybrid.formats import INT4, Q4_0, Q5_0
+from hybrid.errors import WeightsError
+from hybrid.formats import GROUPED, INT4, INT8
 from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
 from hybrid.formats.grouped import exact_halves
-from hybrid.models.reading import Fields
 from hybrid.weights.checkpoints.matrices import FLOATS, Source
-from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.checkpoints.schemes.base import ROUND, MatrixEntry
+from hybrid.weights.checkpoints.schemes.words import IN_ORDER, unpacked, unpacked_less
 from hybrid.weights.shard import Entry, read_bytes
-
-IN_ORDER = tuple(range(8))  # which of eight neighbours the i-th four bits of a word are
-MIDDLE = 8  # the zero of symmetric codes
-_WORD, _HALVES = "I32", ("BF16", "F16")
-_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
 
 
 @dataclass(frozen=True)
-class CodesScheme:
-    """How the matrices of a checkpoint are published.
+class Layout:
+    """How the tensors of such a matrix are named, and how they lie.
 
-    codes, scales, zeros: what the names of their tensors end with; without zeros they are all 8. others: tensors that
-    may be there. group: inputs that share a scale, None: all. symmetric: whether zeros are all 8. transposed: whether
-    tensors lie [inputs, outputs]. axis: along which of the two the codes of a word lie. order: of these, and of zeros.
-    zeros_less: how much less than they are zeros are stored.
+    codes, scales, zeros: what the names end with; order: the group of each input; shape: that of the matrix.
+    transposed: whether tensors are [inputs, outputs]. along_rows: whether the codes of a word are of neighbouring
+    outputs, as those of zeros always are, and not of inputs. word: which of its eight neighbours the i-th code of a
+    word is. zeros_less: whether zeros are stored one less than they are. always_zeros: whether there are zeros even
+    where all of them are in the middle.
     """
 
     codes: str
     scales: str
-    zeros: str | None
-    others: tuple[str, ...]
-    group: int | None
-    symmetric: bool
+    zeros: str
+    order: str = ""
+    shape: str = ""
     transposed: bool = False
-    axis: int = 1
-    order: tuple[int, ...] = IN_ORDER
-    zeros_less: int = 0
+    along_rows: bool = False
+    word: tuple[int, ...] = IN_ORDER
+    zeros_less: bool = False
+    always_zeros: bool = False
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of all tensors that a matrix must have."""
-        return tuple(filter(None, (self.codes, self.scales, self.zeros)))
 
-    @property
-    def format(self) -> str:
-        """The packed format of most checkpoints of this kind, for where no tensors are at hand."""
-        if not self.symmetric:
-            return "q5_0"
-        return "q4_0" if self.transposed else "int4"
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a matrix."""
 
-    def matrices(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, MatrixEntry]]:
-        """See `Scheme`."""
-        for name in entries:
-            if name.endswith(f".{self.codes}"):
-                module = name.removesuffix(f".{self.codes}")
-                names = {part: f"{module}.{part}" for part in (*self.parts, *self.others)}
-                parts = {part: entries[name] for part, name in names.items() if name in entries}
-                yield f"{module}.weight", CodesEntry.of(module, parts, self)
+    codes: Entry
+    scales: Entry
+    zeros: Entry | None
+    order: Entry | None
+    shape: Entry | None
 
 
 @dataclass(frozen=True)
 class CodesEntry(MatrixEntry):
-    """A matrix made of codes and scales. The bytes are those of its codes."""
+    """bits: of a code. group: inputs that share a scale. symmetric: whether all zeros are in the middle."""
 
-    scheme: CodesScheme = field(kw_only=True)
-    parts: Mapping[str, Entry] = field(kw_only=True)
-
-    @classmethod
-    def of(cls, module: str, parts: Mapping[str, Entry], scheme: CodesScheme) -> CodesEntry:
-        """Raises `WeightsError` for parts that are missing or do not fit each other."""
-        words = parts[scheme.codes]
-        for part in scheme.parts:
-            if part not in parts:
-                raise WeightsError(f"{words.path}: tensor {module}.{part} is missing: fetch all files again")
-            _require(part == scheme.scales, module, part, parts[part])
-        stored = [size * 8 if axis == scheme.axis else size for axis, size in enumerate(words.shape)]
-        rows, inputs = stored[::-1] if scheme.transposed else stored
-        wanted = (rows, -(-inputs // scheme.group) if scheme.group else 1)
-        scales = parts[scheme.scales]
-        shapes = {scheme.scales: wanted[::-1] if scheme.transposed else wanted}
-        if scheme.zeros:
-            shapes[scheme.zeros] = (wanted[1], -(-rows // 8))
-        for part, shape in shapes.items():
-            if parts[part].shape != shape:
-                raise WeightsError(
-                    f"{words.path}: tensor {module}.{part} has shape {reprlib.repr(list(parts[part].shape))}; codes "
-                    f"and config.json ask for {list(shape)}: one of them belongs to another model"
-                )
-        format = "q5_0" if not scheme.symmetric else "int4" if scales.dtype == "BF16" else "q4_0"
-        return cls(words.path, format, (rows, inputs), words.start, words.end, scheme=scheme, parts=parts)
+    parts: Parts = field(kw_only=True)
+    layout: Layout = field(kw_only=True)
+    bits: int = field(kw_only=True)
+    group: int = field(kw_only=True)
+    symmetric: bool = field(kw_only=True)
 
     def source(self, name: str, start: int, count: int, step: int) -> Source:
         return CodesSource(name, self, start, count, step)
 
 
-def _require(is_scales: bool, module: str, part: str, entry: Entry) -> None:
-    allowed = _HALVES if is_scales else (_WORD,)
-    if entry.dtype not in allowed or len(entry.shape) != 2:
-        raise WeightsError(
-            f"{entry.path}: tensor {module}.{part} is {entry.dtype:.40} of {len(entry.shape)} dimensions; it must be "
-            f"{' or '.join(allowed)} of 2: take another checkpoint"
-        )
-
-
 @dataclass(frozen=True)
 class CodesSource(Source):
-    """Rows of such a matrix."""
+    """Rows of such a matrix. published: the format that they are packed in without loss."""
 
     entry: CodesEntry
-
-    @property
-    def published(self) -> str:  # type: ignore[override]
-        return self.entry.dtype
+    published: str | None = None  # type: ignore[misc]
 
     @property
     def straight(self) -> bool:
         return self.step == 1 and self.start % BLOCK == 0
 
+    def packed_as(self, format: str) -> Source:
+        return replace(self, published=format if format in self.entry.holds else None)
+
     def floats(self, start: int, stop: int) -> Floats:
         codes, scales = self._codes_and_scales(start, stop)
-        wide = np.repeat(scales.astype(np.float32), GROUP, axis=1)[:, : codes.shape[1]]
-        values: Floats = (codes.astype(np.float32) - np.float32(self._offset)) * wide
+        values: Floats = codes.astype(np.float32)
+        values *= scales.astype(np.float32)[:, self._groups]
         return values
 
     def blocks(self, start: int, stop: int) -> Bytes:
+        assert self.published is not None
         codes, scales = self._codes_and_scales(start, stop)
-        if self.published == "int4":
-            return INT4.pack_blocks(codes, scales)
-        return (Q5_0 if self.published == "q5_0" else Q4_0).pack_blocks(codes, scales)
-
-    @property
-    def _offset(self) -> int:
-        return 2 * MIDDLE if self.published == "q5_0" else MIDDLE
-
-    def _codes_and_scales(self, start: int, stop: int) -> tuple[Bytes, Array]:
-        """Codes [rows, inputs] as the packed format has them, and a scale for each 32 inputs."""
-        rows = slice(self.start + start * self.step, self.start + (stop - 1) * self.step + 1, self.step)
-        if self.entry.scheme.transposed:
-            codes, scales = (np.ascontiguousarray(part[rows]) for part in self._whole)
-        else:
-            codes, scales = self._straight_rows(rows)
+        if not self._is_in_order:
+            self._refuse(f"has groups in another order than inputs, which {self.published} does not hold", ROUND)
+        if self.published == "int8":
+            return INT8.pack_blocks(codes.astype(np.int8), scales.astype(np.float32)[:, 0])
         inputs = self.entry.shape[1]
-        each = -(-(self.entry.scheme.group or inputs) // GROUP)
-        return codes, np.repeat(scales, each, axis=1)[:, : -(-inputs // GROUP)]
+        wide = scales[:, np.arange(0, inputs, GROUP) // self.entry.group]
+        if self.published == "int4":
+            return INT4.pack_blocks((codes + 8).astype(np.uint8), wide)
+        format = GROUPED[self.published]
+        try:
+            halves = wide if wide.dtype == np.float16 else exact_halves(wide)
+        except ValueError as error:
+            self._refuse(f"cannot be packed in {format.name} as it is: {error}", ROUND)
+        return format.pack_blocks((codes + format.offset).astype(np.int8 if format.bits == 8 else np.uint8), halves)
 
-    def _straight_rows(self, rows: slice) -> tuple[Bytes, Array]:
-        if rows.start == 0:  # once for a matrix
-            self._require_shape()
-        scheme = self.entry.scheme
-        return unpacked(self._part(scheme.codes, rows), 1, scheme.order), self._part(scheme.scales, rows)
+    def _codes_and_scales(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Codes [rows, inputs] less their zeros, and scales [rows, groups]."""
+        rows = slice(self.start + start * self.step, self.start + (stop - 1) * self.step + 1, self.step)
+        parts, inputs = self.entry.parts, self.entry.shape[1]
+        if self.entry.layout.transposed:
+            codes, scales = (part[rows] for part in self._turned)
+        else:
+            self._require_shape(start)
+            codes = unpacked(_stored(parts.codes, rows), self.entry.bits)[:, :inputs]
+            scales = _stored(parts.scales, rows)
+        if not np.isfinite(scales.astype(np.float32)).all():
+            raise self._bad_scales()
+        if self._zeros is None:
+            middle = 1 << self.entry.bits - 1
+            return codes.astype(np.int16) - middle, scales
+        return codes.astype(np.int16) - self._zeros[rows][:, self._groups], scales
+
+    def _require_shape(self, start: int) -> None:
+        """What a tensor says of the shape must be what the words hold; looked at once."""
+        if (
+            start == 0
+            and (part := self.entry.parts.shape)
+            and (stored := integers(part).tolist()) != [*self.entry.shape]
+        ):
+            self._refuse(f"has the {self.entry.layout.shape} {stored[:4]}, and codes for {[*self.entry.shape]}")
 
     @cached_property
-    def _whole(self) -> tuple[Bytes, Array]:
-        """All rows, whose values lie scattered over the tensors."""
-        scheme, inputs = self.entry.scheme, self.entry.shape[1]
-        self._require_group_order()
-        codes = unpacked(self._part(scheme.codes), scheme.axis, scheme.order).T
-        scales = self._part(scheme.scales).T
-        if scheme.zeros is None:
-            return codes, scales
-        stored = unpacked(self._part(scheme.zeros), 1, scheme.order).T[: len(codes)]
-        if scheme.symmetric:
-            # Some programs store what they are in either version, whatever config.json calls it.
-            if not any((stored == zero).all() for zero in (MIDDLE - 1, MIDDLE)):
-                self._refuse("has zeros other than 8, and config.json calls its codes symmetric")
-            return codes, scales
-        zeros = stored + np.uint8(scheme.zeros_less) & np.uint8(15)
-        try:
-            scales = scales if scales.dtype == np.float16 else exact_halves(scales)
-        except ValueError as error:
-            self._refuse(str(error))
-        return codes + np.uint8(2 * MIDDLE) - np.repeat(zeros, scheme.group or inputs, axis=1)[:, :inputs], scales
+    def _turned(self) -> tuple[Bytes, Array]:
+        """Codes and scales of all rows, whose values lie scattered over transposed tensors."""
+        entry, (outputs, inputs) = self.entry, self.entry.shape
+        words = _stored(entry.parts.codes)
+        if entry.layout.along_rows:
+            codes = np.ascontiguousarray(unpacked(words, entry.bits, entry.layout.word)[:, :outputs].T)
+        else:
+            codes = unpacked(np.ascontiguousarray(words.T), entry.bits, entry.layout.word)[:, :inputs]
+        return codes, np.ascontiguousarray(_stored(entry.parts.scales).T)
 
-    def _part(self, name: str, rows: slice = slice(None)) -> Array:
-        """Rows of a tensor: words as uint32, scales in their own type."""
-        entry = self.entry.parts[name]
-        dtype = np.dtype(FLOATS.get(entry.dtype, np.uint32))
-        first, last, step = rows.indices(entry.shape[0])
-        size = entry.shape[1] * dtype.itemsize
-        found: Array = read_bytes(entry, first * size, last * size).view(dtype).reshape(-1, entry.shape[1])[::step]
-        return found
-
-    def _require_shape(self) -> None:
-        """What `weight_shape` says, if it is there, must be what the words hold."""
-        stored = self._integers("weight_shape")
-        if stored is not None and stored != list(self.entry.shape):
-            self._refuse(f"has the weight_shape {stored[:4]}, and codes for {list(self.entry.shape)}")
-
-    def _require_group_order(self) -> None:
-        group = self.entry.scheme.group or self.entry.shape[1]
-        stored = self._integers("g_idx")
-        if stored is not None and stored != [i // group for i in range(self.entry.shape[1])]:
-            self._refuse("has its inputs ordered by activations (desc_act), which is not read")
-
-    def _integers(self, name: str) -> list[int] | None:
-        entry = self.entry.parts.get(name)
-        if entry is None or entry.dtype not in ("I32", "I64"):
+    @cached_property
+    def _zeros(self) -> Array | None:
+        """Those of all rows, int16 [rows, groups]; None if they are in the middle."""
+        entry, layout, part = self.entry, self.entry.layout, self.entry.parts.zeros
+        if part is None:
             return None
-        dtype = np.int32 if entry.dtype == "I32" else np.int64
-        found: list[int] = read_bytes(entry, 0, entry.end - entry.start).view(dtype).tolist()
+        words = _stored(part) if layout.transposed else np.ascontiguousarray(_stored(part).T)
+        if entry.symmetric:
+            # Some programs store what they are in either version, whatever config.json calls it.
+            stored, middle = unpacked(words, entry.bits)[:, : entry.shape[0]], 1 << entry.bits - 1
+            if not any((stored == zero).all() for zero in (middle - 1, middle)):
+                self._refuse(f"has zeros other than {middle}, and config.json calls its codes symmetric")
+            return None
+        less = layout.zeros_less
+        zeros = unpacked_less(words, entry.bits) if less else unpacked(words, entry.bits, layout.word)
+        return zeros[:, : entry.shape[0]].T.astype(np.int16)
+
+    @cached_property
+    def _groups(self) -> Array:
+        """The group of each input. Raises `WeightsError` for groups that do not exist."""
+        inputs, part = self.entry.shape[1], self.entry.parts.order
+        if part is None:
+            return np.arange(inputs) // self.entry.group
+        found = integers(part)
+        if found.size != inputs or found.min() < 0 or found.max() * self.entry.group >= inputs:
+            self._refuse(f"has the groups {found[:4].tolist()} ... in {self.entry.layout.order}, some of which are not")
         return found
 
-    def _refuse(self, reason: str) -> NoReturn:
-        raise WeightsError(f"{self.entry.path}: tensor {self.name} {reason}: take another checkpoint")
+    @cached_property
+    def _is_in_order(self) -> bool:
+        return bool((self._groups == np.arange(self.entry.shape[1]) // self.entry.group).all())
+
+    def _refuse(self, reason: str, instead: str = "take another checkpoint") -> NoReturn:
+        raise WeightsError(f"{self.entry.path}: tensor {self.name} {reason}: {instead}")
 
 
-def unpacked(words: Array, axis: int, order: tuple[int, ...]) -> Bytes:
-    """The codes of words [rows, columns], eight of each along an axis."""
-    codes = (words[..., None] >> _SHIFTS & np.uint32(15)).astype(np.uint8)[..., np.argsort(order)]
-    moved = codes.transpose(0, 2, 1) if axis == 0 else codes
-    return np.ascontiguousarray(moved).reshape((-1, words.shape[1]) if axis == 0 else (len(words), -1))
+def _stored(entry: Entry, rows: slice = slice(None)) -> Array:
+    """Rows of a tensor of two dimensions: words as uint32, scales in their own type."""
+    dtype = np.dtype(FLOATS.get(entry.dtype, np.uint32))
+    first, last, step = rows.indices(entry.shape[0])
+    size = entry.shape[1] * dtype.itemsize
+    found: Array = read_bytes(entry, first * size, last * size).view(dtype).reshape(-1, entry.shape[1])[::step]
+    return found
 
 
-def read_group(fields: Fields) -> int | None:
-    """Inputs that share a scale, None for all."""
-    size = fields.size("group_size", default=-1, minimum=-1)
-    if size == -1:
-        return None
-    if size < GROUP or size % GROUP:
-        raise ConfigError(
-            f"config.json: group_size is {size}; it must be a multiple of {GROUP}, or -1: take another checkpoint"
-        )
-    return size
+def integers(entry: Entry) -> Array:
+    """All of a small tensor of integers."""
+    found: Array = read_bytes(entry, 0, entry.end - entry.start).view(np.int32 if entry.dtype == "I32" else np.int64)
+    return found
