@@ -220,6 +220,13 @@ class EngineConfig:
         "auto", f"Weights are used in the mapped file or in a copy: one of {', '.join(LOADS)}.", choices=LOADS
     )
     max_batch: int = setting(8, "Sequences that run together.", minimum=1)
+    prefix_memory_gb: float | None = setting(
+        None,
+        "GB for prompts that are kept beyond the sequences; 0: none.",
+        minimum=0,
+        maximum=1e6,
+        shown="half of what is left",
+    )
     chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
     speculate: bool = setting(
         True, "Guess tokens that repeat the text and compute them along, where that pays.", negatable=True

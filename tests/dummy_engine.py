@@ -26,13 +26,32 @@ class DummyPlan:
     repeatable: bool = True
     speculate: bool = True
     cache: None = None
+    prefix_bytes: int = 0
 
     @property
     def kv(self):
-        return SimpleNamespace(repeatable=self.repeatable)
+        return SimpleNamespace(repeatable=self.repeatable, token_bytes=1, fixed_bytes=0 if self.repeatable else 16)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.kv_token_budget
 
     def to_dict(self):
         return {"max_seq_len": self.max_seq_len}
+
+
+@dataclass(frozen=True)
+class DummySaved:
+    """As `hybrid.engine.saved.Saved`: the tokens themselves, a byte each."""
+
+    values: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.values)
+
+    def part(self, start: int, stop: int) -> DummySaved:
+        return DummySaved(self.values[start:stop])
 
 
 class DummyEngine:
@@ -71,6 +90,24 @@ class DummyEngine:
 
     def step_bytes(self, rows: int) -> float:
         return 10.0 + rows
+
+    def save(self, sequence: int, start: int, stop: int) -> DummySaved:
+        assert start % BLOCK == 0 and stop % BLOCK == 0 and start < len(self.sequences[sequence])
+        return DummySaved(self.sequences[sequence][start:stop])
+
+    def load(self, saved: DummySaved, sequence: int, start: int, tokens: int) -> None:
+        held = self.sequences.setdefault(sequence, [])
+        assert len(held) == start and tokens % BLOCK == 0
+        held += saved.values[:tokens]
+
+    def snapshot(self, sequence: int) -> np.ndarray:
+        """Of a state that is its tokens, told as their number and their sum."""
+        tokens = self.sequences[sequence]
+        return np.array([len(tokens), sum(tokens)], np.int64).view(np.uint8)
+
+    def restore(self, sequence: int, state: np.ndarray) -> None:
+        length, total = state.view(np.int64)
+        assert len(self.sequences[sequence]) == length and sum(self.sequences[sequence]) == total
 
     def cancel(self) -> None:
         """Its steps have no two operations to end between."""

@@ -16,6 +16,7 @@ from steps import open_engine
 from hybrid.core import SamplingParams
 from hybrid.errors import KernelError, StepCancelled
 from hybrid.serving.kept import Kept, KeptSequences
+from hybrid.serving.pool import PrefixPool
 from hybrid.serving.request import LogitsScore, Request
 from hybrid.serving.scheduler import Scheduler
 
@@ -38,7 +39,19 @@ def check_integrity(scheduler: Scheduler) -> None:
     running, kept, plan = scheduler._running, scheduler._kept, scheduler._plan
     used = [entry.sequence for entry in running] + [entry.sequence for entry in kept._kept]
     assert len(set(used)) == len(used) <= plan.sequences and set(used) <= set(range(plan.sequences))
-    assert sum(entry.reserved for entry in running) + kept.tokens <= plan.kv_token_budget
+    tokens = sum(entry.reserved for entry in running) + kept.tokens
+    assert tokens <= plan.kv_token_budget
+    check_pool(scheduler._admission.pool, plan.state_bytes - tokens * plan.kv.token_bytes)
+
+
+def check_pool(pool: PrefixPool, room: int) -> None:
+    nodes = list(pool._used)
+    assert pool.nbytes == sum(node.nbytes for node in nodes) <= min(pool.limit, max(0, room))
+    place = {node: at for at, node in enumerate(nodes)}
+    for node in nodes:
+        assert node.parent.children[node.key] is node and place.get(node.parent, len(nodes)) > place[node]
+        assert node.children or node.state is not None or pool._rewindable
+    assert sum(len(node.children) for node in [*nodes, *pool._roots.values()]) == len(nodes)
 
 
 def rows(engine: DummyEngine) -> int:

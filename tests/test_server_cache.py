@@ -44,3 +44,19 @@ def test_kept_conversations_and_why_there_is_no_expert_cache() -> None:
         assert 0 < reply["usage"]["total_tokens"] - length <= 1
     with running(None) as server:
         assert server.http.get("/cache").status_code == 503
+
+
+def test_prompts_that_are_kept_beyond_the_sequences() -> None:
+    question = [{"role": "user", "content": "Tell me a story of a king, a horse and the sea. " * 3}]
+    with running(LLM()) as server:
+        used = server.post("/v1/chat/completions", messages=question, max_tokens=3).json()["usage"]
+        kept = server.http.get("/cache").json()["prefixes"]
+        assert 0 < kept["bytes"] < kept["limit"] and kept["hits"] == kept["evicted"] == 0
+        assert (used["total_tokens"] - 1) // 16 * 16 == kept["tokens"] > 32
+        llm = server.service.llm.llm
+        llm.run(llm._loop._worker.scheduler._admission._give_up_oldest)
+        again = server.post("/v1/chat/completions", messages=question, max_tokens=3).json()["usage"]
+        assert again["prompt_tokens_details"]["cached_tokens"] == (used["prompt_tokens"] - 1) // 16 * 16
+        assert server.http.get("/cache").json()["prefixes"]["hits"] == 1
+        metrics = server.http.get("/metrics").text
+        assert f"hybrid_prefix_bytes {float(kept['bytes'])}" in metrics and "hybrid_prefix_hits_total 1.0" in metrics

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.engine.kv import KvArena
+from hybrid.engine.saved import Saved
 from hybrid.errors import CapacityError
 from hybrid.machine.memory import MemoryGrant, NodeMemory
 from hybrid.plan.plan import Plan
@@ -59,6 +60,14 @@ class Addresses:
     def copy(self, source: int, target: int, tokens: int) -> None:
         """As `KvArena.copy`."""
         self._kv.copy(source, target, tokens)
+
+    def save(self, sequence: int, start: int, stop: int) -> Saved:
+        """As `KvArena.save`."""
+        return self._kv.save(sequence, start, stop)
+
+    def load(self, saved: Saved, sequence: int, start: int, tokens: int) -> None:
+        """As `KvArena.load`."""
+        self._kv.load(saved, sequence, start, tokens)
 
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
         """As `KvArena.snapshot`."""

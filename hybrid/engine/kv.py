@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
+from hybrid.engine.saved import Saved
 from hybrid.errors import CapacityError
 from hybrid.machine.hardware import has_huge_pages
 from hybrid.plan.kv_layout import KvPlan
@@ -34,6 +35,8 @@ class KvArena:
             for offset, layer in zip(plan.kv.offsets, plan.kv.layers, strict=True)
             if not layer.token_bytes
         ]
+        self._runs = list(_token_runs(plan.kv))
+        self._widths = [width for _, width in self._runs]
         size = plan.sequences * plan.kv.sequence_stride
         try:
             self._arena = cpu_kernels.Arena(size)
@@ -64,26 +67,37 @@ class KvArena:
         For measurements, which need memory that holds keys and values, whatever they say. known: a multiple of
         KEY_BLOCK.
         """
-        kv = self._plan.kv
-        for start, layer in zip(kv.offsets, kv.layers, strict=True):
-            for offset, size in layer.runs:
-                width = size // kv.tokens
-                run = self._arena.address + sequence * kv.sequence_stride + start + offset
-                for first in range(known, tokens, known):
-                    ctypes.memmove(run + first * width, run, min(known, tokens - first) * width)
+        for run, width in self._places(sequence):
+            for first in range(known, tokens, known):
+                ctypes.memmove(run + first * width, run, min(known, tokens - first) * width)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy keys and values of the first `tokens` tokens of a sequence to another one, which has none.
 
         tokens: a multiple of BLOCK, the tokens whose keys lie together: none of another token is copied.
         """
-        kv = self._plan.kv
-        base = self._arena.address
-        for start, layer in zip(kv.offsets, kv.layers, strict=True):
-            for offset, size in layer.runs:
-                place = base + start + offset
-                known = tokens * (size // kv.tokens)
-                ctypes.memmove(place + target * kv.sequence_stride, place + source * kv.sequence_stride, known)
+        for (known, width), (place, _) in zip(self._places(source), self._places(target), strict=True):
+            ctypes.memmove(place, known, tokens * width)
+
+    def save(self, sequence: int, start: int, stop: int) -> Saved:
+        """A copy of keys and values of the tokens from `start` to `stop` of a sequence.
+
+        start, stop: multiples of BLOCK, as of `copy`. Raises OSError when there is no memory left.
+        """
+        saved = Saved(self._widths, stop - start)
+        for target, (run, width) in zip(saved.runs(), self._places(sequence), strict=True):
+            ctypes.memmove(target, run + start * width, saved.tokens * width)
+        return saved
+
+    def load(self, saved: Saved, sequence: int, start: int, tokens: int) -> None:
+        """Put the first `tokens` tokens of what was saved into a sequence, from its token `start` on."""
+        for source, (run, width) in zip(saved.runs(), self._places(sequence), strict=True):
+            ctypes.memmove(run + start * width, source, tokens * width)
+
+    def _places(self, sequence: int) -> Iterator[tuple[int, int]]:
+        """(address, bytes of a token) of every run of a sequence."""
+        first = self._arena.address + sequence * self._plan.kv.sequence_stride
+        return ((first + offset, width) for offset, width in self._runs)
 
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
         """A copy of what a sequence has that does not grow: the states of recurrent layers; empty if there are none.
@@ -119,6 +133,13 @@ class KvArena:
     def release(self, sequence: int) -> None:
         """Give the memory of a sequence back to the system."""
         self._arena.clear(sequence * self._plan.kv.sequence_stride, self._plan.kv.sequence_stride)
+
+
+def _token_runs(kv: KvPlan) -> Iterator[tuple[int, int]]:
+    """(offset in a sequence, bytes of a token) of every run."""
+    for start, layer in zip(kv.offsets, kv.layers, strict=True):
+        for offset, size in layer.runs:
+            yield start + offset, size // kv.tokens
 
 
 def _tails(kv: KvPlan) -> Iterator[tuple[int, int]]:

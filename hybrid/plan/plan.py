@@ -48,7 +48,7 @@ class Plan:
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
     lists for a step with it, by CUDA graphs if wanted.
     route_trace: whose experts rows take in place of those of the model's routers. speculate: whether tokens may be
-    guessed.
+    guessed. prefix_bytes: that kept prompts may take beyond the sequences.
     """
 
     model_type: str
@@ -87,6 +87,7 @@ class Plan:
     cuda_graphs: bool = True
     route_trace: Path | None = None
     speculate: bool = True
+    prefix_bytes: int = 0
 
     @property
     def nodes(self) -> int:
@@ -107,6 +108,11 @@ class Plan:
         planned += self.device.stand_in_bytes if self.device else 0
         planned += self.sequences * self.kv.fixed_bytes
         return sum(self.weight_bytes.values()) + planned + RUNTIME_BYTES
+
+    @property
+    def state_bytes(self) -> int:
+        """What is left for keys and values, of sequences and of kept prompts."""
+        return max(0, self.memory_available - self.fixed_bytes)
 
     @property
     def problem(self) -> str | None:
@@ -223,8 +229,21 @@ def _sized(
         plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
-    budget = max(0, hardware.memory_available - plan.fixed_bytes) // max(1, kv.token_bytes)
-    return replace(plan, kv_token_budget=min(extents.sequences * length, budget))
+    budget = min(extents.sequences * length, plan.state_bytes // max(1, kv.token_bytes))
+    return replace(plan, kv_token_budget=budget, prefix_bytes=_prefix_bytes(plan, config))
+
+
+def _prefix_bytes(plan: Plan, config: EngineConfig) -> int:
+    """By default half of what is left: the other half is for running requests alone."""
+    wanted, left = config.prefix_memory_gb, plan.state_bytes
+    if wanted is None:
+        return left // 2
+    if wanted * 1e9 > left:
+        raise ConfigError(
+            f"--prefix-memory-gb {wanted:g} is more than the {size_text(left)} that weights and buffers leave; lower "
+            "it, or leave it out for half of that"
+        )
+    return int(wanted * 1e9)
 
 
 def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, name: str) -> Plan:

@@ -1,7 +1,8 @@
-"""GET /cache: what lies in the expert cache and what it did, and the conversations whose keys and values are kept."""
+"""GET /cache: what lies in the expert cache and what it did, and the prompts whose keys and values are kept."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -20,7 +21,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/cache", response_model=None)
     async def cache() -> dict[str, Any]:
-        """The expert cache, null with a reason where there is none, and the kept conversations."""
+        """The expert cache, null with a reason where there is none, and the kept prompts: sequences and pool."""
         return await service.prepare(lambda: _state(service.llm.llm))
 
     return router
@@ -29,10 +30,11 @@ def routes(service: Service) -> APIRouter:
 def _state(llm: LLM) -> dict[str, Any]:
     engine = llm.engine
     experts = None if engine.experts is None else llm.run(lambda: _experts(engine.experts))
-    lengths = llm.kept_lengths()
+    lengths, pool = llm.kept_lengths(), llm.prefix_report()
     kept = {"sequences": len(lengths), "tokens": sum(lengths), "lengths": lengths}
     kept |= {"limit_sequences": engine.plan.sequences, "limit_tokens": engine.plan.kv_token_budget}
-    return {"experts": experts, "reason": _reason(llm) if experts is None else None, "kept": kept}
+    reason = _reason(llm) if experts is None else None
+    return {"experts": experts, "reason": reason, "kept": kept, "prefixes": asdict(pool)}
 
 
 def _reason(llm: LLM) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from hybrid.core import Completion
+from hybrid.serving.pool import PoolReport
 from hybrid.serving.scheduler import StepRecord
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -16,11 +17,20 @@ _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 class Metrics:
     """Counters of one server. The engine's thread counts steps, the event loop counts requests."""
 
-    def __init__(self, running: Callable[[], int], waiting: Callable[[], int], ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+        ready: Callable[[], bool],
+        prefixes: Callable[[], PoolReport | None],
+    ) -> None:
         self.registry = registry = CollectorRegistry()
         _gauge(registry, "hybrid_requests_running", "Completions that have a sequence.", running)
         _gauge(registry, "hybrid_requests_waiting", "Completions that wait for one.", waiting)
         _gauge(registry, "hybrid_ready", "1 when requests are taken.", ready)
+        _of_pool(registry, "hybrid_prefix_bytes", "Of prompts kept beyond the sequences.", "bytes", prefixes)
+        _of_pool(registry, "hybrid_prefix_tokens", "Tokens of these prompts.", "tokens", prefixes)
+        self._hits = Counter("hybrid_prefix_hits", "Completions whose prompt was begun already.", registry=registry)
         self._finished = Counter("hybrid_requests", "Completions that ended.", ["reason"], registry=registry)
         self.refused = Counter("hybrid_requests_refused", "Requests that found the queue full.", registry=registry)
         self.failed = Counter("hybrid_failed_steps", "Requests that a failed step ended.", registry=registry)
@@ -70,6 +80,7 @@ class Metrics:
             self._finished.labels(completion.finish_reason or "cancelled").inc()
             self._prompt.inc(usage.prompt_tokens)
             self._cached.inc(usage.cached_tokens)
+            self._hits.inc(usage.cached_tokens > 0)
             self._generated.inc(usage.completion_tokens)
             if times.started is not None:
                 self._queue.observe(times.started)
@@ -87,6 +98,13 @@ class Metrics:
 
 def _gauge(registry: CollectorRegistry, name: str, help: str, value: Callable[[], int]) -> None:
     Gauge(name, help, registry=registry).set_function(lambda: float(value()))
+
+
+def _of_pool(
+    registry: CollectorRegistry, name: str, help: str, field: str, prefixes: Callable[[], PoolReport | None]
+) -> None:
+    """A field of the report of the pool; 0 while there is none."""
+    _gauge(registry, name, help, lambda: getattr(prefixes(), field, 0))
 
 
 def _histogram(registry: CollectorRegistry, name: str, help: str) -> Histogram:

@@ -18,6 +18,7 @@ from hybrid.server.metrics import Metrics
 from hybrid.server.refusals import Refusal, internal
 from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.llm import LLM
+from hybrid.serving.pool import PoolReport
 from hybrid.serving.request import Request
 from hybrid.serving.together import Piece
 from hybrid.text.token_texts import TokenTexts
@@ -42,7 +43,7 @@ class Service:
         self._idle.set()
         self._workers = ThreadPoolExecutor(2, "hybrid-texts")
         self._probe: asyncio.Task[None] | None = None
-        self.metrics = Metrics(self.running, self.waiting, lambda: self.ready)
+        self.metrics = Metrics(self.running, self.waiting, lambda: self.ready, self._prefixes)
         self.token_texts = TokenTexts(None)
 
     def opened(self, llm: LLM) -> None:
@@ -50,6 +51,9 @@ class Service:
         self.token_texts = TokenTexts(llm.tokenizer)
         llm.observe(self.metrics.on_step)
         self._llm = AsyncLLM(llm)
+
+    def _prefixes(self) -> PoolReport | None:
+        return self._llm.llm.prefix_report() if self._llm else None
 
     @property
     def ready(self) -> bool:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from hybrid.formats.block import BLOCK
 from hybrid.serving.kept import Kept, KeptSequences
+from hybrid.serving.pool import Pooled, PrefixPool
 from hybrid.serving.prefixes import Prefix, is_being_read, longest_prefix
-from hybrid.serving.request import Job, Request
+from hybrid.serving.request import Job, Request, Tokens
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 class Admission:
     """Gives the sequences of an engine to jobs. running: the requests that have one, in order of admission, of whom
     the caller keeps the books. kept: the sequences that were left behind, which give way to whatever needs their place.
+    pool: what they hold, too, and what those that gave way have held.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.running: list[Request] = []
         self.kept = KeptSequences(engine.plan.kv.repeatable)
+        self.pool = PrefixPool(engine)
         self._engine = engine
         self._plan = engine.plan
 
@@ -28,28 +31,28 @@ class Admission:
         """Whether there is room for so many tokens, if what was left behind gives way."""
         return len(self.running) < self._plan.sequences and self._reserved + length <= self._plan.kv_token_budget
 
-    def look(self, job: Request) -> tuple[Prefix | None, bool]:
+    def look(self, job: Request) -> tuple[Prefix | Pooled | None, bool]:
         """The longest beginning of a prompt that can be copied, and whether the request had better wait, because a
         prompt that begins as its own does is being read. Prompts are read in order of arrival, so that this delays
         nothing behind it either.
         """
-        if not self._shares(job) or not self.kept.rewindable:
+        if not self._shares(job):
             return None, False
+        pooled = self.pool.find(job.prompt, job.phase)
+        if not self.kept.rewindable:
+            return pooled, False
         prefix = longest_prefix(job, self.running, self.kept)
-        return prefix, is_being_read(job, self.running, prefix.tokens if prefix else 0)
+        longest = pooled if pooled and (prefix is None or pooled.tokens > prefix.tokens) else prefix
+        return longest, is_being_read(job, self.running, longest.tokens if longest else 0)
 
-    def settle(self, job: Request, prefix: Prefix | None) -> None:
+    def settle(self, job: Request, prefix: Prefix | Pooled | None) -> None:
         """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one, which
         may get a copy of the prefix that `look` has found. The request runs from now on.
         """
         job.reserved = len(job.tokens)
         found = self.kept.find(job.prompt, job.phase) if self._shares(job) else None
         if prefix and self._can_keep(prefix, job) and (not found or _loses_more(*found, prefix)):
-            if prefix.kept:
-                self.kept.use(prefix.kept)
-            sequence = self.free(job.reserved)
-            self._engine.copy(prefix.sequence, sequence, prefix.tokens)
-            job.sequence, job.computed = sequence, prefix.tokens
+            job.sequence, job.computed = self._copied(prefix, job.reserved), prefix.tokens
         elif found and self._make_room(job.reserved, found[0]):
             kept, job.computed = found
             self.kept.take(kept)
@@ -59,6 +62,19 @@ class Admission:
             job.sequence = self.free(job.reserved)
         job.completion.cached_tokens = job.computed
         self.running.append(job)
+
+    def _copied(self, prefix: Prefix | Pooled, length: int) -> int:
+        """A free sequence with room for so many tokens, which begins with a prefix."""
+        if isinstance(prefix, Pooled):
+            self.pool.touch(prefix)
+            sequence = self.free(length)
+            self.pool.load(prefix, sequence)
+            return sequence
+        if prefix.kept:
+            self.kept.use(prefix.kept)
+        sequence = self.free(length)
+        self._engine.copy(prefix.sequence, sequence, prefix.tokens)
+        return sequence
 
     def free(self, length: int) -> int:
         """A sequence that nobody has, after what was left behind has given way to so many tokens."""
@@ -73,13 +89,37 @@ class Admission:
         if isinstance(job, Request):
             self.running.remove(job)
             if keeps and job.keep and job.computed:
-                return self.kept.put(Kept(sequence, job.tokens[: job.computed].copy(), len(job.prompt), job.phase))
+                tokens = job.tokens[: job.computed].copy()
+                self._save(sequence, tokens, job.phase)
+                return self.kept.put(Kept(sequence, tokens, len(job.prompt), job.phase))
         self._engine.release(sequence)
 
+    def _save(self, sequence: int, tokens: Tokens, phase: int) -> None:
+        """Have the pool keep what a sequence holds after these tokens. Sequences that were left behind give way first:
+        the pool has what they have.
+        """
+        wanted = min(self.pool.limit, self.pool.nbytes + self.pool.cost(tokens, phase))
+        while self._pool_room(len(tokens)) < wanted and self._give_up_oldest():
+            pass
+        self.pool.put(sequence, tokens, phase, self._pool_room(len(tokens)))
+
+    def _pool_room(self, more: int) -> int:
+        """Bytes that the pool may have if the sequences come to hold so many tokens more."""
+        tokens = self._reserved + self.kept.tokens + more
+        return min(self.pool.limit, self._plan.state_bytes - tokens * self._plan.kv.token_bytes)
+
     def forget(self) -> None:
-        """Free the sequences that were left behind."""
-        while kept := self.kept.pop_oldest():
-            self._engine.release(kept.sequence)
+        """Free what was left behind."""
+        while self._give_up_oldest():
+            pass
+        self.pool.shrink(0)
+
+    def _give_up_oldest(self, besides: Kept | None = None) -> bool:
+        """Free the sequence that was used longest ago; returns whether there is one."""
+        oldest = self.kept.pop_oldest(besides)
+        if oldest:
+            self._engine.release(oldest.sequence)
+        return oldest is not None
 
     @property
     def _reserved(self) -> int:
@@ -93,28 +133,34 @@ class Admission:
         more = max(length - len(besides.tokens), 0) if besides else length
         places = self._plan.sequences - len(self.running) - (besides is None)
         while len(self.kept) > places or self._reserved + self.kept.tokens + more > self._plan.kv_token_budget:
-            oldest = self.kept.pop_oldest(besides)
-            if oldest is None:
+            if not self._give_up_oldest(besides):
                 break
-            self._engine.release(oldest.sequence)
         else:
+            self._shrink_pool(more, besides)
             return besides is not None
         if besides:
             self.kept.take(besides)
             self._engine.release(besides.sequence)
+        self._shrink_pool(length)
         return False
+
+    def _shrink_pool(self, more: int, besides: Kept | None = None) -> None:
+        """Have the pool give way to so many tokens, after the sequences that were left behind."""
+        while self.pool.nbytes > self._pool_room(more) and self._give_up_oldest(besides):
+            pass
+        self.pool.shrink(self._pool_room(more))
 
     def _shares(self, job: Request) -> bool:
         return job.keep and not (self._engine.routes and self._engine.routes.matter)
 
-    def _can_keep(self, prefix: Prefix, job: Request) -> bool:
+    def _can_keep(self, prefix: Prefix | Pooled, job: Request) -> bool:
         """Whether what a request would copy need not give way to it."""
-        if prefix.kept is None:
+        if isinstance(prefix, Pooled) or prefix.kept is None:
             return True
         room = len(self.running) + 2 <= self._plan.sequences
         return room and self._reserved + len(prefix.kept.tokens) + job.reserved <= self._plan.kv_token_budget
 
 
-def _loses_more(kept: Kept, shared: int, prefix: Prefix) -> bool:
+def _loses_more(kept: Kept, shared: int, prefix: Prefix | Pooled) -> bool:
     """Whether going on with a kept sequence saves less than a copy would, or destroys a part of its prompt."""
     return shared < prefix.tokens or shared + BLOCK < kept.prompt

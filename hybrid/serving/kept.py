@@ -26,8 +26,13 @@ class Kept:
 
 def shared_tokens(known: Tokens, prompt: Tokens) -> int:
     """How many tokens a prompt shares with the beginning of others; the last one is always computed, for its logits."""
-    most = min(len(known), len(prompt) - 1)
-    differing = np.flatnonzero(known[:most] != prompt[:most])
+    return common_tokens(known, prompt[:-1])
+
+
+def common_tokens(first: Tokens, second: Tokens) -> int:
+    """How many tokens two lists of them begin with alike."""
+    most = min(len(first), len(second))
+    differing = np.flatnonzero(first[:most] != second[:most])
     return int(differing[0]) if len(differing) else most
 
 

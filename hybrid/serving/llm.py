@@ -22,6 +22,7 @@ from hybrid.serving.arguments import Arguments, configure, named_as_arguments, s
 from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
 from hybrid.serving.loop import Loop
 from hybrid.serving.perplexity import Perplexity, nats_of
+from hybrid.serving.pool import PoolReport
 from hybrid.serving.request import Limits, LogprobScore, Request, Score
 from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
@@ -266,6 +267,10 @@ class LLM:
     def kept_lengths(self) -> list[int]:
         """Tokens of each conversation whose keys and values chats have kept, least recently used first."""
         return self._loop.kept_lengths()
+
+    def prefix_report(self) -> PoolReport:
+        """What is kept of prompts beyond the sequences, and how often it was used."""
+        return self._loop.prefix_report()
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special_tokens: with those that the tokenizer adds, such as one that begins it."""

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid.errors import CapacityError, KernelError, RequestError, forked_error
+from hybrid.serving.pool import PoolReport
 from hybrid.serving.request import Job
 from hybrid.serving.scheduler import Scheduler, StepRecord
 from hybrid.serving.stepper import Stepper, closed_error
@@ -114,12 +115,16 @@ class Loop:
         self._post(_Command(partial(_answer, sink, call), partial(_give, sink)))
 
     def forget(self) -> None:
-        """Free the sequences that requests have left behind."""
+        """Free what requests have left behind."""
         self.run(self._worker.scheduler.forget)
 
     def kept_lengths(self) -> list[int]:
         """Tokens of each sequence that a request has left behind, least recently used first."""
         return self.run(lambda: self._worker.scheduler.kept_lengths)
+
+    def prefix_report(self) -> PoolReport:
+        """What is kept of prompts beyond the sequences."""
+        return self._worker.scheduler.prefix_report
 
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have it called with the record of every step. Raises what the one before raised, which ended it then."""

@@ -17,6 +17,7 @@ from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.admission import Admission
 from hybrid.serving.guesses import Tokens
+from hybrid.serving.pool import Pooled, PoolReport
 from hybrid.serving.prefixes import Prefix
 from hybrid.serving.request import Job, Limits, Request, Score
 from hybrid.serving.speculation import Speculation
@@ -165,7 +166,7 @@ class Scheduler:
         return done
 
     def forget(self) -> None:
-        """Free the sequences that were left behind."""
+        """Free what was left behind."""
         self._admission.forget()
 
     @property
@@ -173,12 +174,17 @@ class Scheduler:
         """Tokens of each kept sequence, least recently used first."""
         return self._kept.lengths
 
+    @property
+    def prefix_report(self) -> PoolReport:
+        """What is kept beyond the sequences."""
+        return self._admission.pool.report()
+
     def _length(self, job: Job) -> int:
         """Tokens to reserve."""
         more = job.params.max_tokens or 0 if isinstance(job, Request) else 0
         return min(len(job.prompt) + more, self._limits.tokens)
 
-    def _enter(self, job: Job, length: int, prefix: Prefix | None) -> None:
+    def _enter(self, job: Job, length: int, prefix: Prefix | Pooled | None) -> None:
         if isinstance(job, Score):
             job.sequence, self._scoring = self._admission.free(length), job
         elif isinstance(job, Request):

@@ -1,0 +1,167 @@
+"""Prompts that are kept beyond the sequences: the same tokens and bits, within the memory that they may have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from dummy_engine import DummyEngine, reference_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import open_engine
+from test_kept import check_integrity, request, run
+from test_plan import plan_of
+from test_prefixes import ARRIVALS
+
+from hybrid.errors import ConfigError
+from hybrid.serving.pool import NODE_TOKENS
+from hybrid.serving.scheduler import Scheduler
+
+SYSTEM = list(range(1, 41))
+
+
+def make(**plan) -> tuple[DummyEngine, Scheduler]:
+    engine = DummyEngine(**{"kv_token_budget": 512, "prefix_bytes": 512, "max_seq_len": 400, "max_rows": 64} | plan)
+    return engine, Scheduler(engine)
+
+
+def test_what_gave_up_its_sequence_is_still_there() -> None:
+    engine, scheduler = make(sequences=1)
+    texts = [[token] * 20 for token in (1, 2, 3)]
+    run(scheduler, *(request(text) for text in texts))
+    entries = run(scheduler, *(request([*text, 9]) for text in texts))
+    assert [entry.completion.cached_tokens for entry in entries] == [16, 16, 16]
+    pool = scheduler._admission.pool
+    assert (pool.report().hits, pool.report().hit_tokens) == (3, 48) and pool.report().tokens == 3 * 16
+    scheduler.forget()
+    assert engine.sequences == {} and (len(pool), pool.nbytes) == (0, 0)
+
+
+def test_what_strangers_begin_with_is_there_once() -> None:
+    _, scheduler = make(sequences=1)
+    run(scheduler, *(request([*SYSTEM, *[token] * 20], 1) for token in (50, 60, 70)))
+    pool = scheduler._admission.pool
+    assert pool.report().tokens == 32 + 3 * 16 == pool.nbytes
+    (entry,) = run(scheduler, request([*SYSTEM, *[60] * 20, 5]))
+    assert entry.completion.cached_tokens == 48
+
+
+def test_the_longest_unused_gives_way_leaves_first() -> None:
+    _, scheduler = make(sequences=1, prefix_bytes=96)
+    first, second = [*SYSTEM, *[50] * 24], [*SYSTEM, *[60] * 24]  # 32 alike, then 32
+    run(scheduler, request(first, 1), request(second, 1), request(first, 1))
+    pool = scheduler._admission.pool
+    assert pool.nbytes == 96 and pool.report().evicted == 0
+    run(scheduler, request([70] * 40, 1))
+    assert pool.report().evicted == 1
+    scheduler._admission._give_up_oldest()
+    found = {name: pool.find(np.array([*text, 0], np.int32)).tokens for name, text in (("1", first), ("2", second))}
+    assert found == {"1": 64, "2": 32}
+
+
+def test_a_long_prompt_is_kept_in_several_nodes_and_its_beginning_if_there_is_no_room() -> None:
+    _, scheduler = make(kv_token_budget=2000, max_seq_len=800, prefix_bytes=2000, sequences=1)
+    text = np.random.default_rng(1).integers(0, 300, 700).tolist()
+    run(scheduler, request(text, 1))
+    pool = scheduler._admission.pool
+    assert [len(node.tokens) for node in pool._used] == [700 // 16 * 16 - 2 * NODE_TOKENS, NODE_TOKENS, NODE_TOKENS]
+    _, small = make(kv_token_budget=2000, max_seq_len=800, prefix_bytes=300, sequences=1)
+    run(small, request(text, 1))
+    assert small._admission.pool.report().tokens == NODE_TOKENS
+
+
+def test_a_system_without_memory_keeps_less_and_fails_nobody() -> None:
+    engine, scheduler = make(sequences=1)
+
+    def save(sequence: int, start: int, stop: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    engine.save = save
+    (entry,) = run(scheduler, request(SYSTEM))
+    assert entry.error is None and len(scheduler._admission.pool) == 0
+
+
+def test_a_recurrent_state_goes_on_where_it_was_saved_within_a_block_too() -> None:
+    _, scheduler = make(sequences=1, repeatable=False)
+    texts = [[token] * 20 for token in (1, 2, 3)]
+    answers = run(scheduler, *(request(text) for text in texts))
+    turns = [[*text, *answer.completion.token_ids, 9] for text, answer in zip(texts, answers, strict=True)]
+    entries = run(scheduler, *(request(turn) for turn in turns[:2]))
+    assert [entry.completion.cached_tokens for entry in entries] == [23, 23]
+    assert [entry.completion.token_ids for entry in entries] == [reference_tokens(turn, 4) for turn in turns[:2]]
+    (entry,) = run(scheduler, request([1] * 21))
+    assert entry.completion.cached_tokens == 0  # no state lies before that
+
+
+@settings(max_examples=60)
+@given(st.lists(ARRIVALS, max_size=12), st.integers(64, 200), st.integers(0, 120), st.integers(1, 3), st.booleans())
+def test_whatever_is_kept_tokens_are_those_of_a_fresh_start(
+    arrivals, budget: int, limit: int, sequences: int, repeatable: bool
+) -> None:
+    engine = DummyEngine(kv_token_budget=budget, prefix_bytes=limit, sequences=sequences, repeatable=repeatable)
+    scheduler = Scheduler(engine)
+    entries = []
+    for which, much, question, keep, count, steps, cancelled in arrivals:
+        prompt = [*[which + 10] * much, *question]
+        entries.append((prompt, count, request(prompt, count, keep)))
+        scheduler.add(entries[-1][2])
+        for _ in range(steps):
+            scheduler.step()
+            check_integrity(scheduler)
+        if cancelled:
+            scheduler.cancel(entries[-1][2])
+    run(scheduler)
+    for prompt, count, entry in entries:
+        produced = entry.completion.token_ids
+        assert entry.error is None and produced == reference_tokens(prompt, count)[: len(produced)]
+        assert len(produced) == count or entry.completion.finish_reason == "cancelled"
+    scheduler.forget()
+    assert engine.sequences == {} and scheduler._admission.pool.nbytes == 0
+
+
+CASES = {
+    "mixtral": ("mixtral", {}),
+    "keys and values in int8": ("mixtral", {"kv_format": "int8"}),
+    "window and sinks": ("gpt_oss", {"kv_format": "fp8"}),
+    "latents in int8": ("deepseek_v3", {"kv_format": "int8"}),
+    "longrope": ("phi3", {}),
+    "short convolutions": ("lfm2", {}),
+    "gated delta rule": ("qwen3_next", {}),
+    "expert cache": ("mixtral", {"device": "simulated"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_pool_gives_has_the_bits_of_what_is_computed(tmp_path, case: str) -> None:
+    family, choices = CASES[case]
+    random = np.random.default_rng(7)
+    text = random.integers(0, 131, 40).tolist()
+    path = write_checkpoint(tmp_path / "model", family)
+    with open_engine(path, tmp_path / "cache", max_seq_len=256, **choices) as engine:
+        pooled, fresh = Scheduler(engine), Scheduler(engine)
+        known, phase = 0, 0
+        for new in (0, 33, 70):
+            text += random.integers(0, 131, new).tolist()
+            ours, theirs = (request(text, 9, keep, ignore_eos=True, logprobs=131) for keep in (True, False))
+            run(pooled, ours)
+            while pooled._admission._give_up_oldest():
+                """Only the pool has it now."""
+            run(fresh, theirs)
+            if engine.plan.kv.repeatable:
+                known -= known % 16
+            same_keys = engine.spec.length_phase(len(ours.prompt)) == phase
+            assert ours.completion.cached_tokens == known * same_keys
+            assert ours.completion.token_ids == theirs.completion.token_ids
+            assert ours.completion.logprobs == theirs.completion.logprobs
+            text += ours.completion.token_ids
+            known, phase = len(text) - 1, ours.phase
+        pooled.forget()
+
+
+def test_the_memory_for_prefixes_is_half_of_what_is_left_or_what_is_said() -> None:
+    plan = plan_of()
+    assert plan.prefix_bytes == plan.state_bytes // 2 > 0
+    assert plan_of(prefix_memory_gb=0.0).prefix_bytes == 0
+    assert plan_of(prefix_memory_gb=0.25).prefix_bytes == 250_000_000
+    with pytest.raises(ConfigError, match=r"--prefix-memory-gb 9000 is more than the .* GB that weights and buffers"):
+        plan_of(prefix_memory_gb=9000.0)
