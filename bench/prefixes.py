@@ -62,6 +62,8 @@ class CountingEngine:
             kv_token_budget=self.tokens,
             max_seq_len=self.tokens,
             max_rows=8192,
+            speculate=False,
+            cache=None,
             state_bytes=self.tokens,
             prefix_bytes=self.tokens * self.pool,
             kv=SimpleNamespace(repeatable=True, token_bytes=1, fixed_bytes=0),
@@ -74,6 +76,9 @@ class CountingEngine:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Nothing is stored."""
+
+    def step_bytes(self, rows: int) -> float:
+        return 1.0 + rows
 
     def save(self, sequence: int, start: int, stop: int) -> CountedTokens:
         return CountedTokens(stop - start)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybrid.formats.block import BLOCK
-from hybrid.serving.kept import Kept, KeptSequences
+from hybrid.serving.kept import Kept, KeptSequences, Tokens
 from hybrid.serving.pool import Pooled, PrefixPool
 from hybrid.serving.prefixes import Prefix, is_being_read, longest_prefix
-from hybrid.serving.request import Job, Request, Tokens
+from hybrid.serving.request import Job, Request
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
