@@ -93,7 +93,7 @@ def test_a_recurrent_state_goes_on_where_it_was_saved_within_a_block_too() -> No
     assert entry.completion.cached_tokens == 0  # no state lies before that
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(st.lists(ARRIVALS, max_size=12), st.integers(64, 200), st.integers(0, 120), st.integers(1, 3), st.booleans())
 def test_whatever_is_kept_tokens_are_those_of_a_fresh_start(
     arrivals, budget: int, limit: int, sequences: int, repeatable: bool

@@ -72,13 +72,15 @@ class Admission:
             return sequence
         if prefix.kept:
             self.kept.use(prefix.kept)
-        sequence = self.free(length)
+        sequence = self.free(length, prefix.kept)
         self._engine.copy(prefix.sequence, sequence, prefix.tokens)
         return sequence
 
-    def free(self, length: int) -> int:
-        """A sequence that nobody has, after what was left behind has given way to so many tokens."""
-        self._make_room(length)
+    def free(self, length: int, source: Kept | None = None) -> int:
+        """A sequence that nobody has, after what was left behind has given way to so many tokens. source: what is to be
+        copied, for which there is room, too.
+        """
+        self._make_room(length, source=source)
         used = {request.sequence for request in self.running} | self.kept.sequences
         return next(sequence for sequence in range(self._plan.sequences) if sequence not in used)
 
@@ -126,9 +128,9 @@ class Admission:
         """Tokens that the running requests may come to."""
         return sum(request.reserved for request in self.running)
 
-    def _make_room(self, length: int, besides: Kept | None = None) -> bool:
+    def _make_room(self, length: int, besides: Kept | None = None, source: Kept | None = None) -> bool:
         """Have what was left behind give way to so many tokens, the sequence `besides` last; returns whether it
-        stays.
+        stays. source: stays before the pool does.
         """
         more = max(length - len(besides.tokens), 0) if besides else length
         places = self._plan.sequences - len(self.running) - (besides is None)
@@ -136,7 +138,7 @@ class Admission:
             if not self._give_up_oldest(besides):
                 break
         else:
-            self._shrink_pool(more, besides)
+            self._shrink_pool(more, besides or source)
             return besides is not None
         if besides:
             self.kept.take(besides)
