@@ -20,7 +20,7 @@ from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import down_offset, expert_bytes, packed_bytes
-from hybrid.formats.rows import SUM_INPUTS, int8_row_bytes, row_bytes, row_stride
+from hybrid.formats.rows import SUM_INPUTS, row_bytes, row_stride
 from hybrid.machine.hardware import memory
 from hybrid.models.layers.base import Cost
 from hybrid.models.layers.feed_forward import FeedForward
@@ -122,18 +122,23 @@ def _weights(format: str, matrices: list[Array], copies: int) -> Weights:
 def activation_rows(rows: int, width: int, format: str) -> Array:
     """What a matrix of this format multiplies: bf16 rows, or int8 activation rows."""
     random, inputs = np.random.default_rng(SEED), row_stride(width)
-    if not FORMATS[format].integer:
+    kind = FORMATS[format].rows
+    if kind == "bf16":
         floats = np.zeros((rows, inputs), ml_dtypes.bfloat16)
         floats[:, :width] = random.standard_normal((rows, width), np.float32)
         return floats
     values = np.zeros((rows, inputs), np.int8)
     values[:, :width] = random.integers(-127, 128, (rows, width), np.int8)
-    sums = values.reshape(rows, -1, SUM_INPUTS).sum(-1, dtype=np.int32)
-    result = np.zeros((rows, int8_row_bytes(width)), np.uint8)
+    result = np.zeros((rows, row_bytes(width, kind)), np.uint8)
     result[:, :inputs] = values.view(np.uint8)
+    step, sums = np.float32(1 / 127), values.reshape(rows, -1, SUM_INPUTS).sum(-1, dtype=np.int32)
+    if kind == "grouped":
+        groups = np.stack([np.full(sums.shape, step), step * sums.astype(np.float32)], axis=-1)
+        result[:, inputs : inputs + 8 * sums.shape[1]] = groups.reshape(rows, -1).view(np.uint8)
+        return result
     result[:, inputs : inputs + 4 * sums.shape[1]] = sums.view(np.uint8)
     scales = result[:, inputs + 4 * sums.shape[1] :]
-    scales[...] = np.tile(np.float32(1 / 127).reshape(1).view(np.uint8), scales.shape[1] // 4)
+    scales[...] = np.tile(step.reshape(1).view(np.uint8), scales.shape[1] // 4)
     return result
 
 
@@ -204,7 +209,7 @@ class Gemm(Case):
             self._add(
                 "gemm", format=_format(format), input=rows_at, weight=weights.address + call * size, bias=0,
                 output=self.output.ctypes.data, columns=shape.columns, inputs=row_stride(k),
-                input_stride=row_bytes(k, FORMATS[format].integer), output_stride=stride, accumulate=False,
+                input_stride=row_bytes(k, FORMATS[format].rows), output_stride=stride, accumulate=False,
             )  # fmt: skip
         self.cost = Cost(self.calls * size) + _operations(format, self.calls * rows * k * shape.columns)
 
@@ -234,14 +239,14 @@ class Moe(Case):
         return {
             "rows": put(activation_rows(rows, shape.hidden, self._weights.format)),
             "weights": put(np.full(self._pairs, 1 / shape.top_k, np.float32)),
-            "activation": space(self._pairs * row_bytes(shape.intermediate, False)),
-            "activation8": space(self._pairs * row_bytes(shape.intermediate, True)),
+            "activation": space(self._pairs * row_bytes(shape.intermediate, "bf16")),
+            "quantised": space(self._pairs * row_bytes(shape.intermediate, FORMATS[self._weights.format].rows)),
             "routing": space((3 * shape.experts + 2 * self._pairs + 64) * 4),
         }
 
     def _layer(self, buffers: dict[str, int], ids: npt.NDArray[np.int32]) -> None:
         shape, format = self._shape, self._weights.format
-        integer, routing = FORMATS[format].integer, self._routing(buffers["routing"])
+        kind, routing = FORMATS[format].rows, self._routing(buffers["routing"])
         self._add(
             "group", ids=self._memory.put(ids), weights=buffers["weights"], routing=routing, experts=shape.experts,
             top_k=shape.top_k,
@@ -253,20 +258,21 @@ class Moe(Case):
         self._add(
             "gate_up", **common, input=buffers["rows"], experts=self._weights.address, output=buffers["activation"],
             blocks=-(-shape.intermediate // BLOCK), inputs=row_stride(shape.hidden),
-            input_stride=row_bytes(shape.hidden, integer), output_stride=row_stride(shape.intermediate),
+            input_stride=row_bytes(shape.hidden, kind), output_stride=row_stride(shape.intermediate),
             activation=cpu_kernels.Activation.silu,
         )  # fmt: skip
-        if integer:
+        if kind != "bf16":
             self._add(
-                "quantise", input=buffers["activation"], output=buffers["activation8"],
-                width=row_stride(shape.intermediate), input_stride=row_bytes(shape.intermediate, False),
-                output_stride=row_bytes(shape.intermediate, True), multiple=shape.top_k,
+                "quantise", input=buffers["activation"], output=buffers["quantised"],
+                width=row_stride(shape.intermediate), input_stride=row_bytes(shape.intermediate, "bf16"),
+                output_stride=row_bytes(shape.intermediate, kind), multiple=shape.top_k,
+                grouped=kind == "grouped",
             )  # fmt: skip
         self._add(
-            "down", **common, input=buffers["activation8" if integer else "activation"],
+            "down", **common, input=buffers["activation" if kind == "bf16" else "quantised"],
             experts=self._weights.address + down_offset(format, shape.hidden, shape.intermediate),
             output=self.output.ctypes.data, blocks=-(-shape.hidden // BLOCK), inputs=row_stride(shape.intermediate),
-            input_stride=row_bytes(shape.intermediate, integer), output_stride=row_stride(shape.hidden),
+            input_stride=row_bytes(shape.intermediate, kind), output_stride=row_stride(shape.hidden),
         )  # fmt: skip
 
     def _routing(self, base: int) -> cpu_kernels.Routing:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from rig import BF16, Rig, aligned, format_of, int8_row_bytes, placed, random_bf16, row_stride, rows_of
+from rig import BF16, Rig, aligned, empty_rows, format_of, placed, random_bf16, row_stride, rows_of
 
 import cpu_kernels
 from hybrid.formats import FORMATS
@@ -127,10 +127,11 @@ class Part:
     def quantise(self, rig: Rig) -> None:
         if not FORMATS[self.experts.format].integer:
             return
-        rows = aligned((len(self.activation), int8_row_bytes(self.experts.intermediate)), np.uint8)
+        rows = empty_rows(self.experts.format, len(self.activation), self.experts.intermediate)
         strides = {"input_stride": self.activation.strides[0], "output_stride": rows.strides[0]}
         width = self.activation.shape[1]
-        rig.add("quantise", input=self.activation, output=rows, width=width, multiple=self.top_k, **strides)
+        kind = {"grouped": FORMATS[self.experts.format].rows == "grouped"}
+        rig.add("quantise", input=self.activation, output=rows, width=width, multiple=self.top_k, **strides, **kind)
         self.operand = rows
 
     def down(self) -> dict[str, Any]:

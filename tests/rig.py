@@ -16,6 +16,7 @@ from hybrid.formats.block import K_ALIGN, round_up
 
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
+GROUP_INPUTS = 32  # those that share a scale and a sum in a grouped one
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
 # Formats that tests of kernels try: of codes in groups those in which each length and each kind of scales occurs.
 VARIED = ("q8_0", "q5_1", "q4_k", "q6_k")
@@ -58,39 +59,89 @@ def int8_row_parts(width: int) -> tuple[slice, slice, slice]:
     return slice(values), slice(values, sums), slice(sums, sums + -(-values // SCALE_INPUTS) * 4)
 
 
-def int8_row_bytes(width: int) -> int:
-    """Bytes from one int8 activation row to the next."""
-    return round_up(int8_row_parts(width)[2].stop, 64)
+def grouped_row_parts(width: int) -> tuple[slice, slice]:
+    """Where the values of a grouped activation row of `width` inputs lie, and the scale and the sum of each group."""
+    values = row_stride(width)
+    return slice(values), slice(values, values + values // GROUP_INPUTS * 8)
+
+
+def used_bytes(width: int, kind: str) -> int:
+    """Bytes of an activation row of int8 of one of the two kinds."""
+    return (int8_row_parts if kind == "int8" else grouped_row_parts)(width)[-1].stop
+
+
+def quantised_row_bytes(width: int, kind: str) -> int:
+    """Bytes from one such row to the next."""
+    return round_up(used_bytes(width, kind), 64)
 
 
 def int8_rows(x: np.ndarray) -> np.ndarray:
-    """Rows [m, k] as int8 activation rows, bytes [m, int8_row_bytes(k)], by the definition."""
-    (m, k), (values, sums, scales) = x.shape, int8_row_parts(x.shape[1])
-    groups = np.zeros((m, -(-k // SCALE_INPUTS), SCALE_INPUTS), np.float32)
-    groups.reshape(m, -1)[:, :k] = x
-    largest = np.abs(groups).max(-1, keepdims=True)
-    finite = largest >= 127 / np.finfo(np.float32).max  # else the factor would not be, and all are as good as zero
-    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=finite)
-    units = np.rint(groups * factor).reshape(m, -1)[:, values].astype(np.int8)
-    rows = aligned((m, int8_row_bytes(k)), np.uint8)
+    """Rows [m, k] as int8 activation rows, bytes [m, quantised_row_bytes(k, "int8")], by the definition."""
+    values, sums, scales = int8_row_parts(x.shape[1])
+    units, steps = _units(x, SCALE_INPUTS)
+    rows = aligned((len(x), quantised_row_bytes(x.shape[1], "int8")), np.uint8)
     rows[:, values] = units.view(np.uint8)
-    rows[:, sums] = units.reshape(m, -1, SUM_INPUTS).sum(-1, dtype=np.int32).view(np.uint8)
-    rows[:, scales] = (largest[..., 0] / np.float32(127)).view(np.uint8)
+    rows[:, sums] = units.reshape(len(x), -1, SUM_INPUTS).sum(-1, dtype=np.int32).view(np.uint8)
+    rows[:, scales] = steps.view(np.uint8)
     return rows
 
 
+def grouped_rows(x: np.ndarray) -> np.ndarray:
+    """Rows [m, k] as grouped activation rows, bytes [m, quantised_row_bytes(k, "grouped")], by the definition."""
+    values, groups = grouped_row_parts(x.shape[1])
+    units, steps = _units(x, GROUP_INPUTS)
+    sums = steps * units.reshape(len(x), -1, GROUP_INPUTS).sum(-1, dtype=np.float32)
+    rows = aligned((len(x), quantised_row_bytes(x.shape[1], "grouped")), np.uint8)
+    rows[:, values] = units.view(np.uint8)
+    rows[:, groups] = np.stack([steps, sums], axis=-1).reshape(len(x), -1).view(np.uint8)
+    return rows
+
+
+def _units(x: np.ndarray, together: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [m, k] as int8 [m, row_stride(k)], and the float32 scales of each `together` of them."""
+    m, k = x.shape
+    stride = row_stride(k)
+    groups = np.zeros((m, round_up(stride, together)), np.float32)
+    groups[:, :k] = x
+    groups = groups.reshape(m, -1, together)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    finite = largest >= 127 / np.finfo(np.float32).max  # else the factor would not be, and all are as good as zero
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=finite)
+    units = np.rint(groups * factor).reshape(m, -1)[:, :stride].astype(np.int8)
+    return units, np.ascontiguousarray(largest[..., 0] / np.float32(127))
+
+
+def quantised_rows(kind: str, x: np.ndarray) -> np.ndarray:
+    """Rows [m, k] as activation rows of int8 of one of the two kinds, by the definition."""
+    return int8_rows(x) if kind == "int8" else grouped_rows(x)
+
+
 def rows_of(format: str, x: np.ndarray) -> np.ndarray:
-    """The left operand for weights of a format: x [m, k] as bf16 or as int8 activation rows."""
-    return int8_rows(x) if FORMATS[format].integer else padded(x.astype(BF16))
+    """The left operand for weights of a format: x [m, k] as bf16 or as activation rows of int8."""
+    kind = FORMATS[format].rows
+    return padded(x.astype(BF16)) if kind == "bf16" else quantised_rows(kind, x)
+
+
+def empty_rows(format: str, count: int, width: int) -> np.ndarray:
+    """Room for activation rows of int8, for an op to write what products with weights of this format read."""
+    return aligned((count, quantised_row_bytes(width, FORMATS[format].rows)), np.uint8)
+
+
+def row_steps(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
+    """The scale of every value of activation rows of int8: float32 [m, width]."""
+    *_, at = int8_row_parts(width) if kind == "int8" else grouped_row_parts(width)
+    found = np.ascontiguousarray(rows[:, at]).view(np.float32)
+    if kind == "int8":
+        return found.repeat(SCALE_INPUTS, axis=1)[:, :width]
+    return found[:, ::2].repeat(GROUP_INPUTS, axis=1)[:, :width]
 
 
 def dequantised_rows(format: str, rows: np.ndarray, width: int) -> np.ndarray:
     """What a left operand stands for, exactly: float64 [m, width]."""
-    if not FORMATS[format].integer:
+    kind = FORMATS[format].rows
+    if kind == "bf16":
         return rows[:, :width].astype(np.float64)
-    values, _, scales = int8_row_parts(width)
-    spread = np.ascontiguousarray(rows[:, scales]).view(np.float32).astype(np.float64).repeat(SCALE_INPUTS, axis=1)
-    return rows[:, values].view(np.int8)[:, :width] * spread[:, :width]
+    return rows[:, :width].view(np.int8) * row_steps(rows, width, kind).astype(np.float64)
 
 
 def packed(format: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import CONFIGS, ON_DEVICE, random_tensors, write_tensors
-from rig import int8_rows as int8_rows_by_definition
+from rig import quantised_rows
 from steps import agreement, greedy, in_chunks, open_engine, step
 
 from hybrid.config import CacheConfig, EngineConfig
@@ -26,7 +26,7 @@ from oracle import Oracle  # noqa: E402
 from test_engine import CASES, SHARP  # noqa: E402
 from test_formats_engine import all_active, bound  # noqa: E402
 
-from hybrid.gpu.rows import int8_rows  # noqa: E402
+from hybrid.gpu.rows import expert_rows  # noqa: E402
 
 STEP = {"step_on": "torch-cpu"}
 FEW = [*(name for name in MIXES if name not in GROUPED), "q6_k"]
@@ -130,13 +130,14 @@ def test_every_format_gives_the_logits_of_what_it_stands_for(tmp_path, family, t
 
 
 @pytest.mark.parametrize("width", [40, 96, 256, 300, 768])
-def test_int8_rows_are_those_that_the_threads_make(width) -> None:
+@pytest.mark.parametrize("kind", ["int8", "grouped"])
+def test_rows_of_int8_are_those_that_the_threads_make(width, kind) -> None:
     random = np.random.default_rng(width)
     rows = random.standard_normal((7, width)).astype(np.float32)
     rows[1] = 0
     rows[2, :40] *= 1e-37
     rows[3] *= 1e30
-    assert np.array_equal(int8_rows(torch.from_numpy(rows)).numpy(), int8_rows_by_definition(rows))
+    assert np.array_equal(expert_rows(torch.from_numpy(rows), kind).numpy(), quantised_rows(kind, rows))
 
 
 def embedded(**choices: Any) -> Engine:

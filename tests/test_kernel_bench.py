@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import ISAS, dequantised_rows, int8_row_parts
+from rig import ISAS, dequantised_rows, grouped_row_parts, int8_row_parts
 from typer.testing import CliRunner
 
 import cpu_kernels
@@ -141,6 +141,11 @@ def test_int8_rows_are_whole() -> None:
     values, sums, scales = (np.ascontiguousarray(rows[:, part]) for part in int8_row_parts(300))
     assert (values.view(np.int8).reshape(2, -1, 32).sum(-1) == sums.view(np.int32)).all()
     assert (scales.view(np.float32) == np.float32(1 / 127)).all()
+    grouped = kernel_cases.activation_rows(2, 300, "q4_1")
+    values, groups = (np.ascontiguousarray(grouped[:, part]) for part in grouped_row_parts(300))
+    scales, sums = groups.view(np.float32).reshape(2, -1, 2).transpose(2, 0, 1)
+    assert (scales == np.float32(1 / 127)).all()
+    assert (sums == scales * values.view(np.int8).reshape(2, -1, 32).sum(-1, dtype=np.float32)).all()
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch) -> None:

@@ -21,11 +21,12 @@ from hybrid.engine.kv import HUGE_BEHIND, KvArena
 from hybrid.errors import CapacityError, ConfigError, StepCancelled
 from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.mix import MIXES, FormatMix
-from hybrid.formats.rows import row_bytes
+from hybrid.formats.rows import RowKind, row_bytes
 from hybrid.machine.hardware import MemoryNode, has_huge_pages, probe
 from hybrid.machine.memory import MemoryGrant, NodeMemory
 from hybrid.machine.numa import choose_nodes, node_threads
 from hybrid.models.layers.base import Extents
+from hybrid.models.layers.products import rows_name
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import StoreTensor
 from hybrid.ops import Buffer, Op, Weight
@@ -149,16 +150,16 @@ def test_the_sums_of_down_are_joined_at_once_and_the_first_node_adds_the_bias() 
         assert join.arguments["partials"] == (Buffer(PARTIAL, node=0), Buffer(PARTIAL, node=1))
 
 
-@pytest.mark.parametrize("text", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("text", ["bf16", "int8", "fp8", "q8_0"])
 def test_buffers_of_a_node_are_as_large_as_its_part_needs(text) -> None:
     plan = plan_of(spec_of(**WIDE), numa="2", weight_format=text, chunk_size=64)
-    integer = FORMATS[text].integer
-    widths = {"bf16": (128, 176), "int8": (128, 176), "fp8": (128, 176)}[text]  # of 300 columns, in 19 blocks
-    for node, width in enumerate(widths):
+    kind = FORMATS[text].rows
+    for node, width in enumerate((128, 176)):  # of 300 columns, in 19 blocks
         sizes = {name: size for name, (_, size) in plan.node_buffers[node].items()}
         assert sizes[PARTIAL] == plan.buffers["residual"][1]
-        assert sizes[f"activation.300.{width}"] == 64 * 3 * row_bytes(width, False)
-        assert sizes.get(f"activation8.300.{width}", 0) == 64 * 3 * row_bytes(width, True) * integer
+        made = {name: size for name, size in sizes.items() if ".300." in name}
+        kinds: set[RowKind] = {"bf16", kind}
+        assert made == {f"{rows_name('activation', 300, k)}.{width}": 64 * 3 * row_bytes(width, k) for k in kinds}
         assert sum(sizes.values()) <= plan.node_arena_bytes[node] < sum(sizes.values()) + 64 * len(sizes)
     assert not [name for name in plan.buffers if name.startswith("activation")]
 

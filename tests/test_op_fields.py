@@ -302,6 +302,23 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("norm", {"output8": PLACE, "output8_stride": 72}, "output8_stride is 72; what it steps over has 76"),
         ("norm", {"output8": PLACE, "output8_stride": 78}, "output8_stride is 78; it must be a multiple of 4"),
         ("norm", {"output8": PLACE + 1, "output8_stride": 80}, "output8 is .*; it must be a multiple of 4"),
+        (
+            "norm",
+            {"output_grouped": PLACE, "output_grouped_stride": 76},
+            "output_grouped_stride is 76; what it steps over has 80",
+        ),
+        (
+            "norm",
+            {"output_grouped": PLACE, "output_grouped_stride": 82},
+            "output_grouped_stride is 82; it must be a multiple of 4",
+        ),
+        (
+            "norm",
+            {"output_grouped": PLACE + 1, "output_grouped_stride": 80},
+            "output_grouped is .*; it must be a multiple of 4",
+        ),
+        ("quantise", {"grouped": True, "output_stride": 76}, "output_stride is 76; what it steps over has 80"),
+        ("gemm", {"format": Format.q4_1, "input_stride": 76}, "input_stride is 76; what it steps over has 80"),
         ("quantise", {"input_stride": 126}, "input_stride is 126; what it steps over has 128"),
         ("quantise", {"output_stride": 64}, "output_stride is 64; what it steps over has 76"),
         ("gemm", {"input_stride": 72}, "input_stride is 72; what it steps over has 76"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from checkpoints import CONFIGS
 
-from hybrid.formats import FORMATS, GROUPED
+from hybrid.formats import FORMATS
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 from hybrid.formats.packed import packed_bytes
-from hybrid.formats.rows import int8_row_bytes, row_bytes
+from hybrid.formats.rows import row_bytes
 from hybrid.models import model_spec
 from hybrid.models.layers.base import Extents
 from hybrid.models.layers.rotary import LENGTHS
@@ -22,7 +22,6 @@ from hybrid.plan.program import build_buffers, build_ops
 
 ROWS, SEQUENCES, TOKENS = 24, 4, 300
 TEXTS = [*MIXES, "bf16,experts=int4", "int8,experts=bf16,dense=bf16", "int4,head=fp8,dense=mxfp4", "bf16,head=int8"]
-INTEGER = ("int8", "int4", *GROUPED)
 
 
 def spec_of(family: str) -> ModelSpec:
@@ -97,13 +96,18 @@ def only(ops: list[Op], kind: str, layer: int | None = None) -> Op:
     return op
 
 
-INT8_ROWS = [(1, 128), (64, 128), (96, 192), (256, 320), (320, 384), (2048, 2368), (2752, 3200)]
+ROW_SIZES = [
+    (1, 128, 128), (64, 128, 128), (96, 192, 192), (256, 320, 320), (320, 384, 448), (2048, 2368, 2560),
+    (2752, 3200, 3456),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("inputs", "size"), INT8_ROWS)
-def test_an_int8_row_has_its_inputs_sums_and_scales(inputs, size) -> None:
-    """By hand: 320 inputs are 320 bytes, 10 sums are 40, 2 scales are 8: 368 bytes in lines of 64."""
-    assert int8_row_bytes(inputs) == size
+@pytest.mark.parametrize(("inputs", "int8", "grouped"), ROW_SIZES)
+def test_rows_of_int8_have_their_inputs_sums_and_scales(inputs, int8, grouped) -> None:
+    """By hand: 320 inputs are 320 bytes, 10 sums are 40, 2 scales are 8: 368 bytes in lines of 64. Of a grouped row 10
+    scales and sums are 80.
+    """
+    assert (row_bytes(inputs, "int8"), row_bytes(inputs, "grouped")) == (int8, grouped)
 
 
 def test_keys_are_padded_to_half_a_line_and_values_to_a_block() -> None:
@@ -157,10 +161,10 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
     buffers, ops = program(SPECS[name], mix_of(text))
     for op in ops:
         for a in sets_of(op) if op.kind in ("gemm", "gate_up", "down") else ():
-            integer = a["format"].name in INTEGER
-            kind, _, width = a["input"].name.partition(".")
-            assert kind.endswith("8") == integer
-            assert a["input_stride"] == row_bytes(int(width), integer) and a["inputs"] == -(-int(width) // 64) * 64
+            kind = FORMATS[a["format"].name].rows
+            buffer, _, width = a["input"].name.partition(".")
+            assert buffer.endswith("8") == (kind == "int8") and buffer.endswith("_grouped") == (kind == "grouped")
+            assert a["input_stride"] == row_bytes(int(width), kind) and a["inputs"] == -(-int(width) // 64) * 64
             router = SPECS[name].layers[op.layer or 0].feed_forward.router
             count = router.top_k if router and op.kind == "down" and a is op.arguments else 1
             assert ROWS * count * a["input_stride"] <= buffers[a["input"].name]
@@ -169,7 +173,11 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_are_written_before_they_are_read(name, text) -> None:
-    outputs = {"norm": ("output", "output8", "output_f32"), "topk": ("ids", "weights"), "router": ("logits",)}
+    outputs = {
+        "norm": ("output", "output8", "output_grouped", "output_f32"),
+        "topk": ("ids", "weights"),
+        "router": ("logits",),
+    }
     outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
     outputs |= {"latent": ("plain", "q")}
     outputs["topk"] += ("shared_weights",)

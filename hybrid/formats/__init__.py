@@ -12,19 +12,22 @@ from hybrid.formats.halves import Scaled, ScaledFromMinimum
 from hybrid.formats.int4 import Int4
 from hybrid.formats.int8 import Int8
 from hybrid.formats.mxfp4 import Mxfp4
+from hybrid.formats.rows import RowKind
 from hybrid.formats.superblocks import ScaledAndLowered, ScaledSmallGroups
 
 
 class WeightFormat(Protocol):
     """How a matrix W [n outputs, k inputs] is stored: blocks of 16 output columns, each a header of scales and lines.
 
-    integer: multiplies int8 activations, otherwise bf16 ones. row_group: rows that may share a scale, so a matrix
-    packed in pieces must be cut at multiples of it. cut_inputs: packed blocks can be cut along k at multiples of it.
-    `inputs` is always the padded k, a multiple of 64.
+    rows: the kind of activations that it multiplies. integer: whether those are int8. row_group: rows that may share a
+    scale, so a matrix packed in pieces must be cut at multiples of it. cut_inputs: packed blocks can be cut along k at
+    multiples of it. `inputs` is always the padded k, a multiple of 64.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def rows(self) -> RowKind: ...
     @property
     def integer(self) -> bool: ...
     @property

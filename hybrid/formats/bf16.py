@@ -19,12 +19,14 @@ from hybrid.formats.block import (
     round_up,
     separated,
 )
+from hybrid.formats.rows import RowKind
 
 
 class Bf16:
     """A block is K / 2 lines [16 columns][2 inputs] of bf16; nothing is lost of a bf16 checkpoint."""
 
     name = "bf16"
+    rows: RowKind = "bf16"
     integer = False
     row_group = BLOCK
     cut_inputs = K_ALIGN

@@ -19,6 +19,7 @@ from hybrid.formats.block import (
     padded,
     round_up,
 )
+from hybrid.formats.rows import RowKind
 
 SQUARE = 128  # rows and inputs that share a scale
 LARGEST = 448.0
@@ -35,6 +36,7 @@ class Fp8:
     """
 
     name = "fp8"
+    rows: RowKind = "bf16"
     integer = False
     row_group = SQUARE
     cut_inputs = SQUARE

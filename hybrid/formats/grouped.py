@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybrid.formats.block import BLOCK, K_ALIGN, LINE, Array, Bytes, Floats, in_blocks, joined, round_up
+from hybrid.formats.rows import RowKind
 
 _LOW, _FOUR = 0x0F0F_0F0F, 0x0101_0101  # four codes are handled as one word
 LARGEST_HALF = 65504.0
@@ -33,6 +34,7 @@ class Grouped(ABC):
     bits: int
     offset: int = 0
 
+    rows: ClassVar[RowKind] = "grouped"
     integer: ClassVar[bool] = True
     row_group: ClassVar[int] = BLOCK
     span: ClassVar[int] = K_ALIGN  # inputs of one piece of the header

@@ -19,6 +19,7 @@ from hybrid.formats.block import (
     in_blocks,
     round_up,
 )
+from hybrid.formats.rows import RowKind
 
 PART = LINE + K_ALIGN * BLOCK // 2  # bytes of 64 inputs: their scales fill a line
 LOWEST, HIGHEST = -8, 7
@@ -35,6 +36,7 @@ class Int4:
     """
 
     name = "int4"
+    rows: RowKind = "int8"
     integer = True
     row_group = BLOCK
     cut_inputs = K_ALIGN

@@ -20,6 +20,7 @@ from hybrid.formats.block import (
     round_up,
     separated,
 )
+from hybrid.formats.rows import RowKind
 
 OFFSET = 128  # what is added to a code: unsigned by signed is the product that the instructions have
 LARGEST = 127
@@ -29,6 +30,7 @@ class Int8:
     """A block is float32[16] scales and K / 4 lines [16 columns][4 inputs] of q + 128; w = q * scale."""
 
     name = "int8"
+    rows: RowKind = "int8"
     integer = True
     row_group = BLOCK
     cut_inputs = K_ALIGN

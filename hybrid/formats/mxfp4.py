@@ -19,6 +19,7 @@ from hybrid.formats.block import (
     joined,
     round_up,
 )
+from hybrid.formats.rows import RowKind
 
 VALUES: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 BIAS = 127
@@ -34,6 +35,7 @@ class Mxfp4:
     """
 
     name = "mxfp4"
+    rows: RowKind = "bf16"
     integer = False
     row_group = BLOCK
     cut_inputs = K_ALIGN

@@ -27,8 +27,8 @@ class SharedBuffers:
     def __init__(self, spec: ModelSpec, plan: Plan, link: Link, address: Callable[[str], int]) -> None:
         self._link, self._sizes, self._address = link, {name: size for name, (_, size) in plan.buffers.items()}, address
         self._open: dict[str, Tensor] = {}
-        self.integer = FORMATS[plan.formats.experts].integer
-        self._rows_name = rows_name(NORMED, spec.hidden, self.integer)
+        self._kind = FORMATS[plan.formats.experts].rows
+        self._rows_name = rows_name(NORMED, spec.hidden, self._kind)
         self._max_rows = plan.max_rows
         self.expert_sum = self.whole(EXPERT_SUM, torch.float32).view(plan.max_rows, -1)
 
@@ -46,9 +46,9 @@ class SharedBuffers:
         return self.whole(name, dtype)[: rows * width].view(rows, width)
 
     def send_rows(self, normed: Tensor) -> None:
-        dtype = torch.uint8 if self.integer else torch.bfloat16
+        dtype = torch.bfloat16 if self._kind == "bf16" else torch.uint8
         rows = self.whole(self._rows_name, dtype).view(self._max_rows, -1)
-        self._link.to_host(rows[: len(normed)], expert_rows(normed, self.integer))
+        self._link.to_host(rows[: len(normed)], expert_rows(normed, self._kind))
 
     def send_routes(self, early: bool, routed: Routed) -> None:
         """early: what the router of the next layer says of these rows."""

@@ -174,7 +174,7 @@ class StepExperts(SlotExperts):
         self._step.graphs.run(("experts", first), partial(super().run_looked_up, slot_of, first, rows))
 
     def _input(self, rows: int) -> torch.Tensor:
-        return expert_rows(self._step.normed[:rows], integer=False)
+        return expert_rows(self._step.normed[:rows], "bf16")
 
     def _routes(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         routed = self._step.routed

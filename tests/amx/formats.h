@@ -205,6 +205,22 @@ inline void fill_integer_row(Random& random, int used, int inputs, char* to, dou
   }
 }
 
+// A row for codes in groups: bytes, and of each 32 a scale and the scaled sum.
+inline void fill_grouped_row(Random& random, int used, int inputs, char* to, double* values) {
+  auto* row = reinterpret_cast<int8_t*>(to);
+  auto* groups = reinterpret_cast<float (*)[2]>(to + inputs);
+  for (int g = 0; g < inputs / 32; ++g) {
+    groups[g][0] = random_scale(random);
+    int sum = 0;
+    for (int i = g * 32; i < g * 32 + 32; ++i) {
+      row[i] = int8_t(i < used ? random.below(255) - 127 : 0);
+      sum += row[i];
+      values[i] = double(row[i]) * groups[g][0];
+    }
+    groups[g][1] = groups[g][0] * float(sum);
+  }
+}
+
 struct Format {
   const char* name;
   hybrid::Format format;
@@ -219,7 +235,7 @@ struct Format {
 template <int bits, int offset, Scales scales>
 constexpr Format grouped(const char* name, hybrid::Format format) {
   using Kind = Codes<bits, offset, scales>;
-  return {name, format, Kind::header_bytes, bits, Kind::fill, fill_integer_row};
+  return {name, format, Kind::header_bytes, bits, Kind::fill, fill_grouped_row};
 }
 
 constexpr Format kFormats[] = {

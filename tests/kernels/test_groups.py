@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_reference import assert_near, format_product
-from rig import BF16, ISAS, dequantised_rows, placed, random_bf16, rows_of
+from rig import BF16, ISAS, Rig, aligned, dequantised_rows, empty_rows, format_of, placed, random_bf16, rows_of
 from test_product import FUSED, multiply
 
 from hybrid.formats import GROUPED
@@ -65,3 +65,31 @@ def test_a_half_that_is_small_or_none_is_itself(isa) -> None:
     found = multiply(isa, "q4_1", np.ones((1, 64), BF16), weight, 16)[0]
     assert np.isnan(found[3]) and np.isinf(found[5])
     assert np.allclose(np.delete(found, [3, 5]), 64 * 2.0**-24, rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", GROUPED)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_an_outlier_spoils_only_the_inputs_of_its_group(isa, format, rows) -> None:
+    """As models have them: a few inputs are a hundred times the others. The error is that of rounding 32 inputs in
+    steps of the outlier, so a third of what rounding all of 256 would give.
+    """
+    n, k = 64, 512
+    weight, values = published(format, n, k)
+    x = random_bf16(np.random.default_rng(2), rows, k)
+    x[:, 17::256] = 100
+    operand = empty_rows(format, rows, k)
+    output = aligned((rows, n), np.float32)
+    rig = Rig(isa)
+    rig.add(
+        "quantise", input=placed(x), output=operand, width=k, input_stride=2 * k, output_stride=operand.strides[0],
+        multiple=1, grouped=True,
+    )  # fmt: skip
+    rig.add(
+        "gemm", format=format_of(format), input=operand, weight=weight, bias=None, output=output, columns=n, inputs=k,
+        input_stride=operand.strides[0], output_stride=n, accumulate=False,
+    )  # fmt: skip
+    rig.run(rows)
+    exact = x.astype(np.float64)
+    steps = np.abs(exact).reshape(rows, -1, 32).max(axis=-1).repeat(32, axis=1) / 127
+    rounding = np.sqrt((steps**2 / 12) @ (values.astype(np.float64) ** 2).T)
+    assert np.linalg.norm(output - exact @ values.T) < 1.5 * np.linalg.norm(rounding)

@@ -10,7 +10,7 @@ import pytest
 from expert_rig import Experts
 from expert_rig import run as run_experts
 from kv_pages import KvPages
-from rig import BF16, Rig, aligned, format_of, int8_row_bytes, packed, placed, row_stride, rows_of
+from rig import BF16, Rig, aligned, empty_rows, format_of, packed, placed, row_stride, rows_of
 
 import cpu_kernels
 from hybrid.config import KV_FORMATS
@@ -81,15 +81,17 @@ def gemm(isa: str, format: str, rows: np.ndarray, width: int, columns: int = 20)
 def test_norm(isa, kind, width) -> None:
     def norm(x: np.ndarray) -> tuple[np.ndarray, ...]:
         stride = row_stride(width)
-        out16, out8 = aligned((ROWS, stride), BF16), aligned((ROWS, int8_row_bytes(width)), np.uint8)
+        out16 = aligned((ROWS, stride), BF16)
+        out8, grouped = empty_rows("int8", ROWS, width), empty_rows("q4_1", ROWS, width)
         rig = Rig(isa)
         rig.add(
             "norm", input=x, weight=np.ones(width, np.float32), output=out16, output_f32=None, output8=out8,
             width=width, input_stride=width, output_stride=stride, output8_stride=out8.strides[0], eps=1e-6,
-            logit_rows=False,
+            logit_rows=False, output_grouped=grouped, output_grouped_stride=grouped.strides[0],
         )  # fmt: skip
         rig.run(ROWS)
-        return gemm(isa, "bf16", out16, width), gemm(isa, "int8", out8, width), gemm(isa, "int4", out8, width)
+        read = {"bf16": out16, "int8": out8, "int4": out8, "q4_1": grouped, "q8_0": grouped, "q6_k": grouped}
+        return tuple(gemm(isa, format, rows, width) for format, rows in read.items())
 
     check(norm, random_rows(width), kind)
 
@@ -120,11 +122,11 @@ def test_products(isa, format, kind, rows) -> None:
             return rows_of(format, np.concatenate([x, more]))
         source = aligned((rows, row_stride(width)), BF16)
         source[:, :width] = np.concatenate([x, more])
-        made = aligned((rows, int8_row_bytes(width)), np.uint8)
+        made = empty_rows(format, rows, width)
         rig = Rig(isa)
         rig.add(
             "quantise", input=source, output=made, width=row_stride(width), input_stride=source.strides[0],
-            output_stride=made.strides[0], multiple=1,
+            output_stride=made.strides[0], multiple=1, grouped=FORMATS[format].rows == "grouped",
         )  # fmt: skip
         rig.run(rows)
         return made

@@ -16,8 +16,8 @@ from rig import (
     Rig,
     aligned,
     dequantised_rows,
+    empty_rows,
     format_of,
-    int8_row_bytes,
     packed,
     random_bf16,
     row_stride,
@@ -137,23 +137,25 @@ def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, format, logit_ro
     residual[:, :hidden] = random.standard_normal((rows, hidden))
     norm_weight = random.standard_normal(hidden).astype(np.float32)
     head, head_values = packed(format, random_bf16(random, vocab, hidden))
-    integer = FORMATS[format].integer
+    kind = FORMATS[format].rows
     normed = aligned((rows, row_stride(hidden)), BF16)
-    normed8 = aligned((rows, int8_row_bytes(hidden)), np.uint8)
-    read = normed8 if integer else normed
+    quantised = empty_rows(format, rows, hidden)
+    read = normed if kind == "bf16" else quantised
     rig = Rig(isa, 2, vocab=vocab)
     rig.add(
         "norm",
         "head",
         input=residual,
         weight=norm_weight,
-        output=None if integer else normed,
+        output=normed if kind == "bf16" else None,
         output_f32=None,
-        output8=normed8 if integer else None,
+        output8=quantised if kind == "int8" else None,
+        output_grouped=quantised if kind == "grouped" else None,
         width=hidden,
         input_stride=row_stride(hidden),
         output_stride=row_stride(hidden),
-        output8_stride=normed8.strides[0],
+        output8_stride=quantised.strides[0],
+        output_grouped_stride=quantised.strides[0],
         eps=eps,
         logit_rows=True,
     )
@@ -173,8 +175,8 @@ def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, format, logit_ro
     )
     logits = rig.run(rows, logit_rows)
     wanted = len(logit_rows)
-    if not integer:
+    if kind == "bf16":
         exact = rms_norm(residual[list(logit_rows), :hidden], norm_weight, eps)
         assert_near(normed[:wanted, :hidden], exact.as_bf16())
     assert_near(logits, format_product(format, dequantised_rows(format, read[:wanted], hidden), head_values))
-    assert not normed[wanted:].any() and not normed8[wanted:].any()
+    assert not normed[wanted:].any() and not quantised[wanted:].any()

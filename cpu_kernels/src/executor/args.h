@@ -56,11 +56,13 @@ struct NormArgs {
   int width, input_stride, output_stride;
   int64_t output8_stride;  // bytes
   float eps;
-  bool logit_rows;    // only the rows whose logits are wanted, gathered
-  bool centred;       // the mean of a row is taken from it first
-  const float* bias;  // null, or [width]
-  bool accumulate;    // add to output_f32
-  float* cleared;     // null, or rows as those of output_f32 that become zero, for what follows to add to
+  bool logit_rows;                // only the rows whose logits are wanted, gathered
+  bool centred;                   // the mean of a row is taken from it first
+  const float* bias;              // null, or [width]
+  bool accumulate;                // add to output_f32
+  float* cleared;                 // null, or rows as those of output_f32 that become zero, for what follows to add to
+  char* output_grouped;           // null, or grouped activation rows, which formats of codes in groups read
+  int64_t output_grouped_stride;  // bytes
 
   template <class Field>
   void fields(Field& field) {
@@ -79,16 +81,19 @@ struct NormArgs {
     field("bias", bias, kOptional);
     field("accumulate", accumulate, kOptional);
     field("cleared", cleared, kOptional);
+    field("output_grouped", output_grouped, kOptional);
+    field("output_grouped_stride", output_grouped_stride, kOptional);
   }
 };
 
-// bf16 rows to int8 activation rows.
+// bf16 rows to activation rows of int8.
 struct QuantiseArgs {
   const bf16* input;
   char* output;
   int width;                            // inputs, padded
   int64_t input_stride, output_stride;  // bytes
   int multiple;                         // rows of input for each row of the step
+  bool grouped;                         // grouped activation rows, which formats of codes in groups read
 
   template <class Field>
   void fields(Field& field) {
@@ -98,6 +103,7 @@ struct QuantiseArgs {
     field("input_stride", input_stride);
     field("output_stride", output_stride);
     field("multiple", multiple, kPositive);
+    field("grouped", grouped, kOptional);
   }
 };
 

@@ -45,8 +45,14 @@ int64_t int8_row_bytes(int64_t inputs) {
   return inputs + inputs / kSumInputs * 4 + (inputs + kScaleInputs - 1) / kScaleInputs * 4;
 }
 
+// Of a grouped activation row.
+int64_t grouped_row_bytes(int64_t inputs) { return inputs + inputs / kRowGroup * int64_t(sizeof(RowGroup)); }
+
 // Of the left operand of a product.
-int64_t row_bytes(Format format, int64_t inputs) { return is_integer(format) ? int8_row_bytes(inputs) : inputs * 2; }
+int64_t row_bytes(Format format, int64_t inputs) {
+  if (is_grouped(format)) return grouped_row_bytes(inputs);
+  return is_integer(format) ? int8_row_bytes(inputs) : inputs * 2;
+}
 
 void require_stride(const std::string& place, const char* name, int64_t stride, int64_t needed) {
   require(stride >= needed, place + name + " is " + text(stride) + "; what it steps over has " + text(needed));
@@ -73,16 +79,23 @@ void check_fit(const EmbedArgs& a, const std::string& place) {
 void check_fit(const NormArgs& a, const std::string& place) {
   require_stride(place, "input_stride", a.input_stride, a.width);
   if (a.output || a.output_f32 || a.cleared) require_stride(place, "output_stride", a.output_stride, a.width);
-  if (!a.output8) return;
-  require_stride(place, "output8_stride", a.output8_stride, int8_row_bytes(up(a.width, kInputs)));
-  require_multiple(place, "output8_stride", a.output8_stride, 4);
-  require_multiple(place, "output8", int64_t(uintptr_t(a.output8)), 4);
+  if (a.output8) {
+    require_stride(place, "output8_stride", a.output8_stride, int8_row_bytes(up(a.width, kInputs)));
+    require_multiple(place, "output8_stride", a.output8_stride, 4);
+    require_multiple(place, "output8", int64_t(uintptr_t(a.output8)), 4);
+  }
+  if (a.output_grouped) {
+    require_stride(place, "output_grouped_stride", a.output_grouped_stride, grouped_row_bytes(up(a.width, kInputs)));
+    require_multiple(place, "output_grouped_stride", a.output_grouped_stride, 4);
+    require_multiple(place, "output_grouped", int64_t(uintptr_t(a.output_grouped)), 4);
+  }
 }
 
 void check_fit(const QuantiseArgs& a, const std::string& place) {
   require_stride(place, "input_stride", a.input_stride, int64_t(a.width) * 2);
   require_multiple(place, "input_stride", a.input_stride, 2);
-  require_stride(place, "output_stride", a.output_stride, int8_row_bytes(a.width));
+  require_stride(place, "output_stride", a.output_stride,
+                 a.grouped ? grouped_row_bytes(a.width) : int8_row_bytes(a.width));
   require_multiple(place, "output_stride", a.output_stride, 4);
   require_multiple(place, "output", int64_t(uintptr_t(a.output)), 4);
 }

@@ -1,4 +1,5 @@
-// How formats of codes in groups lie in memory: hybrid/formats/grouped.py says the same in Python.
+// How formats of codes in groups, and the rows that they are multiplied by, lie in memory: hybrid/formats/grouped.py
+// and hybrid/formats/rows.py say the same in Python.
 #pragma once
 
 #include "executor/step.h"
@@ -24,6 +25,11 @@ struct GroupLayout {
   constexpr int64_t block_bytes(int inputs) const {
     return header_bytes(inputs) + int64_t(inputs) / kInputs * part_bytes();
   }
+};
+
+// Of 32 inputs of a grouped row, behind its int8 values: their scale, and the sum of what they stand for.
+struct RowGroup {
+  float scale, sum;
 };
 
 static constexpr bool is_grouped(Format format) { return format >= Format::q8_0; }

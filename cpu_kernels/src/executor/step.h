@@ -27,6 +27,7 @@ constexpr int kLine = 64;           // bytes: 16 columns x one pair of bf16
 constexpr int kInputs = 64;         // inputs of a matrix are padded to a multiple of this
 constexpr int kSumInputs = 32;      // inputs of one sum of an int8 activation row
 constexpr int kScaleInputs = 256;   // inputs of one scale of an int8 activation row
+constexpr int kRowGroup = 32;       // inputs of one scale, and of one sum, of a grouped activation row
 constexpr int kPanelInputs = 256;   // a bf16 panel of 4 blocks is 32 KiB: it stays in L1 while all rows pass over it
 constexpr int kTileRows = 16;       // rows of a matrix tile
 constexpr int kKeys = 256;          // keys of one partial softmax, so results never depend on how work is split

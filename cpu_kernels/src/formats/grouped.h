@@ -1,6 +1,7 @@
 // Codes of 4, 5, 6 or 8 bits in groups of 32 or 16 inputs. Whatever a format's scales are, those of 256 inputs are
 // opened to fp32 first, a scale and a minimum for each group and column: so the kernels know but how many bits a code
-// has. The minimum, which stands for the offset of codes as well, is multiplied by the sum of the activations.
+// has. The minimum, which stands for the offset of codes as well, is multiplied by the sum of the activations, which
+// have a scale and a sum for each 32.
 #pragma once
 
 #include "executor/grouped.h"
@@ -20,13 +21,6 @@ struct Grouped {
 
 constexpr int kGroupFloats = 2 * kBlock;  // of one group: scales, then minima
 
-// The sum of a group of an int8 activation row.
-template <int group>
-static HYBRID_INLINE int group_sum(const char* row, int inputs, int first) {
-  if constexpr (group < kSumInputs) return Isa::sum_16(row + first);
-  return reinterpret_cast<const int32_t*>(row + inputs)[first / kSumInputs];
-}
-
 // Groups of 256 inputs after they were opened: lines of int8 as operands, and scales and minima.
 template <int group>
 struct OpenedGroups : IntegerKind<0, group> {
@@ -35,7 +29,7 @@ struct OpenedGroups : IntegerKind<0, group> {
   static constexpr bool chained = false;
   static constexpr int segment = group / line_inputs;
   static constexpr bool opened = false;
-  static constexpr bool has_minima = true;
+  static constexpr bool opened_groups = true;
 
   static constexpr int header(int) { return 0; }
   static HYBRID_INLINE Isa::I32 start(const char*, int, int) { return Isa::set_int(0); }
@@ -43,8 +37,15 @@ struct OpenedGroups : IntegerKind<0, group> {
   static HYBRID_INLINE F32 group_minimum(const char* scales, int line) {
     return Isa::load(floats(scales, line) + kBlock);
   }
-  static HYBRID_INLINE F32 row_sum(const char* row, int inputs, int line) {
-    return Isa::set(float(group_sum<group>(row, inputs, line * line_inputs)));
+  // Scale and sum of the part of a row that the group from stored line `line` on multiplies.
+  static HYBRID_INLINE RowGroup row_group(const char* row, int inputs, int line) {
+    RowGroup found = reinterpret_cast<const RowGroup*>(row + inputs)[line * line_inputs / kRowGroup];
+    if constexpr (group < kRowGroup) found.sum = found.scale * float(Isa::sum_16(row + line * line_inputs));
+    return found;
+  }
+  // A group's part of a product, scaled as its weights and as the row is, and its minimum, added to the sum.
+  static HYBRID_INLINE F32 merge(F32 sum, F32 part, F32 scale, F32 minimum, F32 row_scale, F32 row_sum) {
+    return Isa::fma(row_sum, minimum, Isa::fma(Isa::mul(part, scale), row_scale, sum));
   }
 
  private:

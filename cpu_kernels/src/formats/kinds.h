@@ -13,15 +13,14 @@ struct FloatKind {
   using Line = Isa::Line;
   using Sum = F32;
   static constexpr bool integer = false;
-  static constexpr bool grouped = false;     // codes in groups: formats/grouped.h
-  static constexpr bool has_minima = false;  // groups have a minimum besides a scale
+  static constexpr bool grouped = false;        // codes in groups: formats/grouped.h
+  static constexpr bool opened_groups = false;  // codes in groups after they were opened
   static constexpr int step_inputs = 2;
   static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
   static constexpr int scaled_lines = 0;  // stored lines behind each line of scales; 0: all scales are in front
 
   static HYBRID_INLINE Isa::Pair value(const char* row) { return Isa::load_pair(reinterpret_cast<const bf16*>(row)); }
   static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::zero(); }
-  static HYBRID_INLINE float row_scale(const char*, int, int) { return 1.0f; }
   static HYBRID_INLINE F32 widen(Sum sum) { return sum; }
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
 };
@@ -35,7 +34,7 @@ struct IntegerKind {
   using Sum = Isa::I32;
   static constexpr bool integer = true;
   static constexpr bool grouped = false;
-  static constexpr bool has_minima = false;
+  static constexpr bool opened_groups = false;
   static constexpr bool has_signs = false;  // whether opened operands are signed
   static constexpr int step_inputs = 4;
   static constexpr int scale_lines = 1;

@@ -22,20 +22,12 @@ static HYBRID_INLINE void fetch_line(const char* at, int64_t stride) {
   for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, level);
 }
 
-// Adds a group's part, scaled, and its minimum times the sum of the row.
-template <int group, int MR, int NB>
-static HYBRID_INLINE void merge_group(F32 (&scaled)[MR][NB], const Isa::I32 (&part)[MR][NB], const char* const* rows,
-                                      int inputs, int first, const float* scales, int block_floats) {
-  F32 sums[MR];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) sums[r] = Isa::set(float(group_sum<group>(rows[r], inputs, first)));
-#pragma GCC unroll 8
-  for (int j = 0; j < NB; ++j) {
-    const F32 scale = Isa::load(scales + j * block_floats), minimum = Isa::load(scales + j * block_floats + kBlock);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
-      scaled[r][j] = Isa::fma(sums[r], minimum, Isa::fma(Isa::to_f32(part[r][j]), scale, scaled[r][j]));
-  }
+// Opened groups as blocks whose headers are their scales, `stride` bytes apart.
+template <int group>
+static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const void* scales, int64_t stride, int inputs) {
+  Blocks<OpenedGroups<group>> w(static_cast<const char*>(scales), inputs, 0);
+  w.stride = stride;
+  return w;
 }
 
 // Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
@@ -45,13 +37,12 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
   constexpr int fetched = ((2 * bits + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
   const int head_bytes = w.layout.head_bytes();
   alignas(64) float scales[NB][block_floats];
+  const auto opened = opened_blocks<group>(scales, sizeof scales[0], w.inputs);
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     open_scales(w, NB, first, last, scales[0], block_floats);
-    F32 scaled[MR][NB];
-    load_sums(scaled, nullptr);
     for (int input = first; input < last; input += kInputs) {
       const char* const at = w.part(input);
       const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
@@ -77,15 +68,8 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
           }
         }
         next += fetched * kLine;
-        merge_group<group>(scaled, part, rows, w.inputs, input + g,
-                           scales[0] + (input - first + g) / group * kGroupFloats, block_floats);
+        merge_group(sums, part, rows, opened, (input + g) / 4);
       }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      const F32 scale = Isa::set(OpenedGroups<group>::row_scale(rows[r], w.inputs, first));
-#pragma GCC unroll 8
-      for (int j = 0; j < NB; ++j) sums[r][j] = Isa::fma(scaled[r][j], scale, sums[r][j]);
     }
   }
   store_sums(out, sums);
@@ -116,18 +100,10 @@ static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int firs
   }
 }
 
-// The opened panel as blocks whose headers are the scales of the panel.
-template <int group>
-static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const char* opened, int inputs) {
-  Blocks<OpenedGroups<group>> w(opened + kScalesOffset, inputs, 0);
-  w.stride = kPanelBytes;
-  return w;
-}
-
 // Many rows: panel by panel, all tiles over each. sums: [rows][NB][16].
 template <int group, int NB>
 static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBlocks& w, float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened, w.inputs);
+  const auto opened_w = opened_blocks<group>(opened + kScalesOffset, kPanelBytes, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });

@@ -49,8 +49,10 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
       }
       if (args.cleared) store_some(args.cleared + at + i, Isa::zero(), count);
     }
-    if (args.output8)
-      quantise_row(normed, (args.width + kInputs - 1) / kInputs * kInputs, args.output8 + row * args.output8_stride);
+    const int inputs = (args.width + kInputs - 1) / kInputs * kInputs;
+    if (args.output8) quantise_row(normed, inputs, args.output8 + row * args.output8_stride);
+    if (args.output_grouped)
+      quantise_grouped_row(normed, inputs, args.output_grouped + row * args.output_grouped_stride);
   });
 }
 

@@ -81,6 +81,27 @@ static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB]) {
     for (int j = 0; j < NB; ++j) Isa::store(to + (r * NB + j) * kBlock, sums[r][j]);
 }
 
+// Of a group of codes: scaled as its weights and as the rows are, and with its minimum.
+template <class Format, int MR, int NB>
+static HYBRID_INLINE void merge_group(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
+                                      const char* const* rows, const Blocks<Format>& w, int line) {
+  F32 row_scale[MR], row_sum[MR];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+    const RowGroup row = Format::row_group(rows[r], w.inputs, line);
+    row_scale[r] = Isa::set(row.scale);
+    row_sum[r] = Isa::set(row.sum);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < NB; ++j) {
+    const char* const header = w.header + j * w.stride;
+    const F32 scale = Format::group_scale(header, line), minimum = Format::group_minimum(header, line);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+      sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), scale, minimum, row_scale[r], row_sum[r]);
+  }
+}
+
 template <class Format>
 static HYBRID_INLINE int segment_end(int line, int last) {
   return Format::segment ? min(last, (line / Format::segment + 1) * Format::segment) : last;
@@ -90,20 +111,12 @@ static HYBRID_INLINE int segment_end(int line, int last) {
 template <class Format, int MR, int NB>
 static HYBRID_INLINE void merge(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
                                 const char* const* rows, const Blocks<Format>& w, int line) {
+  if constexpr (Format::opened_groups) return merge_group(sums, part, rows, w, line);
 #pragma GCC unroll 8
   for (int j = 0; j < NB; ++j) {
     const F32 scale = Format::group_scale(w.header + j * w.stride, line);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) sums[r][j] = Isa::fma(Format::widen(part[r][j]), scale, sums[r][j]);
-  }
-  if constexpr (Format::has_minima) {
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const F32 sum = Format::row_sum(rows[r], w.inputs, line);
-#pragma GCC unroll 8
-      for (int j = 0; j < NB; ++j)
-        sums[r][j] = Isa::fma(sum, Format::group_minimum(w.header + j * w.stride, line), sums[r][j]);
-    }
   }
 }
 
@@ -127,13 +140,14 @@ static HYBRID_INLINE void add_segments(F32 (&sums)[MR][NB], const char* const* r
 }
 
 // The same of one panel, whatever the format. Rows of int8 have a scale a panel: it is applied once, behind the scales
-// of the weights, because a multiplication more in every segment of int4 would halve its speed.
+// of the weights, because a multiplication more in every segment of int4 would halve its speed. Grouped rows have one a
+// segment.
 template <class Format, int MR, int NB, class Run>
 static HYBRID_INLINE void accumulate(F32 (&sums)[MR][NB], const char* const* rows, const Blocks<Format>& w, int first,
                                      int last, Run run) {
   if constexpr (Format::chained) {
     run(sums, first, last);
-  } else if constexpr (!Format::integer) {
+  } else if constexpr (!Format::integer || Format::opened_groups) {
     add_segments<Format>(sums, rows, w, first, last, run);
   } else {
     F32 scaled[MR][NB];

@@ -182,12 +182,13 @@ static HYBRID_INLINE F32 widened(const int32_t* part, Sum start) {
 template <class Format, int TM, int TN>
 static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int first, int line, int count,
                                       Parts<TM, TN>& parts) {
+  constexpr bool waits = Format::integer && !Format::opened_groups;  // for the scale of the rows
   const char* const header = p.w.header + first * p.w.stride;
-  F32 scale[TN][kParts], minimum[TN][kParts], row_sum[kParts];
+  F32 scale[TN][kParts], minimum[TN][kParts], row_scale[kParts], row_sum[kParts];
   for (int s = 0; s < count; ++s) {
     for (int j = 0; j < TN; ++j) {
       scale[j][s] = Format::group_scale(header + j * p.w.stride, line + s * Format::segment);
-      if constexpr (Format::has_minima)
+      if constexpr (Format::opened_groups)
         minimum[j][s] = Format::group_minimum(header + j * p.w.stride, line + s * Format::segment);
     }
   }
@@ -195,24 +196,31 @@ static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int
   const bool begins = line == p.operands.first, ends = line + count * Format::segment >= p.last;
   for (int r = 0; r < rows; ++r) {
     const char* const values = p.rows.at(row + r);
-    const F32 row_scale = Isa::set(Format::row_scale(values, p.w.inputs, input));
     const auto start = Format::start(values, p.w.inputs, input);  // where it is not zero there is one segment
-    if constexpr (Format::has_minima)
-      for (int s = 0; s < count; ++s) row_sum[s] = Format::row_sum(values, p.w.inputs, line + s * Format::segment);
+    if constexpr (Format::opened_groups) {
+      for (int s = 0; s < count; ++s) {
+        const RowGroup group = Format::row_group(values, p.w.inputs, line + s * Format::segment);
+        row_scale[s] = Isa::set(group.scale);
+        row_sum[s] = Isa::set(group.sum);
+      }
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < TN; ++j) {
       float *const at = p.sums_of(row + r, first + j), *const scaled = parts.scaled[r][j];
-      const F32 before = p.operands.first ? Isa::load(at) : Isa::zero();
-      F32 sum = !Format::integer ? before : begins ? Isa::zero() : Isa::load(scaled);
+      const F32 before = p.operands.first || !(waits || begins) ? Isa::load(at) : Isa::zero();
+      F32 sum = !waits ? before : begins ? Isa::zero() : Isa::load(scaled);
       for (int s = 0; s < count; ++s) {
-        sum = Isa::fma(widened<Format>(parts.sums[s][r][j], start), scale[j][s], sum);
-        if constexpr (Format::has_minima) sum = Isa::fma(row_sum[s], minimum[j][s], sum);
+        const F32 part = widened<Format>(parts.sums[s][r][j], start);
+        if constexpr (Format::opened_groups)
+          sum = Format::merge(sum, part, scale[j][s], minimum[j][s], row_scale[s], row_sum[s]);
+        else
+          sum = Isa::fma(part, scale[j][s], sum);
       }
       if (!ends) {
-        Isa::store(scaled, sum);
+        Isa::store(waits ? scaled : at, sum);
         continue;
       }
-      if (Format::integer) sum = Isa::fma(sum, row_scale, before);
+      if constexpr (waits) sum = Isa::fma(sum, Isa::set(Format::row_scale(values, p.w.inputs, input)), before);
       Isa::store(at, p.last == p.w.lines ? Format::finish(sum, header + j * p.w.stride) : sum);
     }
   }
@@ -302,7 +310,7 @@ static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTil
 template <int group, int NB>
 static HYBRID_KERNEL void tile_group_panels(const Rows& rows, int count, const LeftTiles& left, const GroupBlocks& w,
                                             float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened, w.inputs);
+  const auto opened_w = opened_blocks<group>(opened + kScalesOffset, kPanelBytes, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });

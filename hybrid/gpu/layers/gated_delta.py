@@ -73,7 +73,7 @@ class Projections:
 
     def output(self, mixed: None, inputs: StepInputs) -> Tensor:
         width = self._half.value_width
-        name, stride = rows_name(FOUND, width, False), row_stride(width)
+        name, stride = rows_name(FOUND, width), row_stride(width)
         rows = self._shared.link.to_device(self._shared.buffers.rows(name, torch.bfloat16, inputs.rows, stride))
         return linear(rows[:, :width], self._weights.out)
 

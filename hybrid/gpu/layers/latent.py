@@ -87,7 +87,7 @@ class MirroredLatents(MirroredMixer):
         q = self._queries(queries, inputs)
         if self.sees_older(inputs):
             padded = pad(q, (0, half.key_dim - half.row_dim)).bfloat16().flatten(1)
-            link.to_host(buffers.rows(rows_name(ABSORBED, half.key_dim, False), torch.bfloat16, *padded.shape), padded)
+            link.to_host(buffers.rows(rows_name(ABSORBED, half.key_dim), torch.bfloat16, *padded.shape), padded)
         return q, rows
 
     def mix(self, projected: Projected, inputs: StepInputs) -> State:

@@ -73,6 +73,6 @@ class Projections:
 
     def output(self, mixed: None, inputs: StepInputs) -> Tensor:
         weights, stride = self._weights, row_stride(self._width)
-        name = rows_name(CONVOLVED, self._width, False)
+        name = rows_name(CONVOLVED, self._width)
         rows = self._shared.link.to_device(self._shared.buffers.rows(name, torch.bfloat16, inputs.rows, stride))
         return linear(rows[:, : self._width], weights.out, weights.out_bias)

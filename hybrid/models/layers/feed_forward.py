@@ -359,7 +359,7 @@ def _group(part: str, routing: str, experts: int, top_k: int, routed: bool = Tru
 
 def _activations(experts: _Experts) -> dict[str, Any]:
     width = experts.intermediate
-    return {"output": Buffer(rows_name(experts.activation, width, False)), "output_stride": row_stride(width)}
+    return {"output": Buffer(rows_name(experts.activation, width)), "output_stride": row_stride(width)}
 
 
 def _expert_set(place: Place, experts: _Experts, matrix: str) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class GatedDeltaNet:
             "decay_rate": Weight(f"{prefix}.decay_rate"),
             "decay_bias": Weight(f"{prefix}.decay_bias"),
             "norm": Weight(f"{prefix}.head_norm"),
-            "output": Buffer(rows_name(FOUND, self.value_width, False)),
+            "output": Buffer(rows_name(FOUND, self.value_width)),
             "state": State(place.layer),
             "key_heads": self.key_heads,
             "value_heads": self.value_heads,

@@ -232,7 +232,7 @@ class GroupedQueryAttention:
     def _attend(self, place: Place, prefix: str) -> Op:
         arguments = {
             "q": Buffer("q"),
-            "output": Buffer(rows_name("attended", self.width, False)),
+            "output": Buffer(rows_name("attended", self.width)),
             "states": Buffer("states"),
             "sinks": Weight(f"{prefix}.sinks") if self.sinks else None,
             "output_stride": row_stride(self.width),
@@ -244,7 +244,7 @@ class GroupedQueryAttention:
 
     def _gate(self) -> Op:
         arguments = {
-            "values": Buffer(rows_name("attended", self.width, False)),
+            "values": Buffer(rows_name("attended", self.width)),
             "gates": Buffer("qkv", self.head_dim * FP32),
             "heads": self.heads,
             "head_dim": self.head_dim,

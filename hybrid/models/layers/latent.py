@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels import KEY_BLOCK
-from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import packed_bytes
-from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.grouped_query import (
     ENDS,
@@ -39,6 +38,7 @@ from hybrid.models.layers.products import (
     RESIDUAL,
     gemm,
     norm,
+    norm_outputs,
     norm_shapes,
     norm_tensors,
     operations,
@@ -192,9 +192,9 @@ class LatentAttention:
             stride = row_stride(self.query_width)
             yield gemm(PART, format, LOW_QUERIES, f"{prefix}.q_up", QUERIES, self.query_width, self.q_rank, stride)
         yield self._divide(place, prefix)
-        yield from self._per_head(place, "keys", PLAIN, Buffer(rows_name(ABSORBED, self.key_dim, False)), self.key_dim)
+        yield from self._per_head(place, "keys", PLAIN, Buffer(rows_name(ABSORBED, self.key_dim)), self.key_dim)
         yield self._attend(place)
-        yield from self._per_head(place, "values", MIXED, Buffer(rows_name(ATTENDED, self.width, False)))
+        yield from self._per_head(place, "values", MIXED, Buffer(rows_name(ATTENDED, self.width)))
         yield from quantise(PART, ATTENDED, self.width, format)
         yield gemm(
             PART, format, ATTENDED, f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
@@ -202,17 +202,13 @@ class LatentAttention:
         )  # fmt: skip
 
     def _norm_queries(self, prefix: str, format: str) -> Op:
-        integer, (rows, stride) = FORMATS[format].integer, product_rows(LOW_QUERIES, self.q_rank, format)
         arguments = {
             "input": Buffer(LOW),
             "weight": Weight(f"{prefix}.q_norm"),
-            "output": None if integer else rows,
-            "output8": rows if integer else None,
             "output_f32": None,
             "width": self.q_rank,
             "input_stride": row_stride(self.low_width),
-            "output_stride": row_stride(self.q_rank),
-            "output8_stride": stride if integer else 0,
+            **norm_outputs(LOW_QUERIES, self.q_rank, format),
             "eps": LATENT_EPS,
             "logit_rows": False,
         }
@@ -225,8 +221,8 @@ class LatentAttention:
             "latents": Buffer(LOW, self.low_parts[0] * FP32),
             "rope": Buffer(rope_name(place, self.rope)),
             "norm": Weight(f"{prefix}.kv_norm"),
-            "plain": Buffer(rows_name(PLAIN, self.nope_dim, False)),
-            "q": Buffer(rows_name(ABSORBED, self.key_dim, False)),
+            "plain": Buffer(rows_name(PLAIN, self.nope_dim)),
+            "q": Buffer(rows_name(ABSORBED, self.key_dim)),
             "kv": State(place.layer),
             "heads": self.heads,
             "nope_dim": self.nope_dim,
@@ -271,8 +267,8 @@ class LatentAttention:
             "heads": self.heads,
             "kv_heads": groups,
             "head_dim": self.rank,
-            "q": Buffer(rows_name(ABSORBED, self.key_dim, False)),
-            "output": Buffer(rows_name(MIXED, self.rank, False)),
+            "q": Buffer(rows_name(ABSORBED, self.key_dim)),
+            "output": Buffer(rows_name(MIXED, self.rank)),
             "states": Buffer("states"),
             "sinks": None,
             "output_stride": self.heads * apart,
@@ -287,7 +283,7 @@ class LatentAttention:
         of_heads, state = per_head_format(format), self.mixed_dim + STATE_EXTRA
         sizes = {
             LOW: rows * row_stride(self.low_width) * FP32,
-            rows_name(ABSORBED, self.key_dim, False): rows * self.heads * self.key_dim * BF16,
+            rows_name(ABSORBED, self.key_dim): rows * self.heads * self.key_dim * BF16,
             "states": extents.sequences * blocks * self.heads * state * FP32,
             **rows_buffers(NORMED, place.hidden, format, rows),
             **rows_buffers(PLAIN, self.nope_dim, of_heads, rows * self.heads),
@@ -296,8 +292,8 @@ class LatentAttention:
             **rope_buffers(place, self.rope, rows),
         }
         if self.q_rank:
-            low, _ = product_rows(LOW_QUERIES, self.q_rank, format)
-            sizes[low.name] = rows * row_bytes(self.q_rank, FORMATS[format].integer)
+            low, low_bytes = product_rows(LOW_QUERIES, self.q_rank, format)
+            sizes[low.name] = rows * low_bytes
             sizes[QUERIES] = rows * row_stride(self.query_width) * FP32
         return sizes
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import expert_bytes, matrix_formats, packed_bytes
-from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.formats.rows import RowKind, row_bytes, row_stride
 from hybrid.models.layers.base import Cost, Place
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name
 from hybrid.ops import Buffer, Callback, Choice, Op, Weight
@@ -21,21 +22,24 @@ MADE = "made"  # by a half whose result is normed before it is added to the resi
 BF16, FP32 = 2, 4  # bytes
 
 
-def rows_name(name: str, width: int, integer: bool) -> str:
+_SUFFIXES: dict[RowKind, str] = {"bf16": "", "int8": "8", "grouped": "_grouped"}
+
+
+def rows_name(name: str, width: int, kind: RowKind = "bf16") -> str:
     """Rows of different widths lie apart: what pads a row stays zero only if no wider row is ever written there."""
-    return f"{name}{'8' if integer else ''}.{width}"
+    return f"{name}{_SUFFIXES[kind]}.{width}"
 
 
 def product_rows(name: str, width: int, format: str) -> tuple[Buffer, int]:
     """Where a product with weights of this format finds its rows, and bytes from one to the next."""
-    integer = FORMATS[format].integer
-    return Buffer(rows_name(name, width, integer)), row_bytes(width, integer)
+    kind = FORMATS[format].rows
+    return Buffer(rows_name(name, width, kind)), row_bytes(width, kind)
 
 
 def rows_buffers(name: str, width: int, format: str, rows: int) -> dict[str, int]:
     """Buffers of the rows of a product. A norm writes the kind that is read; others bf16, to be quantised."""
-    integer = FORMATS[format].integer
-    kinds = {integer} if name == NORMED else {integer, False}
+    kind = FORMATS[format].rows
+    kinds: set[RowKind] = {kind} if name == NORMED else {kind, "bf16"}
     return {rows_name(name, width, kind): rows * row_bytes(width, kind) for kind in kinds}
 
 
@@ -43,19 +47,13 @@ def norm(
     place: Place, part: str, weight: str, *formats: str, f32: bool = False, last: bool = False, clears: bool = False
 ) -> Op:
     """Writes rows for the products with weights of `formats` that follow. clears: whether MADE becomes zero beside."""
-    inputs = {FORMATS[format].integer: product_rows(NORMED, place.hidden, format) for format in formats}
-    output, _ = inputs.get(False, (None, 0))
-    output8, stride = inputs.get(True, (None, 0))
     arguments = {
         "input": Buffer(RESIDUAL),
         "weight": Weight(weight),
-        "output": output,
-        "output8": output8,
         "output_f32": Buffer(NORMED_F32) if f32 else None,
         "width": place.hidden,
         "input_stride": row_stride(place.hidden),
-        "output_stride": row_stride(place.hidden),
-        "output8_stride": stride,
+        **norm_outputs(NORMED, place.hidden, *formats),
         "eps": place.eps,
         "logit_rows": last,
     }
@@ -64,6 +62,16 @@ def norm(
     if place.norm == "layer":
         arguments |= {"centred": True, "bias": Weight(f"{weight}_bias")}
     return Op("norm", part, arguments, (0, "rows"))
+
+
+def norm_outputs(name: str, width: int, *formats: str) -> dict[str, Any]:
+    """The arguments of a norm that say where it writes rows for products with weights of `formats`."""
+    rows = {FORMATS[format].rows: product_rows(name, width, format) for format in formats}
+    (output, _), (output8, stride) = (rows.get(kind, (None, 0)) for kind in ("bf16", "int8"))
+    found = {"output": output, "output_stride": row_stride(width), "output8": output8, "output8_stride": stride}
+    if "grouped" in rows:
+        found["output_grouped"], found["output_grouped_stride"] = rows["grouped"]
+    return found
 
 
 def add_normed(place: Place, part: str, weight: str) -> Op:
@@ -93,16 +101,19 @@ def norm_tensors(place: Place, shard: Shard, name: str, source: str) -> Iterator
 
 def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -> Iterator[Op]:
     """bf16 rows to int8 ones, where the product that reads them multiplies integers."""
-    if not FORMATS[format].integer:
+    kind = FORMATS[format].rows
+    if kind == "bf16":
         return
-    arguments = {
-        "input": Buffer(rows_name(name, width, False)),
-        "output": Buffer(rows_name(name, width, True)),
+    arguments: dict[str, Any] = {
+        "input": Buffer(rows_name(name, width)),
+        "output": Buffer(rows_name(name, width, kind)),
         "width": row_stride(width),
-        "input_stride": row_bytes(width, False),
-        "output_stride": row_bytes(width, True),
+        "input_stride": row_bytes(width, "bf16"),
+        "output_stride": row_bytes(width, kind),
         "multiple": multiple,
     }
+    if kind == "grouped":
+        arguments["grouped"] = True
     yield Op("quantise", part, arguments, (0, "rows"))
 
 

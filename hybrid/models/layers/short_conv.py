@@ -109,7 +109,7 @@ class ShortConv:
             "input": Buffer(GATES),
             "weight": Weight(f"{prefix}.taps"),
             "bias": Weight(f"{prefix}.taps_bias") if self.bias else None,
-            "output": Buffer(rows_name(CONVOLVED, width, False)),
+            "output": Buffer(rows_name(CONVOLVED, width)),
             "state": State(place.layer),
             "width": width,
             "taps": self.taps,

@@ -13,7 +13,7 @@ from typing import Any
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import matrix_formats
-from hybrid.formats.rows import row_bytes, row_stride
+from hybrid.formats.rows import RowKind, row_bytes, row_stride
 from hybrid.models.tensors import StoreTensor
 from hybrid.ops import KINDS, Buffer, Op, Weight, require_known
 from hybrid.weights.split import Parts, column_parts, down_part_offset, expert_part_bytes, intermediate_parts
@@ -122,7 +122,7 @@ class _Splitter:
             len(blocks),
             experts=Weight(tensor.name, node=node),
             bias=Weight(a["bias"].name, node=node) if a["bias"] else None,
-            output=self._own(a["output"], node, width, a["output_stride"] * 2, integer=False),
+            output=self._own(a["output"], node, width, a["output_stride"] * 2, "bf16"),
             expert_stride=expert_part_bytes(tensor, blocks),
             blocks=len(blocks),
             output_stride=row_stride(width),
@@ -138,15 +138,16 @@ class _Splitter:
 
     def _quantise_part(self, op: Op, node: int, width: int) -> Op:
         a = op.arguments
+        kind: RowKind = "grouped" if a.get("grouped") else "int8"
         return _on(
             op,
             node,
             op.split[0],
-            input=self._own(a["input"], node, width, a["input_stride"], integer=False),
-            output=self._own(a["output"], node, width, a["output_stride"], integer=True),
+            input=self._own(a["input"], node, width, a["input_stride"], "bf16"),
+            output=self._own(a["output"], node, width, a["output_stride"], kind),
             width=row_stride(width),
-            input_stride=row_bytes(width, False),
-            output_stride=row_bytes(width, True),
+            input_stride=row_bytes(width, "bf16"),
+            output_stride=row_bytes(width, kind),
         )
 
     def _down(self, op: Op) -> list[Op]:
@@ -167,25 +168,25 @@ class _Splitter:
         """The bias, which all would add, is the first node's."""
         a, width, tensor = op.arguments, len(blocks) * BLOCK, self.tensors[op.arguments["experts"].name]
         self.node_sizes[node][PARTIAL] = self.sizes[a["output"].name]
-        integer = FORMATS[matrix_formats(tensor.format or "")[1]].integer
+        kind = FORMATS[matrix_formats(tensor.format or "")[1]].rows
         return _on(
             op,
             node,
             op.split[0],
-            input=self._own(a["input"], node, width, a["input_stride"], integer),
+            input=self._own(a["input"], node, width, a["input_stride"], kind),
             experts=Weight(tensor.name, down_part_offset(tensor, blocks), node),
             bias=a["bias"] if node == 0 else None,
             output=Buffer(PARTIAL, node=node),
             expert_stride=expert_part_bytes(tensor, blocks),
             inputs=row_stride(width),
-            input_stride=row_bytes(width, integer),
+            input_stride=row_bytes(width, kind),
         )
 
-    def _own(self, whole: Buffer, node: int, width: int, whole_bytes: int, integer: bool) -> Buffer:
+    def _own(self, whole: Buffer, node: int, width: int, whole_bytes: int, kind: RowKind) -> Buffer:
         """A node's buffer for rows of `width` in place of a shared one with rows of `whole_bytes`."""
         self.replaced.add(whole.name)
         name = f"{whole.name}.{width}"
-        self.node_sizes[node][name] = self.sizes[whole.name] // whole_bytes * row_bytes(width, integer)
+        self.node_sizes[node][name] = self.sizes[whole.name] // whole_bytes * row_bytes(width, kind)
         return Buffer(name, node=node)
 
 
