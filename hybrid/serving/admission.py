@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.formats.block import BLOCK
 from hybrid.serving.kept import Kept, KeptSequences, Tokens
+from hybrid.serving.marks import marks_of, state_spacing
 from hybrid.serving.pool import Pooled, PrefixPool
 from hybrid.serving.prefixes import Prefix, is_being_read, longest_prefix
 from hybrid.serving.request import Job, Request
@@ -24,6 +25,7 @@ class Admission:
         self.running: list[Request] = []
         self.kept = KeptSequences(engine.plan.kv.repeatable)
         self.pool = PrefixPool(engine)
+        self._spacing = state_spacing(engine.plan.kv)
         self._engine = engine
         self._plan = engine.plan
 
@@ -39,11 +41,10 @@ class Admission:
         if not self._shares(job):
             return None, False
         pooled = self.pool.find(job.prompt, job.phase)
-        if not self.kept.rewindable:
-            return pooled, False
-        prefix = longest_prefix(job, self.running, self.kept)
+        prefix = longest_prefix(job, self.running, self.kept) if self.kept.rewindable else None
         longest = pooled if pooled and (prefix is None or pooled.tokens > prefix.tokens) else prefix
-        return longest, is_being_read(job, self.running, longest.tokens if longest else 0)
+        known = longest.tokens if longest else 0
+        return longest, is_being_read(job, self.running, known, self.kept.rewindable)
 
     def settle(self, job: Request, prefix: Prefix | Pooled | None) -> None:
         """Give a request its sequence: one that was left behind with the beginning of its prompt, or a free one, which
@@ -60,7 +61,9 @@ class Admission:
             job.reserved = max(job.reserved, len(kept.tokens))
         else:
             job.sequence = self.free(job.reserved)
-        job.completion.cached_tokens = job.computed
+        job.completion.cached_tokens = job.saved = job.computed
+        if self._saves_states(job):
+            job.marks = marks_of(job.prompt, job.openings)
         self.running.append(job)
 
     def _copied(self, prefix: Prefix | Pooled, length: int) -> int:
@@ -92,18 +95,30 @@ class Admission:
             self.running.remove(job)
             if keeps and job.keep and job.computed:
                 tokens = job.tokens[: job.computed].copy()
-                self._save(sequence, tokens, job.phase)
+                self._save(sequence, tokens, job.phase, len(tokens))
                 return self.kept.put(Kept(sequence, tokens, len(job.prompt), job.phase))
         self._engine.release(sequence)
 
-    def _save(self, sequence: int, tokens: Tokens, phase: int) -> None:
+    def save_marked(self, job: Request) -> None:
+        """`save` where a request has come to one of its marks, or far from the last state of its prompt."""
+        far = job.computed < len(job.prompt) and job.computed - job.saved >= self._spacing
+        if far or job.computed in job.marks:
+            self.save(job)
+
+    def save(self, job: Request) -> None:
+        """Keep the state of a running request, if it is one that later tokens change."""
+        if self._saves_states(job) and job.sequence is not None:
+            self._save(job.sequence, job.tokens[: job.computed], job.phase, 0)
+            job.saved = job.computed
+
+    def _save(self, sequence: int, tokens: Tokens, phase: int, more: int) -> None:
         """Have the pool keep what a sequence holds after these tokens. Sequences that were left behind give way first:
-        the pool has what they have.
+        the pool has what they have. more: tokens that the sequence has beyond the reserved ones of requests.
         """
         wanted = min(self.pool.limit, self.pool.nbytes + self.pool.cost(tokens, phase))
-        while self._pool_room(len(tokens)) < wanted and self._give_up_oldest():
+        while self._pool_room(more) < wanted and self._give_up_oldest():
             pass
-        self.pool.put(sequence, tokens, phase, self._pool_room(len(tokens)))
+        self.pool.put(sequence, tokens, phase, self._pool_room(more))
 
     def _pool_room(self, more: int) -> int:
         """Bytes that the pool may have if the sequences come to hold so many tokens more."""
@@ -154,6 +169,9 @@ class Admission:
 
     def _shares(self, job: Request) -> bool:
         return job.keep and not (self._engine.routes and self._engine.routes.matter)
+
+    def _saves_states(self, job: Request) -> bool:
+        return not self.kept.rewindable and self._shares(job)
 
     def _can_keep(self, prefix: Prefix | Pooled, job: Request) -> bool:
         """Whether what a request would copy need not give way to it."""

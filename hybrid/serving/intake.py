@@ -23,6 +23,7 @@ from hybrid.text.grammar import GrammarCompiler, TokenMask
 from hybrid.text.grammar_check import part_of
 from hybrid.text.grammar_frame import Frame, answer_frame, demands_call, offered_tools
 from hybrid.text.messages import ChatInput
+from hybrid.text.openings import Openings, choose_openings
 from hybrid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -48,6 +49,10 @@ class Intake:
         if answers is None and template and tokenizer:
             answers = choose_format(template.sources, tokenizer.added)
         self.answers = answers or AnswerFormat()
+        self._openings = Openings()
+        if template and tokenizer:
+            tokens = (tokenizer.specials, tokenizer.added)
+            self._openings = choose_openings(template.sources, *tokens, self.answers.dialect)
         self._compiler = GrammarCompiler(tokenizer, limits.vocab, eos_ids) if tokenizer else None
 
     def requests(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
@@ -116,7 +121,8 @@ class Intake:
             text = TextStream(tokenizer, params.stop, shown=shown)
             answer = AnswerStream(text, answers.parser(offered_tools(chat), prompt, bound))
             ends = self._eos_ids | tokenizer.eos_ids
-            requests.append(Request(tokens, params, ends, answer, index, keep, sample, masks[sample]))
+            openings = self._openings
+            requests.append(Request(tokens, params, ends, answer, index, keep, sample, masks[sample], openings))
             requests[-1].completion.prompt = prompt
         return requests
 

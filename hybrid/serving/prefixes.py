@@ -33,14 +33,22 @@ def longest_prefix(job: Request, running: Iterable[Request], kept: Iterable[Kept
     return best if best and best.tokens else None
 
 
-def is_being_read(job: Request, running: Iterable[Request], known: int) -> bool:
+def is_being_read(job: Request, running: Iterable[Request], known: int, rewindable: bool) -> bool:
     """Whether more than the `known` first tokens of a prompt will be there soon: another prompt that begins with them
-    is being read.
+    is being read. rewindable: of the state of a sequence; else it is saved at the marks of the other prompt alone.
     """
-    return any(
-        other.computed < len(other.prompt) and other.phase == job.phase and _blocks(other.prompt, job.prompt) > known
-        for other in running
-    )
+    coming = _blocks_to_come if rewindable else _mark_to_come
+    reading = (other for other in running if other.computed < len(other.prompt) and other.phase == job.phase)
+    return any(coming(other, job) > known for other in reading)
+
+
+def _blocks_to_come(other: Request, job: Request) -> int:
+    return _blocks(other.prompt, job.prompt)
+
+
+def _mark_to_come(other: Request, job: Request) -> int:
+    shared = shared_tokens(other.prompt, job.prompt)
+    return max((mark for mark in other.marks if other.computed < mark <= shared), default=0)
 
 
 def _blocks(known: Tokens, prompt: Tokens) -> int:

@@ -18,12 +18,13 @@ from hybrid.serving.guesses import Guesses, PromptLookup, Tokens
 from hybrid.serving.sampler import Sampler, token_logprob
 from hybrid.text.answer import AnswerStream
 from hybrid.text.grammar import TokenMask
+from hybrid.text.openings import Openings
 from hybrid.text.parts import Parts
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
-_NOTHING = Parts()
+_NOTHING, _NO_CHAT = Parts(), Openings()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Request(Job):
 
     prompt: int32 [n]. params: checked already. text: None when the model has no tokenizer; then only token ids are
     produced. keep: whether its keys and values stay for a request whose prompt begins with the same tokens, and whether
-    it looks for such, of running requests too. mask: of the grammar that the text must keep to.
+    it looks for such, of running requests too. mask: of the grammar that the text must keep to. openings: of the parts
+    of its chat.
     """
 
     def __init__(
@@ -107,10 +109,12 @@ class Request(Job):
         keep: bool = False,
         sample: int = 0,
         mask: TokenMask | None = None,
+        openings: Openings = _NO_CHAT,
     ) -> None:
         super().__init__(prompt)
         self.params = params
         self.keep = keep
+        self.openings = openings
         self.completion = Completion(
             prompt.tolist(), logprobs=None if params.logprobs is None else [], index=index, sample=sample
         )
@@ -126,6 +130,8 @@ class Request(Job):
         self.length = len(prompt)
         self.reserved = 0  # tokens that its sequence may hold
         self.phase = 0  # of the length for which its tokens were computed, see `ModelSpec.length_phase`
+        self.marks: tuple[int, ...] = ()  # numbers of tokens after which a recurrent state is saved, ascending
+        self.saved = 0  # tokens before the last state that was saved
         self.guesses = Guesses(PromptLookup())
         self.guessed = 0  # tokens behind `length` that the next step computes as guesses
 
@@ -144,6 +150,16 @@ class Request(Job):
         self.tokens = np.empty(length, np.int32)
         self.tokens[: self.length] = self.prompt
         self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample, self._mask)
+
+    @property
+    def until_mark(self) -> int:
+        """Tokens to compute before the next mark, or before the end of the prompt and what was produced."""
+        return next((mark - self.computed for mark in self.marks if mark > self.computed), self.pending)
+
+    @property
+    def opens_call(self) -> bool:
+        """Whether its last token, which is not computed yet, opens a call of tools."""
+        return self.openings.call is not None and self.tokens[self.length - 1] == self.openings.call
 
     def guess(self, count: int) -> list[int]:
         """At most `count` tokens that may follow, and fit with one more."""

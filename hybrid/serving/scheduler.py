@@ -224,6 +224,8 @@ class Scheduler:
         chunks, room = [], self._plan.max_rows
         for request in sorted(self._running, key=lambda request: request.pending > 1):
             rows = min(request.pending + request.guessed, room)
+            if request.marks:  # of requests that have no guesses
+                rows = min(rows, request.until_mark)
             if rows == 0:
                 break
             chunks.append((request, rows))
@@ -248,6 +250,7 @@ class Scheduler:
         for request, rows in chunks:
             whole, rows = _is_whole(request, rows), rows - request.guessed
             request.computed += rows
+            self._admission.save_marked(request)
             if whole:
                 last = first + 1 + request.guessed
                 sampled.append((request, self._choose(request, logits[first:last])))
@@ -263,6 +266,8 @@ class Scheduler:
             request.fail(error)
         if request.finished:
             self._leave(request)
+        elif request.opens_call:
+            self._admission.save(request)
         return right
 
     def _report(self, record: StepRecord) -> None:
