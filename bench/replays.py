@@ -61,7 +61,7 @@ def made_up_calls(layers: int, experts: int, top_k: int, total: int, reuse: floa
     score = -np.sort(-random.random((groups, top_k)), axis=1).astype(np.float32)
     step, layer = np.divmod(np.arange(groups), layers)
     start = np.arange(groups + 1) * top_k
-    return Calls(step, layer, start, expert.reshape(-1), score.reshape(-1), layers, experts)
+    return Calls(step, np.zeros_like(step), layer, start, expert.reshape(-1), score.reshape(-1), layers, experts)
 
 
 def main() -> None:

@@ -97,9 +97,10 @@ def made_up_calls(experts: int, reuse: float, tokens: int, seed: int = 0) -> Cal
     """Routing of one sequence of a seed's model."""
     chosen = made_up_routes(Shape(LAYERS, experts, TOP_K), reuse, tokens, seed)
     groups = np.arange(tokens * LAYERS)
+    alone = np.zeros_like(groups)
     score = np.full(chosen.size, 1 / TOP_K, np.float32)
     start = TOP_K * np.arange(len(groups) + 1)
-    return Calls(groups // LAYERS, groups % LAYERS, start, chosen.reshape(-1), score, LAYERS, experts)
+    return Calls(groups // LAYERS, alone, groups % LAYERS, start, chosen.reshape(-1), score, LAYERS, experts)
 
 
 def made_up_routes(shape: Shape, reuse: float, tokens: int, seed: int = 0) -> Ints:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -21,13 +20,13 @@ _ENTRIES_PER_SLOT = 4  # a heap is cleaned when it has more
 class Schedule:
     """What a placement that knows the whole trace reaches. hits, fills, evictions: int64 [layers].
 
-    splits: how many groups had (hits, other calls).
+    found: int64 [groups], hits of every group.
     """
 
     hits: Ints
     fills: Ints
     evictions: Ints
-    splits: dict[tuple[int, int], int]
+    found: Ints
 
 
 def belady(calls: Calls, geometry: Geometry, quota: int | None = None) -> Schedule:
@@ -117,8 +116,8 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
     sets = _Sets(calls, geometry)
     ranks, resident, index_of = sets.ranks, sets.resident, sets.index_of
     never = calls.total if bypass else calls.total + len(index_of)
-    hits, fills, evictions = ([0] * calls.layers for _ in range(3))
-    splits: Counter[tuple[int, int]] = Counter()
+    fills, evictions = ([0] * calls.layers for _ in range(2))
+    counts: list[int] = []
     first, current, left = 0, -1, -1
     for step, layer, experts, _ in calls:
         if step != current:
@@ -126,8 +125,7 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
         base, end = layer * calls.experts, first + len(experts)
         group = [(ranks[first + i], base + expert) for i, expert in enumerate(experts)]
         kept = [call for call in group if resident[call[1]]]
-        hits[layer] += len(kept)
-        splits[len(kept), len(group) - len(kept)] += 1
+        counts.append(len(kept))
         if len(kept) < len(group):
             missed = [call for call in group if not resident[call[1]]]
             for rank, key in sorted(missed) if bypass else missed:
@@ -143,7 +141,8 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
         for rank, key in kept:
             sets.put(key, rank, end)
         first = end
-    return Schedule(np.array(hits), np.array(fills), np.array(evictions), dict(splits))
+    found = np.array(counts)
+    return Schedule(calls.by_layer(found), np.array(fills), np.array(evictions), found)
 
 
 def static_best(calls: Calls, geometry: Geometry) -> Schedule:
@@ -165,8 +164,6 @@ def static_layers(calls: Calls, geometry: Geometry) -> Schedule:
 
 
 def _static(calls: Calls, resident: NDArray[np.bool_]) -> Schedule:
-    hits = np.add.reduceat(resident[calls.key].astype(np.int64), calls.start[:-1])
-    pairs, number = np.unique(np.stack([hits, np.diff(calls.start) - hits]), axis=1, return_counts=True)
-    splits = {(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, number, strict=True)}
-    layers = np.bincount(calls.layer, weights=hits, minlength=calls.layers).astype(np.int64)
-    return Schedule(layers, np.zeros_like(layers), np.zeros_like(layers), splits)
+    found = np.add.reduceat(resident[calls.key].astype(np.int64), calls.start[:-1])
+    never = np.zeros(calls.layers, np.int64)
+    return Schedule(calls.by_layer(found), never, never, found)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpu_cache.admission import Costs
 from gpu_cache.errors import CacheError
 from gpu_cache.simulator import Result
+from gpu_cache.trace import Ints
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,14 @@ def predict(result: Result, machine: Machine) -> Prediction:
     Copies read the same memory as the CPU does: what they read is lost to it.
     """
     costs, fills = machine.costs, float(result.fills.sum()) / result.steps
-    layers = sum(number * layer_seconds(hits, others, machine) for (hits, others), number in result.splits.items())
+    layers = float(layer_seconds(result.found, result.groups - result.found, machine).sum())
     return Prediction(layers / result.steps + fills * costs.cpu, fills * costs.copy, machine.other_ms / 1e3)
 
 
-def layer_seconds(hits: int, others: int, machine: Machine) -> float:
-    """How long a layer takes with so many experts on the device and on the CPU."""
-    device = hits * machine.costs.device + machine.layer_ms / 1e3 if hits else 0.0
-    return max(device, others * machine.costs.cpu)
+def layer_seconds(hits: Ints, others: Ints, machine: Machine) -> NDArray[np.float64]:
+    """How long layers take with so many experts on the device and on the CPU."""
+    device = np.where(hits > 0, hits * machine.costs.device + machine.layer_ms / 1e3, 0.0)
+    return np.asarray(np.maximum(device, others * machine.costs.cpu))
 
 
 def cpu_only(result: Result, machine: Machine) -> Prediction:

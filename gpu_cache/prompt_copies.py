@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,20 +13,16 @@ from gpu_cache.hooks import overridden
 from gpu_cache.policies import make_policy
 from gpu_cache.policies.base import Policy
 from gpu_cache.table import ABSENT, EMPTY, Counts
-from gpu_cache.trace import Calls
-
-Splits = dict[tuple[int, int], int]
+from gpu_cache.trace import Calls, Ints
 
 
 @dataclass(frozen=True)
 class _Events:
-    """What is counted, by layer; groups: by their calls, how many had so many hits."""
+    """fills, evictions: by layer. found: hits of every group."""
 
-    hits: list[int]
-    misses: list[int]
     fills: list[int]
     evictions: list[int]
-    groups: list[list[int]]
+    found: list[int] = field(default_factory=list)
 
 
 def replay_prompt_copies(
@@ -37,8 +33,8 @@ def replay_prompt_copies(
     quota: int | None = None,
     seed: int = 0,
     costs: Costs | None = None,
-) -> tuple[Counts, Splits]:
-    """What a `Table` with these settings counts when a `CopyClock(0)` times its copies, and the splits of a `Result`.
+) -> tuple[Counts, Ints]:
+    """What a `Table` with these settings counts when a `CopyClock(0)` times its copies, and the hits of every group.
 
     No expert is loading at a lookup then, so that a slot is free, or ready and blocked at most during one group: the
     table's loading state and the clock are left out. Raises CacheError for what no table can have.
@@ -47,21 +43,15 @@ def replay_prompt_copies(
         raise CacheError(f"quota of copies in a step: {quota}, must be 0 or more, or none for no limit")
     rule, admits = make_policy(policy, geometry, seed), make_admission(admission, geometry, costs)
     events = _count(calls, geometry, rule, admits, quota)
-    by_layer = (np.array(count, np.int64) for count in (events.hits, events.misses, events.fills, events.evictions))
-    hits, misses, fills, evictions = by_layer
-    splits = {
-        (found, size - found): number
-        for size, row in enumerate(events.groups)
-        for found, number in enumerate(row)
-        if number
-    }
-    return Counts(hits + misses, hits, np.zeros_like(hits), misses, fills, evictions), splits
+    found, fills, evictions = (np.array(count, np.int64) for count in (events.found, events.fills, events.evictions))
+    hits, total = calls.by_layer(found), calls.by_layer(calls.sizes)
+    return Counts(total, hits, np.zeros_like(hits), total - hits, fills, evictions), found
 
 
 def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admission, quota: int | None) -> _Events:
     """Everything is a local name and nothing is called that does nothing: this loop is the time of a sweep."""
-    hits, misses, fills, evictions = ([0] * geometry.layers for _ in range(4))
-    groups = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]
+    events = _Events([0] * geometry.layers, [0] * geometry.layers)
+    fills, evictions, count = events.fills, events.evictions, events.found.append
     index_of, nways, experts_of_layer = geometry.indexes().tolist(), geometry.nways, geometry.experts
     slot_of = [ABSENT] * len(index_of)
     key_of = [EMPTY] * geometry.slots
@@ -83,12 +73,10 @@ def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admissio
         slots = [slot for key in keys if (slot := slot_of[key]) >= 0]
         if on_lookup is not None:
             on_lookup(layer, experts, scores, slots)
-        size, found = len(keys), len(slots)
-        groups[size][found] += 1
-        hits[layer] += found
-        if found == size:
+        found = len(slots)
+        count(found)
+        if found == len(keys):
             continue
-        misses[layer] += size - found
         blocked = set(slots)
         missed = keys if not found else [key for key in keys if slot_of[key] < 0]
         for key in missed:
@@ -112,4 +100,4 @@ def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admissio
             blocked.add(slot)
             fills[layer] += 1
             left -= 1
-    return _Events(hits, misses, fills, evictions, groups)
+    return events

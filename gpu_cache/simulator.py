@@ -57,7 +57,8 @@ class Setting:
 class Result:
     """hits, loading, misses, fills, evictions, calls: int64 [layers]. calls = hits + loading + misses.
 
-    splits: how many groups had (hits, other calls). upper_bound: hits that nothing exceeds, where this is a bound.
+    groups: int64 [groups], the calls of every group; found: its hits. upper_bound: hits that nothing exceeds, where
+    this is a bound.
     """
 
     setting: Setting
@@ -68,7 +69,8 @@ class Result:
     misses: Ints
     fills: Ints
     evictions: Ints
-    splits: dict[tuple[int, int], int]
+    groups: Ints
+    found: Ints
     upper_bound: int | None = None
 
     @property
@@ -93,17 +95,17 @@ def policy_names() -> tuple[str, ...]:
 def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result:
     how = (setting.geometry(calls), setting.policy, setting.admission, setting.quota, setting.seed, costs)
     if setting.delay == 0:
-        counts, splits = replay_prompt_copies(calls, *how)
+        counts, found = replay_prompt_copies(calls, *how)
     else:
         table = Table(*how)
-        splits = drive(calls, table, CopyClock(setting.delay))
+        found = np.array(drive(calls, table, CopyClock(setting.delay)))
         counts = table.counts
-    return Result(setting=setting, steps=calls.steps, splits=splits, **counts._asdict())
+    return Result(setting=setting, steps=calls.steps, groups=calls.sizes, found=found, **counts._asdict())
 
 
-def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int], int]:
-    """Send the calls through a table, copies timed by the clock; returns the splits of a `Result`."""
-    counted = [[0] * (calls.largest + 1) for _ in range(calls.largest + 1)]  # [calls of a group][hits]
+def drive(calls: Calls, table: Table, clock: CopyClock) -> list[int]:
+    """Send the calls through a table, copies timed by the clock; returns the hits of every group."""
+    found: list[int] = []
     current = None
     lookup, admit, release, publish = table.lookup, table.admit, table.release, table.publish
     due, issue, slot_of = clock.due, clock.issue, itemgetter(0)
@@ -115,21 +117,20 @@ def drive(calls: Calls, table: Table, clock: CopyClock) -> dict[tuple[int, int],
         if ended:
             publish(*ended)
         hits = len(lookup(layer, experts, scores)[0])
-        size = len(experts)
-        counted[size][hits] += 1
-        if hits < size:
+        found.append(hits)
+        if hits < len(experts):
             fills = admit()
             if fills:
                 issue(*map(slot_of, fills))
         if hits:
             release()
-    return {(hits, size - hits): n for size, row in enumerate(counted) for hits, n in enumerate(row) if n}
+    return found
 
 
 def _replay_schedule(calls: Calls, setting: Setting, name: str) -> Result:
     geometry = setting.geometry(calls)
     schedule = SCHEDULES[name](calls, geometry, setting.quota)
-    total = np.bincount(calls.layer_of_call, minlength=calls.layers)
+    total = calls.by_layer(calls.sizes)
     bound = int(schedule.hits.sum()) if _is_bound(calls, setting, name) else None
     if name == "bypass-Belady" and bound is None:
         bound = quota_bound(calls, geometry, setting.quota or 0)
@@ -142,7 +143,8 @@ def _replay_schedule(calls: Calls, setting: Setting, name: str) -> Result:
         misses=total - schedule.hits,
         fills=schedule.fills,
         evictions=schedule.evictions,
-        splits=schedule.splits,
+        groups=calls.sizes,
+        found=schedule.found,
         upper_bound=bound,
     )
 

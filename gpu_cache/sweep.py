@@ -18,6 +18,7 @@ import numpy as np
 
 from gpu_cache.admission import Costs
 from gpu_cache.costs import Machine, cpu_only, predict
+from gpu_cache.intervals import blocks_of, interval, sums_of
 from gpu_cache.policies import known_policy
 from gpu_cache.simulator import SCHEDULES, Result, Setting, policy_names, replay
 from gpu_cache.source import source_digest
@@ -26,7 +27,7 @@ from gpu_cache.trace import Calls
 Row = dict[str, Any]
 Report = Callable[[int, int], None]
 
-_COLUMNS = ("step", "layer", "start", "expert", "score")
+_COLUMNS = ("step", "sequence", "layer", "start", "expert", "score")
 _calls: Calls  # of a worker process
 
 
@@ -91,13 +92,19 @@ def provenance(version: str) -> Row:
     return {"version": version, "code": source_digest(None), "machine": machine}
 
 
-def row_of(result: Result, machine: Machine | None) -> Row:
-    """A result as JSON has it: parameters, totals, hits and calls by layer, and what a machine makes of them."""
+def row_of(calls: Calls, result: Result, machine: Machine | None) -> Row:
+    """A result as JSON has it: parameters, totals, hits and calls by layer and by block of the trace, a confidence
+    interval of the hit rate, and what a machine makes of them.
+    """
     row: Row = asdict(result.setting)
     row["slots"] = result.setting.nblocks * result.setting.nways
     for name in ("calls", "hits", "loading", "misses", "fills", "evictions"):
         row[name] = int(getattr(result, name).sum())
     row["hit_rate"] = round(result.hit_rate, 6)
+    blocks = blocks_of(calls)
+    hits, total = sums_of(blocks, result.found), sums_of(blocks, result.groups)
+    row["hit_rate_low"], row["hit_rate_high"] = interval(hits, total) or (None, None)
+    row["block_calls"], row["block_hits"] = total.tolist(), hits.tolist()
     row["upper_bound"] = result.upper_bound
     row["layer_calls"], row["layer_hits"] = result.calls.tolist(), result.hits.tolist()
     if machine is not None:
@@ -114,7 +121,7 @@ def _run(calls: Calls, todo: dict[str, Setting], machine: Machine | None, worker
     workers = min(workers, len(todo))
     if workers <= 1:
         for name, setting in todo.items():
-            yield name, row_of(replay(calls, setting, _costs(machine)), machine)
+            yield name, row_of(calls, replay(calls, setting, _costs(machine)), machine)
         return
     with tempfile.TemporaryDirectory(prefix="hybrid-sweep-") as folder:
         for column in _COLUMNS:
@@ -149,4 +156,4 @@ def _costs(machine: Machine | None) -> Costs | None:
 
 
 def _replay_one(setting: Setting, machine: Machine | None) -> Row:
-    return row_of(replay(_calls, setting, _costs(machine)), machine)
+    return row_of(_calls, replay(_calls, setting, _costs(machine)), machine)

@@ -54,11 +54,13 @@ class Trace:
 class Calls:
     """The calls of a trace: distinct experts of each (step, layer), a group, in order of first appearance.
 
-    step, layer: one value a group. Calls of group g are expert[start[g] : start[g + 1]] and the same part of score,
-    which holds the largest gate score among the tokens that asked. Iterating gives (step, layer, experts, scores).
+    step, sequence, layer: one value a group; sequence: of the first token that asked. Calls of group g are
+    expert[start[g] : start[g + 1]] and the same part of score, which holds the largest gate score among the tokens that
+    asked. Iterating gives (step, layer, experts, scores).
     """
 
     step: Ints
+    sequence: Ints
     layer: Ints
     start: Ints
     expert: Ints
@@ -83,11 +85,20 @@ class Calls:
     @property
     def largest(self) -> int:
         """Calls of the largest group."""
-        return int(np.diff(self.start).max())
+        return int(self.sizes.max())
+
+    @property
+    def sizes(self) -> Ints:
+        """Number of calls of every group."""
+        return np.diff(self.start)
 
     @property
     def layer_of_call(self) -> Ints:
-        return np.repeat(self.layer, np.diff(self.start))
+        return np.repeat(self.layer, self.sizes)
+
+    def by_layer(self, values: Ints) -> Ints:
+        """int64 [layers]: the sum of one value a group over the groups of every layer."""
+        return np.bincount(self.layer, weights=values, minlength=self.layers).astype(np.int64)
 
     @property
     def key(self) -> Ints:
@@ -107,7 +118,7 @@ class Calls:
     def digest(self) -> str:
         """A name for exactly these calls: 16 hexadecimal digits."""
         name = hashlib.sha256(f"{self.layers} {self.experts}".encode())
-        for column in (self.step, self.layer, self.start, self.expert, self.score):
+        for column in (self.step, self.sequence, self.layer, self.start, self.expert, self.score):
             name.update(np.ascontiguousarray(column).data)
         return name.hexdigest()[:16]
 
@@ -115,18 +126,19 @@ class Calls:
 def calls(trace: Trace) -> Calls:
     """Group the rows of a trace by (step, layer), each expert once. Layers of a step may come in any order."""
     place = trace.step * trace.layers + trace.layer
-    expert, score = trace.expert, trace.score
+    sequence, expert, score = trace.sequence, trace.expert, trace.score
     if (place[1:] < place[:-1]).any():
         order = np.argsort(place, kind="stable")
-        place, expert, score = place[order], expert[order], score[order]
+        place, sequence, expert, score = place[order], sequence[order], expert[order], score[order]
     group = np.concatenate([[0], np.cumsum(place[1:] != place[:-1])])
     call = group * trace.experts + expert
     if _repeats(call, group):
         kept, score = _distinct(call, score)
-        place, group, expert = place[kept], group[kept], expert[kept]
+        place, group, sequence, expert = place[kept], group[kept], sequence[kept], expert[kept]
     start = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1])
     step, layer = np.divmod(place[start], trace.layers)
-    return Calls(step, layer, np.append(start, len(group)), expert, score, trace.layers, trace.experts)
+    ends = np.append(start, len(group))
+    return Calls(step, sequence[start], layer, ends, expert, score, trace.layers, trace.experts)
 
 
 def _repeats(call: Ints, group: Ints) -> bool:

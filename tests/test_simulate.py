@@ -74,7 +74,10 @@ def test_csv_and_table_say_the_same(trace: Path) -> None:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[:2] == [row["nways"], row["policy"]]
         assert cells[2] == f"{int(row['hits']) / int(row['calls']):.1%}"
-        assert float(cells[-1]) == pytest.approx(float(row["tokens_per_second"]), abs=0.01)
+        assert float(cells[-3]) == pytest.approx(float(row["tokens_per_second"]), abs=0.01)
+        low, high = (float(row[f"hit_rate_{end}"]) for end in ("low", "high"))
+        assert low <= float(row["hit_rate"]) <= high and cells[-2] == f"{100 * low:.1f} to {100 * high:.1f}"
+        assert bool(cells[-1]) == (row["policy"] != "LRU")
     assert lines[-1].startswith("with every expert on the CPU: 125.00 tokens/s")
 
 

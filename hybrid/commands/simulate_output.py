@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from hybrid.commands.spread import spread
 from hybrid.commands.tables import markdown
@@ -46,8 +48,12 @@ def to_table(report: Row) -> str:
         [_text(row[name]) for name in varied] + [_cell(replays[at :: len(results)], *how) for how in figures.values()]
         for at, row in enumerate(results)
     ]
+    columns, texts = [*varied, *figures], [name in WORDS for name in (*varied, *figures)]
+    if len(replays) == len(results):
+        columns, texts = [*columns, "95 %", "beside the first"], [*texts, False, False]
+        body = [[*cells, *more] for cells, more in zip(body, _intervals(results), strict=True)]
     lines = [_heading(report) + (f"; {fixed}" if fixed else ""), ""]
-    lines += markdown([*varied, *figures], body, [name in WORDS for name in (*varied, *figures)])
+    lines += markdown(columns, body, texts)
     if "cpu_tokens_per_second" in replays[0]:
         cpu = _cell(replays[:: len(results)], lambda row: float(row["cpu_tokens_per_second"]), "{:.2f}")
         lines += ["", f"with every expert on the CPU: {cpu} tokens/s"]
@@ -60,6 +66,26 @@ FIGURES: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "copies a step": (lambda row: row["fills"] / row["steps"], "{:.2f}"),
     "loading": (lambda row: 100 * row["loading"] / row["calls"], "{:.1f}%"),
 }
+
+
+def _intervals(results: Sequence[Row]) -> Iterator[list[str]]:
+    """Of each hit rate, and of its difference to the first of the same cache, in points."""
+    from gpu_cache.intervals import interval
+
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in results:
+        base = first.setdefault(tuple(row[name] for name in PARAMETERS[:5]), row)
+        apart = ""
+        if row is not base:
+            hits, others = np.array(row["block_hits"]), np.array(base["block_hits"])
+            ends = interval(hits - others, np.array(row["block_calls"]))
+            apart = f"{100 * (row['hit_rate'] - base['hit_rate']):+.1f} ({_range(ends, '{:+.1f}')})"
+        rate = None if row["hit_rate_low"] is None else (row["hit_rate_low"], row["hit_rate_high"])
+        yield [_range(rate, "{:.1f}"), apart]
+
+
+def _range(ends: Sequence[float] | None, form: str) -> str:
+    return "-" if ends is None else " to ".join(form.format(100 * end) for end in ends)
 
 
 def _cell(rows: Sequence[Row], figure: Callable[[Row], float | None], form: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
+_OF_ONE = {"trace", "hit_rate_low", "hit_rate_high", "block_calls", "block_hits"}  # what only one trace has
 SPREAD = "_stdev"  # after the name of a figure: the standard deviation over the traces
 
 
@@ -21,7 +22,7 @@ def mean_rows(replays: Sequence[Row], settings: int) -> list[Row]:
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    mean: Row = {name: value for name, value in rows[0].items() if name != "trace"}
+    mean: Row = {name: value for name, value in rows[0].items() if name not in _OF_ONE}
     mean["traces"] = len(rows)
     for name in ("steps", "calls", "hits", "loading", "misses", "fills", "evictions"):
         mean[name] = sum(row[name] for row in rows)

@@ -32,8 +32,8 @@ MACHINE = Machine(pcie_gbps=25, device_gbps=1000, cpu_gbps=100, expert_bytes=1e8
 def test_counts_add_up_and_no_policy_beats_the_bound(policy: str, setting: dict) -> None:
     result = replay(TRACE, Setting(3, 4, policy, **setting))
     assert (result.calls == result.hits + result.loading + result.misses).all()
-    assert result.calls.sum() == TRACE.total == sum(sum(split) * n for split, n in result.splits.items())
-    assert result.hits.sum() == sum(split[0] * n for split, n in result.splits.items())
+    assert result.calls.sum() == TRACE.total == result.groups.sum()
+    assert np.array_equal(result.hits, TRACE.by_layer(result.found)) and (result.found <= result.groups).all()
     bound = replay(TRACE, Setting(3, 4, "bypass-Belady", **setting)).upper_bound
     assert bound is not None
     if not policy.startswith("static"):  # a static placement does not begin empty
@@ -76,9 +76,9 @@ def test_a_replay_without_delay_is_the_table_and_the_clock(
 ) -> None:
     setting = Setting(3, 4, policy, admission, mapping, quota, seed=3)
     table = Table(setting.geometry(TRACE), policy, admission, quota, 3, MACHINE.costs)
-    splits = drive(TRACE, table, CopyClock(0))
+    found = drive(TRACE, table, CopyClock(0))
     result = replay(TRACE, setting, MACHINE.costs)
-    assert result.splits == splits
+    assert result.found.tolist() == found
     for name, counts in table.counts._asdict().items():
         assert np.array_equal(counts, getattr(result, name)), name
 
@@ -165,9 +165,8 @@ def test_a_result_belongs_to_a_trace_a_setting_and_a_machine() -> None:
 
 def test_a_layer_takes_the_longer_of_device_and_cpu() -> None:
     """An expert takes 1 ms on the CPU, 0.1 ms on the device, 4 ms to copy."""
-    assert layer_seconds(0, 2, MACHINE) == pytest.approx(2e-3)
-    assert layer_seconds(2, 0, MACHINE) == pytest.approx(0.3e-3)
-    assert layer_seconds(2, 1, MACHINE) == pytest.approx(1e-3)
+    found = layer_seconds(np.array([0, 2, 2]), np.array([2, 0, 1]), MACHINE)
+    assert found == pytest.approx([2e-3, 0.3e-3, 1e-3])
 
 
 def test_a_step_is_its_layers_and_what_copies_take_from_the_memory() -> None:
