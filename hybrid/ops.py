@@ -37,11 +37,13 @@ class State:
 class RoutingTable:
     """The five arrays that say which rows go to which expert, `name`.offsets and so on.
 
-    rows: which array takes the place of the rows: "pairs" numbers (row, rank) pairs instead.
+    rows: which array takes the place of the rows: "pairs" numbers (row, rank) pairs instead. start: bytes into the
+    array of offsets, where every layer may have its own.
     """
 
     name: str
     rows: str = "rows"
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from hybrid.engine.addresses import Addresses
 from hybrid.engine.experts.warm_start import write_warm
 from hybrid.engine.routes import Routes
 from hybrid.engine.saved import Saved
+from hybrid.engine.use import ExpertUse
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled, forked_error
 from hybrid.machine.profile import MachineProfile
 from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
 from hybrid.models.layers.rotary import LENGTHS
 from hybrid.plan.binding import bind
 from hybrid.plan.passes.gpu_step import CALLS
+from hybrid.plan.passes.keep_use import OFFSETS, use_shape
 from hybrid.plan.passes.place_experts import OBSERVE, PLACED_CALLS
 from hybrid.plan.plan import Plan
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model
@@ -69,6 +71,7 @@ class Engine:
         self.memory = self.addresses.granted()
         self._logits = np.empty((plan.sequences, store.spec.vocab), np.float32)
         self._lengths = self.addresses.integers(LENGTHS, plan.max_rows) if store.spec.length_limits else None
+        self._use = self._new_use() if store.spec.moe_layers else None
         self.routes = self._new_routes()
         self.addresses.answer(self.routes, OBSERVE, TAKE)
         self._executor = bind(self._new_executor(), plan.ops, self.addresses)
@@ -155,7 +158,7 @@ class Engine:
             if self.experts and self.experts.placing:
                 result = self._forward_placed(batch, logits, self.experts)
             else:
-                result = self._run(self._plain, batch, logits)
+                result = self._run_plain(batch, logits)
         except DeviceFailed:
             self._leave_device()
             raise
@@ -191,6 +194,12 @@ class Engine:
             raise StepCancelled(str(error)) from None
         return StepResult(logits, _step_times(parts, time.perf_counter() - start))
 
+    def _run_plain(self, batch: Batch, logits: npt.NDArray[np.float32]) -> StepResult:
+        result = self._run(self._plain, batch, logits)
+        if self._use:
+            self._use.add()
+        return result
+
     def _forward_placed(self, batch: Batch, logits: npt.NDArray[np.float32], experts: DeviceExperts) -> StepResult:
         """Run a step with the device, or without it if `experts` says so. Running a step again writes the same
         values.
@@ -202,7 +211,7 @@ class Engine:
             except BaseException as error:
                 if not self._recover(experts, error):
                     raise
-        return self._run(self._plain, batch, logits)
+        return self._run_plain(batch, logits)
 
     def _recover(self, experts: DeviceExperts, error: BaseException) -> bool:
         """Clean up after a failed step. Returns whether it may be run again: not if that would change sequences
@@ -221,6 +230,15 @@ class Engine:
         if self.device_step:
             self.device_step.close()
         self.device_step, self._plain = None, self._executor
+
+    def expert_use(self) -> npt.NDArray[np.int64] | None:
+        """How many rows each expert has computed since the engine was opened, [MoE layers, experts]; in steps of an
+        expert cache, how many of those that decode have called it. None without experts; any thread may ask.
+        """
+        use, experts = self._use, self.experts
+        if use is None:
+            return None
+        return use.counts + experts.history.calls if experts else use.counts.copy()
 
     def watch(self, observer: SpanObserver | None) -> None:
         """From the next step on, report spans of the device, its copies and the threads to `observer`, from several
@@ -295,7 +313,7 @@ class Engine:
             self._close_experts()
         if self.device_step:
             self.device_step.close()
-        self.experts = self.routes = self._placed = self.device_step = self._lengths = None
+        self.experts = self.routes = self._placed = self.device_step = self._lengths = self._use = None
         del self._executor, self._plain, self._start, self.addresses, self.pool
         self.store.close()
 
@@ -330,6 +348,10 @@ class Engine:
         ids, weights = (self.addresses.buffer(name) for name in (IDS, WEIGHTS))
         trace = read_route_trace(self.plan.route_trace, self.spec) if self.plan.route_trace else None
         return Routes(ids, weights, self.plan.max_rows, self.spec.top_k, self.plan.sequences, trace)
+
+    def _new_use(self) -> ExpertUse:
+        layers, experts = use_shape(self.spec)
+        return ExpertUse(self.addresses.integers(OFFSETS, layers * (experts + 1)).reshape(layers, -1))
 
     def _open_step(self) -> None:
         from hybrid.gpu.opening import open_step

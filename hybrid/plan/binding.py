@@ -49,9 +49,10 @@ def resolve(value: Any, at: References) -> Any:
             return at.callback(kind, layer)
         case ExpertSet(arguments):
             return cpu_kernels.ExpertSet(**{name: resolve(inner, at) for name, inner in arguments.items()})
-        case RoutingTable(name, rows):
-            parts = {part: part for part in ("offsets", "weights", "active", "count")} | {"rows": rows}
-            return cpu_kernels.Routing(**{part: at.buffer(f"{name}.{array}") for part, array in parts.items()})
+        case RoutingTable(name, rows, start):
+            parts = {part: at.buffer(f"{name}.{part}") for part in ("weights", "active", "count")}
+            offsets = at.buffer(f"{name}.offsets") + start
+            return cpu_kernels.Routing(offsets=offsets, rows=at.buffer(f"{name}.{rows}"), **parts)
     return value
 
 

@@ -23,6 +23,7 @@ from hybrid.plan.expert_shape import ExpertShape, expert_shape
 from hybrid.plan.gpu_memory import DeviceMemory, plan_device
 from hybrid.plan.kv_layout import KvPlan, lay_out_kv
 from hybrid.plan.passes.gpu_step import device_step_buffers, device_step_ops
+from hybrid.plan.passes.keep_use import keep_use, use_buffers
 from hybrid.plan.passes.place_experts import observe_routes, place_experts, placement_buffers, take_routes
 from hybrid.plan.passes.split_nodes import split_over_nodes
 from hybrid.plan.program import build_buffers, build_ops
@@ -181,7 +182,7 @@ def _sized(
 ) -> Plan:
     extents = Extents(config.chunk_size, config.max_batch, length)
     tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
-    sizes = build_buffers(spec, mix, extents)
+    sizes = build_buffers(spec, mix, extents) | use_buffers(spec)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
         sizes |= placement_buffers(extents.rows, shape.top_k, spec, next_gate)
@@ -219,7 +220,7 @@ def _sized(
         memory_limit=hardware.memory_limit.file if hardware.memory_limit else "",
         limits=hardware.limits,
         parts=step.parts,
-        ops=tuple(driven(observe_routes(step.ops) if config.routes else step.ops)),
+        ops=tuple(keep_use(driven(observe_routes(step.ops) if config.routes else step.ops), spec)),
         placed_ops=tuple(place_experts(driven(step.ops), next_gate)) if shape else (),
         device_name="cpu" if config.device == "auto" else config.device,
         route_trace=config.route_trace,

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 import hybrid
-from hybrid.server import cache, chat, completions, messages, ollama, responses, state, texts
+from hybrid.server import activity, cache, chat, completions, messages, ollama, page, responses, state, texts
 from hybrid.server.gate import Gate
 from hybrid.server.refusals import Refusal, internal
 from hybrid.server.service import Service
@@ -31,8 +31,9 @@ def build(service: Service) -> Gate:
         redoc_url=None,
         responses=_ERRORS,
     )
-    for endpoints in (chat, completions, messages, responses, ollama, texts, cache, state):
+    for endpoints in (chat, completions, messages, responses, ollama, texts, cache, activity, state):
         app.include_router(endpoints.routes(service))
+    app.include_router(page.routes())
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _no_route)

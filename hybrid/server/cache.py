@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 
+from hybrid.errors import RequestError
+from hybrid.server.refusals import Refusal
 from hybrid.server.service import Service
 from hybrid.serving.llm import LLM
 
@@ -22,14 +24,19 @@ def routes(service: Service) -> APIRouter:
     @router.get("/cache", response_model=None)
     async def cache() -> dict[str, Any]:
         """The expert cache, null with a reason where there is none, and the kept prompts: sequences and pool."""
-        return await service.prepare(lambda: _state(service.llm.llm))
+        llm = service.llm
+        try:
+            return await llm.run(lambda: _state(llm.llm))
+        except RequestError as error:
+            raise Refusal.of(error) from None
 
     return router
 
 
 def _state(llm: LLM) -> dict[str, Any]:
+    """On the engine's thread, between steps."""
     engine = llm.engine
-    experts = None if engine.experts is None else llm.run(lambda: _experts(engine.experts))
+    experts = _experts(engine.experts)
     lengths, pool = llm.kept_lengths(), llm.prefix_report()
     kept = {"sequences": len(lengths), "tokens": sum(lengths), "lengths": lengths}
     kept |= {"limit_sequences": engine.plan.sequences, "limit_tokens": engine.plan.kv_token_budget}
@@ -44,7 +51,6 @@ def _reason(llm: LLM) -> str:
 
 
 def _experts(experts: DeviceExperts | None) -> dict[str, Any] | None:
-    """On the engine's thread, between steps."""
     if experts is None:
         return None
     geometry, settings, counts = experts.geometry, experts.plan.settings, experts.count()

@@ -17,12 +17,14 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from time import perf_counter, time
 from typing import Any
 from urllib.parse import urlsplit
 
 from hybrid.printable import printable
 from hybrid.server.config import ServerConfig
+from hybrid.server.page import PATHS
 from hybrid.server.refusals import Refusal, internal
 
 Scope = MutableMapping[str, Any]
@@ -30,7 +32,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = {"/live", "/ready"}
+OPEN = {"/live", "/ready"}  # besides the files of the page
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CORS = {
@@ -48,7 +50,7 @@ class Gate:
     def __init__(self, app: App, config: ServerConfig) -> None:
         self._app, self._config = app, config
         self._digests = [_digest(key) for key in config.all_keys()]
-        self._open = OPEN | ({"/metrics"} if config.open_metrics else set())
+        self._open = OPEN | PATHS | ({"/metrics"} if config.open_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -90,7 +92,15 @@ class Gate:
 
     def _origin_allowed(self, exchange: Exchange) -> bool:
         origin = exchange.headers.get(b"origin")
-        return origin is None or _host_of(origin.decode("latin-1")) in LOOPBACK
+        return origin is None or _host_of(origin.decode("latin-1")) in LOOPBACK or self._is_own_page(exchange, origin)
+
+    def _is_own_page(self, exchange: Exchange, origin: bytes) -> bool:
+        """Whether the page of this very server asks. Without keys its address must be a number: any page can have a
+        name of its own lead here.
+        """
+        host = exchange.headers.get(b"host", b"").decode("latin-1")
+        same = origin.decode("latin-1").partition("://")[2] == host
+        return same and (bool(self._digests) or _is_number(_host_of(f"//{host}")))
 
     def _has_key(self, exchange: Exchange) -> bool:
         scheme, _, given = exchange.headers.get(b"authorization", b"").partition(b" ")
@@ -173,6 +183,13 @@ def log_failure(error: BaseException, request: str = "-") -> None:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+def _is_number(host: str | None) -> bool:
+    try:
+        return bool(ip_address(host or ""))
+    except ValueError:
+        return False
 
 
 def _host_of(url: str) -> str | None:

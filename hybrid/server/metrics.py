@@ -54,7 +54,7 @@ class Metrics:
             name: Counter(f"hybrid_expert_cache_{name}", f"Experts: {name}.", ["layer"], registry=registry)
             for name in ("hits", "misses", "evictions")
         }
-        self.expert_hits = self.expert_misses = 0
+        self.expert_hits = self.expert_misses = self.prompt_rows = self.decode_rows = 0
 
     def on_step(self, record: StepRecord) -> None:
         """An observer of steps, on the engine's thread."""
@@ -64,6 +64,8 @@ class Metrics:
         self._rows.labels("decode").inc(record.decode_rows)
         self._guesses.labels("yes").inc(record.right)
         self._guesses.labels("no").inc(record.guessed - record.right)
+        self.prompt_rows += record.prompt_rows
+        self.decode_rows += record.decode_rows
         if record.cache is None:
             return
         _, hits, _, misses, evictions = record.cache.T.tolist()

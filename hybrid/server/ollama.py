@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 import hybrid
 from hybrid.core import SamplingParams
@@ -30,12 +30,6 @@ _LATEST = ":latest"  # what clients add to a name
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
     max_bytes = service.config.max_body_mb << 20
-
-    @router.head("/", include_in_schema=False)
-    @router.get("/", response_model=None, include_in_schema=False)
-    async def root() -> Response:
-        """Clients ask whether anybody is there."""
-        return PlainTextResponse("hybrid is running\n")
 
     @router.post("/api/chat", openapi_extra=takes(OllamaChatBody, LINES), response_model=None)
     async def chat(request: Request) -> Response:

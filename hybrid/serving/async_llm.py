@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from hybrid.serving.loop import Loop
 from hybrid.serving.request import Job, Request, Score
 from hybrid.serving.together import Together
 from hybrid.text.messages import ChatInput, ChatOptions, Message
+
+T = TypeVar("T")
 
 
 class AsyncLLM:
@@ -130,6 +132,14 @@ class AsyncLLM:
         chat = ChatInput(messages, **options)
         self._loop.require_open()
         return AsyncStream(self._loop, self._intake.chat_request(chat, params, keep=keep))
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """As `LLM.run`."""
+        results: list[T] = []
+        answers = Answers()
+        self._loop.post(lambda: results.append(call()), answers.put)
+        await answers.get()
+        return results[0]
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `LLM.logits`."""

@@ -272,6 +272,10 @@ class LLM:
         """What is kept of prompts beyond the sequences, and how often it was used."""
         return self._loop.prefix_report()
 
+    def running_tokens(self) -> int:
+        """Tokens of the running requests whose keys and values are computed."""
+        return self._loop.running_tokens()
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special_tokens: with those that the tokenizer adds, such as one that begins it."""
         return [int(token) for token in self._intake.encode(text, special_tokens)]

@@ -126,6 +126,10 @@ class Loop:
         """What is kept of prompts beyond the sequences."""
         return self._worker.scheduler.prefix_report
 
+    def running_tokens(self) -> int:
+        """Tokens of the running requests whose keys and values are computed."""
+        return self.run(lambda: self._worker.scheduler.running_tokens)
+
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have it called with the record of every step. Raises what the one before raised, which ended it then."""
         self.run(partial(setattr, self._worker.scheduler, "on_step", on_step))

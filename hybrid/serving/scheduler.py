@@ -179,6 +179,11 @@ class Scheduler:
         """What is kept beyond the sequences."""
         return self._admission.pool.report()
 
+    @property
+    def running_tokens(self) -> int:
+        """Tokens of the running requests whose keys and values are computed."""
+        return sum(request.computed for request in self._running)
+
     def _length(self, job: Job) -> int:
         """Tokens to reserve."""
         more = job.params.max_tokens or 0 if isinstance(job, Request) else 0

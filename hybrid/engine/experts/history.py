@@ -29,16 +29,21 @@ class DecodeHistory:
         for expert in experts:
             calls[expert] += 1
 
+    @property
+    def calls(self) -> npt.NDArray[np.int64]:
+        """[layers, experts]: steps that called an expert."""
+        return np.array(self._calls, np.int64)
+
     def add(self, counts: npt.NDArray[np.int64], bookkeeping: float) -> None:
         self.steps += 1
         self._counts += counts
         self._bookkeeping.append(bookkeeping)
 
     def most_called(self) -> list[int]:
-        return most_called(np.array(self._calls).reshape(-1), self._geometry.indexes(), self._geometry.nways)
+        return most_called(self.calls.reshape(-1), self._geometry.indexes(), self._geometry.nways)
 
     def observed(self) -> Observed:
-        counts = np.array(self._calls)
+        counts = self.calls
         kept = np.zeros(counts.size, np.int64)
         kept[self.most_called()] = 1
         static = (counts * kept.reshape(counts.shape)).sum(axis=1)
