@@ -195,12 +195,22 @@ def test_ids_of_requests_come_back_if_they_are_harmless(server: Running) -> None
     assert server.http.get("/live", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
 
 
-def test_everything_but_liveness_needs_a_key(tmp_path) -> None:
+def test_everything_but_liveness_and_the_page_needs_a_key(tmp_path) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the team\nsecond-key\n\n")
     with running(gated().llm, api_key=("first-key",), api_key_file=file) as server:
-        open_paths = ["/live", "/ready"]
-        closed = ["/health", "/metrics", "/info", "/v1/models", "/openapi.json", "/nothing", "/", "//live", "/live/"]
+        open_paths = ["/live", "/ready", "/", "/page/main.js"]
+        closed = [
+            "/health",
+            "/metrics",
+            "/info",
+            "/v1/models",
+            "/openapi.json",
+            "/nothing",
+            "/page/",
+            "//live",
+            "/live/",
+        ]
         closed += ["/%6cive", "/live%2f..%2finfo", "/ready/../info", "/LIVE", "/live;x"]
         for path in open_paths:
             assert server.http.get(path).status_code == 200
