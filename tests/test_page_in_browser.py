@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright drives the browser")
 
+from dummy_engine import WATCHDOG  # noqa: E402
 from server_rig import running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
@@ -107,20 +109,19 @@ def test_a_chat_goes_on_is_edited_and_is_forgotten(page, server) -> None:
 
 def test_escape_stops_and_frees_the_place(page, server) -> None:
     ready(page, server.address)
-    page.locator("#open-settings").click()
-    page.get_by_label("System prompt").fill("Speak for ever. " * 200)
-    page.get_by_role("button", name="Done").click()
-    page.route("**/v1/chat/completions", lambda route: route.continue_(post_data=endless(route)))
+    begun, over = threading.Event(), threading.Event()
+    step = threading.Thread(target=lambda: server.service.llm.llm.run(lambda: (begun.set(), over.wait(WATCHDOG))))
+    step.start()
+    begun.wait()  # the engine is busy, and nothing is answered meanwhile
     page.get_by_label("Message", exact=True).fill("Go on")
     page.keyboard.press("Enter")
-    page.locator(".said p").first.wait_for()
+    page.get_by_role("button", name="Stop").wait_for()
+    until(lambda: server.service._taken == 1)
     page.keyboard.press("Escape")
-    assert answer(page).locator(".stats").inner_text().endswith("stopped")
+    assert answer(page).locator(".stats").inner_text() == "stopped"
     until(lambda: server.service._taken == 0)
-
-
-def endless(route: sync_api.Route) -> str:
-    return json.dumps({**route.request.post_data_json, "ignore_eos": True, "max_tokens": 100_000})
+    over.set()
+    step.join()
 
 
 def test_what_a_model_writes_is_text(page, server) -> None:
