@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,11 +20,14 @@ from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.pack import model_formats
+from hybrid.weights.source import source_fingerprint
 from hybrid.weights.store import Store
 
 Tensors = dict[str, np.ndarray]
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192, "head_dim": 32}
 CONFIG = {**CONFIGS["qwen3_moe"], **SIZES, "num_attention_heads": 4}
+ROUTED = {**CONFIG, "num_experts": 16, "mlp_only_layers": []}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}}}
 
@@ -49,12 +53,11 @@ def awq(group: int = 32, **changes: Any) -> dict[str, Any]:
 
 
 def in_words(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
-    """int32 [rows, columns / 8], by explicit loops: the i-th four bits of a word are those of neighbour order[i]."""
-    rows, columns = codes.shape
-    words = np.zeros((rows, -(-columns // 8)), np.uint32)
-    for row in range(rows):
-        for column in range(columns):
-            words[row, column // 8] |= np.uint32(int(codes[row, column]) << 4 * order.index(column % 8))
+    """int32 [rows, columns / 8]: the i-th four bits of a word are those of neighbour order[i]."""
+    filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).astype(np.uint32)
+    words = np.zeros((len(codes), filled.shape[1] // 8), np.uint32)
+    for place, neighbour in enumerate(order):
+        words |= filled[:, neighbour::8] << np.uint32(4 * place)
     return words.view(np.int32)
 
 
@@ -184,6 +187,64 @@ def test_what_is_left_unquantised_stays_so(tmp_path: Path) -> None:
         assert (store.mix.attention, store.mix.experts) == ("bf16", "int4")
 
 
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_a_file_beside_config_json_may_say_how(tmp_path: Path, file: str) -> None:
+    """As older programs wrote it; without it, codes are codes of nothing that is known."""
+    words: dict[str, Any] = {"quantize_config.json": gptq(), "quant_config.json": awq()}.get(file, {})
+    tensors = random_tensors(CONFIG)
+    if words:
+        tensors, _ = quantised(tensors, words)
+    source = write_tensors(tmp_path / "hf", CONFIG, tensors)
+    without = {key: value for key, value in words.items() if key != "quant_method"}
+    before = source_fingerprint(source)
+    if words:
+        with pytest.raises(
+            WeightsError, match=r"q_proj.weight is stored as codes \(qweight\), and quantization_config"
+        ):
+            packed(source)
+    (source / file).write_text(json.dumps(without or {"quantization": {"quant_algo": "FP8"}}))
+    assert source_fingerprint(source) != before
+    assert Checkpoint.open(source).config["quantization_config"]["quant_method"] == words.get(
+        "quant_method", "modelopt"
+    )
+    assert model_formats(source).experts == {"gptq": "q4_0", "awq": "q5_0"}.get(words.get("quant_method", ""), "bf16")
+    (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": gptq(bits=7)}))
+    with pytest.raises(ConfigError, match="codes of 7 bits"):  # what config.json says itself comes first
+        Checkpoint.open(source)
+
+
+def test_keys_and_values_are_not_quantised_by_a_checkpoint(tmp_path: Path) -> None:
+    config = {**compressed(), "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    tensors, _ = quantised(random_tensors(CONFIG), config)
+    checkpoint = Checkpoint.open(write_tensors(tmp_path, {**CONFIG, "quantization_config": config}, tensors))
+    lines = checkpoint.notes(checkpoint.native)
+    assert len(lines) == 1 and "(kv_cache_scheme), which is not done; --kv-format says" in lines[0]
+
+
+@pytest.mark.parametrize("words", [gptq(lm_head=True), compressed(), awq()], ids=["gptq", "compressed", "awq"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_may_be_quantised(tmp_path: Path, words: dict[str, Any], tied: bool) -> None:
+    """Also beside embeddings that config.json calls tied, from which it differs then."""
+    plain = {**CONFIG, "vocab_size": 128}
+    renamed = {name.replace("lm_head", "lm_head_proj"): tensor for name, tensor in random_tensors(plain).items()}
+    tensors, values = quantised(renamed, words)
+    tensors = {name.replace("lm_head_proj", "lm_head"): tensor for name, tensor in tensors.items()}
+    config = {**plain, "tie_word_embeddings": tied, "quantization_config": words}
+    with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
+        head = values["lm_head_proj.weight"]
+        assert store.mix.head == store.mix.attention != "bf16"
+        assert (matrix(store, "head", head.shape) == head).all()
+
+
+def test_a_router_may_be_quantised(tmp_path: Path) -> None:
+    plain = {name.replace("mlp.gate.", "mlp.gate_proj."): t for name, t in random_tensors(ROUTED).items()}
+    tensors, values = quantised(plain, gptq())
+    tensors = {name.replace("mlp.gate_proj.", "mlp.gate."): tensor for name, tensor in tensors.items()}
+    with packed(write_tensors(tmp_path / "hf", {**ROUTED, "quantization_config": gptq()}, tensors)) as store:
+        router = values["model.layers.0.mlp.gate_proj.weight"]
+        assert (store.array("layers.0.ffn.router").reshape(router.shape) == router).all()
+
+
 def test_a_text_model_within_another_may_have_its_own_quantisation(tmp_path: Path) -> None:
     config = {**CONFIG, "text_config": {"quantization_config": compressed()}}
     tensors, _ = quantised(random_tensors(CONFIG), compressed())
@@ -193,7 +254,33 @@ def test_a_text_model_within_another_may_have_its_own_quantisation(tmp_path: Pat
 def test_a_config_alone_says_what_is_quantised() -> None:
     ignore = ["lm_head", "model.layers.0.self_attn.o_proj"]
     mix = native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ignore}})
-    assert (mix.experts, mix.attention, mix.head) == ("int4", "bf16", "bf16")
+    assert (mix.experts, mix.attention, mix.head) == ("int4", "int4", "bf16")
+    assert [mix.of_layer(layer).attention for layer in range(3)] == ["bf16", "int4", "int4"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        gptq(dynamic={r"-:model\.layers\.0\.self_attn.*": {}}),
+        gptq(dynamic={r"-:.*\.(?:0)\.self_attn.*": {}, "+:.*down_proj": {"bits": 8}}),
+        auto_round(extra_config={"model.layers.0.self_attn.o_proj": {"bits": 16}, "lm_head": {"bits": 8}}),
+        auto_round(extra_config={r".*layers\.0\.self_attn.*": {"bits": 16}}),
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["model.layers.0.self_attn*"]},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head", "*.layers.0.*.o_proj"]},
+    ],
+)
+def test_whatever_program_left_it_out_it_counts_as_bf16(words: dict[str, Any]) -> None:
+    mix = native_mix({**CONFIG, "quantization_config": words})
+    usual = "fp8" if words["quant_method"] == "modelopt" else "q4_0"
+    assert [mix.of_layer(layer).attention for layer in range(3)] == ["bf16", usual, usual] and mix.experts == usual
+
+
+def test_modules_may_be_told_that_alone_are_quantised() -> None:
+    inside = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"], ["mlp.up_proj"]]
+    mix = native_mix({**CONFIG, "quantization_config": gptq(modules_in_block_to_quantize=inside)})
+    assert (mix.attention, mix.experts, mix.dense) == ("q4_0", "bf16", "bf16")
+    with pytest.raises(ConfigError, match="modules_in_block_to_quantize is"):
+        native_mix({**CONFIG, "quantization_config": gptq(modules_in_block_to_quantize=[[7]])})
 
 
 def test_expressions_say_what_is_left_out() -> None:
@@ -216,6 +303,10 @@ def test_expressions_say_what_is_left_out() -> None:
         ("^lm_head$", "lm_head", True),
         ("layers.*", "model.layers.0", False),  # from the beginning, as re.match
         ("(?:a|b)x.*", "bxy", True),
+        ("model\\.layers\\.\\d+\\.mlp\\..*", "model.layers.12.mlp.up_proj", True),
+        ("model\\.layers\\.\\d+\\.mlp\\..*", "model.layers.x.mlp.up_proj", False),
+        (".*layers.[3-5].self_attn.[qkv]_proj", "model.layers.4.self_attn.k_proj", True),
+        (".*layers.[3-5].self_attn.[qkv]_proj", "model.layers.6.self_attn.k_proj", False),
     ],
 )
 def test_expressions_become_wildcards(expression: str, name: str, matches: bool) -> None:
@@ -225,7 +316,17 @@ def test_expressions_become_wildcards(expression: str, name: str, matches: bool)
 
 @pytest.mark.parametrize(
     "expression",
-    ["(a+)+", "a{2}", "[ab]", "(a|b)*", "a|b", "(a(b))", "x+", "(" + "|".join("abcdefgh") + ")" * 1 + "(a|b)" * 9],
+    [
+        "(a+)+",
+        "a{2}",
+        "[ab]{2}",
+        "[^a]",
+        "(a|b)*",
+        "a|b",
+        "(a(b))",
+        "x+",
+        "(" + "|".join("abcdefgh") + ")" * 1 + "(a|b)" * 9,
+    ],
 )
 def test_other_expressions_are_not_understood(expression: str) -> None:
     assert wildcards(expression) is None

@@ -18,7 +18,7 @@ from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import is_file
 from hybrid.files.gguf import SUFFIX, is_gguf
-from hybrid.weights.checkpoints.files import has_weights
+from hybrid.weights.checkpoints.files import BESIDE, has_weights
 from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in, split_names
 from hybrid.weights.manifest import MANIFEST
 
@@ -138,7 +138,7 @@ def _wanted(repository: Repository, only_config: bool) -> list[str]:
     """Patterns of files to fetch. A GGUF file says what it is in its first bytes, and is fetched whole."""
     if repository.file:
         return [glob.escape(str(file)) for file in split_names(Path(repository.file))]
-    return [CONFIG] if only_config else [CONFIG, *WEIGHTS, *TEXT]
+    return [CONFIG, *BESIDE] if only_config else [CONFIG, *BESIDE, *WEIGHTS, *TEXT]
 
 
 def _bar(what: str, progress: Progress | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid.formats import FORMATS
@@ -47,10 +47,15 @@ def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) ->
     for tensor in spec.store_tensors(_APART):
         if tensor.part in PARTS and tensor.format is not None:
             own = matrix_kinds(tensor, kinds)
-            before = found.setdefault((_layer(tensor), tensor.part), [set() for _ in own])
+            before = found.setdefault((layer_of(tensor), tensor.part), [set() for _ in own])
             for all_kinds, more in zip(before, own, strict=False):
                 all_kinds.update(more)
     named = {key: "/".join(dict.fromkeys(map(exact_format, found[key]))) for key in found if any(found[key])}
+    return mix_of_parts(spec, named, absent)
+
+
+def mix_of_parts(spec: ModelSpec, named: Mapping[tuple[int, str], str], absent: FormatMix | None = None) -> FormatMix:
+    """The mix in which the parts of layers have these formats; the head's layer is -1. absent: see `exact_mix`."""
     usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}
     rest = absent or FormatMix.uniform(usual["attention"] or "bf16")
     plain = rest.with_parts({part: name for part, name in usual.items() if name})
@@ -117,8 +122,8 @@ def _sources(tensor: StoreTensor, kinds: Kinds) -> Iterator[Sequence[str]]:
         yield [down for _, _, down in names]
 
 
-def _layer(tensor: StoreTensor) -> int:
-    """-1 outside of the layers."""
+def layer_of(tensor: StoreTensor) -> int:
+    """The layer that it belongs to, -1 outside of the layers."""
     return int(tensor.name.split(".")[1]) if tensor.name.startswith("layers.") else -1
 
 

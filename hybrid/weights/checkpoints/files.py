@@ -15,6 +15,8 @@ from hybrid.weights.checkpoints.gguf_files import gguf_files
 from hybrid.weights.shard import Entry, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Where older programs wrote the quantization_config, and which quant_method that is.
+BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _LONGEST_NAME = 255  # that a file system allows
 
 
@@ -38,7 +40,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: the directory is empty; it must hold config.json and safetensors files")
     if not is_file(path / CONFIG):
         raise WeightsError(f"{path}: has no config.json; give the directory of a Hugging Face model")
-    return read_json_object(path / CONFIG)
+    config = read_json_object(path / CONFIG)
+    found = _file_beside(path, config)
+    if found is None:
+        return config
+    words = read_json_object(found)
+    own = words.get("quantization")
+    words = own if isinstance(own, dict) else words
+    return {**config, "quantization_config": {"quant_method": BESIDE[found.name], **words}}
+
+
+def _file_beside(path: Path, config: Mapping[str, Any]) -> Path | None:
+    """The file of its own to which older programs wrote the quantization_config that config.json lacks."""
+    if quantisation_of(config) is not None:
+        return None
+    return next((path / name for name in BESIDE if is_file(path / name)), None)
 
 
 def quantisation_of(config: Mapping[str, Any]) -> Any:
@@ -61,7 +77,9 @@ def config_files(path: Path) -> list[Path]:
     """The files beside the tensors that say what they are."""
     if is_gguf(path):
         return []
-    return [path / CONFIG] if is_file(path / SINGLE) else [path / CONFIG, path / INDEX]
+    index = [] if is_file(path / SINGLE) else [path / INDEX]
+    beside = _file_beside(path, read_json_object(path / CONFIG))
+    return [path / CONFIG, *index, *([beside] if beside else [])]
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -33,6 +33,8 @@ from hybrid.weights.checkpoints.schemes import with_matrices
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.shard import Entry, same_bytes
 
+_KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # of quantization_config
+_CODES = ("qweight", "weight_packed")  # what names of tensors of quantised matrices end with
 _FORMS: tuple[ExpertForm, ...] = ("mxfp4", "fused", "apart")  # in the order in which one layer decides for all
 
 
@@ -119,12 +121,18 @@ class Checkpoint:
 
     def notes(self, mix: FormatMix) -> list[str]:
         """Lines about what packing in these formats changes, beyond what was asked for."""
+        lines = [
+            f"note: config.json quantises keys and values ({field}), which is not done; --kv-format says how they are "
+            "kept"
+            for field in _KV_FIELDS
+            if (quantisation_of(self.config) or {}).get(field)
+        ]
         if mix != self.native:
-            return []
+            return lines
         parts: dict[str, list[str]] = {}
         for part, kinds in opened(self.spec, published_kinds(self.entries), mix).items():
             parts.setdefault(" and ".join(kinds), []).append(part)
-        return [
+        return lines + [
             f"note: {' and '.join(names)}: {kinds} in the checkpoint, opened to bf16 where no packed format holds all "
             "of a matrix, which rounds a weight by at most 1/256 of itself; another --format takes less memory"
             for kinds, names in parts.items()
@@ -161,6 +169,13 @@ class Checkpoint:
         return Mxfp4Source(name, blocks, start, count, step, scales=scales)
 
     def _entry(self, name: str) -> Entry:
+        module = name.removesuffix(".weight")
+        for part in _CODES:
+            if name not in self.entries and f"{module}.{part}" in self.entries:
+                raise WeightsError(
+                    f"{self.path}: tensor {name} is stored as codes ({part}), and quantization_config of config.json "
+                    "does not say how to read them: fetch config.json again"
+                )
         if name not in self.entries:
             raise WeightsError(f"{self.path}: tensor {name} is missing, config.json asks for it: fetch all files again")
         return self.entries[name]

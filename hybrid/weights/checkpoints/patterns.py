@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from itertools import product
 
-_TOKEN = re.compile(r"\.\*|\\[.\-_]|[\w-]|\.|\((?:\?:)?[\w.|\\-]+\)")
+_TOKEN = re.compile(r"(?:\.|\\d|\[[\w-]+\])[*+]|\.|\\[.\-_d]|\[[\w-]+\]|[\w-]|\((?:\?:)?[\w.|\\-]+\)")
 MAX_NAMES = 256
 
 
 def wildcards(expression: str) -> list[str] | None:
     """Patterns for `fnmatch` of which a name matches one if the expression, an `re.match`, finds it.
 
-    `.`, `.*`, escaped dots, alternatives in parentheses, `^` and `$` around all are understood; None of all others.
+    `.`, `.*`, digits, sets of characters, escaped dots, alternatives in parentheses, `^` and `$` around all are
+    understood, and None is the answer to all others. What stands for one or more characters of a kind stands for any.
     """
     body = expression.removeprefix("^")
     ends = body.endswith("$") and not body.endswith("\\$")
@@ -35,4 +36,5 @@ def _meanings(token: str) -> list[str]:
     if token.startswith("("):
         inner = token[1:-1].removeprefix("?:")
         return [word.replace("\\", "") for word in inner.split("|")]
-    return [{".*": "*", ".": "?"}.get(token, token.removeprefix("\\"))]
+    one = {".": "?", "\\d": "[0-9]"}.get(token.rstrip("*+"), token.rstrip("*+").removeprefix("\\"))
+    return ["*" if token.endswith("*") else one + "*" if token.endswith("+") else one]

@@ -42,18 +42,24 @@ def read_scheme(quantisation: Mapping[str, Any]) -> Scheme:
     return CodesScheme("auto-round", layout, options, symmetric)
 
 
+def left_out(quantisation: Mapping[str, Any]) -> list[str]:
+    """Names of modules, or expressions for them, that `extra_config` says are not quantised."""
+    extra = quantisation.get("extra_config")
+    return [name for name, changes in extra.items() if _is_plain(changes)] if isinstance(extra, Mapping) else []
+
+
 def _others(quantisation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What `extra_config` says of modules that are quantised otherwise than most; 16 bits stand for none at all."""
+    """What `extra_config` says of modules that are quantised otherwise than most."""
     extra = quantisation.get("extra_config") or {}
     if not isinstance(extra, Mapping) or not all(isinstance(changes, Mapping) for changes in extra.values()):
         raise ConfigError(
             f"config.json: quantization_config.extra_config is {reprlib.repr(extra)}; it must be an object of objects, "
             "by names of modules: take the complete config.json of the model"
         )
-    return {name: changes for name, changes in extra.items() if not is_plain(changes)}
+    return {name: changes for name, changes in extra.items() if not _is_plain(changes)}
 
 
-def is_plain(changes: Mapping[str, Any]) -> bool:
-    """Whether a module that config.json says this of is not quantised."""
-    bits = changes.get("bits")
+def _is_plain(changes: Any) -> bool:
+    """Whether a module that this is said of is not quantised: it has 16 bits or more."""
+    bits = changes.get("bits") if isinstance(changes, Mapping) else None
     return isinstance(bits, int) and bits >= 16
