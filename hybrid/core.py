@@ -59,6 +59,7 @@ class SamplingParams:
     are so many, no token ends the text; a stop string does. logit_bias: what is added to the logits of token ids.
     logits_processor: called on the engine's thread with all token ids so far, int32 [n], and the logits, float32
     [vocab], which it may change or replace by what it returns; penalties, bias and filters come after it.
+    priority: requests of a lower number are begun before others that wait, and give up their memory after them.
     grammar: what the text must be, see `Grammar`; tokens that do not go on with it cannot come, and it ends with
     it. In a chat it begins behind the reasoning.
     """
@@ -118,6 +119,10 @@ class SamplingParams:
         metadata={"help": 'Added to the logits of tokens, as JSON: {"15": -100}.', "minimum": -1e6, "maximum": 1e6},
     )
     n: int = field(default=1, metadata={"help": "Completions of each prompt.", "minimum": 1, "maximum": 1024})
+    priority: int = field(
+        default=0,
+        metadata={"help": "Lower comes first.", "flag": False, "minimum": -(2**31), "maximum": 2**31 - 1},
+    )
     logits_processor: Callable[..., Any] | None = None
     grammar: Grammar | None = None
 

@@ -217,7 +217,7 @@ def test_a_conversation_has_the_bits_of_one_that_is_computed_anew(tmp_path, case
             for scheduler, keep in ((kept, True), (fresh, False)):
                 entry = request(text, 12, keep, ignore_eos=True, logprobs=131)
                 if not keep:  # it knows nothing of the other's sequence
-                    fresh._admission.free = lambda length: 3
+                    fresh._admission._free = lambda length: 3
                 scheduler.add(entry)
                 while scheduler.has_work:
                     scheduler.step()

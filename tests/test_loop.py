@@ -114,8 +114,8 @@ def test_a_stream_that_the_collector_closes_inside_a_step_breaks_nobody(llm: LLM
     next(session.stream)
     settle_steps(engine, 2)
     request = weakref.ref(session.stream._request)
-    batch = scheduling._batch
-    monkeypatch.setattr(scheduling, "_batch", lambda chunks: (gc.collect(), batch(chunks))[1])
+    batch = scheduling.make_batch
+    monkeypatch.setattr(scheduling, "make_batch", lambda chunks: (gc.collect(), batch(chunks))[1])
     gc.disable()
     try:
         del session

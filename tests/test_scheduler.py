@@ -29,7 +29,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     running, waiting, plan = scheduler._running, scheduler._waiting, scheduler._plan
     used = [entry.sequence for entry in running]
     assert set(used) <= set(range(plan.sequences)) and len(set(used)) == len(used), used
-    assert sum(len(entry.tokens) for entry in running) <= plan.kv_token_budget
+    assert sum(entry.reserved for entry in running) <= plan.kv_token_budget
     for entry in running:
         assert not entry.finished
         assert 0 <= entry.computed <= entry.length < len(entry.tokens) <= plan.max_seq_len

@@ -56,6 +56,7 @@ class Sampling(Constrained):
     min_tokens: int | None = Field(None, ge=0, le=LARGEST)
     n: int | None = Field(None, ge=1, le=MAX_N)
     max_tokens: int | None = Field(None, ge=0, le=LARGEST)
+    priority: int | None = Field(None, ge=-LARGEST, le=LARGEST)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Of no effect on the answer, but sent by clients.
@@ -96,6 +97,7 @@ class Sampling(Constrained):
             ignore_eos=bool(self.ignore_eos),
             logit_bias=_biases(self.logit_bias or {}, vocab),
             logprobs=logprobs,
+            priority=self.priority or 0,
             grammar=self.grammar(),
         )
 

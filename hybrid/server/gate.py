@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hybrid.printable import printable
+from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.page import PATHS
 from hybrid.server.refusals import Refusal, internal
@@ -79,7 +80,9 @@ class Gate:
             return Refusal(403, "this server is asked by a name that is not its own; use localhost, or set an API key")
         if not self._origin_allowed(exchange):
             return Refusal(403, "web pages of other machines may not use this server")
-        if self._digests and not exchange.is_for(self._open) and not self._has_key(exchange):
+        client = self._client(exchange)
+        CLIENT.set(client or "")
+        if self._digests and not exchange.is_for(self._open) and client is None:
             return Refusal(401, "give a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
         return None
 
@@ -102,12 +105,13 @@ class Gate:
         same = origin.decode("latin-1").partition("://")[2] == host
         return same and (bool(self._digests) or _is_number(_host_of(f"//{host}")))
 
-    def _has_key(self, exchange: Exchange) -> bool:
+    def _client(self, exchange: Exchange) -> str | None:
+        """Which of the keys was given; None if it is none of them."""
         scheme, _, given = exchange.headers.get(b"authorization", b"").partition(b" ")
         key = given.strip() if scheme.lower() == b"bearer" else exchange.headers.get(b"x-api-key", b"")
         digest = hashlib.sha256(key).digest()
         same = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
-        return any(same)
+        return f"key {same.index(True)}" if any(same) else None
 
 
 @dataclass

@@ -50,6 +50,7 @@ class Metrics:
         self._step_seconds = Counter("hybrid_step_seconds", "Seconds in steps.", registry=registry)
         self._rows = Counter("hybrid_step_rows", "Rows that steps computed.", ["kind"], registry=registry)
         self._guesses = Counter("hybrid_guessed_tokens", "Guessed tokens computed.", ["came_true"], registry=registry)
+        self._preempted = Counter("hybrid_num_preemptions", "Sequences given up for want of memory.", registry=registry)
         self._experts = {
             name: Counter(f"hybrid_expert_cache_{name}", f"Experts: {name}.", ["layer"], registry=registry)
             for name in ("hits", "misses", "evictions")
@@ -66,6 +67,7 @@ class Metrics:
         self._guesses.labels("no").inc(record.guessed - record.right)
         self.prompt_rows += record.prompt_rows
         self.decode_rows += record.decode_rows
+        self._preempted.inc(record.preempted)
         if record.cache is None:
             return
         _, hits, _, misses, evictions = record.cache.T.tolist()

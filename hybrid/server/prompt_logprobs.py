@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from hybrid.core import TokenLogprob
+from hybrid.server.clients import CLIENT
 from hybrid.server.replies import finite
 from hybrid.server.service import Service
 from hybrid.serving.async_llm import AsyncLLM
@@ -38,7 +39,7 @@ async def prompt_logprobs(service: Service, tokens: list[int], body: PromptScore
 
 
 async def score(tokens: list[int], top: int, llm: AsyncLLM) -> list[TokenLogprob | None]:
-    return await llm.score(tokens, top)
+    return await llm.score(tokens, top, client=CLIENT.get())
 
 
 def _told(texts: TokenTexts, one: TokenLogprob) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
+from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import log_failure
 from hybrid.server.metrics import Metrics
@@ -189,6 +190,8 @@ class Run:
         """Raises Refusal."""
         self.requests, self.count, self.service = requests, count, service
         metrics = service.metrics
+        for request in requests:
+            request.client = CLIENT.get()
         self._experts = (metrics.expert_hits, metrics.expert_misses)
         try:
             self._together = service.llm.start(requests)

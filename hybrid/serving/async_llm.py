@@ -148,10 +148,11 @@ class AsyncLLM:
         await self._compute(score)
         return score.result
 
-    async def score(self, prompt: Prompt, top: int = 0) -> list[TokenLogprob | None]:
-        """As `LLM.score`."""
+    async def score(self, prompt: Prompt, top: int = 0, client: str = "") -> list[TokenLogprob | None]:
+        """As `LLM.score`. client: whose it is, for fairness."""
         self._loop.require_open()
         score = self._intake.logprob_score(prompt, top)
+        score.client = client
         await self._compute(score)
         return score.result
 

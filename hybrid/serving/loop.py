@@ -217,8 +217,7 @@ class _Worker:
             raise forked_error()
 
     def add(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self.scheduler.add(job)
+        self.scheduler.add(*jobs)
 
     def refuse(self, jobs: Sequence[Job], error: BaseException) -> None:
         for job in jobs:

@@ -60,22 +60,73 @@ class Job(ABC):
     """What is computed in one sequence for one caller.
 
     sink: given the results by the engine's thread, an error too; it never waits. unwanted: the caller has left; any
-    thread may set it.
+    thread may set it. priority: jobs of a lower number come first. client: those of one client share what it gets.
     """
 
-    def __init__(self, prompt: Tokens) -> None:
+    def __init__(self, prompt: Tokens, priority: int = 0) -> None:
         self.prompt = prompt
         self.sink: Callable[[Any], None] = _nowhere
         self.unwanted = False
         self.error: BaseException | None = None
+        self.priority, self.client = priority, ""
         # The scheduler's own.
+        self.arrival = 0  # its number in the order of arrival
+        self.tokens = prompt  # the prompt and what was produced, with room for what may come
+        self.length = len(prompt)
+        self.guessed = 0  # tokens behind these that the next step computes as guesses
         self.sequence: int | None = None
+        self.reserved = 0  # tokens that its sequence may hold
         self.computed = 0  # leading tokens whose keys and values are in the sequence
+        self.reached = 0  # leading tokens that were computed once, if in a sequence that it had to give up
+        self.phase = 0  # of the length for which its tokens are computed, see `ModelSpec.length_phase`
+        self.marks: tuple[int, ...] = ()  # numbers of tokens after which a recurrent state is saved, ascending
+        self.saved = 0  # tokens before the last state that was saved
 
     @property
     @abstractmethod
     def finished(self) -> bool:
         """Whether nothing is to be computed any more."""
+
+    @property
+    def known(self) -> Tokens:
+        """The tokens so far."""
+        return self.tokens[: self.length]
+
+    @property
+    def pending(self) -> int:
+        """Tokens so far that are not in the sequence."""
+        return self.length - self.computed
+
+    @property
+    def until_mark(self) -> int:
+        """Tokens to compute before the next mark, or before the end of the prompt and what was produced."""
+        return next((mark - self.computed for mark in self.marks if mark > self.computed), self.pending)
+
+    @property
+    def limit(self) -> int:
+        """Tokens that it may come to."""
+        return len(self.tokens)
+
+    @abstractmethod
+    def enter(self, vocab: int, limit: int) -> None:
+        """It gets a sequence, the first time or again, and may come to `limit` tokens."""
+
+    @abstractmethod
+    def wanted(self, rows: int) -> int:
+        """Of the next `rows` pending tokens the last so many want their logits."""
+
+    @abstractmethod
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        """The logits [wanted, vocab] of tokens that have been computed, but not counted yet; they are another step's
+        afterwards.
+        """
+
+    def advance(self, rows: int) -> int:
+        """So many more tokens are in its sequence; returns how many never were before."""
+        self.computed += rows
+        new = max(0, self.computed - self.reached)
+        self.reached += new
+        return new
 
     def fail(self, error: BaseException) -> None:
         """End it by an error."""
@@ -111,7 +162,7 @@ class Request(Job):
         mask: TokenMask | None = None,
         openings: Openings = _NO_CHAT,
     ) -> None:
-        super().__init__(prompt)
+        super().__init__(prompt, params.priority)
         self.params = params
         self.keep = keep
         self.openings = openings
@@ -124,37 +175,25 @@ class Request(Job):
         self._text = text
         self._mask = mask
         self._told = 0  # tokens that earlier deltas carried
-        # The scheduler's own, set on admission.
-        self.sampler: Sampler | None = None
-        self.tokens = prompt  # the prompt and what was produced, with room for what may come
-        self.length = len(prompt)
-        self.reserved = 0  # tokens that its sequence may hold
-        self.phase = 0  # of the length for which its tokens were computed, see `ModelSpec.length_phase`
-        self.marks: tuple[int, ...] = ()  # numbers of tokens after which a recurrent state is saved, ascending
-        self.saved = 0  # tokens before the last state that was saved
+        self.sampler: Sampler | None = None  # from its first admission on
         self.guesses = Guesses(PromptLookup())
-        self.guessed = 0  # tokens behind `length` that the next step computes as guesses
 
     @property
     def finished(self) -> bool:
         return self.completion.finish_reason is not None
 
-    @property
-    def pending(self) -> int:
-        """Tokens to compute before the next one can be chosen."""
-        return self.length - self.computed
+    def enter(self, vocab: int, limit: int) -> None:
+        """It finishes if there is room for no token."""
+        if limit == len(self.prompt):
+            return self.finish("length")
+        if self.sampler is None:
+            self._clock("started")
+            self.tokens = np.empty(limit, np.int32)
+            self.tokens[: self.length] = self.prompt
+            self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample, self._mask)
 
-    def enter(self, vocab: int, length: int) -> None:
-        """It is admitted, and may have `length` tokens in all."""
-        self._clock("started")
-        self.tokens = np.empty(length, np.int32)
-        self.tokens[: self.length] = self.prompt
-        self.sampler = Sampler(self.params, self.prompt, vocab, self.ends, self.completion.sample, self._mask)
-
-    @property
-    def until_mark(self) -> int:
-        """Tokens to compute before the next mark, or before the end of the prompt and what was produced."""
-        return next((mark - self.computed for mark in self.marks if mark > self.computed), self.pending)
+    def wanted(self, rows: int) -> int:
+        return 1 + self.guessed if rows == self.pending + self.guessed else 0
 
     @property
     def opens_call(self) -> bool:
@@ -163,30 +202,29 @@ class Request(Job):
 
     def guess(self, count: int) -> list[int]:
         """At most `count` tokens that may follow, and fit with one more."""
-        room = len(self.tokens) - self.length - 1
-        return self.guesses.draft(self.tokens[: self.length], min(count, room)) if room > 0 else []
+        room = self.limit - self.length - 1
+        return self.guesses.draft(self.known, min(count, room)) if room > 0 else []
 
     def place(self, guesses: Sequence[int]) -> None:
         """Have the next step compute guesses, too."""
         self.guessed = len(guesses)
         self.tokens[self.length : self.length + self.guessed] = guesses
 
-    def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """Append the next token, chosen from the first row of logits [1 + guessed, vocab], and as long as that is what
-        was guessed the next one, from the row of the guess. Returns how many were guessed right.
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        """Append the next token, chosen from the first row, and as long as that is what was guessed the next one, from
+        the row of the guess.
         """
         assert self.sampler is not None
         guesses, self.guessed = self.tokens[self.length : self.length + self.guessed].tolist(), 0
         right = 0
         for row in logits:
-            self.accept(*self.sampler.choose(row, self.tokens[: self.length]))
+            self.accept(*self.sampler.choose(row, self.known))
             if self.finished or right == len(guesses) or self.tokens[self.length - 1] != guesses[right]:
                 break
             right += 1
         self.computed += right
         if guesses:
             self.guesses.tell(len(guesses), right)
-        return right
 
     def _clock(self, moment: str) -> None:
         self.completion.times = replace(self.completion.times, **{moment: perf_counter() - self._made})
@@ -253,11 +291,13 @@ class Score(Job):
 
     @property
     def finished(self) -> bool:
-        return self.error is not None or self.computed == len(self.prompt)
+        return self.error is not None or self.reached == len(self.prompt)
 
-    @abstractmethod
-    def take(self, logits: npt.NDArray[np.float32]) -> None:
-        """The logits after the next tokens that were computed, [tokens, vocab]; they are another step's afterwards."""
+    def enter(self, vocab: int, limit: int) -> None:
+        """There is nothing to prepare."""
+
+    def wanted(self, rows: int) -> int:
+        return max(0, self.computed + rows - self.reached)
 
     def cancel(self) -> None:
         self.fail(RequestError("scoring was cancelled"))
@@ -280,7 +320,7 @@ class LogitsScore(Score):
             raise CapacityError(f"the logits of {len(prompt)} tokens need {size} bytes; give a shorter text") from None
 
     def take(self, logits: npt.NDArray[np.float32]) -> None:
-        self.result[self.computed : self.computed + len(logits)] = logits
+        self.result[self.reached : self.reached + len(logits)] = logits
 
 
 class LogprobScore(Score):
@@ -297,7 +337,7 @@ class LogprobScore(Score):
         self._top = top
 
     def take(self, logits: npt.NDArray[np.float32]) -> None:
-        following = self.prompt[self.computed + 1 : self.computed + 1 + len(logits)]
+        following = self.prompt[self.reached + 1 : self.reached + 1 + len(logits)]
         for row, token in zip(logits, following.tolist(), strict=False):
             rank = 1 + int(np.count_nonzero(row > row[token]))
             self.result.append(replace(token_logprob(row, token, self._top), rank=rank))

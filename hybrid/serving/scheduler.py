@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import starmap
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +13,11 @@ import numpy.typing as npt
 from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.admission import Admission
-from hybrid.serving.guesses import Tokens
+from hybrid.serving.fairness import Fairness
 from hybrid.serving.pool import Pooled, PoolReport
 from hybrid.serving.prefixes import Prefix
-from hybrid.serving.request import Job, Limits, Request, Score
+from hybrid.serving.request import Job, Limits, Request
+from hybrid.serving.rows import Chunk, is_decoding, make_batch
 from hybrid.serving.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ class StepRecord:
     sampled: tokens that were chosen. times: as the executor measured them, with sampling. seconds: the whole step, from
     choosing its rows to the text of its tokens. cache: that of its `StepResult`. prompts: of each token that was chosen
     the number of its prompt, in the list that was given to `generate`. guessed: rows of guesses; right: those of them
-    that came true, which `decode_rows` has too.
+    that came true, which `decode_rows` has too. preempted: how many jobs gave up their sequences for it.
     """
 
     prompt_rows: int
@@ -47,10 +45,18 @@ class StepRecord:
     prompts: tuple[int, ...] = ()
     guessed: int = 0
     right: int = 0
+    preempted: int = 0
 
 
 class Scheduler:
-    """Runs requests on an engine, as many together as its sequences and its memory for keys and values hold.
+    """Runs jobs on an engine, as many together as its sequences and its memory for keys and values hold.
+
+    Every step has the next token of every text that is produced, and as many tokens of prompts as there is room for.
+    Prompts are read, and sequences given, in turns: by priority, then to the client that has got least so far
+    (`hybrid.serving.fairness`), then in order of arrival. Memory is reserved as texts grow. Where there is no more, the
+    job whose turn comes last, by priority and arrival, gives up its sequence. It waits with its tokens, which are
+    computed anew when there is room: the same bits, so its text goes on as if nothing had been. The first is never
+    the one that gives up, so that there is always one that comes to its end.
 
     A request that says so leaves its sequence behind, and one that says so goes on with it where its prompt begins
     with the same tokens (`hybrid.serving.kept`), or copies the beginning of one that is left behind or runs
@@ -58,7 +64,7 @@ class Scheduler:
     needs its place.
 
     One thread calls it: that of a `Loop`. forward: runs a step of these jobs; `Engine.forward` if it is not given.
-    on_step: called with the record of every step of requests. One that raises is called no more; what it raised is
+    on_step: called with the record of every step. One that raises is called no more; what it raised is
     `observer_error`.
     """
 
@@ -69,20 +75,26 @@ class Scheduler:
         self._forward = forward or (lambda jobs, batch: engine.forward(batch))
         self._plan = engine.plan
         self._limits = Limits.of(engine)
-        self._waiting: deque[Job] = deque()
         self._admission = Admission(engine)
         self._running, self._kept = self._admission.running, self._admission.kept
+        self._waiting: list[Job] = []
+        self._fairness = Fairness()
         self._speculation = Speculation(engine)
-        self._scoring: Score | None = None  # has the steps to itself, and nothing is admitted meanwhile
+        self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._scoring)
+        return bool(self._running or self._waiting)
 
-    def add(self, job: Job) -> None:
-        """Queue a request or a score. Raises RequestError, see `Limits.check`."""
-        self._limits.check(job.prompt)
-        self._waiting.append(job)
+    def add(self, *jobs: Job) -> None:
+        """Queue jobs, all or none. Raises RequestError, see `Limits.check`."""
+        for job in jobs:
+            self._limits.check(job.prompt)
+        for job in jobs:
+            self._arrivals += 1
+            job.arrival = self._arrivals
+            self._fairness.enter(job.client)
+            self._waiting.append(job)
 
     def cancel(self, job: Job) -> None:
         """End a job at once; nothing happens to one that has finished."""
@@ -92,78 +104,8 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> list[Job]:
         """End every job by an error; returns them."""
-        scoring = [self._scoring] if self._scoring else []
         self.forget()
-        return self._fail([*self._running, *scoring, *self._waiting], error)
-
-    def step(self) -> list[Job]:
-        """Compute one step; returns the jobs that have something to deliver.
-
-        Whatever the engine raises is the error of the jobs whose rows it computed, and their sequences are free; the
-        others go on.
-        """
-        started = perf_counter()
-        touched = self._admit()
-        if self._scoring:
-            return touched + self._score(self._scoring)
-        chunks = self._schedule()
-        if not chunks:
-            return touched
-        jobs, prompt_rows = [request for request, _ in chunks], sum(starmap(_prompt_rows, chunks))
-        try:
-            result = self._forward(jobs, _batch(chunks))
-        except BaseException as error:
-            return touched + self._fail(jobs, error)
-        sampling, guessed = perf_counter(), sum(request.guessed for request in jobs)
-        sampled = self._sample(chunks, result.logits)
-        ended = perf_counter()
-        times, rows = _with_sampling(result.times, ended - sampling), sum(rows for _, rows in chunks)
-        if not prompt_rows:
-            self._speculation.tell(rows, times.total)
-        prompts = tuple(request.completion.index for request, right in sampled for _ in range(right + 1))
-        right = sum(right for _, right in sampled)
-        counts = (prompt_rows, rows - prompt_rows - guessed + right, len(prompts))
-        self._report(StepRecord(*counts, times, ended - started, result.cache, prompts, guessed, right))
-        return touched + [request for request, _ in sampled]
-
-    def _score(self, score: Score) -> list[Job]:
-        """The next rows of a score, a step of their own; returns it once it has finished."""
-        start = score.computed
-        rows = score.prompt[start : start + self._plan.max_rows]
-        every = np.arange(len(rows), dtype=np.int32)
-        lengths = np.full_like(rows, len(score.prompt))
-        batch = Batch(rows, np.full_like(rows, score.sequence), every + np.int32(start), every, lengths)
-        try:
-            score.take(self._forward([score], batch).logits)
-        except BaseException as error:
-            return self._fail([score], error)
-        score.computed += len(rows)
-        if not score.finished:
-            return []
-        self._leave(score)
-        return [score]
-
-    def _admit(self) -> list[Job]:
-        """Give sequences to what waits, in order of arrival; returns what has no room for a token and ended."""
-        done: list[Job] = []
-        while self._waiting and not self._scoring and (job := self._waiting[0]):
-            length = self._length(job)
-            if not self._admission.can_fit(length):
-                break
-            prefix = None
-            if isinstance(job, Request):
-                job.phase = self._engine.spec.length_phase(len(job.prompt))
-                prefix, soon = self._admission.look(job)
-                if soon:
-                    break
-            self._waiting.popleft()
-            try:
-                self._enter(job, length, prefix)
-            except Exception as error:
-                self._fail([job], error)
-            if job.finished:
-                done.append(job)
-        return done
+        return self._fail([*self._running, *self._waiting], error)
 
     def forget(self) -> None:
         """Free what was left behind."""
@@ -181,32 +123,159 @@ class Scheduler:
 
     @property
     def running_tokens(self) -> int:
-        """Tokens of the running requests whose keys and values are computed."""
-        return sum(request.computed for request in self._running)
+        """Tokens of the running jobs whose keys and values are computed."""
+        return sum(job.computed for job in self._running)
 
-    def _length(self, job: Job) -> int:
-        """Tokens to reserve."""
+    def step(self) -> list[Job]:
+        """Compute one step; returns the jobs that have something to deliver.
+
+        Whatever the engine raises is the error of the jobs whose rows it computed, and their sequences are free; the
+        others go on.
+        """
+        started = perf_counter()
+        preempted = self._reserve()
+        chunks, touched = self._schedule()
+        if not chunks:
+            return touched
+        jobs = [job for job, _ in chunks]
+        try:
+            result = self._forward(jobs, make_batch(chunks))
+        except BaseException as error:
+            return touched + self._fail(jobs, error)
+        sampling, rows = perf_counter(), sum(rows for _, rows in chunks)
+        prompt_rows = sum(rows - job.guessed for job, rows in chunks if not is_decoding(job))
+        guessed = sum(job.guessed for job in jobs)
+        told = self._advance(chunks, result.logits)
+        ended = perf_counter()
+        times = _with_sampling(result.times, ended - sampling)
+        if not prompt_rows:
+            self._speculation.tell(rows, times.total)
+        prompts = tuple(job.completion.index for job, count in told if isinstance(job, Request) for _ in range(count))
+        right = sum(max(0, count - 1) for _, count in told)
+        counts = (prompt_rows, rows - prompt_rows - guessed + right, len(prompts))
+        seconds = ended - started
+        self._report(StepRecord(*counts, times, seconds, result.cache, prompts, guessed, right, preempted))
+        return touched + [job for job, _ in told]
+
+    def _turn(self, job: Job) -> tuple[int, int, int]:
+        """That of the job which comes first is the smallest."""
+        return job.priority, self._fairness.got(job.client), job.arrival
+
+    def _reserve(self) -> int:
+        """Have memory for the tokens that were chosen last; returns how many jobs gave up their sequences for it."""
+        preempted = 0
+        while not self._admission.grow():
+            last = max(self._running, key=lambda job: (job.priority, job.arrival))
+            self._admission.preempt(last)
+            self._waiting.append(last)
+            preempted += 1
+        return preempted
+
+    def _schedule(self) -> tuple[list[Chunk], list[Job]]:
+        """The rows of the next step: one of every text that is produced, then prompts in their turns, of which the
+        last may have to be read on in a later step. Returns the jobs that ended without a row too.
+        """
+        for job in self._running:
+            self._begin_phase(job)
+        decoding = [job for job in self._running if job.pending == 1]
+        if len(decoding) > self._plan.max_rows:
+            decoding = sorted(decoding, key=self._turn)[: self._plan.max_rows]
+        room = self._plan.max_rows - len(decoding)
+        chunks, ended = list[Chunk](), list[Job]()
+        reading, waiting = [job for job in self._running if job.pending > 1], [*self._waiting]
+        while room and (reader := self._next(reading, waiting, ended)):
+            chunks.append((reader, min(reader.until_mark, room)))
+            room -= chunks[-1][1]
+        if not chunks:  # guesses would delay a prompt
+            self._speculation.guess(decoding, min(room, self._admission.room))
+            self._admission.reserve()
+        return [(job, 1 + job.guessed) for job in decoding] + chunks, ended
+
+    def _next(self, reading: list[Job], waiting: list[Job], ended: list[Job]) -> Job | None:
+        """Whose prompt is read next, which is taken from its list; None if there is none, or room for none.
+
+        The turn of a job that had better wait for a prompt being read, which begins as its own does, is that one's.
+        """
+        while True:
+            if not self._admission.has_place:
+                waiting.clear()
+            job: Job | None = min([*reading, *waiting], key=self._turn, default=None)
+            if job is None or job in reading:
+                break
+            job.phase = self._engine.spec.length_phase(job.length)
+            if not self._admission.can_fit(job, self._limit(job)):
+                waiting.clear()  # or those behind it would take the room again and again
+                continue
+            waiting.remove(job)
+            prefix, reader = self._admission.look(job)
+            if reader is None and self._enter(job, prefix, ended):
+                return job
+            if reader in reading:
+                job = reader
+                break
+        if job:
+            reading.remove(job)
+        return job
+
+    def _enter(self, job: Job, prefix: Prefix | Pooled | None, ended: list[Job]) -> bool:
+        """Give a job its sequence; False: it has ended."""
+        try:
+            job.enter(self._engine.spec.vocab, self._limit(job))
+            if not job.finished:
+                self._admission.settle(job, prefix)
+        except Exception as error:
+            job.fail(error)
+        if job.finished:
+            self._leave(job)
+            ended.append(job)
+            return False
+        self._waiting.remove(job)
+        return True
+
+    def _limit(self, job: Job) -> int:
+        """Tokens that it may come to."""
         more = job.params.max_tokens or 0 if isinstance(job, Request) else 0
         return min(len(job.prompt) + more, self._limits.tokens)
 
-    def _enter(self, job: Job, length: int, prefix: Prefix | Pooled | None) -> None:
-        if isinstance(job, Score):
-            job.sequence, self._scoring = self._admission.free(length), job
-        elif isinstance(job, Request):
-            if length == len(job.prompt):
-                return job.finish("length")
-            job.enter(self._engine.spec.vocab, length)
-            self._admission.settle(job, prefix)
+    def _begin_phase(self, job: Job) -> None:
+        """Where a longer sequence has other keys, all its tokens are computed once more when it has become longer."""
+        phase = self._engine.spec.length_phase(job.length)
+        if phase != job.phase:
+            assert job.sequence is not None
+            self._engine.release(job.sequence)
+            job.computed, job.phase = 0, phase
+
+    def _advance(self, chunks: Sequence[Chunk], logits: npt.NDArray[np.float32]) -> list[tuple[Job, int]]:
+        """Give jobs the logits of a step; returns those that have something to deliver, a token, a result or an error
+        of their own, with the number of tokens that they got.
+        """
+        told, first = list[tuple[Job, int]](), 0
+        for job, rows in chunks:
+            wanted, length, known = job.wanted(rows), job.length, rows - job.guessed
+            try:
+                if wanted:
+                    job.take(logits[first : first + wanted])
+            except BaseException as error:  # of a processor of logits too
+                job.fail(error)
+            first += wanted
+            self._fairness.charge(job.client, job.advance(known), job.length - length)
+            if job.finished:
+                self._leave(job)
+            else:
+                self._admission.save_marked(job)
+            if job.finished or job.length > length:
+                told.append((job, job.length - length))
+        return told
 
     def _leave(self, job: Job) -> None:
-        """Take a job from wherever it is, and free its sequence."""
-        if job.sequence is None:
-            with suppress(ValueError):
-                self._waiting.remove(job)
-            return
-        if job is self._scoring:
-            self._scoring = None
-        self._admission.leave(job, self._is_whole(job))
+        """Take a job that ends from wherever it is, and free its sequence."""
+        if job.sequence is not None:
+            self._admission.leave(job, self._is_whole(job))
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        else:
+            return  # it was refused
+        self._fairness.leave(job.client)
 
     def _is_whole(self, job: Job) -> bool:
         """Whether the state of its sequence is known. That of a step which was cut is whole up to the rows of that
@@ -221,100 +290,12 @@ class Scheduler:
             self._leave(job)
         return list(jobs)
 
-    def _schedule(self) -> list[tuple[Request, int]]:
-        """Rows of the next step: one of every decoding request, then prompts in order of arrival."""
-        for request in self._running:
-            self._begin_phase(request)
-        self._speculation.guess(self._running)
-        chunks, room = [], self._plan.max_rows
-        for request in sorted(self._running, key=lambda request: request.pending > 1):
-            rows = min(request.pending + request.guessed, room)
-            if request.marks:  # of requests that have no guesses
-                rows = min(rows, request.until_mark)
-            if rows == 0:
-                break
-            chunks.append((request, rows))
-            room -= rows
-        return chunks
-
-    def _begin_phase(self, request: Request) -> None:
-        """Where a longer sequence has other keys, all its tokens are computed once more when it has become longer."""
-        phase = self._engine.spec.length_phase(request.length)
-        if phase != request.phase:
-            assert request.sequence is not None
-            self._engine.release(request.sequence)
-            request.computed, request.phase = 0, phase
-
-    def _sample(
-        self, chunks: Sequence[tuple[Request, int]], logits: npt.NDArray[np.float32]
-    ) -> list[tuple[Request, int]]:
-        """Advance the requests of a step; returns those that got a token, or an error of their own, with the number of
-        guesses that came true.
-        """
-        sampled, first = [], 0
-        for request, rows in chunks:
-            whole, rows = _is_whole(request, rows), rows - request.guessed
-            request.computed += rows
-            self._admission.save_marked(request)
-            if whole:
-                last = first + 1 + request.guessed
-                sampled.append((request, self._choose(request, logits[first:last])))
-                first = last
-        return sampled
-
-    def _choose(self, request: Request, logits: npt.NDArray[np.float32]) -> int:
-        """How many guesses came true."""
-        right = 0
-        try:
-            right = request.choose(logits)
-        except BaseException as error:  # of a processor of logits too
-            request.fail(error)
-        if request.finished:
-            self._leave(request)
-        elif request.opens_call:
-            self._admission.save(request)
-        return right
-
     def _report(self, record: StepRecord) -> None:
-        if self.on_step is None:
-            return
         try:
-            self.on_step(record)
+            if self.on_step is not None:
+                self.on_step(record)
         except BaseException as error:
             self.on_step, self.observer_error = None, error
-
-
-def _batch(chunks: Sequence[tuple[Request, int]]) -> Batch:
-    starts = [request.computed for request, _ in chunks]
-    ends = np.cumsum([rows for _, rows in chunks], dtype=np.int32)
-    wanted = [
-        np.arange(end - 1 - request.guessed, end, dtype=np.int32)
-        for end, (request, rows) in zip(ends, chunks, strict=True)
-        if _is_whole(request, rows)
-    ]
-    return Batch(
-        np.concatenate([r.tokens[r.computed : r.computed + rows] for r, rows in chunks]),
-        np.repeat(_int32([r.sequence for r, _ in chunks]), [rows for _, rows in chunks]),
-        np.concatenate(
-            [np.arange(at, at + rows, dtype=np.int32) for at, (_, rows) in zip(starts, chunks, strict=True)]
-        ),
-        np.concatenate([_int32([]), *wanted]),
-        np.repeat(_int32([r.length for r, _ in chunks]), [rows for _, rows in chunks]),
-    )
-
-
-def _int32(values: Any) -> Tokens:
-    return np.asarray(values, dtype=np.int32)
-
-
-def _is_whole(request: Request, rows: int) -> bool:
-    """Whether a token can be chosen after so many rows."""
-    return rows == request.pending + request.guessed
-
-
-def _prompt_rows(request: Request, rows: int) -> int:
-    """How many of the next `rows` rows of a request belong to its prompt."""
-    return min(rows, max(0, len(request.prompt) - request.computed))
 
 
 def _with_sampling(times: StepTimes, sampling: float) -> StepTimes:

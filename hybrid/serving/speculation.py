@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid.serving.guesses import Guesses
-from hybrid.serving.request import Request
+from hybrid.serving.request import Job, Request
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -33,18 +33,19 @@ class Speculation:
     def __init__(self, engine: Engine) -> None:
         plan, self._engine = engine.plan, engine
         self._wanted = plan.speculate and plan.kv.repeatable and plan.cache is None
-        self._max_rows, self._phase = plan.max_rows, engine.spec.length_phase
+        self._phase = engine.spec.length_phase
         self._seconds = StepSeconds(engine.step_bytes)
 
-    def guess(self, running: Sequence[Request]) -> None:
-        """Give requests guesses if that pays, and if no prompt is to be read, which it would delay."""
-        routes, reads = self._engine.routes, any(request.pending > 1 for request in running)
-        if not self._wanted or not self._seconds.known or reads or (routes and routes.matter):
+    def guess(self, running: Sequence[Job], room: int) -> None:
+        """Give the requests of a step that reads no prompt guesses if that pays, at most `room` of them."""
+        routes = self._engine.routes
+        if not self._wanted or not self._seconds.known or (routes and routes.matter):
             return
-        made = [(request, request.guess(COUNTS[-1])) for request in running if self._may_guess(request)]
+        requests = [job for job in running if isinstance(job, Request) and self._may_guess(job)]
+        made = [(request, request.guess(COUNTS[-1])) for request in requests]
         made = [(request, guesses) for request, guesses in made if guesses]
         drafts = [(request.guesses, len(guesses)) for request, guesses in made]
-        count = worth_guessing(self._seconds, drafts, len(running), self._max_rows - len(running))
+        count = worth_guessing(self._seconds, drafts, len(running), room)
         for request, guesses in made:
             if count:
                 request.place(guesses[:count])

@@ -1,0 +1,147 @@
+"""Memory is reserved as texts grow; where there is no more, the last gives way, and loses nothing but time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from dummy_engine import DummyEngine, reference_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import open_engine
+from test_kept import check_integrity, request, run
+
+from hybrid.serving import admission
+from hybrid.serving.request import LogitsScore
+from hybrid.serving.scheduler import Scheduler, StepRecord
+
+
+@pytest.fixture(autouse=True)
+def little_headroom(monkeypatch) -> None:
+    monkeypatch.setattr(admission, "HEADROOM", 2)
+
+
+def observed(engine: DummyEngine) -> tuple[Scheduler, list[StepRecord]]:
+    scheduler, records = Scheduler(engine), list[StepRecord]()
+    scheduler.on_step = records.append
+    return scheduler, records
+
+
+def test_requests_that_may_fill_the_memory_run_together() -> None:
+    engine = DummyEngine(kv_token_budget=64, max_seq_len=64)
+    scheduler, records = observed(engine)
+    entries = run(scheduler, *(request([1, 2, 3, token], 60) for token in range(4)))
+    assert records[4].decode_rows == 4
+    assert sum(record.preempted for record in records) > 0
+    for entry in entries:
+        assert entry.completion.token_ids == reference_tokens(entry.prompt.tolist(), 60)
+        assert [t for delta in entry.deltas for t in delta.token_ids] == entry.completion.token_ids
+        assert entry.completion.finish_reason == "length" and entry.completion.cached_tokens == 0
+
+
+def test_the_youngest_of_the_least_urgent_gives_way() -> None:
+    engine = DummyEngine(kv_token_budget=64, max_seq_len=64, max_rows=64)
+    scheduler, _ = observed(engine)
+    urgent = request([1] * 15, 40, priority=-1)
+    entries = [request([2] * 15, 40), request([3] * 15, 40), urgent]
+    scheduler.add(*entries)
+    scheduler.step()
+    assert scheduler._running == [urgent, *entries[:2]]
+    while not scheduler._waiting:
+        scheduler.step()
+    assert scheduler._waiting == [entries[1]] and entries[1].sequence is None
+    while not urgent.finished:
+        scheduler.step()
+        assert urgent in scheduler._running or urgent.finished
+    run(scheduler)
+    assert [e.completion.token_ids for e in entries] == [reference_tokens(e.prompt.tolist(), 40) for e in entries]
+
+
+def test_what_was_left_behind_gives_way_before_anybody_else() -> None:
+    engine = DummyEngine(kv_token_budget=64, max_seq_len=64)
+    scheduler, records = observed(engine)
+    run(scheduler, request([9] * 20, 2))
+    run(scheduler, request([1] * 4, 50))
+    assert not any(record.preempted for record in records) and len(scheduler._kept) == 1
+
+
+def test_a_score_that_gave_way_has_every_logit_once() -> None:
+    engine = DummyEngine(kv_token_budget=64, max_seq_len=64, max_rows=8)
+    scheduler, records = observed(engine)
+    scheduler.add(first := request([5] * 4, 55))
+    while first.pending > 1:
+        scheduler.step()
+    scheduler.add(score := LogitsScore(np.arange(58, dtype=np.int32), 300))
+    run(scheduler)
+    score2 = LogitsScore(np.arange(40, dtype=np.int32), 300)
+    scheduler.add(request([5] * 4, 55), score2)
+    run(scheduler)
+    for done in (score, score2):
+        wanted = [reference_tokens(list(range(n)), 1)[0] for n in range(1, len(done.prompt) + 1)]
+        assert done.result.argmax(axis=1).tolist() == wanted
+
+
+def test_where_routes_are_recorded_every_token_is_computed_once() -> None:
+    engine = DummyEngine(kv_token_budget=64, max_seq_len=64)
+    engine.routes = type("Routes", (), {"matter": True})()
+    scheduler, records = observed(engine)
+    run(scheduler, *(request([token] * 4, 40) for token in range(4)))
+    assert sum(len(batch.token_ids) for batch in engine.steps) == 4 * (4 + 40 - 1)
+    assert not any(record.preempted for record in records)
+
+
+ARRIVALS = st.tuples(
+    st.integers(1, 30),  # tokens of the prompt
+    st.integers(0, 40),  # tokens to produce
+    st.integers(-1, 1),  # priority
+    st.booleans(),  # whether it keeps
+    st.integers(0, 9),  # steps until the next one arrives
+    st.booleans(),  # whether it is cancelled then
+)
+
+
+@settings(max_examples=80)
+@given(st.lists(ARRIVALS, max_size=10), st.integers(64, 120), st.integers(3, 16), st.booleans())
+def test_whoever_gives_way_has_the_tokens_of_one_alone(arrivals, budget: int, rows: int, repeatable: bool) -> None:
+    engine = DummyEngine(kv_token_budget=budget, max_rows=rows, repeatable=repeatable, prefix_bytes=budget)
+    scheduler, entries = Scheduler(engine), []
+    for length, count, priority, keep, steps, cancelled in arrivals:
+        entries.append(request([7, *range(length - 1)], count, keep, priority=priority))
+        scheduler.add(entries[-1])
+        for _ in range(steps):
+            scheduler.step()
+            check_integrity(scheduler)
+        if cancelled:
+            scheduler.cancel(entries[-1])
+    run(scheduler)
+    for entry in entries:
+        produced = entry.completion.token_ids
+        wanted = reference_tokens(entry.prompt.tolist(), entry.params.max_tokens)
+        assert entry.error is None and produced == wanted[: len(produced)]
+        assert (
+            len(produced) == min(len(wanted), 64 - len(entry.prompt)) or entry.completion.finish_reason == "cancelled"
+        )
+    scheduler.forget()
+    assert engine.sequences == {} and not scheduler._fairness._jobs
+
+
+@pytest.mark.parametrize("family", ["mixtral", "lfm2"])
+def test_who_gave_way_goes_on_with_the_same_bits(tmp_path, family: str) -> None:
+    prompts = np.random.default_rng(7).integers(0, 131, (3, 30))
+    path = write_checkpoint(tmp_path / "model", family)
+    with open_engine(path, tmp_path / "cache", max_seq_len=128) as engine:
+        entries = [
+            [request(prompt, 50, keep, temperature=0.8, seed=3, ignore_eos=True, logprobs=20) for prompt in prompts]
+            for keep in (False, True)
+        ]
+        for alone in entries[0]:
+            run(Scheduler(engine), alone)
+        engine.plan = replace(engine.plan, kv_token_budget=130)
+        scheduler, records = observed(engine)
+        run(scheduler, *entries[1])
+        assert sum(record.preempted for record in records) > 0
+    for alone, together in zip(*entries, strict=True):
+        assert together.completion.token_ids == alone.completion.token_ids
+        assert together.completion.logprobs == alone.completion.logprobs

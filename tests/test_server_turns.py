@@ -1,0 +1,84 @@
+"""Keys and priorities of the server: whose turn it is."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+from dummy_engine import GatedEngine  # noqa: E402
+from dummy_tokenizer import BYTES  # noqa: E402
+from server_rig import Running, running, until  # noqa: E402
+
+from hybrid import LLM  # noqa: E402
+
+COMPLETE = "/v1/completions"
+
+
+class Queue:
+    """A server with one sequence that is taken, and who comes next."""
+
+    def __init__(self, server: Running, engine: GatedEngine) -> None:
+        self.server, self.engine = server, engine
+        self.order: list[str] = []
+        self._threads: list[threading.Thread] = []
+
+    def ask(self, name: str, key: str = "a", **fields: Any) -> None:
+        """Ask and wait until it is queued."""
+        before = len(self.server.service._runs)
+        self._threads.append(threading.Thread(target=self._ask, args=(name, key, fields)))
+        self._threads[-1].start()
+        until(lambda: len(self.server.service._runs) > before)
+
+    def _ask(self, name: str, key: str, fields: dict[str, Any]) -> None:
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"prompt": [1, 2, 3], "max_tokens": 1, **fields}
+        reply = self.server.http.post(COMPLETE, json=body, headers=headers)
+        assert reply.status_code == 200, reply.text
+        self.order.append(name)
+
+    def finish(self) -> list[str]:
+        for count in range(len(self._threads)):
+            self.engine.permit()
+            until(lambda count=count: len(self.order) > count)
+        for thread in self._threads:
+            thread.join()
+        return self.order
+
+
+@pytest.fixture
+def queue():
+    engine = GatedEngine(sequences=1, max_rows=64, max_seq_len=64)
+    with running(LLM.from_engine(engine, BYTES, frozenset(), None), api_key=("a", "b")) as server:
+        made = Queue(server, engine)
+        made.ask("first")
+        engine.rows()
+        yield made
+
+
+def test_a_lower_priority_comes_first(queue: Queue) -> None:
+    for name, priority in (("late", 2), ("middle", None), ("soon", -3)):
+        queue.ask(name, priority=priority)
+    assert queue.finish() == ["first", "soon", "middle", "late"]
+
+
+def test_a_key_of_many_requests_does_not_hold_up_another(queue: Queue) -> None:
+    for number in range(3):
+        queue.ask(f"a{number}")
+    queue.ask("b", key="b")
+    assert queue.finish() == ["first", "a0", "b", "a1", "a2"]
+
+
+def test_a_priority_that_is_none_is_refused(queue: Queue) -> None:
+    for priority in (2**31, "high", 1.5):
+        reply = queue.server.http.post(
+            COMPLETE, json={"prompt": "a", "priority": priority}, headers={"authorization": "Bearer a"}
+        )
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "priority"
+    queue.finish()
