@@ -63,6 +63,8 @@ class CountingEngine:
             max_seq_len=self.tokens,
             max_rows=8192,
             speculate=False,
+            kv_idle_release=None,
+            min_free_bytes=0,
             cache=None,
             state_bytes=self.tokens,
             prefix_bytes=self.tokens * self.pool,

@@ -227,6 +227,9 @@ class EngineConfig:
         maximum=1e6,
         shown="half of what is left",
     )
+    kv_idle_release: float | None = setting(
+        None, "Seconds without requests after which kept prompts are given up.", minimum=0, maximum=1e9, shown="never"
+    )
     chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
     speculate: bool = setting(
         True, "Guess tokens that repeat the text and compute them along, where that pays.", negatable=True

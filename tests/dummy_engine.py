@@ -27,6 +27,8 @@ class DummyPlan:
     speculate: bool = True
     cache: None = None
     prefix_bytes: int = 0
+    kv_idle_release: float | None = None
+    min_free_bytes: int = 0
 
     @property
     def kv(self):

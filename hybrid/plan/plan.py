@@ -32,6 +32,7 @@ from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
+MIN_FREE = 256 << 20  # bytes that are left to others
 ALIGN = 64
 
 
@@ -49,7 +50,8 @@ class Plan:
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
     lists for a step with it, by CUDA graphs if wanted.
     route_trace: whose experts rows take in place of those of the model's routers. speculate: whether tokens may be
-    guessed. prefix_bytes: that kept prompts may take beyond the sequences.
+    guessed. prefix_bytes: that kept prompts may take beyond the sequences; kv_idle_release: seconds without requests
+    after which they are given up.
     """
 
     model_type: str
@@ -89,6 +91,7 @@ class Plan:
     route_trace: Path | None = None
     speculate: bool = True
     prefix_bytes: int = 0
+    kv_idle_release: float | None = None
 
     @property
     def nodes(self) -> int:
@@ -114,6 +117,11 @@ class Plan:
     def state_bytes(self) -> int:
         """What is left for keys and values, of sequences and of kept prompts."""
         return max(0, self.memory_available - self.fixed_bytes)
+
+    @property
+    def min_free_bytes(self) -> int:
+        """What should be free while this runs. The pages of mapped weights count as free, and are not to be lost."""
+        return MIN_FREE + (sum(self.weight_bytes.values()) if self.load == "map" else 0)
 
     @property
     def problem(self) -> str | None:
@@ -225,6 +233,7 @@ def _sized(
         device_name="cpu" if config.device == "auto" else config.device,
         route_trace=config.route_trace,
         speculate=config.speculate,
+        kv_idle_release=config.kv_idle_release,
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)

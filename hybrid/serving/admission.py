@@ -130,6 +130,19 @@ class Admission:
             pass
         self.pool.shrink(0)
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether anything was left behind."""
+        return len(self.kept) + len(self.pool) > 0
+
+    def shed(self, short: int) -> None:
+        """Give back so many bytes of what was left behind: sequences first, which the pool has too."""
+        token = self._plan.kv.token_bytes
+        while short > 0 and (tokens := self.kept.tokens) and self._give_up_oldest():
+            short -= (tokens - self.kept.tokens) * token
+        if short > 0:
+            self.pool.shrink(self.pool.nbytes - short)
+
     def _copied(self, prefix: Prefix | Pooled, length: int) -> int:
         """A free sequence with room for so many tokens, which begins with a prefix."""
         if isinstance(prefix, Pooled):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid.errors import CapacityError, KernelError, RequestError, forked_error
 from hybrid.serving.pool import PoolReport
+from hybrid.serving.relief import CHECK_SECONDS
 from hybrid.serving.request import Job
 from hybrid.serving.scheduler import Scheduler, StepRecord
 from hybrid.serving.stepper import Stepper, closed_error
@@ -246,7 +247,11 @@ class _Worker:
         while not (self.commands.empty() and self.scheduler.has_work):
             if os.getpid() != self.process:  # forked by a callback
                 return False
-            command = self.commands.get()
+            try:
+                command = self.commands.get(timeout=CHECK_SECONDS if self.scheduler.holds_any else None)
+            except Empty:
+                self.scheduler.rest()
+                continue
             if command is None:
                 return False
             command.run()

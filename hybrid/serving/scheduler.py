@@ -16,6 +16,7 @@ from hybrid.serving.admission import Admission
 from hybrid.serving.fairness import Fairness
 from hybrid.serving.pool import Pooled, PoolReport
 from hybrid.serving.prefixes import Prefix
+from hybrid.serving.relief import Relief
 from hybrid.serving.request import Job, Limits, Request
 from hybrid.serving.rows import Chunk, is_decoding, make_batch
 from hybrid.serving.speculation import Speculation
@@ -80,6 +81,7 @@ class Scheduler:
         self._waiting: list[Job] = []
         self._fairness = Fairness()
         self._speculation = Speculation(engine)
+        self._relief = Relief(engine.plan, self._admission)
         self._arrivals = 0
 
     @property
@@ -107,6 +109,15 @@ class Scheduler:
         self.forget()
         return self._fail([*self._running, *self._waiting], error)
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether `rest` should be called while there is no work."""
+        return self._admission.holds_any
+
+    def rest(self) -> None:
+        """Without work, every `CHECK_SECONDS`: give memory back that others need, or that was idle for long."""
+        self._relief.check(busy=False)
+
     def forget(self) -> None:
         """Free what was left behind."""
         self._admission.forget()
@@ -133,6 +144,7 @@ class Scheduler:
         others go on.
         """
         started = perf_counter()
+        self._relief.check(busy=True)
         preempted = self._reserve()
         chunks, touched = self._schedule()
         if not chunks:
