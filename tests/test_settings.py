@@ -23,6 +23,7 @@ from hybrid.commands.bench import BenchOptions
 from hybrid.commands.chat import ChatOptions
 from hybrid.commands.fit import FitOptions
 from hybrid.commands.flags import command, new_app, only
+from hybrid.commands.form import FormOptions
 from hybrid.commands.models import ModelsOptions
 from hybrid.commands.pack import PackOptions
 from hybrid.commands.perplexity import PerplexityOptions
@@ -37,7 +38,7 @@ from hybrid.serving.params import check_params
 from hybrid.settings import Setting, build, check_settings, choose, named_as_given, settings_of
 
 ROOT = Path(__file__).parent.parent
-OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions)
+OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions, FormOptions)
 KINDS = (
     *OF_RUN, PackOptions, ModelsOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions,
     ServerConfig,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid.commands.console import progress_bar, say
 from hybrid.commands.conversation import ChatInputs, Conversation
 from hybrid.commands.flags import command, new_app
+from hybrid.commands.form import FormOptions
 from hybrid.config import EngineConfig, check_config
 from hybrid.core import SamplingParams
 from hybrid.errors import ConfigError
@@ -46,13 +47,13 @@ class ChatOptions:
 
 
 @command(app)
-def chat(config: EngineConfig, params: SamplingParams, options: ChatOptions) -> None:
+def chat(config: EngineConfig, params: SamplingParams, options: ChatOptions, form: FormOptions) -> None:
     """Talk with a model: questions from the keyboard, or one on each line of standard input."""
     from hybrid.serving.params import check_params
 
     check_settings(options)
     check_config(config)
-    check_params(params)
+    check_params(params := replace(params, grammar=form.read()))
     inputs = options.inputs()
     from hybrid.serving.llm import LLM
 

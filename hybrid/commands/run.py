@@ -12,6 +12,7 @@ from hybrid.commands.chat import ChatOptions
 from hybrid.commands.console import progress_bar, say, show, show_json
 from hybrid.commands.conversation import AnswerPrinter, ChatInputs, Conversation, show_progress
 from hybrid.commands.flags import Version, command, new_app
+from hybrid.commands.form import FormOptions
 from hybrid.commands.prompts import DEFAULT_PROMPT, MAX_PROMPTS, gather_prompts, read_stdin
 from hybrid.commands.signals import Terminated
 from hybrid.config import OVERLAPS, EngineConfig, check_config
@@ -68,6 +69,7 @@ def run(
     params: SamplingParams,
     options: RunOptions,
     chat: ChatOptions,
+    form: FormOptions,
     version: Version = False,
 ) -> None:
     """Generate text from --prompt, --prompt-path or standard input; with none of them, at a terminal, chat."""
@@ -75,6 +77,7 @@ def run(
     check_settings(chat)
     if options.overlap != "none":  # the prefetch that runs while the misses do
         config = replace(config, cache=replace(config.cache, prefetch=OVERLAPS[options.overlap]))
+    params = replace(params, grammar=form.read())
     _run(replace(config, routes=config.routes or options.trace is not None), params, options, chat.inputs())
 
 
