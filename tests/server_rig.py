@@ -23,10 +23,10 @@ QUESTION = [{"role": "user", "content": "Tell me a story about a fox."}]
 class Running:
     """A server that answers. http: a client of it."""
 
-    def __init__(self, llm: LLM | None, **config: Any) -> None:
+    def __init__(self, llm: LLM | None, telemetry: Any = None, **config: Any) -> None:
         """Without an llm it goes on loading."""
         options = ServerConfig(port=0, log="none", **config)
-        self.service = Service(options, ("tiny", "also-tiny"))
+        self.service = Service(options, ("tiny", "also-tiny"), telemetry)
         self._socket, self._may_load = listen(options), threading.Event()
         self.process = Process(self.service, lambda progress: self._load(llm, progress))
         self.port = self._socket.getsockname()[1]

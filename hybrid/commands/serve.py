@@ -32,10 +32,13 @@ def serve(config: EngineConfig, options: ServerConfig) -> None:
     keys = options.all_keys()
     from hybrid.server.process import Process, listen
     from hybrid.server.service import Service
+    from hybrid.server.telemetry import Telemetry
     from hybrid.serving.llm import LLM
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    service = Service(options, options.served_model_name or (_name(config),))
+    service = Service(
+        options, options.served_model_name or (_name(config),), Telemetry.open() if options.telemetry else None
+    )
     with listen(options) as listening:
         address = _address(options, listening.getsockname()[1])
         say(f"listening at {address} while the model is loaded; {address}/ready tells when it is there")

@@ -38,7 +38,7 @@ def build(service: Service) -> Gate:
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
-    return Gate(app, service.config)
+    return Gate(app, service.config, service.telemetry)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -36,6 +36,9 @@ class ServerConfig:
     send_seconds: float = setting(
         60.0, "A client that takes nothing for so long is cut off.", minimum=0, above=True, maximum=86400
     )
+    telemetry: bool = setting(
+        False, "Send a span for each request by OpenTelemetry, where OTEL_EXPORTER_OTLP_ENDPOINT says."
+    )
     log: str = setting("text", f"A line on stderr for each request: one of {', '.join(LOGS)}.", choices=LOGS)
 
     def all_keys(self) -> tuple[str, ...]:

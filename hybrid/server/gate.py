@@ -27,6 +27,7 @@ from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.page import PATHS
 from hybrid.server.refusals import Refusal, internal
+from hybrid.server.telemetry import Telemetry
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -48,8 +49,8 @@ logger = logging.getLogger("hybrid.server")
 class Gate:
     """An ASGI application around another."""
 
-    def __init__(self, app: App, config: ServerConfig) -> None:
-        self._app, self._config = app, config
+    def __init__(self, app: App, config: ServerConfig, telemetry: Telemetry | None = None) -> None:
+        self._app, self._config, self._telemetry = app, config, telemetry
         self._digests = [_digest(key) for key in config.all_keys()]
         self._open = OPEN | PATHS | ({"/metrics"} if config.open_metrics else set())
 
@@ -74,6 +75,8 @@ class Gate:
                 await internal().response(exchange.path)(scope, receive, exchange.send)
         finally:
             exchange.log_end()
+            if self._telemetry and not exchange.is_for(OPEN):
+                self._telemetry.note(exchange)
 
     def _refusal(self, exchange: Exchange) -> Refusal | None:
         if not self._host_allowed(exchange):
@@ -125,6 +128,7 @@ class Exchange:
     id: str = field(init=False)
     status: int | None = None
     tokens: tuple[int, int] | None = None  # of the prompt and produced, for the log
+    moments: tuple[float, ...] = ()  # of `perf_counter`: made, prompt begun, first token, finished
     begun: float = field(default_factory=perf_counter)
 
     def __post_init__(self) -> None:

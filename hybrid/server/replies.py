@@ -34,9 +34,11 @@ def usage_of(completions: Sequence[Completion]) -> dict[str, Any]:
 
 
 def note_usage(request: Request, run: Run) -> None:
-    """For the line about it in the log."""
-    usage = usage_of([one.completion for one in run.requests])
-    exchange_of(request).tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+    """For the line about it in the log, and its span."""
+    completions, exchange = [one.completion for one in run.requests], exchange_of(request)
+    usage, made = usage_of(completions), run.requests[0].made
+    exchange.tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+    exchange.moments = (made, *(made + moment for moment in _moments(completions)))
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -45,9 +47,7 @@ def measured(run: Run) -> dict[str, Any]:
     usage = usage_of(completions)
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     read, produced = usage["prompt_tokens"] - cached, usage["completion_tokens"]
-    started = min((c.times.started for c in completions if c.times.started is not None), default=0.0)
-    first = max((c.times.first_token for c in completions if c.times.first_token is not None), default=started)
-    finished = max((c.times.finished for c in completions if c.times.finished is not None), default=first)
+    started, first, finished = _moments(completions)
     later = max(produced - len(completions), 0)
     return {
         "timings": {
@@ -62,6 +62,16 @@ def measured(run: Run) -> dict[str, Any]:
         },
         "expert_cache": run.expert_cache(),
     }
+
+
+def _moments(completions: Sequence[Completion]) -> tuple[float, float, float]:
+    """When the first prompt began to be computed, all had a first token, the last had ended: seconds since they were
+    made.
+    """
+    started = min((c.times.started for c in completions if c.times.started is not None), default=0.0)
+    first = max((c.times.first_token for c in completions if c.times.first_token is not None), default=started)
+    finished = max((c.times.finished for c in completions if c.times.finished is not None), default=first)
+    return started, first, finished
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -17,6 +17,7 @@ from hybrid.server.config import ServerConfig
 from hybrid.server.gate import log_failure
 from hybrid.server.metrics import Metrics
 from hybrid.server.refusals import Refusal, internal
+from hybrid.server.telemetry import Telemetry
 from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.llm import LLM
 from hybrid.serving.pool import PoolReport
@@ -31,8 +32,8 @@ _PROBE_SECONDS = 1.0  # between tries whether steps succeed again
 class Service:
     """Lives on one event loop, which alone calls it unless something else is said. names: of the model."""
 
-    def __init__(self, config: ServerConfig, names: Sequence[str]) -> None:
-        self.config, self.names = config, tuple(names)
+    def __init__(self, config: ServerConfig, names: Sequence[str], telemetry: Telemetry | None = None) -> None:
+        self.config, self.names, self.telemetry = config, tuple(names), telemetry
         self.created = int(time())
         self.progress: tuple[str, int, int] | None = None  # of loading; any thread sets it
         self.draining = False
@@ -181,6 +182,8 @@ class Service:
             self._probe.cancel()
         if self._llm:
             self._llm.llm.close()
+        if self.telemetry:
+            self.telemetry.close()
 
 
 class Run:

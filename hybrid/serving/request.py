@@ -171,7 +171,7 @@ class Request(Job):
         )
         self.deltas: deque[TextDelta] = deque()
         self.ends = (frozenset() if params.ignore_eos else eos_ids) | {*params.stop_token_ids}
-        self._made = perf_counter()
+        self.made = perf_counter()
         self._text = text
         self._mask = mask
         self._told = 0  # tokens that earlier deltas carried
@@ -227,7 +227,7 @@ class Request(Job):
             self.guesses.tell(len(guesses), right)
 
     def _clock(self, moment: str) -> None:
-        self.completion.times = replace(self.completion.times, **{moment: perf_counter() - self._made})
+        self.completion.times = replace(self.completion.times, **{moment: perf_counter() - self.made})
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """Append a token; finish when it ends the text or the room is used up."""
