@@ -10,6 +10,7 @@ were measured beside the very repetition; `off` is how far it lies from what was
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
@@ -74,6 +75,7 @@ def slices(
     tests: Annotated[str, typer.Option(help="As pp512, tg32 or tg32@4096.")] = "pp512,tg32",
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1)] = 5,
     work_dir: Annotated[Path | None, typer.Option(help="For the stores; default: user cache.")] = None,
+    real_time: Annotated[bool, typer.Option("--real-time", help="Before all other processes.")] = False,
     output: Annotated[str, typer.Option(help="md or json.")] = "md",
 ) -> None:
     """Time slices of published models in turn; print tokens per second, shares of the limit and predictions."""
@@ -81,20 +83,18 @@ def slices(
         names = [REFERENCE, *(name for name in models.split(",") if name != REFERENCE)]
         chosen, folder = parse_tests(tests), work_dir or default_cache_dir() / "slices"
         length = max(test.length for test in chosen) + 1
+        stores = {name: packed_slice(name, format, folder) for name in names}
+        if real_time:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
         engines = {}
-        for name in names:
-            config = EngineConfig(
-                model_path=packed_slice(name, format, folder), kv_format=kv_format, max_seq_len=length, max_batch=1
-            )
+        for name, path in stores.items():
+            config = EngineConfig(model_path=path, kv_format=kv_format, max_seq_len=length, max_batch=1)
             engines[name] = opened.enter_context(Engine.open(config))
         probe = MachineProbe(engines[REFERENCE].pool, engines[REFERENCE].plan.isa, integers=True)
         entries = _measure(engines, chosen, probe, repetitions)
         report = {
             "machine": bench.describe_machine(engines[REFERENCE], probe),
-            "results": [
-                entry.to_dict(engines[entry.model].plan.format_text, entries[REFERENCE, entry.test])
-                for entry in entries.values()
-            ],
+            "results": [entry.to_dict(format, entries[REFERENCE, entry.test]) for entry in entries.values()],
         }
         print(bench.to_json(report) if output == "json" else _table(report))
 

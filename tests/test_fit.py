@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,11 @@ from checkpoints import CONFIGS as SMALL
 from checkpoints import write_checkpoint
 from test_plan import MACHINE
 
+from hybrid.commands.fit import FitOptions, fits_of, instead_of, machine_of
+from hybrid.commands.fit_text import text
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
-from hybrid.formats.mix import MIXES
+from hybrid.formats.mix import MIXES, parse_mix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.fit import Fit, Rates, fit_model, parameters
@@ -25,7 +28,7 @@ from hybrid.weights.pack import cached_store
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-from synthetic_checkpoint import CONFIGS  # noqa: E402
+from synthetic_checkpoint import CONFIGS, make_slice  # noqa: E402
 
 QWEN3_235B = {
     **CONFIGS["qwen3-30b-a3b"],
@@ -120,6 +123,31 @@ def test_predicted_shares_of_the_limit_are_those_of_recorded_runs(results, forma
     assert compared >= 2
 
 
+def recorded_slices() -> list[Any]:
+    reports = json.loads((ROOT / "bench/results/2026-11-29-slices.json").read_text())
+    return [
+        pytest.param(report["machine"], row, id=f"{row['model']}-{row['format']}-{row['test']}")
+        for report in reports
+        for row in report["results"]
+    ]
+
+
+@pytest.mark.parametrize(("machine", "row"), recorded_slices())
+def test_predictions_are_those_of_recorded_slices(machine, row) -> None:
+    """Within 15 % of the share of the limit that was reached."""
+    config = make_slice(row["model"])
+    spec, mix = model_spec(config), parse_mix(row["format"], native_mix(config))
+    peaks = [1e9 * machine["peak_gflops"][kind] for kind in ("bf16", "int8")]
+    rates, depth = Rates(1e9 * machine["read_gbps"], *peaks), 0 if row["test"] == "pp512" else 16
+    found = fit_model(spec, row["format"], mix, MACHINE, rates, EngineConfig(), depth)
+    if row["test"] == "pp512":
+        assert found.prompt_speed and found.prompt_limit
+        share = found.prompt_speed / found.prompt_limit
+    else:
+        share = found.decode_speed / found.decode_limit
+    assert share == pytest.approx(row["limit_share"], rel=0.15)
+
+
 def test_prompts_are_not_predicted_for_a_machine_whose_operations_are_unknown() -> None:
     found = fit(model_spec(SMALL["qwen3_moe"]))
     assert found.prompt_speed is None and found.decode_speed > 0
@@ -167,7 +195,7 @@ def test_what_a_gpu_cannot_have_fits_the_cpu_all_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("gpu", "words"),
-    [("24GB", "On the GPU, bf16: 0.38 MB of weights"), ("100KB", "Not on the GPU, bf16: the device has 0.10 MB free")],
+    [("24GB", "On the GPU, bf16: 0.38 MB of weights"), ("1MB", "Not on the GPU, bf16: the device has 1.00 MB free")],
 )
 def test_the_command_says_what_lies_on_a_gpu(tmp_path, gpu, words) -> None:
     path = tmp_path / "config.json"
@@ -194,6 +222,13 @@ def test_what_is_no_size_is_refused(text) -> None:
         parse_size(text, "--memory")
 
 
+@pytest.mark.parametrize("flag", ["memory", "bandwidth", "gpu"])
+def test_a_size_without_its_unit_is_refused(flag) -> None:
+    sizes = {"memory": "64GB", "bandwidth": "80GB/s", flag: "64"}
+    with pytest.raises(ConfigError, match=f"--{flag} '64' is less than 1 MB; write a number with its unit"):
+        machine_of(FitOptions(**sizes))
+
+
 def run_fit(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hybrid.cli", "fit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -215,6 +250,45 @@ def test_the_command_reads_a_configuration_alone(tmp_path) -> None:
     assert report["machine"]["gpu_bytes"] == 24e9
 
 
+@pytest.mark.parametrize(
+    ("like", "memory", "formats", "length", "words"),
+    [
+        ("qwen3-30b-a3b", "32GB", ("bf16",), None, "bf16 does not fit, but --format int8,experts=int4 does: it needs"),
+        ("qwen3-30b-a3b", "16GB", ("bf16",), None, "bf16 does not fit: int4, which takes least, needs 21.27 GB, 5.27"),
+        ("qwen3-30b-a3b", "40GB", (), 40960, "Take --format int8: the first that fits with 40960 tokens of context."),
+        ("deepseek-r1", "64GB", (), None, "None of these fits: mxfp4, which takes least, needs 381.29 GB"),
+    ],
+)
+def test_what_fits_instead_is_told(like, memory, formats, length, words) -> None:
+    options = FitOptions(memory=memory, bandwidth="80GB/s", format=formats)
+    assert words in shown(CONFIGS[like], options, max_seq_len=length)
+
+
+def test_a_context_that_would_fit_is_told() -> None:
+    """By hand: 2 GB more than weights and buffers hold 20,345 tokens of 98,304 bytes, in blocks of 256 20,224."""
+    spec = model_spec(CONFIGS["qwen3-30b-a3b"])
+    fixed = fit(spec, "int4", max_seq_len=40960).plan.fixed_bytes
+    options = FitOptions(memory=str(fixed + 2 * 10**9), bandwidth="80GB/s", format=("int4",))
+    assert "; int4 with --max-seq-len 20224 fits." in shown(CONFIGS["qwen3-30b-a3b"], options, max_seq_len=40960)
+
+
+def shown(config: dict[str, Any], options: FitOptions, **settings: Any) -> str:
+    """What `hybrid fit` prints of a config.json."""
+    spec, native = model_spec(config), native_mix(config)
+    hardware, rates = machine_of(options)
+    engine = EngineConfig(numa="off", **settings)
+    found = fits_of(spec, native, hardware, rates, engine, options)
+    return text(spec, hardware, rates, found, instead_of(spec, found, hardware, rates, engine, options))
+
+
+def test_bytes_are_told_by_part_and_a_gpu_by_its_flags() -> None:
+    """By hand: 48 layers of 128 experts of 3 x 768 x 2048; attention of 2048 x (4096 + 1024) + 4096 x 2048."""
+    options = FitOptions(memory="64GB", bandwidth="80GB/s", gpu="24GB", format=("bf16",))
+    lines = shown(CONFIGS["qwen3-30b-a3b"], options)
+    assert "bf16: experts 57.98 GB in bf16, attention 1.81 GB in bf16, embedding 0.62 GB in bf16, head 0.62 GB" in lines
+    assert re.search(r"48 indexes of (\d+) slots .*: --cache-nblocks 48 --cache-nways \1\.", lines)
+
+
 def test_the_command_measures_the_machine_that_it_runs_on() -> None:
     rates = json.loads(run_fit(str(ROOT / "hybrid/assets/tiny_moe"), "--json").stdout)["machine"]
     assert min(rates["read"], rates["flops"], rates["int_ops"]) > 0
@@ -225,6 +299,7 @@ def test_the_command_names_what_is_wrong(tmp_path) -> None:
     for path, message in (
         (tmp_path / "config.json", "model_type 'unheard_of' is not supported"),
         (tmp_path / "missing", "no such directory"),
+        (ROOT / "hybrid/assets/tiny_moe", "--depth 999999 must be below the model's"),
     ):
-        result = run_fit(str(path), "--bandwidth", "1GB")
+        result = run_fit(str(path), "--bandwidth", "1GB", "--depth", "999999")
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1

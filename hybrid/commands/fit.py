@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 app = new_app()
 
 OTHERS = ("int8", "int4")  # what is shown beside the format that a model is published in
+SMALLER = ("int8", "int8,experts=int4", "int4", "mxfp4")  # what is tried where nothing fits, the largest first
 INTEGER_RATE = 2.0  # operations on 8-bit integers for each in bf16, where --tflops says only these
 PROBES = 3
+LEAST = 10**6  # bytes of memory, or read in a second, that a machine has
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?) *([KMGT]?)(i?)B?(?:/s)?", re.IGNORECASE)
 
@@ -62,7 +64,7 @@ def fit(
     model: Annotated[
         Path, typer.Argument(help="A config.json, a model directory, a GGUF file, a packed store, or org/name.")
     ],
-    config: Annotated[EngineConfig, only("kv_format", "max_seq_len")],
+    config: Annotated[EngineConfig, only("kv_format", "max_seq_len", "max_batch", "chunk_size", "gpu_kv_tokens")],
     options: FitOptions,
 ) -> None:
     """Tell from a model's config.json alone what it needs, what fits a machine, and about how fast it would run.
@@ -70,19 +72,24 @@ def fit(
     Speeds are predictions: the limit of the machine times the share of it that was reached in measurements.
     """
     check_settings(options)
+    from hybrid.commands.fit_text import text
     from hybrid.models import model_spec
     from hybrid.weights.hub import local_model
 
     contents, native, notes = read_model(local_model(model, only_config=True))
     spec = model_spec(contents)
+    if options.depth >= spec.max_position:
+        raise ConfigError(f"--depth {options.depth} must be below the model's {spec.max_position} positions")
     hardware, rates = machine_of(options)
-    found = fits_of(spec, native, hardware, rates, replace(config, numa="off"), options)
+    config = replace(config, numa="off")
+    found = fits_of(spec, native, hardware, rates, config, options)
+    instead = instead_of(spec, found, hardware, rates, config, options)
     for note in notes:
         say(note)
     if options.json:
-        show_json(report(spec, hardware, rates, found))
+        show_json(report(spec, hardware, rates, found, instead))
     else:
-        show(text(spec, hardware, rates, found))
+        show(text(spec, hardware, rates, found, instead))
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], FormatMix | None, tuple[str, ...]]:
@@ -110,10 +117,10 @@ def machine_of(options: FitOptions) -> tuple[HardwareSpec, Rates]:
 
     hardware = probe()
     if options.memory:
-        size = parse_size(options.memory, "--memory")
+        size = machine_size(options.memory, "--memory")
         hardware = replace(hardware, memory_available=size, memory_total=size, memory_limit=None)
     if options.gpu:
-        hardware = replace(hardware, device_memory=parse_size(options.gpu, "--gpu"))
+        hardware = replace(hardware, device_memory=machine_size(options.gpu, "--gpu"))
     return hardware, rates_of(options, hardware)
 
 
@@ -123,7 +130,7 @@ def rates_of(options: FitOptions, hardware: HardwareSpec) -> Rates:
 
     flops = (options.tflops or 0.0) * 1e12
     if options.bandwidth:
-        return Rates(parse_size(options.bandwidth, "--bandwidth"), flops, INTEGER_RATE * flops)
+        return Rates(machine_size(options.bandwidth, "--bandwidth"), flops, INTEGER_RATE * flops)
     measured = measured_rates(hardware)
     return Rates(measured.read, flops, INTEGER_RATE * flops) if flops else measured
 
@@ -141,6 +148,14 @@ def measured_rates(hardware: HardwareSpec) -> Rates:
     for _ in range(PROBES):
         probe.measure()
     return Rates(*(statistics.median(samples) for samples in (probe.read, probe.peaks["bf16"], probe.peaks["int8"])))
+
+
+def machine_size(text: str, flag: str) -> int:
+    """What `parse_size` reads, unless it is so little that its unit was forgotten. Raises ConfigError."""
+    size = parse_size(text, flag)
+    if size < LEAST:
+        raise ConfigError(f"{flag} {text!r:.80} is less than 1 MB; write a number with its unit, as 64GB or 512GiB")
+    return size
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -163,15 +178,47 @@ def fits_of(
     options: FitOptions,
 ) -> list[Fit]:
     """The model in every format that was asked for, or in its own and those that need less."""
+    names: dict[FormatMix, str] = {}
+    for name in options.format or (("auto", *OTHERS) if native else OTHERS):
+        names.setdefault(_mix(name, native), name)
+    return [_fit(spec, name, mix, hardware, rates, config, options) for mix, name in names.items()]
+
+
+def instead_of(
+    spec: ModelSpec,
+    fits: Sequence[Fit],
+    hardware: HardwareSpec,
+    rates: Rates,
+    config: EngineConfig,
+    options: FitOptions,
+) -> Fit | None:
+    """What to take where none of `fits` fits: what does of SMALLER, or what needs least; None where one fits."""
+    from hybrid.formats.mix import FormatMix, parse_mix
+    from hybrid.plan.fit import longest
+
+    if any(not found.plan.problem for found in fits):
+        return None
+    mixes = {parse_mix(name, FormatMix.uniform("bf16")): name for name in SMALLER}
+    tried = [_fit(spec, name, mix, hardware, rates, config, options) for mix, name in mixes.items()]
+    fitting = longest([found for found in tried if not found.plan.problem])
+    return fitting or min((*fits, *tried), key=lambda found: found.needed)
+
+
+def _fit(
+    spec: ModelSpec,
+    name: str,
+    mix: FormatMix,
+    hardware: HardwareSpec,
+    rates: Rates,
+    config: EngineConfig,
+    options: FitOptions,
+) -> Fit:
     from hybrid.plan.fit import fit_model
 
     if hardware.device_memory:
         cache = config.cache if spec.moe_layers else replace(config.cache, mode="off")
         config = replace(config, device="cuda", cache=cache)
-    names: dict[FormatMix, str] = {}
-    for name in options.format or (("auto", *OTHERS) if native else OTHERS):
-        names.setdefault(_mix(name, native), name)
-    return [fit_model(spec, name, mix, hardware, rates, config, options.depth) for mix, name in names.items()]
+    return fit_model(spec, name, mix, hardware, rates, config, options.depth)
 
 
 def _mix(text: str, native: FormatMix | None) -> FormatMix:
@@ -187,8 +234,10 @@ def _mix(text: str, native: FormatMix | None) -> FormatMix:
     return found
 
 
-def report(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit]) -> dict[str, Any]:
-    """What `--json` prints."""
+def report(
+    spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit], instead: Fit | None
+) -> dict[str, Any]:
+    """What `--json` prints. instead: as `instead_of` has it."""
     from dataclasses import asdict
 
     from hybrid.plan.fit import parameters
@@ -198,93 +247,5 @@ def report(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence
         "model": {"model_type": spec.model_type, "parameters": total, "parameters_per_token": used},
         "machine": {"memory_bytes": hardware.memory_available, "gpu_bytes": hardware.device_memory, **asdict(rates)},
         "formats": [found.to_dict() for found in fits],
+        "instead": instead.to_dict() if instead else None,
     }
-
-
-HEADER = ("format", "weights", "KV of 1000 tokens", "context", "memory", "fits", "read a token", "decode", "prompt")
-
-
-def text(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, fits: Sequence[Fit]) -> str:
-    """What people read: the model, the machine, a row for each format, and what follows from them."""
-    rows = [HEADER, *(_row(found) for found in fits)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    published = [f"auto: {found.plan.format_text}" for found in fits if found.name == "auto"]
-    return "\n".join(
-        [*_heading(spec, hardware, rates), *published, "", *lines, "", *_conclusions(spec, hardware, fits)]
-    )
-
-
-def _heading(spec: ModelSpec, hardware: HardwareSpec, rates: Rates) -> list[str]:
-    from hybrid.machine.memory import size_text
-    from hybrid.plan.fit import parameters
-
-    total, used = parameters(spec)
-    multiplies = f", multiplies {rates.flops / 1e9:.0f} GFLOP/s (bf16), {rates.int_ops / 1e9:.0f} GOP/s (int8)"
-    gpu = f", a GPU of {size_text(hardware.device_memory)}" if hardware.device_memory else ""
-    return [
-        f"model: {spec.model_type}, {len(spec.layers)} layers, {_count(total)} parameters, {_count(used)} for a token",
-        f"machine: {size_text(hardware.memory_available)} of memory{gpu}, reads {rates.read / 1e9:.0f} GB/s"
-        + (multiplies if rates.flops else ""),
-    ]
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
-
-
-def _row(found: Fit) -> tuple[str, ...]:
-    from hybrid.machine.memory import size_text
-
-    plan, prompt = found.plan, found.prompt_speed
-    return (
-        found.name,
-        size_text(found.weights),
-        size_text(1000 * plan.kv.token_bytes),
-        str(plan.max_seq_len),
-        size_text(found.needed),
-        "no" if plan.problem else "yes",
-        size_text(found.decode.bytes),
-        f"{found.decode_speed:.1f} tok/s",
-        f"{prompt:.0f} tok/s" if prompt else "-",
-    )
-
-
-def _conclusions(spec: ModelSpec, hardware: HardwareSpec, fits: Sequence[Fit]) -> list[str]:
-    from hybrid.machine.memory import size_text
-
-    lines = [
-        "Speeds are predicted for one sequence: the limit of the machine, times the share reached in measurements."
-    ]
-    fitting = [found for found in fits if not found.plan.problem]
-    if not fitting:
-        least = min(fits, key=lambda found: found.needed)
-        missing = size_text(least.needed - hardware.memory_available)
-        lines.append(
-            f"None of these fits: {least.name} needs {missing} more; --max-seq-len or --kv-format int8 need less."
-        )
-    elif len(fits) > 1:
-        longest = max(found.plan.max_seq_len for found in fitting)
-        best = next(found for found in fitting if found.plan.max_seq_len == longest)
-        lines.append(f"Take --format {best.name}: the first that fits with {longest} tokens of context.")
-    for found in fits:
-        lines += _on_gpu(found)
-    return lines
-
-
-def _on_gpu(found: Fit) -> list[str]:
-    """What of the model lies on a GPU, or why nothing does."""
-    from hybrid.machine.memory import size_text
-
-    if found.without_gpu:
-        return [f"Not on the GPU, {found.name}: {found.without_gpu}"]
-    device, cache = found.plan.device, found.plan.cache
-    if found.plan.problem or device is None:
-        return []
-    parts = [
-        f"{size_text(device.weights)} of weights",
-        f"{size_text(device.workspace)} for a step",
-        f"{size_text(device.kv)} of mirrored keys and values, {device.kv_tokens} tokens of a sequence",
-    ]
-    line = f"On the GPU, {found.name}: {', '.join(parts)}"
-    return [f"{line}; {cache}." if cache else f"{line}."]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import hypot, prod
 from typing import Any
 
+from cpu_kernels import KEY_BLOCK
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
@@ -17,14 +18,19 @@ from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan, make_plan
 from hybrid.plan.roofline import part_costs, step_cost
 
-# Shares of the limit that this runtime has reached (`bench/results/README.md`), one token at a time and in prompts of
-# 512 tokens, by the format of the weights. A prediction is the limit times these. Whole prompts in fp8 and mxfp4 were
-# not measured: they multiply in bf16, after opening the weights.
-DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "mxfp4": 0.6}
-PROMPT_SHARES = {"bf16": 0.87, "int8": 0.64, "int4": 0.53, "fp8": 0.75, "mxfp4": 0.7}
+# What this runtime has reached of the limit (`bench/results/README.md`), by the format of the weights. Prompts of 512
+# tokens: a share of it.
+PROMPT_SHARES = {"bf16": 0.87, "int8": 0.69, "int4": 0.57, "fp8": 0.8, "mxfp4": 0.8}
 AMX_PROMPT_SHARES = {"bf16": 0.78, "int8": 0.42, "int4": 0.17, "fp8": 0.6, "mxfp4": 0.5}
+# One token: a row multiplies at a part of the peak, so many times slower, and partly while others are read.
+ONE_ROW = {"bf16": 6.0, "int8": 7.1, "int4": 6.0, "fp8": 6.0, "mxfp4": 4.4}
+# What that came to of the limit where the operations of a machine are not known, and with AMX, whose peak one row never
+# comes near.
+DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "mxfp4": 0.6}
 _GROUPED = "int4"  # what codes in groups count as, which were not measured apart
 PROMPT_ROWS = 512  # of a step that reads a prompt
+
+Parts = tuple[tuple[tuple[str, ...], Cost], ...]  # of a step: the formats of their weights, and what they cost
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ class Fit:
     plan: Plan
     decode: Cost
     prompt: Cost
+    decode_limit: float
     decode_speed: float
+    prompt_limit: float | None
     prompt_speed: float | None
     without_gpu: str = ""
 
@@ -73,6 +81,11 @@ class Fit:
         """Bytes of everything, with one sequence as long as the context."""
         return self.plan.fixed_bytes + self.plan.max_seq_len * self.plan.kv.token_bytes
 
+    def room(self, memory: int) -> int:
+        """Tokens of the longest sequence that `memory` bytes hold, 0 if not even a block of keys."""
+        tokens = (memory - self.plan.fixed_bytes) // max(1, self.plan.kv.token_bytes) // KEY_BLOCK * KEY_BLOCK
+        return max(0, min(tokens, self.plan.max_seq_len))
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: sizes in bytes, speeds in tokens per second."""
         cache = self.plan.cache
@@ -84,8 +97,17 @@ class Fit:
             "context": self.plan.max_seq_len,
             "needed_bytes": self.needed,
             "problem": self.plan.problem,
-            "decode": {"tokens_per_second": self.decode_speed, **asdict(self.decode)},
-            "prompt": {"tokens_per_second": self.prompt_speed, "rows": PROMPT_ROWS, **asdict(self.prompt)},
+            "decode": {
+                "tokens_per_second": self.decode_speed,
+                "limit_tokens_per_second": self.decode_limit,
+                **asdict(self.decode),
+            },
+            "prompt": {
+                "tokens_per_second": self.prompt_speed,
+                "limit_tokens_per_second": self.prompt_limit,
+                "rows": PROMPT_ROWS,
+                **asdict(self.prompt),
+            },
             "cache": cache.to_dict() if cache else None,
             "gpu": asdict(self.plan.device) if self.plan.device else None,
             "without_gpu": self.without_gpu or None,
@@ -107,19 +129,30 @@ def fit_model(
     not fit is no error, nor one that a GPU cannot have.
     """
     plan, without_gpu = _plan(spec, hardware, config, mix)
-    shares = AMX_PROMPT_SHARES if hardware.isa == "amx" else PROMPT_SHARES
     decode = tuple(part_costs(spec, mix, plan.kv.format, 1, 1, depth, 1))
     prompt = tuple(part_costs(spec, mix, plan.kv.format, 1, PROMPT_ROWS, depth, 0))
+    token, rows = (sum((cost for _, cost in parts), Cost()) for parts in (decode, prompt))
+    amx, known = hardware.isa == "amx", rates.flops > 0
+    overlapping = _overlapping(decode, rates, DECODE_SHARES)
     return Fit(
-        name,
-        mix,
-        plan,
-        sum((cost for _, cost in decode), Cost()),
-        sum((cost for _, cost in prompt), Cost()),
-        1 / _seconds(decode, rates, DECODE_SHARES),
-        PROMPT_ROWS / _seconds(prompt, rates, shares) if rates.flops else None,
-        without_gpu,
+        name=name,
+        mix=mix,
+        plan=plan,
+        decode=token,
+        prompt=rows,
+        decode_limit=1 / rates.seconds(token),
+        decode_speed=1 / (_of_one_row(decode, rates) if known and not amx else overlapping),
+        prompt_limit=PROMPT_ROWS / rates.seconds(rows) if known else None,
+        prompt_speed=PROMPT_ROWS / _overlapping(prompt, rates, AMX_PROMPT_SHARES if amx else PROMPT_SHARES)
+        if known
+        else None,
+        without_gpu=without_gpu,
     )
+
+
+def longest(fits: Sequence[Fit]) -> Fit | None:
+    """The first of those with the longest context; None of none."""
+    return max(fits, key=lambda found: found.plan.max_seq_len, default=None)
 
 
 def _plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> tuple[Plan, str]:
@@ -132,17 +165,35 @@ def _plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: Fo
         return make_plan(spec, hardware, replace(config, device="cpu"), mix), str(error)
 
 
-def _seconds(parts: Iterable[tuple[tuple[str, ...], Cost]], rates: Rates, shares: Mapping[str, float]) -> float:
-    """Predicted seconds of a step; a part of several formats counts as the slowest of them."""
-    return sum(_reached(rates, shares, formats).seconds(cost) for formats, cost in parts)
+def _overlapping(parts: Parts, rates: Rates, shares: Mapping[str, float]) -> float:
+    """Predicted seconds of a step that reads while it multiplies."""
+    seconds = 0.0
+    for formats, cost in parts:
+        weights, floats = _of_slowest(shares, formats, min)
+        seconds += Rates(rates.read * weights, rates.flops * floats, rates.int_ops * weights).seconds(cost)
+    return seconds
 
 
-def _reached(rates: Rates, shares: Mapping[str, float], formats: tuple[str, ...]) -> Rates:
-    """What is reached of the rates. Beside weights that multiply integers, floats are attention's, which is bf16."""
-    slowest = min(formats, key=lambda name: shares.get(name, shares[_GROUPED]), default="bf16")
-    share = shares.get(slowest, shares[_GROUPED])
-    floats = shares["bf16"] if FORMATS[slowest].integer else share
-    return Rates(rates.read * share, rates.flops * floats, rates.int_ops * share)
+def _of_one_row(parts: Parts, rates: Rates) -> float:
+    """Predicted seconds of a step of one row."""
+    seconds = 0.0
+    for formats, cost in parts:
+        weights, floats = _of_slowest(ONE_ROW, formats, max)
+        multiplying = floats * cost.flops / rates.flops
+        multiplying += weights * cost.int_ops / rates.int_ops if cost.int_ops else 0.0
+        seconds += hypot(cost.bytes / rates.read, multiplying)
+    return seconds
+
+
+def _of_slowest(
+    table: Mapping[str, float], formats: tuple[str, ...], slowest: Callable[..., str]
+) -> tuple[float, float]:
+    """What a table has for the slowest of a part's formats, and for its floats: beside weights that multiply integers,
+    they are attention's, which is bf16.
+    """
+    name = slowest(formats, key=lambda format: table.get(format, table[_GROUPED]), default="bf16")
+    found = table.get(name, table[_GROUPED])
+    return found, table["bf16"] if FORMATS[name].integer else found
 
 
 def parameters(spec: ModelSpec) -> tuple[int, int]:
