@@ -25,6 +25,7 @@ class DummyPlan:
     format_text: str = "all of it dummy"
     repeatable: bool = True
     speculate: bool = True
+    max_itl: float | None = 0.0  # no limit
     cache: None = None
     prefix_bytes: int = 0
     kv_idle_release: float | None = None

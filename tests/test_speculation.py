@@ -17,7 +17,8 @@ from hybrid.serving.guesses import NGRAM, Guesses, PromptLookup
 from hybrid.serving.llm import LLM
 from hybrid.serving.request import Request
 from hybrid.serving.scheduler import Scheduler, StepRecord
-from hybrid.serving.speculation import StepSeconds, worth_guessing
+from hybrid.serving.speculation import worth_guessing
+from hybrid.serving.step_seconds import StepSeconds
 
 pytestmark = pytest.mark.guesses
 

@@ -50,8 +50,9 @@ class Plan:
     device: the memory of a device that computes all but the experts, and device_ops, device_placed_ops the same two
     lists for a step with it, by CUDA graphs if wanted.
     route_trace: whose experts rows take in place of those of the model's routers. speculate: whether tokens may be
-    guessed. prefix_bytes: that kept prompts may take beyond the sequences; kv_idle_release: seconds without requests
-    after which they are given up.
+    guessed. max_itl: seconds that a step with tokens of prompts should take beside texts that are produced, 0 for no
+    limit, None for what is measured without. prefix_bytes: that kept prompts may take beyond the sequences;
+    kv_idle_release: seconds without requests after which they are given up.
     """
 
     model_type: str
@@ -90,6 +91,7 @@ class Plan:
     cuda_graphs: bool = True
     route_trace: Path | None = None
     speculate: bool = True
+    max_itl: float | None = None
     prefix_bytes: int = 0
     kv_idle_release: float | None = None
 
@@ -233,6 +235,7 @@ def _sized(
         device_name="cpu" if config.device == "auto" else config.device,
         route_trace=config.route_trace,
         speculate=config.speculate,
+        max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
         kv_idle_release=config.kv_idle_release,
     )
     if config.step_device:

@@ -14,6 +14,7 @@ from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.admission import Admission
 from hybrid.serving.fairness import Fairness
+from hybrid.serving.pace import Pace
 from hybrid.serving.pool import Pooled, PoolReport
 from hybrid.serving.prefixes import Prefix
 from hybrid.serving.relief import Relief
@@ -52,7 +53,8 @@ class StepRecord:
 class Scheduler:
     """Runs jobs on an engine, as many together as its sequences and its memory for keys and values hold.
 
-    Every step has the next token of every text that is produced, and as many tokens of prompts as there is room for.
+    Every step has the next token of every text that is produced, and as many tokens of prompts as there is room for,
+    or as let texts keep their pace (`hybrid.serving.pace`).
     Prompts are read, and sequences given, in turns: by priority, then to the client that has got least so far
     (`hybrid.serving.fairness`), then in order of arrival. Memory is reserved as texts grow. Where there is no more, the
     job whose turn comes last, by priority and arrival, gives up its sequence. It waits with its tokens, which are
@@ -82,6 +84,7 @@ class Scheduler:
         self._fairness = Fairness()
         self._speculation = Speculation(engine)
         self._relief = Relief(engine.plan, self._admission)
+        self._pace = Pace(engine.step_bytes, engine.plan.max_itl)
         self._arrivals = 0
 
     @property
@@ -160,6 +163,7 @@ class Scheduler:
         told = self._advance(chunks, result.logits)
         ended = perf_counter()
         times = _with_sampling(result.times, ended - sampling)
+        self._pace.tell(rows, times.total)
         if not prompt_rows:
             self._speculation.tell(rows, times.total)
         prompts = tuple(job.completion.index for job, count in told if isinstance(job, Request) for _ in range(count))
@@ -195,6 +199,8 @@ class Scheduler:
         room = self._plan.max_rows - len(decoding)
         chunks, ended = list[Chunk](), list[Job]()
         reading, waiting = [job for job in self._running if job.pending > 1], [*self._waiting]
+        if reading or (waiting and self._admission.has_place):
+            room = self._pace.prompt_rows(len(decoding), room)
         while room and (reader := self._next(reading, waiting, ended)):
             chunks.append((reader, min(reader.until_mark, room)))
             room -= chunks[-1][1]

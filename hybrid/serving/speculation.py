@@ -9,18 +9,18 @@ therefore decided for every step, from how often those of a request came true an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybrid.serving.guesses import Guesses
 from hybrid.serving.request import Job, Request
+from hybrid.serving.step_seconds import StepSeconds
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
 COUNTS = (1, 2, 4, 8, 16, 32)  # guesses of a request in a step
 MARGIN = 1.05  # by how much guesses must promise more tokens a second: measurements are that noisy
-_MEMORY = 0.8  # what older steps weigh beside the newest
 
 
 class Speculation:
@@ -59,35 +59,6 @@ class Speculation:
     def _may_guess(self, request: Request) -> bool:
         """Tokens behind a step's must have the keys that its own have."""
         return self._phase(request.length + COUNTS[-1]) == request.phase
-
-
-class StepSeconds:
-    """Seconds of a decode step by its number of rows: what was measured, and between measurements as `work` grows."""
-
-    def __init__(self, work: Callable[[int], float]) -> None:
-        """work: what a step of so many rows has to do, in any unit."""
-        self._work = work
-        self._rates: dict[int, float] = {}  # seconds a unit of work, by `_size`
-
-    @property
-    def known(self) -> bool:
-        """Whether any step was measured."""
-        return bool(self._rates)
-
-    def tell(self, rows: int, seconds: float) -> None:
-        rate, size = seconds / self._work(rows), _size(rows)
-        before = self._rates.get(size, rate)
-        self._rates[size] = before + (rate - before) * (1 - _MEMORY)
-
-    def expected(self, rows: int) -> float:
-        """Of a step that may not have been measured; another one must have been."""
-        nearest = min(self._rates, key=lambda known: abs(known - _size(rows)))
-        return self._work(rows) * self._rates[nearest]
-
-
-def _size(rows: int) -> int:
-    """Of a step: the rows of one request with each of `COUNTS` guesses are of sizes of their own."""
-    return (rows - 1).bit_length()
 
 
 def worth_guessing(seconds: StepSeconds, drafts: Sequence[tuple[Guesses, int]], rows: int, room: int) -> int:
