@@ -32,6 +32,11 @@ def compressed(format: str, strategy: str) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"FP8": {"weights": weights}}}
 
 
+def quark(dtype: str, scheme: str) -> dict[str, Any]:
+    weight = {"dtype": dtype, "qscheme": scheme, "symmetric": True}
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight}, "layer_quant_config": {}}
+
+
 def modelopt(algorithm: str) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm}
 
@@ -55,6 +60,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str, Any, str, bool]] = {
     "compressed, mxfp4": (compressed("mxfp4-pack-quantized", "group"), "packed", "32", np.uint8, "mxfp4", False),
     "compressed, nvfp4": (compressed("nvfp4-pack-quantized", "tensor_group"), "packed", "16", E4M3, "bf16", True),
     "compressed, mxfp8": (compressed("mxfp8-quantized", "group"), "fp8", "32", np.uint8, "bf16", False),
+    "quark, fp8": (quark("fp8_e4m3", "per_tensor"), "fp8", "tensor", np.float32, "fp8", False),
+    "quark, fp8 in rows": (quark("fp8_e4m3", "per_channel"), "fp8", "flat", np.float32, "bf16", True),
+    "quark, mxfp4": (quark("fp4", "per_group"), "fp4", "32", np.uint8, "mxfp4", False),
     "modelopt, fp8": (modelopt("FP8"), "fp8", "tensor", np.float32, "fp8", False),
     "modelopt, nvfp4": (modelopt("NVFP4"), "fp4", "16", E4M3, "bf16", True),
     "modelopt, mxfp8": (modelopt("MXFP8"), "fp8", "32", np.uint8, "bf16", False),
@@ -157,6 +165,9 @@ MODULE = "model.layers.0.mlp.experts.1.up_proj"
         ("modelopt, nvfp4", "weight_scale", lambda a: a[:, :3].copy(), r"weight_scale is F8_E4M3 \[64, 3\] beside U8"),
         ("modelopt, nvfp4", "weight_scale", lambda a: np.full_like(a, np.nan), "hold NaN or infinity"),
         ("fbgemm", "weight_scale", lambda a: np.full_like(a, np.inf), "hold NaN or infinity"),
+        ("fbgemm", "weight", lambda a: np.full_like(a, np.nan), "holds NaN, weights must be"),
+        ("modelopt, mxfp8", "weight", lambda a: np.full_like(a, np.nan), "holds NaN, weights must be"),
+        ("modelopt, fp8", "weight", lambda a: np.full_like(a, np.nan), "holds NaN or infinity"),
         ("compressed, mxfp4", "weight_scale", lambda a: np.full_like(a, 255), "hold NaN or infinity"),
         ("compressed, mxfp8", "weight_scale", lambda a: np.full_like(a, 255), "hold NaN or infinity"),
         ("compressed, nvfp4", "weight_global_scale", lambda a: a * 0, "hold NaN or infinity"),

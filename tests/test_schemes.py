@@ -48,6 +48,10 @@ def auto_round(**changes: Any) -> dict[str, Any]:
     return {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, **changes}
 
 
+def quark(dtype: str) -> dict[str, Any]:
+    return {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": dtype, "qscheme": "per_group"}}}
+
+
 def awq(group: int = 32, **changes: Any) -> dict[str, Any]:
     return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm", **changes}
 
@@ -343,6 +347,10 @@ def test_other_expressions_are_not_understood(expression: str) -> None:
         ({**compressed(), "transform_config": {"R3": {}}}, "transform_config is"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo is 'NVFP4_AWQ'"),
         ({"quant_method": "compressed-tensors"}, "config_groups"),
+        (quark("int4"), "weight.dtype is 'int4'"),
+        ({"quant_method": "quark"}, "global_quant_config is None; it must have a weight"),
+        ({**quark("fp4"), "algo_config": [{"name": "quarot"}]}, "algo_config is"),
+        ({**quark("fp4"), "export": {"weight_format": "fake_quantized"}}, "weight_format is 'fake_quantized'"),
         (gptq(bits=5), "codes of 5 bits; those of 2, 3, 4, 8 bits are read"),
         (gptq(dynamic={"+:.*": {"bits": 6}}), "codes of 6 bits"),
         (gptq(dynamic={"+:.*": 4}), "quantization_config.dynamic is"),
@@ -376,6 +384,8 @@ MODULE = "model.layers.0.mlp.experts.1.up_proj"
         (gptq(), "qweight", lambda a: a.astype("i8"), "qweight is I64 of 2 dimensions"),
         (gptq(), "qzeros", lambda a: a + 1, "has zeros other than 8"),
         (gptq(), "g_idx", lambda a: a[::-1].copy(), "groups in another order than inputs, which q4_0 does not hold"),
+        (gptq(), "g_idx", lambda a: a + 2**30, r"has the groups \[1073741824, "),
+        (compressed(), "weight_scale", lambda a: a * 0 + 3e38, "make its values infinite"),
         (gptq(), "g_idx", lambda a: a + 1, r"has the groups \[1, 1, 1, 1\] ... in g_idx"),
         (gptq(), "g_idx", lambda a: a - 1, r"has the groups \[-1, -1, -1, -1\] ... in g_idx"),
         (gptq(), "g_idx", lambda a: a.astype("f4"), "g_idx is F32 of 1 dimensions; it must be I32 or I64 of 1"),

@@ -64,6 +64,14 @@ class Source:
         rows: Bytes = read_bytes(self.entry, first * row_bytes, last * row_bytes).reshape(-1, row_bytes)
         return np.ascontiguousarray(rows[:: self.step])
 
+    def _without_nan(self, codes: Bytes) -> Bytes:
+        """The same e4m3 codes: what is opened is looked at here, because bf16 would hold a NaN."""
+        if fp8_format.has_nan(codes):
+            raise WeightsError(
+                f"{self.entry.path}: tensor {self.name} holds NaN, weights must be finite: take another checkpoint"
+            )
+        return codes
+
     def _bad_scales(self) -> WeightsError:
         return WeightsError(
             f"{self.entry.path}: the scales of tensor {self.name} hold NaN or infinity, or make its values infinite: "
@@ -130,7 +138,8 @@ class Fp8Source(Source):
 
     def floats(self, start: int, stop: int) -> Floats:
         rows = self._first + self.step * np.arange(start, stop)
-        return fp8_format.decode(self._read(self.columns, start, stop), self._grid[rows // fp8_format.SQUARE])
+        codes = self._without_nan(self._read(self.columns, start, stop))
+        return fp8_format.decode(codes, self._grid[rows // fp8_format.SQUARE])
 
     def blocks(self, start: int, stop: int) -> Bytes:
         return FP8.pack_blocks(self._read(self.columns, start, stop), self._grid, self._first + start)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.weights.checkpoints.files import quantisation_of
-from hybrid.weights.checkpoints.schemes import auto_round, awq, compressed_tensors, float8, gptq, modelopt
+from hybrid.weights.checkpoints.schemes import auto_round, awq, compressed_tensors, float8, gptq, modelopt, quark
 from hybrid.weights.checkpoints.schemes.base import Scheme
 from hybrid.weights.shard import Entry
 
@@ -17,6 +17,7 @@ _METHODS = {
     "fbgemm_fp8": float8,
     "gptq": gptq,
     "awq": awq,
+    "quark": quark,
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
 }

@@ -17,6 +17,8 @@ from hybrid.weights.checkpoints.schemes.base import ROUND, MatrixEntry
 from hybrid.weights.checkpoints.schemes.words import IN_ORDER, unpacked, unpacked_less
 from hybrid.weights.shard import Entry, read_bytes
 
+_LARGEST_SCALE = np.finfo(np.float32).max / np.float32(256)  # codes less zeros are less than 256
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,17 +94,19 @@ class CodesSource(Source):
         if not self._is_in_order:
             self._refuse(f"has groups in another order than inputs, which {self.published} does not hold", ROUND)
         if self.published == "int8":
-            return INT8.pack_blocks(codes.astype(np.int8), scales.astype(np.float32)[:, 0])
+            return INT8.pack_blocks(codes, scales.astype(np.float32)[:, 0])
         inputs = self.entry.shape[1]
         wide = scales[:, np.arange(0, inputs, GROUP) // self.entry.group]
         if self.published == "int4":
-            return INT4.pack_blocks((codes + 8).astype(np.uint8), wide)
+            return INT4.pack_blocks((codes + np.int8(8)).view(np.uint8), wide)
         format = GROUPED[self.published]
         try:
             halves = wide if wide.dtype == np.float16 else exact_halves(wide)
         except ValueError as error:
             self._refuse(f"cannot be packed in {format.name} as it is: {error}", ROUND)
-        return format.pack_blocks((codes + format.offset).astype(np.int8 if format.bits == 8 else np.uint8), halves)
+        return format.pack_blocks(
+            (codes + np.int8(format.offset)).view(np.int8 if format.bits == 8 else np.uint8), halves
+        )
 
     def _codes_and_scales(self, start: int, stop: int) -> tuple[Array, Array]:
         """Codes [rows, inputs] less their zeros, and scales [rows, groups]."""
@@ -114,12 +118,12 @@ class CodesSource(Source):
             self._require_shape(start)
             codes = unpacked(_stored(parts.codes, rows), self.entry.bits)[:, :inputs]
             scales = _stored(parts.scales, rows)
-        if not np.isfinite(scales.astype(np.float32)).all():
+        if not (np.abs(scales.astype(np.float32)) <= _LARGEST_SCALE).all():
             raise self._bad_scales()
-        if self._zeros is None:
-            middle = 1 << self.entry.bits - 1
-            return codes.astype(np.int16) - middle, scales
-        return codes.astype(np.int16) - self._zeros[rows][:, self._groups], scales
+        if self._zeros is None:  # unsigned numbers that wrap are the signed ones
+            return (codes - np.uint8(1 << self.entry.bits - 1)).view(np.int8), scales
+        zeros = self._zeros[rows][:, self._groups]
+        return codes.astype(np.int16) - zeros if self.entry.bits == 8 else (codes - zeros).view(np.int8), scales
 
     def _require_shape(self, start: int) -> None:
         """What a tensor says of the shape must be what the words hold; looked at once."""
@@ -142,8 +146,8 @@ class CodesSource(Source):
         return codes, np.ascontiguousarray(_stored(entry.parts.scales).T)
 
     @cached_property
-    def _zeros(self) -> Array | None:
-        """Those of all rows, int16 [rows, groups]; None if they are in the middle."""
+    def _zeros(self) -> Bytes | None:
+        """Those of all rows, [rows, groups]; None if they are in the middle."""
         entry, layout, part = self.entry, self.entry.layout, self.entry.parts.zeros
         if part is None:
             return None
@@ -156,7 +160,7 @@ class CodesSource(Source):
             return None
         less = layout.zeros_less
         zeros = unpacked_less(words, entry.bits) if less else unpacked(words, entry.bits, layout.word)
-        return zeros[:, : entry.shape[0]].T.astype(np.int16)
+        return zeros[:, : entry.shape[0]].T
 
     @cached_property
     def _groups(self) -> Array:
@@ -165,7 +169,7 @@ class CodesSource(Source):
         if part is None:
             return np.arange(inputs) // self.entry.group
         found = integers(part)
-        if found.size != inputs or found.min() < 0 or found.max() * self.entry.group >= inputs:
+        if found.min() < 0 or found.max() > (inputs - 1) // self.entry.group:
             self._refuse(f"has the groups {found[:4].tolist()} ... in {self.entry.layout.order}, some of which are not")
         return found
 

@@ -170,7 +170,8 @@ class ScaledSource(Source):
 
     def floats(self, start: int, stop: int) -> Floats:
         rows = (self.start + self.step * np.arange(start, stop)) // self.entry.each[0]
-        values = _values(self._read(self._row_bytes, start, stop), self.entry.dtype)
+        numbers = self._read(self._row_bytes, start, stop)
+        values = _values(self._without_nan(numbers) if self.entry.dtype == E4M3 else numbers, self.entry.dtype)
         if self._zeros is not None:
             values -= self._spread(self._zeros[rows])
         values *= self._spread(self._grid[rows])
