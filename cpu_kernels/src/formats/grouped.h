@@ -1,7 +1,7 @@
-// Codes of 4, 5, 6 or 8 bits in groups of 32 or 16 inputs. Whatever a format's scales are, those of 256 inputs are
-// opened to fp32 first, a scale and a minimum for each group and column: so the kernels know but how many bits a code
-// has. The minimum, which stands for the offset of codes as well, is multiplied by the sum of the activations, which
-// have a scale and a sum for each 32.
+// Codes of 4, 5, 6 or 8 bits in groups of 32 or 16 inputs. Whatever a format's scales are, they are opened to fp32, a
+// scale and a minimum for each group and column: few rows do so on the way; for many, 256 inputs are opened first, so
+// that their kernels know but how large a group is. The minimum, which stands for the offset of codes as well, is
+// multiplied by the sum of the activations, which have a scale and a sum for each 32.
 #pragma once
 
 #include "executor/grouped.h"
@@ -20,6 +20,11 @@ struct Grouped {
 };
 
 constexpr int kGroupFloats = 2 * kBlock;  // of one group: scales, then minima
+
+// Of a group of 16 columns.
+struct OpenedScales {
+  F32 scale, minimum;
+};
 
 // Groups of 256 inputs after they were opened: lines of int8 as operands, and scales and minima.
 template <int group>
@@ -44,8 +49,8 @@ struct OpenedGroups : IntegerKind<0, group> {
     return found;
   }
   // A group's part of a product, scaled as its weights and as the row is, and its minimum, added to the sum.
-  static HYBRID_INLINE F32 merge(F32 sum, F32 part, F32 scale, F32 minimum, F32 row_scale, F32 row_sum) {
-    return Isa::fma(row_sum, minimum, Isa::fma(Isa::mul(part, scale), row_scale, sum));
+  static HYBRID_INLINE F32 merge(F32 sum, F32 part, const OpenedScales& w, F32 row_scale, F32 row_sum) {
+    return Isa::fma(row_sum, w.minimum, Isa::fma(Isa::mul(part, w.scale), row_scale, sum));
   }
 
  private:
@@ -68,13 +73,10 @@ struct GroupBlocks {
         part_bytes(layout.part_bytes()),
         stride(layout.block_bytes(inputs)),
         first(matrix + block * stride) {}
+  // Of the 256 inputs that `input` is one of, where there are any.
+  HYBRID_INLINE const char* factors(int input) const { return first + input / kScaleInputs * kLine; }
   // What 64 inputs from `input` on have: scales, then codes.
   HYBRID_INLINE const char* part(int input) const { return first + header_bytes + input / kInputs * part_bytes; }
-};
-
-// A group's scales and minima.
-struct OpenedScales {
-  F32 scale, minimum;
 };
 
 // Of group `g` of the 64 inputs at `head`. factors: those of the 256 that they belong to.
@@ -94,7 +96,7 @@ static HYBRID_INLINE OpenedScales open_scale(const char* head, const char* facto
 template <GroupScales scales>
 static HYBRID_INLINE void open_all(const GroupBlocks& w, int block, int first, int last, float* out) {
   constexpr int groups = scales == GroupScales::small_groups ? 4 : 2;
-  const char* const factors = w.first + block * w.stride + first / kScaleInputs * kLine;
+  const char* const factors = w.factors(first) + block * w.stride;
   const char* head = w.part(first) + block * w.stride;
   const F32 offset = Isa::set(-float(w.layout.offset));
   for (int input = first; input < last; input += kInputs, head += w.part_bytes) {

@@ -22,54 +22,63 @@ static HYBRID_INLINE void fetch_line(const char* at, int64_t stride) {
   for (int j = 0; j < NB; ++j) __builtin_prefetch(at + j * stride, 0, level);
 }
 
-// Opened groups as blocks whose headers are their scales, `stride` bytes apart.
-template <int group>
-static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const void* scales, int64_t stride, int inputs) {
-  Blocks<OpenedGroups<group>> w(static_cast<const char*>(scales), inputs, 0);
-  w.stride = stride;
-  return w;
+template <GroupScales of>
+struct Kind {
+  static constexpr GroupScales scales = of;
+};
+
+// Calls function(Int<bits>, kind) for what codes and scales there are; kind::scales is a constant.
+template <class Function>
+static HYBRID_INLINE void with_codes(const GroupLayout& layout, Function function) {
+  if (layout.scales == GroupScales::small_groups) return function(Int<6>{}, Kind<GroupScales::small_groups>{});
+  if (layout.bits == 8) return function(Int<8>{}, Kind<GroupScales::halves>{});
+  const auto with_scales = [&](auto bits) __attribute__((always_inline)) {
+    if (layout.scales == GroupScales::halves) return function(bits, Kind<GroupScales::halves>{});
+    if (layout.scales == GroupScales::minima) return function(bits, Kind<GroupScales::minima>{});
+    function(bits, Kind<GroupScales::superblocks>{});
+  };
+  if (layout.bits == 4) return with_scales(Int<4>{});
+  with_scales(Int<5>{});
 }
 
 // Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
-template <int bits, class Ahead, int MR, int NB>
+template <int bits, GroupScales scales, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out) {
-  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4, block_floats = kPanelInputs / group * kGroupFloats;
+  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4;
   constexpr int fetched = ((2 * bits + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
   const int head_bytes = w.layout.head_bytes();
-  alignas(64) float scales[NB][block_floats];
-  const auto opened = opened_blocks<group>(scales, sizeof scales[0], w.inputs);
+  const F32 offset = Isa::set(-float(w.layout.offset));
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
-  for (int first = 0; first < w.inputs; first += kPanelInputs) {
-    const int last = min(w.inputs, first + kPanelInputs);
-    open_scales(w, NB, first, last, scales[0], block_floats);
-    for (int input = first; input < last; input += kInputs) {
-      const char* const at = w.part(input);
-      const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
-      for (int g = 0; g < kInputs; g += group) {
-        const GroupCodes<bits> codes(at + head_bytes, g);
-        Isa::I32 part[MR][NB];
+  for (int input = 0; input < w.inputs; input += kInputs) {
+    const char *const at = w.part(input), *const factors = w.factors(input);
+    const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
+    for (int g = 0; g < kInputs; g += group) {
+      const GroupCodes<bits> codes(at + head_bytes, g);
+      Isa::I32 part[MR][NB];
 #pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r)
+      for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
+        for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
 #pragma GCC unroll 8
-        for (int step = 0; step < steps; ++step) {
-          if (step < fetched) fetch_line<NB, Ahead::level>(next + step * kLine, w.stride);
-          if (step + steps < fetched) fetch_line<NB, Ahead::level>(next + (step + steps) * kLine, w.stride);
-          typename Isa::Bytes operand[NB];
+      for (int step = 0; step < steps; ++step) {
+        if (step < fetched) fetch_line<NB, Ahead::level>(next + step * kLine, w.stride);
+        if (step + steps < fetched) fetch_line<NB, Ahead::level>(next + (step + steps) * kLine, w.stride);
+        typename Isa::Bytes operand[NB];
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
+        for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
 #pragma GCC unroll 8
-          for (int r = 0; r < MR; ++r) {
-            const auto value = Isa::load_quad(rows[r] + input + g + 4 * step);
+        for (int r = 0; r < MR; ++r) {
+          const auto value = Isa::load_quad(rows[r] + input + g + 4 * step);
 #pragma GCC unroll 8
-            for (int j = 0; j < NB; ++j) part[r][j] = Isa::dot(part[r][j], operand[j], value);
-          }
+          for (int j = 0; j < NB; ++j) part[r][j] = Isa::dot(part[r][j], operand[j], value);
         }
-        next += fetched * kLine;
-        merge_group(sums, part, rows, opened, (input + g) / 4);
       }
+      next += fetched * kLine;
+      const auto scales_of = [&](int j) __attribute__((always_inline)) {
+        return open_scale<scales>(at + j * w.stride, factors + j * w.stride, g / group, offset);
+      };
+      merge_group<OpenedGroups<group>>(sums, part, rows, w.inputs, (input + g) / 4, scales_of);
     }
   }
   store_sums(out, sums);
@@ -77,6 +86,14 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
 
 // Where scales of an opened block are in its panel: behind its lines of int8.
 constexpr int kScalesOffset = kPanelInputs / 4 * kLine;
+
+// Groups opened there as blocks whose headers are their scales.
+template <int group>
+static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const char* opened, int inputs) {
+  Blocks<OpenedGroups<group>> w(opened + kScalesOffset, inputs, 0);
+  w.stride = kPanelBytes;
+  return w;
+}
 
 // Inputs [first, last) of `blocks` blocks opened, `kPanelBytes` a block; meanwhile what lies as far ahead as they are
 // long is fetched.
@@ -103,7 +120,7 @@ static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int firs
 // Many rows: panel by panel, all tiles over each. sums: [rows][NB][16].
 template <int group, int NB>
 static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBlocks& w, float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened + kScalesOffset, kPanelBytes, w.inputs);
+  const auto opened_w = opened_blocks<group>(opened, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
@@ -116,10 +133,11 @@ template <class Ahead, int NB>
 static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
   const char* at[Isa::group_rows];
   for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(r, rows - 1));
-  with_bits(w.layout.bits, [&](auto bits) {
-    if (rows == 1) return stream_groups<bits.value, Ahead, 1, NB>(at, w, sums);
-    if (rows == 2) return stream_groups<bits.value, Ahead, 2, NB>(at, w, sums);
-    stream_groups<bits.value, Ahead, 4, NB>(at, w, sums);
+  with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
+    constexpr GroupScales scales = decltype(kind)::scales;
+    if (rows == 1) return stream_groups<bits.value, scales, Ahead, 1, NB>(at, w, sums);
+    if (rows == 2) return stream_groups<bits.value, scales, Ahead, 2, NB>(at, w, sums);
+    stream_groups<bits.value, scales, Ahead, 4, NB>(at, w, sums);
   });
 }
 

@@ -81,24 +81,24 @@ static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB]) {
     for (int j = 0; j < NB; ++j) Isa::store(to + (r * NB + j) * kBlock, sums[r][j]);
 }
 
-// Of a group of codes: scaled as its weights and as the rows are, and with its minimum.
-template <class Format, int MR, int NB>
+// The part of a group of codes, scaled as its weights and as the rows are, and its minimum, added to the sums.
+// scales_of(j): those of block j.
+template <class Format, int MR, int NB, class ScalesOf>
 static HYBRID_INLINE void merge_group(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
-                                      const char* const* rows, const Blocks<Format>& w, int line) {
+                                      const char* const* rows, int inputs, int line, ScalesOf scales_of) {
   F32 row_scale[MR], row_sum[MR];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-    const RowGroup row = Format::row_group(rows[r], w.inputs, line);
+    const RowGroup row = Format::row_group(rows[r], inputs, line);
     row_scale[r] = Isa::set(row.scale);
     row_sum[r] = Isa::set(row.sum);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < NB; ++j) {
-    const char* const header = w.header + j * w.stride;
-    const F32 scale = Format::group_scale(header, line), minimum = Format::group_minimum(header, line);
+    const OpenedScales w = scales_of(j);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
-      sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), scale, minimum, row_scale[r], row_sum[r]);
+      sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), w, row_scale[r], row_sum[r]);
   }
 }
 
@@ -111,7 +111,12 @@ static HYBRID_INLINE int segment_end(int line, int last) {
 template <class Format, int MR, int NB>
 static HYBRID_INLINE void merge(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
                                 const char* const* rows, const Blocks<Format>& w, int line) {
-  if constexpr (Format::opened_groups) return merge_group(sums, part, rows, w, line);
+  if constexpr (Format::opened_groups) {
+    return merge_group<Format>(sums, part, rows, w.inputs, line, [&](int j) __attribute__((always_inline)) {
+      const char* const header = w.header + j * w.stride;
+      return OpenedScales{Format::group_scale(header, line), Format::group_minimum(header, line)};
+    });
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < NB; ++j) {
     const F32 scale = Format::group_scale(w.header + j * w.stride, line);

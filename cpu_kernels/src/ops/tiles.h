@@ -212,7 +212,7 @@ static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int
       for (int s = 0; s < count; ++s) {
         const F32 part = widened<Format>(parts.sums[s][r][j], start);
         if constexpr (Format::opened_groups)
-          sum = Format::merge(sum, part, scale[j][s], minimum[j][s], row_scale[s], row_sum[s]);
+          sum = Format::merge(sum, part, {scale[j][s], minimum[j][s]}, row_scale[s], row_sum[s]);
         else
           sum = Isa::fma(part, scale[j][s], sum);
       }
@@ -310,7 +310,7 @@ static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTil
 template <int group, int NB>
 static HYBRID_KERNEL void tile_group_panels(const Rows& rows, int count, const LeftTiles& left, const GroupBlocks& w,
                                             float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened + kScalesOffset, kPanelBytes, w.inputs);
+  const auto opened_w = opened_blocks<group>(opened, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
