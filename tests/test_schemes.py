@@ -279,6 +279,126 @@ def test_whatever_program_left_it_out_it_counts_as_bf16(words: dict[str, Any]) -
     assert [mix.of_layer(layer).attention for layer in range(3)] == ["bf16", usual, usual] and mix.experts == usual
 
 
+FLOATS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "observer": "minmax"}
+INPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "experts", "attention"),
+    [
+        (  # a MiniMax whose experts alone have 4 bits
+            {
+                "format": "mixed-precision",
+                "config_groups": {
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {**FLOATS, "strategy": "block", "block_structure": [128, 128]},
+                        "input_activations": INPUTS,
+                        "format": "float-quantized",
+                    },
+                    "group_1": {
+                        "targets": ["re:.*block_sparse_moe.*"],
+                        "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+                        "input_activations": None,
+                        "format": "pack-quantized",
+                    },
+                },
+            },
+            "fp8",
+            "fp8",
+        ),
+        (  # a Qwen3-32B in int8
+            {
+                "format": "int-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "weights": {
+                            "num_bits": 8,
+                            "type": "int",
+                            "strategy": "channel",
+                            "actorder": None,
+                            "group_size": None,
+                        },
+                        "input_activations": INPUTS,
+                        "targets": ["Linear"],
+                    }
+                },
+                "ignore": ["lm_head"],
+                "kv_cache_scheme": None,
+                "sparsity_config": {},
+                "transform_config": {},
+            },
+            "int8",
+            "int8",
+        ),
+        (
+            {"format": "naive-quantized", "config_groups": {"group_0": {"weights": {**FLOATS, "strategy": "tensor"}}}},
+            "fp8",
+            "fp8",
+        ),
+        (  # AutoRound for GPTQ, with a line for each module that it left out
+            {
+                "quant_method": "gptq",
+                "bits": 4,
+                "group_size": 128,
+                "sym": True,
+                "data_type": "int",
+                "provider": "auto-round",
+                "dynamic": {
+                    rf"-:.*model\.layers\.{layer}\.self_attn\.{part}_proj.*": {} for layer in range(3) for part in "kv"
+                },
+                "desc_act": False,
+                "lm_head": False,
+                "damp_percent": 0.01,
+                "modules_in_block_to_quantize": None,
+            },
+            "q4_0",
+            "bf16",
+        ),
+        (  # AutoRound without calibration
+            {
+                "quant_method": "auto-round",
+                "packing_format": "auto_round:auto_gptq",
+                "bits": 4,
+                "group_size": 128,
+                "sym": True,
+                "data_type": "int",
+                "iters": 0,
+                "model_free": True,
+                "autoround_version": "0.14.2",
+                "block_name_to_quantize": "model.language_model.layers",
+                "extra_config": {
+                    "lm_head": {"bits": 16, "data_type": "float"},
+                    r".*mlp\.gate.*": {"bits": 16, "data_type": "float"},
+                    "model.layers.0.input_layernorm": {"bits": 16, "data_type": "float"},
+                },
+            },
+            "q4_0",
+            "q4_0",
+        ),
+        (
+            {
+                "quant_method": "auto-round",
+                "packing_format": "auto_round:llm_compressor",
+                "bits": 4,
+                "act_bits": 4,
+                "data_type": "mx_fp",
+                "act_data_type": "mx_fp",
+                "group_size": 32,
+                "act_group_size": 32,
+                "sym": True,
+            },
+            "mxfp4",
+            "mxfp4",
+        ),
+    ],
+)
+def test_words_that_programs_write_are_read(words: dict[str, Any], experts: str, attention: str) -> None:
+    """As they stand in published config.json files and bug reports."""
+    mix = native_mix({**CONFIG, "quantization_config": {"quant_method": "compressed-tensors", **words}})
+    assert (mix.experts, mix.attention, mix.head) == (experts, attention, "bf16")
+
+
 def test_modules_may_be_told_that_alone_are_quantised() -> None:
     inside = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"], ["mlp.up_proj"]]
     mix = native_mix({**CONFIG, "quantization_config": gptq(modules_in_block_to_quantize=inside)})

@@ -81,6 +81,9 @@ def _scaled(format: str, groups: list[Mapping[str, Any]]) -> Scheme:
         each.choice("strategy", default="tensor", allowed=("tensor", "channel", "block", "group", "tensor_group"))
         for each in weights
     ]
+    if format == "naive-quantized":  # of which the type says what it is
+        kinds = {"float": "float-quantized", "int": "int-quantized"}
+        format = kinds[weights[0].choice("type", default="int", allowed=tuple(kinds))]
     rows = format == "float-quantized" and strategies[0] not in ("tensor", "block")
     return ScaledScheme(
         "bf16" if rows else _SCALED[format], all(each.flag("symmetric", default=True) for each in weights)
