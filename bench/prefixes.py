@@ -65,6 +65,7 @@ class CountingEngine:
             speculate=False,
             kv_idle_release=None,
             min_free_bytes=0,
+            prefix_dir=None,
             cache=None,
             state_bytes=self.tokens,
             prefix_bytes=self.tokens * self.pool,
@@ -81,6 +82,11 @@ class CountingEngine:
 
     def step_bytes(self, rows: int) -> float:
         return 1.0 + rows
+
+    @property
+    def kv(self) -> CountingEngine:
+        """As `KvArena`, too."""
+        return self
 
     def save(self, sequence: int, start: int, stop: int) -> CountedTokens:
         return CountedTokens(stop - start)

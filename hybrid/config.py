@@ -230,6 +230,8 @@ class EngineConfig:
     kv_idle_release: float | None = setting(
         None, "Seconds without requests after which kept prompts are given up.", minimum=0, maximum=1e9, shown="never"
     )
+    prefix_dir: Path | None = setting(None, "Where prompts are kept between starts.", shown="nowhere")
+    prefix_disk_gb: float = setting(10.0, "GB of prompts that are kept there.", **_ABOVE_0)
     chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
     max_itl_ms: float | None = setting(
         None,

@@ -29,6 +29,7 @@ class DummyPlan:
     cache: None = None
     prefix_bytes: int = 0
     kv_idle_release: float | None = None
+    prefix_dir: None = None
     min_free_bytes: int = 0
 
     @property
@@ -93,6 +94,11 @@ class DummyEngine:
 
     def step_bytes(self, rows: int) -> float:
         return 10.0 + rows
+
+    @property
+    def kv(self) -> DummyEngine:
+        """As `KvArena`, too."""
+        return self
 
     def save(self, sequence: int, start: int, stop: int) -> DummySaved:
         assert start % BLOCK == 0 and stop % BLOCK == 0 and start < len(self.sequences[sequence])

@@ -109,7 +109,7 @@ def test_a_depth_is_filled_once_and_not_computed_whole(cache, monkeypatch) -> No
 def test_the_filled_state_is_that_of_the_first_tokens_over_and_over() -> None:
     with Engine.open(EngineConfig(device="cpu", threads=1, max_seq_len=1024, max_batch=1)) as engine:
         measure.run_sequence(engine, 0, 0, 256, logits=False)
-        kv, base = engine.plan.kv, engine.addresses._kv._arena.address
+        kv, base = engine.plan.kv, engine.addresses.kv._arena.address
         engine.addresses.repeat(0, 256, 1000)
         for offset, size in kv.layers[0].runs:
             width = size // kv.tokens

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.engine.kv import KvArena
-from hybrid.engine.saved import Saved
 from hybrid.errors import CapacityError
 from hybrid.machine.memory import MemoryGrant, NodeMemory
 from hybrid.plan.plan import Plan
@@ -36,7 +35,7 @@ class Addresses:
         except MemoryError:
             size = plan.arena_bytes + sum(plan.node_arena_bytes)
             raise CapacityError(f"the arena of {size} bytes cannot be allocated") from None
-        self._kv = KvArena(plan)
+        self.kv = KvArena(plan)
         self._weights = _load(store, plan, progress)
         self._owners: dict[str, Any] = {}
         self._write_constants(store, plan)
@@ -51,35 +50,27 @@ class Addresses:
         arenas = self._weights.arenas if isinstance(self._weights, CopiedWeights) else []
         places = zip(self._plan.node_ids, arenas, strict=False)
         nodes = tuple(NodeMemory(id, arena.placed, arena.size, arena.huge_bytes()) for id, arena in places)
-        return MemoryGrant(self._plan.load, self._plan.huge_pages, nodes, self._kv.long_runs, self._kv.huge_runs)
+        return MemoryGrant(self._plan.load, self._plan.huge_pages, nodes, self.kv.long_runs, self.kv.huge_runs)
 
     def release(self, sequence: int) -> None:
         """Free and zero the state of a sequence."""
-        self._kv.release(sequence)
+        self.kv.release(sequence)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """As `KvArena.copy`."""
-        self._kv.copy(source, target, tokens)
-
-    def save(self, sequence: int, start: int, stop: int) -> Saved:
-        """As `KvArena.save`."""
-        return self._kv.save(sequence, start, stop)
-
-    def load(self, saved: Saved, sequence: int, start: int, tokens: int) -> None:
-        """As `KvArena.load`."""
-        self._kv.load(saved, sequence, start, tokens)
+        self.kv.copy(source, target, tokens)
 
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
         """As `KvArena.snapshot`."""
-        return self._kv.snapshot(sequence)
+        return self.kv.snapshot(sequence)
 
     def restore(self, sequence: int, saved: npt.NDArray[np.uint8]) -> None:
         """As `KvArena.restore`."""
-        self._kv.restore(sequence, saved)
+        self.kv.restore(sequence, saved)
 
     def repeat(self, sequence: int, known: int, tokens: int) -> None:
         """As `KvArena.repeat`."""
-        self._kv.repeat(sequence, known, tokens)
+        self.kv.repeat(sequence, known, tokens)
 
     def buffer(self, name: str, node: int = -1) -> int:
         """Address of a shared buffer, or of a buffer of one memory node."""
@@ -95,7 +86,7 @@ class Addresses:
         return self._weights.address(name, node)
 
     def state(self, layer: int, offset: int) -> Any:
-        return self._kv.layout(layer, offset)
+        return self.kv.layout(layer, offset)
 
     def answer(self, owner: Any, *kinds: str) -> None:
         """Bind callbacks of these kinds to the methods of `owner` with the same names."""

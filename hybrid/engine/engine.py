@@ -20,8 +20,8 @@ from hybrid.config import EngineConfig
 from hybrid.core import Batch, SpanObserver, StepResult, StepTimes
 from hybrid.engine.addresses import Addresses
 from hybrid.engine.experts.warm_start import write_warm
+from hybrid.engine.kv import KvArena
 from hybrid.engine.routes import Routes
-from hybrid.engine.saved import Saved
 from hybrid.engine.use import ExpertUse
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled, forked_error
 from hybrid.machine.profile import MachineProfile
@@ -278,21 +278,10 @@ class Engine:
         if not self._closed:
             self.addresses.copy(source, target, tokens)
 
-    def save(self, sequence: int, start: int, stop: int) -> Saved:
-        """As `KvArena.save`: keys and values of some tokens of a sequence."""
-        return self.addresses.save(sequence, start, stop)
-
-    def load(self, saved: Saved, sequence: int, start: int, tokens: int) -> None:
-        """As `KvArena.load`: give a new sequence what was saved of another one."""
-        self.addresses.load(saved, sequence, start, tokens)
-
-    def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
-        """As `KvArena.snapshot`: the states of recurrent layers."""
-        return self.addresses.snapshot(sequence)
-
-    def restore(self, sequence: int, state: npt.NDArray[np.uint8]) -> None:
-        """As `KvArena.restore`."""
-        self.addresses.restore(sequence, state)
+    @property
+    def kv(self) -> KvArena:
+        """The states of all sequences, while this is open."""
+        return self.addresses.kv
 
     def cancel(self) -> None:
         """End the running step (or the next) between two of its ops; from any thread. Does nothing once closed."""

@@ -84,10 +84,14 @@ class KvArena:
 
         start, stop: multiples of BLOCK, as of `copy`. Raises OSError when there is no memory left.
         """
-        saved = Saved(self._widths, stop - start)
+        saved = self.blank(stop - start)
         for target, (run, width) in zip(saved.runs(), self._places(sequence), strict=True):
             ctypes.memmove(target, run + start * width, saved.tokens * width)
         return saved
+
+    def blank(self, tokens: int) -> Saved:
+        """Memory for so many tokens outside of any sequence. Raises OSError when there is none left."""
+        return Saved(self._widths, tokens)
 
     def load(self, saved: Saved, sequence: int, start: int, tokens: int) -> None:
         """Put the first `tokens` tokens of what was saved into a sequence, from its token `start` on."""

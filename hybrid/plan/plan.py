@@ -52,7 +52,8 @@ class Plan:
     route_trace: whose experts rows take in place of those of the model's routers. speculate: whether tokens may be
     guessed. max_itl: seconds that a step with tokens of prompts should take beside texts that are produced, 0 for no
     limit, None for what is measured without. prefix_bytes: that kept prompts may take beyond the sequences;
-    kv_idle_release: seconds without requests after which they are given up.
+    kv_idle_release: seconds without requests after which they are given up. prefix_dir: where they are
+    kept between starts, in at most prefix_disk_bytes.
     """
 
     model_type: str
@@ -94,6 +95,8 @@ class Plan:
     max_itl: float | None = None
     prefix_bytes: int = 0
     kv_idle_release: float | None = None
+    prefix_dir: Path | None = None
+    prefix_disk_bytes: int = 0
 
     @property
     def nodes(self) -> int:
@@ -158,6 +161,7 @@ class Plan:
             del fields[name]
         fields["formats"] = self.formats.to_dict()
         fields["cache"] = self.cache.to_dict() if self.cache else None
+        fields["prefix_dir"] = str(self.prefix_dir) if self.prefix_dir else None
         fields["route_trace"] = str(self.route_trace) if self.route_trace else None
         kv = {"kv_format": self.kv.format, "kv_token_bytes": self.kv.token_bytes}
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
@@ -237,6 +241,8 @@ def _sized(
         speculate=config.speculate,
         max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
         kv_idle_release=config.kv_idle_release,
+        prefix_dir=config.prefix_dir,
+        prefix_disk_bytes=int(config.prefix_disk_gb * 1e9),
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)

@@ -51,6 +51,7 @@ class Admission:
         """
         if not self._shares(job):
             return None, None
+        self.pool.fetch(job.known, job.phase, self._pool_room(0))
         pooled = self.pool.find(job.known, job.phase)
         prefix = longest_prefix(job, self.running, self.kept) if self.kept.rewindable else None
         longest = pooled if pooled and (prefix is None or pooled.tokens > prefix.tokens) else prefix

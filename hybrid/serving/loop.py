@@ -280,6 +280,7 @@ class _Worker:
             command = self.commands.get()
             if command is not None and not self.exiting:
                 command.refuse(error)
+        self.scheduler.close()
         if self.closing:
             try:
                 self.stepper.close()

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.serving.kept import Tokens, common_tokens
+from hybrid.serving.prefix_files import Entry, Part, digest, open_files
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -88,6 +89,7 @@ class PrefixPool:
         self._tokens = self._hits = self._hit_tokens = self._evicted = 0
         self._engine = engine
         self._rewindable: bool = engine.plan.kv.repeatable
+        self._files = open_files(engine)
         self._roots: dict[int, Node] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()  # the oldest first, every node before its parent
 
@@ -126,10 +128,10 @@ class PrefixPool:
         for node in found.path:
             assert node.saved is not None
             tokens = min(len(node.tokens), found.tokens - start)
-            self._engine.load(node.saved, sequence, start, round_up(tokens, BLOCK))
+            self._engine.kv.load(node.saved, sequence, start, round_up(tokens, BLOCK))
             start += tokens
         if not self._rewindable and (state := found.path[-1].state) is not None:
-            self._engine.restore(sequence, state)
+            self._engine.kv.restore(sequence, state)
         self._hits += 1
         self._hit_tokens += found.tokens
 
@@ -158,7 +160,72 @@ class PrefixPool:
             if path and path[-1][1] < len(end.tokens):
                 end = self._split(end, path[-1][1])
                 self._touch(end)
-            self._extend(end, sequence, tokens, start, room)
+            fresh = self._extend(end, sequence, tokens, start, room)
+            if self._files and fresh:
+                self._files.write([self._part(node, tokens[:stop], phase) for node, stop in fresh])
+
+    def fetch(self, tokens: Tokens, phase: int, room: int) -> None:
+        """Bring what files hold of the beginning of a prompt, as far as `room` bytes are enough for the whole pool."""
+        used = list[Entry]()
+        while self._files:
+            path = list(self._descend(tokens, phase))
+            start = sum(count for _, count in path)
+            end = path[-1][0] if path else self._roots.setdefault(phase, Node(tokens[:0]))
+            entry = self._longest_file(tokens, start, phase)
+            if entry is None or entry.tokens[:BLOCK].tobytes() in end.children:
+                break
+            if part := self._files.read(entry):
+                try:
+                    if not self._attach(end, path[-1][1] if path else 0, part, room):
+                        break
+                except OSError:
+                    break
+                used.append(entry)
+        for entry in reversed(used):  # a beginning stays longer than what follows it
+            assert self._files
+            self._files.use(entry)
+
+    def close(self) -> None:
+        """Have written what is to be kept in files."""
+        if self._files:
+            self._files.close()
+
+    def _longest_file(self, tokens: Tokens, start: int, phase: int) -> Entry | None:
+        """The file that goes on longest with what follows the first `start` tokens: a block at least, or all it has."""
+        assert self._files
+        found = self._files.after(digest(tokens[:start], phase))
+        shared = [(common_tokens(entry.tokens, tokens[start:]), entry) for entry in found]
+        usable = [(count, entry) for count, entry in shared if count >= min(BLOCK, len(entry.tokens))]
+        return max(usable, key=lambda item: item[0])[1] if usable else None
+
+    def _attach(self, end: Node, known: int, part: Part, room: int) -> bool:
+        """Have a node of what a file holds follow the first `known` tokens of another one; False without room."""
+        saved = self._engine.kv.blank(round_up(len(part.tokens), BLOCK))
+        saved.memory[: len(part.keys)] = part.keys
+        if known < len(end.tokens):
+            end = self._split(end, known)
+        node = Node(part.tokens, saved, end, part.state if len(part.state) else None)
+        self._link(node)
+        if self._make_room(room, set(_upwards(node))):
+            return True
+        self._drop(node)
+        return False
+
+    def _link(self, node: Node) -> None:
+        """Count a new node, whose parent has it from now on."""
+        assert node.parent is not None
+        node.parent.children[node.key] = node
+        self.nbytes += node.nbytes
+        self._tokens += len(node.tokens)
+        self._touch(node)
+
+    def _part(self, node: Node, tokens: Tokens, phase: int) -> Part:
+        """What a file is to hold of a node. tokens: all up to its end."""
+        assert node.saved is not None
+        start = tokens[: len(tokens) - len(node.tokens)]
+        size = self._engine.plan.kv.token_bytes * round_up(len(node.tokens), BLOCK)
+        state = np.empty(0, np.uint8) if node.state is None else node.state
+        return Part(digest(start, phase), digest(tokens, phase), node.tokens, node.saved.memory[:size], state)
 
     def shrink(self, room: int) -> None:
         """Give up what was used longest ago, until this many bytes are enough."""
@@ -178,31 +245,38 @@ class PrefixPool:
             if shared < len(node.tokens):
                 return
 
-    def _extend(self, end: Node, sequence: int, tokens: Tokens, start: int, room: int) -> None:
-        """Have the tokens from `start` on follow a node, and the state after them. Nothing before them gives way."""
-        held = set(_upwards(end))
+    def _extend(self, end: Node, sequence: int, tokens: Tokens, start: int, room: int) -> list[tuple[Node, int]]:
+        """Have the tokens from `start` on follow a node, and the state after them. Nothing before them gives way.
+
+        Returns the nodes that have become more, each with the number of tokens up to its end.
+        """
+        held, fresh = set(_upwards(end)), list[tuple[Node, int]]()
         while start < len(tokens):
             size = min(NODE_TOKENS, len(tokens) - start)
             size = size // BLOCK * BLOCK or size
             part = tokens[start : start + size]
             node = end.children.get(part.tobytes())  # it may be there only if it is a tail
             if node is None:
-                node = Node(part.copy(), self._engine.save(sequence, start, start + round_up(size, BLOCK)), end)
-                end.children[node.key] = node
-                self.nbytes += node.nbytes
-                self._tokens += size
+                node = Node(part.copy(), self._engine.kv.save(sequence, start, start + round_up(size, BLOCK)), end)
+                self._link(node)
+                fresh.append((node, start + size))
             self._touch(node)
             held.add(node)
             if not self._make_room(room, held):
-                return self._drop(node)
+                self._drop(node)
+                return fresh[:-1]
             end, start = node, start + size
         if not self._rewindable and end.state is None:
-            end.state = self._engine.snapshot(sequence)
+            end.state = self._engine.kv.snapshot(sequence)
             self.nbytes += end.state.nbytes
             if not self._make_room(room, held):
                 self.nbytes -= end.state.nbytes
                 end.state = None
                 self._prune(end)
+                return []
+            if not fresh or fresh[-1][0] is not end:
+                fresh.append((end, start))
+        return fresh
 
     def _make_room(self, room: int, held: set[Node]) -> bool:
         """Give up what was used longest ago and is not held; returns whether that was enough."""

@@ -112,6 +112,10 @@ class Scheduler:
         self.forget()
         return self._fail([*self._running, *self._waiting], error)
 
+    def close(self) -> None:
+        """Have written what is to outlive this process."""
+        self._admission.pool.close()
+
     @property
     def holds_any(self) -> bool:
         """Whether `rest` should be called while there is no work."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import zlib
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
@@ -46,7 +48,7 @@ class Store:
         self.spec: ModelSpec = model_spec(manifest.config)
         self.tensors = {tensor.name: tensor for tensor in self.spec.store_tensors(self.mix)}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self._checksums = manifest.tensors
+        self._config, self._checksums = manifest.config, manifest.tensors
         self._files: dict[str, MappedFile] = {}
         try:
             self._entries = _map_files(path, manifest, self.tensors, self._files)
@@ -77,6 +79,12 @@ class Store:
             store.close()
             raise
         return store
+
+    @property
+    def content(self) -> str:
+        """Identifies the weights: what they are of, in which formats, and the checksums of their bytes."""
+        parts = [self._config, self.mix.to_dict(), self._checksums]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def verify(self, name: str) -> None:
         """Raise WeightsError if a tensor is damaged; reads it without touching what is mapped."""

@@ -1,0 +1,295 @@
+"""Kept prompts on disk, between starts: a file for the tokens of a node, checked before anything of it is used.
+
+A file is named by what it begins after and what it ends with, holds the checksum of all it says, and gets its name once
+it is whole. So a process that is killed, a disk that is full and a file that is damaged cost what they would have saved
+and nothing else. A folder below the one that is given belongs to one model with one set of settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import ConfigError, HybridError
+from hybrid.files import Reading, atomic_file, disk_errors, input_file
+from hybrid.formats.block import BLOCK, round_up
+from hybrid.serving.kept import Tokens
+
+if TYPE_CHECKING:
+    from hybrid.engine.engine import Engine
+
+SUFFIX = ".prefix"
+VERSION = 1
+MAX_PENDING = 256 << 20  # bytes that wait to be written; what comes beyond is not
+_HEADER_BYTES = 4096
+_UNSOUND = (HybridError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError)  # of reading a file
+_logger = logging.getLogger("hybrid.prefixes")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file holds: `tokens` behind those whose digest is `start`, their keys and values, and the state after
+    them, which may have no bytes.
+    """
+
+    start: str
+    end: str
+    tokens: Tokens
+    keys: npt.NDArray[np.uint8]
+    state: npt.NDArray[np.uint8]
+
+    @property
+    def body(self) -> tuple[npt.NDArray[np.uint8], ...]:
+        """What a file has behind its header."""
+        return self.tokens.astype("<i4").view(np.uint8), self.keys, self.state
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.body)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file that may be read. tokens: as its header says, before they were checked."""
+
+    path: Path
+    start: str
+    end: str
+    tokens: Tokens
+    keys: int
+    state: int
+
+    @property
+    def nbytes(self) -> int:
+        return _HEADER_BYTES + self.tokens.nbytes + self.keys + self.state
+
+
+def digest(tokens: Tokens, phase: int) -> str:
+    """Identifies the beginning of a prompt, of one phase."""
+    return blake2b(b"%d " % phase + np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=16).hexdigest()
+
+
+def open_files(engine: Engine) -> PrefixFiles | None:
+    """Those that an engine's settings ask for; raises as `PrefixFiles` does."""
+    plan = engine.plan
+    if plan.prefix_dir is None:
+        return None
+    sizes = (plan.prefix_disk_bytes, plan.kv.token_bytes, plan.kv.fixed_bytes)
+    return PrefixFiles(plan.prefix_dir, prefix_mark(engine), *sizes)
+
+
+def prefix_mark(engine: Engine) -> str:
+    """Identifies what keys, values and states depend on: the weights, how they are computed, and their layout."""
+    from hybrid import __version__
+
+    plan, tokens = engine.plan, engine.plan.kv.tokens
+    computed = (__version__, plan.isa, plan.batch_invariant, plan.device_name, plan.cache is not None, plan.kv.format)
+    layers = [(layer.binding, layer.token_bytes, layer.nbytes - tokens * layer.token_bytes) for layer in plan.kv.layers]
+    return sha256(json.dumps([engine.store.content, *computed, layers]).encode()).hexdigest()
+
+
+class PrefixFiles:
+    """The files of one model and its settings, at most `limit` bytes of them; what was used longest ago is removed.
+
+    One thread reads, another one writes, which ends with `close`. token_bytes, state_bytes: sizes of what a file may
+    hold. Raises WeightsError for a folder that cannot be written, ConfigError for one that another process uses.
+    """
+
+    def __init__(self, folder: Path, mark: str, limit: int, token_bytes: int, state_bytes: int) -> None:
+        self._folder, self._limit, self._mark = folder / mark[:16], limit, mark
+        self._token_bytes, self._state_bytes = token_bytes, state_bytes
+        with disk_errors(self._folder):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what it holds was said by somebody
+            self._held = open(self._folder / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._held.close()
+            raise ConfigError(f"--prefix-dir {folder} is used by another process; give each one its own") from None
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Path, Entry] = OrderedDict()  # the longest unused first
+        self._starts: dict[str, list[Entry]] = {}
+        self._nbytes = self._pending = 0
+        self._full = False  # the disk
+        self._queue: SimpleQueue[list[Part] | threading.Event | None] = SimpleQueue()
+        self._index()
+        self._thread = threading.Thread(target=self._write_all, name="hybrid-prefixes", daemon=True)
+        self._thread.start()
+
+    def after(self, start: str) -> list[Entry]:
+        """Files that hold tokens behind a beginning."""
+        with self._lock:
+            return list(self._starts.get(start, ()))
+
+    def read(self, entry: Entry) -> Part | None:
+        """What a file holds; None, and a line of a warning, if it is damaged, which removes it."""
+        try:
+            with input_file(entry.path, self._reading(entry.path)) as file:
+                header, body = self._header(file), file.read()
+            size = entry.tokens.nbytes
+            part = Part(entry.start, entry.end, np.frombuffer(body[:size], "<i4").astype(np.int32), *_cut(body, entry))
+            if header["checksum"] != self._checksum(part) or not np.array_equal(part.tokens, entry.tokens):
+                raise ValueError("its checksum is wrong")
+        except _UNSOUND as error:
+            _logger.warning("%s is not used and was removed: %s", entry.path, " ".join(str(error).split()))
+            self._forget(entry)
+            return None
+        return part
+
+    def write(self, parts: Sequence[Part]) -> None:
+        """Have these written soon, in this order, unless too much waits already."""
+        size = sum(part.nbytes for part in parts)
+        with self._lock:
+            if self._full or self._pending + size > MAX_PENDING:
+                return
+            self._pending += size
+        self._queue.put(list(parts))
+
+    def flush(self) -> None:
+        """Wait until what was to be written is."""
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        self._held.close()
+
+    def _write_all(self) -> None:
+        while (parts := self._queue.get()) is not None:
+            if isinstance(parts, threading.Event):
+                parts.set()
+                continue
+            try:
+                entries = [self._write(part) for part in parts if not self._full]
+                for entry in reversed(entries):  # a beginning stays longer than what follows it
+                    self.use(entry)
+            except (HybridError, OSError) as error:
+                self._full = True
+                _logger.warning("kept prompts are written no more: %s", error)
+            with self._lock:
+                self._pending -= sum(part.nbytes for part in parts)
+
+    def _write(self, part: Part) -> Entry:
+        path = self._folder / f"{part.start}-{part.end}{SUFFIX}"
+        entry = Entry(path, part.start, part.end, part.tokens, part.keys.nbytes, part.state.nbytes)
+        self._make_room(entry.nbytes)
+        fields = {"version": VERSION, "mark": self._mark, "start": part.start, "end": part.end}
+        sizes = {"tokens": len(part.tokens), "keys": entry.keys, "state": entry.state}
+        header = json.dumps({**fields, **sizes, "checksum": self._checksum(part)}).encode()
+        with atomic_file(path) as file:
+            file.write(header.ljust(_HEADER_BYTES))
+            for values in part.body:
+                file.write(values.data)
+        self._add(entry)
+        return entry
+
+    def _checksum(self, part: Part) -> str:
+        sizes = (VERSION, self._mark, part.start, part.end, len(part.tokens), len(part.keys), len(part.state))
+        found = blake2b(json.dumps(sizes).encode(), digest_size=16)
+        for values in part.body:
+            found.update(values.data)
+        return found.hexdigest()
+
+    def _index(self) -> None:
+        """Find what is there, by headers and sizes. What has a name of ours and cannot be used is removed, with a line
+        for all of it.
+        """
+        for unfinished in self._folder.glob("*.tmp"):  # of a process that was killed
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+        found, wrong = [], 0
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            try:
+                found.append((path.stat().st_mtime_ns, self._entry(path)))
+            except _UNSOUND:
+                wrong += 1
+                with suppress(OSError):  # a directory
+                    path.unlink(missing_ok=True)
+        if wrong:
+            _logger.warning("kept prompts in %s: %d files that cannot be used are ignored", self._folder, wrong)
+        for _, entry in sorted(found, key=lambda item: item[0]):
+            self._add(entry)
+        self._make_room(0)
+
+    def _entry(self, path: Path) -> Entry:
+        """Raises one of `_UNSOUND` for what no file of ours is."""
+        with input_file(path, self._reading(path)) as file:
+            header = self._header(file)
+            count, keys, state = (int(header[name]) for name in ("tokens", "keys", "state"))
+            tokens = np.frombuffer(file.read(4 * max(0, count)), "<i4").astype(np.int32)
+        entry = Entry(path, str(header["start"]), str(header["end"]), tokens, keys, state)
+        named = path.name == f"{entry.start}-{entry.end}{SUFFIX}"
+        sized = path.stat().st_size == entry.nbytes and len(tokens) == count > 0
+        held = keys == self._token_bytes * round_up(count, BLOCK) and state in (0, self._state_bytes)
+        if header["version"] != VERSION or header["mark"] != self._mark or not (named and sized and held):
+            raise ValueError(f"{path} has other fields")
+        return entry
+
+    @staticmethod
+    def _header(file: BinaryIO) -> dict[str, Any]:
+        header = json.loads(file.read(_HEADER_BYTES))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+        return header
+
+    def _reading(self, path: Path) -> Reading:
+        return Reading(1 << 40, "it is not used", streams=False)
+
+    def _add(self, entry: Entry) -> None:
+        self._forget(entry, remove=False)
+        with self._lock:
+            self._entries[entry.path] = entry
+            self._starts.setdefault(entry.start, []).append(entry)
+            self._nbytes += entry.nbytes
+
+    def use(self, entry: Entry) -> None:
+        """It is used now."""
+        with self._lock:
+            if entry.path in self._entries:
+                self._entries.move_to_end(entry.path)
+        try:
+            os.utime(entry.path)  # the order outlives the process
+        except OSError:
+            self._forget(entry)
+
+    def _make_room(self, size: int) -> None:
+        while self._entries and self._nbytes + size > self._limit:
+            self._forget(next(iter(self._entries.values())))
+
+    def _forget(self, entry: Entry, remove: bool = True) -> None:
+        with self._lock:
+            known = self._entries.pop(entry.path, None)
+            if known:
+                self._nbytes -= known.nbytes
+                self._starts[known.start].remove(known)
+                if not self._starts[known.start]:
+                    del self._starts[known.start]
+        if remove:
+            try:
+                entry.path.unlink(missing_ok=True)
+            except OSError as error:
+                _logger.warning("%s cannot be removed: %s", entry.path, error.strerror)
+
+
+def _cut(body: bytes, entry: Entry) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    if len(body) != entry.tokens.nbytes + entry.keys + entry.state:
+        raise ValueError(f"it has {len(body)} bytes")
+    values = np.frombuffer(body, np.uint8, offset=entry.tokens.nbytes)
+    return values[: entry.keys], values[entry.keys :].copy()

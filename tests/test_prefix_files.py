@@ -1,0 +1,216 @@
+"""Kept prompts on disk: the same bits after another start, and what is wrong with a file costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from steps import open_engine
+from test_kept import run
+from test_pool import chat
+
+from hybrid.errors import CapacityError, ConfigError
+from hybrid.serving import prefix_files
+from hybrid.serving.prefix_files import SUFFIX, Part, PrefixFiles, digest
+from hybrid.serving.scheduler import Scheduler
+
+TOKENS = np.arange(20, dtype=np.int32)
+PART = Part(
+    digest(TOKENS[:0], 0), digest(TOKENS, 0), TOKENS, np.arange(64, dtype=np.uint8), np.arange(5, dtype=np.uint8)
+)
+
+
+def opened(folder: Path, limit: int = 1 << 20, mark: str = "m" * 64) -> PrefixFiles:
+    return PrefixFiles(folder, mark, limit, token_bytes=2, state_bytes=5)
+
+
+def written(folder: Path) -> Path:
+    """The file of `PART`."""
+    files = opened(folder)
+    files.write([PART])
+    files.close()
+    (path,) = folder.rglob(f"*{SUFFIX}")
+    return path
+
+
+def test_what_is_written_is_read_after_another_start(tmp_path) -> None:
+    written(tmp_path)
+    files = opened(tmp_path)
+    (entry,) = files.after(PART.start)
+    part = files.read(entry)
+    assert part is not None and all(map(np.array_equal, part.body, PART.body)) and (part.start, part.end)
+    assert files.after(PART.end) == []
+    files.close()
+    other = opened(tmp_path, mark="n" * 64)  # of another model, in a folder of its own
+    assert other.after(PART.start) == []
+    other.close()
+    assert len(list(tmp_path.rglob(f"*{SUFFIX}"))) == 1
+
+
+def header_with(path: Path, **fields: Any) -> None:
+    content = path.read_bytes()
+    header = {**json.loads(content[:4096]), **fields}
+    path.write_bytes(json.dumps(header).encode().ljust(4096) + content[4096:])
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "no header": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "another object": lambda path: path.write_bytes(b"[1]".ljust(4096) + path.read_bytes()[4096:]),
+    "another version": lambda path: header_with(path, version=99),
+    "another model": lambda path: header_with(path, mark="n" * 64),
+    "many tokens": lambda path: header_with(path, tokens=1 << 60),
+    "negative": lambda path: header_with(path, tokens=-1),
+    "a text for a number": lambda path: header_with(path, keys="x"),
+    "infinite": lambda path: header_with(path, state=float("inf")),
+    "nested": lambda path: path.write_bytes(b"[" * 4096 + path.read_bytes()[4096:]),
+    "no checksum": lambda path: header_with(path, checksum=None),
+    "another place": lambda path: path.rename(path.with_name(f"{'0' * 32}-{PART.end}{SUFFIX}")),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_is_not_sound_is_not_used_and_said_in_one_line(tmp_path, caplog, damage: str) -> None:
+    DAMAGE[damage](written(tmp_path))
+    files = opened(tmp_path)
+    assert all(files.read(entry) is None for start in (PART.start, "0" * 32) for entry in files.after(start))
+    assert files.after(PART.start) == []
+    if damage != "a directory":
+        files.write([PART])
+    files.close()
+    assert len(caplog.records) == 1 and "\n" not in caplog.text.rstrip("\n")
+    if damage != "a directory":
+        again = opened(tmp_path)
+        assert [again.read(entry) is not None for entry in again.after(PART.start)] == [True]
+        again.close()
+
+
+@pytest.mark.parametrize("place", [4096, 4100, 4096 + 80, 4096 + 80 + 64])
+def test_a_byte_that_changed_is_found(tmp_path, caplog, place: int) -> None:
+    path = written(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    files = opened(tmp_path)
+    assert [files.read(entry) for entry in files.after(PART.start)] == [None]
+    assert "its checksum is wrong" in caplog.text and not path.exists()
+    files.close()
+
+
+def test_the_longest_unused_file_is_removed(tmp_path) -> None:
+    parts = [
+        Part(digest(TOKENS[:0], 0), digest(TOKENS[:n], 0), TOKENS[:n], PART.keys[:32], PART.state) for n in (14, 15, 16)
+    ]
+    files = opened(tmp_path, limit=2 * (4096 + 4 * 16 + 32 + 5))
+    for part in parts[:2]:
+        files.write([part])
+    files.flush()
+    files.use(next(entry for entry in files.after(PART.start) if len(entry.tokens) == 14))
+    files.write([parts[2]])
+    files.flush()
+    assert sorted(len(entry.tokens) for entry in files.after(PART.start)) == [14, 16]
+    files.close()
+    smaller = opened(tmp_path, limit=5000)
+    assert [len(entry.tokens) for entry in smaller.after(PART.start)] == [16] and len(
+        list(tmp_path.rglob(f"*{SUFFIX}"))
+    ) == 1
+    smaller.close()
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, caplog, monkeypatch) -> None:
+    written(tmp_path)
+
+    def full(path: Path) -> None:
+        raise CapacityError(f"{path}: the disk is full (No space left on device); free some space")
+
+    monkeypatch.setattr(prefix_files, "atomic_file", full)
+    files = opened(tmp_path)
+    for count in (10, 12, 14):
+        files.write([Part(PART.start, digest(TOKENS[:count], 0), TOKENS[:count], PART.keys, PART.state)])
+        files.flush()
+    assert len(caplog.records) == 1 and "the disk is full" in caplog.text
+    (entry,) = files.after(PART.start)
+    assert files.read(entry) is not None
+    files.close()
+
+
+def test_one_process_has_a_folder(tmp_path) -> None:
+    files = opened(tmp_path)
+    with pytest.raises(ConfigError, match="is used by another process; give each one its own"):
+        opened(tmp_path)
+    files.close()
+    opened(tmp_path).close()
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_not_sound(tmp_path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from hybrid.serving.prefix_files import Part, PrefixFiles, digest
+files = PrefixFiles(Path(sys.argv[1]), "m" * 64, 1 << 30, 2000, 5)
+print("writing", flush=True)
+for first in range(100000):
+    tokens = np.arange(first, first + 16, dtype=np.int32)
+    keys, state = np.zeros(32000, np.uint8), np.zeros(5, np.uint8)
+    files.write([Part(digest(tokens[:0], 0), digest(tokens, 0), tokens, keys, state)])
+    files.flush()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, env=environment
+        ) as process:
+            assert process.stdout and process.stdout.readline() == b"writing\n"
+            while not list(tmp_path.rglob(f"*{SUFFIX}")):
+                assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+    files = PrefixFiles(tmp_path, "m" * 64, 1 << 30, 2000, 5)
+    entries = files.after(PART.start)
+    assert entries and all(files.read(entry) for entry in entries)
+    assert not list(tmp_path.rglob("*.tmp"))
+    files.close()
+
+
+CASES = {
+    "mixtral": ("mixtral", {}),
+    "keys and values in int8": ("mixtral", {"kv_format": "int8"}),
+    "short convolutions": ("lfm2", {}),
+    "gated delta rule": ("qwen3_next", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_start_has_the_bits_of_what_is_computed(tmp_path, case: str) -> None:
+    family, choices = CASES[case]
+    random = np.random.default_rng(9)
+    system, first, second = ([10, *random.integers(12, 131, count).tolist()] for count in (60, 30, 25))
+    prompts = [[*system, *said, 10, 12] for said in (first, second)]
+    path = write_checkpoint(tmp_path / "model", family)
+    answers, cached = [], []
+    for start in range(3):  # the last one without files
+        folder = tmp_path / "prefixes" if start < 2 else None
+        with open_engine(path, tmp_path / "cache", max_seq_len=256, prefix_dir=folder, **choices) as engine:
+            scheduler = Scheduler(engine)
+            for prompt in prompts:
+                (entry,) = run(scheduler, chat(prompt, 9, folder is not None, ignore_eos=True, logprobs=131))
+                answers.append((entry.completion.token_ids, entry.completion.logprobs))
+                cached.append(entry.completion.cached_tokens)
+            scheduler.forget()
+            scheduler.close()
+    known = [
+        len(prompt) - 2 if family in ("lfm2", "qwen3_next") else (len(prompt) - 1) // 16 * 16 for prompt in prompts
+    ]
+    assert cached[0] == 0 < cached[1] <= 61 and cached[2:] == [*known, 0, 0]
+    assert answers[:2] == answers[2:4] == answers[4:]
