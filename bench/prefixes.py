@@ -66,6 +66,7 @@ class CountingEngine:
             kv_idle_release=None,
             min_free_bytes=0,
             prefix_dir=None,
+            max_itl=None,
             cache=None,
             state_bytes=self.tokens,
             prefix_bytes=self.tokens * self.pool,
