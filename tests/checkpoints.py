@@ -261,9 +261,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**_DELTA, "model_type": "qwen3_5_text", "tie_word_embeddings": True},
 }
 # Families that are others under another name, or text models beside more.
-OTHER_NAMES = ("kimi_k2", "kimi_k25", "qwen3_5", "qwen3_5_moe")
+WRAPPERS = (  # models of more than text
+    *(
+        "gemma3",
+        "glm4v_moe",
+        "internvl",
+        "kimi_k25",
+        "lfm2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    ),
+)
+OTHER_NAMES = ("kimi_k2", *WRAPPERS)
 STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
-ON_HOST: tuple[str, ...] = ()  # families with layers that no device computes
+# Families with layers that no device computes.
+ON_HOST: tuple[str, ...] = ()
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
@@ -303,7 +317,12 @@ def mxfp4_values(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _random(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return ("norm" in name) + 0.1 * random.standard_normal(shape)
+    return is_around_one(name) + 0.1 * random.standard_normal(shape)
+
+
+def is_around_one(name: str) -> bool:
+    """Whether a tensor multiplies: norms and the scales of Gemma 4."""
+    return "norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale"))
 
 
 def write_tensors(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1) -> Path:

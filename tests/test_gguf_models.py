@@ -354,3 +354,15 @@ def test_keys_and_values_of_latents_in_one_tensor(tmp_path: Path) -> None:
     one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), plain))
     with one, packed(write_gguf(tmp_path / "other.gguf", metadata, older)) as other:
         assert same_stores(one, other)
+
+
+def test_glm_4_7_flash_is_deepseek_v3_in_a_file(tmp_path: Path) -> None:
+    """With a layer that predicts further tokens behind the others, and without a word for its sigmoids."""
+    config, tensors = model("glm4_moe_lite")
+    said = {**gguf_metadata({**config, "model_type": "deepseek_v3"}), "deepseek2.block_count": 4}
+    del said["deepseek2.expert_gating_func"]
+    found = gguf_tensors(config, tensors)
+    more = {"blk.3.nextn.eh_proj.weight": np.zeros((96, 192), np.float32)}
+    file = write_gguf(tmp_path / "model.gguf", {**said, "deepseek2.nextn_predict_layers": 1}, found | more)
+    assert open_checkpoint(file).spec.model_type == "deepseek_v3"
+    assert same_stores(packed(file), packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors)))

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from gguf_rig import write_gguf
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from hybrid.errors import ConfigError
 from hybrid.text.chat_template import load_template
@@ -191,3 +193,11 @@ def test_ids_are_numbers_in_the_files(tmp_path: Path) -> None:
     folder = texts_of(tmp_path, merged(bos_token_id=-1))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["eos_token"] == "<|im_end|>" and "bos_token" not in config
+
+
+def test_kimi_cuts_han_from_letters() -> None:
+    """Behind letters that they follow, too, which are cut where capitals begin."""
+    (pattern,) = CUTTINGS["kimi-k2"].patterns
+    split = Split(Regex(pattern), "isolated")
+    cut = [word for word, _ in split.pre_tokenize_str("Hallo中文abCd's 1234é漢, x")]
+    assert cut == ["Hallo", "中文", "ab", "Cd's", " ", "123", "4", "é", "漢", ",", " x"]

@@ -88,24 +88,6 @@ def test_published_fp8_is_read_as_it_is_and_the_matrices_of_heads_exactly_enough
             assert np.array_equal(matrix, rows[head].astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-def test_kimi_names_its_text_model_within_another(tmp_path: Path) -> None:
-    """With the same numbers it is DeepSeek-V3, bit for bit."""
-    plain = CONFIGS["deepseek_v3"]
-    nested = {"model_type": "kimi_k25", "text_config": {**plain, "model_type": "kimi_k2"}, "vision_config": {}}
-    tensors = random_tensors(plain)
-    renamed = {f"language_model.{name}": values for name, values in tensors.items()}
-    paths = [
-        write_tensors(tmp_path / "k25", nested, renamed | {"vision_tower.x": np.zeros(2, np.float32)}),
-        write_tensors(tmp_path / "k2", {**plain, "model_type": "kimi_k2"}, tensors),
-        write_tensors(tmp_path / "v3", plain, tensors),
-    ]
-    logits = []
-    for path in paths:
-        with open_engine(path, tmp_path / "cache") as engine:
-            logits.append(step(engine, (0, 0, np.arange(40))))
-    assert logits[0].tobytes() == logits[1].tobytes() == logits[2].tobytes()
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -131,9 +113,3 @@ def test_kimi_names_its_text_model_within_another(tmp_path: Path) -> None:
 def test_what_the_families_do_not_compute_is_refused(family, changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         model_spec({**CONFIGS[family], **changes})
-
-
-@pytest.mark.parametrize("text", [None, [], {"model_type": "llama"}])
-def test_a_text_model_that_is_none_is_refused(text) -> None:
-    with pytest.raises(ConfigError, match="text_config"):
-        model_spec({"model_type": "kimi_k25", "text_config": text})

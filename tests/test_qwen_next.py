@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import oracle
@@ -78,25 +77,6 @@ def test_a_state_that_was_saved_goes_on_where_it_was(saved) -> None:
             kv.snapshot(9)
 
 
-@pytest.mark.parametrize(("family", "own"), [("qwen3_5_moe", "qwen3_5_moe_text"), ("qwen3_5", "qwen3_5_text")])
-def test_the_text_model_within_another_is_the_same(tmp_path: Path, family, own) -> None:
-    """Beside a vision tower and layers that predict further tokens; with experts as published, in one tensor."""
-    plain = CONFIGS[own]
-    nested = {"model_type": family, "text_config": plain, "vision_config": {"depth": 2}, "image_token_id": 3}
-    tensors = random_tensors(plain, fused=True)
-    renamed = {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()}
-    more = {"model.visual.x": np.zeros(2, np.float32), "mtp.layers.0.x": np.zeros(2, np.float32)}
-    paths = [
-        write_tensors(tmp_path / "nested", nested, renamed | more),
-        write_tensors(tmp_path / "plain", plain, tensors),
-    ]
-    logits = []
-    for path in paths:
-        with open_engine(path, tmp_path / "cache") as engine:
-            logits.append(step(engine, (0, 0, np.arange(40))))
-    assert logits[0].tobytes() == logits[1].tobytes()
-
-
 def test_projections_by_key_head_are_taken_apart_as_published(tmp_path: Path) -> None:
     """In fp8, squares end where parts of heads do; betas and decays are floats."""
     sizes = {"hidden_size": 192, "linear_key_head_dim": 128, "linear_value_head_dim": 64}
@@ -155,10 +135,3 @@ def test_decays_of_gguf_files_that_do_not_decay_are_refused(tmp_path: Path, rate
 def test_what_the_families_do_not_compute_is_refused(family, changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         model_spec({**CONFIGS[family], **changes})
-
-
-@pytest.mark.parametrize("text", [None, [], {"model_type": "llama"}])
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
-def test_a_text_model_that_is_none_is_refused(family: str, text: Any) -> None:
-    with pytest.raises(ConfigError, match="text_config"):
-        model_spec({"model_type": family, "text_config": text})

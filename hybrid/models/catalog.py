@@ -41,7 +41,7 @@ _SMALL: dict[str, Any] = {
 }
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

@@ -21,8 +21,7 @@ from hybrid.models.layers.grouped_query import KEY_ALIGN
 from hybrid.models.layers.latent import MAX_KEY_DIM, LatentAttention
 from hybrid.models.reading import Fields
 from hybrid.models.rope import RopeSpec, read_rope
-from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
-from hybrid.models.tensors import below
+from hybrid.models.spec import LayerSpec, ModelSpec
 
 V3 = Defaults(max_position=4096)
 
@@ -64,15 +63,12 @@ def _magnitude(rope: RopeSpec) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def read_deepseek_v3(fields: Fields, model_type: str, module: str = "") -> ModelSpec:
-    """A model that is DeepSeek-V3, perhaps with other numbers. module: of which it is a part, empty: none."""
+def read_deepseek_v3(fields: Fields, model_type: str) -> ModelSpec:
+    """A model that is DeepSeek-V3, perhaps with other numbers."""
     attention = read_latent_attention(fields, V3, q_rank=1536, nope_dim=128, value_dim=128)
     experts = read_sigmoid_experts(fields, scale=2.5, groups=(8, 4))
-    halves, names = read_first_dense(fields, experts, default=3), OuterNames()
-    if module:
-        attention, names = replace(attention, names=below(attention.names, module)), below(names, module)
-        halves = [replace(half, names=below(half.names, module)) for half in halves]
-    return read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], V3, names)
+    halves = read_first_dense(fields, experts, default=3)
+    return read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], V3)
 
 
 def read_sigmoid_experts(fields: Fields, *, scale: float, groups: tuple[int, int] = (1, 1)) -> FeedForward:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import cpu_kernels
 from hybrid.errors import ConfigError
@@ -13,23 +11,20 @@ from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.reading import Fields
-from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
-from hybrid.models.tensors import inside
+from hybrid.models.spec import LayerSpec, ModelSpec
 
 LINEAR = "linear_attention"  # word of `layer_types`
-MODULE = "language_model"  # of models of more than text
 # By family: what its config.json may leave out, as `transformers` does.
 NEXT = Defaults(max_position=32_768, kv_heads=2, head_dim=256, rope_part=0.25)
 DENSE = replace(NEXT, kv_heads=4)
 APART = GatedDeltaNames(grouped="", grouped_decays="")  # every projection is a tensor of its own
 
 
-def read_mixers(fields: Fields, defaults: Defaults, names: GatedDeltaNames, module: str = "") -> list[Mixer]:
+def read_mixers(fields: Fields, defaults: Defaults, names: GatedDeltaNames) -> list[Mixer]:
     """Of every layer: every `full_attention_interval`-th attends, if `layer_types` does not say it."""
     fields.refuse("attn_output_gate", neutral=True)
     attention = read_attention(fields, defaults, qk_norm="head", bias=fields.flag("attention_bias"))
-    gated = replace(attention, gated=True, names=inside(attention.names, module))
-    delta = _read_delta(fields, inside(names, module))
+    gated, delta = replace(attention, gated=True), _read_delta(fields, names)
     interval = fields.size("full_attention_interval", default=4)
     default = [LINEAR if (layer + 1) % interval else FULL for layer in range(read_layer_count(fields))]
     kinds = fields.choices("layer_types", default=default, allowed=(FULL, LINEAR))
@@ -64,26 +59,9 @@ def read_shared_experts(fields: Fields, *, renormalise: bool) -> FeedForward:
     )
 
 
-def read_qwen3_5(fields: Fields, model_type: str, *, dense: bool, module: str = "") -> ModelSpec:
-    """A text model of Qwen3.5. module: of the model that it is a part of, empty: none."""
+def read_qwen3_5(fields: Fields, model_type: str, *, dense: bool) -> ModelSpec:
+    """A text model of Qwen3.5."""
     defaults = DENSE if dense else NEXT
     half = FeedForward(fields.size("intermediate_size")) if dense else read_shared_experts(fields, renormalise=True)
-    half = replace(half, names=inside(half.names, module))
-    layers = [LayerSpec(mixer, half) for mixer in read_mixers(fields, defaults, APART, module)]
-    names = inside(OuterNames(), module)
-    return replace(read_model(fields, model_type, layers, defaults, names), norm="rms_less_one")
-
-
-def read_text_part(config: Mapping[str, Any], model_type: str, *, dense: bool) -> ModelSpec:
-    """The text model beside a vision tower that is not used."""
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ConfigError(
-            "config.json: text_config is missing or no object; it must describe the text model: "
-            "take the complete config.json of the model"
-        )
-    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
-    fields = Fields({**tied, **text}, "text_config.")
-    own = f"{model_type}_text"
-    fields.choice("model_type", default=own, allowed=(own, model_type))
-    return read_qwen3_5(fields, model_type, dense=dense, module=MODULE)
+    layers = [LayerSpec(mixer, half) for mixer in read_mixers(fields, defaults, APART)]
+    return replace(read_model(fields, model_type, layers, defaults), norm="rms_less_one")

@@ -11,7 +11,17 @@ from hybrid.models.layers.base import Half, Mixer, NormKind, Place
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.products import norm_shapes, norm_tensors
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, GatedNames, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.models.tensors import (
+    ExpertForm,
+    GatedNames,
+    Shapes,
+    Shard,
+    Stacked,
+    StoreTensor,
+    bias_name,
+    in_layer,
+    inside,
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,13 @@ class ModelSpec:
             yield self.names.head, (self.vocab, self.hidden)
         if self.head_bias:
             yield bias_name(self.names.head), (self.vocab,)
+
+    def inside(self, module: str) -> ModelSpec:
+        """A copy of a model that is a module of another: its layers are `model.module.x`, its head is as it was."""
+        layers = tuple(
+            LayerSpec(layer.mixer.inside(module), layer.feed_forward.inside(module)) for layer in self.layers
+        )
+        return replace(self, layers=layers, names=inside(self.names, module))
 
     def with_fused_experts(self) -> ModelSpec:
         """A copy with the names of checkpoints with fused experts."""

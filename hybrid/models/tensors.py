@@ -162,16 +162,9 @@ def in_layer(names: Names, layer: int) -> Names:
     return _renamed(names, lambda name: name.replace("{layer}", str(layer)))
 
 
-def below(names: Names, module: str) -> Names:
-    """The same names as they are where the whole model is a module of another; what is empty stays so."""
-    return _renamed(names, lambda name: name and f"{module}.{name}")
-
-
 def inside(names: Names, module: str) -> Names:
-    """The same names as they are where the layers are a module of the model: `model.x` is `model.module.x`. Unchanged
-    without one.
-    """
-    return _renamed(names, lambda name: name.replace("model.", f"model.{module}.", 1) if module else name)
+    """The same names as they are where the layers are a module of the model: `model.x` is `model.module.x`."""
+    return _renamed(names, lambda name: name.replace("model.", f"model.{module}.", 1))
 
 
 def _renamed(names: Names, change: Callable[[str], str]) -> Names:

@@ -13,11 +13,20 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def _cased(contractions: str, letters: str = "") -> str:
+    """Words of capitals, then of small letters. letters: what classes of letters are cut down to."""
+    upper, lower = (rf"[{kinds}{letters}]" for kinds in (_UPPER, _LOWER))
+    before = r"[^\r\n\p{L}\p{N}]?"
+    return rf"{before}{upper}*{lower}+{contractions}|{before}{upper}+{lower}*{contractions}"
+
+
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
-_GPT4O = _CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}|" + _REST
-_TEKKEN = _CASED % ("", "") + r"|\p{N}|" + _REST
+_GPT4O = _cased(f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}|" + _REST
+_KIMI = r"\p{Han}+|" + _cased(f"{_CONTRACTIONS}?", r"&&[^\p{Han}]") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+_TEKKEN = _cased("") + r"|\p{N}|" + _REST
 _DIGITS = r"\p{N}"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 _DEEPSEEK3 = (
@@ -66,6 +75,7 @@ CUTTINGS = {
     "qwen35": Cutting((_QWEN35,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cutting((_GPT4O,))),
     "tekken": Cutting((_TEKKEN,), whole=True, adds_bos=True),
+    "kimi-k2": Cutting((_KIMI,)),
     "deepseek-llm": Cutting(_DEEPSEEK),
     "deepseek-coder": Cutting(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, _DIGITS)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), Cutting(_DEEPSEEK3)),

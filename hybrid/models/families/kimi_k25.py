@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid.errors import ConfigError
-from hybrid.models.deepseek import read_deepseek_v3
-from hybrid.models.reading import Fields
+from hybrid.models.families import deepseek_v3, kimi_k2
 from hybrid.models.spec import ModelSpec
+from hybrid.models.text_part import read_text_part
 
-MODULE = "language_model"  # of the checkpoint, which holds the text model
+FAMILIES = {"deepseek_v3": deepseek_v3.spec, "kimi_k2": kimi_k2.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ConfigError(
-            "config.json: text_config is missing or no object; it must describe the text model: "
-            "take the complete config.json of the model"
-        )
-    fields = Fields(text, "text_config.")
-    fields.choice("model_type", default="deepseek_v3", allowed=("deepseek_v3", "kimi_k2"))
-    return read_deepseek_v3(fields, "kimi_k25", MODULE)
+    return read_text_part(config, "kimi_k25", FAMILIES)

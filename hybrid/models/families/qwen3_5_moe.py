@@ -7,9 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid.models.qwen_next import read_text_part
+from hybrid.models.families import qwen3_5_moe_text
 from hybrid.models.spec import ModelSpec
+from hybrid.models.text_part import read_text_part
+
+FAMILIES = {"qwen3_5_moe_text": qwen3_5_moe_text.spec, "qwen3_5_moe": qwen3_5_moe_text.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "qwen3_5_moe", dense=False)
+    return read_text_part(config, "qwen3_5_moe", FAMILIES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +128,9 @@ class Half(Protocol):
     @property
     def rope(self) -> RopeSpec | None:
         """Its rotary embedding, None without one."""
+
+    def inside(self, module: str) -> Self:
+        """A copy whose tensors a checkpoint has in this module of the model: `model.x` as `model.module.x`."""
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         """Names and shapes of its tensors in a checkpoint whose experts have this form."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ from hybrid.models.tensors import (
     fused_shapes,
     gated_shapes,
     in_layer,
+    inside,
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
@@ -116,6 +117,9 @@ class FeedForward:
         return replace(self, names=replace(names, router=names.fused_router, correction=names.fused_correction))
 
     # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden

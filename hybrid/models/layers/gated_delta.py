@@ -7,7 +7,8 @@ them, as `cpu_kernels` lays them out, then what the short convolution keeps, flo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ from hybrid.models.layers.products import (
     rows_name,
 )
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer
+from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
 PART = "attention"  # its matrices are of the format of attention, and its time is booked there
@@ -100,6 +101,9 @@ class GatedDeltaNet:
         return None
 
     # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden, heads = in_layer(self.names, place.layer), place.hidden, self.value_heads

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ from hybrid.models.layers.products import (
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
 QkNorm = Literal["none", "head", "whole"]  # of queries and keys: each head, or all heads of a row together
@@ -141,6 +141,9 @@ class GroupedQueryAttention:
         return self.heads * (self.value_dim + STATE_EXTRA)
 
     # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ from hybrid.models.layers.products import (
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
 # Buffers. LOW: what the first projection makes. QUERIES: of all heads, as projected. PLAIN: their part that does not
@@ -133,6 +133,9 @@ class LatentAttention:
         return next(size for size in range(min(self.heads, MAX_TOGETHER), 0, -1) if self.heads % size == 0)
 
     # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden

@@ -6,7 +6,8 @@ Its state is of one size, however long a sequence is: float32 [taps - 1, width],
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from hybrid.models.layers.products import (
     rows_name,
 )
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
 PART = "attention"  # its matrices are of the format of attention, and its time is booked there
@@ -65,6 +66,9 @@ class ShortConv:
         return None
 
     # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
 
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden

@@ -18,6 +18,8 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 # Where older programs wrote the quantization_config, and which quant_method that is.
 BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _LONGEST_NAME = 255  # that a file system allows
+# Where text models lie in models of more than text, and where transformers 5 places them.
+_OTHER_PLACES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,7 +92,28 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def find_tensors(path: Path) -> dict[str, Entry]:
-    """Where each tensor lies, by name. Raises `WeightsError` for files that are damaged or missing."""
+    """Where each tensor lies, by its name as `own_name` has it. Raises `WeightsError` for files that are damaged or
+    missing, and for a tensor under two names.
+    """
+    found = _tensors(path)
+    renamed = {own_name(name): entry for name, entry in found.items()}
+    if len(renamed) < len(found):
+        twice = next(name for name in found if own_name(name) != name and own_name(name) in found)
+        raise WeightsError(
+            f"{path}: has tensor {twice:.200} twice, also as {own_name(twice):.200}; fetch all files again"
+        )
+    return renamed
+
+
+def own_name(name: str) -> str:
+    """The name that transformers 5 has for a tensor of a text model within another, which others place apart."""
+    for theirs, ours in _OTHER_PLACES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _tensors(path: Path) -> dict[str, Entry]:
     if is_file(path / SINGLE):
         return read_header(path / SINGLE)
     weight_map = _read_index(path)

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
-from hybrid.models.decoder import MAX_LAYERS
+from hybrid.weights.checkpoints.gguf_fields import (
+    SIGMOID,
+    SOFTMAX,
+    has,
+    key_length,
+    layer_count,
+    require_gating,
+    require_weights,
+    routed,
+)
 from hybrid.weights.checkpoints.gguf_files import Gguf
+from hybrid.weights.checkpoints.gguf_gemma import gemma3
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
-_SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
-_GATING = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
-_GEMMA3_27B, _GEMMA3_PATTERN = 62, 6  # layers of that model; in all of them every 6th sees everything
 _NULLS = ("q_lora_rank",)  # fields in which null says something
 
 
@@ -30,13 +37,8 @@ def gguf_config(model: Gguf) -> Config:
     return {name: value for name, value in config.items() if value is not None or name in _NULLS}
 
 
-def layer_count(metadata: GgufMetadata) -> int:
-    """Layers that predict more than the next token come last, and are not used."""
-    return metadata.size("block_count", maximum=MAX_LAYERS) - metadata.size("nextn_predict_layers", 0)
-
-
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
-    heads, dim = metadata.size("attention.head_count"), _key_length(metadata)
+    heads, dim = metadata.size("attention.head_count"), key_length(metadata)
     if metadata.architecture != "deepseek2" and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if EMBEDDING not in model.tensors:
@@ -55,7 +57,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "rope_scaling": rope_scaling(model, metadata),
         "partial_rotary_factor": rope_part(metadata, dim),
         "tie_word_embeddings": HEAD not in model.tensors,
-        "attention_bias": _has(model, "attn_q.bias") or _has(model, "attn_qkv.bias"),
+        "attention_bias": has(model, "attn_q.bias") or has(model, "attn_qkv.bias"),
     }
 
 
@@ -70,40 +72,12 @@ def _kv_heads(metadata: GgufMetadata) -> list[int]:
     return found
 
 
-def _key_length(metadata: GgufMetadata) -> int:
-    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
-    return metadata.size("attention.key_length", shared)
-
-
-def _has(model: Gguf, name: str, layer: int = 0) -> bool:
-    return f"blk.{layer}.{name}" in model.tensors
-
-
-def _gating(metadata: GgufMetadata, default: int, allowed: int) -> None:
-    """Raise unless experts are weighed as the family does."""
-    found = metadata.size("expert_gating_func", default) or default
-    if found != allowed:
-        raise metadata.refuse("expert_gating_func", found, f"{allowed} ({_GATING[allowed]})")
-
-
-def _weights(metadata: GgufMetadata, *, norm: bool, scale: float = 1.0) -> None:
-    """Raise unless the weights of experts are renormalised and scaled as the family always does."""
-    if metadata.flag("expert_weights_norm", norm) != norm:
-        raise metadata.refuse("expert_weights_norm", not norm, str(norm).lower())
-    if metadata.number("expert_weights_scale", 0.0) not in (0.0, scale):
-        raise metadata.refuse("expert_weights_scale", metadata.number("expert_weights_scale"), f"{scale:g} or absent")
-
-
-def _experts(metadata: GgufMetadata) -> Config:
-    return {"num_experts": metadata.size("expert_count"), "num_experts_per_tok": metadata.size("expert_used_count")}
-
-
 def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
     if not metadata.size("expert_count", 0):
-        return {"model_type": "llama", "mlp_bias": _has(model, "ffn_gate.bias")}
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=True)
-    return {"model_type": "mixtral", **_experts(metadata)}
+        return {"model_type": "llama", "mlp_bias": has(model, "ffn_gate.bias")}
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
+    return {"model_type": "mixtral", **routed(metadata)}
 
 
 def _qwen2(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -122,25 +96,25 @@ def _expert_width(metadata: GgufMetadata) -> int:
 
 
 def _qwen2_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=False)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=False)
     width = metadata.size("expert_shared_feed_forward_length", metadata.size("feed_forward_length", 0))
     return {
         "model_type": "qwen2_moe",
-        **_experts(metadata),
+        **routed(metadata),
         "moe_intermediate_size": _expert_width(metadata),
         "shared_expert_intermediate_size": width,
         "norm_topk_prob": False,
-        "qkv_bias": _has(model, "attn_q.bias"),
+        "qkv_bias": has(model, "attn_q.bias"),
     }
 
 
 def _qwen3_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=True)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
     return {
         "model_type": "qwen3_moe",
-        **_experts(metadata),
+        **routed(metadata),
         "moe_intermediate_size": _expert_width(metadata),
         "norm_topk_prob": True,
     }
@@ -151,7 +125,7 @@ def _gpt_oss(model: Gguf, metadata: GgufMetadata) -> Config:
     scaling = rope_scaling(model, metadata)
     return {
         "model_type": "gpt_oss",
-        **_experts(metadata),
+        **routed(metadata),
         "intermediate_size": metadata.size("expert_feed_forward_length"),
         "sliding_window": metadata.size("attention.sliding_window"),
         "rope_scaling": {**scaling, "truncate": False} if scaling else {"rope_type": "default"},
@@ -159,7 +133,7 @@ def _gpt_oss(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _glm4_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SIGMOID, _SIGMOID)
+    require_gating(metadata, SIGMOID, SIGMOID)
     first = metadata.size("leading_dense_block_count", 0)
     return {
         "model_type": "glm4_moe",
@@ -172,24 +146,24 @@ def _glm4_moe(model: Gguf, metadata: GgufMetadata) -> Config:
         "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
         "n_group": metadata.size("expert_group_count", 0) or 1,
         "topk_group": metadata.size("expert_group_used_count", 0) or 1,
-        "use_qk_norm": _has(model, "attn_q_norm.weight"),
+        "use_qk_norm": has(model, "attn_q_norm.weight"),
         "partial_rotary_factor": metadata.size("rope.dimension_count") / metadata.size("attention.key_length"),
     }
 
 
 def _minimax_m2(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SIGMOID, _SIGMOID)
-    _weights(metadata, norm=True)
+    require_gating(metadata, SIGMOID, SIGMOID)
+    require_weights(metadata, norm=True)
     return {
         "model_type": "minimax_m2",
-        **_experts(metadata),
+        **routed(metadata),
         "intermediate_size": metadata.size("expert_feed_forward_length"),
     }
 
 
 def _ernie4_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=True)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
     return {
         "model_type": "ernie4_5_moe",
         "moe_num_experts": metadata.size("expert_count"),
@@ -202,8 +176,8 @@ def _ernie4_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _hunyuan_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=True)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
     return {
         "model_type": "hunyuan_v1_moe",
         "num_experts": metadata.size("expert_count"),
@@ -213,15 +187,15 @@ def _hunyuan_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _olmoe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=False)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=False)
     if metadata.number("attention.clamp_kqv", 0.0):
         raise metadata.refuse("attention.clamp_kqv", metadata.number("attention.clamp_kqv"), "absent or 0")
-    return {"model_type": "olmoe", **_experts(metadata), "norm_topk_prob": False}
+    return {"model_type": "olmoe", **routed(metadata), "norm_topk_prob": False}
 
 
 def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
     if metadata.size("expert_shared_feed_forward_length", 0):
         raise metadata.refuse(
             "expert_shared_feed_forward_length", metadata.size("expert_shared_feed_forward_length"), "absent"
@@ -230,7 +204,7 @@ def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
         "model_type": "granitemoe",
         "num_local_experts": metadata.size("expert_count"),
         "num_experts_per_tok": metadata.size("expert_used_count"),
-        "attention_multiplier": metadata.number("attention.scale", 0.0) or _key_length(metadata) ** -0.5,
+        "attention_multiplier": metadata.number("attention.scale", 0.0) or key_length(metadata) ** -0.5,
         "residual_multiplier": metadata.number("residual_scale", 1.0),
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
         "logits_scaling": metadata.number("logit_scale"),
@@ -240,15 +214,13 @@ def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
 def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
     """In newer files lengths are those of latents; in older ones of keys and values."""
     last = layer_count(metadata) - 1
-    sigmoid = metadata.size("expert_gating_func", 0) or (
-        _SIGMOID if _has(model, "exp_probs_b.bias", last) else _SOFTMAX
-    )
+    sigmoid = metadata.size("expert_gating_func", 0) or (SIGMOID if has(model, "exp_probs_b.bias", last) else SOFTMAX)
     turned = metadata.size("rope.dimension_count")
     keys = metadata.size("attention.key_length_mla", metadata.size("attention.key_length", 0))
     groups = metadata.size("expert_group_count", 0) or 1
     normed = metadata.flag("expert_weights_norm", False)
     found = {
-        "model_type": "deepseek_v3" if sigmoid == _SIGMOID else "deepseek_v2",
+        "model_type": "deepseek_v3" if sigmoid == SIGMOID else "deepseek_v2",
         "num_key_value_heads": metadata.size("attention.head_count"),
         "q_lora_rank": metadata.size("attention.q_lora_rank", 0) or None,
         "kv_lora_rank": metadata.size("attention.kv_lora_rank"),
@@ -269,22 +241,7 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
         "rope_scaling": latent_scaling(metadata, rope_scaling(model, metadata)),
         "attention_bias": False,
     }
-    return (
-        found if sigmoid == _SIGMOID else {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
-    )
-
-
-def _gemma3(model: Gguf, metadata: GgufMetadata) -> Config:
-    """Files say neither which layers slide nor what scales scores: of the largest model it is another number."""
-    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
-    return {
-        "model_type": "gemma3_text",
-        "query_pre_attn_scalar": shared if layer_count(metadata) == _GEMMA3_27B else _key_length(metadata),
-        "sliding_window": metadata.size("attention.sliding_window", 0) or None,
-        "sliding_window_pattern": metadata.size("attention.sliding_window_pattern", _GEMMA3_PATTERN),
-        "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10_000.0),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
-    }
+    return found if sigmoid == SIGMOID else {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
 
 
 def _phi3(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -294,7 +251,7 @@ def _phi3(model: Gguf, metadata: GgufMetadata) -> Config:
 def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
     return {
         "model_type": "phimoe",
-        **_experts(metadata),
+        **routed(metadata),
         "lm_head_bias": HEAD_BIAS in model.tensors,
         "sliding_window": metadata.size("attention.sliding_window", 0) or None,
     }
@@ -324,7 +281,7 @@ def _qwen3_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _delta(model: Gguf, metadata: GgufMetadata) -> Config:
     """Which layers attend is told in two ways, or not at all; those that do not have decays."""
-    values, dim = metadata.size("ssm.time_step_rank"), _key_length(metadata)
+    values, dim = metadata.size("ssm.time_step_rank"), key_length(metadata)
     layers = range(min(layer_count(metadata), len(model.tensors)))
     return {
         "linear_conv_kernel_dim": metadata.size("ssm.conv_kernel"),
@@ -332,7 +289,7 @@ def _delta(model: Gguf, metadata: GgufMetadata) -> Config:
         "linear_num_key_heads": metadata.size("ssm.group_count"),
         "linear_num_value_heads": values,
         "linear_value_head_dim": metadata.size("ssm.inner_size") // max(1, values),
-        "layer_types": ["linear_attention" if _has(model, "ssm_a", layer) else "full_attention" for layer in layers],
+        "layer_types": ["linear_attention" if has(model, "ssm_a", layer) else "full_attention" for layer in layers],
         "partial_rotary_factor": metadata.size("rope.dimension_count", dim) / max(1, dim),
     }
 
@@ -344,10 +301,10 @@ def _heads_in_turn(metadata: GgufMetadata) -> Config:
 
 
 def _shared_experts(metadata: GgufMetadata) -> Config:
-    _gating(metadata, _SOFTMAX, _SOFTMAX)
-    _weights(metadata, norm=True)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
     return {
-        **_experts(metadata),
+        **routed(metadata),
         "moe_intermediate_size": _expert_width(metadata),
         "shared_expert_intermediate_size": metadata.size("expert_shared_feed_forward_length"),
         "norm_topk_prob": True,
@@ -368,7 +325,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
-    "gemma3": _gemma3,
+    "gemma3": gemma3,
     "phi3": _phi3,
     "phimoe": _phimoe,
     "lfm2": _lfm2,

@@ -12,7 +12,8 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.gguf import GgufCheckpoint
-from hybrid.weights.checkpoints.gguf_config import EMBEDDING, HEAD, layer_count
+from hybrid.weights.checkpoints.gguf_config import EMBEDDING, HEAD
+from hybrid.weights.checkpoints.gguf_fields import layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf, headers_of
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import gguf_mix

@@ -25,7 +25,7 @@ def rope_part(metadata: GgufMetadata, dim: int) -> float | None:
 
 
 def rope_scaling(model: Gguf, metadata: GgufMetadata) -> Config | None:
-    if factors := _factors(model, ROPE_FACTORS):
+    if factors := rope_factors(model, ROPE_FACTORS):
         return {"rope_type": "factors", "factors": factors}
     if SHORT_FACTORS in model.tensors or LONG_FACTORS in model.tensors:
         return _by_length(model, metadata)
@@ -46,8 +46,8 @@ def _by_length(model: Gguf, metadata: GgufMetadata) -> Config:
     magnitude = metadata.number("rope.scaling.attn_factor", 1.0)
     return {
         "rope_type": "longrope",
-        "short_factor": _factors(model, SHORT_FACTORS),
-        "long_factor": _factors(model, LONG_FACTORS),
+        "short_factor": rope_factors(model, SHORT_FACTORS),
+        "long_factor": rope_factors(model, LONG_FACTORS),
         "short_mscale": magnitude,
         "long_mscale": magnitude,
         "original_max_position_embeddings": metadata.size("rope.scaling.original_context_length"),
@@ -69,7 +69,7 @@ def _set(metadata: GgufMetadata, name: str) -> bool:
     return metadata.has(f"rope.scaling.{name}") and metadata.number(f"rope.scaling.{name}") > 0
 
 
-def _factors(model: Gguf, name: str) -> list[float]:
+def rope_factors(model: Gguf, name: str) -> list[float]:
     """The values of a small tensor of floats, [] where there is none; ones of a header without its tensors."""
     entry = model.tensors.get(name)
     if entry is None:

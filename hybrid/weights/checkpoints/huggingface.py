@@ -17,6 +17,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name
+from hybrid.models.text_part import MODULE as TEXT_MODULE
 from hybrid.weights.checkpoints.exact_mix import opened
 from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, quantisation_of, read_config
 from hybrid.weights.checkpoints.matrices import (
@@ -60,6 +61,7 @@ class Checkpoint:
         form = _expert_form(spec, entries)
         if form != "apart":
             spec = spec.with_fused_experts()
+        spec = _as_they_lie(spec, entries)
         if spec.tied and spec.names.embedding not in entries and spec.names.head in entries:
             spec = replace(spec, names=replace(spec.names, embedding=spec.names.head))
         return cls(path, config, spec, native_mix(config, entries), entries, form)
@@ -120,7 +122,21 @@ class Checkpoint:
         return _layer_form(names, self.entries) or (self.form if names.fused_gate_up else "apart")
 
     def notes(self, mix: FormatMix) -> list[str]:
-        """Lines about what packing in these formats changes, beyond what was asked for."""
+        """Lines about what packing in these formats leaves out or changes, beyond what was asked for."""
+        return [*self._left_out(), *self._changed(mix)]
+
+    def _left_out(self) -> list[str]:
+        """What a model of more than text has beside its text model."""
+        if "text_config" not in self.config:
+            return []
+        known = (f"model.{TEXT_MODULE}.", "lm_head.", "mtp.")  # the last: layers that predict further tokens
+        found = [name for name in self.entries if not name.startswith(known)]
+        if not found:
+            return []
+        towers = sorted({name.removeprefix("model.").partition(".")[0] for name in found})
+        return [f"note: {len(found)} tensors of {', '.join(towers)} are not read: the model is served for text alone"]
+
+    def _changed(self, mix: FormatMix) -> list[str]:
         lines = [
             f"note: config.json quantises keys and values ({field}), which is not done; --kv-format says how they are "
             "kept"
@@ -201,6 +217,19 @@ def _corrected(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str
     if not spec.tied or not embedding or not head or same_bytes(embedding, head):
         return config
     return {**config, "tie_word_embeddings": False}
+
+
+def _as_they_lie(spec: ModelSpec, entries: Mapping[str, Entry]) -> ModelSpec:
+    """The same without transposed experts where their shapes say that they are not, as `transformers` looks at them."""
+    layers = list(spec.layers)
+    for index, names in spec.expert_names().items():
+        half = layers[index].feed_forward
+        entry, rows = entries.get(names.fused_gate_up), 2 * half.intermediate
+        if names.fused_transposed and entry and rows != spec.hidden and entry.shape[1:] == (rows, spec.hidden):
+            experts = replace(half.names.experts, fused_transposed=False)
+            half = replace(half, names=replace(half.names, experts=experts))
+            layers[index] = replace(layers[index], feed_forward=half)
+    return replace(spec, layers=tuple(layers))
 
 
 def _expert_form(spec: ModelSpec, entries: Mapping[str, Entry]) -> ExpertForm:

@@ -1,0 +1,47 @@
+"""What the metadata and tensors of a GGUF file say that several families read alike."""
+
+from __future__ import annotations
+
+from hybrid.models.decoder import MAX_LAYERS
+from hybrid.weights.checkpoints.gguf_files import Gguf
+from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_rope import Config
+
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+_GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
+
+
+def layer_count(metadata: GgufMetadata) -> int:
+    """Layers that predict more than the next token come last, and are not used."""
+    return metadata.size("block_count", maximum=MAX_LAYERS) - metadata.size("nextn_predict_layers", 0)
+
+
+def key_length(metadata: GgufMetadata) -> int:
+    """Dimensions of a key, by default a head's part of the hidden size."""
+    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
+    return metadata.size("attention.key_length", shared)
+
+
+def has(model: Gguf, name: str, layer: int = 0) -> bool:
+    """Whether a layer has this tensor."""
+    return f"blk.{layer}.{name}" in model.tensors
+
+
+def require_gating(metadata: GgufMetadata, default: int, allowed: int) -> None:
+    """Raise unless experts are weighed as the family does."""
+    found = metadata.size("expert_gating_func", default) or default
+    if found != allowed:
+        raise metadata.refuse("expert_gating_func", found, f"{allowed} ({_GATING[allowed]})")
+
+
+def require_weights(metadata: GgufMetadata, *, norm: bool, scale: float = 1.0) -> None:
+    """Raise unless the weights of experts are renormalised and scaled as the family always does."""
+    if metadata.flag("expert_weights_norm", norm) != norm:
+        raise metadata.refuse("expert_weights_norm", not norm, str(norm).lower())
+    if metadata.number("expert_weights_scale", 0.0) not in (0.0, scale):
+        raise metadata.refuse("expert_weights_scale", metadata.number("expert_weights_scale"), f"{scale:g} or absent")
+
+
+def routed(metadata: GgufMetadata) -> Config:
+    """How many experts there are and how many a token takes, as most families name it."""
+    return {"num_experts": metadata.size("expert_count"), "num_experts_per_tok": metadata.size("expert_used_count")}

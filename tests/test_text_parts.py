@@ -1,0 +1,121 @@
+"""Models of more than text: their text models are those of families, wherever their checkpoints place them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, WRAPPERS, random_tensors, write_tensors
+from checkpoints import packed as packed_checkpoint
+from steps import open_engine, step
+
+from hybrid.errors import ConfigError, WeightsError
+from hybrid.formats.mix import parse_mix
+from hybrid.models import model_spec
+from hybrid.weights.checkpoints.opening import open_checkpoint
+
+MROPE = {"rope_type": "default", "mrope_section": [4, 4, 4], "mrope_interleaved": True}  # of text it turns as usual
+# The family that each is, the word of its text_config, and what that says otherwise.
+PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", "gemma3_text", {}),
+    "glm4v_moe": ("glm4_moe", "glm4v_moe_text", {"use_qk_norm": False}),
+    "internvl": ("qwen3_moe", "qwen3_moe", {}),
+    "kimi_k25": ("deepseek_v3", "kimi_k2", {}),
+    "lfm2_vl": ("lfm2", "lfm2", {}),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_text", {}),
+    "qwen3_vl": ("qwen3", "qwen3_vl_text", {"rope_scaling": MROPE}),
+    "qwen3_vl_moe": ("qwen3_moe", "qwen3_vl_moe_text", {"rope_scaling": MROPE}),
+}
+PLACES = {
+    "within the model": ("model.language_model.", "lm_head."),
+    "a model itself": ("language_model.model.", "language_model.lm_head."),
+}
+
+
+def nested(wrapper: str, place: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The configuration of the whole, its tensors, and those of the family alone. Qwen3-VL transposes its experts."""
+    family, word, changes = PARTS[wrapper]
+    plain = {**CONFIGS[family], **changes}
+    config = {"model_type": wrapper, "text_config": {**plain, "model_type": word}, "vision_config": {"depth": 2}}
+    stacked = wrapper == "qwen3_vl_moe"
+    tensors = random_tensors(plain, fused=stacked)
+    layers, head = PLACES[place]
+    renamed = {
+        name.replace("model.", layers, 1) if name.startswith("model.") else name.replace("lm_head.", head): (
+            np.ascontiguousarray(array.swapaxes(1, 2)) if stacked and ".experts." in name else array
+        )
+        for name, array in tensors.items()
+    }
+    return config, {**renamed, "model.visual.x": np.zeros(2, np.float32), "mtp.x": np.zeros(2, np.float32)}, tensors
+
+
+def test_every_model_of_more_than_text_is_tried_here() -> None:
+    assert tuple(PARTS) == WRAPPERS
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_text_model_within_another_is_the_same(tmp_path: Path, wrapper: str, place: str) -> None:
+    """The store of either, byte for byte; what is said of the rest."""
+    config, tensors, alone = nested(wrapper, place)
+    family, _, changes = PARTS[wrapper]
+    whole = open_checkpoint(write_tensors(tmp_path / "whole", config, tensors))
+    ours = packed_checkpoint(tmp_path / "whole")
+    theirs = packed_checkpoint(write_tensors(tmp_path / "alone", {**CONFIGS[family], **changes}, alone))
+    assert list(ours.tensors) == list(theirs.tensors)
+    assert all(np.array_equal(ours.array(name), theirs.array(name)) for name in ours.tensors)
+    assert whole.spec.model_type == wrapper
+    notes = ["note: 1 tensors of visual are not read: the model is served for text alone"]
+    assert whole.notes(whole.native) == notes == whole.notes(parse_mix("int8", whole.native))
+
+
+@pytest.mark.parametrize("wrapper", ["gemma3", "kimi_k25", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_it_makes_the_logits_of_its_family(tmp_path: Path, wrapper: str) -> None:
+    config, tensors, alone = nested(wrapper, "within the model")
+    family, _, changes = PARTS[wrapper]
+    paths = [
+        write_tensors(tmp_path / "whole", config, tensors),
+        write_tensors(tmp_path / "alone", {**CONFIGS[family], **changes}, alone),
+    ]
+    logits = []
+    for path in paths:
+        with open_engine(path, tmp_path / "cache") as engine:
+            logits.append(step(engine, (0, 0, np.arange(40))))
+    assert logits[0].tobytes() == logits[1].tobytes()
+
+
+def test_experts_that_are_not_transposed_are_told_by_their_shape(tmp_path: Path) -> None:
+    """As transformers 5 saves them."""
+    config, tensors, alone = nested("qwen3_vl_moe", "within the model")
+    straight = {
+        name: np.ascontiguousarray(array.swapaxes(1, 2)) if ".experts." in name else array
+        for name, array in tensors.items()
+    }
+    stores = [
+        packed_checkpoint(write_tensors(tmp_path / str(i), config, some)) for i, some in enumerate((tensors, straight))
+    ]
+    assert all(np.array_equal(stores[0].array(name), stores[1].array(name)) for name in stores[0].tensors)
+
+
+def test_a_tensor_in_both_places_is_refused(tmp_path: Path) -> None:
+    config, tensors, _ = nested("gemma3", "a model itself")
+    name = "language_model.model.norm.weight"
+    more = {"model.language_model.norm.weight": tensors[name]}
+    with pytest.raises(WeightsError, match=r"has tensor language_model\.model\.norm\.weight twice, also as model\."):
+        open_checkpoint(write_tensors(tmp_path / "hf", config, tensors | more))
+
+
+@pytest.mark.parametrize("text", [None, [], {"model_type": "gpt2"}])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_text_model_that_is_none_is_refused(wrapper: str, text: Any) -> None:
+    with pytest.raises(ConfigError, match="text_config"):
+        model_spec({"model_type": wrapper, "text_config": text})
+
+
+def test_what_is_wrong_in_it_is_said_to_be_there() -> None:
+    text = {**CONFIGS["gemma3_text"], "hidden_size": -1}
+    with pytest.raises(ConfigError, match=r"^config\.json: text_config: hidden_size is -1"):
+        model_spec({"model_type": "gemma3", "text_config": text})
