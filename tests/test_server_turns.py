@@ -82,3 +82,13 @@ def test_a_priority_that_is_none_is_refused(queue: Queue) -> None:
         )
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "priority"
     queue.finish()
+
+
+def test_the_time_of_each_token_of_a_stream_is_told(queue: Queue) -> None:
+    queue.engine.permit()
+    until(lambda: len(queue.order) == 1)
+    queue.ask("second", max_tokens=3)
+    queue.engine.permit(3)
+    until(lambda: len(queue.order) == 2)
+    text = queue.server.http.get("/metrics", headers={"x-api-key": "a"}).text
+    assert "hybrid_inter_token_latency_seconds_count 2.0" in text and "hybrid_num_preemptions_total 0.0" in text

@@ -46,6 +46,12 @@ class Metrics:
             buckets=_PER_TOKEN,
             registry=registry,
         )
+        self._between = Histogram(
+            "hybrid_inter_token_latency_seconds",
+            "Steps, for each token of a stream.",
+            buckets=_PER_TOKEN,
+            registry=registry,
+        )
         self._steps = Counter("hybrid_steps", "Steps of the engine.", registry=registry)
         self._step_seconds = Counter("hybrid_step_seconds", "Seconds in steps.", registry=registry)
         self._rows = Counter("hybrid_step_rows", "Rows that steps computed.", ["kind"], registry=registry)
@@ -61,6 +67,8 @@ class Metrics:
         """An observer of steps, on the engine's thread."""
         self._steps.inc()
         self._step_seconds.inc(record.seconds)
+        for _ in range(record.decode_rows):
+            self._between.observe(record.seconds)
         self._rows.labels("prompt").inc(record.prompt_rows)
         self._rows.labels("decode").inc(record.decode_rows)
         self._guesses.labels("yes").inc(record.right)
