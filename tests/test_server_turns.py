@@ -17,6 +17,9 @@ from dummy_tokenizer import BYTES  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
+from hybrid.server.config import ServerConfig  # noqa: E402
+from hybrid.server.quotas import Quotas  # noqa: E402
+from hybrid.server.refusals import Refusal  # noqa: E402
 
 COMPLETE = "/v1/completions"
 
@@ -92,3 +95,43 @@ def test_the_time_of_each_token_of_a_stream_is_told(queue: Queue) -> None:
     until(lambda: len(queue.order) == 2)
     text = queue.server.http.get("/metrics", headers={"x-api-key": "a"}).text
     assert "hybrid_inter_token_latency_seconds_count 2.0" in text and "hybrid_num_preemptions_total 0.0" in text
+
+
+def test_a_key_has_its_limits_and_others_are_not_held_up() -> None:
+    engine = GatedEngine(sequences=1, max_rows=64, max_seq_len=64)
+    options = {"api_key": ("a", "b"), "key_requests": 2, "key_tokens_per_minute": 6}
+    with running(LLM.from_engine(engine, BYTES, frozenset(), None), **options) as server:
+        queue = Queue(server, engine)
+        queue.ask("first", max_tokens=2)
+        engine.rows()
+        queue.ask("second")
+        full = server.http.post(COMPLETE, content=b"not looked at", headers={"authorization": "Bearer a"})
+        assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+        assert (full.json()["error"]["type"], full.json()["error"]["code"]) == (
+            "rate_limit_error",
+            "rate_limit_exceeded",
+        )
+        queue.ask("other", key="b")
+        engine.permit(9)
+        until(lambda: len(queue.order) == 3 and not server.service._taken)
+        late = server.http.post(COMPLETE, content=b"not looked at", headers={"authorization": "Bearer a"})
+        assert late.status_code == 429 and 1 <= int(late.headers["retry-after"]) <= 60
+        ok = server.http.post(COMPLETE, json={"prompt": [1], "max_tokens": 1}, headers={"authorization": "Bearer b"})
+        assert ok.status_code == 200
+        assert "hybrid_requests_limited_total 2.0" in server.http.get("/metrics", headers={"x-api-key": "b"}).text
+
+
+def test_tokens_come_back_with_time_and_no_more_than_a_minute_s() -> None:
+    now = [0.0]
+    quotas = Quotas(ServerConfig(key_tokens_per_minute=60), lambda: now[0])
+    quotas.charge("a", 90)
+    with pytest.raises(Refusal, match="60 tokens a minute") as refused:
+        quotas.require("a", 1)
+    assert refused.value.retry == 31
+    quotas.require("b", 1)
+    now[0] = 31.0
+    quotas.require("a", 1)
+    now[0] = 1e6
+    quotas.charge("a", 60)
+    with pytest.raises(Refusal):
+        quotas.require("a", 1)

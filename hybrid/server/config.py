@@ -28,6 +28,12 @@ class ServerConfig:
     open_metrics: bool = setting(False, "Let /metrics be read without a key.")
     served_model_name: tuple[str, ...] = setting((), "What clients call the model, in place of its folder's name")
     max_queue: int = setting(256, "Completions that may wait; more are refused with 503.", minimum=0, maximum=1 << 20)
+    key_requests: int | None = setting(
+        None, "Completions of one API key that may run or wait; more are refused with 429.", minimum=1, maximum=1 << 20
+    )
+    key_tokens_per_minute: int | None = setting(
+        None, "Tokens that one API key may have computed and produced in a minute.", minimum=1, maximum=1 << 40
+    )
     max_body_mb: int = setting(8, "Largest request, in MiB.", minimum=1, maximum=1024)
     drain_seconds: float = setting(30.0, "How long running requests may go on after SIGTERM.", minimum=0, maximum=86400)
     ping_seconds: float = setting(

@@ -33,6 +33,7 @@ class Metrics:
         self._hits = Counter("hybrid_prefix_hits", "Completions whose prompt was begun already.", registry=registry)
         self._finished = Counter("hybrid_requests", "Completions that ended.", ["reason"], registry=registry)
         self.refused = Counter("hybrid_requests_refused", "Requests that found the queue full.", registry=registry)
+        self.limited = Counter("hybrid_requests_limited", "Requests over the limits of their key.", registry=registry)
         self.failed = Counter("hybrid_failed_steps", "Requests that a failed step ended.", registry=registry)
         self._prompt = Counter("hybrid_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._cached = Counter("hybrid_cached_prompt_tokens", "Those computed before.", registry=registry)

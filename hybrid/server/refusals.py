@@ -10,7 +10,13 @@ from hybrid.errors import RequestError
 
 ANTHROPIC, OLLAMA = "/v1/messages", "/api/"  # how paths begin whose errors have another shape
 _ANTHROPIC_KINDS = {404: "not_found_error", 413: "request_too_large", 500: "api_error"}
-KINDS = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "overloaded_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+}
 INTERNAL = "the server failed on this request; its log has more, by the request id"
 RETRY_SECONDS = 1
 
@@ -20,8 +26,17 @@ class Refusal(Exception):
     was not written for people.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int = RETRY_SECONDS,
+    ) -> None:
+        """retry: seconds after which the client may try again, told with 429 and 503."""
         super().__init__(message)
+        self.retry = retry
         self.status, self.message, self.param, self.code = status, message, param, code
 
     @classmethod
@@ -46,7 +61,7 @@ class Refusal(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, path: str = "") -> JSONResponse:
-        headers = {"retry-after": str(RETRY_SECONDS)} if self.status == 503 else {}
+        headers = {"retry-after": str(self.retry)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.body_for(path), self.status, headers)

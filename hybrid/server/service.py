@@ -16,6 +16,7 @@ from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import log_failure
 from hybrid.server.metrics import Metrics
+from hybrid.server.quotas import Quotas
 from hybrid.server.refusals import Refusal, internal
 from hybrid.server.telemetry import Telemetry
 from hybrid.serving.async_llm import AsyncLLM
@@ -40,6 +41,7 @@ class Service:
         self.unhealthy = False  # a step has failed, and none has succeeded since
         self._llm: AsyncLLM | None = None
         self._taken = 0  # completions that were let in
+        self._quotas = Quotas(config)
         self._runs: set[Run] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,6 +93,11 @@ class Service:
         """Raise Refusal where so many completions more are not taken."""
         if self.draining:
             raise Refusal(503, "the server is shutting down", code="shutting_down")
+        try:
+            self._quotas.require(CLIENT.get(), count)
+        except Refusal:
+            self.metrics.limited.inc()
+            raise
         places = self.places if self.llm else 0
         if self._taken + count > places + self.config.max_queue:
             self.metrics.refused.inc()
@@ -115,12 +122,13 @@ class Service:
     async def start(self, count: int, make: Callable[[AsyncLLM], list[Request]]) -> Run:
         """Let in so many completions, whose requests `make` makes on another thread. Raises Refusal."""
         self.require_room(count)
-        self._take(count)
+        client = CLIENT.get()
+        self._take(client, count)
         try:
             requests = await self.prepare(partial(make, self.llm))
-            return Run(self, requests, count)
+            return Run(self, requests, count, client)
         except BaseException:
-            self._take(-count)
+            self._take(client, -count)
             raise
 
     async def attempt(self, make: Callable[[AsyncLLM], Awaitable[T]]) -> T:
@@ -151,8 +159,9 @@ class Service:
                 await self.llm.generate([[0]], SamplingParams(max_tokens=1))
                 self.unhealthy = False
 
-    def _take(self, count: int) -> None:
+    def _take(self, client: str, count: int) -> None:
         self._taken += count
+        self._quotas.take(client, count)
         self._idle.clear() if self._taken else self._idle.set()
 
     def enter(self, run: Run) -> None:
@@ -160,7 +169,10 @@ class Service:
 
     def leave(self, run: Run) -> None:
         self._runs.discard(run)
-        self._take(-run.count)
+        self._take(run.client, -run.count)
+        usages = [request.completion.usage for request in run.requests]
+        computed = sum(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens for usage in usages)
+        self._quotas.charge(run.client, computed)
         self.metrics.on_end([request.completion for request in run.requests])
 
     async def drain(self, seconds: float) -> None:
@@ -189,12 +201,12 @@ class Service:
 class Run:
     """Completions that one client waits for. `close` ends what has not finished, and must be called once."""
 
-    def __init__(self, service: Service, requests: list[Request], count: int) -> None:
+    def __init__(self, service: Service, requests: list[Request], count: int, client: str) -> None:
         """Raises Refusal."""
-        self.requests, self.count, self.service = requests, count, service
+        self.requests, self.count, self.service, self.client = requests, count, service, client
         metrics = service.metrics
         for request in requests:
-            request.client = CLIENT.get()
+            request.client = client
         self._experts = (metrics.expert_hits, metrics.expert_misses)
         try:
             self._together = service.llm.start(requests)
