@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import httpx
@@ -23,12 +24,13 @@ QUESTION = [{"role": "user", "content": "Tell me a story about a fox."}]
 class Running:
     """A server that answers. http: a client of it."""
 
-    def __init__(self, llm: LLM | None, telemetry: Any = None, **config: Any) -> None:
-        """Without an llm it goes on loading."""
+    def __init__(self, llm: LLM | None, telemetry: Any = None, again: Iterable[LLM] = (), **config: Any) -> None:
+        """Without an llm it goes on loading. again: what it opens after the first one."""
+        self._llms = chain([llm], again)
         options = ServerConfig(port=0, log="none", **config)
         self.service = Service(options, ("tiny", "also-tiny"), telemetry)
         self._socket, self._may_load = listen(options), threading.Event()
-        self.process = Process(self.service, lambda progress: self._load(llm, progress))
+        self.process = Process(self.service, lambda progress: self._load(next(self._llms, None), progress))
         self.port = self._socket.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.process.run, args=([self._socket],), daemon=True)

@@ -31,7 +31,7 @@ from hybrid.settings import settings_of  # noqa: E402
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 UNIT, CONTAINER = (DEPLOY / "hybrid.service").read_text(), (DEPLOY / "Containerfile").read_text()
-GRACE = 10  # seconds that the server takes after draining: for requests that end by an error, for connections
+GRACE = 30  # seconds that the server may take after draining: for requests that end by an error, connections, a step
 
 
 def unit(name: str) -> list[str]:

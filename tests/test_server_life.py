@@ -22,7 +22,7 @@ from dummy_tokenizer import BYTES  # noqa: E402
 from server_rig import QUESTION, Running, parse_events, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
-from hybrid.server import service as service_module  # noqa: E402
+from hybrid.server import health as health_module  # noqa: E402
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 
@@ -106,7 +106,7 @@ def test_a_stream_that_is_silent_sends_comments() -> None:
 
 
 def test_a_step_that_fails_ends_its_requests_and_is_told_until_steps_succeed(monkeypatch, capfd) -> None:
-    monkeypatch.setattr(service_module, "_PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(health_module, "_PROBE_SECONDS", 0.05)
     engine, llm = gated()
     with running(llm) as server:
         for stream in (False, True):

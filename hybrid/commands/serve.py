@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -53,6 +54,9 @@ def serve(config: EngineConfig, options: ServerConfig) -> None:
             process.run([listening])
         finally:
             service.close()
+    if service.abandoned:  # a thread in a step that cannot be ended would keep the process
+        say("the server has ended, and with it a step that could not be ended")
+        os._exit(1)
     if process.error is not None:
         raise process.error
     say("the server has ended")

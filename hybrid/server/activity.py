@@ -14,6 +14,7 @@ from fastapi import APIRouter
 
 from hybrid.errors import HybridError
 from hybrid.server.service import Service
+from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.llm import LLM
 
 _PATIENCE = 0.5  # seconds that are waited for the end of a step
@@ -37,12 +38,14 @@ class Activity:
         self._service = service
         self._seen: dict[str, Any] | None = None
         self._look: asyncio.Task[None] | None = None
+        self._looked_at: AsyncLLM | None = None
 
     async def now(self) -> dict[str, Any]:
         """Raises Refusal while there is no engine."""
         service = self._service
         plan = service.llm.llm.engine.plan
-        if self._look is None or self._look.done():
+        if self._look is None or self._look.done() or self._looked_at is not service.llm:
+            self._looked_at = service.llm  # another one, where the engine was opened anew
             self._look = asyncio.ensure_future(self._see())
         await asyncio.wait((self._look,), timeout=_PATIENCE)
         metrics = service.metrics

@@ -36,6 +36,9 @@ class ServerConfig:
     )
     max_body_mb: int = setting(8, "Largest request, in MiB.", minimum=1, maximum=1024)
     drain_seconds: float = setting(30.0, "How long running requests may go on after SIGTERM.", minimum=0, maximum=86400)
+    step_seconds: float = setting(
+        300.0, "A step that takes longer is taken for stuck: its requests fail.", minimum=0, above=True, maximum=86400
+    )
     ping_seconds: float = setting(
         15.0, "A stream that is silent for so long sends a comment.", minimum=0, above=True, maximum=3600
     )

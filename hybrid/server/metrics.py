@@ -35,6 +35,7 @@ class Metrics:
         self.refused = Counter("hybrid_requests_refused", "Requests that found the queue full.", registry=registry)
         self.limited = Counter("hybrid_requests_limited", "Requests over the limits of their key.", registry=registry)
         self.failed = Counter("hybrid_failed_steps", "Requests that a failed step ended.", registry=registry)
+        self.reopened = Counter("hybrid_engine_reopened", "Times that the engine was opened anew.", registry=registry)
         self._prompt = Counter("hybrid_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._cached = Counter("hybrid_cached_prompt_tokens", "Those computed before.", registry=registry)
         self._generated = Counter("hybrid_generation_tokens", "Tokens produced.", registry=registry)
@@ -62,11 +63,12 @@ class Metrics:
             name: Counter(f"hybrid_expert_cache_{name}", f"Experts: {name}.", ["layer"], registry=registry)
             for name in ("hits", "misses", "evictions")
         }
-        self.expert_hits = self.expert_misses = self.prompt_rows = self.decode_rows = 0
+        self.steps = self.expert_hits = self.expert_misses = self.prompt_rows = self.decode_rows = 0
 
     def on_step(self, record: StepRecord) -> None:
         """An observer of steps, on the engine's thread."""
         self._steps.inc()
+        self.steps += 1
         self._step_seconds.inc(record.seconds)
         for _ in range(record.decode_rows):
             self._between.observe(record.seconds)

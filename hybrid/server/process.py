@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -64,6 +65,8 @@ class Process(uvicorn.Server):
         self.service = service
         self.error: BaseException | None = None  # of loading
         self._load, self._on_ready = load, on_ready
+        service.health.reopen = partial(self._load, self._note)
+        service.health.on_lost = self._lose
         self._ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -108,6 +111,10 @@ class Process(uvicorn.Server):
         if self._ending:
             return llm.close()
         self._tell(self._opened, llm)
+
+    def _lose(self, error: BaseException) -> None:
+        """There is no engine any more: whoever watches over the process may start another."""
+        self.error, self.should_exit = error, True
 
     def _note(self, what: str, done: int, total: int) -> None:
         if self._ending:

@@ -10,11 +10,11 @@ from functools import partial
 from time import time
 from typing import TypeVar
 
-from hybrid.core import SamplingParams
 from hybrid.errors import RequestError
 from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import log_failure
+from hybrid.server.health import Health, close_in_time
 from hybrid.server.metrics import Metrics
 from hybrid.server.quotas import Quotas
 from hybrid.server.refusals import Refusal, internal
@@ -27,7 +27,6 @@ from hybrid.serving.together import Piece
 from hybrid.text.token_texts import TokenTexts
 
 T = TypeVar("T")
-_PROBE_SECONDS = 1.0  # between tries whether steps succeed again
 
 
 class Service:
@@ -38,7 +37,8 @@ class Service:
         self.created = int(time())
         self.progress: tuple[str, int, int] | None = None  # of loading; any thread sets it
         self.draining = False
-        self.unhealthy = False  # a step has failed, and none has succeeded since
+        self.abandoned = False  # an engine could not be closed
+        self.health = Health(self)
         self._llm: AsyncLLM | None = None
         self._taken = 0  # completions that were let in
         self._quotas = Quotas(config)
@@ -46,7 +46,6 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._workers = ThreadPoolExecutor(2, "hybrid-texts")
-        self._probe: asyncio.Task[None] | None = None
         self.metrics = Metrics(self.running, self.waiting, lambda: self.ready, self._prefixes)
         self.token_texts = TokenTexts(None)
 
@@ -55,13 +54,14 @@ class Service:
         self.token_texts = TokenTexts(llm.tokenizer)
         llm.observe(self.metrics.on_step)
         self._llm = AsyncLLM(llm)
+        self.health.opened()
 
     def _prefixes(self) -> PoolReport | None:
         return self._llm.llm.prefix_report() if self._llm else None
 
     @property
     def ready(self) -> bool:
-        return self._llm is not None and not self.draining and not self.unhealthy
+        return self._llm is not None and not self.draining and not self.health.failing
 
     @property
     def loading(self) -> bool:
@@ -146,18 +146,25 @@ class Service:
             return Refusal.of(error)
         log_failure(error)
         self.metrics.failed.inc()
-        self.unhealthy = True
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.ensure_future(self._heal())
+        self.health.failed()
         return internal()
 
-    async def _heal(self) -> None:
-        """A step of our own tells whether steps succeed again."""
-        while self.unhealthy and not self.draining:
-            await asyncio.sleep(_PROBE_SECONDS)
-            with suppress(Exception):
-                await self.llm.generate([[0]], SamplingParams(max_tokens=1))
-                self.unhealthy = False
+    def fail_all(self) -> None:
+        """End all that runs or waits by an error: the engine cannot compute it."""
+        for run in list(self._runs):
+            self.metrics.failed.inc()
+            run.fail(internal())
+
+    def detach(self) -> LLM:
+        """Take the engine away; what it has not finished fails."""
+        llm, self._llm = self.llm.llm, None
+        self.fail_all()
+        return llm
+
+    def dispose(self, llm: LLM) -> None:
+        """Close an engine; any thread may call it."""
+        if not close_in_time(llm):
+            self.abandoned = True
 
     def _take(self, client: str, count: int) -> None:
         self._taken += count
@@ -190,10 +197,9 @@ class Service:
     def close(self) -> None:
         """Give the model's memory back."""
         self._workers.shutdown(wait=False, cancel_futures=True)
-        if self._probe:
-            self._probe.cancel()
+        self.health.end()
         if self._llm:
-            self._llm.llm.close()
+            self.dispose(self._llm.llm)
         if self.telemetry:
             self.telemetry.close()
 

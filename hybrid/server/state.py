@@ -69,7 +69,7 @@ def _state(service: Service) -> Response:
         status = "shutting down"
     elif service.loading:
         status = "loading"
-    elif service.unhealthy:
+    elif service.health.failing:
         status = "a step of the engine has failed"
     facts: dict[str, Any] = {"status": status, "running": service.running(), "waiting": service.waiting()}
     if service.loading and service.progress:

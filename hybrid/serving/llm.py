@@ -272,6 +272,10 @@ class LLM:
         """What is kept of prompts beyond the sequences, and how often it was used."""
         return self._loop.prefix_report()
 
+    def step_seconds(self) -> float:
+        """How long the running step of the engine has taken; 0 if none runs. Any thread may ask, and never waits."""
+        return self._loop.step_seconds()
+
     def running_tokens(self) -> int:
         """Tokens of the running requests whose keys and values are computed."""
         return self._loop.running_tokens()

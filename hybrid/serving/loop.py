@@ -127,6 +127,10 @@ class Loop:
         """What is kept of prompts beyond the sequences."""
         return self._worker.scheduler.prefix_report
 
+    def step_seconds(self) -> float:
+        """How long the running step has taken; 0 if none runs. Never waits."""
+        return self._worker.stepper.seconds
+
     def running_tokens(self) -> int:
         """Tokens of the running requests whose keys and values are computed."""
         return self.run(lambda: self._worker.scheduler.running_tokens)

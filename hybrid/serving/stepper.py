@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import RLock, get_ident
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from hybrid.core import Batch, StepResult
@@ -24,6 +25,7 @@ class Stepper:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._jobs: Sequence[Job] = ()  # those of the running step
+        self._begun: float | None = None  # when it began
         self._late = 0  # steps that may yet be ended by a cut that came too late for its own
         self._lock = RLock()  # held while another thread cancels a step, and while the engine is closed
         self._canceller: int | None = None  # the thread that cancels a step
@@ -33,6 +35,7 @@ class Stepper:
         """`Engine.forward`, for these jobs. Raises RequestError once stopped."""
         with self._lock:  # a cut of the step before comes before this one begins, and so hits its first op
             self._jobs = jobs
+        self._begun = perf_counter()
         try:
             while not self._stopping:
                 try:
@@ -42,7 +45,13 @@ class Stepper:
                         raise
             raise closed_error()
         finally:
-            self._jobs = ()
+            self._jobs, self._begun = (), None
+
+    @property
+    def seconds(self) -> float:
+        """How long the running step has taken; 0 if none runs."""
+        begun = self._begun
+        return 0.0 if begun is None else perf_counter() - begun
 
     def cut(self) -> bool:
         """End the running step if all its jobs are unwanted; returns whether no step of others runs."""
