@@ -18,7 +18,7 @@ for name in list(os.environ):
     ):
         del os.environ[name]
 os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
-os.environ["HYBRID_SPECULATE"] = "0"
+os.environ["HYBRID_SPECULATE"], os.environ["HYBRID_MAX_ITL_MS"] = "0", "0"  # steps that no clock decides
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
@@ -30,10 +30,11 @@ settings.load_profile("any")
 
 
 @pytest.fixture(autouse=True)
-def no_guesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether guessed tokens pay is measured, and the number of steps must not depend on that."""
-    if not request.node.get_closest_marker("guesses"):
+def steps_without_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether guessed tokens pay, and how long steps may take, is measured: rows of steps must not depend on that."""
+    if not request.node.get_closest_marker("by_clock"):
         monkeypatch.setattr("hybrid.serving.speculation.COUNTS", (0,))
+        monkeypatch.setattr("hybrid.serving.pace.Pace.prompt_rows", lambda self, decoding, room: room)
 
 
 @pytest.fixture(params=ISAS)

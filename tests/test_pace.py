@@ -15,6 +15,7 @@ from hybrid.serving.pace import SHARE, STRETCH, Pace
 from hybrid.serving.scheduler import Scheduler
 from hybrid.serving.step_seconds import StepSeconds
 
+pytestmark = pytest.mark.by_clock
 PLAN = {"max_seq_len": 1200, "kv_token_budget": 6000, "max_rows": 256, "sequences": 5, "speculate": False}
 
 

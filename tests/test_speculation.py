@@ -20,7 +20,7 @@ from hybrid.serving.scheduler import Scheduler, StepRecord
 from hybrid.serving.speculation import worth_guessing
 from hybrid.serving.step_seconds import StepSeconds
 
-pytestmark = pytest.mark.guesses
+pytestmark = pytest.mark.by_clock
 
 
 def tokens(*values: int) -> np.ndarray:

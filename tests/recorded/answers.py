@@ -14,7 +14,7 @@ from hybrid import LLM, CacheConfig, SamplingParams
 
 LENGTH = 8  # tokens of an answer
 MARGIN = 0.05  # of log-probability: nearer than this, another rounding may choose another token
-SIZES = {"threads": 1, "max_batch": 3, "chunk_size": 32, "batch_invariant": True}
+SIZES = {"threads": 1, "max_batch": 3, "chunk_size": 32, "batch_invariant": True, "max_itl_ms": 0.0, "speculate": False}
 
 
 def open_model(workshop: Workshop, name: str, format: str = "auto", **choices: Any) -> LLM:
