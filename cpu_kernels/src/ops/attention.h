@@ -6,7 +6,7 @@
 #pragma once
 
 #include "ops/qkv.h"
-#include "ops/small_product.h"
+#include "ops/turned_product.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -55,7 +55,7 @@ struct AttentionScratch {
   bf16* weights;   // [rows, kKeys]
   float* current;  // [rows, value_dim + 16]: this block's state
   float* joined;   // [rows, value_dim + 16]: all blocks so far
-  char* opened;    // some blocks of keys or values as bf16; if these are shared, all values, then all keys
+  char* opened;    // some blocks of keys or values as bf16; if these are shared, all values, then keys
   int state_stride;
 };
 
@@ -157,31 +157,15 @@ static HYBRID_INLINE KeyBlock stored_block(const AttentionArgs& args, const Plac
           keys_of<Kv>(args, next)};
 }
 
-// Of shared keys the first dimensions are turned into values, in scratch: the latter are never read from memory. Keys
-// that are no operands as they lie are opened once for both.
+// Of shared keys the values are made in scratch while scores are computed, and the keys of `next` are fetched then.
 template <class Kv>
-static HYBRID_KERNEL KeyBlock turned_block(const AttentionArgs& args, const Place& at, const Place& next, int used,
-                                           char* scratch) {
-  const KvLayout& kv = args.kv;
+static HYBRID_INLINE KeyBlock turned_block(const AttentionArgs& args, const Place& at, const Place& next, int used,
+                                           const char* scratch) {
   KeyBlock found = stored_block<Kv>(args, at, next, used);
-  if constexpr (!Kv::opened) {
-    char* const opened = scratch + turned_bytes(kv);
-    const int64_t block = int64_t(kBlock) * kv.key_dim * 2;
-    for (int i = 0; i < used / kBlock; ++i)
-      open_small<Kv, 1>({found.keys.data + i * found.keys.block_stride, 0, kLine, nullptr, 0}, found.key_lines,
-                        opened + i * block);
-    found.keys = {opened, block, kLine, nullptr, 0};
-  }
-  constexpr int lines = kBlock / 2;  // of 16 dimensions of 16 keys
-  for (int i = 0; i < used / kBlock; ++i)
-    for (int j = 0; j < kv.value_dim / kBlock; ++j)
-      Isa::turn_lines(found.keys.data + i * found.keys.block_stride + j * lines * kLine,
-                      scratch + j * kTurnedBytes + i * lines * kLine);
   found.values = {scratch, kTurnedBytes, kLine, nullptr, 0};
-  found.key_lines = kv.key_dim / 2;
   found.value_lines = used / 2;
-  found.after_keys = scratch;
-  if (!Kv::opened) found.after_values = scratch;  // where codes would be fetched that are half as long
+  found.after_keys = found.after_values;
+  found.after_values = scratch;
   return found;
 }
 
@@ -196,12 +180,9 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const KvLayout& kv = args.kv;
   const int end = min(kKeys, end_of(args, tile, tile.rows - 1) - key0);  // keys that the last query sees
   const int used = (end + kBlock - 1) / kBlock * kBlock;
-  using Operands = typename Either<shared, Bf16, Kv>::Type;
-  KeyBlock keys;
-  if constexpr (shared)
-    keys = turned_block<Kv>(args, at, next, used, s.opened);
-  else
-    keys = stored_block<Kv>(args, at, next, used);
+  using Values = typename Either<shared, Bf16, Kv>::Type;
+  const KeyBlock keys =
+      shared ? turned_block<Kv>(args, at, next, used, s.opened) : stored_block<Kv>(args, at, next, used);
   BlockScales scales;
   if constexpr (Kv::scaled)
     load_scales<Kv>(args, key_scale(kv, tile.sequence, at.kv_head, key0),
@@ -211,17 +192,20 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + at.kv_head * group) * kv.key_dim;
   const bf16* queries[kMaxTileRows];
   for (int i = 0; i < rows; ++i) queries[i] = q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim;
-  small_product<Operands>(
-      tiles, [&](int i) { return queries[i]; }, rows, keys.keys, keys.key_lines, used / kBlock, keys.after_keys,
-      s.opened,
-      [&](F32 acc, int row, int column) {
-        const F32 factor = Kv::scaled ? Isa::load(scales.keys + column * kBlock) : scale;
-        Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, factor));
-      });
+  const auto query = [&](int i) { return queries[i]; };
+  const auto keep = [&](F32 acc, int row, int column) {
+    const F32 factor = Kv::scaled ? Isa::load(scales.keys + column * kBlock) : scale;
+    Isa::store(s.scores + row * kKeys + column * kBlock, Isa::mul(acc, factor));
+  };
+  if constexpr (shared)
+    turned_product<Kv>(tiles, query, rows, keys.keys, kv.key_dim / 2, used / kBlock,
+                       {s.opened + turned_bytes(kv), s.opened, kv.value_dim / 2}, keys.after_keys, keep);
+  else
+    small_product<Kv>(tiles, query, rows, keys.keys, keys.key_lines, used / kBlock, keys.after_keys, s.opened, keep);
   for (int i = 0; i < rows; ++i)
     seen[i] = softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
                       s.current + i * s.state_stride, kv.value_dim, visible(args, tile, i / group, at.block), used);
-  small_product<Operands>(
+  small_product<Values>(
       tiles, [&](int i) { return s.weights + i * kKeys; }, rows, keys.values, keys.value_lines, kv.value_dim / kBlock,
       keys.after_values, s.opened,
       [&](F32 acc, int row, int column) { Isa::store(s.current + row * s.state_stride + column * kBlock, acc); });
@@ -286,11 +270,11 @@ static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionA
                                       const Place& next, char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
   if (at.block < first_block(args, at.tile->position) || at.block * kKeys >= end_of(args, *at.tile, 0)) return;
-  const AttentionScratch s = carve(scratch, group, dim);
+  AttentionScratch s = carve(scratch, group, dim);
+  s.current = partial(args, *at.tile, at.kv_head * group, at.block);
+  s.state_stride = (at.tile->position + kKeys) / kKeys * (dim + kBlock);
   bool seen[kMaxTileRows];
   attend_block<Kv, shared>(tiles, args, at, next, s, seen);
-  for (int i = 0; i < group; ++i)
-    copy_state(partial(args, *at.tile, at.kv_head * group + i, at.block), s.current + i * s.state_stride, dim);
 }
 
 // Task `task` of the step, not before `tile`: the first block of a tile and KV head, or any block of a split tile, of

@@ -51,6 +51,12 @@ static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const ch
   }
 }
 
+// Of the `blocks` that come next as many are fetched by each of `tiles`, until all are.
+static HYBRID_INLINE constexpr int fetched_blocks(int tiles, int blocks) {
+  if (tiles == 1) return blocks;
+  return tiles < blocks ? 2 : 1;
+}
+
 // The same for tile `tile` of `tiles` that pass over the same lines one after another: they share the fetching of the
 // group of blocks at `next`, so that memory is asked at an even pace.
 template <class Format, int MR, int NB>
@@ -58,7 +64,7 @@ static HYBRID_INLINE void multiply_shared(typename Format::Sum (&acc)[MR][NB], c
                                           const Lines& w, int count, int tile, int tiles, const char* next) {
   if (tiles == 1) return multiply<Format, NB>(acc, a, w, count, next);
   constexpr int two = NB < 2 ? NB : 2;
-  const int each = tiles < NB ? two : 1;
+  const int each = fetched_blocks(tiles, NB);
   next += each * tile * w.block_stride;
   if (each * tile >= NB) return multiply<Format, 0>(acc, a, w, count, next);
   if (each == 1) return multiply<Format, 1>(acc, a, w, count, next);

@@ -35,15 +35,23 @@ static HYBRID_KERNEL Lines open_small(const Lines& w, int count, char* out) {
 // Rows of one tile beside two blocks: as many sums as a tile of full width and height has.
 constexpr int kNarrowRows = Isa::max_rows * Isa::max_blocks / 2;
 
-template <class Format, int MR, int NB, class RowAt, class Epilogue>
-static HYBRID_INLINE void small_rows(RowAt row_at, int row, const Lines& w, int count, int block, int tile, int tiles,
-                                     const char* next, Epilogue epilogue) {
+// Rows from `row` on times NB blocks from `block` on: run(rows, sums [MR][NB][16]), then the epilogue.
+template <int MR, int NB, class RowAt, class Run, class Epilogue>
+static HYBRID_INLINE void with_tile(RowAt row_at, int row, int block, Run run, Epilogue epilogue) {
   const char* a[MR];
   alignas(64) float sums[MR][NB][kBlock];
   for (int r = 0; r < MR; ++r) a[r] = reinterpret_cast<const char*>(row_at(row + r));
-  small_tile<Format, MR, NB>(a, w, count, tile, tiles, next, sums[0][0]);
+  run(a, sums[0][0]);
   for (int r = 0; r < MR; ++r)
     for (int j = 0; j < NB; ++j) epilogue(Isa::load(sums[r][j]), row + r, block + j);
+}
+
+template <class Format, int MR, int NB, class RowAt, class Epilogue>
+static HYBRID_INLINE void small_rows(RowAt row_at, int row, const Lines& w, int count, int block, int tile, int tiles,
+                                     const char* next, Epilogue epilogue) {
+  with_tile<MR, NB>(
+      row_at, row, block,
+      [&](auto& a, float* sums) { small_tile<Format, MR, NB>(a, w, count, tile, tiles, next, sums); }, epilogue);
 }
 
 static HYBRID_INLINE Lines from_block(const Lines& w, int block) {
