@@ -72,25 +72,23 @@ struct Avx512 {
   static void store_line(char* p, Line line) { _mm512_store_si512(p, pair_bits(line.even, line.odd)); }
 
   static void turn_lines(const char* lines, char* out) {
-    // Two inputs of two columns are a word, whose middle parts change places; then the words are turned, 8 by 8.
+    // Two inputs of two columns are a word, whose middle parts change places; then the words are turned, 8 by 8: four
+    // lines are a half of all that come out, so that few registers are taken from whatever runs beside this.
     const __m512i middle = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    __m512i a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(lines + i * kLine), middle);
-    for (int i = 0; i < 8; i += 2) {
-      b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-      for (int j = 0; j < 2; ++j) {
-        a[i + j] = _mm512_shuffle_i64x2(b[i + j], b[i + j + 2], 0x88);
-        a[i + j + 2] = _mm512_shuffle_i64x2(b[i + j], b[i + j + 2], 0xdd);
+    const auto store = [&](int line, __m512i words) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + line * kLine), _mm512_castsi512_si256(words));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (line + 4) * kLine), _mm512_extracti64x4_epi64(words, 1));
+    };
+    for (int half = 0; half < 2; ++half, lines += 4 * kLine, out += kLine / 2) {
+      __m512i a[4];
+      for (int i = 0; i < 4; ++i) a[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(lines + i * kLine), middle);
+      const __m512i b[] = {_mm512_unpacklo_epi64(a[0], a[1]), _mm512_unpackhi_epi64(a[0], a[1]),
+                           _mm512_unpacklo_epi64(a[2], a[3]), _mm512_unpackhi_epi64(a[2], a[3])};
+      for (int i = 0; i < 2; ++i) {
+        store(i, _mm512_mask_permutex_epi64(b[i], 0xcc, b[i + 2], 0x44));
+        store(i + 2, _mm512_mask_permutex_epi64(b[i + 2], 0x33, b[i], 0xee));
       }
     }
-    for (int j = 0; j < 4; ++j) {
-      b[j] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0x88);
-      b[j + 4] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) _mm512_storeu_si512(out + i * kLine, b[i]);
   }
 
   static I32 set_int(int x) { return _mm512_set1_epi32(x); }
