@@ -98,6 +98,7 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "quantise": "intermediate",
     "gemm": "columns",
     "head_gemm": "whole",
+    "soft_cap": "whole",
     "qkv": "whole",
     "latent": "whole",
     "attention": "whole",

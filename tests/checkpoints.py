@@ -205,6 +205,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     },
+    "gemma4_text": {
+        **{name: value for name, value in _COMMON.items() if name != "rope_theta"},
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 20,
+        "global_head_dim": 40,
+        "num_global_key_value_heads": 3,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 56,
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
     "phimoe": {
         **_COMMON,
         "model_type": "phimoe",
@@ -264,6 +285,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 WRAPPERS = (  # models of more than text
     *(
         "gemma3",
+        "gemma4",
         "glm4v_moe",
         "internvl",
         "kimi_k25",
@@ -275,9 +297,9 @@ WRAPPERS = (  # models of more than text
     ),
 )
 OTHER_NAMES = ("kimi_k2", *WRAPPERS)
-STACKED = ("gpt_oss", "granitemoe")  # families whose experts are never apart
+STACKED = ("gpt_oss", "granitemoe", "gemma4_text")  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST: tuple[str, ...] = ()
+ON_HOST: tuple[str, ...] = ("gemma4_text",)
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
-    "phi3": "phi3",
+    "phi3": "phi3", "gemma4_text": "gemma4",
 }  # fmt: skip
 
 
@@ -100,6 +100,11 @@ _NAMES = (
     (r"(.*)\.self_attn\.qkv_proj\.weight", r"\1.attn_qkv.weight"),
     (r"(.*)\.mlp\.gate_up_proj\.weight", r"\1.ffn_up.weight"),
     (r"(.*)\.pre_feedforward_layernorm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.(pre|post)_feedforward_layernorm_([12])\.weight", r"\1.\2_ffw_norm_\3.weight"),
+    (r"(.*)\.layer_scalar", r"\1.layer_output_scale.weight"),
+    (r"(.*)\.router\.proj\.weight", r"\1.ffn_gate_inp.weight"),
+    (r"(.*)\.router\.scale", r"\1.ffn_gate_inp.scale"),
+    (r"(.*)\.router\.per_expert_scale", r"\1.ffn_down_exps.scale"),
     (r"(.*)\.post_feedforward_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
     (r"(.*)\.self_attn\.q_([ab])_proj\.weight", r"\1.attn_q_\2.weight"),
@@ -152,8 +157,10 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     for name, array in tensors.items():
         if gemma and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
-        if gemma and name.endswith("post_attention_layernorm.weight"):
+        if config["model_type"].startswith("gemma") and name.endswith("post_attention_layernorm.weight"):
             found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
+        elif config["model_type"] == "gemma4_text" and name.endswith("gate_up_proj"):
+            found[f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight"] = array
         elif name.endswith(("gate_up_proj", "input_linear.weight", "gate_up_proj_bias")):
             found |= _halves(config["model_type"], name, array)
         elif name.endswith(("experts.down_proj", "output_linear.weight", "down_proj_bias")):
@@ -167,6 +174,10 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     if config["model_type"] in ("llama", "mixtral", "granitemoe"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
+    if config["model_type"] == "gemma4_text":
+        half = config["global_head_dim"] // 2
+        turning = int(half * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+        found["rope_freqs.weight"] = np.array([1.0] * turning + [1e30] * (half - turning), np.float32)
     if (config.get("rope_scaling") or {}).get("rope_type") == "longrope":
         for which in ("short", "long"):
             found[f"rope_factors_{which}.weight"] = np.array(config["rope_scaling"][f"{which}_factor"], np.float32)
@@ -257,7 +268,7 @@ def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _plain(name: str, array: np.ndarray) -> np.ndarray:
-    squeezed = array.squeeze()
+    squeezed = array.squeeze() if array.size > 1 else array
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
 
@@ -282,7 +293,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": get("head_dim"),
         "attention.value_length": get("head_dim"),
         "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "rope.freq_base": config["rope_theta"],
+        "rope.freq_base": get("rope_theta"),
         "rope.dimension_count": turning,
         "expert_count": experts,
         "expert_used_count": next((get(n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if get(n)), None),
@@ -346,9 +357,34 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "ssm.time_step_rank": values,
             "ssm.inner_size": values * config["linear_value_head_dim"],
         }
+    if family == "gemma4_text":
+        found |= _gemma4(config)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
+
+
+def _gemma4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers that slide have other sizes and another rope."""
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    kv_heads = config["num_key_value_heads"], config.get("num_global_key_value_heads") or config["num_key_value_heads"]
+    ropes = config["rope_parameters"]
+    return {
+        "attention.head_count_kv": [kv_heads[not one] for one in slides],
+        "attention.sliding_window_pattern": slides,
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "attention.key_length": config["global_head_dim"],
+        "attention.value_length": config["global_head_dim"],
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "rope.freq_base": ropes["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+        "rope.dimension_count": config["global_head_dim"],
+        "rope.dimension_count_swa": config["head_dim"],
+        "expert_used_count": config.get("top_k_experts"),
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+    }
 
 
 def write_model(

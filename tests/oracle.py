@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, STACKED, write_tensors
+from checkpoints import CONFIGS, STACKED, is_around_one, write_tensors
 
 from hybrid.models import model_spec
 
@@ -68,7 +68,7 @@ def together(errors: Iterable[float]) -> float:
 def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length: int = 70, **changes: Any) -> Oracle:
     """A checkpoint with weights as transformers starts them, in the sizes of `checkpoints.CONFIGS`."""
     config = {**CONFIGS[family], **changes, "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
-    scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta")
+    scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta", None)
     config.setdefault("rope_parameters", {**(scaling or {"rope_type": "default"}), "rope_theta": theta})
     random, spread = np.random.default_rng(seed), config.get("initializer_range", 0.02)
     form = "fused" if family in STACKED else "apart"
@@ -86,7 +86,7 @@ def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spr
     trained models have neither: what a query finds would cancel, and a norm makes rounding as large as the rest.
     """
     values = random.standard_normal(shape)
-    if "norm" in name:
+    if is_around_one(name):
         return 1 + 0.1 * values
     if name.endswith("bias"):
         return 0.1 * values

@@ -115,6 +115,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "minimax_m2": ("minimax_m2", {}),
+    "gemma4_text": ("gemma4_text", {}),
+    "gemma4_text, dense, values of their own": (
+        "gemma4_text",
+        {
+            "enable_moe_block": False,
+            "attention_k_eq_v": False,
+            "num_global_key_value_heads": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            **SHARP,
+        },
+    ),
+    "gemma3_text, bounded logits": ("gemma3_text", {"final_logit_softcapping": 0.5}),
     "ernie4_5_moe": ("ernie4_5_moe", {}),
     "ernie4_5_moe, rope matters": ("ernie4_5_moe", {"moe_k": 8, **SHARP}),  # of 8: no near-tie decides
     "ernie4_5_moe, none shared": (

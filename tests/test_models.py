@@ -50,6 +50,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"}
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
     sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
+    sizes |= {"hidden_size_per_layer_input"}  # whose default is not computed
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
     config |= {"n_routed_experts": 32} if "n_routed_experts" in config else {}  # enough for groups
@@ -212,7 +213,7 @@ def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], w
     ],
 )
 def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], message: str) -> None:
-    if family == "gemma3_text" and "hidden_act" in changes:
+    if family in ("gemma3_text", "gemma4_text") and "hidden_act" in changes:
         changes, message = {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'.*gelu_pytorch_tanh"
     with pytest.raises(ConfigError, match=message) as error:
         _spec(family, **changes)

@@ -41,6 +41,7 @@ OPS: dict[str, dict[str, Any]] = {
         **{"format": Format.int4, "input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "columns": 40},
         **{"inputs": 64, "input_stride": 128, "output_stride": 64, "accumulate": True},
     },
+    "soft_cap": {"columns": 40, "cap": 30.0},
     "head_gemm": {
         **{"format": Format.bf16, "input": PLACE, "weight": PLACE, "output": PLACE, "heads": 3, "columns": 40},
         **{"inputs": 64, "input_stride": 384, "input_head_stride": 128, "weight_head_stride": 6144},
@@ -216,6 +217,10 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
             {"output": 0, "output_stride": 40, "first_column": 1},
             "40 columns from column 1 on are more than the 40",
         ),
+        ("soft_cap", {"columns": 41}, "columns is 41; logits have rows of 40"),
+        ("soft_cap", {"cap": 0.0}, "cap is 0.0+; it must be above 0"),
+        ("norm", {"factor": PLACE}, "output_f32 is null, and there is a factor"),
+        ("qkv", {"qkv_stride": 383, "keys_are_values": True}, "qkv_stride is 383; what it steps over has 384"),
         ("qkv", {"head_dim": 65}, "head_dim 65 is above kv.key_dim 64"),
         ("qkv", {"head_dim": 1025}, "head_dim 1025 is above 1024"),
         ("qkv", {"rope_dim": 31}, "rope_dim is 31; it must be even and at most head_dim 64"),

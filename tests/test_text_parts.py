@@ -20,6 +20,7 @@ MROPE = {"rope_type": "default", "mrope_section": [4, 4, 4], "mrope_interleaved"
 # The family that each is, the word of its text_config, and what that says otherwise.
 PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", "gemma3_text", {}),
+    "gemma4": ("gemma4_text", "gemma4_text", {}),
     "glm4v_moe": ("glm4_moe", "glm4v_moe_text", {"use_qk_norm": False}),
     "internvl": ("qwen3_moe", "qwen3_moe", {}),
     "kimi_k25": ("deepseek_v3", "kimi_k2", {}),
@@ -72,7 +73,7 @@ def test_the_text_model_within_another_is_the_same(tmp_path: Path, wrapper: str,
     assert whole.notes(whole.native) == notes == whole.notes(parse_mix("int8", whole.native))
 
 
-@pytest.mark.parametrize("wrapper", ["gemma3", "kimi_k25", "qwen3_5_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("wrapper", ["gemma4", "kimi_k25", "qwen3_vl_moe"])
 def test_it_makes_the_logits_of_its_family(tmp_path: Path, wrapper: str) -> None:
     config, tensors, alone = nested(wrapper, "within the model")
     family, _, changes = PARTS[wrapper]

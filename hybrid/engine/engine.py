@@ -25,7 +25,8 @@ from hybrid.engine.routes import Routes
 from hybrid.engine.use import ExpertUse
 from hybrid.errors import CapacityError, ConfigError, DeviceFailed, KernelError, StepCancelled, forked_error
 from hybrid.machine.profile import MachineProfile
-from hybrid.models.layers.feed_forward import IDS, TAKE, WEIGHTS
+from hybrid.models.layers.expert_sets import IDS, WEIGHTS
+from hybrid.models.layers.feed_forward import TAKE
 from hybrid.models.layers.rotary import LENGTHS
 from hybrid.plan.binding import bind
 from hybrid.plan.passes.gpu_step import CALLS

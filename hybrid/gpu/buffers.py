@@ -11,7 +11,8 @@ from hybrid.formats import FORMATS
 from hybrid.gpu.link import Link, host_tensor
 from hybrid.gpu.parts import Routed
 from hybrid.gpu.rows import expert_rows
-from hybrid.models.layers.feed_forward import EXPERT_SUM, IDS, WEIGHTS
+from hybrid.models.layers.expert_sets import IDS, WEIGHTS
+from hybrid.models.layers.feed_forward import EXPERT_SUM
 from hybrid.models.layers.products import NORMED, rows_name
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.passes.place_experts import NEXT

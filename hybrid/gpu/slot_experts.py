@@ -17,7 +17,7 @@ from hybrid.formats.block import BLOCK
 from hybrid.gpu.rows import expert_rows
 from hybrid.gpu.step import DeviceStep
 from hybrid.machine.memory import view
-from hybrid.models.layers.feed_forward import IDS, ROUTED, WEIGHTS
+from hybrid.models.layers.expert_sets import IDS, ROUTED, WEIGHTS
 from hybrid.ops import Op, RoutingTable
 from hybrid.plan.passes.place_experts import CONTRIBUTIONS
 from hybrid.plan.plan import Plan

@@ -285,7 +285,11 @@ class DeviceStep:
         """float32 [logit rows, vocab]."""
         residual = self._with_experts()[self._inputs.logit_rows]
         rows = norm(residual, self._weights.final_norm, self._spec.eps).bfloat16()
-        return scaled(linear(rows, self._weights.head, self._weights.head_bias), self._spec.logit_scale)
+        logits, cap = (
+            scaled(linear(rows, self._weights.head, self._weights.head_bias), self._spec.logit_scale),
+            self._spec.logit_cap,
+        )
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

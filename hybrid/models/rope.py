@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "factors", "longrope"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "factors", "longrope", "proportional"]
 
 _MANY_TURNS = 1e300  # infinity has no nearest dimension
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
@@ -58,10 +58,10 @@ def read_rope(
     frequencies that depend on the length of a sequence.
     """
     scaling = fields.group("rope_scaling", "rope_parameters")
-    dim = _read_dim(fields, scaling, head_dim, part)
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
     allowed = tuple(kind for kind in _KINDS if by_length or kind != "longrope")
     kind = scaling.choice("rope_type", "type", default="default", allowed=allowed)
+    dim = head_dim if kind == "proportional" else _read_dim(fields, scaling, head_dim, part)
     parameters: dict[str, Any] = _KINDS[kind][0](scaling)
     if kind in ("llama3", "yarn", "longrope"):
         inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
@@ -144,6 +144,14 @@ def _read_yarn(scaling: Fields) -> dict[str, Any]:
     return {**found, "truncate": scaling.flag("truncate", default=True)}
 
 
+def _read_proportional(scaling: Fields) -> dict[str, Any]:
+    """The part of a head that turns, whose pairs lie as far apart as if all of it did."""
+    part = scaling.number("partial_rotary_factor", default=1.0)
+    if part > 1:
+        raise ConfigError(f"config.json: partial_rotary_factor is {part:g}; it must be at most 1: correct it")
+    return {"part": part, "factor": scaling.number("factor", default=1.0)}
+
+
 def _read_longrope(scaling: Fields) -> dict[str, Any]:
     optional = ("factor", "attention_factor", "short_mscale", "long_mscale")
     found: dict[str, Any] = {name: scaling.number(name) for name in optional if scaling.has(name)}
@@ -210,6 +218,12 @@ def _yarn_attention_factor(factor: float, p: dict[str, Any]) -> float:
     return magnitude(1.0)
 
 
+def _proportional(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
+    """Frequencies are those of a head that turns whole, and zero behind the part that does."""
+    turning = np.arange(periods.size) < int(p["part"] * rope.dim // 2)
+    return np.where(turning, 1 / periods, np.float32(0)) / np.float32(p["factor"]), 1.0
+
+
 def _longrope(rope: RopeSpec, periods: _Array, p: dict[str, Any]) -> tuple[_Array, float]:
     """Every frequency is divided by a number of its own, and cosines and sines are larger where contexts are."""
     name, original = "long" if p["long"] else "short", p["original_max_position"]
@@ -228,4 +242,5 @@ _KINDS: dict[str, tuple[_Reader, _Scaler]] = {
     "yarn": (_read_yarn, _yarn),
     "factors": (_read_factors, _factors),
     "longrope": (_read_longrope, _longrope),
+    "proportional": (_read_proportional, _proportional),
 }

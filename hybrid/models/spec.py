@@ -48,7 +48,8 @@ class OuterNames:
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole model. eps, norm: of all norms, and their kind. tied: the output head is the embedding. head_bias:
-    whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits.
+    whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits. logit_cap: between
+    which and less itself a tangent keeps them, after that; None: no bounds.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class ModelSpec:
     tied: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_cap: float | None = None
     norm: NormKind = "rms"
     head_bias: bool = False
     names: OuterNames = field(default_factory=OuterNames)

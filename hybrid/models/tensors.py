@@ -64,13 +64,14 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The rows of these tensors, or of their heads, one under the other. biases: of the biases beside them. plus: added
-    to each value, of plain floats alone.
+    """The rows of these tensors, or of their heads, one under the other. biases: of the biases beside them. Of plain
+    floats alone, plus: what is added to each value; times: what it is multiplied by then.
     """
 
     parts: tuple[str | PerHead, ...]
     biases: bool = False
     plus: float = 0.0
+    times: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +128,10 @@ class Shard:
 
     name: str
     prefix: str = ""
+
+    def below(self, module: str) -> Shard:
+        """The same for tensors whose names begin with that of a module."""
+        return replace(self, prefix=f"{self.prefix}{module}.")
 
     def floats(self, name: str, part: str, origin: Stacked | GatedBiases, *shape: int) -> StoreTensor:
         return StoreTensor(self.prefix + name, shape, "F32", self.name, part, origin)

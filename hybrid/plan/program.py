@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from hybrid.formats.block import BLOCK
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import pairs, row_stride
 from hybrid.models.layers.base import Extents, Half, Place
@@ -65,3 +66,10 @@ def _head(spec: ModelSpec, mix: FormatMix) -> Iterator[Op]:
         "head", mix.head, NORMED, spec.head_weight(mix), None, spec.vocab, spec.hidden, spec.vocab,
         bias=spec.head_bias, scale=spec.logit_scale,
     )  # fmt: skip
+    if spec.logit_cap:
+        yield Op(
+            "soft_cap",
+            "head",
+            {"columns": spec.vocab, "cap": spec.logit_cap},
+            (-(-spec.vocab // BLOCK), "blocks a row"),
+        )

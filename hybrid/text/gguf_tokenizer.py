@@ -12,8 +12,8 @@ from hybrid.errors import ConfigError
 from hybrid.files.gguf import read_gguf_header
 from hybrid.text.gguf_patterns import CUTTINGS
 
-MODELS = ("gpt2", "llama")  # pairs of bytes with merges; pieces with scores
-SPACE = "▁"  # what stands for a space in pieces with scores
+MODELS = ("gpt2", "llama", "gemma4")  # pairs of bytes with merges; pieces with scores; pieces with merges
+SPACE = "▁"  # what stands for a space in pieces
 _PREFIX = "tokenizer.ggml."
 _UNKNOWN, CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens that a text may hold whole
 _MAX_PIECE = 256  # characters of a piece that is cut in two in every place
@@ -74,23 +74,22 @@ def read_vocabulary(path: Path) -> Vocabulary | None:
 
 def make_tokenizer(vocabulary: Vocabulary) -> bytes:
     """The contents of a tokenizer.json. Raises ConfigError."""
-    own = _with_merges(vocabulary) if vocabulary.model == "gpt2" else _with_scores(vocabulary)
+    own = _of_bytes(vocabulary) if vocabulary.model == "gpt2" else _of_pieces(vocabulary)
     tokenizer = {"version": "1.0", "added_tokens": list(_added(vocabulary)), **own}
     return json.dumps(tokenizer, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def adds_bos(vocabulary: Vocabulary) -> bool:
     cutting = CUTTINGS.get(str(vocabulary.metadata.get(f"{_PREFIX}pre")))
-    default = vocabulary.model == "llama" if cutting is None else cutting.adds_bos
+    default = vocabulary.model != "gpt2" if cutting is None else cutting.adds_bos
     return vocabulary.flag("add_bos_token", default)
 
 
-def _with_merges(vocabulary: Vocabulary) -> dict[str, Any]:
+def _of_bytes(vocabulary: Vocabulary) -> dict[str, Any]:
     pre = vocabulary.metadata.get(f"{_PREFIX}pre")
     if pre not in CUTTINGS:
         raise vocabulary.refuse(f"{_PREFIX}pre is {pre!r:.40}, known are {', '.join(sorted(CUTTINGS))}")
     cutting, ids = CUTTINGS[pre], _ids(vocabulary)
-    merges = [_pair(merge) for merge in vocabulary.values("merges", str)]
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in cutting.patterns
@@ -101,16 +100,14 @@ def _with_merges(vocabulary: Vocabulary) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, bytes_]},
         "post_processor": _template(vocabulary, adds_bos(vocabulary)),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(ids, [merge for merge in merges if _is_known(merge, ids)], ignore_merges=cutting.whole),
+        "model": _bpe(ids, _merges(vocabulary, ids), ignore_merges=cutting.whole),
     }
 
 
-def _with_scores(vocabulary: Vocabulary) -> dict[str, Any]:
-    scores = vocabulary.values("scores", float)
-    if len(scores) != len(vocabulary.tokens):
-        raise vocabulary.refuse(f"it has {len(vocabulary.tokens)} tokens and {len(scores)} scores")
+def _of_pieces(vocabulary: Vocabulary) -> dict[str, Any]:
     ids, unknown = _ids(vocabulary), vocabulary.id("unknown")
-    prefix = vocabulary.flag("add_space_prefix", True)
+    merges = _merges(vocabulary, ids) if vocabulary.model == "gemma4" else _merges_of(ids, _scores(vocabulary))
+    prefix = vocabulary.flag("add_space_prefix", vocabulary.model == "llama")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
@@ -124,7 +121,7 @@ def _with_scores(vocabulary: Vocabulary) -> dict[str, Any]:
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(
             ids,
-            _merges_of(ids, scores),
+            merges,
             unk_token=None if unknown is None else vocabulary.tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -152,6 +149,19 @@ def _pair(merge: str) -> tuple[str, str]:
     """The two texts of a merge; only the first may begin with a space."""
     first, _, second = merge[1:].partition(" ")
     return merge[:1] + first, second
+
+
+def _merges(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Those that the file tells."""
+    pairs = (_pair(merge) for merge in vocabulary.values("merges", str))
+    return [pair for pair in pairs if _is_known(pair, ids)]
+
+
+def _scores(vocabulary: Vocabulary) -> list[float]:
+    scores = vocabulary.values("scores", float)
+    if len(scores) != len(vocabulary.tokens):
+        raise vocabulary.refuse(f"it has {len(vocabulary.tokens)} tokens and {len(scores)} scores")
+    return scores
 
 
 def _is_known(merge: tuple[str, str], ids: Mapping[str, int]) -> bool:

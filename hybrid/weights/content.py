@@ -77,7 +77,7 @@ class Content:
             names = [bias_name(name) for name in origin.names] if origin.biases else origin.names
             read = [(name, self._checkpoint.read(name)) for name in names]
         parts = [self._checked(name, values, always=True).reshape(-1).astype(np.float32) for name, values in read]
-        values = np.concatenate(parts) + np.float32(origin.plus)
+        values = (np.concatenate(parts) + np.float32(origin.plus)) * np.float32(origin.times)
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
 
     def _expert_biases(self, names: GatedNames, of_down: bool, tensor: StoreTensor) -> Floats:

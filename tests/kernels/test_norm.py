@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_reference import FP32, Near, assert_near, rms_norm
-from rig import BF16, Rig, aligned, packed, random_bf16, row_stride
+from rig import BF16, Rig, aligned, format_of, packed, random_bf16, row_stride, rows_of
 
 
 @pytest.mark.parametrize(("vocab", "hidden"), [(16, 32), (131, 90), (203, 33)])
@@ -89,3 +89,35 @@ def test_a_norm_adds_to_rows_and_clears_others(isa, width) -> None:
         )  # fmt: skip
         rig.run(rows)
     assert np.array_equal(onto, before + plain) and not other.any()
+    factor, onto[:] = np.array([0.7], np.float32), before
+    rig = Rig(isa, 2)
+    rig.add(
+        "norm", input=x, weight=weight, output=None, output_f32=onto, output8=None, output8_stride=0, width=width,
+        input_stride=stride, output_stride=stride, eps=1e-6, logit_rows=False, accumulate=True, factor=factor,
+    )  # fmt: skip
+    rig.run(rows)
+    assert np.array_equal(onto, (before + plain) * factor)
+
+
+@pytest.mark.parametrize(("vocab", "cap"), [(40, 30.0), (131, 0.5)])
+def test_logits_are_kept_between_bounds(isa, vocab, cap) -> None:
+    """The tangent is one of a sigmoid: what its difference to 1 loses is lost of the cap."""
+    random, rows, hidden = np.random.default_rng(vocab), 3, 20
+    x, weight = (10 * random.standard_normal(shape).astype(np.float32) for shape in ((rows, hidden), (vocab, hidden)))
+    x[:, 0] = [1.0, 100.0, np.nan]
+    logits = []
+    for capped in (False, True):
+        rig = Rig(isa, 2, vocab=vocab)
+        packed_weight, _ = packed("bf16", weight)
+        stride = 2 * row_stride(hidden)
+        rig.add(
+            "gemm", format=format_of("bf16"), input=rows_of("bf16", x), weight=packed_weight, bias=None, output=None,
+            columns=vocab, inputs=row_stride(hidden), input_stride=stride, output_stride=vocab, accumulate=False,
+        )  # fmt: skip
+        if capped:
+            rig.add("soft_cap", columns=vocab, cap=cap)
+        logits.append(rig.run(rows, range(rows)))
+    plain, found = logits
+    assert np.abs(plain[1]).max() > 20 * cap and np.isnan(found[2]).all()
+    wanted = cap * np.tanh(plain[:2].astype(np.float64) / cap)
+    assert np.abs(found[:2] - wanted).max() <= 8 * FP32 * cap

@@ -132,6 +132,37 @@ def test_one_norm_may_span_all_heads_or_come_behind_rope(isa, kv_format) -> None
             assert_near(pages.keys(slot)[:, position, :dim], stored(expected[1], kv_format))
 
 
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_values_are_normed_and_may_be_the_keys_before_norm_and_rope(isa, kv_format, shared) -> None:
+    random, rows, heads, kv_heads, dim = np.random.default_rng(4), len(PLACES), 6, 2, 40
+    x = random.standard_normal((rows, (heads + (1 if shared else 2) * kv_heads) * dim)).astype(np.float32)
+    angles = random.uniform(-3, 3, (rows, dim // 2))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    norms = [random.standard_normal(dim).astype(np.float32) for _ in "qk"]
+    pages = KvPages(slots=4, heads=kv_heads, head_dim=dim, tokens=512, format=kv_format)
+    flags = {"norm_values": True, "keys_are_values": shared}
+    run(isa, x, pages, heads, table, norms, rope_dim=dim, threads=2, **flags)
+    split = x.reshape(rows, -1, dim)
+    for row, (slot, position) in enumerate(PLACES):
+        keys = rotate(rms_norm(split[row, heads : heads + kv_heads], norms[1], EPS), table[row], dim, False)
+        values = rms_norm(split[row, -kv_heads:], np.ones(dim, np.float32), EPS)
+        assert_near(pages.keys(slot)[:, position, :dim], stored(keys, kv_format))
+        assert_near(pages.values(slot)[:, position, :dim], stored(values, kv_format))
+
+
+def test_a_value_whose_norm_overflows_is_told_by_its_key(isa) -> None:
+    """Its square is no number: what it becomes must not be zero in silence."""
+    dim, x = 64, np.ones((len(PLACES), 3 * 64), np.float32)
+    x[2, 128:] = 1e20
+    pages = KvPages(slots=4, heads=1, head_dim=dim, tokens=512)
+    run(isa, x, pages, 1, None, None, rope_dim=0, norm_values=True)
+    slot, position = PLACES[2]
+    assert np.isnan(pages.keys(slot)[0, position].astype(np.float32)).any()
+    assert not pages.values(slot)[0, position].astype(np.float32).any()
+    assert not np.isnan(pages.keys(PLACES[0][0])[0, PLACES[0][1]].astype(np.float32)).any()
+
+
 def fp8_values() -> np.ndarray:
     """Every finite e4m3 value, those halfway between two and those just beside: [rows, 128], 448 in each row."""
     values = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)

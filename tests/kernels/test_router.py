@@ -88,6 +88,15 @@ def test_the_largest_are_chosen_and_weighed(isa, experts, top_k, scale) -> None:
         assert_near(weights, relative(scale * expected, logits))
 
 
+def test_weights_of_an_expert_are_multiplied_by_its_own_scale(isa) -> None:
+    random = np.random.default_rng(2)
+    logits, scales = random.standard_normal((9, 10)).astype(np.float32), random.uniform(0.2, 3, 10).astype(np.float32)
+    ids, plain = choose(isa, logits, 3, renormalise=True)
+    same, weights = choose(isa, logits, 3, renormalise=True, expert_scales=scales)
+    assert np.array_equal(ids, same)
+    assert np.allclose(weights, plain * scales[ids], rtol=4 * FP32, atol=0)
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax"])
 def test_of_equal_scores_the_lowest_index_wins(isa, scoring) -> None:
     logits = np.array([[1, 2, 2, 0, 2], [5, 5, 5, 5, 5], [0, 0, 3, 0, 0]])

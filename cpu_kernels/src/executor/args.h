@@ -63,6 +63,7 @@ struct NormArgs {
   float* cleared;                 // null, or rows as those of output_f32 that become zero, for what follows to add to
   char* output_grouped;           // null, or grouped activation rows, which formats of codes in groups read
   int64_t output_grouped_stride;  // bytes
+  const float* factor;            // null, or [1]: what output_f32 holds in the end is multiplied by it
 
   template <class Field>
   void fields(Field& field) {
@@ -83,6 +84,7 @@ struct NormArgs {
     field("cleared", cleared, kOptional);
     field("output_grouped", output_grouped, kOptional);
     field("output_grouped_stride", output_grouped_stride, kOptional);
+    field("factor", factor, kOptional);
   }
 };
 
@@ -165,6 +167,18 @@ struct HeadGemmArgs {
   }
 };
 
+// Bounds the step's logits: cap * tanh(logit / cap).
+struct SoftCapArgs {
+  int columns;  // of the logits
+  float cap;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("columns", columns, kPositive);
+    field("cap", cap);
+  }
+};
+
 // A buffer of each memory node.
 struct NodeBuffers {
   float* of[kMaxNodes];
@@ -199,6 +213,7 @@ struct HostArgs {
   OP(quantise, QuantiseArgs)  \
   OP(gemm, GemmArgs)          \
   OP(head_gemm, HeadGemmArgs) \
+  OP(soft_cap, SoftCapArgs)   \
   OP(join, JoinArgs)
 
 }  // namespace hybrid

@@ -40,9 +40,11 @@ struct QkvArgs {
   bool interleaved;
   int qkv_stride;
   float eps;
-  bool norm_whole;  // one norm over all heads of the queries, and one over those of the keys
-  bool norm_last;   // norms come behind rope
-  bool gated;       // behind each query head is its gate, of the same size, which this op steps over
+  bool norm_whole;       // one norm over all heads of the queries, and one over those of the keys
+  bool norm_last;        // norms come behind rope
+  bool gated;            // behind each query head is its gate, of the same size, which this op steps over
+  bool norm_values;      // values are normed too, without a weight
+  bool keys_are_values;  // qkv has no values: they are the keys as they were before norm and rope
 
   template <class Field>
   void fields(Field& field) {
@@ -62,6 +64,8 @@ struct QkvArgs {
     field("norm_whole", norm_whole, kOptional);
     field("norm_last", norm_last, kOptional);
     field("gated", gated, kOptional);
+    field("norm_values", norm_values, kOptional);
+    field("keys_are_values", keys_are_values, kOptional);
   }
 };
 

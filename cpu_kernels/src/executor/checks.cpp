@@ -105,6 +105,10 @@ void check_fit(const GemmArgs& a, const std::string& place) {
   require_stride(place, "output_stride", a.output_stride, a.columns);
 }
 
+void check_fit(const SoftCapArgs& a, const std::string& place) {
+  require(a.cap > 0, place + "cap is " + std::to_string(a.cap) + "; it must be above 0");
+}
+
 void check_fit(const HeadGemmArgs& a, const std::string& place) {
   check_rows(a.format, a.input_head_stride, a.inputs, place);
   require_stride(place, "input_stride", a.input_stride, (a.heads - 1) * a.input_head_stride);
@@ -144,7 +148,7 @@ void check_fit(const QkvArgs& a, const std::string& place) {
   require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
           place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
   require_stride(place, "qkv_stride", a.qkv_stride,
-                 (a.heads * (a.gated ? 2 : 1) + 2 * int64_t(a.kv_heads)) * a.head_dim);
+                 (a.heads * (a.gated ? 2 : 1) + (a.keys_are_values ? 1 : 2) * int64_t(a.kv_heads)) * a.head_dim);
 }
 
 void check_fit(const GateArgs& a, const std::string& place) {
@@ -261,6 +265,10 @@ void check_presence(const QkvArgs& a, const std::string& place) {
   require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
   require(a.q || !a.heads, place + "q is null, and there are " + text(a.heads) + " heads");
   require(!a.gated || !a.norm_whole, place + "gated and norm_whole exclude each other");
+}
+
+void check_presence(const NormArgs& a, const std::string& place) {
+  require(a.output_f32 || !a.factor, place + "output_f32 is null, and there is a factor");
 }
 
 void check_presence(const LatentArgs& a, const std::string& place) {

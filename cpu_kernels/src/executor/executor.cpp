@@ -107,9 +107,12 @@ void Executor::check_limits(const OpArgs& args) const {
   const int64_t needed = op_scratch_bytes(args, kernels_.sizes, limits_.rows);
   require(size_t(needed) <= limits_.scratch_bytes, place + std::to_string(needed) + " bytes of scratch are needed, " +
                                                        std::to_string(limits_.scratch_bytes) + " are given");
+  const std::string vocab = std::to_string(limits_.vocab);
+  if (const auto* cap = std::get_if<SoftCapArgs>(&args))
+    require(cap->columns == limits_.vocab,
+            place + "columns is " + std::to_string(cap->columns) + "; logits have rows of " + vocab);
   const auto* gemm = std::get_if<GemmArgs>(&args);
   if (!gemm || gemm->output) return;
-  const std::string vocab = std::to_string(limits_.vocab);
   require(gemm->output_stride == limits_.vocab,
           place + "output_stride is " + std::to_string(gemm->output_stride) + "; logits have rows of " + vocab);
   require(gemm->columns <= limits_.vocab - gemm->first_column,

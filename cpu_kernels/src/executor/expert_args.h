@@ -37,6 +37,7 @@ struct TopkArgs {
   const float* correction;  // null, or [experts]: added to scores when experts are chosen, not when they are weighed
   int groups, top_groups;   // 0: none; else equal groups of experts, and how many of them are chosen among
   float jitter = 0.0f;  // of sparsemixer: how far from the largest logit, relative to their size, half of "close" is
+  const float* expert_scales;  // null, or [experts]: weights of an expert are multiplied by its own, last of all
 
   template <class Field>
   void fields(Field& field) {
@@ -53,6 +54,7 @@ struct TopkArgs {
     field("groups", groups, kOptional);
     field("top_groups", top_groups, kOptional);
     field("jitter", jitter, kOptional);
+    field("expert_scales", expert_scales, kOptional);
   }
 };
 

@@ -17,6 +17,7 @@
 #include "ops/quantise.h"
 #include "ops/router.h"
 #include "ops/short_conv.h"
+#include "ops/soft_cap.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {

@@ -45,7 +45,8 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
       if (args.output_f32) {
         const F32 y = normed(i);
         float* out = args.output_f32 + at + i;
-        store_some(out, args.accumulate ? Isa::add(load_some(out, count), y) : y, count);
+        const F32 sum = args.accumulate ? Isa::add(load_some(out, count), y) : y;
+        store_some(out, args.factor ? Isa::mul(sum, Isa::set(*args.factor)) : sum, count);
       }
       if (args.cleared) store_some(args.cleared + at + i, Isa::zero(), count);
     }

@@ -29,9 +29,16 @@ constexpr float kMaxBf16 = 3.3895314e38f;
 // Whether x [dim] are numbers, in bf16 too.
 static HYBRID_INLINE bool is_sound(const float* x, int dim) { return largest_magnitude(x, dim) <= kMaxBf16; }
 
+// Whether a value [dim] is a number as it is stored.
+static HYBRID_INLINE bool is_sound_value(const QkvArgs& args, const float* x) {
+  if (!is_sound(x, args.head_dim)) return false;
+  return !args.norm_values || __builtin_isfinite(inverse_rms(x, args.head_dim, args.eps));
+}
+
 template <class Kv>
 static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const Work& work) {
   const int per_row = args.heads + 2 * args.kv_heads, dim = args.head_dim;
+  const int to_values = args.keys_are_values ? 0 : args.kv_heads;  // from a key head to that of its value
   alignas(64) float x[kMaxHeadDim];
   for_each(step.rows * per_row, kHeadsAtOnce, work, [&](int task) {
     const int row = task / per_row, head = task % per_row;
@@ -39,7 +46,8 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     const int sequence = step.sequences[row], position = step.positions[row];
     const float* queries = args.qkv + int64_t(row) * args.qkv_stride;
     const float* all = queries + (args.gated ? args.heads * dim : 0);  // as if no gates were among them
-    __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : all + head * dim, dim * sizeof(float));
+    const int source = is_query || is_key ? head : head - args.kv_heads + to_values;
+    __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : all + source * dim, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
       const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans
@@ -51,10 +59,14 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
       }
       if (args.rope_dim) rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
       if (weight && args.norm_last) normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
+    } else if (args.norm_values) {
+      const float scale = inverse_rms(x, dim, args.eps);
+      for (int i = 0; i < dim; ++i) x[i] *= scale;
     }
     // A key of NaN says for the value too that it is damaged. Rows that do not see the token replace its score, but
     // multiply its value, by zero: so that must be a number.
-    if (is_key && !(is_sound(x, dim) && is_sound(all + (head + args.kv_heads) * dim, dim))) x[0] = __builtin_nanf("");
+    if (is_key && !(is_sound(x, dim) && is_sound_value(args, all + (head + to_values) * dim)))
+      x[0] = __builtin_nanf("");
     if (!is_query && !is_key && !is_sound(x, dim)) __builtin_memset(x, 0, dim * sizeof(float));
     if (is_query)
       to_bf16(args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim, x, dim);

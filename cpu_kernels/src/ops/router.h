@@ -163,7 +163,7 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     }
     if (after) softmax_all(weights, args.top_k);
     const float scale = args.renormalise && !after && !sparse ? args.scale / total : args.scale;
-    for (int i = 0; i < args.top_k; ++i) weights[i] *= scale;
+    for (int i = 0; i < args.top_k; ++i) weights[i] *= args.expert_scales ? scale * args.expert_scales[ids[i]] : scale;
   });
 }
 

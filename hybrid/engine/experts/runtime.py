@@ -34,7 +34,7 @@ from hybrid.engine.routes import Routes
 from hybrid.errors import KernelError
 from hybrid.machine.memory import view
 from hybrid.machine.phases import phased
-from hybrid.models.layers.feed_forward import IDS
+from hybrid.models.layers.expert_sets import IDS
 from hybrid.plan.expert_cache import CachePlan
 from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, NEXT
 from hybrid.plan.plan import Plan

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 import cpu_kernels
 from hybrid.machine.memory import view
-from hybrid.models.layers.feed_forward import ROUTED
+from hybrid.models.layers.expert_sets import ROUTED
 from hybrid.plan.binding import bind
 from hybrid.plan.passes.place_experts import LEFT_IDS, device_ops
 from hybrid.plan.plan import Plan, lay_out

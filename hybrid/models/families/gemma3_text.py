@@ -16,24 +16,19 @@ from hybrid.models.decoder import (
     read_model,
     read_windows,
 )
+from hybrid.models.gemma import ATTENTION, FEED_FORWARD, read_logit_cap
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
-from hybrid.models.layers.router import FeedForwardNames
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 
 DEFAULTS = Defaults(max_position=131_072, theta=1e6, kv_heads=4, head_dim=256, tied=True)
 LOCAL_THETA = 10_000.0
-_LAYER = "model.layers.{layer}"
-ATTENTION = GroupedQueryNames(post_norm=f"{_LAYER}.post_attention_layernorm.weight")
-FEED_FORWARD = FeedForwardNames(
-    norm=f"{_LAYER}.pre_feedforward_layernorm.weight", post_norm=f"{_LAYER}.post_feedforward_layernorm.weight"
-)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
-    fields.refuse("attn_logit_softcapping", "final_logit_softcapping")
+    fields.refuse("attn_logit_softcapping")
     for name in ("rope_theta", "rope_local_base_freq"):  # a base, whether or not another takes its place
         fields.number(name, default=LOCAL_THETA, above=1)
     fields.refuse("use_bidirectional_attention", neutral=False)
@@ -43,7 +38,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     layers = [LayerSpec(attention[one], feed_forward) for one in _windows(fields, window)]
     activation = ("hidden_activation", "gelu_pytorch_tanh")
     model = read_model(fields, "gemma3_text", layers, DEFAULTS, activation=activation)
-    return replace(model, norm="rms_less_one", embedding_scale=sqrt(model.hidden))
+    cap = read_logit_cap(fields)
+    return replace(model, norm="rms_less_one", embedding_scale=sqrt(model.hidden), logit_cap=cap)
 
 
 def _windows(fields: Fields, window: int | None) -> list[int | None]:

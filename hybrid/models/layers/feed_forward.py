@@ -7,16 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
-from hybrid.formats.packed import down_offset, expert_bytes, matrix_formats
+from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place
+from hybrid.models.layers.expert_sets import (
+    ACTIVATION,
+    DENSE,
+    IDS,
+    ROUTED,
+    SHARED,
+    WEIGHTS,
+    Experts,
+    activation_rows,
+    expert_set,
+    group_rows,
+    table_buffers,
+)
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -30,10 +43,8 @@ from hybrid.models.layers.products import (
     norm,
     norm_shapes,
     norm_tensors,
-    product_rows,
     quantise,
     rows_buffers,
-    rows_name,
 )
 from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.rope import RopeSpec
@@ -55,38 +66,15 @@ from hybrid.models.tensors import (
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
 Activation = Literal["silu", "swiglu_clamped", "gelu_tanh"]
-ROUTED, DENSE, SHARED = "routing", "dense", "shared"  # tables that say which rows an expert gets
-IDS, WEIGHTS = "expert_ids", "expert_weights"  # what a router chose, for each (row, rank)
-ACTIVATION = "activation"  # what experts make of their rows between their two products
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
 TAKE = "take"  # the kind of the callback that replaces what a router chose
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """Experts of one format and size: the routed ones, the only one of a dense layer, or the shared one."""
-
-    name: str  # of their tensor
-    format: str  # of their matrices; that of gate and up, and of down, where these differ
-    intermediate: int
-    routing: str
-    rows: int  # that they get for each row of the step
-    activation: str  # buffer of what down reads
-    bias: bool
-
-    @property
-    def gate_up_format(self) -> str:
-        return matrix_formats(self.format)[0]
-
-    @property
-    def down_format(self) -> str:
-        return matrix_formats(self.format)[1]
+STORED = "ffn"  # how the names of its tensors begin, where a layer has one feed-forward
 
 
 @dataclass(frozen=True)
 class FeedForward:
     """Dense when experts == 0: `intermediate` is the layer's own, without a router. shared_intermediate 0: no shared
-    expert. shared_gate: whether a gate weighs it for every row.
+    expert. shared_gate: whether a gate weighs it for every row. stored: how the names of its tensors in a store begin.
     """
 
     intermediate: int
@@ -97,6 +85,7 @@ class FeedForward:
     shared_intermediate: int = 0
     shared_gate: bool = False
     names: FeedForwardNames = field(default_factory=FeedForwardNames)
+    stored: str = STORED
 
     @property
     def is_moe(self) -> bool:
@@ -124,11 +113,17 @@ class FeedForward:
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
+        if names.post_norm:
+            yield from norm_shapes(place, names.post_norm)
+        if names.factor:
+            yield names.factor, (1,)
         if not self.is_moe:
             yield from dense_shapes(names.dense, hidden, self.intermediate, self.bias)
-            if names.post_norm:
-                yield from norm_shapes(place, names.post_norm)
             return
+        if names.router_norm:
+            yield names.router_norm, (hidden,)
+        if self.router and self.router.expert_scales:
+            yield names.expert_scales, (self.experts,)
         router = names.router if form == "apart" else names.fused_router
         yield router, (self.experts, hidden)
         if self.router and self.router.bias:
@@ -153,26 +148,37 @@ class FeedForward:
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, hidden, count = in_layer(self.names, place.layer), place.hidden, max(1, self.experts)
-        part, origin = "experts" if self.is_moe else "dense", self.origin(place)
-        yield from norm_tensors(place, shard, "ffn.norm", names.norm)
+        part, origin, shard = "experts" if self.is_moe else "dense", self.origin(place), shard.below(self.stored)
+        yield from norm_tensors(place, shard, "norm", names.norm)
         if names.post_norm:
-            yield from norm_tensors(place, shard, "ffn.post_norm", names.post_norm)
-        if self.is_moe:
-            router = (names.router, names.shared_gate) if self.shared_gate else (names.router,)
-            yield shard.floats("ffn.router", "router", Stacked(router), self.scores, hidden)
-        if self.router and self.router.bias:
-            yield shard.floats("ffn.router_bias", "router", Stacked((names.router,), biases=True), self.scores)
-        if self.router and self.router.correction:
-            yield shard.floats("ffn.router_correction", "router", Stacked((names.correction,)), self.experts)
-        yield shard.experts("ffn.experts", part, origin, self._format(place.mix), count)
+            yield from norm_tensors(place, shard, "post_norm", names.post_norm)
+        if names.factor:
+            yield shard.floats("factor", "norms", Stacked((names.factor,)), 1)
+        if self.router:
+            yield from self._router_tensors(self.router, place, shard)
+        yield shard.experts("experts", part, origin, self._format(place.mix), count)
         if self.bias:
             up, down = (GatedBiases(origin.names, down=down) for down in (False, True))
             blocks = round_up(self.intermediate, BLOCK) // BLOCK
-            yield shard.floats("ffn.gate_up_bias", part, up, count, blocks, 2, BLOCK)
-            yield shard.floats("ffn.down_bias", part, down, count, round_up(hidden, BLOCK))
+            yield shard.floats("gate_up_bias", part, up, count, blocks, 2, BLOCK)
+            yield shard.floats("down_bias", part, down, count, round_up(hidden, BLOCK))
         if self.shared_intermediate:
             shared = Gated(names.shared, hidden, self.shared_intermediate)
-            yield shard.experts("ffn.shared", "shared", shared, place.mix.shared)
+            yield shard.experts("shared", "shared", shared, place.mix.shared)
+
+    def _router_tensors(self, router: Router, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        """A norm of the router's own is as transformers has it: divided by the root of the width."""
+        names, hidden = in_layer(self.names, place.layer), place.hidden
+        if names.router_norm:
+            yield shard.floats("router_norm", "norms", Stacked((names.router_norm,), times=hidden**-0.5), hidden)
+        scored = (names.router, names.shared_gate) if self.shared_gate else (names.router,)
+        yield shard.floats("router", "router", Stacked(scored), self.scores, hidden)
+        if router.bias:
+            yield shard.floats("router_bias", "router", Stacked((names.router,), biases=True), self.scores)
+        if router.correction:
+            yield shard.floats("router_correction", "router", Stacked((names.correction,)), self.experts)
+        if router.expert_scales:
+            yield shard.floats("expert_scales", "router", Stacked((names.expert_scales,)), self.experts)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
         return tuple(name for experts in self._groups(mix) for name in matrix_formats(experts.format))
@@ -180,21 +186,22 @@ class FeedForward:
     def _format(self, mix: FormatMix) -> str:
         return mix.experts if self.is_moe else mix.dense
 
-    def _groups(self, mix: FormatMix) -> list[_Experts]:
+    def _groups(self, mix: FormatMix) -> list[Experts]:
         """The routed experts, then the shared expert if there is one."""
         table = (ROUTED, self.router.top_k) if self.router else (DENSE, 1)
-        routed = _Experts("experts", self._format(mix), self.intermediate, *table, ACTIVATION, self.bias)
+        rows = ACTIVATION if self.stored == STORED else f"{self.stored}_{ACTIVATION}"
+        routed = Experts(self.stored, "experts", self._format(mix), self.intermediate, *table, rows, self.bias)
         if not self.shared_intermediate:
             return [routed]
-        table = (SHARED if self.shared_gate else DENSE, 1)
-        return [routed, _Experts("shared", mix.shared, self.shared_intermediate, *table, f"shared_{ACTIVATION}", False)]
+        table, rows = (SHARED if self.shared_gate else DENSE, 1), f"shared_{ACTIVATION}"
+        return [routed, Experts(self.stored, "shared", mix.shared, self.shared_intermediate, *table, rows, False)]
 
     # A step.
 
     def first_ops(self, place: Place) -> Iterator[Op]:
         """Tables that send every row to one expert: with weight 1, or with one that a gate gives it in each layer."""
         for name in self._whole_tables(place.mix):
-            yield _group("other", name, 1, 1, routed=False)
+            yield group_rows("other", name, 1, 1, routed=False)
 
     def _whole_tables(self, mix: FormatMix) -> list[str]:
         return [experts.routing for experts in self._groups(mix) if experts.routing != ROUTED]
@@ -203,21 +210,33 @@ class FeedForward:
         return {}
 
     def ops(self, place: Place) -> Iterator[Op]:
+        yield from self.own_ops(place)
+        if self.names.post_norm:
+            prefix = self.prefix(place)
+            yield add_normed(place, "moe", f"{prefix}.post_norm", factor=f"{prefix}.factor" * bool(self.names.factor))
+
+    def prefix(self, place: Place) -> str:
+        """How the names of its tensors in the whole store begin."""
+        return f"layers.{place.layer}.{self.stored}"
+
+    def own_ops(self, place: Place) -> Iterator[Op]:
+        """All up to what it makes of the rows, which is added to the residual stream, or left in MADE to be normed."""
         groups, part = self._groups(place.mix), "experts" if self.is_moe else "moe"
         formats = (experts.gate_up_format for experts in groups)
-        prefix, post = f"layers.{place.layer}.ffn", bool(self.names.post_norm)
-        yield norm(place, "moe", f"{prefix}.norm", *formats, f32=self.is_moe, clears=post)
+        prefix, apart = self.prefix(place), bool(self.names.router_norm)
+        f32, clears = self.is_moe and not apart, bool(self.names.post_norm)
+        yield norm(place, "moe", f"{prefix}.norm", *formats, f32=f32, clears=clears)
+        if apart:
+            yield norm(place, "moe", f"{prefix}.router_norm", f32=True)
         if self.router:
             yield from self._route(place, self.router)
         yield self._gate_up(place, part, groups)
         for experts in groups:
             yield from quantise(part, experts.activation, experts.intermediate, experts.down_format, experts.rows)
         yield self._down(place, part, groups)
-        if post:
-            yield add_normed(place, "moe", f"{prefix}.post_norm")
 
     def _route(self, place: Place, router: Router) -> Iterator[Op]:
-        weight = f"layers.{place.layer}.ffn.router"
+        weight = f"{self.prefix(place)}.router"
         score = {
             "input": Buffer(NORMED_F32),
             "weight": Weight(weight),
@@ -244,20 +263,22 @@ class FeedForward:
         }
         if router.kind == "sparsemixer":
             choose["jitter"] = router.jitter
+        if router.expert_scales:
+            choose["expert_scales"] = Weight(f"{self.prefix(place)}.expert_scales")
         yield Op("topk", "moe", choose, (0, "rows"))
-        yield _group("moe", ROUTED, self.experts, router.top_k)
+        yield group_rows("moe", ROUTED, self.experts, router.top_k)
 
-    def _gate_up(self, place: Place, part: str, groups: list[_Experts]) -> Op:
-        sets = [_expert_set(place, experts, "gate_up") for experts in groups]
-        arguments = sets[0] | _activations(groups[0])
+    def _gate_up(self, place: Place, part: str, groups: list[Experts]) -> Op:
+        sets = [expert_set(place, experts, "gate_up") for experts in groups]
+        arguments = sets[0] | activation_rows(groups[0])
         arguments["activation"] = Choice("Activation", self.activation)
         if len(groups) > 1:
             arguments["shared"] = ExpertSet(sets[1])
-            arguments |= {f"shared_{name}": value for name, value in _activations(groups[1]).items()}
+            arguments |= {f"shared_{name}": value for name, value in activation_rows(groups[1]).items()}
         return Op("gate_up", part, arguments, (sets[0]["blocks"], "column blocks an active expert"))
 
-    def _down(self, place: Place, part: str, groups: list[_Experts]) -> Op:
-        sets = [_expert_set(place, experts, "down") for experts in groups]
+    def _down(self, place: Place, part: str, groups: list[Experts]) -> Op:
+        sets = [expert_set(place, experts, "down") for experts in groups]
         output = Buffer(MADE if self.names.post_norm else RESIDUAL)
         arguments = sets[0] | {"output": output, "output_stride": row_stride(place.hidden)}
         if len(groups) > 1:
@@ -271,7 +292,7 @@ class FeedForward:
             taken = rows * experts.rows
             sizes |= rows_buffers(experts.activation, experts.intermediate, experts.down_format, taken)
         for name in self._whole_tables(place.mix):
-            sizes |= _table_buffers(name, rows, 1)
+            sizes |= table_buffers(name, rows, 1)
         if self.names.post_norm:
             sizes |= made_buffers(place, rows)
         if self.router:
@@ -279,7 +300,7 @@ class FeedForward:
             sizes[NORMED_F32] = rows * row_stride(place.hidden) * FP32
             sizes["router_logits"] = rows * self.scores * FP32
             sizes[IDS] = sizes[WEIGHTS] = chosen * 4
-            sizes |= _table_buffers(ROUTED, chosen, self.experts)
+            sizes |= table_buffers(ROUTED, chosen, self.experts)
         return sizes
 
     def cost(self, place: Place, load: Load) -> Cost:
@@ -298,8 +319,9 @@ class FeedForward:
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """Of experts no device knows gelu, nor norms their sum."""
-        if self.is_moe and (self.names.post_norm or self.activation == "gelu_tanh"):
+        """No device knows gelu of experts or a norm of their sum, a router's own norm, or a factor of the layer."""
+        own_norms = self.names.post_norm or self.names.router_norm
+        if self.names.factor or self.is_moe and (own_norms or self.activation == "gelu_tanh"):
             return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
@@ -348,49 +370,3 @@ def is_routed(op: Op) -> bool:
 def is_activation(op: Op) -> bool:
     """Whether it quantises what experts other than the shared one made."""
     return op.kind == "quantise" and str(op.arguments["input"].name).startswith(f"{ACTIVATION}.")
-
-
-def _group(part: str, routing: str, experts: int, top_k: int, routed: bool = True) -> Op:
-    arguments = {
-        "ids": Buffer(IDS) if routed else None,
-        "weights": Buffer(WEIGHTS) if routed else None,
-        "routing": RoutingTable(routing),
-        "experts": experts,
-        "top_k": top_k,
-    }
-    return Op("group", part, arguments, (1, "thread"))
-
-
-def _activations(experts: _Experts) -> dict[str, Any]:
-    width = experts.intermediate
-    return {"output": Buffer(rows_name(experts.activation, width)), "output_stride": row_stride(width)}
-
-
-def _expert_set(place: Place, experts: _Experts, matrix: str) -> dict[str, Any]:
-    """What gate_up or down must know of a group of experts."""
-    prefix, hidden, first = f"layers.{place.layer}.ffn", place.hidden, matrix == "gate_up"
-    wide, narrow = (experts.intermediate, hidden) if first else (hidden, experts.intermediate)
-    format = experts.gate_up_format if first else experts.down_format
-    rows, stride = product_rows(NORMED if first else experts.activation, narrow, format)
-    start = 0 if first else down_offset(experts.format, hidden, experts.intermediate)
-    return {
-        "format": Choice("Format", format),
-        "input": rows,
-        "input_stride": stride,
-        "routing": RoutingTable(experts.routing),
-        "experts": Weight(f"{prefix}.{experts.name}", start),
-        "bias": Weight(f"{prefix}.{matrix}_bias") if experts.bias else None,
-        "expert_stride": expert_bytes(experts.format, hidden, experts.intermediate),
-        "blocks": -(-wide // BLOCK),
-        "inputs": row_stride(narrow),
-    }
-
-
-def _table_buffers(name: str, entries: int, experts: int) -> dict[str, int]:
-    return {
-        f"{name}.offsets": (experts + 1) * 4,
-        f"{name}.rows": entries * 4,
-        f"{name}.weights": entries * 4,
-        f"{name}.active": experts * 4,
-        f"{name}.count": 4,
-    }

@@ -78,7 +78,9 @@ class GroupedQueryAttention:
     """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
     that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
     come after rope. out_scale: of what is added to the residual stream. gated: behind each query head of its projection
-    is a gate of the same size, whose sigmoid multiplies what the head attended to.
+    is a gate of the same size, whose sigmoid multiplies what the head attended to. value_norm: whether values have a
+    norm, per head and without a weight. keys_are_values: there is no projection of values, which are the keys before
+    norm and rope.
     """
 
     heads: int
@@ -94,6 +96,8 @@ class GroupedQueryAttention:
     norm_last: bool = False
     out_scale: float = 1.0
     gated: bool = False
+    value_norm: bool = False
+    keys_are_values: bool = False
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
 
     @property
@@ -109,7 +113,7 @@ class GroupedQueryAttention:
     @property
     def qkv_width(self) -> int:
         """Rows of the fused projection: all query heads with their gates, then key heads, then value heads."""
-        return self.query_width + 2 * self.kv_width
+        return self.query_width + self.kv_width * (1 if self.keys_are_values else 2)
 
     @property
     def query_width(self) -> int:
@@ -148,8 +152,8 @@ class GroupedQueryAttention:
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
-        apart = ((names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width))
-        for name, rows in ((names.qkv, self.qkv_width),) if names.qkv else apart:
+        apart = [(names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width)]
+        for name, rows in [(names.qkv, self.qkv_width)] if names.qkv else apart[: 2 if self.keys_are_values else 3]:
             yield name, (rows, hidden)
             if self.qkv_bias:
                 yield bias_name(name), (rows,)
@@ -166,7 +170,7 @@ class GroupedQueryAttention:
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format, width = in_layer(self.names, place.layer), place.mix.attention, self.qkv_width
-        qkv = (names.qkv,) if names.qkv else (names.q, names.k, names.v)
+        qkv = (names.qkv,) if names.qkv else (names.q, names.k, names.v)[: 2 if self.keys_are_values else 3]
         yield from norm_tensors(place, shard, "attention.norm", names.norm)
         yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
         if self.qkv_bias:
@@ -228,8 +232,8 @@ class GroupedQueryAttention:
             "norm_whole": self.qk_norm == "whole",
             "norm_last": self.norm_last,
         }
-        if self.gated:
-            arguments["gated"] = True
+        flags = {"gated": self.gated, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
+        arguments |= {name: True for name, value in flags.items() if value}
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
     def _attend(self, place: Place, prefix: str) -> Op:
@@ -312,7 +316,10 @@ class GroupedQueryAttention:
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
-    def device_needs(self, place: Place) -> DeviceNeeds:
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        """No device norms values, or takes keys for them."""
+        if self.value_norm or self.keys_are_values:
+            return None
         hidden, width = place.hidden, self.qkv_width
         norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks

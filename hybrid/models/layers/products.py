@@ -74,10 +74,23 @@ def norm_outputs(name: str, width: int, *formats: str) -> dict[str, Any]:
     return found
 
 
-def add_normed(place: Place, part: str, weight: str) -> Op:
-    """What a half made, normed, is added to the residual stream."""
+def add_normed(
+    place: Place,
+    part: str,
+    weight: str,
+    source: str = MADE,
+    target: str = RESIDUAL,
+    adds: bool = True,
+    factor: str = "",
+) -> Op:
+    """What a half made, normed, is added to the residual stream, or with others takes the place of what is there.
+
+    factor: name of the number by which the sum is multiplied; empty: none.
+    """
     plain = norm(place, part, weight).arguments
-    arguments = {**plain, "input": Buffer(MADE), "output_f32": Buffer(RESIDUAL), "accumulate": True}
+    arguments = {**plain, "input": Buffer(source), "output_f32": Buffer(target), "accumulate": adds}
+    if factor:
+        arguments["factor"] = Weight(factor)
     return Op("norm", part, arguments, (0, "rows"))
 
 

@@ -19,7 +19,8 @@ class Router:
 
     correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
     many in each; only those of the best `top_groups` groups are chosen among: those of the largest probabilities, or of
-    the two sigmoids that are largest together.
+    the two sigmoids that are largest together. expert_scales: whether the weight of each expert is multiplied by a
+    number of its own, last of all.
     """
 
     top_k: int
@@ -31,13 +32,16 @@ class Router:
     groups: int = 1
     top_groups: int = 1
     jitter: float = 0.0
+    expert_scales: bool = False
 
 
 @dataclass(frozen=True)
 class FeedForwardNames:
     """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
-    whether corrections are a matrix of one row. post_norm: of what a dense one adds to the residual stream; empty where
-    that is not normed.
+    whether corrections are a matrix of one row. post_norm: of what it adds to the residual stream; empty where that is
+    not normed. router_norm: of what the router alone reads; empty where that is what experts read. factor: a number by
+    which the residual stream is multiplied behind the layer; empty: none. sum_norm: of what experts and a dense
+    feed-forward beside them make together.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -57,3 +61,7 @@ class FeedForwardNames:
     fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
     correction_row: bool = False
     post_norm: str = ""
+    router_norm: str = ""
+    expert_scales: str = ""
+    factor: str = ""
+    sum_norm: str = ""

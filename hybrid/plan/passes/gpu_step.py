@@ -25,7 +25,7 @@ from hybrid.ops import Callback, Op, require_known
 from hybrid.plan.program import largest
 
 CALLS = ("start", "attend", "route", "finish")  # kinds of callbacks
-_OUTER = {"embed", "rope_table", "group", "norm", "gemm"}  # outside the layers, where the device does all
+_OUTER = {"embed", "rope_table", "group", "norm", "gemm", "soft_cap"}  # outside the layers, where the device does all
 
 
 def device_step_ops(spec: ModelSpec, ops: Iterable[Op]) -> list[Op]:

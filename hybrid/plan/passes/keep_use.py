@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from hybrid.models.layers.feed_forward import ROUTED, is_routed
+from hybrid.models.layers.expert_sets import ROUTED
+from hybrid.models.layers.feed_forward import is_routed
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Op
 

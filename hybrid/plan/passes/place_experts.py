@@ -13,7 +13,8 @@ from typing import Any
 
 from hybrid.formats.block import BLOCK
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.feed_forward import IDS, ROUTED, TAKE, WEIGHTS, is_activation, is_routed
+from hybrid.models.layers.expert_sets import IDS, ROUTED, WEIGHTS
+from hybrid.models.layers.feed_forward import TAKE, is_activation, is_routed
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Callback, Op, RoutingTable, Weight, require_known
 

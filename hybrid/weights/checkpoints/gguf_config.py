@@ -16,7 +16,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
     routed,
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
-from hybrid.weights.checkpoints.gguf_gemma import gemma3
+from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
 
@@ -62,8 +62,10 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _kv_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer; in models with short convolutions 0 of those that do not attend."""
+    """Of every layer; in models with short convolutions 0 of those that do not attend. Gemma 4 tells it by itself."""
     name, heads = "attention.head_count_kv", metadata.size("attention.head_count")
+    if metadata.architecture == "gemma4":
+        return [heads]
     if metadata.architecture != "lfm2":
         return [metadata.size(name, heads)] * max(1, layer_count(metadata))
     found = metadata.layer_sizes(name, layer_count(metadata))
@@ -326,6 +328,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "phi3": _phi3,
     "phimoe": _phimoe,
     "lfm2": _lfm2,
@@ -348,6 +351,7 @@ MODEL_TYPES = {
     "granitemoe": ("granitemoe",),
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
     "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
     "phi3": ("phi3",),
     "phimoe": ("phimoe",),
     "lfm2": ("lfm2",),

@@ -34,6 +34,13 @@ class GgufMetadata:
             raise self._bad(self._key(name), value, f"an integer, or one for each of {count} layers")
         return found
 
+    def layer_flags(self, name: str, count: int) -> list[bool]:
+        """True or false for each of `count` layers."""
+        value: Any = self._model.metadata.get(self._key(name))
+        if not isinstance(value, list) or len(value) != count or not all(type(item) is bool for item in value):
+            raise self._bad(self._key(name), value, f"true or false for each of {count} layers")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._read(self._key(name), default, "a number", _is_number))
 

@@ -18,6 +18,7 @@ from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
 from hybrid.models.layers.latent import LatentAttention, LatentNames
+from hybrid.models.layers.parallel_feed_forward import ParallelFeedForward
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
@@ -35,6 +36,7 @@ _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
 _OTHER_NAMES = {"token_embd_norm.weight": OUTER.final_norm}  # of what some files misname
 _POST_ATTENTION, _POST_FEED_FORWARD = f"{_LAYER}.post_attention_norm.weight", f"{_LAYER}.post_ffw_norm.weight"
+_FACTOR = f"{_LAYER}.layer_output_scale.weight"
 CONVOLUTION = ShortConvNames(
     norm=f"{_LAYER}.attn_norm.weight",
     into=f"{_LAYER}.shortconv.in_proj.weight",
@@ -96,6 +98,15 @@ FEED_FORWARD = FeedForwardNames(
     correction=_CORRECTION,
     fused_correction=_CORRECTION,
 )
+BESIDE_DENSE = replace(
+    FEED_FORWARD,
+    norm=f"{_LAYER}.pre_ffw_norm_2.weight",
+    post_norm=f"{_LAYER}.post_ffw_norm_2.weight",
+    sum_norm=_POST_FEED_FORWARD,
+    router_norm=f"{_LAYER}.ffn_gate_inp.scale",
+    expert_scales=f"{_LAYER}.ffn_down_exps.scale",
+    factor=_FACTOR,
+)
 
 
 def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
@@ -123,8 +134,12 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
 
 
 def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
-    post_norm = feed_forward.names.post_norm and _POST_FEED_FORWARD
-    return replace(feed_forward, names=replace(names, post_norm=post_norm))
+    if isinstance(feed_forward, ParallelFeedForward):
+        dense = replace(feed_forward.dense, names=replace(names, post_norm=f"{_LAYER}.post_ffw_norm_1.weight"))
+        return replace(feed_forward, names=BESIDE_DENSE, dense=dense)
+    own = feed_forward.names
+    names = replace(names, post_norm=own.post_norm and _POST_FEED_FORWARD, factor=own.factor and _FACTOR)
+    return replace(feed_forward, names=names)
 
 
 def as_published(architecture: str, name: str, values: Array) -> Array:
