@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from checkpoints import write_tensors
+from checkpoints import CONFIGS, write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
@@ -19,6 +19,7 @@ from hybrid.weights.pack import model_config
 from hybrid.weights.store import Store
 
 Named = Iterator[tuple[str, np.ndarray]]
+WRITTEN = [family for family in CONFIGS if family != "gemma4_text"]  # families whose tensors are known here
 
 
 def write_dequantised(path: Path, store: Store) -> Path:

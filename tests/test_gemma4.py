@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
-from checkpoints import CONFIGS
+from checkpoints import CONFIGS, random_tensors, write_tensors
+from steps import in_chunks, open_engine, step
 
 from hybrid.errors import ConfigError
 from hybrid.models import model_spec
@@ -75,3 +77,19 @@ def test_what_is_not_computed_is_refused(changes: dict[str, Any], message: str) 
     with pytest.raises(ConfigError, match=message) as error:
         model_spec({**CONFIG, **changes})
     assert "\n" not in str(error.value)
+
+
+def test_whole_chunked_and_beside_others_are_the_same_bits_in_every_format_of_weights(tmp_path, isa) -> None:
+    """And formats of 8 bits are near bf16, where rounding cannot send a row to another expert."""
+    config = CONFIG | {"top_k_experts": CONFIG["num_experts"]}
+    path, tokens = write_tensors(tmp_path / "hf", config, random_tensors(config)), np.arange(3, 93, dtype=np.int32)
+    found = {}
+    for text in ("bf16", "int8", "q8_0", "int4"):
+        with open_engine(path, tmp_path / "cache", weight_format=text, isa=isa, batch_invariant=True) as engine:
+            found[text] = step(engine, (0, 0, tokens))
+            assert np.array_equal(in_chunks(engine, tokens, 7, slot=1), found[text]), text
+            beside = step(engine, (2, 0, tokens[:9]), (3, 0, tokens))
+            assert np.array_equal(beside[9:], found[text]), text
+    for text in ("int8", "q8_0"):
+        error = np.linalg.norm(found[text] - found["bf16"]) / np.linalg.norm(found["bf16"])
+        assert 0 < error < 0.1, (text, error)
