@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 from hybrid.serving.step_seconds import StepSeconds
 
@@ -23,7 +22,7 @@ class Pace:
 
     def __init__(self, work: Callable[[int], float], limit: float | None = None) -> None:
         self._limit = limit
-        self._seconds = StepSeconds(cache(work), MEMORY)
+        self._seconds = StepSeconds(work, MEMORY)
 
     def tell(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""

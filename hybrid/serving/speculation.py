@@ -44,6 +44,8 @@ class Speculation:
         requests = [job for job in running if isinstance(job, Request) and self._may_guess(job)]
         made = [(request, request.guess(COUNTS[-1])) for request in requests]
         made = [(request, guesses) for request, guesses in made if guesses]
+        if not made:
+            return
         drafts = [(request.guesses, len(guesses)) for request, guesses in made]
         count = worth_guessing(self._seconds, drafts, len(running), room)
         for request, guesses in made:
@@ -68,7 +70,7 @@ def worth_guessing(seconds: StepSeconds, drafts: Sequence[tuple[Guesses, int]], 
     best, rate = 0, rows / seconds.expected(rows)
     for count in COUNTS:
         counts = [min(count, made) for _, made in drafts]
-        if not drafts or sum(counts) > room:
+        if sum(counts) > room:
             break
         tokens = rows + sum(guesses.expected(n) - 1 for (guesses, _), n in zip(drafts, counts, strict=True))
         faster = tokens / seconds.expected(rows + sum(counts))

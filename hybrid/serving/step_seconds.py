@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 _FAR = 2.0  # how much slower than before a step may count: beyond that something else ran, or it is seen again
 
@@ -12,7 +13,7 @@ class StepSeconds:
 
     def __init__(self, work: Callable[[int], float], memory: float = 0.8) -> None:
         """work: what a step of so many rows has to do, in any unit. memory: what older steps weigh beside the new."""
-        self._work, self._memory = work, memory
+        self._work, self._memory = cache(work), memory
         self._rates: dict[int, float] = {}  # seconds a unit of work, by `_size`
 
     @property
