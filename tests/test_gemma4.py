@@ -55,6 +55,19 @@ def test_layers_that_have_their_sizes_by_number_are_the_same() -> None:
     assert model_spec({**without, "per_layer_config": by_layer}) == model_spec(CONFIG)
 
 
+def test_numbers_of_layers_may_have_zeros_before_them() -> None:
+    """As transformers writes them where there are ten or more."""
+    kinds = ["sliding_attention", "full_attention"] * 6
+    whole = {**CONFIG, "num_hidden_layers": 12, "layer_types": kinds}
+    sizes = {"head_dim": 40, "num_key_value_heads": 3}
+    without = {name: value for name, value in whole.items() if "global" not in name}
+    by_layer = {f"{layer:02}": sizes for layer in range(1, 12, 2)}
+    assert model_spec({**without, "per_layer_config": by_layer}) == model_spec(whole)
+    for wrong in ({"01": sizes}, {**by_layer, "1": sizes}, {**by_layer, "x": sizes}, [sizes]):
+        with pytest.raises(ConfigError, match="per_layer_config must give"):
+            model_spec({**without, "per_layer_config": wrong})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -18,6 +18,7 @@ from test_kept import run
 from test_pool import chat
 
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.formats.block import BLOCK, round_up
 from hybrid.serving import prefix_files
 from hybrid.serving.prefix_files import SUFFIX, Part, PrefixFiles, digest
 from hybrid.serving.scheduler import Scheduler
@@ -105,6 +106,48 @@ def test_a_byte_that_changed_is_found(tmp_path, caplog, place: int) -> None:
     files = opened(tmp_path)
     assert [files.read(entry) for entry in files.after(PART.start)] == [None]
     assert "its checksum is wrong" in caplog.text and not path.exists()
+    files.close()
+
+
+def chain(*ends: int) -> list[Part]:
+    """Parts that follow each other, up to so many tokens."""
+    starts = (0, *ends[:-1])
+    return [
+        Part(
+            digest(TOKENS[:a], 0),
+            digest(TOKENS[:b], 0),
+            TOKENS[a:b],
+            PART.keys[: 2 * round_up(b - a, BLOCK)],
+            PART.state,
+        )
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def test_what_could_not_wait_is_written_when_it_is_known(tmp_path, monkeypatch) -> None:
+    """A prompt of any length comes to be in files, its beginning first."""
+    parts = chain(4, 8, 12)
+    monkeypatch.setattr(prefix_files, "MAX_PENDING", parts[0].nbytes + 1)
+    files = opened(tmp_path)
+    files.write(parts)
+    for written_so_far in (1, 2, 3):
+        files.flush()
+        assert [len(files.after(part.start)) for part in parts] == [1] * written_so_far + [0] * (3 - written_so_far)
+        files.write([], parts)
+    files.close()
+
+
+def test_files_of_a_beginning_that_is_known_are_used(tmp_path) -> None:
+    """What follows it in other prompts must not have them removed."""
+    first, second = chain(4, 8)
+    other = Part(first.end, "other", TOKENS[8:12], second.keys, second.state)
+    third = Part(first.end, "third", TOKENS[9:13], second.keys, second.state)
+    size = 4096 + first.nbytes
+    files = opened(tmp_path, limit=3 * size)
+    for fresh in (first, second, other, third):
+        files.write([fresh], [first] * (fresh is not first))
+        files.flush()
+    assert files.after(first.start) and {entry.end for entry in files.after(first.end)} == {"other", "third"}
     files.close()
 
 

@@ -414,6 +414,7 @@ def test_expressions_say_what_is_left_out() -> None:
     assert (mix.experts, mix.attention, mix.dense, mix.head) == ("int4", "bf16", "bf16", "bf16")
     with pytest.raises(ConfigError, match=r"leaves out 're:\(a\+\)\+b', which is not understood"):
         native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ["re:(a+)+b"]}})
+    native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ["re:(a+)+b"]}}, {})  # tensors say it
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def raising(error: BaseException):
     return fail
 
 
-def ask(server: Running) -> int:
-    return server.post(COMPLETE, prompt="a", max_tokens=3).status_code
+def ask(server: Running, **body: object) -> int:
+    return server.post(COMPLETE, prompt="a", max_tokens=3, **body).status_code
 
 
 def healthy(server: Running) -> bool:
@@ -78,13 +78,14 @@ def test_one_step_that_fails_leaves_the_engine_as_it_is() -> None:
         assert ask(server) == 200 and not reopened(server)
 
 
-def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatch) -> None:
+@pytest.mark.parametrize("body", [{}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}], ids=str)
+def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatch, body) -> None:
     stuck, over = threading.Event(), threading.Event()
     first = llm_of(lambda batch: over.wait(WATCHDOG))
     monkeypatch.setattr(LLM, "step_seconds", lambda llm: 1e9 * (llm is first and stuck.is_set()))
     with running(first, again=[llm_of()]) as server:
         answers: list[int] = []
-        asking = [threading.Thread(target=lambda: answers.append(ask(server))) for _ in range(3)]
+        asking = [threading.Thread(target=lambda: answers.append(ask(server, **body))) for _ in range(3)]
         for thread in asking:
             thread.start()
         until(lambda: server.service._taken == 3)

@@ -120,3 +120,19 @@ def test_what_is_wrong_in_it_is_said_to_be_there() -> None:
     text = {**CONFIGS["gemma3_text"], "hidden_size": -1}
     with pytest.raises(ConfigError, match=r"^config\.json: text_config: hidden_size is -1"):
         model_spec({"model_type": "gemma3", "text_config": text})
+
+
+@pytest.mark.parametrize(("whole", "part", "tied"), [(False, True, False), (True, False, True), (None, True, True)])
+def test_what_the_whole_says_of_the_head_holds(whole: bool | None, part: bool, tied: bool) -> None:
+    """transformers writes into text_config what is its default there, whatever the model has."""
+    config, *_ = nested("qwen3_vl_moe", "within the model")
+    outer = {} if whole is None else {"tie_word_embeddings": whole}
+    spec = model_spec({**config, "text_config": {**config["text_config"], "tie_word_embeddings": part}, **outer})
+    assert spec.tied == tied
+
+
+def test_a_head_of_its_own_is_used_though_both_say_that_it_is_tied(tmp_path) -> None:
+    config, tensors, _ = nested("qwen3_vl_moe", "within the model")
+    tied = {"tie_word_embeddings": True}
+    path = write_tensors(tmp_path, {**config, "text_config": {**config["text_config"], **tied}, **tied}, tensors)
+    assert not open_checkpoint(path).spec.tied

@@ -98,6 +98,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], FormatMix | None, tuple[str,
     """
     from hybrid.files import read_json_object
     from hybrid.files.gguf import is_gguf
+    from hybrid.weights.checkpoints.files import CONFIG, read_config
     from hybrid.weights.checkpoints.gguf_outline import outline_gguf
     from hybrid.weights.checkpoints.published import native_mix
     from hybrid.weights.pack import describe
@@ -107,7 +108,8 @@ def read_model(path: Path) -> tuple[dict[str, Any], FormatMix | None, tuple[str,
         return outline.config, outline.native, outline.notes
     if path.is_dir() or not path.exists():
         return *describe(path), ()
-    config = read_json_object(path)
+    beside = path.name == CONFIG  # then files beside it may say how it is quantised
+    config = read_config(path.parent) if beside else read_json_object(path)
     return config, native_mix(config), ()
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hybrid.commands.console import say
+from hybrid.commands.console import one_line, say
 from hybrid.commands.flags import command, new_app
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import ConfigError
@@ -54,9 +54,13 @@ def serve(config: EngineConfig, options: ServerConfig) -> None:
             process.run([listening])
         finally:
             service.close()
+    if process.lost:  # not exit code 2, which says that starting again is of no use
+        say(f"error: {one_line(process.error)}")
     if service.abandoned:  # a thread in a step that cannot be ended would keep the process
         say("the server has ended, and with it a step that could not be ended")
         os._exit(1)
+    if process.lost:
+        raise SystemExit(1)
     if process.error is not None:
         raise process.error
     say("the server has ended")

@@ -25,7 +25,7 @@ def read_text_part(config: Mapping[str, Any], model_type: str, families: Mapping
     family = Fields(text, "text_config.").choice("model_type", default=next(iter(families)), allowed=tuple(families))
     tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
     try:
-        spec = families[family]({**tied, **text})
+        spec = families[family]({**text, **tied})  # what the whole says of the head holds
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.json: ", "config.json: text_config: ", 1)) from None
     return replace(spec.inside(MODULE), model_type=model_type)

@@ -92,6 +92,7 @@ async def _echoes(service: Service, run: Run, body: CompletionBody) -> dict[int,
         logprobs = None
         if body.logprobs is not None:
             scores = await service.attempt(partial(score, tokens, body.logprobs))
+            service.charge(len(tokens))
             logprobs = completion_logprobs(service.token_texts, tokens, scores)
         found[completion.index] = _Echo(text, logprobs)
     return found

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS = 1.0  # between tries whether steps succeed again
 _CLOSE_SECONDS = 20.0  # after which an engine that does not close is left to itself
+_LOOK_SECONDS = 0.1  # between looks whether any step has succeeded
 _LOOKS = 20  # at a running step, in the time that it may take
 logger = logging.getLogger("hybrid.server")
 
@@ -83,13 +84,18 @@ class Health:
         """Of whomever: a step of our own may have to wait for a place."""
         if self._stuck:
             return False
-        before = self._service.metrics.steps
+        before, limit = self._service.metrics.steps, self._service.config.step_seconds
+        probe = asyncio.ensure_future(self._service.llm.generate([[0]], SamplingParams(max_tokens=1)))
         try:
-            async with asyncio.timeout(self._service.config.step_seconds):
-                await self._service.llm.generate([[0]], SamplingParams(max_tokens=1))
-        except Exception:
-            return self._service.metrics.steps > before
-        return True
+            async with asyncio.timeout(limit):
+                while not probe.done() and self._service.metrics.steps == before:
+                    await asyncio.wait([probe], timeout=_LOOK_SECONDS)
+        except TimeoutError:
+            return False
+        finally:
+            probe.cancel()
+        succeeded = probe.done() and probe.exception() is None
+        return succeeded or self._service.metrics.steps > before
 
     async def _open_anew(self, reopen: Callable[[], LLM]) -> bool:
         logger.error("steps go on failing: the engine is closed and opened anew")

@@ -64,6 +64,7 @@ class Process(uvicorn.Server):
         )
         self.service = service
         self.error: BaseException | None = None  # of loading
+        self.lost = False  # whether there was an engine, and none could be opened in its place
         self._load, self._on_ready = load, on_ready
         service.health.reopen = partial(self._load, self._note)
         service.health.on_lost = self._lose
@@ -114,7 +115,7 @@ class Process(uvicorn.Server):
 
     def _lose(self, error: BaseException) -> None:
         """There is no engine any more: whoever watches over the process may start another."""
-        self.error, self.should_exit = error, True
+        self.error, self.lost, self.should_exit = error, True, True
 
     def _note(self, what: str, done: int, total: int) -> None:
         if self._ending:

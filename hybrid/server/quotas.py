@@ -26,6 +26,11 @@ class Quotas:
 
     def require(self, client: str, count: int) -> None:
         """Raise Refusal where a client may not have so many completions more."""
+        if self._requests is not None and count > self._requests:
+            message = (
+                f"{count} completions are more than the {self._requests} that a key may have together; ask for fewer"
+            )
+            raise Refusal(400, message, param="n")
         if self._requests is not None and self._taken[client] + count > self._requests:
             message = f"{self._taken[client]} completions of this key run or wait, and it may have {self._requests}"
             raise Refusal(429, f"{message}; try again later", code="rate_limit_exceeded")

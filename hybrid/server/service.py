@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from time import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hybrid.errors import RequestError
 from hybrid.server.clients import CLIENT
@@ -43,6 +43,7 @@ class Service:
         self._taken = 0  # completions that were let in
         self._quotas = Quotas(config)
         self._runs: set[Run] = set()
+        self._attempts: dict[asyncio.Task[Any], Refusal | None] = {}  # with how they were ended
         self._idle = asyncio.Event()
         self._idle.set()
         self._workers = ThreadPoolExecutor(2, "hybrid-texts")
@@ -133,10 +134,22 @@ class Service:
 
     async def attempt(self, make: Callable[[AsyncLLM], Awaitable[T]]) -> T:
         """What is awaited whole, for a run that was let in. Raises Refusal."""
+        task = asyncio.ensure_future(make(self.llm))
+        self._attempts[task] = None
         try:
-            return await make(self.llm)
+            return await task
+        except asyncio.CancelledError:
+            if refusal := self._attempts[task]:
+                raise refusal from None
+            raise
         except Exception as error:
             raise self.refuse(error) from None
+        finally:
+            del self._attempts[task]
+
+    def charge(self, tokens: int) -> None:
+        """The client of this request got so many tokens beside those of its completions."""
+        self._quotas.charge(CLIENT.get(), tokens)
 
     def refuse(self, error: BaseException) -> Refusal:
         """What the client of a request is told that ended with an error. Not being able to compute is remembered."""
@@ -151,9 +164,15 @@ class Service:
 
     def fail_all(self) -> None:
         """End all that runs or waits by an error: the engine cannot compute it."""
+        self.metrics.failed.inc(len(self._runs) + len(self._attempts))
+        self._end_all(internal)
+
+    def _end_all(self, refusal: Callable[[], Refusal]) -> None:
         for run in list(self._runs):
-            self.metrics.failed.inc()
-            run.fail(internal())
+            run.fail(refusal())
+        for task in list(self._attempts):
+            self._attempts[task] = refusal()
+            task.cancel()
 
     def detach(self) -> LLM:
         """Take the engine away; what it has not finished fails."""
@@ -177,9 +196,7 @@ class Service:
     def leave(self, run: Run) -> None:
         self._runs.discard(run)
         self._take(run.client, -run.count)
-        usages = [request.completion.usage for request in run.requests]
-        computed = sum(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens for usage in usages)
-        self._quotas.charge(run.client, computed)
+        self._quotas.charge(run.client, sum(map(_computed_tokens, run.requests)))
         self.metrics.on_end([request.completion for request in run.requests])
 
     async def drain(self, seconds: float) -> None:
@@ -188,8 +205,7 @@ class Service:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
-        for run in list(self._runs):
-            run.fail(Refusal(503, "the server is shutting down", code="shutting_down"))
+        self._end_all(lambda: Refusal(503, "the server is shutting down", code="shutting_down"))
         with suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._idle.wait()
@@ -202,6 +218,12 @@ class Service:
             self.dispose(self._llm.llm)
         if self.telemetry:
             self.telemetry.close()
+
+
+def _computed_tokens(request: Request) -> int:
+    """Of its prompt and of its answer, whatever way it ended."""
+    usage = request.completion.usage
+    return max(0, min(request.reached, usage.prompt_tokens) - usage.cached_tokens) + usage.completion_tokens
 
 
 class Run:

@@ -260,6 +260,8 @@ class _Worker:
                 return False
             command.run()
             del command  # or it would hold what it is about while the thread sleeps
+            if not self.scheduler.has_work and self.scheduler.holds_any:  # who asks often must not keep it from resting
+                self.scheduler.rest()
         return True
 
     def _step(self) -> None:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.serving.kept import Tokens, common_tokens
-from hybrid.serving.prefix_files import Entry, Part, digest, open_files
+from hybrid.serving.prefix_files import Entry, Part, digest, digests, open_files
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -156,13 +157,13 @@ class PrefixPool:
         self._touch(end)
         if self._rewindable and start == len(tokens):
             return
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             if path and path[-1][1] < len(end.tokens):
                 end = self._split(end, path[-1][1])
                 self._touch(end)
             fresh = self._extend(end, sequence, tokens, start, room)
             if self._files and fresh:
-                self._files.write([self._part(node, tokens[:stop], phase) for node, stop in fresh])
+                self._files.write(*self._parts([node for node, _ in fresh], tokens, phase))
 
     def fetch(self, tokens: Tokens, phase: int, room: int) -> None:
         """Bring what files hold of the beginning of a prompt, as far as `room` bytes are enough for the whole pool."""
@@ -178,7 +179,7 @@ class PrefixPool:
                 try:
                     if not self._attach(end, path[-1][1] if path else 0, part, room):
                         break
-                except OSError:
+                except (OSError, MemoryError):
                     break
                 used.append(entry)
         for entry in reversed(used):  # a beginning stays longer than what follows it
@@ -219,13 +220,19 @@ class PrefixPool:
         self._tokens += len(node.tokens)
         self._touch(node)
 
-    def _part(self, node: Node, tokens: Tokens, phase: int) -> Part:
-        """What a file is to hold of a node. tokens: all up to its end."""
+    def _parts(self, fresh: list[Node], tokens: Tokens, phase: int) -> tuple[list[Part], list[Part]]:
+        """What files are to hold of fresh nodes, which end the path of these tokens, and of those before them."""
+        nodes = [node for node in _upwards(fresh[-1]) if node.saved is not None][::-1]
+        names = digests(tokens, list(accumulate((len(node.tokens) for node in nodes), initial=0)), phase)
+        parts = [self._part(node, *ends) for node, ends in zip(nodes, pairwise(names), strict=True)]
+        return parts[-len(fresh) :], parts[: -len(fresh)]
+
+    def _part(self, node: Node, start: str, end: str) -> Part:
+        """What a file is to hold of a node, between the beginnings with these digests."""
         assert node.saved is not None
-        start = tokens[: len(tokens) - len(node.tokens)]
         size = self._engine.plan.kv.token_bytes * round_up(len(node.tokens), BLOCK)
         state = np.empty(0, np.uint8) if node.state is None else node.state
-        return Part(digest(start, phase), digest(tokens, phase), node.tokens, node.saved.memory[:size], state)
+        return Part(start, end, node.tokens, node.saved.memory[:size], state)
 
     def shrink(self, room: int) -> None:
         """Give up what was used longest ago, until this many bytes are enough."""

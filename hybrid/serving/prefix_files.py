@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -36,7 +37,7 @@ SUFFIX = ".prefix"
 VERSION = 1
 MAX_PENDING = 256 << 20  # bytes that wait to be written; what comes beyond is not
 _HEADER_BYTES = 4096
-_UNSOUND = (HybridError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError)  # of reading a file
+_UNSOUND = (HybridError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, MemoryError)
 _logger = logging.getLogger("hybrid.prefixes")
 
 
@@ -80,7 +81,17 @@ class Entry:
 
 def digest(tokens: Tokens, phase: int) -> str:
     """Identifies the beginning of a prompt, of one phase."""
-    return blake2b(b"%d " % phase + np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=16).hexdigest()
+    return digests(tokens, [len(tokens)], phase)[0]
+
+
+def digests(tokens: Tokens, ends: Sequence[int], phase: int) -> list[str]:
+    """Those of the beginnings that have so many tokens, ascending."""
+    found, start, names = blake2b(b"%d " % phase, digest_size=16), 0, list[str]()
+    for end in ends:
+        found.update(np.ascontiguousarray(tokens[start:end], "<i4").tobytes())
+        names.append(found.copy().hexdigest())
+        start = end
+    return names
 
 
 def open_files(engine: Engine) -> PrefixFiles | None:
@@ -125,7 +136,8 @@ class PrefixFiles:
         self._starts: dict[str, list[Entry]] = {}
         self._nbytes = self._pending = 0
         self._full = False  # the disk
-        self._queue: SimpleQueue[list[Part] | threading.Event | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[list[Entry], list[Part]] | threading.Event | None] = SimpleQueue()
+        self._queued: set[Path] = set()  # files that are to be written
         self._index()
         self._thread = threading.Thread(target=self._write_all, name="hybrid-prefixes", daemon=True)
         self._thread.start()
@@ -150,14 +162,22 @@ class PrefixFiles:
             return None
         return part
 
-    def write(self, parts: Sequence[Part]) -> None:
-        """Have these written soon, in this order, unless too much waits already."""
-        size = sum(part.nbytes for part in parts)
+    def write(self, fresh: Sequence[Part], known: Sequence[Part] = ()) -> None:
+        """Have what is fresh written soon, and what comes before it where it has no file, from the beginning on as much
+        as may wait; the rest when it is known. The files that known parts have are used now.
+        """
         with self._lock:
-            if self._full or self._pending + size > MAX_PENDING:
-                return
-            self._pending += size
-        self._queue.put(list(parts))
+            paths = [self._path(part) for part in known]
+            used = [self._entries[path] for path in paths if path in self._entries]
+            there = self._entries.keys() | self._queued
+            wanted = [part for part, path in zip(known, paths, strict=True) if path not in there] + [*fresh]
+            sizes = accumulate(part.nbytes for part in wanted)
+            count = sum(self._pending + size <= MAX_PENDING for size in sizes)
+            taken = [] if self._full else wanted[: count or not self._pending]
+            self._pending += sum(part.nbytes for part in taken)
+            self._queued.update(map(self._path, taken))
+        if used or taken:
+            self._queue.put((used, taken))
 
     def flush(self) -> None:
         """Wait until what was to be written is."""
@@ -172,22 +192,26 @@ class PrefixFiles:
         self._held.close()
 
     def _write_all(self) -> None:
-        while (parts := self._queue.get()) is not None:
-            if isinstance(parts, threading.Event):
-                parts.set()
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
                 continue
+            used, parts = item
             try:
-                entries = [self._write(part) for part in parts if not self._full]
-                for entry in reversed(entries):  # a beginning stays longer than what follows it
-                    self.use(entry)
-            except (HybridError, OSError) as error:
+                self._use_all(used)  # before room is made
+                self._use_all(used + [self._write(part) for part in parts if not self._full])
+            except Exception as error:  # whatever it is, the thread goes on, for somebody may wait for it
                 self._full = True
                 _logger.warning("kept prompts are written no more: %s", error)
             with self._lock:
                 self._pending -= sum(part.nbytes for part in parts)
+                self._queued.difference_update(map(self._path, parts))
+
+    def _path(self, part: Part) -> Path:
+        return self._folder / f"{part.start}-{part.end}{SUFFIX}"
 
     def _write(self, part: Part) -> Entry:
-        path = self._folder / f"{part.start}-{part.end}{SUFFIX}"
+        path = self._path(part)
         entry = Entry(path, part.start, part.end, part.tokens, part.keys.nbytes, part.state.nbytes)
         self._make_room(entry.nbytes)
         fields = {"version": VERSION, "mark": self._mark, "start": part.start, "end": part.end}
@@ -269,9 +293,19 @@ class PrefixFiles:
         except OSError:
             self._forget(entry)
 
+    def _use_all(self, entries: Sequence[Entry]) -> None:
+        """A beginning stays longer than what follows it."""
+        for entry in reversed(entries):
+            self.use(entry)
+
     def _make_room(self, size: int) -> None:
-        while self._entries and self._nbytes + size > self._limit:
-            self._forget(next(iter(self._entries.values())))
+        while oldest := self._oldest_beside(size):
+            self._forget(oldest)
+
+    def _oldest_beside(self, size: int) -> Entry | None:
+        """The file that gives way to so many bytes; None where there is room for them."""
+        with self._lock:
+            return next(iter(self._entries.values()), None) if self._nbytes + size > self._limit else None
 
     def _forget(self, entry: Entry, remove: bool = True) -> None:
         with self._lock:

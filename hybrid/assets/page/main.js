@@ -19,7 +19,7 @@ function showState(state, text) {
   byId("state-text").textContent = text;
 }
 
-/** Whether the server answers with the key at hand. */
+/** Whether the server does not refuse the key at hand. */
 async function connect() {
   try {
     const info = await get("/info");
@@ -33,7 +33,7 @@ async function connect() {
     if (!(error instanceof ApiError)) showState("gone", "not reachable");
     else if (error.status === 401) askKey();
     else await showNotReady();
-    return false;
+    return !(error instanceof ApiError && error.status === 401);
   }
 }
 

@@ -103,11 +103,14 @@ def _global_heads(config: Mapping[str, Any], shared: bool) -> dict[str, Any]:
     if by_layer is None:
         return found
     kinds = _kinds(fields)
-    wanted = {str(layer) for layer, kind in enumerate(kinds) if kind == FULL}
+    wanted = {layer for layer, kind in enumerate(kinds) if kind == FULL}
+    numbers = {int(key) for key in map(str, by_layer) if key.isdecimal()} if isinstance(by_layer, Mapping) else set()
     same = isinstance(by_layer, Mapping) and by_layer and len({repr(one) for one in by_layer.values()}) == 1
     own = next(iter(by_layer.values())) if same else None
     if (
-        {*map(str, by_layer)} != wanted
+        not isinstance(by_layer, Mapping)
+        or len(by_layer) != len(numbers)
+        or numbers != wanted
         or not isinstance(own, Mapping)
         or not {*own} <= {"head_dim", "num_key_value_heads"}
     ):

@@ -34,7 +34,6 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
     if quantisation is None:
         return MIXES["bf16"]
     fields: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else {}
-    is_left_out = left_out(fields)
     if scheme := read_scheme(config):
         mix = FormatMix.uniform(scheme.format)
         mix = mix if fields.get("lm_head") is True else mix.with_parts({"head": "bf16"})
@@ -49,7 +48,7 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
         )
     spec = model_spec(config)
     if entries is None:
-        return believed_mix(spec, mix, is_left_out)
+        return believed_mix(spec, mix, left_out(fields))
     return exact_mix(spec, published_kinds(entries), mix)
 
 
