@@ -148,7 +148,8 @@ def test_products_lie_within_their_tensors(name, text) -> None:
         for a in sets_of(op) if op.kind in ("gate_up", "down") else ():
             stride, start, name = a["expert_stride"], a["experts"].offset, a["experts"].name
             size = a["blocks"] * FORMATS[a["format"].name].block_bytes(a["inputs"])
-            count = 1 if name.endswith("shared") else max(1, spec.layers[op.layer or 0].feed_forward.experts)
+            experts = spec.layers[op.layer or 0].feed_forward.experts
+            count = max(1, experts) if name.endswith(".ffn.experts") else 1
             assert stride * count == sizes[name]
             parts.setdefault((op.layer, name), []).append((start, size, stride))
     for (first, gate, _), (second, down, stride) in parts.values():
@@ -166,7 +167,8 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
             assert buffer.endswith("8") == (kind == "int8") and buffer.endswith("_grouped") == (kind == "grouped")
             assert a["input_stride"] == row_bytes(int(width), kind) and a["inputs"] == -(-int(width) // 64) * 64
             router = SPECS[name].layers[op.layer or 0].feed_forward.router
-            count = router.top_k if router and op.kind == "down" and a is op.arguments else 1
+            routed = router and op.kind == "down" and a is op.arguments and a["experts"].name.endswith(".ffn.experts")
+            count = router.top_k if router and routed else 1
             assert ROWS * count * a["input_stride"] <= buffers[a["input"].name]
 
 

@@ -68,9 +68,11 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     if (is_key && !(is_sound(x, dim) && is_sound_value(args, all + (head + to_values) * dim)))
       x[0] = __builtin_nanf("");
     if (!is_query && !is_key && !is_sound(x, dim)) __builtin_memset(x, 0, dim * sizeof(float));
-    if (is_query)
-      to_bf16(args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim, x, dim);
-    else if (is_key)
+    if (is_query) {
+      auto* q = args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim;
+      to_bf16(q, x, dim);
+      __builtin_memset(q + dim, 0, (args.kv.key_dim - dim) * sizeof(*q));  // layers with other heads have written there
+    } else if (is_key)
       store_key<Kv>(args.kv, sequence, head - args.heads, position, x, dim);
     else
       store_value<Kv>(args.kv, sequence, head - args.heads - args.kv_heads, position, x, dim);
