@@ -41,7 +41,7 @@ def left_out(quantisation: Mapping[str, Any]) -> IsLeftOut:
     """Whether a module is not quantised: by its whole name, the beginning or the end of it, wildcards, or a regular
     expression behind "re:". Raises `ConfigError` for what is not understood.
     """
-    names = _names(quantisation)
+    names = left_out_names(quantisation)
     wild = [pattern for name in names if "*" in name for pattern in (name, f"{name}.*")]
     wild += [pattern for name in names if name.startswith(_EXPRESSION) for pattern in _wildcards(name)]
     plain, patterns = set(names), re.compile("|".join(map(translate, wild)) or r"(?!)")
@@ -55,7 +55,7 @@ def left_out(quantisation: Mapping[str, Any]) -> IsLeftOut:
     return is_left_out
 
 
-def _names(quantisation: Mapping[str, Any]) -> list[str]:
+def left_out_names(quantisation: Mapping[str, Any]) -> list[str]:
     """Under all names of lists that programs read, and in the objects that say something of some modules."""
     found: list[str] = []
     for field in FIELDS:

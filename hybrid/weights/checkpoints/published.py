@@ -12,7 +12,7 @@ from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.exact_mix import Kind, Kinds, exact_mix
 from hybrid.weights.checkpoints.files import quantisation_of
-from hybrid.weights.checkpoints.left_out import believed_mix, left_out
+from hybrid.weights.checkpoints.left_out import believed_mix, left_out, left_out_names
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
 from hybrid.weights.checkpoints.schemes import WORDS, read_scheme
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
@@ -49,6 +49,7 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
     spec = model_spec(config)
     if entries is None:
         return believed_mix(spec, mix, left_out(fields))
+    left_out_names(fields)  # that they are lists; what they mean, the tensors say
     return exact_mix(spec, published_kinds(entries), mix)
 
 
