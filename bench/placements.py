@@ -29,13 +29,13 @@ from gpu_cache.admission import ADMISSIONS
 from gpu_cache.policies import POLICIES
 from hybrid import LLM, SamplingParams
 from hybrid.commands.console import exit_codes, say
-from hybrid.commands.figures import styled
 from hybrid.commands.plot import check_target
 from hybrid.commands.timeline import LANES, Timeline, busy_seconds, timeline_figure
 from hybrid.config import OVERLAPS, CacheConfig, DeviceConfig, EngineConfig
 from hybrid.core import Completion
 from hybrid.engine.experts.verdict import most_called
 from hybrid.errors import ConfigError
+from hybrid.lab.figures import styled
 from hybrid.machine.meters import Meters
 from hybrid.serving.recorder import Recorder
 

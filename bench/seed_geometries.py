@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_cache.costs import Machine, cpu_only, predict
+from gpu_cache.costs import Machine, cpu_only, predict, work_of
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import Calls, Trace, make_trace
 from hybrid.commands.console import exit_codes
@@ -159,9 +159,12 @@ def table(seed: Seed, reuses: list[float], tokens: int) -> list[str]:
     for name, choice in PLACEMENTS.items():
         setting = Setting(seed.nblocks, seed.nways, delay=seed.delay, **choice)
         results = [replay(calls, setting, seed.machine.costs) for calls in traces]
-        cells = [f"{result.hit_rate:.0%}, {predict(result, seed.machine).tokens_per_second:.1f}" for result in results]
+        cells = [
+            f"{result.hit_rate:.0%}, {predict(work_of(result), seed.machine).tokens_per_second:.1f}"
+            for result in results
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    alone = cpu_only(replay(traces[0], Setting(seed.nblocks, seed.nways)), seed.machine).tokens_per_second
+    alone = cpu_only(work_of(replay(traces[0], Setting(seed.nblocks, seed.nways))), seed.machine).tokens_per_second
     return [*lines, f"| CPU alone | {' | '.join([f'{alone:.1f}'] * len(reuses))} |"]
 
 

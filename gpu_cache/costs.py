@@ -64,15 +64,33 @@ class Prediction:
         return 1 / self.step
 
 
-def predict(result: Result, machine: Machine) -> Prediction:
+@dataclass(frozen=True)
+class Work:
+    """What a replay asks of a machine, whatever its rates. steps, fills: in all.
+
+    splits: int64 [n, 3], a row for each pair that occurred: hits of a layer in a step, its other calls, how often.
+    """
+
+    steps: int
+    fills: int
+    splits: Ints
+
+
+def work_of(result: Result) -> Work:
+    splits, often = np.unique(np.stack([result.found, result.groups - result.found]), axis=1, return_counts=True)
+    return Work(result.steps, int(result.fills.sum()), np.vstack([splits, often]).T)
+
+
+def predict(work: Work, machine: Machine) -> Prediction:
     """The time of a mean step, decoding: an expert costs the reading of its bytes, whatever the number of rows.
 
     In a layer the device computes the hits while the CPU computes the rest, so it takes the longer of the two.
     Copies read the same memory as the CPU does: what they read is lost to it.
     """
-    costs, fills = machine.costs, float(result.fills.sum()) / result.steps
-    layers = float(layer_seconds(result.found, result.groups - result.found, machine).sum())
-    return Prediction(layers / result.steps + fills * costs.cpu, fills * costs.copy, machine.other_ms / 1e3)
+    costs, fills = machine.costs, work.fills / work.steps
+    hits, others, often = work.splits.T
+    layers = float(layer_seconds(hits, others, machine) @ often)
+    return Prediction(layers / work.steps + fills * costs.cpu, fills * costs.copy, machine.other_ms / 1e3)
 
 
 def layer_seconds(hits: Ints, others: Ints, machine: Machine) -> NDArray[np.float64]:
@@ -81,7 +99,8 @@ def layer_seconds(hits: Ints, others: Ints, machine: Machine) -> NDArray[np.floa
     return np.asarray(np.maximum(device, others * machine.costs.cpu))
 
 
-def cpu_only(result: Result, machine: Machine) -> Prediction:
+def cpu_only(work: Work, machine: Machine) -> Prediction:
     """The same steps with every expert on the CPU."""
-    calls = float(result.calls.sum()) / result.steps
+    hits, others, often = work.splits.T
+    calls = float((hits + others) @ often) / work.steps
     return Prediction(calls * machine.costs.cpu, 0.0, machine.other_ms / 1e3)

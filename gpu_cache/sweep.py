@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_cache.admission import Costs
-from gpu_cache.costs import Machine, cpu_only, predict
+from gpu_cache.costs import Machine, Work, cpu_only, predict, work_of
 from gpu_cache.intervals import blocks_of, interval, sums_of
 from gpu_cache.policies import known_policy
 from gpu_cache.simulator import SCHEDULES, Result, Setting, policy_names, replay
@@ -94,10 +94,10 @@ def provenance(version: str) -> Row:
 
 def row_of(calls: Calls, result: Result, machine: Machine | None) -> Row:
     """A result as JSON has it: parameters, totals, hits and calls by layer and by block of the trace, a confidence
-    interval of the hit rate, and what a machine makes of them.
+    interval of the hit rate, how layers were split between device and CPU (`Work`), and what a machine makes of it.
     """
     row: Row = asdict(result.setting)
-    row["slots"] = result.setting.nblocks * result.setting.nways
+    row["slots"], row["steps"] = result.setting.nblocks * result.setting.nways, result.steps
     for name in ("calls", "hits", "loading", "misses", "fills", "evictions"):
         row[name] = int(getattr(result, name).sum())
     row["hit_rate"] = round(result.hit_rate, 6)
@@ -107,13 +107,24 @@ def row_of(calls: Calls, result: Result, machine: Machine | None) -> Row:
     row["block_calls"], row["block_hits"] = total.tolist(), hits.tolist()
     row["upper_bound"] = result.upper_bound
     row["layer_calls"], row["layer_hits"] = result.calls.tolist(), result.hits.tolist()
-    if machine is not None:
-        prediction = predict(result, machine)
-        row["tokens_per_second"] = round(prediction.tokens_per_second, 4)
-        row["cpu_tokens_per_second"] = round(cpu_only(result, machine).tokens_per_second, 4)
-        parts = {"layers": prediction.layers, "copy": prediction.copy, "other": prediction.other}
-        row["step_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in parts.items()}
-    return row
+    work = work_of(result)
+    row["splits"] = work.splits.tolist()
+    return row if machine is None else {**row, **speeds_of(work, machine)}
+
+
+def work_of_row(row: Row) -> Work:
+    return Work(row["steps"], row["fills"], np.array(row["splits"]))
+
+
+def speeds_of(work: Work, machine: Machine) -> Row:
+    """What a machine makes of a replay, as JSON has it."""
+    prediction = predict(work, machine)
+    parts = {"layers": prediction.layers, "copy": prediction.copy, "other": prediction.other}
+    return {
+        "tokens_per_second": round(prediction.tokens_per_second, 4),
+        "cpu_tokens_per_second": round(cpu_only(work, machine).tokens_per_second, 4),
+        "step_ms": {name: round(1e3 * seconds, 4) for name, seconds in parts.items()},
+    }
 
 
 def _run(calls: Calls, todo: dict[str, Setting], machine: Machine | None, workers: int) -> Iterator[tuple[str, Row]]:

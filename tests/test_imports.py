@@ -23,7 +23,7 @@ ORDER = (
     ("gpu",),
     ("engine",),
     ("serving",),
-    ("server",),
+    ("lab", "server"),
     ("commands",),
     ("cli", "main", "serve"),
 )

@@ -21,11 +21,11 @@ from gpu_cache.errors import CacheError
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
 from hybrid.commands import simulate
-from hybrid.commands.kept_results import KeptResults
 from hybrid.commands.plot_data import layers_of_policies, read_hits, read_results, read_text, read_times
 from hybrid.commands.prompts import read_prompts
 from hybrid.engine.experts.warm_start import read_warm, write_warm
 from hybrid.errors import HybridError
+from hybrid.lab.kept_results import KeptResults
 from hybrid.machine.profile import cached_profile
 from hybrid.trace_files import read_trace, write_trace
 

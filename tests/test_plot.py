@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from gpu_cache.reuse import measure_reuse
 from gpu_cache.trace import make_trace
 from hybrid.commands import plot, simulate
-from hybrid.commands.figures import binned
-from hybrid.commands.kept_results import KeptResults
 from hybrid.commands.plot_data import read_hits, read_results, read_times
+from hybrid.lab.figures import binned
+from hybrid.lab.kept_results import KeptResults
 from hybrid.trace_files import write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")

@@ -11,10 +11,10 @@ import typer
 
 from hybrid.commands import flags as f
 from hybrid.commands.console import exit_codes, say
-from hybrid.commands.figures import FIGURE_KINDS
 from hybrid.commands.plot_data import is_json, layers_of_policies, read_hits, read_results, read_text, read_times
 from hybrid.errors import ConfigError
 from hybrid.files import check_output
+from hybrid.lab.figures import FIGURE_KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def plot(
         check_target(figure)
         draw = KINDS[kind](Wanted(source, title, model, shape))
         _check_matplotlib()
-        from hybrid.commands.figures import styled
+        from hybrid.lab.figures import styled
 
         styled(draw, figure)
 
@@ -97,14 +97,14 @@ def _check_matplotlib() -> None:
 
 
 def hit_rate(wanted: Wanted) -> Callable[[], Figure]:
-    from hybrid.commands.figures import hit_rate_figure
+    from hybrid.lab.figures import hit_rate_figure
 
     results = read_results(wanted.source, read_text(wanted.source))
     return lambda: hit_rate_figure(results.rows, wanted.heading("Hit rate of the expert cache", results.about))
 
 
 def speed(wanted: Wanted) -> Callable[[], Figure]:
-    from hybrid.commands.figures import speed_figure
+    from hybrid.lab.figures import speed_figure
 
     results = read_results(wanted.source, read_text(wanted.source))
     if not all({"tokens_per_second", "cpu_tokens_per_second"} <= set(row) for row in results.rows):
@@ -115,7 +115,7 @@ def speed(wanted: Wanted) -> Callable[[], Figure]:
 
 
 def layers(wanted: Wanted) -> Callable[[], Figure]:
-    from hybrid.commands.figures import layers_figure
+    from hybrid.lab.figures import layers_figure
 
     text = read_text(wanted.source)
     if not is_json(text):
@@ -129,7 +129,7 @@ def layers(wanted: Wanted) -> Callable[[], Figure]:
 
 
 def _layers_over_steps(wanted: Wanted, text: str) -> Callable[[], Figure]:
-    from hybrid.commands.figures import layers_figure
+    from hybrid.lab.figures import layers_figure
 
     if wanted.shape is not None:
         raise ConfigError("--shape chooses among the caches of hybrid simulate; a run has one cache, drop it")
@@ -141,8 +141,8 @@ def _layers_over_steps(wanted: Wanted, text: str) -> Callable[[], Figure]:
 
 def reuse(wanted: Wanted) -> Callable[[], Figure]:
     from gpu_cache.reuse import measure_reuse
-    from hybrid.commands.figures import reuse_figure
     from hybrid.errors import cache_errors
+    from hybrid.lab.figures import reuse_figure
     from hybrid.trace_files import read_trace
 
     with cache_errors():
@@ -153,7 +153,7 @@ def reuse(wanted: Wanted) -> Callable[[], Figure]:
 
 
 def breakdown(wanted: Wanted) -> Callable[[], Figure]:
-    from hybrid.commands.figures import breakdown_figure
+    from hybrid.lab.figures import breakdown_figure
 
     parts, beside = read_times(wanted.source, read_text(wanted.source))
     return lambda: breakdown_figure(parts, beside, wanted.heading("Where the time of a decoding step goes"))

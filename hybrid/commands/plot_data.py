@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.commands.figures import binned
-from hybrid.commands.kept_results import read_entries
 from hybrid.errors import ConfigError
 from hybrid.files import Reading, read_file
+from hybrid.lab.figures import binned
+from hybrid.lab.kept_results import read_entries
 
 Row = dict[str, Any]
 Reals = NDArray[np.float64]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app
-from hybrid.commands.kept_results import KeptResults
 from hybrid.commands.simulate_output import to_csv, to_json, to_table
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.files import FileKind, Reading, check_output, csv_kind, output_file, read_json_object
+from hybrid.lab.kept_results import KeptResults
 from hybrid.settings import check_settings, setting
 from hybrid.trace_files import check_trace_output, read_trace, write_trace
 
@@ -89,7 +89,7 @@ def simulate(options: SimulateOptions) -> None:
         machine = make_machine(options)
         check_output("--libcachesim", options.libcachesim, _libcachesim_kind())
         check_trace_output("--convert", options.convert)
-        kept = KeptResults(options.results)
+        kept = KeptResults(options.results, "--results")
         traces = read_traces(options)
         if _convert(traces, options.libcachesim, options.convert):
             return
@@ -217,7 +217,7 @@ def run(
         for path, calls in traces.items():
             name = "replays" if len(traces) == 1 else f"replays of {path}"
             rows = sweep(calls, settings, machine, workers, kept, partial(progress, name))
-            replays += [{"trace": path, "steps": calls.steps, **row} for row in rows]
+            replays += [{"trace": path, **row} for row in rows]
     described = [{"file": path, **describe_trace(calls)} for path, calls in traces.items()]
     about = {**provenance(__version__), "trace": described[0]}
     model = None if machine is None else asdict(machine)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
-_OF_ONE = {"trace", "hit_rate_low", "hit_rate_high", "block_calls", "block_hits"}  # what only one trace has
+_OF_ONE = {"trace", "hit_rate_low", "hit_rate_high", "block_calls", "block_hits", "splits"}  # what only one trace has
 SPREAD = "_stdev"  # after the name of a figure: the standard deviation over the traces
 
 

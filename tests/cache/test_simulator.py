@@ -12,14 +12,14 @@ from routing import random_trace
 
 from gpu_cache import sweep as sweep_module
 from gpu_cache.clock import CopyClock
-from gpu_cache.costs import Machine, cpu_only, layer_seconds, predict
+from gpu_cache.costs import Machine, cpu_only, layer_seconds, predict, work_of
 from gpu_cache.errors import CacheError
 from gpu_cache.policies import POLICIES
 from gpu_cache.simulator import SCHEDULES, Setting, drive, policy_names, replay
 from gpu_cache.sweep import describe_trace, provenance, result_name, sweep
 from gpu_cache.table import Table
 from gpu_cache.trace import calls
-from hybrid.commands.kept_results import KeptResults
+from hybrid.lab.kept_results import KeptResults
 
 TRACE = calls(random_trace(11, steps=80, layers=4, experts=8, top_k=2, tokens=2))
 MACHINE = Machine(pcie_gbps=25, device_gbps=1000, cpu_gbps=100, expert_bytes=1e8, other_ms=2, layer_ms=0.1)
@@ -172,13 +172,13 @@ def test_a_layer_takes_the_longer_of_device_and_cpu() -> None:
 def test_a_step_is_its_layers_and_what_copies_take_from_the_memory() -> None:
     result = replay(calls(random_trace(1, steps=10, layers=2, experts=4, top_k=2, sticky=1)), Setting(2, 2))
     assert (result.hits.sum(), result.fills.sum()) == (36, 4)
-    prediction = predict(result, MACHINE)
+    prediction = predict(work_of(result), MACHINE)
     layers = (2 * 2e-3 + 18 * 0.3e-3 + 4 * 1e-3) / 10
     assert prediction.layers == pytest.approx(layers) and prediction.copy == pytest.approx(4 * 4e-3 / 10)
     assert prediction.tokens_per_second == pytest.approx(1 / (layers + 2e-3))
-    slow_link = predict(result, replace(MACHINE, pcie_gbps=1))
+    slow_link = predict(work_of(result), replace(MACHINE, pcie_gbps=1))
     assert slow_link.step == slow_link.copy == pytest.approx(4 * 0.1 / 10)
-    assert cpu_only(result, MACHINE).step == pytest.approx(4 * 1e-3 + 2e-3)
+    assert cpu_only(work_of(result), MACHINE).step == pytest.approx(4 * 1e-3 + 2e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The file of `hybrid simulate --results`: an object a line, which later sweeps do not replay again."""
+"""A file of results: an object a line, which later sweeps do not replay again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,28 @@ from hybrid.errors import ConfigError
 from hybrid.files import Reading, disk_errors, read_file
 
 Row = dict[str, Any]
-RESULTS = Reading(1 << 30, "name another file", streams=False, prefix="--results")
+RESULTS = Reading(1 << 30, "name another file", streams=False)
 
 
 class KeptResults:
-    """Results by the name of what they depend on. path: None keeps nothing."""
+    """Results by the name of what they depend on. path: None keeps nothing; flag: that named it."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, flag: str = "") -> None:
         """Raises ConfigError for a file that is something else, or that cannot be written."""
         self._path = path
+        reading = replace(RESULTS, prefix=flag)
         self._rows: dict[str, Row] = {}
         if path is None:
             return
         if not path.absolute().parent.is_dir():
-            raise ConfigError(f"--results {path}: there is no directory {path.parent}; make it first")
+            raise ConfigError(f"{reading.name(path)}: there is no directory {path.parent}; make it first")
         if os.path.lexists(path):
-            data = read_file(path, RESULTS)
+            data = read_file(path, reading)
             self._rows = {entry["name"]: entry["result"] for entry in read_entries(data)}
             if data.strip() and not any(map(_is_ours, data.splitlines())):
-                raise RESULTS.refuse(path, "is something else than results of hybrid simulate, and is kept")
+                raise reading.refuse(path, "is something else than results of hybrid simulate, and is kept")
             if not os.access(path, os.W_OK):
-                raise RESULTS.refuse(path, "is protected against writing")
+                raise reading.refuse(path, "is protected against writing")
 
     def get(self, name: str) -> Row | None:
         return self._rows.get(name)

@@ -1,0 +1,1 @@
+"""Experiments with expert caches: results that are kept, and figures of them."""
