@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from dummy_engine import WATCHDOG
 from steps import open_engine
 from test_kept import run
 from test_pool import chat
 
-from hybrid.errors import CapacityError, ConfigError
+from hybrid.errors import CapacityError, ConfigError, WeightsError
 from hybrid.formats.block import BLOCK, round_up
-from hybrid.serving import prefix_files
+from hybrid.serving import prefix_files, prefix_reader
 from hybrid.serving.prefix_files import SUFFIX, Part, PrefixFiles, digest
 from hybrid.serving.scheduler import Scheduler
 
@@ -188,17 +192,77 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, caplog, monkeypatc
     files.close()
 
 
-def test_one_process_has_a_folder(tmp_path) -> None:
+def test_a_folder_has_one_owner_and_says_who(tmp_path) -> None:
     files = opened(tmp_path)
-    with pytest.raises(ConfigError, match="is used by another process; give each one its own"):
+    with pytest.raises(ConfigError, match="is used by another model of this process; give each its own"):
         opened(tmp_path)
     files.close()
     opened(tmp_path).close()
+    code = """
+import sys
+import threading
+from pathlib import Path
+from hybrid.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "--prefix-dir x")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, files_of(tmp_path)], **pipes, env=environment) as process:
+        assert process.stdout and process.stdin and process.stdout.readline() == b"held\n"
+        for said, owner in (
+            (None, f"process {process.pid};"),
+            (f"{process.pid} elsewhere", f"process {process.pid} on elsewhere;"),
+            ("7 a\x1b[2J", r"process 7 on a\\u001b\[2J;"),
+            ("\0\xff", "another process;"),
+            ("", "another process;"),
+        ):
+            if said is not None:
+                (files_of(tmp_path) / "lock").write_text(said)
+            with pytest.raises(ConfigError, match=f"--prefix-dir {tmp_path} is used by {owner}"):
+                opened(tmp_path)
+        process.stdin.close()
+    opened(tmp_path).close()
+
+
+def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(WeightsError, match="No locks available"):
+        opened(tmp_path)
+
+
+def files_of(folder: Path) -> Path:
+    """Where the files of one model are."""
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_who_is_abandoned_leaves_its_folder_to_another(tmp_path) -> None:
+    """And touches nothing in it when it comes back."""
+    written(tmp_path)
+    first = opened(tmp_path)
+    first.abandon()
+    second = opened(tmp_path)
+    (entry,) = second.after(PART.start)
+    assert first.after(PART.start) == []
+    entry.path.write_bytes(b"damaged")
+    assert first.read(entry) is None and entry.path.exists()
+    first.write(chain(4))
+    first.close()
+    second.write(chain(8))
+    second.close()
+    third = opened(tmp_path)
+    assert [len(entry.tokens) for entry in third.after(PART.start)] == [8]
+    third.close()
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_not_sound(tmp_path) -> None:
     code = """
 import sys
+import threading
 from pathlib import Path
 import numpy as np
 from hybrid.serving.prefix_files import Part, PrefixFiles, digest
@@ -257,3 +321,71 @@ def test_another_start_has_the_bits_of_what_is_computed(tmp_path, case: str) -> 
     ]
     assert cached[0] == 0 < cached[1] <= 61 and cached[2:] == [*known, 0, 0]
     assert answers[:2] == answers[2:4] == answers[4:]
+
+
+@pytest.fixture
+def kept_on_disk(tmp_path):
+    """A model that is opened anew, and a prompt whose beginning is in files."""
+    path, prompt = write_checkpoint(tmp_path / "model", "mixtral"), [10, *range(20, 120)]
+    choices = {"max_seq_len": 256, "max_batch": 2, "prefix_dir": tmp_path / "prefixes"}
+    with open_engine(path, tmp_path / "cache", **choices) as engine:
+        scheduler = Scheduler(engine)
+        run(scheduler, chat(prompt, 1))
+        scheduler.close()
+    with open_engine(path, tmp_path / "cache", **choices) as engine:
+        yield Scheduler(engine), prompt
+
+
+@pytest.fixture
+def slow_disk(monkeypatch) -> threading.Event:
+    """Nothing is read of files until it is set."""
+    ready, read = threading.Event(), PrefixFiles.read
+
+    def slowly(files: PrefixFiles, *given: Any) -> Part | None:
+        assert threading.current_thread().name == "hybrid-prefix-reader" and ready.wait(WATCHDOG)
+        return read(files, *given)
+
+    monkeypatch.setattr(PrefixFiles, "read", slowly)
+    return ready
+
+
+def test_whose_prompt_is_read_from_files_waits_and_others_go_on(kept_on_disk, slow_disk) -> None:
+    scheduler, prompt = kept_on_disk
+    waits, goes_on, behind = (chat(tokens, 9, ignore_eos=True) for tokens in (prompt, [1, 2, 3], [4, 5, 6]))
+    scheduler.add(goes_on, waits, behind)
+    while not goes_on.finished:
+        scheduler.step()
+    assert waits.sequence is behind.sequence is None, "the place of the one who waits is kept"
+    assert scheduler.step() == [behind]
+    slow_disk.set()
+    while scheduler.has_work:
+        scheduler.step()
+    assert (waits.completion.cached_tokens, goes_on.completion.cached_tokens) == (96, 0)
+    scheduler.close()
+
+
+def test_who_is_cancelled_while_files_are_read_makes_room(kept_on_disk, slow_disk) -> None:
+    scheduler, prompt = kept_on_disk
+    first, waits, behind = (chat(tokens, 30, ignore_eos=True) for tokens in ([1, 2, 3], prompt, [4, 5, 6]))
+    scheduler.add(first, waits, behind)
+    scheduler.step()
+    scheduler.cancel(waits)
+    scheduler.step()
+    assert behind.sequence is not None
+    slow_disk.set()
+    while scheduler.has_work:
+        scheduler.step()
+    scheduler.close()
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(kept_on_disk, slow_disk, monkeypatch) -> None:
+    scheduler, prompt = kept_on_disk
+    first = chat(prompt, 2)
+    scheduler.add(first)
+    for _ in range(3):
+        assert scheduler.step() == [] and first.sequence is None
+    monkeypatch.setattr(prefix_reader, "PATIENCE", 0)
+    run(scheduler, chat([*prompt, 5], 2))
+    assert first.finished and first.completion.cached_tokens == 0
+    slow_disk.set()
+    scheduler.close()

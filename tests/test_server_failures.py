@@ -17,6 +17,8 @@ from dummy_tokenizer import BYTES  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
+from hybrid.core import Batch, StepResult  # noqa: E402
+from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.errors import CapacityError, KernelError  # noqa: E402
 from hybrid.server import health  # noqa: E402
 
@@ -97,6 +99,40 @@ def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatc
         assert ask(server) == 200 and reopened(server) and server.service.abandoned and server.idle
         assert server.http.get("/live").status_code == 200
         over.set()
+
+
+def test_an_engine_that_is_left_behind_leaves_its_prefix_folder_to_the_next(monkeypatch, tmp_path) -> None:
+    """A real one: its step hangs, and the one that is opened in its place has what it had kept."""
+    stuck, over = threading.Event(), threading.Event()
+    forward = Engine.forward
+
+    def hanging(engine: Engine, batch: Batch) -> StepResult:
+        if engine is first.engine and stuck.is_set():
+            over.wait(WATCHDOG)
+        return forward(engine, batch)
+
+    def opened() -> LLM:
+        return LLM(prefix_dir=tmp_path, max_seq_len=256)
+
+    def cached() -> int:
+        usage = server.post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": "tell me a story " * 9}], max_tokens=2
+        )
+        return usage.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    first = opened()
+    monkeypatch.setattr(Engine, "forward", hanging)
+    monkeypatch.setattr(LLM, "step_seconds", lambda llm: 1e9 * (llm is first and stuck.is_set()))
+    with running(first, again=(opened() for _ in range(1))) as server:
+        assert cached() == 0
+        first.run(first._loop._worker.scheduler._admission.pool._files.flush)
+        stuck.set()
+        assert ask(server) == 500
+        until(lambda: healthy(server))
+        assert server.service.abandoned and reopened(server) and cached() > 0
+        over.set()
+        until(lambda: not first._loop._worker.thread.is_alive())
+        assert cached() > 0
 
 
 def test_a_step_that_is_slow_but_ends_is_no_reason_to_open_anew(monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """Files that are read within bounds, and files that are written whole or not at all."""
 
 from hybrid.files.json import MODEL_FILE, parse_json, read_json_object, write_json
+from hybrid.files.locking import FolderLock
 from hybrid.files.places import is_file, is_stream
 from hybrid.files.reading import Reading, input_descriptor, input_file, read_file
 from hybrid.files.writing import (
@@ -17,6 +18,7 @@ from hybrid.files.writing import (
 __all__ = [
     "MODEL_FILE",
     "FileKind",
+    "FolderLock",
     "NewFile",
     "Reading",
     "atomic_file",

@@ -115,8 +115,10 @@ class Health:
 
 
 def close_in_time(llm: LLM) -> bool:
-    """Close it; returns whether that has come to an end. A step that cannot be ended keeps its thread and memory."""
+    """Close it; returns whether that has come to an end. Otherwise it is abandoned."""
     thread = threading.Thread(target=llm.close, name="hybrid-close", daemon=True)
     thread.start()
     thread.join(_CLOSE_SECONDS)
+    if thread.is_alive():
+        llm.abandon()
     return not thread.is_alive()

@@ -21,11 +21,13 @@ HEADROOM = 64  # tokens that every running job may still grow by when another on
 class Admission:
     """Gives the sequences of an engine to jobs, and the memory that they need as they grow. running: those that have
     a sequence, in order of admission. kept: the sequences that were left behind, which give way to whatever needs their
-    place. pool: what they hold, too, and what those that gave way have held.
+    place. pool: what they hold, too, and what those that gave way have held. fetching: those that wait, with their
+    places kept, until the beginning of their tokens was read from files.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.running: list[Job] = []
+        self.fetching: list[Job] = []
         self.kept = KeptSequences(engine.plan.kv.repeatable)
         self.pool = PrefixPool(engine)
         self._spacing = state_spacing(engine.plan.kv)
@@ -35,7 +37,7 @@ class Admission:
     @property
     def has_place(self) -> bool:
         """Whether there is a sequence for one more."""
-        return len(self.running) < self._plan.sequences
+        return len(self.running) + len(self.fetching) < self._plan.sequences
 
     def can_fit(self, job: Job, limit: int) -> bool:
         """Whether there is memory for the tokens so far of one more, and for all to grow a while, if what was left
@@ -43,7 +45,31 @@ class Admission:
         """
         more = limit if self._routes_matter else min(job.length + HEADROOM, limit)
         growing = sum(min(HEADROOM, max(0, other.limit - other.reserved)) for other in self.running)
+        growing += sum(other.length for other in self.fetching)
         return self._reserved + growing + more <= self._plan.kv_token_budget
+
+    def collect(self) -> None:
+        """Before every step: take what was read of files since."""
+        self.fetching.clear()
+        self.pool.collect(self._pool_room(0))
+
+    def fetch(self, job: Job) -> bool:
+        """Have files read that hold more of the beginning of its tokens, once for each time that it is given a
+        sequence; returns whether it had better wait for them, or for those of another one.
+        """
+        if not self._shares(job):
+            return False
+        begin = not job.fetched and not self.pool.reading
+        waits = self.pool.fetch(job.known, job.phase, self._pool_room(0), begin) and self.pool.reading
+        job.fetched |= begin and waits
+        if waits:
+            self.fetching.append(job)
+        return waits
+
+    def wait(self, seconds: float) -> None:
+        """Until more of files was read, at most so long, if anybody waits for that."""
+        if self.fetching:
+            self.pool.wait(seconds)
 
     def look(self, job: Job) -> tuple[Prefix | Pooled | None, Job | None]:
         """The longest beginning of its tokens that can be copied, and who is reading a longer one: then it had better
@@ -51,7 +77,6 @@ class Admission:
         """
         if not self._shares(job):
             return None, None
-        self.pool.fetch(job.known, job.phase, self._pool_room(0))
         pooled = self.pool.find(job.known, job.phase)
         prefix = longest_prefix(job, self.running, self.kept) if self.kept.rewindable else None
         longest = pooled if pooled and (prefix is None or pooled.tokens > prefix.tokens) else prefix
@@ -111,7 +136,7 @@ class Admission:
         if self._shares(job) and job.computed:
             self._save(job.sequence, job.known[: job.computed].copy(), job.phase, job.computed)
         self._engine.release(job.sequence)
-        job.sequence, job.computed, job.reserved = None, 0, 0
+        job.sequence, job.computed, job.reserved, job.fetched = None, 0, 0, False
 
     def leave(self, job: Job, keeps: bool) -> None:
         """Take the sequence from a job. keeps: whether its state may stay for a prompt that begins as its tokens do."""

@@ -144,6 +144,12 @@ class LLM:
         self._loop.close()
         self._loop.raise_observer_error()
 
+    def abandon(self) -> None:
+        """Of a model whose `close` does not end: leave to another one what only one can have, `prefix_dir`. Its step
+        keeps its thread and memory.
+        """
+        self._loop.abandon()
+
     @property
     def max_tokens(self) -> int:
         """Tokens that a prompt and its completion may have together."""

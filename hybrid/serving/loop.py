@@ -164,6 +164,10 @@ class Loop:
             if error is not None:
                 raise error
 
+    def abandon(self) -> None:
+        """Have an engine that does not close leave to another one what only one can have. Never waits."""
+        self._worker.scheduler.abandon()
+
     @property
     def _inside(self) -> bool:
         return threading.get_ident() == self._worker.thread.ident

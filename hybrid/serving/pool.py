@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.serving.kept import Tokens, common_tokens
-from hybrid.serving.prefix_files import Entry, Part, digest, digests, open_files
+from hybrid.serving.prefix_files import Part, digests, open_files
+from hybrid.serving.prefix_reader import Arrival, PrefixReader, Wanted
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -91,6 +92,7 @@ class PrefixPool:
         self._engine = engine
         self._rewindable: bool = engine.plan.kv.repeatable
         self._files = open_files(engine)
+        self._reader = PrefixReader(self._files, engine.kv.blank, not self._rewindable) if self._files else None
         self._roots: dict[int, Node] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()  # the oldest first, every node before its parent
 
@@ -151,66 +153,72 @@ class PrefixPool:
         """
         if self._rewindable:
             tokens = tokens[: len(tokens) // BLOCK * BLOCK]
-        path = list(self._descend(tokens, phase))
-        start = sum(count for _, count in path)
-        end = path[-1][0] if path else self._roots.setdefault(phase, Node(tokens[:0]))
+        end, known, start = self._end_of(tokens, phase)
         self._touch(end)
         if self._rewindable and start == len(tokens):
             return
         with suppress(OSError, MemoryError):
-            if path and path[-1][1] < len(end.tokens):
-                end = self._split(end, path[-1][1])
+            if known < len(end.tokens):
+                end = self._split(end, known)
                 self._touch(end)
             fresh = self._extend(end, sequence, tokens, start, room)
             if self._files and fresh:
                 self._files.write(*self._parts([node for node, _ in fresh], tokens, phase))
 
-    def fetch(self, tokens: Tokens, phase: int, room: int) -> None:
-        """Bring what files hold of the beginning of a prompt, as far as `room` bytes are enough for the whole pool."""
-        used = list[Entry]()
-        while self._files:
-            path = list(self._descend(tokens, phase))
-            start = sum(count for _, count in path)
-            end = path[-1][0] if path else self._roots.setdefault(phase, Node(tokens[:0]))
-            entry = self._longest_file(tokens, start, phase)
-            if entry is None or entry.tokens[:BLOCK].tobytes() in end.children:
-                break
-            if part := self._files.read(entry):
-                try:
-                    if not self._attach(end, path[-1][1] if path else 0, part, room):
-                        break
-                except (OSError, MemoryError):
-                    break
-                used.append(entry)
-        for entry in reversed(used):  # a beginning stays longer than what follows it
-            assert self._files
-            self._files.use(entry)
+    @property
+    def reading(self) -> bool:
+        """Whether files are being read, which are worth waiting for."""
+        return self._reader is not None and self._reader.busy
+
+    def fetch(self, tokens: Tokens, phase: int, room: int, begin: bool) -> bool:
+        """Whether files have more of the beginning of a prompt. begin: have them read, as far as `room` bytes are
+        enough for the whole pool, and nothing else is being read; then `collect` brings them.
+        """
+        if self._reader is None:
+            return False
+        assert self._files
+        end, _, start = self._end_of(tokens, phase)
+        entry = self._files.longest(tokens, start, phase)
+        if entry is None or entry.tokens[:BLOCK].tobytes() in end.children:  # a tail that is there
+            return False
+        if begin and self._reader.idle:
+            self._reader.begin(Wanted(tokens.copy(), start, phase, room))
+        return True
+
+    def collect(self, room: int) -> None:
+        """Take what was read of files, as far as `room` bytes are enough for the whole pool."""
+        for arrival in self._reader.arrived() if self._reader else ():
+            with suppress(OSError, MemoryError):
+                self._attach(arrival, room)
+
+    def wait(self, seconds: float) -> None:
+        """Until more of files was read, at most so long."""
+        if self._reader:
+            self._reader.wait(seconds)
 
     def close(self) -> None:
         """Have written what is to be kept in files."""
-        if self._files:
+        if self._reader and self._files:
+            self._reader.close()
             self._files.close()
 
-    def _longest_file(self, tokens: Tokens, start: int, phase: int) -> Entry | None:
-        """The file that goes on longest with what follows the first `start` tokens: a block at least, or all it has."""
-        assert self._files
-        found = self._files.after(digest(tokens[:start], phase))
-        shared = [(common_tokens(entry.tokens, tokens[start:]), entry) for entry in found]
-        usable = [(count, entry) for count, entry in shared if count >= min(BLOCK, len(entry.tokens))]
-        return max(usable, key=lambda item: item[0])[1] if usable else None
+    def abandon(self) -> None:
+        """Leave the files to another pool, because this one is not closed; see `PrefixFiles.abandon`."""
+        if self._files:
+            self._files.abandon()
 
-    def _attach(self, end: Node, known: int, part: Part, room: int) -> bool:
-        """Have a node of what a file holds follow the first `known` tokens of another one; False without room."""
-        saved = self._engine.kv.blank(round_up(len(part.tokens), BLOCK))
-        saved.memory[: len(part.keys)] = part.keys
+    def _attach(self, arrival: Arrival, room: int) -> None:
+        """Have a node of what a file holds follow the tokens before it, if these are there still and it is not."""
+        end, known, start = self._end_of(arrival.tokens, arrival.phase)
+        part = arrival.part
+        if start != arrival.start or part.tokens[:BLOCK].tobytes() in end.children:
+            return
         if known < len(end.tokens):
             end = self._split(end, known)
-        node = Node(part.tokens, saved, end, part.state if len(part.state) else None)
+        node = Node(part.tokens, arrival.saved, end, part.state if len(part.state) else None)
         self._link(node)
-        if self._make_room(room, set(_upwards(node))):
-            return True
-        self._drop(node)
-        return False
+        if not self._make_room(room, set(_upwards(node))):
+            self._drop(node)
 
     def _link(self, node: Node) -> None:
         """Count a new node, whose parent has it from now on."""
@@ -251,6 +259,14 @@ class PrefixPool:
             start += shared
             if shared < len(node.tokens):
                 return
+
+    def _end_of(self, tokens: Tokens, phase: int) -> tuple[Node, int, int]:
+        """The last node that holds of the beginning of these tokens, the root if none does; how many it holds, and how
+        many it and those before it hold.
+        """
+        path = list(self._descend(tokens, phase))
+        end, known = path[-1] if path else (self._roots.setdefault(phase, Node(tokens[:0])), 0)
+        return end, known, sum(count for _, count in path)
 
     def _extend(self, end: Node, sequence: int, tokens: Tokens, start: int, room: int) -> list[tuple[Node, int]]:
         """Have the tokens from `start` on follow a node, and the state after them. Nothing before them gives way.

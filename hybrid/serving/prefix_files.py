@@ -7,7 +7,6 @@ and nothing else. A folder below the one that is given belongs to one model with
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -25,10 +24,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.errors import ConfigError, HybridError
-from hybrid.files import Reading, atomic_file, disk_errors, input_file
+from hybrid.errors import HybridError
+from hybrid.files import FolderLock, Reading, atomic_file, input_file
 from hybrid.formats.block import BLOCK, round_up
-from hybrid.serving.kept import Tokens
+from hybrid.serving.kept import Tokens, common_tokens
 
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
@@ -37,6 +36,7 @@ SUFFIX = ".prefix"
 VERSION = 1
 MAX_PENDING = 256 << 20  # bytes that wait to be written; what comes beyond is not
 _HEADER_BYTES = 4096
+_READING = Reading(1 << 40, "it is not used", streams=False)
 _UNSOUND = (HybridError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, MemoryError)
 _logger = logging.getLogger("hybrid.prefixes")
 
@@ -116,26 +116,21 @@ def prefix_mark(engine: Engine) -> str:
 class PrefixFiles:
     """The files of one model and its settings, at most `limit` bytes of them; what was used longest ago is removed.
 
-    One thread reads, another one writes, which ends with `close`. token_bytes, state_bytes: sizes of what a file may
-    hold. Raises WeightsError for a folder that cannot be written, ConfigError for one that another process uses.
+    Any thread may ask and read; one of its own writes, which ends with `close`. token_bytes, state_bytes: sizes of what
+    a file may hold. Raises as `FolderLock` does.
     """
 
     def __init__(self, folder: Path, mark: str, limit: int, token_bytes: int, state_bytes: int) -> None:
         self._folder, self._limit, self._mark = folder / mark[:16], limit, mark
         self._token_bytes, self._state_bytes = token_bytes, state_bytes
-        with disk_errors(self._folder):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what it holds was said by somebody
-            self._held = open(self._folder / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._held.close()
-            raise ConfigError(f"--prefix-dir {folder} is used by another process; give each one its own") from None
+        self._held = FolderLock(
+            self._folder, f"--prefix-dir {folder}"
+        )  # for its owner alone: somebody said what it holds
         self._lock = threading.Lock()
         self._entries: OrderedDict[Path, Entry] = OrderedDict()  # the longest unused first
         self._starts: dict[str, list[Entry]] = {}
         self._nbytes = self._pending = 0
-        self._full = False  # the disk
+        self._full = False  # the disk: nothing is written any more
         self._queue: SimpleQueue[tuple[list[Entry], list[Part]] | threading.Event | None] = SimpleQueue()
         self._queued: set[Path] = set()  # files that are to be written
         self._index()
@@ -147,18 +142,32 @@ class PrefixFiles:
         with self._lock:
             return list(self._starts.get(start, ()))
 
-    def read(self, entry: Entry) -> Part | None:
-        """What a file holds; None, and a line of a warning, if it is damaged, which removes it."""
+    def longest(self, tokens: Tokens, start: int, phase: int) -> Entry | None:
+        """The file that goes on longest with what follows the first `start` tokens: a block at least, or all it has."""
+        shared = [
+            (common_tokens(entry.tokens, tokens[start:]), entry) for entry in self.after(digest(tokens[:start], phase))
+        ]
+        usable = [(count, entry) for count, entry in shared if count >= min(BLOCK, len(entry.tokens))]
+        return max(usable, key=lambda item: item[0])[1] if usable else None
+
+    def read(self, entry: Entry, keys: npt.NDArray[np.uint8] | None = None) -> Part | None:
+        """What a file holds; None, and a line of a warning, if it is damaged, which removes it. keys: uint8
+        [entry.keys], the memory that keys and values are read to.
+        """
+        keys = np.empty(entry.keys, np.uint8) if keys is None else keys
         try:
-            with input_file(entry.path, self._reading(entry.path)) as file:
-                header, body = self._header(file), file.read()
-            size = entry.tokens.nbytes
-            part = Part(entry.start, entry.end, np.frombuffer(body[:size], "<i4").astype(np.int32), *_cut(body, entry))
+            with input_file(entry.path, _READING) as file:
+                header, tokens = self._header(file), file.read(entry.tokens.nbytes)
+                size = len(tokens) + file.readinto(keys.data)
+                state = file.read(entry.state)
+                if size + len(state) != entry.nbytes - _HEADER_BYTES or file.read(1):
+                    raise ValueError("its length is wrong")
+            part = Part(entry.start, entry.end, _tokens_of(tokens), keys, np.frombuffer(state, np.uint8))
             if header["checksum"] != self._checksum(part) or not np.array_equal(part.tokens, entry.tokens):
                 raise ValueError("its checksum is wrong")
         except _UNSOUND as error:
-            _logger.warning("%s is not used and was removed: %s", entry.path, " ".join(str(error).split()))
-            self._forget(entry)
+            if self._forget(entry):  # or it gave way while it was read
+                _logger.warning("%s is not used and was removed: %s", entry.path, " ".join(str(error).split()))
             return None
         return part
 
@@ -189,7 +198,18 @@ class PrefixFiles:
         """Write what waits, and end the thread."""
         self._queue.put(None)
         self._thread.join()
-        self._held.close()
+        self._held.release()
+
+    def abandon(self) -> None:
+        """Leave the folder to another owner, because whoever uses these files does not end: none is used, written or
+        removed from now on, but for one that is being written. Any thread may call it.
+        """
+        with self._lock:
+            self._full = True
+            self._entries.clear()
+            self._starts.clear()
+        self._queue.put(None)
+        self._held.release()
 
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -254,10 +274,10 @@ class PrefixFiles:
 
     def _entry(self, path: Path) -> Entry:
         """Raises one of `_UNSOUND` for what no file of ours is."""
-        with input_file(path, self._reading(path)) as file:
+        with input_file(path, _READING) as file:
             header = self._header(file)
             count, keys, state = (int(header[name]) for name in ("tokens", "keys", "state"))
-            tokens = np.frombuffer(file.read(4 * max(0, count)), "<i4").astype(np.int32)
+            tokens = _tokens_of(file.read(4 * max(0, count)))
         entry = Entry(path, str(header["start"]), str(header["end"]), tokens, keys, state)
         named = path.name == f"{entry.start}-{entry.end}{SUFFIX}"
         sized = path.stat().st_size == entry.nbytes and len(tokens) == count > 0
@@ -272,9 +292,6 @@ class PrefixFiles:
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         return header
-
-    def _reading(self, path: Path) -> Reading:
-        return Reading(1 << 40, "it is not used", streams=False)
 
     def _add(self, entry: Entry) -> None:
         self._forget(entry, remove=False)
@@ -307,7 +324,8 @@ class PrefixFiles:
         with self._lock:
             return next(iter(self._entries.values()), None) if self._nbytes + size > self._limit else None
 
-    def _forget(self, entry: Entry, remove: bool = True) -> None:
+    def _forget(self, entry: Entry, remove: bool = True) -> bool:
+        """Returns whether it was known."""
         with self._lock:
             known = self._entries.pop(entry.path, None)
             if known:
@@ -315,15 +333,13 @@ class PrefixFiles:
                 self._starts[known.start].remove(known)
                 if not self._starts[known.start]:
                     del self._starts[known.start]
-        if remove:
+        if known and remove:
             try:
                 entry.path.unlink(missing_ok=True)
             except OSError as error:
                 _logger.warning("%s cannot be removed: %s", entry.path, error.strerror)
+        return known is not None
 
 
-def _cut(body: bytes, entry: Entry) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    if len(body) != entry.tokens.nbytes + entry.keys + entry.state:
-        raise ValueError(f"it has {len(body)} bytes")
-    values = np.frombuffer(body, np.uint8, offset=entry.tokens.nbytes)
-    return values[: entry.keys], values[entry.keys :].copy()
+def _tokens_of(content: bytes) -> Tokens:
+    return np.frombuffer(content, "<i4").astype(np.int32)

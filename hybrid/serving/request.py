@@ -81,6 +81,7 @@ class Job(ABC):
         self.phase = 0  # of the length for which its tokens are computed, see `ModelSpec.length_phase`
         self.marks: tuple[int, ...] = ()  # numbers of tokens after which a recurrent state is saved, ascending
         self.saved = 0  # tokens before the last state that was saved
+        self.fetched = False  # whether files with the beginning of its tokens were read for it
 
     @property
     @abstractmethod

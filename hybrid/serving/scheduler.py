@@ -25,6 +25,7 @@ from hybrid.serving.speculation import Speculation
 if TYPE_CHECKING:
     from hybrid.engine.engine import Engine
 
+FILE_SECONDS = 0.005  # that a step waits for files at most: somebody may ask for something meanwhile
 Forward = Callable[[Sequence[Job], Batch], StepResult]
 
 
@@ -61,6 +62,7 @@ class Scheduler:
     computed anew when there is room: the same bits, so its text goes on as if nothing had been. The first is never
     the one that gives up, so that there is always one that comes to its end.
 
+    A request whose prompt begins with what files hold waits until they are read, and others go on meanwhile.
     A request that says so leaves its sequence behind, and one that says so goes on with it where its prompt begins
     with the same tokens (`hybrid.serving.kept`), or copies the beginning of one that is left behind or runs
     (`hybrid.serving.prefixes`): the same bits as if it were computed anew. What is left behind gives way to whatever
@@ -116,6 +118,12 @@ class Scheduler:
         """Have written what is to outlive this process."""
         self._admission.pool.close()
 
+    def abandon(self) -> None:
+        """Leave the files of kept prompts to another engine. Any thread may call it, whatever the one does that calls
+        everything else.
+        """
+        self._admission.pool.abandon()
+
     @property
     def holds_any(self) -> bool:
         """Whether `rest` should be called while there is no work."""
@@ -152,9 +160,12 @@ class Scheduler:
         """
         started = perf_counter()
         self._relief.check(busy=True)
+        self._admission.collect()
         preempted = self._reserve()
         chunks, touched = self._schedule()
         if not chunks:
+            if not touched:
+                self._admission.wait(FILE_SECONDS)
             return touched
         jobs = [job for job, _ in chunks]
         try:
@@ -229,6 +240,8 @@ class Scheduler:
                 waiting.clear()  # or those behind it would take the room again and again
                 continue
             waiting.remove(job)
+            if self._admission.fetch(job):
+                continue
             prefix, reader = self._admission.look(job)
             if reader is None and self._enter(job, prefix, ended):
                 return job
