@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,14 +14,17 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
-from dummy_engine import GatedEngine  # noqa: E402
+import httpx  # noqa: E402
+from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
+from scripted_model import TEMPLATE  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.server.config import ServerConfig  # noqa: E402
 from hybrid.server.quotas import Quotas  # noqa: E402
 from hybrid.server.refusals import Refusal  # noqa: E402
+from hybrid.server.service import Service  # noqa: E402
 
 COMPLETE = "/v1/completions"
 
@@ -119,6 +124,45 @@ def test_a_key_has_its_limits_and_others_are_not_held_up() -> None:
         ok = server.http.post(COMPLETE, json={"prompt": [1], "max_tokens": 1}, headers={"authorization": "Bearer b"})
         assert ok.status_code == 200
         assert "hybrid_requests_limited_total 2.0" in server.http.get("/metrics", headers={"x-api-key": "b"}).text
+
+
+TEXTS = {
+    "/tokenize": {"content": "a"},
+    "/detokenize": {"tokens": [97]},
+    "/apply-template": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_texts_alone_are_no_completions_and_have_limits_of_their_own(monkeypatch, path: str) -> None:
+    engine, over, prepare = GatedEngine(sequences=1), threading.Event(), Service.prepare
+    llm = LLM.from_engine(engine, BYTES, frozenset(), TEMPLATE)
+
+    async def slowly(service: Service, make: Callable[[], Any], text: bool = False) -> Any:
+        return await prepare(service, lambda: (over.wait(WATCHDOG), make())[1], text)
+
+    def ask(key: str) -> httpx.Response:
+        return server.http.post(path, json=TEXTS[path], headers={"x-api-key": key})
+
+    with running(llm, api_key=("a", "b", "c"), key_requests=1, max_queue=1) as server:
+        queue = Queue(server, engine)
+        queue.ask("runs")
+        engine.rows()
+        queue.ask("waits", key="b")
+        until(lambda: server.service._taken == 2)
+        assert ask("a").status_code == ask("c").status_code == 200, "the queue of completions is full"
+        monkeypatch.setattr(Service, "prepare", slowly)
+        with ThreadPoolExecutor(2) as clients:
+            asked = [clients.submit(ask, key) for key in ("a", "b")]
+            until(lambda: server.service._texts == 2)
+            refused = [ask(key) for key in ("a", "c")]
+            assert [reply.status_code for reply in refused] == [429, 503]
+            assert all(reply.headers["retry-after"] == "1" for reply in refused)
+            over.set()
+            assert [reply.result().status_code for reply in asked] == [200, 200]
+        until(lambda: server.service._texts == 0)
+        queue.finish()
 
 
 def test_tokens_come_back_with_time_and_no_more_than_a_minute_s() -> None:

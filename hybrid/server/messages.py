@@ -37,13 +37,13 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/messages/count_tokens", openapi_extra=takes(CountBody), response_model=None)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt has that would be made."""
-        service.require_room()
-        body = await read_body(request, CountBody, max_bytes)
-        service.check_model(body.model)
-        chat = checked(ChatBody, body.chat())
-        given = ChatInput(chat.messages, chat.offered_tools(), None, chat.template_kwargs())
-        tokens = await service.prepare(lambda: service.llm.intake.encode_chat(given))
-        return JSONResponse({"input_tokens": len(tokens)})
+        with service.text():
+            body = await read_body(request, CountBody, max_bytes)
+            service.check_model(body.model)
+            chat = checked(ChatBody, body.chat())
+            given = ChatInput(chat.messages, chat.offered_tools(), None, chat.template_kwargs())
+            tokens = await service.prepare(lambda: service.llm.intake.encode_chat(given), text=True)
+            return JSONResponse({"input_tokens": len(tokens)})
 
     return router
 

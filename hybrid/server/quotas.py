@@ -1,4 +1,4 @@
-"""What one API key may have: completions that run or wait, and tokens a minute."""
+"""What one API key may have: completions that run or wait, tokens a minute, and texts that are looked at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hybrid.server.refusals import Refusal
 
 
 class Quotas:
-    """Counts what every client has. clock: seconds that never go back.
+    """Counts what every client has. clock: seconds that never go back. Texts (`/tokenize` and the like) cost no
+    completion and no token: as many as completions are looked at together, counted apart.
 
     Tokens are known when a completion has ended. A client owes what it got beyond its minute, and is let in again when
     as much time has passed as pays for that; what it does not use does not add up beyond a minute.
@@ -22,6 +23,7 @@ class Quotas:
         self._requests, self._tokens = config.key_requests, config.key_tokens_per_minute
         self._clock = clock
         self._taken: Counter[str] = Counter()
+        self._texts: Counter[str] = Counter()
         self._left: dict[str, tuple[float, float]] = {}  # tokens left of those who got any, and when that was counted
 
     def require(self, client: str, count: int) -> None:
@@ -40,11 +42,19 @@ class Quotas:
             message = f"this key had its {self._tokens} tokens a minute; try again in {seconds} seconds"
             raise Refusal(429, message, code="rate_limit_exceeded", retry=seconds)
 
+    def require_text(self, client: str) -> None:
+        """Raise Refusal where a client may not have one more text looked at."""
+        if self._requests is not None and self._texts[client] >= self._requests:
+            message = f"{self._texts[client]} texts of this key are looked at, and it may have {self._requests}"
+            raise Refusal(429, f"{message}; try again later", code="rate_limit_exceeded")
+
     def take(self, client: str, count: int) -> None:
         """So many completions more of a client run or wait; fewer, where it is negative."""
-        self._taken[client] += count
-        if not self._taken[client]:
-            del self._taken[client]
+        _add(self._taken, client, count)
+
+    def take_text(self, client: str, count: int) -> None:
+        """So many texts more of a client are looked at."""
+        _add(self._texts, client, count)
 
     def charge(self, client: str, tokens: int) -> None:
         """A client got so many tokens."""
@@ -56,3 +66,10 @@ class Quotas:
             return self._tokens or 0
         left, then = self._left[client]
         return min(self._tokens, left + (self._clock() - then) * self._tokens / 60)
+
+
+def _add(counts: Counter[str], client: str, count: int) -> None:
+    """Clients that have nothing are forgotten."""
+    counts[client] += count
+    if not counts[client]:
+        del counts[client]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from time import time
 from typing import Any, TypeVar
@@ -41,12 +41,14 @@ class Service:
         self.health = Health(self)
         self._llm: AsyncLLM | None = None
         self._taken = 0  # completions that were let in
+        self._texts = 0  # and requests for texts alone
         self._quotas = Quotas(config)
         self._runs: set[Run] = set()
         self._attempts: dict[asyncio.Task[Any], Refusal | None] = {}  # with how they were ended
         self._idle = asyncio.Event()
         self._idle.set()
         self._workers = ThreadPoolExecutor(2, "hybrid-texts")
+        self._text_worker = ThreadPoolExecutor(1, "hybrid-texts-alone")  # no completion waits for what it does
         self.metrics = Metrics(self.running, self.waiting, lambda: self.ready, self._prefixes)
         self.token_texts = TokenTexts(None)
 
@@ -92,17 +94,37 @@ class Service:
 
     def require_room(self, count: int = 1) -> None:
         """Raise Refusal where so many completions more are not taken."""
+        self._require(partial(self._quotas.require, CLIENT.get(), count))
+        if self._taken + count > self.places + self.config.max_queue:
+            self.metrics.refused.inc()
+            raise Refusal(503, f"{self._taken} completions run or wait; try again later", code="queue_full")
+
+    def _require(self, within: Callable[[], None]) -> None:
+        """Raise Refusal where nothing is taken, or not from this client."""
         if self.draining:
             raise Refusal(503, "the server is shutting down", code="shutting_down")
         try:
-            self._quotas.require(CLIENT.get(), count)
+            within()
         except Refusal:
             self.metrics.limited.inc()
             raise
-        places = self.places if self.llm else 0
-        if self._taken + count > places + self.config.max_queue:
+        _ = self.llm  # raises while there is none
+
+    @contextmanager
+    def text(self) -> Iterator[None]:
+        """While a request is answered that wants texts or tokens and no completion, from before it is read on. It is
+        counted apart. Raises Refusal where it is not taken.
+        """
+        client = CLIENT.get()
+        self._require(partial(self._quotas.require_text, client))
+        if self._texts >= self.places + self.config.max_queue:
             self.metrics.refused.inc()
-            raise Refusal(503, f"{self._taken} completions run or wait; try again later", code="queue_full")
+            raise Refusal(503, f"{self._texts} texts are looked at; try again later", code="queue_full")
+        self._take_text(client, 1)
+        try:
+            yield
+        finally:
+            self._take_text(client, -1)
 
     def check_model(self, name: str | None) -> str:
         """The name that a reply has. Raises Refusal for a model that is not here."""
@@ -113,10 +135,13 @@ class Service:
             raise Refusal(404, message, param="model", code="model_not_found")
         return name
 
-    async def prepare(self, make: Callable[[], T]) -> T:
-        """What takes a while before anything is computed, on a thread of its own. Raises Refusal."""
+    async def prepare(self, make: Callable[[], T], text: bool = False) -> T:
+        """What takes a while before anything is computed, on a thread of its own. text: within `text`. Raises
+        Refusal.
+        """
+        workers = self._text_worker if text else self._workers
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, make)
+            return await asyncio.get_running_loop().run_in_executor(workers, make)
         except RequestError as error:
             raise Refusal.of(error) from None
 
@@ -190,6 +215,10 @@ class Service:
         self._quotas.take(client, count)
         self._idle.clear() if self._taken else self._idle.set()
 
+    def _take_text(self, client: str, count: int) -> None:
+        self._texts += count
+        self._quotas.take_text(client, count)
+
     def enter(self, run: Run) -> None:
         self._runs.add(run)
 
@@ -212,7 +241,8 @@ class Service:
 
     def close(self) -> None:
         """Give the model's memory back."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._workers, self._text_worker):
+            workers.shutdown(wait=False, cancel_futures=True)
         self.health.end()
         if self._llm:
             self.dispose(self._llm.llm)

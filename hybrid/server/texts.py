@@ -23,38 +23,43 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize", openapi_extra=takes(TokenizeBody), response_model=None)
     async def tokenize(request: Request) -> Response:
         """A text as token ids."""
-        service.require_room()
-        body = await read_body(request, TokenizeBody, max_bytes)
-        service.check_model(body.model)
-        text = body.content if body.prompt is None else body.prompt
-        if text is None or (body.content is not None and body.prompt is not None):
-            raise Refusal(400, "give the text as 'content', or as 'prompt'", param="content")
-        llm = service.llm.llm
-        tokens: list[Any] = await service.prepare(lambda: llm.encode(text, body.add_special_tokens))
-        count = len(tokens)
-        if body.with_pieces:
-            tokens = [{"id": token, "piece": service.token_texts.text_of(token)} for token in tokens]
-        return JSONResponse({"tokens": tokens, "count": count, "max_model_len": llm.max_tokens})
+        with service.text():
+            body = await read_body(request, TokenizeBody, max_bytes)
+            service.check_model(body.model)
+            text = body.content if body.prompt is None else body.prompt
+            if text is None or (body.content is not None and body.prompt is not None):
+                raise Refusal(400, "give the text as 'content', or as 'prompt'", param="content")
+            tokens = await service.prepare(lambda: _tokens(service, text, body), text=True)
+            found = {"tokens": tokens, "count": len(tokens), "max_model_len": service.llm.llm.max_tokens}
+            return JSONResponse(found)
 
     @router.post("/detokenize", openapi_extra=takes(DetokenizeBody), response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of token ids, without that of special tokens."""
-        service.require_room()
-        body = await read_body(request, DetokenizeBody, max_bytes)
-        service.check_model(body.model)
-        text = await service.prepare(lambda: service.llm.llm.decode(body.tokens))
-        return JSONResponse({"content": text, "prompt": text})
+        with service.text():
+            body = await read_body(request, DetokenizeBody, max_bytes)
+            service.check_model(body.model)
+            text = await service.prepare(lambda: service.llm.llm.decode(body.tokens), text=True)
+            return JSONResponse({"content": text, "prompt": text})
 
     @router.post("/apply-template", openapi_extra=takes(TemplateBody), response_model=None)
     async def apply_template(request: Request) -> Response:
         """Messages as the prompt that the model would get."""
-        service.require_room()
-        body = await read_body(request, TemplateBody, max_bytes)
-        service.check_model(body.model)
-        prompt = await service.prepare(lambda: _render(service.llm, body))
-        return JSONResponse({"prompt": prompt})
+        with service.text():
+            body = await read_body(request, TemplateBody, max_bytes)
+            service.check_model(body.model)
+            prompt = await service.prepare(lambda: _render(service.llm, body), text=True)
+            return JSONResponse({"prompt": prompt})
 
     return router
+
+
+def _tokens(service: Service, text: str, body: TokenizeBody) -> list[Any]:
+    """Ids, or objects that have the text of each token too."""
+    tokens = service.llm.llm.encode(text, body.add_special_tokens)
+    if not body.with_pieces:
+        return tokens
+    return [{"id": token, "piece": service.token_texts.text_of(token)} for token in tokens]
 
 
 def _render(llm: AsyncLLM, body: TemplateBody) -> str:
