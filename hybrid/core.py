@@ -59,7 +59,8 @@ class SamplingParams:
     are so many, no token ends the text; a stop string does. logit_bias: what is added to the logits of token ids.
     logits_processor: called on the engine's thread with all token ids so far, int32 [n], and the logits, float32
     [vocab], which it may change or replace by what it returns; penalties, bias and filters come after it.
-    priority: requests of a lower number are begun before others that wait, and give up their memory after them.
+    priority: requests of a lower number are begun before others that wait, in the place of others that run where there
+    is none, and give up their memory after them.
     grammar: what the text must be, see `Grammar`; tokens that do not go on with it cannot come, and it ends with
     it. In a chat it begins behind the reasoning.
     """

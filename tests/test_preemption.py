@@ -59,6 +59,73 @@ def test_the_youngest_of_the_least_urgent_gives_way() -> None:
     assert [e.completion.token_ids for e in entries] == [reference_tokens(e.prompt.tolist(), 40) for e in entries]
 
 
+def starts(scheduler: Scheduler, *entries) -> None:
+    """They have a sequence and a token each."""
+    for entry in entries:
+        scheduler.add(entry)
+        scheduler.step()
+        assert entry.length > len(entry.prompt)
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_urgent_request_takes_the_place_of_the_youngest_of_the_least_urgent(repeatable: bool, keep: bool) -> None:
+    engine = DummyEngine(sequences=3, max_rows=64, max_seq_len=64, repeatable=repeatable, prefix_bytes=64)
+    scheduler, records = observed(engine)
+    entries = [request([token] * 9, 20, keep, priority=priority) for token, priority in enumerate((1, 2, 2))]
+    starts(scheduler, *entries)
+    starts(scheduler, urgent := request([9] * 9, 20, keep), more := request([8] * 9, 20, keep, priority=1))
+    assert [entry.sequence is None for entry in entries] == [False, True, True]
+    assert [record.preempted for record in records] == [0, 0, 0, 1, 1]
+    run(scheduler, equal := request([7] * 9, 3, keep, priority=2))
+    for entry in (*entries, urgent, more, equal):
+        assert entry.completion.token_ids == reference_tokens(entry.prompt.tolist(), entry.params.max_tokens)
+    assert sum(record.preempted for record in records) == 2, "of the same priority nobody gives way"
+
+
+def test_only_as_many_give_way_as_make_room_and_nobody_where_all_would_not() -> None:
+    engine = DummyEngine(sequences=8, max_rows=64, max_seq_len=64, kv_token_budget=64)
+    scheduler, records = observed(engine)
+    entries = [
+        request([token] * size, 8, priority=priority)
+        for token, (size, priority) in enumerate(((20, 0), (9, 1), (9, 1)))
+    ]
+    starts(scheduler, *entries)
+    starts(scheduler, request([7] * 22, 1))
+    assert [entry.sequence is None for entry in entries] == [False, False, True]
+    scheduler.add(large := request([8] * 50, 1))
+    scheduler.step()
+    assert large.sequence is None and entries[1].sequence is not None
+    run(scheduler)
+    assert [entry.completion.token_ids for entry in entries] == [
+        reference_tokens([t] * n, 8) for t, n in ((0, 20), (1, 9), (2, 9))
+    ]
+
+
+def test_nobody_gives_way_to_who_waits_for_a_prompt_being_read() -> None:
+    """He would come back at once, and give way again in every step."""
+    engine = DummyEngine(sequences=2, max_rows=4, max_seq_len=64, prefix_bytes=256)
+    scheduler, records = observed(engine)
+    starts(scheduler, later := request([5] * 3, 20, priority=1))
+    scheduler.add(first := request([6] * 40, 2))
+    scheduler.step()
+    scheduler.add(second := request([6] * 40, 3))
+    while first.computed < 32:  # what there is to share
+        assert later.sequence is not None
+        scheduler.step()
+    run(scheduler)
+    assert sum(record.preempted for record in records) <= 1 and second.completion.cached_tokens == 32
+
+
+def test_where_routes_are_recorded_nobody_gives_way_to_the_urgent() -> None:
+    engine = DummyEngine(sequences=1)
+    engine.routes = type("Routes", (), {"matter": True})()
+    scheduler, records = observed(engine)
+    starts(scheduler, request([5] * 3, 20, priority=1))
+    run(scheduler, request([6] * 3, 2))
+    assert not any(record.preempted for record in records)
+
+
 def test_what_was_left_behind_gives_way_before_anybody_else() -> None:
     engine = DummyEngine(kv_token_budget=64, max_seq_len=64)
     scheduler, records = observed(engine)

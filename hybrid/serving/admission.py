@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from hybrid.formats.block import BLOCK
@@ -39,14 +40,29 @@ class Admission:
         """Whether there is a sequence for one more."""
         return len(self.running) + len(self.fetching) < self._plan.sequences
 
-    def can_fit(self, job: Job, limit: int) -> bool:
+    def can_fit(self, job: Job, limit: int, without: Sequence[Job] = ()) -> bool:
         """Whether there is memory for the tokens so far of one more, and for all to grow a while, if what was left
-        behind gives way. limit: tokens that it may come to.
+        behind gives way. limit: tokens that it may come to. without: running jobs that had given up their sequences.
         """
-        more = limit if self._routes_matter else min(job.length + HEADROOM, limit)
-        growing = sum(min(HEADROOM, max(0, other.limit - other.reserved)) for other in self.running)
+        more = limit if self.routes_matter else min(job.length + HEADROOM, limit)
+        staying = [other for other in self.running if other not in without]
+        growing = sum(min(HEADROOM, max(0, other.limit - other.reserved)) for other in staying)
         growing += sum(other.length for other in self.fetching)
-        return self._reserved + growing + more <= self._plan.kv_token_budget
+        return sum(other.reserved for other in staying) + growing + more <= self._plan.kv_token_budget
+
+    def in_the_way(self, job: Job, limit: int, others: Sequence[Job]) -> Sequence[Job]:
+        """Those of some running jobs, from the first on, that would have to give up their sequences for a waiting one
+        to have a place and memory; nobody if it has them, or if all would not be enough.
+        """
+        places = len(self.running) + len(self.fetching) + 1 - self._plan.sequences
+        counts = range(max(0, places), len(others) + 1)
+        fitting = (count for count in counts if self.can_fit(job, limit, others[:count]))
+        return others[: next(fitting, 0)]
+
+    @property
+    def routes_matter(self) -> bool:
+        """Whether it matters which experts tokens take: then each is computed once."""
+        return bool(self._engine.routes and self._engine.routes.matter)
 
     def collect(self) -> None:
         """Before every step: take what was read of files since."""
@@ -62,7 +78,7 @@ class Admission:
         begin = not job.fetched and not self.pool.reading
         waits = self.pool.fetch(job.known, job.phase, self._pool_room(0), begin) and self.pool.reading
         job.fetched |= begin and waits
-        if waits:
+        if waits and job not in self.fetching:
             self.fetching.append(job)
         return waits
 
@@ -87,7 +103,7 @@ class Admission:
         """Give a job its sequence: one that was left behind with the beginning of its tokens, or a free one, which
         may get a copy of the prefix that `look` has found. It runs from now on.
         """
-        job.reserved = job.limit if self._routes_matter else job.length
+        job.reserved = job.limit if self.routes_matter else job.length
         found = self.kept.find(job.known, job.phase) if self._shares(job) else None
         if prefix and self._can_keep(prefix, job) and (not found or _loses_more(*found, prefix)):
             job.sequence, job.computed = self._copied(prefix, job.reserved), prefix.tokens
@@ -251,13 +267,8 @@ class Admission:
             pass
         self.pool.shrink(self._pool_room(more))
 
-    @property
-    def _routes_matter(self) -> bool:
-        """Whether it matters which experts tokens take: then each is computed once."""
-        return bool(self._engine.routes and self._engine.routes.matter)
-
     def _shares(self, job: Job) -> TypeGuard[Request]:
-        return isinstance(job, Request) and job.keep and not self._routes_matter
+        return isinstance(job, Request) and job.keep and not self.routes_matter
 
     def _saves_states(self, job: Job) -> TypeGuard[Request]:
         return not self.kept.rewindable and self._shares(job)

@@ -60,7 +60,8 @@ class Scheduler:
     (`hybrid.serving.fairness`), then in order of arrival. Memory is reserved as texts grow. Where there is no more, the
     job whose turn comes last, by priority and arrival, gives up its sequence. It waits with its tokens, which are
     computed anew when there is room: the same bits, so its text goes on as if nothing had been. The first is never
-    the one that gives up, so that there is always one that comes to its end.
+    the one that gives up, so that there is always one that comes to its end. A job that waits for a place has those of
+    higher priority numbers give up theirs, too.
 
     A request whose prompt begins with what files hold waits until they are read, and others go on meanwhile.
     A request that says so leaves its sequence behind, and one that says so goes on with it where its prompt begins
@@ -161,7 +162,7 @@ class Scheduler:
         started = perf_counter()
         self._relief.check(busy=True)
         self._admission.collect()
-        preempted = self._reserve()
+        preempted = self._reserve() + self._push_out()
         chunks, touched = self._schedule()
         if not chunks:
             if not touched:
@@ -197,10 +198,31 @@ class Scheduler:
         preempted = 0
         while not self._admission.grow():
             last = max(self._running, key=lambda job: (job.priority, job.arrival))
-            self._admission.preempt(last)
-            self._waiting.append(last)
+            self._preempt(last)
             preempted += 1
         return preempted
+
+    def _push_out(self) -> int:
+        """Where the waiting job whose turn is next finds no place or no memory, have those of higher priority numbers
+        give up theirs, the last first, if that is enough; returns how many did. It has to be able to begin then: those
+        who gave way would come back otherwise, and had given way for nothing.
+        """
+        job = min(self._waiting, key=self._turn, default=None)
+        less = [other for other in self._running if job and other.priority > job.priority]
+        if job is None or not less or self._admission.routes_matter:
+            return 0
+        less.sort(key=lambda other: (other.priority, other.arrival), reverse=True)
+        job.phase = self._engine.spec.length_phase(job.length)
+        leaving = self._admission.in_the_way(job, self._limit(job), less)
+        if not leaving or self._admission.fetch(job) or self._admission.look(job)[1]:
+            return 0
+        for other in leaving:
+            self._preempt(other)
+        return len(leaving)
+
+    def _preempt(self, job: Job) -> None:
+        self._admission.preempt(job)
+        self._waiting.append(job)
 
     def _schedule(self) -> tuple[list[Chunk], list[Job]]:
         """The rows of the next step: one of every text that is produced, then prompts in their turns, of which the
