@@ -124,6 +124,58 @@ def test_escape_stops_and_frees_the_place(page, server) -> None:
     step.join()
 
 
+def test_after_answers_that_were_stopped_the_roles_still_alternate(page, server) -> None:
+    """Whether there was something of an answer, only reasoning, nothing yet, or an error."""
+    deltas: list[dict[str, str]] = []
+    sent: list[list[dict[str, str]]] = []
+
+    def reply(route: sync_api.Route) -> None:
+        sent.append(route.request.post_data_json["messages"])
+        chunks = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in deltas)
+        if deltas:
+            return route.fulfill(body=f"{chunks}data: [DONE]\n\n", content_type="text/event-stream")
+        return route.abort()
+
+    page.route("**/v1/chat/completions", reply)
+    ready(page, server.address)
+    for number, part in enumerate(
+        ({"content": "one"}, None, {"reasoning_content": "Hm"}, {"content": " "}, {"content": "five"})
+    ):
+        deltas[:] = [part] if part else []
+        page.get_by_label("Message", exact=True).fill(f"question {number}")
+        page.keyboard.press("Enter")
+        answer(page, number + 1)
+    assert [[message["role"] for message in messages] for messages in sent[:2]] == [
+        ["user"],
+        ["user", "assistant", "user"],
+    ]
+    assert sent[-1] == [
+        {"role": "user", "content": "question 0"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "question 1\n\nquestion 2\n\nquestion 3\n\nquestion 4"},
+    ]
+
+
+def test_an_answer_that_was_stopped_before_it_began_has_its_question_asked_with_the_next(page, server) -> None:
+    ready(page, server.address)
+    begun, over = threading.Event(), threading.Event()
+    step = threading.Thread(target=lambda: server.service.llm.llm.run(lambda: (begun.set(), over.wait(WATCHDOG))))
+    step.start()
+    begun.wait()
+    page.get_by_label("Message", exact=True).fill("First")
+    page.keyboard.press("Enter")
+    until(lambda: server.service._taken == 1)
+    page.keyboard.press("Escape")
+    answer(page)
+    over.set()
+    step.join()
+    page.get_by_label("Message", exact=True).fill("Second")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.keyboard.press("Enter")
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "First\n\nSecond"}]
+    assert answer(page, 2).locator(".said").inner_text()
+
+
 def test_what_a_model_writes_is_text(page, server) -> None:
     deltas = [{"reasoning_content": "a <i>thought</i>"}, *({"content": piece} for piece in ANSWER.splitlines(True))]
     chunks = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas]

@@ -276,8 +276,16 @@ def test_a_log_has_no_text_of_the_client_and_no_control_characters(capfd) -> Non
         object.__setattr__(server.service.config, "log", "json")
         raw(server, b"GET /a%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         server.post("/tokenize", content="a secret text")
+        written = ""
+
+        def both() -> bool:  # a line is written once its reply was sent
+            nonlocal written
+            written += capfd.readouterr().err
+            return written.count("\n") == 2
+
+        until(both)
         object.__setattr__(server.service.config, "log", "text")
         raw(server, b"GET /b%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    lines = capfd.readouterr().err.splitlines()
+    lines = (written + capfd.readouterr().err).splitlines()
     assert [json.loads(line)["status"] for line in lines[:2]] == [404, 200]
     assert len(lines) == 3 and "secret" not in "".join(lines) and "\x1b" not in "".join(lines)

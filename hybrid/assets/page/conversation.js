@@ -74,7 +74,7 @@ export class Conversation {
   }
 
   async answer() {
-    const asked = this.messages.filter((one) => one.content || one.role === "user").map(({ role, content }) => ({ role, content }));
+    const asked = turnsOf(this.messages);
     const message = { role: "assistant", content: "", reasoning: "" };
     const bubble = this.add(message);
     const running = (this.running = new AbortController());
@@ -110,6 +110,18 @@ export class Conversation {
       sessionStorage.removeItem(STORED); // too long to be kept
     }
   }
+}
+
+/** What is sent. Of an answer that was stopped what there is of it is sent too; if that is nothing, the questions before
+ * and after it are one, because many templates refuse two messages of one role in a row. */
+function turnsOf(messages) {
+  const turns = [];
+  for (const { role, content } of messages) {
+    if (!content.trim()) continue;
+    if (turns.at(-1)?.role === role) turns.at(-1).content += `\n\n${content}`;
+    else turns.push({ role, content });
+  }
+  return turns;
 }
 
 function read() {
