@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
 import socket
 import subprocess
@@ -19,7 +17,7 @@ pytest.importorskip("httpx")
 
 from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
-from server_rig import QUESTION, Running, parse_events, running, until  # noqa: E402
+from server_rig import Running, parse_events, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.server import health as health_module  # noqa: E402
@@ -55,29 +53,6 @@ def test_a_client_that_leaves_ends_its_step_and_frees_its_sequence() -> None:
                 engine.rows()  # its step waits, and would for ever
             until(lambda: server.service._taken == 0)
             assert server.idle and not engine.sequences
-
-
-def test_connections_that_are_dropped_anywhere_leave_nothing() -> None:
-    random.seed(3)
-    with running(LLM()) as server:
-        server.post(CHAT, messages=QUESTION, max_tokens=2)
-        threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        for number in range(120):
-            path = (CHAT, COMPLETE)[number % 2]
-            said = b'"messages": [{"role": "user", "content": "A fox"}]' if path == CHAT else b'"prompt": "A fox"'
-            body = b'{%s, "max_tokens": 200, "stream": %s}' % (said, (b"true", b"false")[number % 3 == 0])
-            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                whole = head + body
-                sent = random.randrange(1, len(whole) + len(whole) // 2)
-                connection.sendall(whole[:sent])
-                if sent >= len(whole) and number % 3:
-                    connection.recv(random.choice((1, 1000, 10_000)))
-        until(lambda: server.service._taken == 0 and not server.process.server_state.connections)
-        assert server.idle
-        until(lambda: len(os.listdir("/proc/self/fd")) <= files)
-        assert threading.active_count() <= threads + 2  # of texts
-        assert server.post(COMPLETE, prompt="Once", max_tokens=2).status_code == 200
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_stops_nobody() -> None:
