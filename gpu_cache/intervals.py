@@ -38,8 +38,10 @@ def sums_of(blocks: Ints, values: Ints) -> Ints:
     return np.bincount(blocks, weights=values).astype(np.int64)
 
 
-def interval(hits: Ints, calls: Ints, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """Of hits over calls, int64 [blocks] each; None for less than two blocks. hits may be a difference of two caches'
+def interval(
+    hits: Ints | Reals, calls: Ints | Reals, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Of hits over calls, [blocks] each; None for less than two blocks. hits may be a difference of two caches'
     hits, so that the interval is that of the difference of their rates.
     """
     count = len(calls)

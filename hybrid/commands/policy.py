@@ -9,7 +9,8 @@ import typer
 
 from hybrid.commands.console import say, show
 from hybrid.commands.flags import command, new_app
-from hybrid.errors import ConfigError, cache_errors
+from hybrid.commands.new_file import write_new
+from hybrid.errors import cache_errors
 
 app = new_app()
 
@@ -20,15 +21,7 @@ def new(path: Annotated[Path, typer.Argument(help="Where to write it, as my_poli
     import gpu_cache.template_policy
 
     path = path.expanduser()
-    if path.suffix != ".py":
-        raise ConfigError(f"{path}: a policy is a file of Python; give a name that ends in .py")
-    try:
-        with path.open("xb") as file:
-            file.write(Path(gpu_cache.template_policy.__file__).read_bytes())
-    except FileExistsError:
-        raise ConfigError(f"{path}: is there already; give another name") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another name") from None
+    write_new(path, Path(gpu_cache.template_policy.__file__).read_bytes(), ".py", "a policy is a file of Python")
     say(f"{path}: change it, then `hybrid policy check {path}`")
 
 

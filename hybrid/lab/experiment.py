@@ -1,0 +1,145 @@
+"""An experiment as a file: models and their traces, caches, machines, and what others have claimed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpu_cache.admission import Costs, known_admission
+from gpu_cache.costs import Machine
+from gpu_cache.geometry import MAPPINGS
+from gpu_cache.outside import is_file
+from gpu_cache.policies import known_policy
+from gpu_cache.simulator import Setting, policy_names
+from gpu_cache.trace import Calls
+from hybrid.errors import ConfigError, cache_errors
+from hybrid.lab.grid import combinations
+from hybrid.lab.parts import LAYERS, Caches, Model, Rates
+from hybrid.lab.toml import from_table, read_toml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file describes. path: of the file, from whose folder its paths start."""
+
+    path: Path
+    title: str
+    about: str
+    models: tuple[Model, ...]
+    caches: tuple[Caches, ...]
+    machines: tuple[Rates, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Of its results, if none is named: beside the file, named as it without the suffix."""
+        return self.path.with_suffix("")
+
+    def trace_path(self, name: str) -> Path:
+        return self.path.parent / Path(name).expanduser()
+
+    def settings(self, model: Model, calls: Calls) -> list[Setting]:
+        """What is replayed of a model, each once. Raises ConfigError for what no cache of it can have."""
+        found: list[Setting] = []
+        for at, caches in enumerate(self.caches, 1):
+            if caches.models is None or model.name in caches.models:
+                with cache_errors(f"{self.path}: [[caches]] {at}, {model.name}:"):
+                    for setting in combinations(caches, calls):
+                        setting.check(calls, self._costs(model))
+                        found.append(setting)
+        return list(dict.fromkeys(found))
+
+    def machines_of(self, model: Model) -> dict[str, Machine]:
+        return {} if model.expert_mb is None else {one.name: one.machine(model.expert_mb) for one in self.machines}
+
+    def _costs(self, model: Model) -> Costs | None:
+        """Of any machine: which one does not matter for what a cache can have."""
+        return next((machine.costs for machine in self.machines_of(model).values()), None)
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of the whole file; tables are read one by one."""
+
+    title: str = ""
+    about: str = ""
+
+
+TABLES: Mapping[str, type[Any]] = {"models": Model, "caches": Caches, "machines": Rates}
+
+
+def load(path: str | Path) -> Experiment:
+    """Read and check an experiment, but not its traces. Raises ConfigError with the key that is wrong."""
+    path = Path(path).expanduser()
+    data = read_toml(path)
+    plain = {key: value for key, value in data.items() if key not in TABLES}
+    known = [*(_File.__dataclass_fields__), *(f"[[{name}]]" for name in TABLES)]
+    if unknown := [key for key in plain if key not in _File.__dataclass_fields__]:
+        raise ConfigError(f"{path} has no key {unknown[0]!r:.80}; allowed: {', '.join(known)}")
+    head = from_table(_File, plain, str(path))
+    read = {name: _tables(kind, data.get(name, []), f"{path}: [[{name}]]") for name, kind in TABLES.items()}
+    experiment = Experiment(path, head.title or path.stem, head.about, **read)
+    _check(experiment)
+    return replace(experiment, caches=tuple(_named(path, at, one) for at, one in enumerate(experiment.caches, 1)))
+
+
+def _tables(kind: type[T], tables: Any, where: str) -> tuple[T, ...]:
+    if not isinstance(tables, list):
+        raise ConfigError(f"{where} is no array of tables; write its head in two brackets")
+    return tuple(from_table(kind, table, f"{where} {at}") for at, table in enumerate(tables, 1))
+
+
+def _check(experiment: Experiment) -> None:
+    path = experiment.path
+    if not experiment.models:
+        raise ConfigError(f"{path} has no [[models]]; give at least one, with name and traces")
+    for what in ("models", "machines"):
+        names = [one.name for one in getattr(experiment, what)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"{path}: [[{what}]] has the name {twice[0]!r:.80} twice; give each its own")
+    for at, model in enumerate(experiment.models, 1):
+        if not model.traces:
+            raise ConfigError(f"{path}: [[models]] {at}, traces is empty; give at least one path")
+        for machine in experiment.machines if model.expert_mb is not None else ():
+            with cache_errors(f"{path}: [[machines]] {machine.name}, [[models]] {model.name}:"):
+                machine.machine(model.expert_mb or 0.0)
+    known = [model.name for model in experiment.models]
+    for at, caches in enumerate(experiment.caches, 1):
+        if unknown := [name for name in caches.models or () if name not in known]:
+            raise ConfigError(f"{path}: [[caches]] {at}, models has {unknown[0]!r:.80}; allowed: {', '.join(known)}")
+
+
+def _named(path: Path, at: int, caches: Caches) -> Caches:
+    """The same with every word as it is spelt, files of policies from the folder of the experiment."""
+
+    def spelt(key: str, words: Iterable[str], known: Callable[[str], str]) -> tuple[str, ...]:
+        with cache_errors(f"{where}, {key}:"):
+            return tuple(dict.fromkeys(map(known, words)))
+
+    def among(key: str, allowed: Sequence[str]) -> tuple[str, ...]:
+        words = getattr(caches, key)
+        if wrong := [word for word in words if type(word) is str and word not in allowed]:
+            numbers = "" if len(allowed) > 1 else "a whole number or "
+            raise ConfigError(f"{where}, {key} has {wrong[0]!r:.80}; allowed: {numbers}{', '.join(allowed)}")
+        return tuple(words)
+
+    where, allowed = f"{path}: [[caches]] {at}", policy_names()
+    if empty := next((key for key, value in vars(caches).items() if value == ()), None):
+        raise ConfigError(f"{where}, {empty} is empty; give at least one")
+    policies = [name for word in caches.policies for name in (allowed if word.lower() == "all" else (word,))]
+    return replace(
+        caches,
+        policies=spelt("policies", _from(path.parent, policies), lambda name: known_policy(name, allowed)),
+        admissions=spelt("admissions", _from(path.parent, caches.admissions), known_admission),
+        mapping=among("mapping", MAPPINGS),
+        nblocks=among("nblocks", (LAYERS,)),
+        quota=among("quota", ("none",)),
+    )
+
+
+def _from(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names of files start from a folder; others are as they are."""
+    return [str(folder / Path(name).expanduser()) if is_file(name) else name for name in names]

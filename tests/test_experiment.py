@@ -1,0 +1,244 @@
+"""Experiments as files: what is replayed, what is kept, what a report says, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from routing import random_trace
+from typer.testing import CliRunner
+
+from gpu_cache.costs import Machine, predict, work_of
+from gpu_cache.simulator import Setting, replay
+from gpu_cache.trace import calls
+from hybrid import lab
+from hybrid.commands.experiment import app
+from hybrid.errors import ConfigError
+from hybrid.lab.verdict import Verdict
+from hybrid.trace_files import write_trace
+
+pytest.importorskip("matplotlib")
+
+TRACES = [random_trace(seed, steps=60, layers=4, experts=8, top_k=2) for seed in (1, 2)]
+TEXT = """
+title = "Two <policies>"
+about = "First.\\n\\nSecond."
+
+[[models]]
+name = "made up"
+traces = ["a.csv", "b.csv"]
+expert_mb = 100
+
+[[caches]]
+nways = [2, 0.5]
+policies = ["lru", "random"]
+seeds = [0, 1]
+
+[[caches]]
+nblocks = [2]
+nways = [8]
+policies = ["FIFO"]
+admissions = ["break-even"]
+copy_delay = [1]
+
+[[machines]]
+name = "desktop"
+pcie_gbps = 25
+device_gbps = 1000
+cpu_gbps = 50
+
+[[machines]]
+name = "server"
+pcie_gbps = 25
+device_gbps = 1000
+cpu_gbps = 500.0
+"""
+MACHINE = Machine(25, 1000, 50, 100e6)
+
+
+def written(folder: Path) -> Path:
+    for name, trace in zip("ab", TRACES, strict=True):
+        write_trace(folder / f"{name}.csv", trace)
+    path = folder / "two.toml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """An experiment that was run; not to be changed."""
+    path = written(tmp_path_factory.mktemp("ran"))
+    lab.run(lab.load(path))
+    return path
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def row_of(file: Path, **wanted: object) -> dict:
+    rows = [row for row in lab.table(lab.load(file)) if wanted.items() <= row.items()]
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+def test_results_are_those_of_the_simulator(ran: Path) -> None:
+    """Over both traces, the mean of the seeds; the bound and the best fixed experts stand beside each cache."""
+    for policy, seeds in (("LRU", (0, 1)), ("random", (0, 1)), ("bypass-Belady", (0,)), ("static-best", (0,))):
+        results = [[replay(calls(trace), Setting(4, 2, policy, seed=seed)) for trace in TRACES] for seed in seeds]
+        row = row_of(ran, nblocks=4, nways=2, policy=policy)
+        hits = sum(int(one.hits.sum()) for both in results for one in both) / len(seeds)
+        assert row["hits"] == round(hits) and row["calls"] == 960 and row["seeds"] == len(seeds)
+        assert row["hit_rate"] == pytest.approx(hits / 960, abs=1e-6)
+        assert row["hit_rate_low"] <= row["hit_rate"] <= row["hit_rate_high"]
+        if policy == "bypass-Belady":
+            bound, lru = hits, row_of(ran, nblocks=4, nways=2, policy="LRU")
+            assert row["regret"] == 0 and lru["regret"] == pytest.approx((bound - lru["hits"]) / 960, abs=1e-6)
+    assert {row["nways"] for row in lab.table(lab.load(ran)) if row["nblocks"] == 4} == {2, 4}  # half of 8 experts
+
+
+def test_speeds_are_those_of_the_cost_model(ran: Path) -> None:
+    """A machine changes nothing that is replayed, except where admission reckons with it."""
+    row = row_of(ran, nblocks=2, policy="FIFO", machine="desktop")
+    results = [replay(calls(trace), Setting(2, 8, "FIFO", "break-even", delay=1), MACHINE.costs) for trace in TRACES]
+    seconds = sum(predict(work_of(one), MACHINE).layers * one.steps for one in results) / 120
+    copies = sum(predict(work_of(one), MACHINE).copy * one.steps for one in results) / 120
+    assert row["tokens_per_second, desktop"] == pytest.approx(1 / max(seconds, copies), abs=1e-3)
+    assert row["tokens_per_second, server"] is None and row["copied_mb_per_step"] == pytest.approx(
+        100 * sum(int(one.fills.sum()) for one in results) / 120, abs=1e-3
+    )
+    assert row_of(ran, nblocks=4, nways=2, policy="LRU")["cpu_tokens_per_second, desktop"] == pytest.approx(1 / 16e-3)
+
+
+def test_what_is_there_is_not_replayed_again(file: Path, monkeypatch) -> None:
+    """After an interruption, a cut line, a new policy, or other rates: only what is new."""
+    replayed: list[str] = []
+
+    def counted(calls, setting, costs):
+        replayed.append(setting.policy)
+        if len(replayed) == limit:
+            raise KeyboardInterrupt
+        return replay(calls, setting, costs)
+
+    monkeypatch.setattr("gpu_cache.sweep.replay", counted)
+    limit, total = 7, 32
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(lab.load(file))
+    assert [(one.done, one.total) for one in lab.status(lab.load(file))] == [(6, 16), (0, 16)]
+    with pytest.raises(ConfigError, match=f"26 of {total} replays are not there"):
+        lab.outcomes(lab.load(file))
+    limit = 0
+    first = lab.run(lab.load(file))
+    assert len(first) == total and len(replayed) == 7 + 26
+    again = lab.run(lab.load(file))
+    assert again == first and len(replayed) == 33
+    kept = file.with_suffix("") / "results.jsonl"
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert lab.run(lab.load(file)) == first and len(replayed) == 34
+    file.write_text(TEXT.replace('"lru"', '"SIEVE", "lru"').replace("pcie_gbps = 25", "pcie_gbps = 12", 1))
+    lab.run(lab.load(file))
+    assert sorted(replayed[34:]) == ["FIFO"] * 2 + ["SIEVE"] * 8
+
+
+def test_a_report_is_one_page_with_its_files_beside_it(ran: Path) -> None:
+    experiment = lab.load(ran)
+    assert re.search(r"made up, b\.csv \| +16 \| +16 \|", invoke("status", ran))
+    path = Path(invoke("report", ran).strip())
+    text = path.read_text()
+    assert "Two &lt;policies&gt;" in text and "<p>Second.</p>" in text
+    assert not re.findall(r'(?:src|href)="(?!#)', text)  # nothing of another file
+    rows = list(csv.DictReader((path.parent / "results.csv").open()))
+    assert [row["policy"] for row in rows[:2]] == ["LRU", "random"]
+    for row in rows:
+        assert f"<td>{100 * float(row['hit_rate']):.1f}</td>" in text
+    assert text.count("<svg") == 1 and (path.parent / "made-up-hits.svg").read_text().count("<svg") == 1
+    about = json.loads((path.parent / "provenance.json").read_text())
+    assert about["replays"] == 32 and len(about["traces"]) == 2 and about["traces"][0]["sha256"] in text
+    first = path.read_bytes()
+    assert lab.report(experiment).read_bytes() == first
+
+
+def test_a_report_of_what_is_missing_is_refused(file: Path) -> None:
+    for wanted in (lab.report, lab.outcomes, lab.table):
+        with pytest.raises(ConfigError, match=r"32 of 32 replays are not there.*hybrid experiment run .*two\.toml"):
+            wanted(lab.load(file))
+    assert not file.with_suffix("").exists()
+
+
+def test_the_verdict_weighs_the_cpu_and_experts_that_never_move() -> None:
+    one = Verdict("m", "desktop", 8, cpu=10.0, fixed=8.0, cache=10.4, best="LRU")
+    assert not one.pays and one.text == "neither pays: the CPU alone is as fast"
+    assert replace(one, cache=10.6).text == "a cache pays"
+    assert replace(one, fixed=12.0, cache=12.1).text == "fixed experts do as well as a cache"
+    assert replace(one, fixed=12.0, cache=11.0).text == "fixed experts do better than a cache"
+
+
+WRONG = [
+    ("title", "titel", "two.toml has no key 'titel'; allowed: title, about, [[models]], [[caches]], [[machines]]"),
+    ("seeds", "seed", "two.toml: [[caches]] 1 has no key 'seed'; allowed: nways, policies"),
+    ("expert_mb", "expert_gb", "two.toml: [[models]] 1 has no key 'expert_gb'; allowed: name"),
+    ("pcie_gbps = 25", "pcie_gbps = true", "two.toml: [[machines]] 1, pcie_gbps has True; it must be a number"),
+    ("pcie_gbps = 25\n", "", "two.toml: [[machines]] 1 needs the key 'pcie_gbps', a number"),
+    ("pcie_gbps = 25", "pcie_gbps = 0", "two.toml: [[machines]] desktop, [[models]] made up: pcie gbps 0.0 is out of"),
+    ('"server"', '"desktop"', "two.toml: [[machines]] has the name 'desktop' twice"),
+    ('"lru"', '"lur"', "two.toml: [[caches]] 1, policies: replacement policy 'lur' is unknown: use one of FIFO"),
+    ('["lru", "random"]', "[]", "two.toml: [[caches]] 1, policies is empty"),
+    ('["lru", "random"]', '"lru"', "two.toml: [[caches]] 1, policies is 'lru'; it must be an array"),
+    ('"break-even"', '"never"', "two.toml: [[caches]] 2, admissions: admission 'never' is unknown"),
+    ("[2, 0.5]", "[9, 0.5]", "two.toml: [[caches]] 1, made up: 4 indexes x 9 ways are 36 slots, the model has 32"),
+    ("[2, 0.5]", "[1.5]", "two.toml: [[caches]] 1, made up: nways has the share 1.5; it must be above 0"),
+    ("[2, 0.5]", "[0]", "two.toml: [[caches]] 1, made up: ways (nways) of the cache: 0, must be 1 to"),
+    ("[2, 0.5]", "[nan]", "two.toml: [[caches]] 1, made up: nways has the share nan"),
+    ("nblocks = [2]", 'nblocks = ["layer"]', "two.toml: [[caches]] 2, nblocks has 'layer'; allowed: a whole number or"),
+    ("copy_delay = [1]", "quota = [-3]", "two.toml: [[caches]] 2, made up: quota of copies in a step: -3"),
+    ("nblocks = [2]", 'models = ["made"]', "two.toml: [[caches]] 2, models has 'made'; allowed: made up"),
+    ('"b.csv"', '"c.csv"', "two.toml: [[models]] made up, traces:"),
+    ('["a.csv", "b.csv"]', "[]", "two.toml: [[models]] 1, traces is empty"),
+    ("[[caches]]", "[[caches]", "two.toml: is no TOML ("),
+    ("[[caches]]\nnways", "[caches]\nnways", "two.toml: is no TOML ("),
+    (TEXT, "title = 1", "two.toml, title has 1; it must be a text"),
+    (TEXT, "models = 1", "two.toml: [[models]] is no array of tables"),
+    (TEXT, "models = [1]", "two.toml: [[models]] 1 is 1; it must be a table"),
+    (TEXT, "", "two.toml has no [[models]]; give at least one"),
+    ("expert_mb = 100", "", "break-even admission needs costs"),
+]
+
+
+@pytest.mark.parametrize(("was", "given", "line"), WRONG, ids=[line[10:60] for _, _, line in WRONG])
+def test_what_is_wrong_is_one_line_with_its_key(file: Path, was: str, given: str, line: str) -> None:
+    assert was in TEXT
+    file.write_text(TEXT.replace(was, given, 1))
+    for command in ("run", "status", "report"):
+        result = CliRunner().invoke(app, [command, str(file)])
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+        assert line in result.stderr, result.stderr
+    assert not file.with_suffix("").exists()
+
+
+def test_a_policy_of_ones_own_is_found_from_the_file(file: Path) -> None:
+    (file.parent / "mine.py").write_text("from gpu_cache.policies.lru import Lru\nclass Mine(Lru):\n    pass\n")
+    file.write_text(TEXT.split("[[caches]]")[0] + '[[caches]]\nnways = [2]\npolicies = ["LRU", "mine.py:Mine"]')
+    lab.run(lab.load(file))
+    mine = row_of(file, policy=str(file.parent / "mine.py:Mine"))
+    assert mine["hits"] == row_of(file, policy="LRU")["hits"]
+
+
+def test_a_new_experiment_runs(file: Path) -> None:
+    path = file.parent / "new.toml"
+    invoke("new", path)
+    assert "hybrid experiment run" in path.read_text()
+    write_trace(file.parent / "trace.csv", random_trace(3, steps=30, layers=4, experts=8, top_k=2))
+    invoke("run", path, "--workers", 1, "--folder", file.parent / "there")
+    assert (file.parent / "there" / "results.jsonl").exists()
+    assert CliRunner().invoke(app, ["new", str(path)]).exit_code == 2
