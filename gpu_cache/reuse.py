@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,21 @@ class Reuse:
 
     tokens: [distances, layers], chosen too by the token `1 + row` before it in its sequence. window: [distances,
     layers], by any of the last `1 + row`. layers: [layers - 1], whose number the layer before chose too. same_sets:
-    [layers], tokens whose experts are exactly those of the token before. chance: if experts were drawn evenly.
+    [layers], tokens whose experts are exactly those of the token before; one_of_token: [layers], that have at least one
+    of them; same_sets_across, one_across: [layers - 1], the same of the numbers of the layer before. chance: if experts
+    were drawn evenly; chance_of_one, chance_of_all: of at least one, and of exactly the same.
     """
 
     tokens: Reals
     window: Reals
     layers: Reals
     same_sets: Reals
+    one_of_token: Reals
+    same_sets_across: Reals
+    one_across: Reals
     chance: float
+    chance_of_one: float
+    chance_of_all: float
 
 
 def measure_reuse(trace: Trace, distances: int = 8) -> Reuse:
@@ -50,10 +58,23 @@ def measure_reuse(trace: Trace, distances: int = 8) -> Reuse:
     if not tokens:
         raise CacheError("no sequence of the trace has two tokens with all their layers; record a longer one")
     follows = np.flatnonzero(sequence[1:] == sequence[:-1])
-    same_sets = (chosen[follows + 1] == chosen[follows]).all(axis=2).mean(axis=0)
-    across = (chosen[:, 1:] & chosen[:, :-1]).sum(axis=(0, 2)) / np.maximum(top_k[:, 1:].sum(axis=0), 1)
-    chance = float(top_k.mean()) / trace.experts
-    return Reuse(np.array(tokens), np.array(window), across, same_sets, chance)
+    here, before = chosen[follows + 1], chosen[follows]
+    upper, lower = chosen[:, 1:], chosen[:, :-1]
+    common = upper & lower
+    usual = round(float(top_k.mean()))
+    ways = math.comb(trace.experts, usual)
+    return Reuse(
+        np.array(tokens),
+        np.array(window),
+        common.sum(axis=(0, 2)) / np.maximum(top_k[:, 1:].sum(axis=0), 1),
+        (here == before).all(axis=2).mean(axis=0),
+        (here & before).any(axis=2).mean(axis=0),
+        (upper == lower).all(axis=2).mean(axis=0),
+        common.any(axis=2).mean(axis=0),
+        float(top_k.mean()) / trace.experts,
+        1 - math.comb(trace.experts - usual, usual) / ways,
+        1 / ways,
+    )
 
 
 def _membership(trace: Trace) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -198,15 +198,24 @@ def _read_csv(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
     header = [column.strip() for column in first.decode("utf-8-sig", "replace").split(",")]
     _check_columns(name, header)
     picked = [header.index(column) for column in COLUMNS]
-    lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
+    rows = load_rows(iter(lambda: file.readline(_LONGEST_LINE), b""), name, _ROW, picked)
+    return {column: rows[column] for column in COLUMNS}
+
+
+def load_rows(
+    lines: Iterator[bytes], name: str, dtype: np.dtype[Any], columns: Sequence[int] | None = None
+) -> NDArray[Any]:
+    """Numbers with commas between them; lines that begin with # are left out. columns: those that are read, None: all.
+
+    Raises CacheError for what is no number of that type.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of no rows, which are refused
             warnings.simplefilter("error", DeprecationWarning)  # numpy before 2.3 reads 0.5 or 10^20 as a whole number
-            rows = np.loadtxt(lines, _ROW, delimiter=",", usecols=picked, ndmin=1, encoding="utf-8")
+            return np.loadtxt(lines, dtype, delimiter=",", usecols=columns, ndmin=1, encoding="utf-8")
     except (ValueError, OverflowError, DeprecationWarning) as error:
         raise _damaged(name, error) from None
-    return {column: rows[column] for column in COLUMNS}
 
 
 def _read_parquet(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:

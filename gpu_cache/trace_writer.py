@@ -135,11 +135,17 @@ def _sink(file: BinaryIO, parquet: bool) -> _CsvSink | _ParquetSink:
     return _ParquetSink(file) if parquet else _CsvSink(file)
 
 
-def write_trace(file: BinaryIO, trace: Trace, parquet: bool = False) -> None:
-    """Write a whole trace. Raises CacheError for parquet where it is not installed, and OSError."""
+def write_trace(
+    file: BinaryIO, trace: Trace, parquet: bool = False, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write a whole trace. progress: called with rows done and all rows. Raises CacheError for parquet where it is not
+    installed, and OSError.
+    """
     sink = _sink(file, parquet)
     integers = np.array([getattr(trace, name) for name in COLUMNS[:-1]])
     for first in range(0, len(trace), _ROWS_BUFFERED):
         part = slice(first, first + _ROWS_BUFFERED)
         sink.write(integers[:, part], trace.score[part])
+        if progress is not None:
+            progress(min(part.stop, len(trace)), len(trace))
     sink.close()

@@ -20,6 +20,7 @@ COMMANDS = {
     "perplexity": ("hybrid.commands.perplexity", "tell how well a model foretells a text"),
     "verify": ("hybrid.commands.verify", "compare results with and without an expert cache"),
     "simulate": ("hybrid.commands.simulate", "replay a trace through expert caches of many shapes and policies"),
+    "trace": ("hybrid.commands.trace", "convert and look at traces, whoever recorded them"),
     "experiment": ("hybrid.commands.experiment", "compare expert caches as a file says, with a report"),
     "policy": ("hybrid.commands.policy", "begin, check and list replacement policies of your own"),
     "plot": ("hybrid.commands.plot", "draw what run and simulate wrote"),

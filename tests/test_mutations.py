@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from gpu_cache.errors import CacheError
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
+from gpu_cache.traces import FORMATS, known_format
 from hybrid.commands import simulate
 from hybrid.commands.plot_data import layers_of_policies, read_hits, read_results, read_text, read_times
 from hybrid.commands.prompts import read_prompts
@@ -27,9 +28,13 @@ from hybrid.engine.experts.warm_start import read_warm, write_warm
 from hybrid.errors import HybridError
 from hybrid.lab.kept_results import KeptResults
 from hybrid.machine.profile import cached_profile
-from hybrid.trace_files import read_trace, write_trace
+from hybrid.trace_files import open_trace_file, read_trace, write_trace
+
+ROOT = Path(__file__).parent.parent
+FORMATS_OF_TRACES = [known.name for known in FORMATS if known.write and known.name not in ("csv", "parquet")]
 
 COUNT = 300
+FEW = 100  # of each of many formats
 BITS = (
     b"", b",", b"\n", b"\r", b'"', b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"-1", b"1e999", b"nan", b"Infinity", b"null",
     b"[]", b"{}", b"[[", b"1" * 30, b"9" * 5000, b"1099511627775", b"9223372036854775808", b"0.5", b"true", b"\\ud800",
@@ -57,8 +62,18 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 
 def replayed(path: Path) -> None:
-    grouped = calls(read_trace(path))
+    grouped = calls(read_trace(path, *((2, 8) if path.name == "answers.json" else ())))
     replay(grouped, Setting(1, 1, "LRU"))
+
+
+def replayed_as(name: str) -> Callable[[Path], None]:
+    """Read as this format, whatever the content looks like."""
+
+    def read(path: Path) -> None:
+        trace = open_trace_file(path, 4, 8, wanted=known_format(name)).trace
+        replay(calls(trace), Setting(1, 1, "LRU"))
+
+    return read
 
 
 def drawn(path: Path) -> None:
@@ -85,7 +100,12 @@ MACHINE = {
 READERS: dict[str, Callable[[Path], object]] = {
     "trace.csv": replayed,
     "trace.parquet": replayed,
-    "expert_choices.csv": replayed,
+    **{f"trace.{name}": replayed_as(name) for name in FORMATS_OF_TRACES},
+    "sglang_per_token.pt": replayed,
+    "sglang_per_pass.pt": replayed,
+    "sglang_stat.pt": replayed,
+    "vllm.json": replayed,
+    "answers.json": replayed,
     "results.json": drawn,
     "results.csv": drawn,
     "kept.jsonl": drawn,
@@ -109,7 +129,15 @@ def originals(tmp_path_factory) -> Path:
     write_trace(folder / "trace.csv", trace)
     if importlib.util.find_spec("pyarrow"):
         write_trace(folder / "trace.parquet", trace)
-    (folder / "expert_choices.csv").write_text("Index,Block_0,Block_0,Block_1,Block_1\n0,,,,\n1,2,5,0,7\n2,2,3,6,7\n")
+    for name in FORMATS_OF_TRACES:
+        if importlib.util.find_spec("pyarrow") or "parquet" not in name:
+            write_trace(folder / f"trace.{name}", trace, known_format(name))
+    for path in (ROOT / "tests" / "traces" / "others").glob("*.pt"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    ids = [[[1, 2], [3, 4]], [[5, 6], [7, 0]]]
+    (folder / "vllm.json").write_text(json.dumps({"choices": [{"routed_experts": ids}], "prompt_routed_experts": ids}))
+    about = {"routed_experts": "AQAAAAIAAAADAAAABAAAAA==", "prompt_tokens": 1, "completion_tokens": 1}
+    (folder / "answers.json").write_text(json.dumps({"meta_info": about}))
     grid = ["--trace", str(folder / "trace.csv"), "--nblocks", "2,4", "--nways", "2", "--policy", "LRU,bypass-Belady"]
     rates = ["--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100", "--workers", "1"]
     for form in ("csv", "json"):
@@ -140,7 +168,7 @@ def test_mutants_are_read_or_refused(originals: Path, tmp_path: Path, name: str)
     READERS[name](path)
     wrong: list[str] = []
     refused = 0
-    for _ in range(COUNT):
+    for _ in range(FEW if name.partition(".")[2] in (*FORMATS_OF_TRACES, "pt") else COUNT):
         mutant = mutate(sound, chance)
         path.write_bytes(mutant)
         try:

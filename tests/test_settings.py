@@ -101,7 +101,7 @@ def test_nothing_is_declared_twice() -> None:
 
 
 def test_every_flag_of_a_command_is_a_declared_setting() -> None:
-    assert set(COMMANDS) - {"plot", "store", "policy", "experiment"} == set(
+    assert set(COMMANDS) - {"plot", "store", "policy", "trace", "experiment"} == set(
         APPS
     )  # plot has only places of files, the others several commands
     for app in APPS.values():

@@ -14,10 +14,10 @@ from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app
 from hybrid.commands.simulate_output import to_csv, to_json, to_table
 from hybrid.errors import ConfigError, cache_errors
-from hybrid.files import FileKind, Reading, check_output, csv_kind, output_file, read_json_object
+from hybrid.files import FileKind, Reading, check_output, read_json_object
 from hybrid.lab.kept_results import KeptResults
 from hybrid.settings import check_settings, setting
-from hybrid.trace_files import check_trace_output, read_trace, write_trace
+from hybrid.trace_files import check_trace_output, kind_of_format, read_trace, write_trace
 
 if TYPE_CHECKING:
     from gpu_cache.costs import Machine
@@ -37,7 +37,7 @@ class SimulateOptions:
     COMMAND: ClassVar[str] = "simulate"
 
     trace: tuple[str, ...] = setting(
-        (), "CSV or parquet of `hybrid run --trace`, or expert_choices.csv", metavar="PATH", group="traces"
+        (), "A trace of `hybrid run --trace`, or of others: see hybrid trace formats.", metavar="PATH", group="traces"
     )
     nblocks: str | None = setting(
         None, "Indexes, as 14,16.", shown="the number of layers", metavar="LIST", group="caches"
@@ -120,8 +120,7 @@ def read_traces(options: SimulateOptions) -> dict[str, Trace]:
 
 def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Path | None) -> bool:
     """Whether the trace was to be converted."""
-    from gpu_cache.converters import to_libcachesim
-    from gpu_cache.trace import calls
+    from gpu_cache.traces import known_format
 
     if libcachesim is None and convert is None:
         return False
@@ -129,17 +128,16 @@ def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Pat
         raise ConfigError(f"{len(traces)} traces cannot be converted into one file; give one --trace")
     (trace,) = traces.values()
     if libcachesim is not None:
-        with output_file(libcachesim, _libcachesim_kind()) as file:
-            to_libcachesim(calls(trace), file)
+        write_trace(libcachesim, trace, known_format("libcachesim"))
     if convert is not None:
         write_trace(convert, trace)
     return True
 
 
 def _libcachesim_kind() -> FileKind:
-    from gpu_cache.converters import LIBCACHESIM_COLUMNS
+    from gpu_cache.traces import known_format
 
-    return csv_kind(LIBCACHESIM_COLUMNS)
+    return kind_of_format(known_format("libcachesim"))
 
 
 def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:

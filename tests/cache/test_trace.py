@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routing import random_trace
 
-from gpu_cache.converters import from_expert_choices, to_libcachesim
 from gpu_cache.errors import CacheError
 from gpu_cache.trace import COLUMNS, Trace, calls, make_trace
+from gpu_cache.traces import known_format, read
+from gpu_cache.traces.base import Sizes
 from hybrid.errors import ConfigError
 from hybrid.trace_files import open_trace, read_trace, write_trace
 
@@ -209,13 +210,15 @@ def test_expert_choices_of_the_seed_are_converted(tmp_path: Path) -> None:
 )
 def test_expert_choices_that_are_wrong_say_where(text: str, words: str) -> None:
     with pytest.raises(CacheError, match=words):
-        from_expert_choices(io.BytesIO(text.encode()), "expert_choices.csv", experts=8)
+        read(io.BytesIO(text.encode()), "expert_choices.csv", Sizes(experts=8), known_format("expert-choices"))
 
 
 def test_libcachesim_gets_a_line_a_call() -> None:
-    file, grouped = io.BytesIO(), calls(random_trace(1, steps=1, layers=2))
-    to_libcachesim(grouped, file)
-    keys = grouped.key.tolist()
+    file, trace = io.BytesIO(), random_trace(1, steps=1, layers=2)
+    write = known_format("libcachesim").write
+    assert write is not None
+    write(file, trace, lambda done, total: None)
+    keys = calls(trace).key.tolist()
     assert file.getvalue().decode() == "time,object,size\n" + "".join(
         f"{i // 2},{key},1\n" for i, key in enumerate(keys)
     )
