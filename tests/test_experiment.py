@@ -13,11 +13,14 @@ from routing import random_trace
 from typer.testing import CliRunner
 
 from gpu_cache.costs import Machine, predict, work_of
+from gpu_cache.coverage import coverage
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
 from hybrid import lab
 from hybrid.commands.experiment import app
 from hybrid.errors import ConfigError
+from hybrid.lab.claims import OF_CACHES, OF_TRACES
+from hybrid.lab.parts import FIGURES
 from hybrid.lab.verdict import Verdict
 from hybrid.trace_files import write_trace
 
@@ -185,7 +188,11 @@ def test_the_verdict_weighs_the_cpu_and_experts_that_never_move() -> None:
 
 
 WRONG = [
-    ("title", "titel", "two.toml has no key 'titel'; allowed: title, about, [[models]], [[caches]], [[machines]]"),
+    (
+        "title",
+        "titel",
+        "two.toml has no key 'titel'; allowed: title, about, [[models]], [[caches]], [[machines]], [[claims]]",
+    ),
     ("seeds", "seed", "two.toml: [[caches]] 1 has no key 'seed'; allowed: nways, policies"),
     ("expert_mb", "expert_gb", "two.toml: [[models]] 1 has no key 'expert_gb'; allowed: name"),
     ("pcie_gbps = 25", "pcie_gbps = true", "two.toml: [[machines]] 1, pcie_gbps has True; it must be a number"),
@@ -242,3 +249,81 @@ def test_a_new_experiment_runs(file: Path) -> None:
     invoke("run", path, "--workers", 1, "--folder", file.parent / "there")
     assert (file.parent / "there" / "results.jsonl").exists()
     assert CliRunner().invoke(app, ["new", str(path)]).exit_code == 2
+
+
+CLAIMS = """
+[[claims]]
+says = "LRU is 5 to 15 points above random"
+source = "a paper"
+figure = "points"
+policy = "lru"
+beside = "RANDOM"
+seeds = [0, 1]
+nways = [2, 0.5]
+published = [5]
+to = 15
+
+[[claims]]
+says = "hits"
+source = "a curve"
+figure = "hits"
+policy = "belady"
+nblocks = 1
+nways = [5, 12]
+published = [{five}, 0.0]
+tolerance = 0.001
+explained = "Of another model."
+
+[[claims]]
+says = "half of the calls are of a quarter of the experts"
+source = "an issue"
+figure = "covered"
+share = 0.25
+published = [50]
+"""
+
+
+def test_claims_stand_beside_what_is_found(file: Path) -> None:
+    """What they need is replayed without being asked for."""
+    single = [replay(calls(trace), Setting(1, 5, "Belady")) for trace in TRACES]
+    five = 100 * sum(int(one.hits.sum()) for one in single) / 960
+    file.write_text(TEXT.split("[[caches]]")[0] + CLAIMS.format(five=round(five, 3)))
+    experiment = lab.load(file)
+    lab.run(experiment)
+    found = lab.claims(experiment)
+    assert [(one.place, one.published) for one in found[:2]] == [("4 x 2", "5 to 15"), ("4 x 4", "5 to 15")]
+    rates = {(row["policy"], row["nways"]): row["hit_rate"] for row in lab.table(experiment) if row["nblocks"] == 4}
+    assert found[0].ours == pytest.approx(100 * (rates["LRU", 2] - rates["random", 2]), abs=1e-3)
+    assert found[0].holds == (5 <= found[0].ours <= 15) and found[0].range[0] <= found[0].ours <= found[0].range[1]
+    assert [one.holds for one in found[2:4]] == [True, False]
+    assert found[4].ours == pytest.approx(50 * sum(coverage(calls(trace), 0.25) for trace in TRACES))
+    text = lab.report(experiment).read_text()
+    rows = list(csv.DictReader((file.with_suffix("") / "claims.csv").open()))
+    assert [row["holds"] for row in rows[2:4]] == ["yes", "no"] and "Of another model." in text
+
+
+WRONG_CLAIMS = [
+    ('"points"', '"point"', "two.toml: [[claims]] 1, figure is 'point'; allowed: hits, points, ratio, same experts"),
+    ('beside = "RANDOM"\n', "", "two.toml: [[claims]] 1: 'points' needs beside"),
+    ("share = 0.25", "share = 0.25\nnways = [2]", "two.toml: [[claims]] 3: 'covered' has no nways"),
+    ("share = 0.25\n", "", "two.toml: [[claims]] 3: 'covered' needs share"),
+    ("0.0]", "0.0, 1.0]", "two.toml: [[claims]] 2, published has 3 values; give one, or one for each of nways"),
+    ("published = [50]", "published = []", "two.toml: [[claims]] 3, published has 0 values"),
+    ('"belady"', '"belay"', "two.toml: [[claims]] 2, policies: replacement policy 'belay' is unknown"),
+    ("[5, 12]", "[5, 33]", "two.toml: [[claims]] 2, made up: ways (nways) of the cache: 33"),
+    ("nblocks = 1", 'nblocks = 1\nmodels = ["none"]', "two.toml: [[claims]] 2, models has 'none'; allowed: made up"),
+]
+
+
+@pytest.mark.parametrize(("was", "given", "line"), WRONG_CLAIMS, ids=[line[10:60] for _, _, line in WRONG_CLAIMS])
+def test_a_wrong_claim_is_one_line_with_its_key(file: Path, was: str, given: str, line: str) -> None:
+    text = TEXT + CLAIMS.format(five="1.0")
+    assert was in CLAIMS.format(five="1.0")
+    head, _, tail = text.partition("[[claims]]")
+    file.write_text(head + "[[claims]]" + tail.replace(was, given, 1))
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        lab.status(lab.load(file))
+
+
+def test_figures_of_claims_are_all_computed() -> None:
+    assert set(FIGURES) == {*OF_CACHES, *OF_TRACES}

@@ -9,9 +9,22 @@ for row in lab.table(experiment):
 lab.report(experiment)
 """
 
+from hybrid.lab.claims import Finding, claims
 from hybrid.lab.experiment import Experiment, load
 from hybrid.lab.outcomes import Outcome, outcomes, table
 from hybrid.lab.replays import Replay, run, status
 from hybrid.lab.report import report
 
-__all__ = ["Experiment", "Outcome", "Replay", "load", "outcomes", "report", "run", "status", "table"]
+__all__ = [
+    "Experiment",
+    "Finding",
+    "Outcome",
+    "Replay",
+    "claims",
+    "load",
+    "outcomes",
+    "report",
+    "run",
+    "status",
+    "table",
+]

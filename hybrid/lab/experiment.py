@@ -16,7 +16,7 @@ from gpu_cache.simulator import Setting, policy_names
 from gpu_cache.trace import Calls
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.lab.grid import combinations
-from hybrid.lab.parts import LAYERS, Caches, Model, Rates
+from hybrid.lab.parts import FIGURES, LAYERS, Caches, Claim, Model, Rates
 from hybrid.lab.toml import from_table, read_toml
 
 T = TypeVar("T")
@@ -32,6 +32,7 @@ class Experiment:
     models: tuple[Model, ...]
     caches: tuple[Caches, ...]
     machines: tuple[Rates, ...]
+    claims: tuple[Claim, ...]
 
     @property
     def folder(self) -> Path:
@@ -44,9 +45,11 @@ class Experiment:
     def settings(self, model: Model, calls: Calls) -> list[Setting]:
         """What is replayed of a model, each once. Raises ConfigError for what no cache of it can have."""
         found: list[Setting] = []
-        for at, caches in enumerate(self.caches, 1):
+        wanted = [(f"[[caches]] {at}", caches) for at, caches in enumerate(self.caches, 1)]
+        wanted += [(f"[[claims]] {at}", one) for at, claim in enumerate(self.claims, 1) if (one := claim.caches())]
+        for name, caches in wanted:
             if caches.models is None or model.name in caches.models:
-                with cache_errors(f"{self.path}: [[caches]] {at}, {model.name}:"):
+                with cache_errors(f"{self.path}: {name}, {model.name}:"):
                     for setting in combinations(caches, calls):
                         setting.check(calls, self._costs(model))
                         found.append(setting)
@@ -68,7 +71,7 @@ class _File:
     about: str = ""
 
 
-TABLES: Mapping[str, type[Any]] = {"models": Model, "caches": Caches, "machines": Rates}
+TABLES: Mapping[str, type[Any]] = {"models": Model, "caches": Caches, "machines": Rates, "claims": Claim}
 
 
 def load(path: str | Path) -> Experiment:
@@ -83,7 +86,11 @@ def load(path: str | Path) -> Experiment:
     read = {name: _tables(kind, data.get(name, []), f"{path}: [[{name}]]") for name, kind in TABLES.items()}
     experiment = Experiment(path, head.title or path.stem, head.about, **read)
     _check(experiment)
-    return replace(experiment, caches=tuple(_named(path, at, one) for at, one in enumerate(experiment.caches, 1)))
+    caches = tuple(_named(f"{path}: [[caches]] {at}", path.parent, one) for at, one in enumerate(experiment.caches, 1))
+    claims = tuple(
+        _checked(f"{path}: [[claims]] {at}", path.parent, one) for at, one in enumerate(experiment.claims, 1)
+    )
+    return replace(experiment, caches=caches, claims=claims)
 
 
 def _tables(kind: type[T], tables: Any, where: str) -> tuple[T, ...]:
@@ -107,12 +114,31 @@ def _check(experiment: Experiment) -> None:
             with cache_errors(f"{path}: [[machines]] {machine.name}, [[models]] {model.name}:"):
                 machine.machine(model.expert_mb or 0.0)
     known = [model.name for model in experiment.models]
-    for at, caches in enumerate(experiment.caches, 1):
-        if unknown := [name for name in caches.models or () if name not in known]:
-            raise ConfigError(f"{path}: [[caches]] {at}, models has {unknown[0]!r:.80}; allowed: {', '.join(known)}")
+    for what in ("caches", "claims"):
+        for at, one in enumerate(getattr(experiment, what), 1):
+            if unknown := [name for name in one.models or () if name not in known]:
+                raise ConfigError(
+                    f"{path}: [[{what}]] {at}, models has {unknown[0]!r:.80}; allowed: {', '.join(known)}"
+                )
 
 
-def _named(path: Path, at: int, caches: Caches) -> Caches:
+def _checked(where: str, folder: Path, claim: Claim) -> Claim:
+    """A claim that has what its figure needs, with its policies as they are spelt."""
+    if claim.figure not in FIGURES:
+        raise ConfigError(f"{where}, figure is {claim.figure!r:.80}; allowed: {', '.join(FIGURES)}")
+    for key in ("policy", "beside", "nways", "share"):
+        needed = key in FIGURES[claim.figure]
+        if needed != bool(getattr(claim, key)):
+            raise ConfigError(f"{where}: {claim.figure!r} {'needs' if needed else 'has no'} {key}")
+    if len(claim.published) not in {1, max(1, len(claim.nways))}:
+        raise ConfigError(f"{where}, published has {len(claim.published)} values; give one, or one for each of nways")
+    if (caches := claim.caches()) is None:
+        return claim
+    policies = _named(where, folder, caches).policies
+    return replace(claim, policy=policies[0], beside=policies[-1] if claim.beside else None)
+
+
+def _named(where: str, folder: Path, caches: Caches) -> Caches:
     """The same with every word as it is spelt, files of policies from the folder of the experiment."""
 
     def spelt(key: str, words: Iterable[str], known: Callable[[str], str]) -> tuple[str, ...]:
@@ -126,14 +152,14 @@ def _named(path: Path, at: int, caches: Caches) -> Caches:
             raise ConfigError(f"{where}, {key} has {wrong[0]!r:.80}; allowed: {numbers}{', '.join(allowed)}")
         return tuple(words)
 
-    where, allowed = f"{path}: [[caches]] {at}", policy_names()
+    allowed = policy_names()
     if empty := next((key for key, value in vars(caches).items() if value == ()), None):
         raise ConfigError(f"{where}, {empty} is empty; give at least one")
     policies = [name for word in caches.policies for name in (allowed if word.lower() == "all" else (word,))]
     return replace(
         caches,
-        policies=spelt("policies", _from(path.parent, policies), lambda name: known_policy(name, allowed)),
-        admissions=spelt("admissions", _from(path.parent, caches.admissions), known_admission),
+        policies=spelt("policies", _from(folder, policies), lambda name: known_policy(name, allowed)),
+        admissions=spelt("admissions", _from(folder, caches.admissions), known_admission),
         mapping=among("mapping", MAPPINGS),
         nblocks=among("nblocks", (LAYERS,)),
         quota=among("quota", ("none",)),

@@ -17,7 +17,7 @@ BESIDE = (BOUND, FIXED)
 
 def combinations(caches: Caches, calls: Calls) -> Iterator[Setting]:
     """What is replayed of a model with these calls. Raises CacheError for shares that are none."""
-    shapes = [(n, _ways(ways, n, calls)) for n in _indexes(caches.nblocks, calls) for ways in caches.nways]
+    shapes = [(n, ways_of(ways, n, calls)) for n in _indexes(caches.nblocks, calls) for ways in caches.nways]
     quotas = [None if quota == "none" else int(quota) for quota in caches.quota]
     for (n, m), mapping, quota, delay in product(shapes, caches.mapping, quotas, caches.copy_delay):
         place = Setting(n, m, mapping=mapping, quota=quota, delay=delay)
@@ -35,7 +35,7 @@ def _indexes(counts: Iterable[int | str], calls: Calls) -> list[int]:
     return [calls.layers if count == LAYERS else int(count) for count in counts]
 
 
-def _ways(ways: int | float, nblocks: int, calls: Calls) -> int:
+def ways_of(ways: int | float, nblocks: int, calls: Calls) -> int:
     """Of each index, of a number of slots or of a share of all experts. Raises CacheError."""
     if isinstance(ways, int):
         return ways

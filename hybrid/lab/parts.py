@@ -59,3 +59,52 @@ class Rates:
     def machine(self, expert_mb: float) -> Machine:
         rates = (self.pcie_gbps, self.device_gbps, self.cpu_gbps)
         return Machine(*rates, expert_mb * 1e6, self.other_ms, self.layer_ms)
+
+
+FIGURES = {  # what a claim can be of, and the keys that each needs
+    "hits": ("policy", "nways"),  # of all calls, in %
+    "points": ("policy", "beside", "nways"),  # hits of policy less those of beside
+    "ratio": ("policy", "beside", "nways"),  # hits of policy in % of those of beside
+    "same experts": (),  # of a token, which the one before chose at that layer, in %
+    "same sets": (),  # tokens whose experts at a layer are exactly those of the one before, in %
+    "layer before": (),  # experts whose number the layer before chose, too, in %
+    "covered": ("share",),  # calls of the most called experts of each layer, in %
+    "covered later": ("share",),  # the same, chosen by the first half of the steps, counted in the second
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What somebody has published, to be held against the traces here.
+
+    figure: one of `FIGURES`. published: its value in % or points, one for each of nways or one for
+    all; to: the upper end where a range was published. tolerance: how far ours may be off. policy, beside, nblocks,
+    nways, mapping, seeds: the cache, as in `Caches`; share: of the experts of a layer. explained: why ours differs.
+    """
+
+    says: str
+    source: str
+    figure: str
+    published: tuple[float, ...]
+    to: float | None = None
+    tolerance: float = 0.05
+    policy: str | None = None
+    beside: str | None = None
+    nblocks: int | str = LAYERS
+    nways: tuple[int | float, ...] = ()
+    mapping: str = "modulo"
+    seeds: tuple[int, ...] = (0,)
+    share: float | None = None
+    models: tuple[str, ...] | None = None
+    explained: str = ""
+
+    def caches(self) -> Caches | None:
+        """What must be replayed for it."""
+        policies = tuple(name for name in (self.policy, self.beside) if name is not None)
+        if not policies:
+            return None
+        mapping, blocks = (self.mapping,), (self.nblocks,)
+        return Caches(self.nways, policies, blocks, mapping, seeds=self.seeds, models=self.models)
+
+    def is_of(self, model: str) -> bool:
+        return self.models is None or model in self.models

@@ -13,6 +13,7 @@ from typing import Any
 from gpu_cache.costs import Machine
 from hybrid.errors import ConfigError
 from hybrid.files import csv_kind, output_file
+from hybrid.lab.claims import Finding, findings, rows_of
 from hybrid.lab.experiment import Experiment
 from hybrid.lab.figures import hit_rate_figure, styled
 from hybrid.lab.grid import BOUND
@@ -22,7 +23,7 @@ from hybrid.lab.parts import Model
 from hybrid.lab.replays import Row, Source, kept_provenance, kept_replays, read_sources
 from hybrid.lab.verdict import MARGIN, verdicts
 
-REPORT, CSV = "report.html", "results.csv"
+REPORT, CSV, CLAIMS_CSV = "report.html", "results.csv", "claims.csv"
 
 
 def report(experiment: Experiment, folder: Path | None = None) -> Path:
@@ -36,7 +37,11 @@ def report(experiment: Experiment, folder: Path | None = None) -> Path:
     sources = read_sources(experiment)
     outcomes = outcomes_of(kept_replays(experiment, sources, folder))
     write_csv(folder / CSV, records(experiment, outcomes))
+    claims = findings(experiment, sources, outcomes)
+    write_csv(folder / CLAIMS_CSV, rows_of(claims))
     sections = [Section("", [Text(text) for text in experiment.about.split("\n\n") if text.strip()])]
+    if claims:
+        sections.append(Section("What was published, and what is found here", [_claims(claims)]))
     for model in experiment.models:
         members = [one for one in outcomes if one.model == model.name]
         traces = [source for source in sources if source.model is model]
@@ -144,6 +149,28 @@ def _beside(one: Outcome, base: Outcome) -> str:
 
 def _range(ends: Range | None, times: float, form: str) -> str:
     return "-" if ends is None else " to ".join(form.format(times * end) for end in ends)
+
+
+def _claims(found: Sequence[Finding]) -> Table:
+    rows = [
+        [
+            one.model,
+            one.claim.says,
+            one.place,
+            one.published,
+            f"{one.ours:.3f}".rstrip("0").rstrip("."),
+            _range(one.range, 1, "{:.1f}"),
+            "yes" if one.holds else "no",
+            one.claim.source,
+            one.claim.explained,
+        ]
+        for one in found
+    ]
+    columns = ["model", "claim", "cache", "published", "here", "95 %", "holds", "source", "why it differs"]
+    holding = sum(one.holds for one in found)
+    caption = f"In % of calls, or in points; {holding} of {len(found)} hold."
+    numbers = ("published", "here", "95 %")
+    return Table(caption, columns, rows, [name not in numbers for name in columns])
 
 
 def _provenance(about: Row) -> Table:
