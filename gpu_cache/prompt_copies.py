@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,13 +16,12 @@ from gpu_cache.table import ABSENT, EMPTY, Counts
 from gpu_cache.trace import Calls, Ints
 
 
-@dataclass(frozen=True)
-class _Events:
+class _Events(NamedTuple):
     """fills, evictions: by layer. found: hits of every group."""
 
     fills: list[int]
     evictions: list[int]
-    found: list[int] = field(default_factory=list)
+    found: list[int]
 
 
 def replay_prompt_copies(
@@ -50,9 +49,9 @@ def replay_prompt_copies(
 
 def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admission, quota: int | None) -> _Events:
     """Everything is a local name and nothing is called that does nothing: this loop is the time of a sweep."""
-    events = _Events([0] * geometry.layers, [0] * geometry.layers)
+    events = _Events([0] * geometry.layers, [0] * geometry.layers, [])
     fills, evictions, count = events.fills, events.evictions, events.found.append
-    index_of, nways, experts_of_layer = geometry.indexes().tolist(), geometry.nways, geometry.experts
+    index_of, nways = geometry.indexes().tolist(), geometry.nways
     slot_of = [ABSENT] * len(index_of)
     key_of = [EMPTY] * geometry.slots
     free = [list(range(first + nways - 1, first - 1, -1)) for first in range(0, geometry.slots, nways)]
@@ -61,43 +60,50 @@ def _count(calls: Calls, geometry: Geometry, policy: Policy, admission: Admissio
     on_admitted, replace = overridden(admission.on_fill, Admission.on_fill), policy.replace
     current, full = None, len(index_of) if quota is None else quota
     left = full
-    for step, layer, experts, scores in calls:
-        if step != current:
-            current, left = step, full
-            policy.on_step(step)
-            admission.on_step()
-        base = layer * experts_of_layer
-        keys = [base + expert for expert in experts]
-        if on_call is not None:
-            on_call(keys)
-        slots = [slot for key in keys if (slot := slot_of[key]) >= 0]
-        if on_lookup is not None:
-            on_lookup(layer, experts, scores, slots)
-        found = len(slots)
-        count(found)
-        if found == len(keys):
-            continue
-        blocked = set(slots)
-        missed = keys if not found else [key for key in keys if slot_of[key] < 0]
-        for key in missed:
-            index = index_of[key]
-            if index < 0 or (wants is not None and not wants(index, key)) or not left:
+    for steps, layers, ends, all_keys, experts, scores in calls.in_lists():
+        begin = 0
+        for step, layer, end in zip(steps, layers, ends, strict=True):
+            if step != current:
+                current, left = step, full
+                policy.on_step(step)
+                admission.on_step()
+            keys, slots, missed = all_keys[begin:end], [], []
+            for key in keys:
+                slot = slot_of[key]
+                if slot < 0:
+                    missed.append(key)
+                else:
+                    slots.append(slot)
+            if on_call is not None:
+                on_call(keys)
+            if on_lookup is not None:
+                on_lookup(layer, experts[begin:end], scores[begin:end], slots)
+            begin = end
+            count(len(slots))
+            if not missed:
                 continue
-            if free[index]:
-                slot = free[index].pop()
-                if on_fill is not None:
-                    on_fill(slot, key)
-            else:
-                chosen = replace(index, key, blocked)
-                if chosen is None:
+            blocked, copied, replaced = {*slots}, 0, 0
+            for key in missed:
+                index = index_of[key]
+                if index < 0 or (wants is not None and not wants(index, key)) or copied == left:
                     continue
-                slot = chosen
-                slot_of[key_of[slot]] = ABSENT
-                evictions[layer] += 1
-            if on_admitted is not None:
-                on_admitted(index)
-            key_of[slot], slot_of[key] = key, slot
-            blocked.add(slot)
-            fills[layer] += 1
-            left -= 1
+                if free[index]:
+                    slot = free[index].pop()
+                    if on_fill is not None:
+                        on_fill(slot, key)
+                else:
+                    chosen = replace(index, key, blocked)
+                    if chosen is None:
+                        continue
+                    slot = chosen
+                    slot_of[key_of[slot]] = ABSENT
+                    replaced += 1
+                if on_admitted is not None:
+                    on_admitted(index)
+                key_of[slot], slot_of[key] = key, slot
+                blocked.add(slot)
+                copied += 1
+            left -= copied
+            fills[layer] += copied
+            evictions[layer] += replaced
     return events

@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -106,14 +105,28 @@ class Calls:
         return self.layer_of_call * self.experts + self.expert
 
     def __iter__(self) -> Iterator[tuple[int, int, list[int], list[float]]]:
+        for steps, layers, ends, _, experts, scores in self.in_lists():
+            begin = 0
+            for step, layer, end in zip(steps, layers, ends, strict=True):
+                yield step, layer, experts[begin:end], scores[begin:end]
+                begin = end
+
+    def in_lists(self) -> Iterator[tuple[list[int], list[int], list[int], list[int], list[int], list[float]]]:
+        """Many groups at a time, as Python's lists: step, layer and end of each group; key, expert and score of each
+        call. A group's calls begin where those of the group before end, the first one's at 0.
+        """
         for first in range(0, len(self), _GROUPS_AT_A_TIME):
             last = min(first + _GROUPS_AT_A_TIME, len(self))
             origin, end = int(self.start[first]), int(self.start[last])
-            experts, scores = self.expert[origin:end].tolist(), self.score[origin:end].tolist()
-            bounds = pairwise((self.start[first : last + 1] - origin).tolist())
-            groups = zip(self.step[first:last].tolist(), self.layer[first:last].tolist(), bounds, strict=True)
-            for step, layer, (a, b) in groups:
-                yield step, layer, experts[a:b], scores[a:b]
+            ends, layers, expert = (
+                self.start[first + 1 : last + 1] - origin,
+                self.layer[first:last],
+                self.expert[origin:end],
+            )
+            keys = np.repeat(layers * self.experts, self.sizes[first:last]) + expert
+            columns = (self.step[first:last], layers, ends, keys, expert)
+            steps, layers_, ends_, keys_, experts = (column.tolist() for column in columns)
+            yield steps, layers_, ends_, keys_, experts, self.score[origin:end].tolist()
 
     def digest(self) -> str:
         """A name for exactly these calls: 16 hexadecimal digits."""
