@@ -25,7 +25,9 @@ def _found() -> Iterator[type[Policy]]:
                 yield value
 
 
-POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in _found()}
+POLICIES: Mapping[str, type[Policy]] = {
+    policy.name: policy for policy in sorted(_found(), key=lambda policy: policy.name.lower())
+}
 
 
 def names_of_policies() -> tuple[str, ...]:

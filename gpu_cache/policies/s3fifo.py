@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from itertools import islice
 
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
+from gpu_cache.policies.clock import first_uncalled
 
 SMALL = 0.1  # of the ways of an index
 GHOSTS = 0.9
@@ -63,7 +63,7 @@ class S3Fifo(Policy):
         if len(queues.main) <= self.nways - self._most_small:
             slot = self._from_small(queues, blocked)
         if slot is None:
-            slot = self._from_main(queues, blocked)
+            slot = first_uncalled(queues.main, self._calls, blocked)
         if slot is None:
             slot = self._from_small(queues, blocked)
         if slot is not None:
@@ -105,18 +105,3 @@ class S3Fifo(Policy):
             queues.main[slot] = None
             calls[slot] = 0
         return found
-
-    def _from_main(self, queues: _Queues, blocked: Collection[int]) -> int | None:
-        """The oldest that was not called; the others go around, each time for one call less."""
-        main, calls = queues.main, self._calls
-        passed = 0  # blocked slots at the front
-        while passed < len(main):
-            slot = next(iter(main)) if not passed else next(islice(main, passed, None))
-            if slot in blocked:
-                passed += 1
-            elif not calls[slot]:
-                return slot
-            else:
-                calls[slot] -= 1
-                main.move_to_end(slot)
-        return None

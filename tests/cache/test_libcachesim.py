@@ -11,12 +11,24 @@ from gpu_cache.table import Table
 
 lcs = pytest.importorskip("libcachesim", reason="libcachesim cannot be had here: `pip install libcachesim`")
 
-THEIRS = {"LRU": lcs.LRU, "FIFO": lcs.FIFO, "SIEVE": lcs.Sieve, "S3-FIFO": lcs.S3FIFO}
+THEIRS = {
+    "LRU": lcs.LRU,
+    "FIFO": lcs.FIFO,
+    "SIEVE": lcs.Sieve,
+    "S3-FIFO": lcs.S3FIFO,
+    "CLOCK": lcs.Clock,
+    "SLRU": lcs.SLRU,
+    "2Q": lcs.TwoQ,
+    "ARC": lcs.ARC,
+}
+# With fewer ways their small queues have no room, and they refuse every call; of other numbers than multiples of four
+# their segments leave some unused.
+FEWEST = {"S3-FIFO": 20, "2Q": 4}
 CASES = [
     (name, ways)
     for name in THEIRS
-    for ways in (1, 2, 7, 20, 33, 100)
-    if name != "S3-FIFO" or ways >= 20  # with less, theirs has no room in its small queue and refuses every call
+    for ways in ((4, 20, 100) if name == "SLRU" else (1, 2, 7, 20, 33, 100))
+    if ways >= FEWEST.get(name, 1)
 ]
 CALLS = 8000
 

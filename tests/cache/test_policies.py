@@ -11,7 +11,7 @@ import pytest
 from gpu_cache.clock import CopyClock
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, make_policy
-from gpu_cache.policies.lfru import CLASSES
+from gpu_cache.policies.classed import CLASSES
 from gpu_cache.table import Table
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
@@ -114,6 +114,18 @@ def recent_score(history: History, slot: int) -> float:
     return sum(0.5 * 0.5 ** (visits - call[3]) * call[4] for call in history.calls[key])
 
 
+def last_but_one(history: History, slot: int) -> float:
+    events = [call[0] for call in history.calls[history.key_of[slot]]]
+    return 1e6 * events[-2] + events[-1] if len(events) > 1 else events[-1]
+
+
+def youth_by_class(history: History, slot: int) -> float:
+    steps = [call[1] for call in history.calls[history.key_of[slot]]]
+    frequency = sum(0.5 ** ((steps[-1] - step) / 128) for step in steps)
+    age = history.step - history.uses[slot][-1][1]
+    return -age / 2 ** min(int(log2(frequency)), CLASSES - 1)
+
+
 def freshness(history: History, slot: int) -> float:
     layer, layers = history.key_of[slot] // EXPERTS, history.geometry.layers
     stale = history.visits[layer] - history.uses[slot][-1][3]
@@ -126,6 +138,8 @@ LEAST = {
     "LRU": oldest_use,
     "LFU": decayed_calls,
     "LFRU": calls_by_age,
+    "LRU-2": last_but_one,
+    "ClassLRU": youth_by_class,
     "MRS": recent_score,
     "least-stale": freshness,
 }
@@ -167,6 +181,24 @@ def test_s3fifo_filters_by_the_small_queue_and_remembers() -> None:
     # queue is too large, its oldest, 2, leaves. 1 comes back into the main queue and takes the place of 20, the oldest
     # small one. 22: the main queue is too large again, 3 leaves.
     assert evicted("S3-FIFO", 20, calls) == [1, 2, 20, 3]
+
+
+def test_hot_half_spares_what_is_called_most() -> None:
+    calls = [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 0]
+    assert evicted("hot-half", 4, calls) == [2, 3, 4]  # 0 and 1 are pinned, though they were called longest ago
+    # 4, 5 and 6 have a call each, less than 0 and 1. With one way there is nothing to pin.
+    assert evicted("hot-half", 1, [0, 0, 1, 2]) == [0, 1]
+
+
+def test_lecar_learns_which_rule_is_right() -> None:
+    """A few experts that are called again and again between others favour frequency, phases with experts of their own
+    recency.
+    """
+    random = Random(4)
+    often = [random.randrange(6) if random.random() < 0.5 else 6 + number % 40 for number in range(4000)]
+    phases = [7 * (number // 60 % 9) + random.randrange(7) for number in range(6000)]
+    for calls, loser in ((often, "LRU"), (phases, "LFU")):
+        assert len(evicted("LeCaR", 8, calls)) < 0.95 * len(evicted(loser, 8, calls))
 
 
 def evicted(policy: str, ways: int, calls: list[int]) -> list[int]:
@@ -237,15 +269,23 @@ GOLDEN_GEOMETRIES = [
     Geometry(3, 6, 6, 16, "prefix"),
 ]
 GOLDEN = {
+    "2Q": [(4541, 2659), (3855, 3345), (5098, 2102), (4111, 3089), (2546, 1054)],
+    "ARC": [(4500, 2700), (4267, 2933), (5153, 2047), (4410, 2790), (2551, 1049)],
+    "ClassLRU": [(4540, 2660), (4270, 2930), (5297, 1903), (4477, 2723), (2598, 1002)],
+    "CLOCK": [(4510, 2690), (4355, 2845), (5226, 1974), (4438, 2762), (2535, 1065)],
     "FIFO": [(4505, 2695), (3930, 3270), (4948, 2252), (4261, 2939), (2517, 1083)],
+    "hot-half": [(4554, 2646), (3734, 3466), (5399, 1801), (3776, 3424), (2602, 998)],
     "least-stale": [(4507, 2693), (4489, 2711), (5296, 1904), (4705, 2495), (2545, 1055)],
+    "LeCaR": [(4514, 2686), (4269, 2931), (5146, 2054), (4338, 2862), (2556, 1044)],
     "LFRU": [(4547, 2653), (4159, 3041), (5311, 1889), (4209, 2991), (2606, 994)],
     "LFU": [(4587, 2613), (2742, 4458), (4462, 2738), (3492, 3708), (2637, 963)],
     "LRU": [(4507, 2693), (4399, 2801), (5225, 1975), (4520, 2680), (2545, 1055)],
+    "LRU-2": [(4491, 2709), (3414, 3786), (4595, 2605), (3934, 3266), (2549, 1051)],
     "MRS": [(4516, 2684), (4027, 3173), (5226, 1974), (4327, 2873), (2548, 1052)],
     "random": [(4509, 2691), (3593, 3607), (4725, 2475), (3877, 3323), (2536, 1064)],
     "S3-FIFO": [(4526, 2674), (3405, 3795), (4949, 2251), (3801, 3399), (2596, 1004)],
     "SIEVE": [(4512, 2688), (3526, 3674), (3690, 3510), (3924, 3276), (2563, 1037)],
+    "SLRU": [(4517, 2683), (2700, 4500), (5129, 2071), (3964, 3236), (2555, 1045)],
 }
 
 
@@ -284,15 +324,23 @@ def test_golden_numbers(policy: str) -> None:
 
 # The same where copies take a while, so that experts are called while they are loading, and every seventh copy fails.
 GOLDEN_LATE = {
+    "2Q": [(2688, 2766), (2037, 3221), (3734, 2191), (2447, 2903), (1847, 1108)],
+    "ARC": [(2680, 2768), (2495, 2940), (3866, 2107), (2689, 2759), (1836, 1125)],
+    "ClassLRU": [(2679, 2774), (2482, 2948), (4097, 1957), (2740, 2743), (1875, 1091)],
+    "CLOCK": [(2667, 2774), (2456, 2958), (4003, 2012), (2700, 2767), (1840, 1121)],
     "FIFO": [(2633, 2795), (1895, 3295), (3540, 2311), (2449, 2923), (1795, 1146)],
+    "hot-half": [(2684, 2771), (2283, 3059), (4251, 1866), (2636, 2798), (1949, 1052)],
     "least-stale": [(2644, 2793), (2588, 2889), (4066, 1988), (2860, 2666), (1847, 1115)],
+    "LeCaR": [(2713, 2751), (2482, 2947), (3978, 2035), (2720, 2746), (1868, 1102)],
     "LFRU": [(2701, 2758), (2494, 2935), (3997, 2025), (2739, 2728), (1900, 1086)],
     "LFU": [(2730, 2744), (2105, 3163), (3814, 2154), (2569, 2844), (1968, 1044)],
     "LRU": [(2644, 2793), (2511, 2927), (3969, 2047), (2783, 2715), (1847, 1115)],
+    "LRU-2": [(2624, 2801), (2385, 3004), (3892, 2072), (2762, 2719), (1830, 1119)],
     "MRS": [(2683, 2767), (2489, 2939), (4058, 1991), (2768, 2725), (1853, 1106)],
     "random": [(2648, 2794), (2037, 3211), (3415, 2382), (2319, 2987), (1784, 1153)],
     "S3-FIFO": [(2677, 2768), (2149, 3139), (3720, 2201), (2490, 2888), (1895, 1087)],
     "SIEVE": [(2672, 2779), (2488, 2949), (3983, 2020), (2676, 2775), (1880, 1093)],
+    "SLRU": [(2709, 2753), (2311, 3046), (3680, 2230), (2548, 2844), (1918, 1065)],
 }
 
 
