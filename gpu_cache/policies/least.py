@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
@@ -16,7 +16,7 @@ class LeastPolicy(Policy):
     goes.
     """
 
-    _value: Sequence[Any]  # of every key, resident or not
+    _value: Any  # a list: of every key, resident or not
 
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
         super().__init__(geometry, seed)

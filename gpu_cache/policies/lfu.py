@@ -19,6 +19,7 @@ class Lfu(LeastPolicy, DecayedPolicy):
 
     name = "LFU"
     decay = 0.5 ** (1 / HALF_LIFE)
+    _value: list[float]
 
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
