@@ -187,7 +187,7 @@ def test_a_flag_that_says_the_default_beats_the_environment(monkeypatch) -> None
         ),
         ("LOAD", "lazy", "HYBRID_LOAD 'lazy' is unknown; allowed: auto, map, copy"),
         ("NUMA", "17", "HYBRID_NUMA '17' is unknown; allowed: auto, off, or a number of nodes from 1 to 16"),
-        ("CACHE_REPLACE_POLICY", "MRU", "HYBRID_CACHE_REPLACE_POLICY 'MRU' is unknown; allowed: FIFO, least-stale"),
+        ("CACHE_REPLACE_POLICY", "MRU", "HYBRID_CACHE_REPLACE_POLICY 'MRU' is unknown; allowed: 2Q, ARC"),
         ("FORMAT", "int3", "HYBRID_FORMAT 'int3' is unknown; allowed: auto, bf16"),
         (
             "CHECK",
