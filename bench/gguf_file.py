@@ -1,11 +1,13 @@
 """Writes a Qwen3-MoE checkpoint as GGUF, so that llama.cpp runs the very weights that this engine runs.
 
 Every matrix has the file's type, embedding and output head included; norms and routers stay F32. In bf16 every bit is
-that of the checkpoint. There is no tokenizer: llama.cpp takes `no_vocab` with the number of tokens.
+that of the checkpoint. A tokenizer of byte-level BPE comes with it if there is one (`bench/server_slice.py`); else
+llama.cpp takes `no_vocab` with the number of tokens.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ TYPES = {"BF16": gguf.GGMLQuantizationType.BF16, "Q8_0": gguf.GGMLQuantizationTy
          "Q4_0": gguf.GGMLQuantizationType.Q4_0}  # fmt: skip
 FILE_TYPES = {"BF16": gguf.LlamaFileType.MOSTLY_BF16, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
               "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}  # fmt: skip
+END = "<|im_end|>"
 F32 = gguf.GGMLQuantizationType.F32
 CHUNK_ROWS = 2048  # converted at a time: some tens of MB of float32
 
@@ -75,7 +78,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, type_name: str, progress: Pro
 
     try:
         with disk_errors(path):
-            _write(checkpoint.spec, temporary, type_name, tensors, advance)
+            _write(checkpoint, temporary, type_name, tensors, advance)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -160,9 +163,12 @@ def _require_disk(path: Path, needed: int) -> None:
         )
 
 
-def _write(spec: ModelSpec, path: Path, type_name: str, tensors: list[Tensor], advance: Callable[[int], Any]) -> None:
+def _write(
+    checkpoint: Checkpoint, path: Path, type_name: str, tensors: list[Tensor], advance: Callable[[int], Any]
+) -> None:
     writer = gguf.GGUFWriter(path, "qwen3moe")
-    _add_metadata(writer, spec, type_name)
+    _add_metadata(writer, checkpoint.spec, type_name)
+    _add_tokenizer(writer, checkpoint.path / "tokenizer.json")
     for tensor in tensors:
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.type)
@@ -182,7 +188,6 @@ def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> N
     assert attention.rope is not None and ffn.router is not None  # checked by _check_model
     writer.add_file_type(FILE_TYPES[type_name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(spec.vocab)
     writer.add_block_count(len(spec.layers))
     writer.add_context_length(spec.max_position)
@@ -198,6 +203,20 @@ def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> N
     writer.add_rope_dimension_count(attention.rope.dim)
     writer.add_rope_freq_base(attention.rope.theta)
     writer.add_layer_norm_rms_eps(spec.eps)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
+    if not path.is_file():
+        return writer.add_tokenizer_model("no_vocab")
+    model = json.loads(path.read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    kinds = [gguf.TokenType.CONTROL if token.startswith("<|") else gguf.TokenType.NORMAL for token in tokens]
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(model["vocab"][END])
 
 
 def _encoded(tensor: Tensor) -> npt.NDArray[np.uint8]:

@@ -76,7 +76,9 @@ FIELDS = [
     ("top_p", 0),
     ("top_k", -2),
     ("min_p", 2),
-    ("seed", 2**63),
+    ("seed", 2**64),
+    ("max_tokens", 2.5),
+    ("prompt", [5.5]),
     ("stop", ["x"] * 10_000),
     ("stop", ["x" * 10_000]),
     ("stop", "x" * 10_000),
@@ -156,6 +158,29 @@ def test_a_prompt_as_long_as_the_context_is_answered_and_a_longer_one_is_not(ser
 def test_fields_without_effect_are_taken(server: Running) -> None:
     words = {"user": "me", "metadata": {"a": "b"}, "store": False, "seed": -5, "frequency_penalty": 0, "stop": None}
     assert server.post(COMPLETE, prompt="a", max_tokens=1, **words).status_code == 200
+
+
+def test_numbers_are_whole_however_they_are_written(server: Running) -> None:
+    whole = {"prompt": [5, 6], "max_tokens": 2, "n": 1, "seed": 7, "top_k": 3, "stop_token_ids": [9], "logprobs": 1}
+    floats = {name: [*map(float, value)] if isinstance(value, list) else float(value) for name, value in whole.items()}
+    first, second = (server.post(COMPLETE, **body).json() for body in (whole, floats))
+    assert first["choices"] == second["choices"]
+    said = {"messages": [{"role": "user", "content": "a"}], "model": "tiny", "max_tokens": 2.0}
+    assert server.post("/v1/messages", **said).json()["usage"]["output_tokens"] == 2
+    assert server.post("/v1/responses", input="a", max_output_tokens=2.0, seed=9e18).status_code == 200
+    options = {"num_predict": 2.0, "seed": -9223372036854776000}
+    assert server.post("/api/generate", model="tiny", prompt="a", options=options).status_code == 200
+    assert server.post("/detokenize", tokens=[5.0]).status_code == 200
+
+
+def test_the_description_of_the_api_says_what_is_taken(server: Running) -> None:
+    """Numbers beyond 2**53 are written there with fewer digits."""
+    paths = server.http.get("/openapi.json").json()["paths"]
+    body = paths["/v1/responses"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert body["input"]["minItems"] == 1
+    for bound in ("minimum", "maximum"):
+        seed = int(body["seed"]["anyOf"][0][bound])
+        assert server.post(COMPLETE, prompt="a", max_tokens=1, seed=seed).status_code == 200
 
 
 def test_bodies_are_bounded_and_not_compressed(server: Running) -> None:

@@ -9,16 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hybrid.core import SamplingParams
 from hybrid.server.constraints import Constrained
+from hybrid.server.numbers import LARGEST, WHOLE, Count, CountOrAll, Finite, Positive, Seed
 from hybrid.server.prompt_logprobs import PromptScored
 from hybrid.server.refusals import Refusal
 
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
 MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "thinking_budget")
-LARGEST = 2**31 - 1
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StreamOptions(BaseModel):
@@ -40,23 +38,23 @@ class Sampling(Constrained):
     model: str | None = Field(None, max_length=1000)
     temperature: Finite | None = Field(None, ge=0, le=2)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=LARGEST)
+    top_k: CountOrAll | None = None
     min_p: Finite | None = Field(None, ge=0, le=1)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: Seed | None = None
     stop: StopText | list[StopText] | None = Field(None, max_length=MAX_STOP_LENGTH)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
+    stop_token_ids: list[Count] | None = Field(None, max_length=MAX_STOPS)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
         None, max_length=MAX_BIASES
     )
     ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=LARGEST)
-    n: int | None = Field(None, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(None, ge=0, le=LARGEST)
-    priority: int | None = Field(None, ge=-LARGEST, le=LARGEST)
+    min_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), WHOLE] | None = None
+    max_tokens: Count | None = None
+    priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Of no effect on the answer, but sent by clients.
@@ -105,9 +103,9 @@ class Sampling(Constrained):
 class CompletionBody(Sampling, PromptScored):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | list[str] | list[Count] | list[list[Count]]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Raises Refusal for none or too many."""
@@ -161,9 +159,9 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
 
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     modalities: list[Literal["text"]] | None = None
 
     def check(self) -> None:
@@ -198,7 +196,7 @@ class DetokenizeBody(Strict):
     """POST /detokenize."""
 
     model: str | None = Field(None, max_length=1000)
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: list[Count] = Field(max_length=1 << 20)
 
 
 class TemplateBody(ChatInputBody):

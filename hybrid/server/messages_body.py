@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, Finite, StopText, Strict
+from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Strict
+from hybrid.server.numbers import Count, Finite, Positive
 from hybrid.server.refusals import Refusal
 from hybrid.server.turns import one_system
 
@@ -43,7 +44,7 @@ class MessageToolChoice(Strict):
 
 class Thinking(BaseModel):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(None, ge=0, le=LARGEST)
+    budget_tokens: Count | None = None
 
 
 class OutputConfig(Strict):
@@ -103,10 +104,10 @@ class CountBody(Strict):
 class MessagesBody(CountBody):
     """POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1, le=LARGEST)
+    max_tokens: Positive
     temperature: Finite | None = Field(None, ge=0, le=1)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=LARGEST)
+    top_k: Count | None = None
     stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
     mcp_servers: list[Any] | None = Field(None, max_length=0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, Finite, StopText, Strict, Tool
+from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Strict, Tool
+from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
 from hybrid.server.refusals import Refusal
 
 _SAMPLING = (
@@ -27,15 +28,15 @@ _SAMPLING = (
 class Options(Strict):
     """Of an answer. Those of how a model is loaded are taken, of no effect."""
 
-    num_predict: int | None = Field(None, ge=-2, le=LARGEST)
+    num_predict: Annotated[int, Field(ge=-2, le=LARGEST), WHOLE] | None = None
     temperature: Finite | None = Field(None, ge=0, le=2)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=LARGEST)
+    top_k: CountOrAll | None = None
     min_p: Finite | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: Seed | None = None
     stop: StopText | list[StopText] | None = Field(None, max_length=MAX_STOPS)
     repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
-    repeat_last_n: int | None = Field(None, ge=-1, le=LARGEST)
+    repeat_last_n: CountOrAll | None = None
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     mirostat: Literal[0] | None = None

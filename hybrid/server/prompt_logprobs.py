@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from hybrid.core import TokenLogprob
 from hybrid.server.clients import CLIENT
+from hybrid.server.numbers import WHOLE
 from hybrid.server.replies import finite
 from hybrid.server.service import Service
 from hybrid.serving.async_llm import AsyncLLM
@@ -20,7 +21,7 @@ MAX_PROMPT_LOGPROBS = 20
 class PromptScored(BaseModel):
     """The field, of endpoints that take it."""
 
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> PromptScored:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import LARGEST, MAX_MESSAGES, MAX_TOOLS, ChatBody, Finite, Strict
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Strict
+from hybrid.server.numbers import CountOrAll, Finite, Positive, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.turns import one_system
 
@@ -52,14 +53,14 @@ class ResponsesBody(Strict):
     """POST /v1/responses."""
 
     model: str | None = Field(None, max_length=1000)
-    input: str | list[dict[str, Any]] = Field(min_length=1)
+    input: str | list[dict[str, Any]] = Field(min_length=1, json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_output_tokens: Positive | None = None
     temperature: Finite | None = Field(None, ge=0, le=2)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=LARGEST)
+    top_k: CountOrAll | None = None
     min_p: Finite | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: Seed | None = None
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)

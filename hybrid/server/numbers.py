@@ -1,0 +1,23 @@
+"""Numbers as JSON has them: of one kind, finite; and the bounds that several fields share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+LARGEST = 2**31 - 1
+SEEDS = 9_223_372_036_854_776_000  # either side of 0; 2**63 as OpenAI's own description writes it
+
+
+def _as_whole(value: Any) -> Any:
+    """3.0 is 3: so it is written where a language has no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_as_whole)  # behind the bounds of an int
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=LARGEST), WHOLE]
+Positive = Annotated[int, Field(ge=1, le=LARGEST), WHOLE]
+CountOrAll = Annotated[int, Field(ge=-1, le=LARGEST), WHOLE]  # -1: all
+Seed = Annotated[int, Field(ge=-SEEDS, le=SEEDS), WHOLE]
