@@ -157,6 +157,14 @@ class Server:
         except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
             raise ConfigError(f"{self._url} is no server that speaks OpenAI's API: {error}") from None
 
+    async def engine_seconds(self) -> float | None:
+        """Seconds that its kernels have computed; None for a server that does not tell."""
+        try:
+            lines = (await self._client.get(f"{self._url}/metrics")).text.splitlines()
+        except httpx.HTTPError:
+            return None
+        return next((float(line.split()[1]) for line in lines if line.startswith("hybrid_engine_seconds_total ")), None)
+
     async def answer(self, ask: Ask) -> Answer:
         body = {
             "prompt": ask.prompt,

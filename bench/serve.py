@@ -26,35 +26,43 @@ from hybrid.commands.tables import markdown
 from hybrid.errors import HybridError
 
 COLUMNS = ("server", "asked", "failed", "tokens/s", "good/s", "first p50", "p90", "p99", "gap p50", "p90", "p99",
-           "whole p50", "p99", "cached")  # fmt: skip
+           "whole p50", "p99", "cached", "outside")  # fmt: skip
 
 
 @dataclass
 class Measured:
-    """Of one server, over all rounds. seconds: from the first request of a round to its last answer."""
+    """Of one server, over all rounds. seconds: from the first request of a round to its last answer; kernels: of these,
+    those in which they computed, None where the server does not tell.
+    """
 
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
+    kernels: float | None = 0.0
 
-    def add(self, answers: Sequence[Answer]) -> None:
+    def add(self, answers: Sequence[Answer], kernels: float | None) -> None:
         self.answers += answers
+        self.kernels = None if self.kernels is None or kernels is None else self.kernels + kernels
         self.seconds += max(answer.ended for answer in answers) - min(answer.sent for answer in answers)
 
     def summary(self, first: float, gap: float) -> dict[str, Any]:
-        """Seconds and rates. good_per_second: answers within the limits of the first token and of the gaps."""
+        """Seconds and rates. good_per_second: answers within the limits of the first token and of the gaps; outside:
+        seconds of a token in which no kernel computed.
+        """
         whole = [answer for answer in self.answers if not answer.error]
         prompt = sum(answer.prompt_tokens for answer in whole)
+        tokens = sum(answer.tokens for answer in whole)
         return {
             "asked": len(self.answers),
             "failed": len(self.answers) - len(whole),
             "errors": sorted({answer.error for answer in self.answers if answer.error}),
-            "tokens_per_second": sum(answer.tokens for answer in whole) / self.seconds,
+            "tokens_per_second": tokens / self.seconds,
             "good_per_second": sum(answer.within(first, gap) for answer in whole) / self.seconds,
             "first": _percentiles([answer.pieces[0] for answer in whole if answer.pieces]),
             "gap": _percentiles([gap for answer in whole for gap in answer.gaps]),
             "whole": _percentiles([answer.ended - answer.sent for answer in whole]),
             "prompt_tokens": prompt,
             "cached_share": sum(answer.cached for answer in whole) / prompt if prompt else None,
+            "outside": None if self.kernels is None or not tokens else (self.seconds - self.kernels) / tokens,
         }
 
 
@@ -79,7 +87,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Measured]:
                 print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
                 timed = bool(options.rate or options.trace)
                 run = arriving(server, asks) if timed else closed(server, asks, options.users)
-                found[name].add(await run)
+                before = await server.engine_seconds()
+                answers = await run
+                after = await server.engine_seconds()
+                found[name].add(answers, None if before is None or after is None else after - before)
     return found
 
 
@@ -97,6 +108,7 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
             f"{one['good_per_second']:.2f}", *_milliseconds(one["first"], "p50", "p90", "p99"),
             *_milliseconds(one["gap"], "p50", "p90", "p99"), *_milliseconds(one["whole"], "p50", "p99"),
             "-" if one["cached_share"] is None else f"{one['cached_share']:.0%}",
+            "-" if one["outside"] is None else f"{one['outside'] * 1000:.2f} ms",
         ]
         for name, one in found.items()
     ]  # fmt: skip

@@ -46,11 +46,20 @@ def test_every_request_is_answered_and_told(server, tmp_path, capsys, flags) -> 
         assert (one["asked"], one["failed"], one["errors"]) == (8, 0, [])
         assert one["tokens_per_second"] > 0 and one["good_per_second"] > 0
         assert one["first"]["p50"] <= one["first"]["p99"] <= one["whole"]["p99"]
-        assert one["prompt_tokens"] >= 8 * 40
+        assert one["prompt_tokens"] >= 8 * 40 and one["outside"] is not None
     if "--shared" in flags:
         assert found["b"]["cached_share"] > 0.3
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and len({len(line) for line in printed}) == 1
+
+
+def test_seconds_outside_of_kernels_are_those_of_a_token() -> None:
+    measured = serve.Measured()
+    for kernels in (1.5, 2.0):
+        measured.add([load.Answer(10.0, ended=12.0, tokens=4), load.Answer(11.0, ended=13.0, tokens=6)], kernels)
+    assert measured.summary(1, 1)["outside"] == (6 - 3.5) / 20
+    measured.add([load.Answer(0.0, ended=1.0, tokens=1)], None)  # of a server that does not tell
+    assert measured.summary(1, 1)["outside"] is None
 
 
 def test_what_fails_is_counted_and_said(server, tmp_path, capsys) -> None:

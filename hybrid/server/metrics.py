@@ -56,6 +56,7 @@ class Metrics:
         )
         self._steps = Counter("hybrid_steps", "Steps of the engine.", registry=registry)
         self._step_seconds = Counter("hybrid_step_seconds", "Seconds in steps.", registry=registry)
+        self._engine_seconds = Counter("hybrid_engine_seconds", "Of these, those in kernels.", registry=registry)
         self._rows = Counter("hybrid_step_rows", "Rows that steps computed.", ["kind"], registry=registry)
         self._guesses = Counter("hybrid_guessed_tokens", "Guessed tokens computed.", ["came_true"], registry=registry)
         self._preempted = Counter("hybrid_num_preemptions", "Sequences given up for want of memory.", registry=registry)
@@ -70,6 +71,7 @@ class Metrics:
         self._steps.inc()
         self.steps += 1
         self._step_seconds.inc(record.seconds)
+        self._engine_seconds.inc(record.times.total)
         for _ in range(record.decode_rows):
             self._between.observe(record.seconds)
         self._rows.labels("prompt").inc(record.prompt_rows)
