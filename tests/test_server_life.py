@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
-pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx")
 
 from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
@@ -139,9 +139,12 @@ def test_draining_ends_what_takes_too_long_by_an_error() -> None:
     server.close()
 
 
-def serve(*flags: str) -> tuple[subprocess.Popen, str]:
+def serve(*flags: str, largest_file: int | None = None) -> tuple[subprocess.Popen, str]:
     """A process, and its address once it is ready."""
     command = [sys.executable, "-m", "hybrid.serve", "--port", "0", "--log", "none", *flags]
+    if largest_file is not None:
+        code = f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file},) * 2)"
+        command = [sys.executable, "-c", f"{code}; os.execv(sys.executable, sys.argv[1:])", *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("ready at "):
@@ -151,8 +154,6 @@ def serve(*flags: str) -> tuple[subprocess.Popen, str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> None:
-    import httpx
-
     process, address = serve("--drain-seconds", "3600")
     assert httpx.get(f"{address}/ready").status_code == 200
     if number == signal.SIGTERM:
@@ -167,6 +168,43 @@ def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> 
         until(lambda: httpx.get(f"{address}/ready").status_code == 503)
         process.send_signal(number)
         assert process.wait(WATCHDOG) == 130
+
+
+def test_a_server_that_was_killed_has_what_it_kept_and_serves_on_where_no_file_can_be_written(tmp_path) -> None:
+    """The first has written the prompts of answers that were given; the second can write nothing."""
+    flags = ("--prefix-dir", str(tmp_path), "--max-batch", "1", "--threads", "1")
+    prompts = [" ".join([word] * 300) for word in ("fox", "tree", "house")]
+    process, address = serve(*flags)
+    with process, httpx.Client(base_url=address, timeout=WATCHDOG) as client:
+        answers = [ask_once(client, prompt) for prompt in prompts[:2]]
+        until(lambda: list(tmp_path.rglob("*.prefix")))
+        with client.stream("POST", COMPLETE, json={**body_of(prompts[2]), "max_tokens": 900, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.kill()
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+    process, address = serve(*flags, largest_file=4096)
+    with process, httpx.Client(base_url=address, timeout=WATCHDOG) as client:
+        again = [ask_once(client, prompt) for prompt in (*prompts, *prompts)]
+        process.terminate()
+        assert process.wait(WATCHDOG) == 0
+        said = process.stderr.read()
+    assert [text for text, _ in again[:2]] == [text for text, _ in answers]
+    assert again[0][1] > 256
+    assert [text for text, _ in again[3:]] == [text for text, _ in again[:3]]
+    assert said.count("kept prompts are written no more") == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def body_of(prompt: str) -> dict[str, object]:
+    return {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+def ask_once(client: httpx.Client, prompt: str) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt were computed before."""
+    reply = client.post(COMPLETE, json=body_of(prompt)).json()
+    return reply["choices"][0]["text"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def test_what_is_wrong_is_one_line() -> None:
