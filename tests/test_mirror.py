@@ -54,6 +54,34 @@ def test_rows_see_what_the_mirror_says_and_nothing_else(plan, window) -> None:
             assert sorted((-v[0, 1, seen[row], 5]).int().tolist()) == wanted
 
 
+@settings(max_examples=150)
+@given(steps)
+def test_what_is_missing_is_refilled_and_then_nothing_is(plan) -> None:
+    """Every place holds the position that it should, wherever a sequence goes on."""
+    mirror, held = KvMirror(SEQUENCES, CAPACITY), np.full((SEQUENCES, CAPACITY), -1)
+    ends = [0] * SEQUENCES
+    for sequence, jump, rows, follow in plan:
+        position = ends[sequence] if follow else jump
+        start, end = mirror.missing(sequence, position, rows)
+        if start < end:
+            held[sequence, np.arange(start, end) % CAPACITY] = np.arange(start, end)
+            mirror.refill(sequence, start, end)
+        seen = np.arange(position, position + rows)
+        held[sequence, seen % CAPACITY] = seen
+        first, ends[sequence] = mirror.extend(sequence, position, rows)
+        assert first == max(0, position + rows - CAPACITY)
+        mirrored = np.arange(first, ends[sequence])
+        assert np.array_equal(held[sequence, mirrored % CAPACITY], mirrored)
+
+
+def test_a_sequence_that_goes_on_is_refilled_with_nothing() -> None:
+    mirror = KvMirror(SEQUENCES, CAPACITY)
+    for position in range(0, 40, 4):
+        start, end = mirror.missing(1, position, 4)
+        assert start == end
+        mirror.extend(1, position, 4)
+
+
 def test_other_sequences_are_left_alone() -> None:
     rings = new_rings()
     rings.write(torch.tensor([2]), torch.tensor([3]), torch.ones(1, 2, 24), torch.ones(1, 2, 24))

@@ -346,10 +346,10 @@ class Engine:
     def _open_step(self) -> None:
         from hybrid.gpu.opening import open_step
 
-        addresses = self.addresses
-        self.device_step = open_step(self.plan, self.store, addresses.weight, addresses.buffer, addresses.arena)
-        addresses.answer(self.device_step, *CALLS)
-        self._plain = bind(self._new_executor(), self.plan.device_ops, addresses)
+        at = self.addresses
+        self.device_step = open_step(self.plan, self.store, at.weight, at.buffer, at.arena, at.kv.address)
+        at.answer(self.device_step, *CALLS)
+        self._plain = bind(self._new_executor(), self.plan.device_ops, at)
 
     def _open_experts(self, profiles: Path | None) -> None:
         from hybrid.engine.experts.start import ExpertsStart

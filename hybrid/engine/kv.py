@@ -57,9 +57,14 @@ class KvArena:
         refused = (i for i, place in enumerate(places[:MAX_HUGE_RUNS]) if not self._arena.use_huge(*place))
         return next(refused, min(len(places), MAX_HUGE_RUNS))
 
+    @property
+    def address(self) -> int:
+        """Of the states of all sequences."""
+        return int(self._arena.address)
+
     def layout(self, layer: int, offset: int = 0) -> Any:
         """The state of a layer from `offset` bytes on as the kernels read it, an object of a class of `cpu_kernels`."""
-        return self._plan.kv.bound(layer, self._arena.address, offset)
+        return self._plan.kv.bound(layer, self.address, offset)
 
     def repeat(self, sequence: int, known: int, tokens: int) -> None:
         """Copy the first `known` tokens of a sequence over those behind them, up to `tokens`.
@@ -100,7 +105,7 @@ class KvArena:
 
     def _places(self, sequence: int) -> Iterator[tuple[int, int]]:
         """(address, bytes of a token) of every run of a sequence."""
-        first = self._arena.address + sequence * self._plan.kv.sequence_stride
+        first = self.address + sequence * self._plan.kv.sequence_stride
         return ((first + offset, width) for offset, width in self._runs)
 
     def snapshot(self, sequence: int) -> npt.NDArray[np.uint8]:
@@ -130,7 +135,7 @@ class KvArena:
             raise ValueError(f"sequence {sequence}; it must be from 0 to {self._plan.sequences - 1}")
         first = 0
         for offset, size in self._fixed:
-            place = self._arena.address + sequence * self._plan.kv.sequence_stride + offset
+            place = self.address + sequence * self._plan.kv.sequence_stride + offset
             yield place, saved[first : first + size]
             first += size
 

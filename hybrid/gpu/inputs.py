@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -86,11 +86,17 @@ class StepInputs:
         return self
 
 
-def runs_of(batch: Batch, mirror: KvMirror) -> list[Run]:
-    """Split the rows into runs of one sequence each, and extend the mirror by them."""
+def runs_of(batch: Batch, mirror: KvMirror, refill: Callable[[int, int, int], None]) -> list[Run]:
+    """Split the rows into runs of one sequence each, and extend the mirror by them. refill: called with a sequence and
+    positions [start, end) of it that are to be mirrored too.
+    """
     found, row = [], 0
     for sequence, same in groupby(batch.sequences.tolist()):
         rows, position = len(list(same)), int(batch.positions[row])
+        start, end = mirror.missing(sequence, position, rows)
+        if start < end:
+            refill(sequence, start, end)
+            mirror.refill(sequence, start, end)
         found.append(Run(sequence, row, rows, position, *mirror.extend(sequence, position, rows)))
         row += rows
     return found

@@ -26,7 +26,7 @@ class KvMirror:
     def extend(self, sequence: int, position: int, rows: int) -> tuple[int, int]:
         """`rows` tokens from `position` on will be written; returns which positions [start, end) are then mirrored.
 
-        What the mirror has not seen, before a gap or a rewind, is left to the home.
+        What the mirror does not have, before a gap or a rewind, is left to the home; see `missing`.
         """
         start = self._starts[sequence]
         if not start <= position <= self._ends[sequence]:
@@ -34,6 +34,20 @@ class KvMirror:
         end = position + rows
         self._starts[sequence], self._ends[sequence] = max(start, end - self.capacity), end
         return self._starts[sequence], end
+
+    def missing(self, sequence: int, position: int, rows: int) -> tuple[int, int]:
+        """Which positions [start, end) before `position` there is a place for beside `rows` tokens from there on, and
+        are not mirrored: what was written without the device, or has been overwritten by tokens that are dropped now.
+        """
+        start = max(0, position + rows - self.capacity)
+        known = self._starts[sequence] <= position <= self._ends[sequence]
+        return start, max(start, self._starts[sequence] if known else position)
+
+    def refill(self, sequence: int, start: int, end: int) -> None:
+        """What is `missing` has been written."""
+        if not self._starts[sequence] <= end <= self._ends[sequence]:
+            self._ends[sequence] = end
+        self._starts[sequence] = start
 
     def forget(self, sequence: int) -> None:
         """Drop the mirrored tokens of a sequence."""

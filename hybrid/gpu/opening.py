@@ -28,15 +28,16 @@ def open_step(
     weight: Callable[[str], int],
     buffer: Callable[[str], int],
     arena: tuple[int, int],
+    states: int,
 ) -> DeviceStep:
     """weight, buffer: addresses of tensors of the store, and of buffers of the engine, which lie in `arena`, (address,
-    bytes), and must live as long as the step.
+    bytes). states: address of those of all sequences. All of it must live as long as the step.
 
     Raises CapacityError when the device has less memory than was planned, DeviceFailed where it does not work.
     """
     assert plan.device is not None
     try:
-        return _open(plan, store, weight, buffer, arena, torch.device(plan.device.torch_device))
+        return _open(plan, store, weight, buffer, arena, states, torch.device(plan.device.torch_device))
     except torch.OutOfMemoryError:
         raise CapacityError(
             f"the device has no room for {size_text(plan.device.weights)} of weights and {size_text(plan.device.kv)} "
@@ -52,6 +53,7 @@ def _open(
     weight: Callable[[str], int],
     buffer: Callable[[str], int],
     arena: tuple[int, int],
+    states: int,
     device: torch.device,
 ) -> DeviceStep:
     assert plan.device is not None
@@ -74,4 +76,4 @@ def _open(
     with link.queue():
         heads = next((shape for shape in shapes if shape), None)
         attention = choose_for_steps(heads, plan.sequences, plan.max_rows, mirror.capacity, device, graphs)
-        return DeviceStep(spec, plan, weights, mirror, attention, link, buffer, capture, problem)
+        return DeviceStep(spec, plan, weights, mirror, attention, link, buffer, states, capture, problem)

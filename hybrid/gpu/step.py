@@ -20,8 +20,10 @@ from hybrid.errors import DeviceFailed
 from hybrid.gpu.attention_choice import WholeAttention
 from hybrid.gpu.buffers import SharedBuffers
 from hybrid.gpu.graphs import Capture, Graphs
+from hybrid.gpu.home import Home
 from hybrid.gpu.inputs import StepInputs, make_inputs, runs_of
 from hybrid.gpu.layers.base import DeviceFeedForward, DeviceMixer, Shared, kind_of
+from hybrid.gpu.layers.mirrored import MirroredMixer
 from hybrid.gpu.link import Clock, Link
 from hybrid.gpu.mirror import KvMirror
 from hybrid.gpu.parts import Routed, chooser, norm, rope_frequencies, scaled
@@ -32,6 +34,8 @@ from hybrid.machine.phases import phase
 from hybrid.models.layers.grouped_query import ENDS
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan
+
+_REFILL_TOKENS = 1024  # that are read from home at once: they take memory beside the mirror
 
 
 class HitLauncher(Protocol):
@@ -90,11 +94,12 @@ class DeviceStep:
         attention: WholeAttention,
         link: Link,
         address: Callable[[str], int],
+        states: int,
         capture: Capture | None,
         pinning: str | None,
     ) -> None:
-        """address: of a buffer of the engine. capture: see `Graphs`. pinning: the note of `link` if memory is not
-        pinned.
+        """address: of a buffer of the engine. states: address of the states of all sequences. capture: see `Graphs`.
+        pinning: the note of `link` if memory is not pinned.
         """
         self.attention, self._pinning = attention, pinning
         self.mirror, self.link, self.graphs = mirror, link, Graphs(capture)
@@ -109,6 +114,11 @@ class DeviceStep:
         self._buffers = SharedBuffers(spec, plan, link, address)
         shared = Shared(plan.sequences, mirror.capacity, link, self._buffers, attention, chooser(link.device))
         self._mixers, self._feed_forwards = _open_halves(spec, plan, weights, shared)
+        self._homes = [
+            (mixer, Home(plan.kv, layer, states, link))
+            for layer, mixer in enumerate(self._mixers)
+            if isinstance(mixer, MirroredMixer)
+        ]
         self._crosses = any(mixer.crosses for mixer in self._mixers)
         self._windows = frozenset[int | None]().union(*(mixer.windows for mixer in self._mixers))
         self._experts_pending = False
@@ -143,7 +153,7 @@ class DeviceStep:
     def start(self, _: int = 0) -> None:
         """Start the announced step, which the executor has checked against the plan."""
         batch, self._logits, taken = self._pending_step
-        runs = runs_of(batch, self.mirror)
+        runs = runs_of(batch, self.mirror, self._refill)
         embedding, capacity = self._weights.embedding, self.mirror.capacity
         scale = self._spec.embedding_scale
         inputs = make_inputs(batch, runs, embedding, self._ropes, self._windows, capacity, taken, scale)
@@ -202,6 +212,12 @@ class DeviceStep:
             logits = self.graphs.run("head", self._head)
             torch.from_numpy(self._logits).copy_(logits)
         self._report_spans()
+
+    def _refill(self, sequence: int, start: int, end: int) -> None:
+        """Mirror tokens that were computed in another sequence, or without the device, from what the threads keep."""
+        for first in range(start, end, _REFILL_TOKENS):
+            for mixer, home in self._homes:
+                mixer.refill(home, sequence, first, min(end, first + _REFILL_TOKENS))
 
     def forget(self, sequence: int) -> None:
         """Drop the mirror of a sequence, because its keys and values were released or written without the device."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hybrid.gpu.attention import State
+from hybrid.gpu.home import Home
 from hybrid.gpu.inputs import StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
@@ -112,6 +113,11 @@ class MirroredAttention(MirroredMixer):
         whole = self._weights.sinks is None and not self.sees_older(inputs)
         attend = self._attend_whole if whole else self._attend
         return Attended(attend(projected.q.bfloat16(), inputs), projected.gates)
+
+    def _mirror_home(self, home: Home, sequence: int, start: int, end: int, places: Tensor) -> None:
+        dim, sequences = self._half.head_dim, torch.full_like(places, sequence)
+        keys, values = home.keys(sequence, start, end), home.values(sequence, start, end)
+        self._rings.write(sequences, places, keys[..., :dim], values[..., :dim])
 
     def output(self, mixed: Attended, inputs: StepInputs) -> Tensor:
         half, weights, rows = self._half, self._weights, self._finished(mixed.made, inputs)

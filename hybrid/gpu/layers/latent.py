@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hybrid.gpu.attention import State
+from hybrid.gpu.home import Home
 from hybrid.gpu.inputs import StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
@@ -94,6 +95,10 @@ class MirroredLatents(MirroredMixer):
         q, rows = projected
         self._rings.write(inputs.sequences, inputs.places, rows)
         return self._attend(q.bfloat16(), inputs)
+
+    def _mirror_home(self, home: Home, sequence: int, start: int, end: int, places: Tensor) -> None:
+        rows = home.keys(sequence, start, end)[:, 0, : self._half.row_dim]
+        self._rings.write(torch.full_like(places, sequence), places, rows)
 
     def output(self, mixed: State, inputs: StepInputs) -> Tensor:
         weights, latents = self._weights, self._finished(mixed, inputs).bfloat16()

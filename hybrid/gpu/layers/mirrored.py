@@ -4,6 +4,7 @@ older ones.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid.gpu.attention import State, attend, finish, join, read_states
+from hybrid.gpu.home import Home
 from hybrid.gpu.inputs import Group, StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.mirror import Rings
@@ -29,7 +31,7 @@ class StateShape:
     floats: int
 
 
-class MirroredMixer:
+class MirroredMixer(ABC):
     """Base of a `DeviceMixer` whose threads attend to tokens that are not mirrored; both softmaxes are joined."""
 
     crosses = False
@@ -50,6 +52,15 @@ class MirroredMixer:
     @property
     def windows(self) -> frozenset[int | None]:
         return frozenset([self._window])
+
+    def refill(self, home: Home, sequence: int, start: int, end: int) -> None:
+        """Mirror what the threads keep of the tokens from `start` to `end` of a sequence."""
+        positions = torch.arange(start, end, device=self._shared.link.device)
+        self._mirror_home(home, sequence, start, end, positions % self._shared.capacity)
+
+    @abstractmethod
+    def _mirror_home(self, home: Home, sequence: int, start: int, end: int, places: Tensor) -> None:
+        """places: int64 [tokens], of the ring."""
 
     def sees_older(self, inputs: StepInputs) -> bool:
         return inputs.older[self._window]
