@@ -34,7 +34,9 @@ def steps_without_clock(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """Whether guessed tokens pay, and how long steps may take, is measured: rows of steps must not depend on that."""
     if not request.node.get_closest_marker("by_clock"):
         monkeypatch.setattr("hybrid.serving.speculation.COUNTS", (0,))
-        monkeypatch.setattr("hybrid.serving.pace.Pace.prompt_rows", lambda self, decoding, room: room)
+        monkeypatch.setattr(
+            "hybrid.serving.pace.Pace.prompt_rows", lambda self, decoding, room, pairs=0.0, depth=0: room
+        )
 
 
 @pytest.fixture(params=ISAS)

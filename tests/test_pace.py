@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from dummy_engine import DummyEngine, reference_tokens
 from test_kept import request, run
@@ -102,6 +103,52 @@ def test_chunks_shrink_where_longer_sequences_make_steps_slower() -> None:
     steps = read_beside_streams(Timed(seconds, max_itl=2.0))
     assert steps[0][1] > 2 * steps[-2][1] >= 2
     assert sum(took > 2.0 for *_, took in steps) <= 3 and all(took < 2.2 for *_, took in steps)
+
+
+def by_pairs(batch: Batch) -> float:
+    return linear(batch) + 3e-5 * int(batch.positions.sum())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_prompt_that_goes_on_behind_many_tokens_gets_a_chunk_for_its_length(noise: float) -> None:
+    """As a question in a long conversation does, whose keys and values are there: no step has told of that yet."""
+    random = np.random.default_rng(4)
+    engine = Timed(lambda batch: by_pairs(batch) * (1 + noise * random.uniform(-1, 1)), max_itl=2.0, sequences=6)
+    scheduler = Scheduler(engine)
+    run(scheduler, long := request([7] * 1000, 2))
+    scheduler.add(*(request([token], 1100, keep=False) for token in range(4)))
+    for _ in range(10):
+        scheduler.step()
+    scheduler.add(short := request([8] * 200, 1, keep=False))
+    while not short.finished:
+        scheduler.step()
+    engine.took.clear()
+    scheduler.add(entry := request([*long.known.tolist(), *[9] * 150], 1))
+    while not entry.finished:
+        scheduler.step()
+    assert entry.completion.cached_tokens >= 992
+    assert all(seconds <= 2.0 * (1 + 2 * noise) for *_, seconds in engine.took)
+    assert max(len(batch.token_ids) for batch in engine.steps[-len(engine.took) :]) >= 16, "what is allowed is used"
+
+
+def test_noise_is_not_taken_for_the_cost_of_length() -> None:
+    random, seconds = np.random.default_rng(1), StepSeconds(lambda rows: 100.0 + rows)
+    for step in range(2000):
+        seconds.tell(4, random.uniform(0.8, 1.2), 4.0 * (100 + step % 50))
+    assert 0.7 < seconds.expected(4, 4.0 * 30_000) < 2.5
+
+
+def test_the_cost_of_length_is_told_by_steps_of_any_size() -> None:
+    random, seconds = np.random.default_rng(2), StepSeconds(lambda rows: 100.0 + rows)
+
+    def truly(rows: int, pairs: float) -> float:
+        return 0.01 * (100 + rows) + 1e-5 * pairs
+
+    for step in range(60):
+        rows, depth = (5, 64)[step % 2], 40 * step
+        seconds.tell(rows, truly(rows, rows * depth) * random.uniform(0.95, 1.05), rows * depth)
+    for rows, depth in ((5, 30_000), (64, 30_000), (64, 0), (30, 10_000)):
+        assert seconds.expected(rows, rows * depth) == pytest.approx(truly(rows, rows * depth), rel=0.35)
 
 
 def test_a_step_that_something_else_held_up_is_half_believed() -> None:

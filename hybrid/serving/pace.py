@@ -14,7 +14,8 @@ _NO_LIMIT = 0.0
 
 
 class Pace:
-    """Chooses from what steps of so many rows took lately: longer sequences make them slower, and so chunks smaller.
+    """Chooses from what steps of so many rows took lately, and what it costs that rows of long sequences attend to more
+    tokens: a chunk behind 30,000 tokens takes several times as long as one at the beginning.
 
     limit: seconds that a step should take at most; 0: no limit; None: as `STRETCH` and `SHARE` say. work: what a step
     of so many rows has to do, in any unit.
@@ -24,29 +25,42 @@ class Pace:
         self._limit = limit
         self._seconds = StepSeconds(work, MEMORY)
 
-    def tell(self, rows: int, seconds: float) -> None:
-        """A step of so many rows took so long."""
-        self._seconds.tell(rows, seconds)
+    def tell(self, rows: int, seconds: float, pairs: float = 0.0) -> None:
+        """A step of so many rows took so long. pairs: of a row and a token that it attends to."""
+        self._seconds.tell(rows, seconds, pairs)
 
-    def prompt_rows(self, decoding: int, room: int) -> int:
-        """How many of `room` rows of prompts a step may have that produces `decoding` tokens; at least one."""
+    def prompt_rows(self, decoding: int, room: int, pairs: float = 0.0, depth: int = 0) -> int:
+        """How many of `room` rows of prompts a step may have that produces `decoding` tokens; at least one.
+
+        pairs: those of the produced tokens. depth: tokens before the rows of the prompt.
+        """
         if not decoding or not room or not self._seconds.known or self._limit == _NO_LIMIT:
             return room
+
+        def seconds(rows: int) -> float:
+            return self._seconds.expected(decoding + rows, pairs + pairs_of(rows, depth))
+
         if self._limit is not None:
-            return self._most(decoding, room, CAUTION * self._limit)
-        most = self._most(decoding, room, STRETCH * self._seconds.expected(decoding))
-        wanted = SHARE * room / self._seconds.expected(decoding + room)  # rows a second
-        fast = (rows for rows in _sizes(room) if rows / self._seconds.expected(decoding + rows) >= wanted)
+            return _most(seconds, room, CAUTION * self._limit)
+        most = _most(seconds, room, STRETCH * seconds(0))
+        wanted = SHARE * room / seconds(room)  # rows a second
+        fast = (rows for rows in _sizes(room) if rows / seconds(rows) >= wanted)
         return max(most, next(fast, room))
 
-    def _most(self, decoding: int, room: int, limit: float) -> int:
-        """The largest size of a chunk up to which a step keeps to a limit."""
-        most = 1
-        for rows in _sizes(room):
-            if self._seconds.expected(decoding + rows) > limit:
-                break
-            most = rows
-        return most
+
+def pairs_of(rows: int, depth: int) -> float:
+    """Of rows that follow each other behind `depth` tokens, and the tokens that they attend to."""
+    return rows * (depth + (rows + 1) / 2)
+
+
+def _most(seconds: Callable[[int], float], room: int, limit: float) -> int:
+    """The largest size of a chunk up to which a step keeps to a limit."""
+    most = 1
+    for rows in _sizes(room):
+        if seconds(rows) > limit:
+            break
+        most = rows
+    return most
 
 
 def _sizes(room: int) -> list[int]:

@@ -14,7 +14,7 @@ from hybrid.core import Batch, StepResult, StepTimes
 from hybrid.errors import StepCancelled
 from hybrid.serving.admission import Admission
 from hybrid.serving.fairness import Fairness
-from hybrid.serving.pace import Pace
+from hybrid.serving.pace import Pace, pairs_of
 from hybrid.serving.pool import Pooled, PoolReport
 from hybrid.serving.prefixes import Prefix
 from hybrid.serving.relief import Relief
@@ -174,12 +174,13 @@ class Scheduler:
         except BaseException as error:
             return touched + self._fail(jobs, error)
         sampling, rows = perf_counter(), sum(rows for _, rows in chunks)
+        pairs = sum(pairs_of(rows, job.computed) for job, rows in chunks)
         prompt_rows = sum(rows - job.guessed for job, rows in chunks if not is_decoding(job))
         guessed = sum(job.guessed for job in jobs)
         told = self._advance(chunks, result.logits)
         ended = perf_counter()
         times = _with_sampling(result.times, ended - sampling)
-        self._pace.tell(rows, times.total)
+        self._pace.tell(rows, times.total, pairs)
         if not prompt_rows:
             self._speculation.tell(rows, times.total)
         prompts = tuple(job.completion.index for job, count in told if isinstance(job, Request) for _ in range(count))
@@ -237,10 +238,14 @@ class Scheduler:
         chunks, ended = list[Chunk](), list[Job]()
         reading, waiting = [job for job in self._running if job.pending > 1], [*self._waiting]
         if reading or (waiting and self._admission.has_place):
-            room = self._pace.prompt_rows(len(decoding), room)
-        while room and (reader := self._next(reading, waiting, ended)):
-            chunks.append((reader, min(reader.until_mark, room)))
-            room -= chunks[-1][1]
+            pairs = sum(pairs_of(1, job.computed) for job in decoding)
+            room = self._pace.prompt_rows(len(decoding), whole := room, pairs)
+            while room > 0 and (reader := self._next(reading, waiting, ended)):
+                given = sum(rows for _, rows in chunks)
+                room = min(room, self._pace.prompt_rows(len(decoding), whole, pairs, reader.computed) - given)
+                if room > 0:
+                    chunks.append((reader, min(reader.until_mark, room)))
+                    room -= chunks[-1][1]
         if not chunks:  # guesses would delay a prompt
             self._speculation.guess(decoding, min(room, self._admission.room))
             self._admission.reserve()
