@@ -36,9 +36,7 @@ help:
 	@echo "make sanitize run tests of the kernels under ASan and UBSan, and the threads under TSan"
 	@echo "make clean    remove what these commands made"
 
-demo:
-	@[ -e $(VENV)/installed ] || echo "The kernels are compiled once, for this Python: a minute or two on two free cores."
-	@$(MAKE) --no-print-directory $(VENV)/installed
+demo: $(VENV)/installed
 	$(RUN) -m hybrid.main --prompt "Once upon a time, there was a little fox named" --max-tokens 256 $(ARGS)
 
 serve: $(VENV)/server
@@ -106,6 +104,7 @@ $(VENV)/created:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/created pyproject.toml $(NATIVE)
+	@[ -e $@ ] || echo "The kernels are compiled once, for this Python: a minute or two on two free cores."
 	$(RUN) -m pip install --quiet --editable .
 	@touch $@
 

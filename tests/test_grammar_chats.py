@@ -130,6 +130,12 @@ def test_a_family_without_a_form_is_refused_where_a_call_is_demanded() -> None:
         assert rig.mask(tools=TOOLS) is None and rig.mask(tools=TOOLS, tool_choice="none") is None
 
 
+def test_a_model_without_tools_is_told_apart_where_a_call_is_demanded() -> None:
+    rig = Rig(AnswerFormat())
+    with pytest.raises(RequestError, match="was not made to call tools"):
+        rig.mask(tools=TOOLS, tool_choice="required")
+
+
 def test_an_answer_begins_behind_the_reasoning() -> None:
     for marks in REASONING:
         for special in (True, False):

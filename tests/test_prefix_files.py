@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(WeightsError, match="No locks available"):
+    with pytest.raises(WeightsError, match=f"--prefix-dir {tmp_path}: .*No locks available"):
         opened(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -152,6 +154,17 @@ def serve(*flags: str, largest_file: int | None = None) -> tuple[subprocess.Pope
     raise AssertionError("it ended")
 
 
+def test_the_line_to_try_it_is_one_for_a_shell_whatever_the_name() -> None:
+    name = """a 'quoted' "name" $HOME"""
+    process, address = serve("--served-model-name", name)
+    line = next(line for line in process.stderr if "curl" in line)
+    command, url, *given = shlex.split(line)
+    body = json.loads(given[given.index("-d") + 1])
+    assert (command, url, body["model"]) == ("curl", f"{address}/v1/chat/completions", name)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WATCHDOG) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> None:
     process, address = serve("--drain-seconds", "3600")
@@ -168,6 +181,8 @@ def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> 
         until(lambda: httpx.get(f"{address}/ready").status_code == 503)
         process.send_signal(number)
         assert process.wait(WATCHDOG) == 130
+    told = "waiting up to 3600 s for 8 completions to end; a second signal ends them at once"
+    assert told in process.stderr.read()
 
 
 def test_a_server_that_was_killed_has_what_it_kept_and_serves_on_where_no_file_can_be_written(tmp_path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -49,6 +51,7 @@ def serve(config: EngineConfig, options: ServerConfig) -> None:
             service,
             lambda progress: LLM.from_config(config, progress, say),
             partial(_say_ready, address, service.names[0], bool(keys)),
+            say,
         )
         try:
             process.run([listening])
@@ -78,11 +81,11 @@ def _address(options: ServerConfig, port: int) -> str:
 def _say_ready(address: str, name: str, with_key: bool, llm: LLM) -> None:
     from hybrid.plan.text import summary_text
 
-    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Tell me a story."}}], "max_tokens": 64}}'
-    say(summary_text(llm.engine.plan))
-    say(f"{llm.describe()}; {llm.engine.plan.isa} on {llm.engine.plan.threads} threads")
+    plan, key = llm.engine.plan, " -H 'Authorization: Bearer KEY'" if with_key else ""
+    asked = {"model": name, "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 64}
+    say(summary_text(plan))
+    say(f"{llm.describe()}; {plan.isa} on {plan.threads} thread{'s' * (plan.threads != 1)}")
     say(
-        f"ready at {address}; try it:\n\n  curl {address}/v1/chat/completions{key} "
-        f"-H 'Content-Type: application/json' -d '{body}'\n"
+        f"ready at {address}; open it in a browser, or ask it:\n\n  curl {address}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(asked))}\n"
     )

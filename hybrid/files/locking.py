@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hybrid.errors import ConfigError
+from hybrid.errors import CapacityError, ConfigError, WeightsError
 from hybrid.files.writing import disk_errors
 from hybrid.printable import printable
 
@@ -25,11 +26,11 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, flag: str) -> None:
-        with disk_errors(folder):
+        with _named(folder, flag):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            with disk_errors(folder):
+            with _named(folder, flag):
                 self._lock(flag)
         except BaseException:
             os.close(self._descriptor)
@@ -62,3 +63,13 @@ class FolderLock:
         if host != [socket.gethostname()]:
             return f"process {process} on {printable(' '.join(host))}"
         return "another model of this process" if int(process) == os.getpid() else f"process {process}"
+
+
+@contextmanager
+def _named(folder: Path, flag: str) -> Iterator[None]:
+    """As `disk_errors`, with what named the folder."""
+    try:
+        with disk_errors(folder):
+            yield
+    except (WeightsError, CapacityError) as error:
+        raise type(error)(f"{flag}: {error}") from None

@@ -35,7 +35,8 @@ def listen(config: ServerConfig) -> socket.socket:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no such address"
+        code = getattr(error, "errno", None) or 0  # what is negative is no error of the system, but of the name
+        reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or "no such address"
         raise ConfigError(
             f"--host {config.host} --port {config.port} cannot be listened at ({reason}); give another"
         ) from None
@@ -45,11 +46,18 @@ def listen(config: ServerConfig) -> socket.socket:
 
 class Process(uvicorn.Server):
     """load: makes the model, on a thread of its own while requests are answered. on_ready: called once it is there.
+    notice: told in one line what whoever ends it has to wait for.
 
     The first SIGTERM or Ctrl-C drains, the second ends the process at once.
     """
 
-    def __init__(self, service: Service, load: Load, on_ready: Callable[[LLM], None] = lambda llm: None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        load: Load,
+        on_ready: Callable[[LLM], None] = lambda llm: None,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 build(service),
@@ -65,7 +73,7 @@ class Process(uvicorn.Server):
         self.service = service
         self.error: BaseException | None = None  # of loading
         self.lost = False  # whether there was an engine, and none could be opened in its place
-        self._load, self._on_ready = load, on_ready
+        self._load, self._on_ready, self._notice = load, on_ready, notice
         service.health.reopen = partial(self._load, self._note)
         service.health.on_lost = self._lose
         self._ending = False
@@ -92,6 +100,9 @@ class Process(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
+        if count := self.service.running() + self.service.waiting():
+            left, seconds = f"{count} completion{'s' * (count != 1)}", self.service.config.drain_seconds
+            self._notice(f"waiting up to {seconds:g} s for {left} to end; a second signal ends them at once")
         self._drain = asyncio.ensure_future(self._drain_then_exit())
 
     async def _drain_then_exit(self) -> None:

@@ -89,10 +89,9 @@ def answer_frame(
     form = _HARMONY if answers.harmony else answers.form
     if chosen or (tools and form):
         if form is None:
-            raise RequestError(
-                f"tool_choice: this model writes calls in a way ({answers}) that no grammar here describes; "
-                "use 'auto' or 'none'"
-            )
+            known = f"writes calls in a way ({answers}) that no grammar here describes"
+            why = known if answers.dialect else "was not made to call tools, as far as its chat template says"
+            raise RequestError(f"tool_choice: this model {why}; use 'auto' or 'none'")
         calls = _calls(frame, form, chosen or tools, chosen is not None or strict, _several(chat))
         choices.append(calls)
         if strict and grammar is None:
