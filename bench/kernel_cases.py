@@ -20,7 +20,7 @@ from hybrid.errors import CapacityError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import down_offset, expert_bytes, packed_bytes
-from hybrid.formats.rows import SUM_INPUTS, row_bytes, row_stride
+from hybrid.formats.rows import FP4_OFFSET, SCALE_INPUTS, SUM_INPUTS, WIDE_BASE, WIDE_TOP, row_bytes, row_stride
 from hybrid.machine.hardware import memory
 from hybrid.models.layers.base import Cost
 from hybrid.models.layers.feed_forward import FeedForward
@@ -120,13 +120,15 @@ def _weights(format: str, matrices: list[Array], copies: int) -> Weights:
 
 
 def activation_rows(rows: int, width: int, format: str) -> Array:
-    """What a matrix of this format multiplies: bf16 rows, or int8 activation rows."""
+    """What a matrix of this format multiplies: bf16 rows, or activation rows of whole numbers."""
     random, inputs = np.random.default_rng(SEED), row_stride(width)
     kind = FORMATS[format].rows
     if kind == "bf16":
         floats = np.zeros((rows, inputs), ml_dtypes.bfloat16)
         floats[:, :width] = random.standard_normal((rows, width), np.float32)
         return floats
+    if kind == "wide":
+        return _wide_rows(random, rows, width)
     values = np.zeros((rows, inputs), np.int8)
     values[:, :width] = random.integers(-127, 128, (rows, width), np.int8)
     result = np.zeros((rows, row_bytes(width, kind)), np.uint8)
@@ -139,6 +141,20 @@ def activation_rows(rows: int, width: int, format: str) -> Array:
     result[:, inputs : inputs + 4 * sums.shape[1]] = sums.view(np.uint8)
     scales = result[:, inputs + 4 * sums.shape[1] :]
     scales[...] = np.tile(step.reshape(1).view(np.uint8), scales.shape[1] // 4)
+    return result
+
+
+def _wide_rows(random: np.random.Generator, rows: int, width: int) -> Array:
+    """Values from -85 to 85 in all their upper and lower bytes."""
+    inputs = row_stride(width)
+    values, result = np.zeros((rows, inputs), np.int8), np.zeros((rows, row_bytes(width, "wide")), np.uint8)
+    values[:, :width] = random.integers(-85, 86, (rows, width), np.int8)
+    sums = -FP4_OFFSET * (WIDE_BASE + 1) * values.reshape(rows, -1, 2, SUM_INPUTS // 2).sum(-1, dtype=np.int32)
+    scales = np.full((rows, -(-inputs // SCALE_INPUTS)), 1 / WIDE_TOP, np.float32)
+    whole = values.astype(np.float32) * np.float32((WIDE_BASE + 1) / WIDE_TOP)
+    parts = whole.astype(ml_dtypes.bfloat16), values, values, sums.cumsum(-1, dtype=np.int32).reshape(rows, -1), scales
+    filled = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=1)
+    result[:, : filled.shape[1]] = filled
     return result
 
 

@@ -20,7 +20,7 @@ from hybrid.formats.packed import packed_bytes
 
 TILE_ROWS = 16  # of the left operand
 # With fewer rows AVX-512 multiplies, without tiles.
-FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 3} | dict.fromkeys(GROUPED, 17)
+FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 7} | dict.fromkeys(GROUPED, 17)
 MAX_BLOCKS = 4  # multiplied together, by 16 rows; by 32 rows half as many
 PANEL_INPUTS = 256
 LINE = 64  # bytes

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from rig import BF16, Rig, aligned, empty_rows, format_of, placed, random_bf16, row_stride, rows_of
+from rig import BF16, Rig, aligned, empty_rows, format_of, placed, quantise_kind, random_bf16, row_stride, rows_of
 
 import cpu_kernels
 from hybrid.formats import FORMATS
@@ -125,12 +125,12 @@ class Part:
         return self._set(self.input, experts.packed, experts.packed_biases[0], blocks, experts.hidden)
 
     def quantise(self, rig: Rig) -> None:
-        if not FORMATS[self.experts.format].integer:
+        if FORMATS[self.experts.format].rows == "bf16":
             return
         rows = empty_rows(self.experts.format, len(self.activation), self.experts.intermediate)
         strides = {"input_stride": self.activation.strides[0], "output_stride": rows.strides[0]}
         width = self.activation.shape[1]
-        kind = {"grouped": FORMATS[self.experts.format].rows == "grouped"}
+        kind = quantise_kind(FORMATS[self.experts.format].rows)
         rig.add("quantise", input=self.activation, output=rows, width=width, multiple=self.top_k, **strides, **kind)
         self.operand = rows
 

@@ -66,10 +66,10 @@ def format_product(format: str, x: np.ndarray, w: np.ndarray) -> Near:
     k = x.shape[1]
     if format in GROUPED:
         return _grouped_product(x, w)
-    group = {"fp8": 128, "int8": 256, "int4": 32}.get(format)
+    group = {"fp8": 128, "fp8_row": 256, "int8": 256, "int4": 32, "mxfp4": 32, "nvfp4": 16}.get(format)
     if group is None:
         return product(x, w)
-    within = 0 if format.startswith("int") else min(k, group)
+    within = min(k, group) if format.startswith("fp8") else 0
     return product(x, w, within + 2 * -(-k // group) + 4)
 
 

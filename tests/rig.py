@@ -65,9 +65,20 @@ def grouped_row_parts(width: int) -> tuple[slice, slice]:
     return slice(values), slice(values, values + values // GROUP_INPUTS * 8)
 
 
+def wide_row_parts(width: int) -> tuple[slice, slice, slice, slice, slice]:
+    """Where a wide activation row of `width` inputs has its bf16 values, upper bytes, lower bytes, sums and scales."""
+    k = row_stride(width)
+    sizes = 2 * k, k, k, k // SUM_INPUTS * 8, -(-k // SCALE_INPUTS) * 4
+    ends = np.cumsum(sizes).tolist()
+    return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+PARTS = {"int8": int8_row_parts, "grouped": grouped_row_parts, "wide": wide_row_parts}
+
+
 def used_bytes(width: int, kind: str) -> int:
-    """Bytes of an activation row of int8 of one of the two kinds."""
-    return (int8_row_parts if kind == "int8" else grouped_row_parts)(width)[-1].stop
+    """Bytes of an activation row of whole numbers, of one of the kinds."""
+    return PARTS[kind](width)[-1].stop
 
 
 def quantised_row_bytes(width: int, kind: str) -> int:
@@ -97,23 +108,49 @@ def grouped_rows(x: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _units(x: np.ndarray, together: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [m, k] as int8 [m, row_stride(k)], and the float32 scales of each `together` of them."""
+def wide_rows(x: np.ndarray) -> np.ndarray:
+    """Rows [m, k] as wide activation rows, bytes [m, quantised_row_bytes(k, "wide")], by the definition."""
+    values, high, low, sums, scales = wide_row_parts(x.shape[1])
+    units, steps = _units(x, SCALE_INPUTS, 10943, np.int16, powers=True)
+    upper = np.rint(units / 128).astype(np.int8)
+    halves = units.reshape(len(x), -1, 2, SUM_INPUTS // 2).sum(-1, dtype=np.int32)
+    rows = aligned((len(x), quantised_row_bytes(x.shape[1], "wide")), np.uint8)
+    rows[:, values] = padded(x.astype(BF16)).view(np.uint8)
+    rows[:, high] = upper.view(np.uint8)
+    rows[:, low] = (units - 128 * upper.astype(np.int16)).astype(np.int8).view(np.uint8)
+    rows[:, sums] = (-12 * halves.cumsum(-1, dtype=np.int32)).reshape(len(x), -1).view(np.uint8)
+    rows[:, scales] = steps.view(np.uint8)
+    return rows
+
+
+def _units(
+    x: np.ndarray, together: int, top: int = 127, dtype: Any = np.int8, powers: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [m, k] as whole numbers up to `top` [m, row_stride(k)], and the float32 scales of each `together` of them,
+    the next powers of two if asked for.
+    """
     m, k = x.shape
     stride = row_stride(k)
     groups = np.zeros((m, round_up(stride, together)), np.float32)
     groups[:, :k] = x
     groups = groups.reshape(m, -1, together)
     largest = np.abs(groups).max(-1, keepdims=True)
-    finite = largest >= 127 / np.finfo(np.float32).max  # else the factor would not be, and all are as good as zero
-    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=finite)
-    units = np.rint(groups * factor).reshape(m, -1)[:, :stride].astype(np.int8)
-    return units, np.ascontiguousarray(largest[..., 0] / np.float32(127))
+    finite = largest >= top / np.finfo(np.float32).max  # else the factor would not be, and all are as good as zero
+    steps = largest / np.float32(top)
+    if powers:
+        fraction, exponent = np.frexp(steps)
+        steps = np.where(steps == 0, steps, np.ldexp(np.float32(1), exponent - (fraction == 0.5)))
+        factor, finite = np.zeros_like(steps), largest > np.float32(2e-34)
+        np.divide(np.float32(1), steps, out=factor, where=finite)
+    else:
+        factor = np.divide(np.float32(top), largest, out=np.zeros_like(largest), where=finite)
+    units = np.rint(groups * factor).reshape(m, -1)[:, :stride].astype(dtype)
+    return units, np.ascontiguousarray(steps[..., 0])
 
 
 def quantised_rows(kind: str, x: np.ndarray) -> np.ndarray:
-    """Rows [m, k] as activation rows of int8 of one of the two kinds, by the definition."""
-    return int8_rows(x) if kind == "int8" else grouped_rows(x)
+    """Rows [m, k] as activation rows of whole numbers of one of the kinds, by the definition."""
+    return {"int8": int8_rows, "grouped": grouped_rows, "wide": wide_rows}[kind](x)
 
 
 def rows_of(format: str, x: np.ndarray) -> np.ndarray:
@@ -129,9 +166,9 @@ def empty_rows(format: str, count: int, width: int) -> np.ndarray:
 
 def row_steps(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
     """The scale of every value of activation rows of int8: float32 [m, width]."""
-    *_, at = int8_row_parts(width) if kind == "int8" else grouped_row_parts(width)
+    *_, at = PARTS[kind](width)
     found = np.ascontiguousarray(rows[:, at]).view(np.float32)
-    if kind == "int8":
+    if kind != "grouped":
         return found.repeat(SCALE_INPUTS, axis=1)[:, :width]
     return found[:, ::2].repeat(GROUP_INPUTS, axis=1)[:, :width]
 
@@ -141,7 +178,21 @@ def dequantised_rows(format: str, rows: np.ndarray, width: int) -> np.ndarray:
     kind = FORMATS[format].rows
     if kind == "bf16":
         return rows[:, :width].astype(np.float64)
-    return rows[:, :width].view(np.int8) * row_steps(rows, width, kind).astype(np.float64)
+    return whole_numbers(rows, width, kind) * row_steps(rows, width, kind).astype(np.float64)
+
+
+def whole_numbers(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
+    """The values of activation rows of whole numbers before they are scaled: int32 [m, width]."""
+    if kind != "wide":
+        return rows[:, :width].view(np.int8).astype(np.int32)
+    _, high, low, *_ = wide_row_parts(width)
+    upper, lower = (np.ascontiguousarray(rows[:, part]).view(np.int8).astype(np.int32) for part in (high, low))
+    return (128 * upper + lower)[:, :width]
+
+
+def quantise_kind(kind: str) -> dict[str, bool]:
+    """The arguments of the `quantise` op that say which rows it writes."""
+    return {"grouped": kind == "grouped", "wide": kind == "wide"}
 
 
 def packed(format: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

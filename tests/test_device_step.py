@@ -130,7 +130,7 @@ def test_every_format_gives_the_logits_of_what_it_stands_for(tmp_path, family, t
 
 
 @pytest.mark.parametrize("width", [40, 96, 256, 300, 768])
-@pytest.mark.parametrize("kind", ["int8", "grouped"])
+@pytest.mark.parametrize("kind", ["int8", "grouped", "wide"])
 def test_rows_of_int8_are_those_that_the_threads_make(width, kind) -> None:
     random = np.random.default_rng(width)
     rows = random.standard_normal((7, width)).astype(np.float32)

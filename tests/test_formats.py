@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
-from hybrid.formats import FORMATS, FP8, GROUPED, INT4, INT8, MXFP4, fp8, int4, mxfp4
+from hybrid.formats import FORMATS, FP8, GROUPED, INT4, INT8, MXFP4, fp4, fp8, int4, mxfp4
 from hybrid.formats import packed as layout
 from hybrid.formats.grouped import exact_halves
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
@@ -70,10 +70,9 @@ def _fp8_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float3
 
 
 def _mxfp4_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
-    header = -(-(inputs // 32 * 16) // 64) * 64
-    byte = int(block[header + i // 8 * 64 + i % 8 // 2 * 16 + column])
-    code = byte >> 4 if i % 2 else byte & 15
-    return np.float32(_e2m1(code) * 2.0 ** (int(block[i // 32 * 16 + column]) - 127))
+    part = block[i // 128 * 1088 :]
+    scale = int(part[i % 128 // 32 * 16 + column])
+    return np.float32(_e2m1(_low_bits(part[64:], column, i % 128)) * 2.0 ** (scale - 127))
 
 
 def _e2m1(code: int) -> float:
@@ -376,7 +375,7 @@ def test_mxfp4_takes_the_better_of_two_exponents() -> None:
     errors = [((values - groups) ** 2).sum(axis=0) for values in results]
     assert ((exponents == floor) | (exponents == floor + 1)).all() and len(set((exponents - floor).tolist())) == 2
     expected = np.where(exponents == floor, *results)
-    assert (mxfp4.VALUES[codes] * mxfp4.powers(exponents) == expected).all()
+    assert (fp4.VALUES[codes] * mxfp4.powers(exponents) == expected).all()
     chosen = np.where(exponents == floor, *errors)
     assert (chosen <= np.minimum(*errors) * 1.00001).all()
 

@@ -323,6 +323,20 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
             "output_grouped is .*; it must be a multiple of 4",
         ),
         ("quantise", {"grouped": True, "output_stride": 76}, "output_stride is 76; what it steps over has 80"),
+        (
+            "norm",
+            {"output_wide": PLACE, "output_wide_stride": 272},
+            "output_wide_stride is 272; what it steps over has 276",
+        ),
+        (
+            "norm",
+            {"output_wide": PLACE + 1, "output_wide_stride": 276},
+            "output_wide is .*; it must be a multiple of 4",
+        ),
+        ("quantise", {"wide": True, "output_stride": 272}, "output_stride is 272; what it steps over has 276"),
+        ("quantise", {"wide": True, "grouped": True}, "rows are grouped or wide, not both"),
+        ("gemm", {"format": Format.nvfp4, "input_stride": 272}, "input_stride is 272; what it steps over has 276"),
+        ("gemm", {"format": Format.mxfp4, "input_stride": 278}, "input_stride is 278; it must be a multiple of 4"),
         ("gemm", {"format": Format.q4_1, "input_stride": 76}, "input_stride is 76; what it steps over has 80"),
         ("quantise", {"input_stride": 126}, "input_stride is 126; what it steps over has 128"),
         ("quantise", {"output_stride": 64}, "output_stride is 64; what it steps over has 76"),
@@ -383,7 +397,7 @@ def test_steps_whose_tasks_cannot_be_counted_are_refused(op, changes) -> None:
 def test_a_stride_of_experts_is_that_of_their_packed_bytes(name) -> None:
     for inputs in (64, 128, 320, 1088):
         size = 2 * 2 * FORMATS[name].block_bytes(inputs)
-        given = {"format": getattr(Format, name), "inputs": inputs, "input_stride": 4096, "expert_stride": size}
+        given = {"format": getattr(Format, name), "inputs": inputs, "input_stride": 8192, "expert_stride": size}
         add("gate_up", **given)
         with pytest.raises(ValueError, match=f"what it steps over has {size}"):
             add("gate_up", **given | {"expert_stride": size - 64})

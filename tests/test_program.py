@@ -97,17 +97,17 @@ def only(ops: list[Op], kind: str, layer: int | None = None) -> Op:
 
 
 ROW_SIZES = [
-    (1, 128, 128), (64, 128, 128), (96, 192, 192), (256, 320, 320), (320, 384, 448), (2048, 2368, 2560),
-    (2752, 3200, 3456),
+    (1, 128, 128, 320), (64, 128, 128, 320), (96, 192, 192, 576), (256, 320, 320, 1152), (320, 384, 448, 1408),
+    (2048, 2368, 2560, 8768), (2752, 3200, 3456, 11776),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("inputs", "int8", "grouped"), ROW_SIZES)
-def test_rows_of_int8_have_their_inputs_sums_and_scales(inputs, int8, grouped) -> None:
+@pytest.mark.parametrize(("inputs", "int8", "grouped", "wide"), ROW_SIZES)
+def test_rows_have_their_inputs_sums_and_scales(inputs, int8, grouped, wide) -> None:
     """By hand: 320 inputs are 320 bytes, 10 sums are 40, 2 scales are 8: 368 bytes in lines of 64. Of a grouped row 10
-    scales and sums are 80.
+    scales and sums are 80. Of a wide one inputs are 1280 bytes, two sums of each 32 are 80, 2 scales are 8.
     """
-    assert (row_bytes(inputs, "int8"), row_bytes(inputs, "grouped")) == (int8, grouped)
+    assert tuple(row_bytes(inputs, kind) for kind in ("int8", "grouped", "wide")) == (int8, grouped, wide)
 
 
 def test_keys_are_padded_to_half_a_line_and_values_to_a_block() -> None:
@@ -164,7 +164,8 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
         for a in sets_of(op) if op.kind in ("gemm", "gate_up", "down") else ():
             kind = FORMATS[a["format"].name].rows
             buffer, _, width = a["input"].name.partition(".")
-            assert buffer.endswith("8") == (kind == "int8") and buffer.endswith("_grouped") == (kind == "grouped")
+            for other, ending in (("int8", "8"), ("grouped", "_grouped"), ("wide", "_wide")):
+                assert buffer.endswith(ending) == (kind == other)
             assert a["input_stride"] == row_bytes(int(width), kind) and a["inputs"] == -(-int(width) // 64) * 64
             router = SPECS[name].layers[op.layer or 0].feed_forward.router
             routed = router and op.kind == "down" and a is op.arguments and a["experts"].name.endswith(".ffn.experts")
@@ -176,7 +177,7 @@ def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> N
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_are_written_before_they_are_read(name, text) -> None:
     outputs = {
-        "norm": ("output", "output8", "output_grouped", "output_f32"),
+        "norm": ("output", "output8", "output_grouped", "output_wide", "output_f32"),
         "topk": ("ids", "weights"),
         "router": ("logits",),
     }
@@ -201,7 +202,7 @@ ROUTER = ["router", "topk", "group"]
     [
         ("bf16", [], [], []),
         ("fp8", [], [], []),
-        ("mxfp4", [], [], []),
+        ("mxfp4", [], ["quantise"], []),
         ("int8", ["quantise"], ["quantise"], ["quantise"]),
         ("int4", ["quantise"], ["quantise"], ["quantise"]),
         ("bf16,attention=int8", ["quantise"], [], []),
@@ -209,7 +210,7 @@ ROUTER = ["router", "topk", "group"]
         ("bf16,dense=int4", [], [], ["quantise"]),
     ],
 )
-def test_rows_are_quantised_in_front_of_integer_products_alone(text, attention, experts, dense) -> None:
+def test_rows_are_quantised_in_front_of_products_of_whole_numbers_alone(text, attention, experts, dense) -> None:
     ops = program(SPECS["qwen3_moe"], mix_of(text))[1]  # its layer 1 is dense
     assert kinds(ops, 0) == [*BEFORE, *attention, *AFTER, *ROUTER, "gate_up", *experts, "down"]
     assert kinds(ops, 1) == [*BEFORE, *attention, *AFTER, "gate_up", *dense, "down"]

@@ -28,7 +28,7 @@ def product(
     one scale a column, so sums are one chain over chunks in ascending order, whatever other rows there are.
     """
     sums = tl.zeros((x.shape[0], BLOCKS * 16), tl.float32)
-    bytes_of_input: tl.constexpr = 32 if FORMAT == "bf16" else 8 if FORMAT == "mxfp4" else 16
+    bytes_of_input: tl.constexpr = 32 if FORMAT == "bf16" else 16
     for first in range(0, inputs, CHUNK):
         rows = tl.load(x + first + tl.arange(0, CHUNK)[None, :], mask=mine[:, None], other=0.0)
         lines = blocks + header + first * bytes_of_input
@@ -45,7 +45,7 @@ def product(
                 part = _dot(rows, fp8_codes(lines, stride, count, BLOCKS, CHUNK), nothing)
                 sums += part * fp8_scales(blocks, stride, count, first, BLOCKS)[None, :]
             else:
-                part = _dot(rows, mxfp4_codes(lines, stride, count, BLOCKS, CHUNK), nothing)
+                part = _dot(rows, mxfp4_codes(blocks, stride, count, first, BLOCKS, CHUNK), nothing)
                 sums += part * mxfp4_scales(blocks, stride, count, first, BLOCKS)[None, :]
     if FORMAT == "int8":
         sums *= int8_scales(blocks, stride, count, 0, BLOCKS)[None, :]

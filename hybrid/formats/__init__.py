@@ -36,7 +36,7 @@ class WeightFormat(Protocol):
     def cut_inputs(self) -> int: ...
 
     def header_bytes(self, inputs: int) -> int:
-        """Bytes of scales in front of the lines of a block, a multiple of 64."""
+        """Bytes of a block that are no lines, a multiple of 64; a line of scales of 64 inputs among others is one."""
 
     def block_bytes(self, inputs: int) -> int:
         """Bytes of a block, a multiple of 64."""

@@ -1,5 +1,5 @@
 // Kernels on tiles against themselves and against those of AVX-512: bits do not depend on how many rows are multiplied
-// together if all take tiles, and those of the integer formats not on whether tiles are taken.
+// together if all take tiles, and those of the integer formats, and of nvfp4, not on whether tiles are taken.
 #include "layer.h"
 #include "reference.h"
 
@@ -64,7 +64,8 @@ constexpr int kIntegerTileRows = 17;  // as in formats/int8.h and int4.h
 bool check_integers(const char* name, const Kernels& with, const Format& format, const Shape& shape, int rows) {
   const long before = integer_tile_products;
   bool passed = work(with, format, shape, rows, others);
-  const bool takes_tiles = with.tile_rows == 1 || (&with == &many && rows >= kIntegerTileRows);
+  const bool tiled = format.format != hybrid::Format::nvfp4;
+  const bool takes_tiles = tiled && (with.tile_rows == 1 || (&with == &many && rows >= kIntegerTileRows));
   passed &= require((integer_tile_products > before) == takes_tiles, name, " ", format.name, " ", rows,
                     takes_tiles ? ": no tiles" : ": tiles");
   return passed & require(same(on_tiles, others, rows, shape), name, " ", format.name, " ", rows, " x ", shape.inputs,
@@ -73,7 +74,7 @@ bool check_integers(const char* name, const Kernels& with, const Format& format,
 
 bool check_shape(const Format& format, const Shape& shape) {
   const bool integer = format.format == hybrid::Format::int8 || format.format == hybrid::Format::int4 ||
-                       format.format >= hybrid::Format::q8_0;
+                       format.format >= hybrid::Format::nvfp4;
   fill_input(format, shape.inputs);
   for (int expert = 0; expert < kExperts; expert += 2)
     for (int part = 0; part < 2; ++part) fill_matrix(format, shape, expert, part, 2);

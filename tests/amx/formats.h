@@ -89,23 +89,59 @@ inline void fill_fp8(const Block& block, Random& random, char* to) {
   });
 }
 
-inline int mxfp4_header(int inputs) { return rounded_up(inputs / 32 * kBlock, 64); }
-
-inline void fill_mxfp4(const Block& block, Random& random, char* to) {
-  constexpr double kValues[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
-  auto* exponents = reinterpret_cast<uint8_t (*)[kBlock]>(to);
-  auto* lines = reinterpret_cast<uint8_t (*)[4][kBlock]>(to + mxfp4_header(block.inputs));
-  memset(to, 127, size_t(mxfp4_header(block.inputs)));
-  for (int g = 0; g < block.inputs / 32; ++g)
-    for (int c = 0; c < kBlock; ++c)
-      if (block.inside(c, g * 32)) exponents[g][c] = uint8_t(117 + random.below(8));
+inline void fill_fp8_row(const Block& block, Random& random, char* to) {
+  auto* scales = reinterpret_cast<float*>(to);
+  auto* lines = reinterpret_cast<uint8_t (*)[4][kBlock]>(to + kBlock * 4);
+  for (int c = 0; c < kBlock; ++c) scales[c] = block.inside(c, 0) ? random_scale(random) : 0.0f;
   block.fill([&](int c, int i, bool inside) {
-    const int code = inside ? random.below(16) : 0, shift = i % 2 * 4;
-    uint8_t& byte = lines[i / 8][i % 8 / 2][c];
-    byte = uint8_t((byte & ~(15 << shift)) | code << shift);
-    const double value = kValues[code & 7] / double(1 << (127 - exponents[i / 32][c]));
+    const int code = inside ? random.below(2) * 128 + random.below(127) : 0;
+    lines[i / 4][i % 4][c] = uint8_t(code);
+    return from_e4m3(uint8_t(code)) * scales[c];
+  });
+}
+
+// Codes of four bits: by turns a line of scales of four groups, and their codes.
+template <int group>
+constexpr int fp4_scales(int inputs) {
+  return rounded_up(inputs, 4 * group) / (4 * group) * 64;
+}
+
+template <int group, class RandomScale, class ScaleOf>
+void fill_fp4(const Block& block, Random& random, char* to, RandomScale random_code, ScaleOf scale_of) {
+  constexpr double kValues[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  constexpr int part_inputs = 4 * group, part_bytes = 64 + part_inputs * 8;
+  const auto scale_at = [&](int c, int i) {
+    char* const part = to + i / part_inputs * part_bytes;
+    return reinterpret_cast<uint8_t*>(part) + i % part_inputs / group * kBlock + c;
+  };
+  memset(to, 0, size_t(fp4_scales<group>(block.inputs) + block.inputs * 8));
+  for (int i = 0; i < block.inputs; i += group)
+    for (int c = 0; c < kBlock; ++c) *scale_at(c, i) = random_code(random, block.inside(c, i));
+  block.fill([&](int c, int i, bool inside) {
+    const int code = inside ? random.below(16) : 0, within = i % part_inputs;
+    auto* lines = reinterpret_cast<uint8_t (*)[kBlock][4]>(to + i / part_inputs * part_bytes + 64);
+    lines[within / 8][c][within % 4] |= uint8_t(code << within % 8 / 4 * 4);
+    const double value = kValues[code & 7] * scale_of(*scale_at(c, i), c);
     return code & 8 ? -value : value;
   });
+}
+
+inline int mxfp4_header(int inputs) { return fp4_scales<32>(inputs); }
+
+inline void fill_mxfp4(const Block& block, Random& random, char* to) {
+  fill_fp4<32>(
+      block, random, to, [](Random& some, bool inside) { return uint8_t(inside ? 117 + some.below(8) : 127); },
+      [](uint8_t exponent, int) { return 1 / double(1 << (127 - exponent)); });
+}
+
+inline int nvfp4_header(int inputs) { return 64 + fp4_scales<16>(inputs); }
+
+inline void fill_nvfp4(const Block& block, Random& random, char* to) {
+  auto* factors = reinterpret_cast<float*>(to);
+  for (int c = 0; c < kBlock; ++c) factors[c] = random_scale(random);
+  fill_fp4<16>(
+      block, random, to + 64, [](Random& some, bool inside) { return uint8_t(inside ? 32 + some.below(64) : 0); },
+      [&](uint8_t code, int c) { return from_e4m3(code) * factors[c]; });
 }
 
 inline uint16_t random_half(Random& random) { return uint16_t(8 << 10 | random.below(1024)); }  // 2^-7 and above
@@ -221,6 +257,26 @@ inline void fill_grouped_row(Random& random, int used, int inputs, char* to, dou
   }
 }
 
+// A wide row: bf16, the same as whole numbers in two bytes, sums for each 32 of them, a scale for each 256. Values have
+// seven bits, so that both are exact.
+inline void fill_wide_row(Random& random, int used, int inputs, char* to, double* values) {
+  auto* floats = reinterpret_cast<uint16_t*>(to);
+  auto *high = reinterpret_cast<int8_t*>(to + 2 * inputs), *low = reinterpret_cast<int8_t*>(to + 3 * inputs);
+  auto* sums = reinterpret_cast<int32_t (*)[2]>(to + 4 * inputs);
+  auto* scales = reinterpret_cast<float*>(to + 4 * inputs + inputs / 32 * 8);
+  for (int i = 0; i < inputs; ++i) {
+    const int whole = i < used ? (random.below(255) - 127) * (1 << random.below(7)) : 0;
+    if (i % 256 == 0) scales[i / 256] = 1.0f / float(1 << (8 + random.below(5)));
+    values[i] = double(whole) * scales[i / 256];
+    floats[i] = reference::to_bf16(float(values[i]));
+    high[i] = int8_t((whole + 64 + 128 * 128) / 128 - 128);  // rounded
+    low[i] = int8_t(whole - 128 * high[i]);
+    if (i % 32 == 0) sums[i / 32][0] = sums[i / 32][1] = 0;
+    if (i % 32 < 16) sums[i / 32][0] -= 12 * whole;
+    sums[i / 32][1] -= 12 * whole;
+  }
+}
+
 struct Format {
   const char* name;
   hybrid::Format format;
@@ -243,7 +299,9 @@ constexpr Format kFormats[] = {
     {"int8", hybrid::Format::int8, [](int) { return kBlock * 4; }, 8, fill_int8, fill_integer_row},
     {"int4", hybrid::Format::int4, [](int inputs) { return inputs; }, 4, fill_int4, fill_integer_row},
     {"fp8", hybrid::Format::fp8, fp8_header, 8, fill_fp8, fill_float_row},
-    {"mxfp4", hybrid::Format::mxfp4, mxfp4_header, 4, fill_mxfp4, fill_float_row},
+    {"fp8_row", hybrid::Format::fp8_row, [](int) { return kBlock * 4; }, 8, fill_fp8_row, fill_float_row},
+    {"mxfp4", hybrid::Format::mxfp4, mxfp4_header, 4, fill_mxfp4, fill_wide_row},
+    {"nvfp4", hybrid::Format::nvfp4, nvfp4_header, 4, fill_nvfp4, fill_wide_row},
     grouped<5, 0, Scales::minima>("q5_1", hybrid::Format::q5_1),
     grouped<6, 32, Scales::small_groups>("q6_k", hybrid::Format::q6_k),
 };

@@ -20,7 +20,7 @@ constexpr int kRowCounts[] = {1, 2, 15, 16, 17, 32, 33, 100};
 
 constexpr int kMaxRows = 100, kMaxColumns = 96, kMaxInputs = 640;
 constexpr int kExperts = 3, kRoutes = 2 * kMaxRows;
-constexpr int kRowBytes = 2 * kMaxInputs, kExpertBytes = 2 * kMaxColumns * 320 * 2;
+constexpr int kRowBytes = 5 * kMaxInputs, kExpertBytes = 2 * kMaxColumns * 320 * 2;
 constexpr int kUntouched = 12345;
 
 alignas(64) inline char experts[kExperts][kExpertBytes];

@@ -10,7 +10,7 @@ import pytest
 from expert_rig import Experts
 from expert_rig import run as run_experts
 from kv_pages import KvPages
-from rig import BF16, Rig, aligned, empty_rows, format_of, packed, placed, row_stride, rows_of
+from rig import BF16, Rig, aligned, empty_rows, format_of, packed, placed, quantise_kind, row_stride, rows_of
 
 import cpu_kernels
 from hybrid.config import KV_FORMATS
@@ -83,14 +83,24 @@ def test_norm(isa, kind, width) -> None:
         stride = row_stride(width)
         out16 = aligned((ROWS, stride), BF16)
         out8, grouped = empty_rows("int8", ROWS, width), empty_rows("q4_1", ROWS, width)
+        wide = empty_rows("mxfp4", ROWS, width)
         rig = Rig(isa)
         rig.add(
             "norm", input=x, weight=np.ones(width, np.float32), output=out16, output_f32=None, output8=out8,
             width=width, input_stride=width, output_stride=stride, output8_stride=out8.strides[0], eps=1e-6,
             logit_rows=False, output_grouped=grouped, output_grouped_stride=grouped.strides[0],
+            output_wide=wide, output_wide_stride=wide.strides[0],
         )  # fmt: skip
         rig.run(ROWS)
-        read = {"bf16": out16, "int8": out8, "int4": out8, "q4_1": grouped, "q8_0": grouped, "q6_k": grouped}
+        read = {
+            "bf16": out16,
+            "int8": out8,
+            "int4": out8,
+            "q4_1": grouped,
+            "q8_0": grouped,
+            "q6_k": grouped,
+            "mxfp4": wide,
+        }
         return tuple(gemm(isa, format, rows, width) for format, rows in read.items())
 
     check(norm, random_rows(width), kind)
@@ -118,7 +128,7 @@ def test_products(isa, format, kind, rows) -> None:
         return gemm(isa, format, left(x), width)[:ROWS]
 
     def left(x: np.ndarray) -> np.ndarray:
-        if not FORMATS[format].integer:
+        if FORMATS[format].rows == "bf16":
             return rows_of(format, np.concatenate([x, more]))
         source = aligned((rows, row_stride(width)), BF16)
         source[:, :width] = np.concatenate([x, more])
@@ -126,7 +136,7 @@ def test_products(isa, format, kind, rows) -> None:
         rig = Rig(isa)
         rig.add(
             "quantise", input=source, output=made, width=row_stride(width), input_stride=source.strides[0],
-            output_stride=made.strides[0], multiple=1, grouped=FORMATS[format].rows == "grouped",
+            output_stride=made.strides[0], multiple=1, **quantise_kind(FORMATS[format].rows),
         )  # fmt: skip
         rig.run(rows)
         return made

@@ -151,11 +151,13 @@ def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, format, logit_ro
         output_f32=None,
         output8=quantised if kind == "int8" else None,
         output_grouped=quantised if kind == "grouped" else None,
+        output_wide=quantised if kind == "wide" else None,
         width=hidden,
         input_stride=row_stride(hidden),
         output_stride=row_stride(hidden),
         output8_stride=quantised.strides[0],
         output_grouped_stride=quantised.strides[0],
+        output_wide_stride=quantised.strides[0],
         eps=eps,
         logit_rows=True,
     )

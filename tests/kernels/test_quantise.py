@@ -1,4 +1,4 @@
-"""Activation rows of int8 are those of their definition bit for bit, and nothing is written beside them."""
+"""Activation rows of whole numbers are those of their definition bit for bit, and nothing is written beside them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from rig import (
     aligned,
     int8_row_parts,
     padded,
+    quantise_kind,
     quantised_row_bytes,
     quantised_rows,
     random_bf16,
     row_steps,
     row_stride,
     used_bytes,
+    whole_numbers,
 )
 
 WIDTHS = [1, 16, 90, 256, 300, 601, 1000]
 STRAY = 0xA5  # what lies in the output before
 
 
-@pytest.fixture(params=["int8", "grouped"])
+@pytest.fixture(params=["int8", "grouped", "wide"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -41,7 +43,7 @@ def quantise(isa, kind: str, x: np.ndarray, *, rows: int, multiple: int = 1, thr
         input_stride=inputs.strides[0],
         output_stride=output.strides[0],
         multiple=multiple,
-        grouped=kind == "grouped",
+        **quantise_kind(kind),
     )
     rig.run(rows)
     used = used_bytes(width, kind)
@@ -65,12 +67,14 @@ def test_rows_are_those_of_the_definition(isa, kind, width, size) -> None:
 
 
 def test_halves_are_rounded_to_even_and_the_largest_is_127(isa, kind) -> None:
+    if kind == "wide":
+        pytest.skip("its whole numbers go further")
     x = np.zeros((2, 300), BF16)
     x[0, :8] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -126.5]
     x[1, 256:260] = [-2, 2, 1, -1]
     rows = quantise(isa, kind, x, rows=2)
-    assert rows[0, :8].view(np.int8).tolist() == [127, 0, 2, 2, 0, -2, -2, -126]
-    assert rows[1, 256:260].view(np.int8).tolist() == [-127, 127, 64, -64]
+    assert whole_numbers(rows, 300, kind)[0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, -126]
+    assert whole_numbers(rows, 300, kind)[1, 256:260].tolist() == [-127, 127, 64, -64]
     assert np.array_equal(rows, expected(kind, x))
 
 
@@ -79,7 +83,7 @@ def test_numbers_too_small_for_a_scale_stay_small(isa, kind) -> None:
     for size in (1e-39, 1e-38, 3e-37):
         x = np.full((1, 64), size, BF16)
         rows = quantise(isa, kind, x, rows=1)
-        units, steps = rows[:, :64].view(np.int8), row_steps(rows, 64, kind).astype(np.float64)
+        units, steps = whole_numbers(rows, 64, kind), row_steps(rows, 64, kind).astype(np.float64)
         if kind == "int8":
             sums = rows[0, int8_row_parts(64)[1]].view(np.int32)
             assert sums.tolist() == units.reshape(2, 32).sum(1, dtype=np.int32).tolist()
@@ -99,7 +103,7 @@ def test_a_norm_gives_the_rows_of_its_exact_result(isa, kind, width, logit_rows)
     exact = aligned((rows, stride), np.float32)
     for threads in (1, 3):
         output = aligned((rows, quantised_row_bytes(width, kind)), np.uint8, fill=STRAY)
-        name = "output8" if kind == "int8" else "output_grouped"
+        name = "output8" if kind == "int8" else f"output_{kind}"
         places = {"output8": None, "output8_stride": 0, name: output, f"{name}_stride": output.strides[0]}
         rig = Rig(isa, threads)
         rig.add(
@@ -128,7 +132,7 @@ def test_all_rows_of_one_norm_are_of_one_value(isa) -> None:
     x = aligned((5, 128), np.float32)
     x[...] = random.standard_normal(x.shape)
     outputs = aligned((5, 128), BF16), aligned((5, 128), np.float32)
-    kinds = {kind: aligned((5, quantised_row_bytes(128, kind)), np.uint8) for kind in ("int8", "grouped")}
+    kinds = {kind: aligned((5, quantised_row_bytes(128, kind)), np.uint8) for kind in ("int8", "grouped", "wide")}
     rig = Rig(isa)
     rig.add(
         "norm",
@@ -143,6 +147,8 @@ def test_all_rows_of_one_norm_are_of_one_value(isa) -> None:
         output_stride=128,
         output8_stride=kinds["int8"].strides[0],
         output_grouped_stride=kinds["grouped"].strides[0],
+        output_wide=kinds["wide"],
+        output_wide_stride=kinds["wide"].strides[0],
         eps=1e-6,
         logit_rows=False,
     )
@@ -156,5 +162,5 @@ def test_rows_of_noise_lose_less_than_half_a_step(isa, kind) -> None:
     x = random_bf16(np.random.default_rng(2), 9, 300)
     rows = quantise(isa, kind, x, rows=9)
     steps = row_steps(rows, 300, kind).astype(np.float64)
-    error = rows[:, :300].view(np.int8) * steps - x.astype(np.float64)
+    error = whole_numbers(rows, 300, kind) * steps - x.astype(np.float64)
     assert (np.abs(error) <= 0.5001 * steps).all()

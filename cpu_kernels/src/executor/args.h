@@ -63,6 +63,8 @@ struct NormArgs {
   float* cleared;                 // null, or rows as those of output_f32 that become zero, for what follows to add to
   char* output_grouped;           // null, or grouped activation rows, which formats of codes in groups read
   int64_t output_grouped_stride;  // bytes
+  char* output_wide;              // null, or wide activation rows, which formats of fp4 codes read
+  int64_t output_wide_stride;     // bytes
   const float* factor;            // null, or [1]: what output_f32 holds in the end is multiplied by it
 
   template <class Field>
@@ -84,11 +86,13 @@ struct NormArgs {
     field("cleared", cleared, kOptional);
     field("output_grouped", output_grouped, kOptional);
     field("output_grouped_stride", output_grouped_stride, kOptional);
+    field("output_wide", output_wide, kOptional);
+    field("output_wide_stride", output_wide_stride, kOptional);
     field("factor", factor, kOptional);
   }
 };
 
-// bf16 rows to activation rows of int8.
+// bf16 rows to activation rows of whole numbers.
 struct QuantiseArgs {
   const bf16* input;
   char* output;
@@ -96,6 +100,7 @@ struct QuantiseArgs {
   int64_t input_stride, output_stride;  // bytes
   int multiple;                         // rows of input for each row of the step
   bool grouped;                         // grouped activation rows, which formats of codes in groups read
+  bool wide;                            // wide ones, which formats of fp4 codes read
 
   template <class Field>
   void fields(Field& field) {
@@ -106,6 +111,7 @@ struct QuantiseArgs {
     field("output_stride", output_stride);
     field("multiple", multiple, kPositive);
     field("grouped", grouped, kOptional);
+    field("wide", wide, kOptional);
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "executor/grouped.h"
 #include "executor/scratch.h"
+#include "executor/wide.h"
 
 namespace hybrid {
 namespace {
@@ -33,8 +34,12 @@ int64_t block_bytes(Format format, int64_t inputs) {
       return inputs + inputs * kBlock / 2;
     case Format::fp8:
       return up((inputs + 127) / 128 * 4, kLine) + inputs * kBlock;
+    case Format::fp8_row:
+      return kBlock * 4 + inputs * kBlock;
     case Format::mxfp4:
-      return up(inputs / 2, kLine) + inputs * kBlock / 2;
+      return kMxfp4.block_bytes(int(inputs));
+    case Format::nvfp4:
+      return kNvfp4.block_bytes(int(inputs));
     default:
       return group_layout(format).block_bytes(int(inputs));
   }
@@ -48,9 +53,16 @@ int64_t int8_row_bytes(int64_t inputs) {
 // Of a grouped activation row.
 int64_t grouped_row_bytes(int64_t inputs) { return inputs + inputs / kRowGroup * int64_t(sizeof(RowGroup)); }
 
+// Of a wide activation row.
+int64_t wide_row_bytes(int64_t inputs) { return WideOffsets(inputs).end; }
+
+// Whether the left operand of a product is rows of bf16.
+bool reads_bf16(Format format) { return !is_integer(format) && !is_wide(format); }
+
 // Of the left operand of a product.
 int64_t row_bytes(Format format, int64_t inputs) {
   if (is_grouped(format)) return grouped_row_bytes(inputs);
+  if (is_wide(format)) return wide_row_bytes(inputs);
   return is_integer(format) ? int8_row_bytes(inputs) : inputs * 2;
 }
 
@@ -64,7 +76,7 @@ void require_multiple(const std::string& place, const char* name, int64_t value,
 
 void check_rows(Format format, int64_t stride, int inputs, const std::string& place) {
   require_stride(place, "input_stride", stride, row_bytes(format, inputs));
-  require_multiple(place, "input_stride", stride, is_integer(format) ? 4 : 2);
+  require_multiple(place, "input_stride", stride, reads_bf16(format) ? 2 : 4);
 }
 
 // Fields that must fit each other. place: as "qkv: ".
@@ -89,13 +101,21 @@ void check_fit(const NormArgs& a, const std::string& place) {
     require_multiple(place, "output_grouped_stride", a.output_grouped_stride, 4);
     require_multiple(place, "output_grouped", int64_t(uintptr_t(a.output_grouped)), 4);
   }
+  if (a.output_wide) {
+    require_stride(place, "output_wide_stride", a.output_wide_stride, wide_row_bytes(up(a.width, kInputs)));
+    require_multiple(place, "output_wide_stride", a.output_wide_stride, 4);
+    require_multiple(place, "output_wide", int64_t(uintptr_t(a.output_wide)), 4);
+  }
 }
 
 void check_fit(const QuantiseArgs& a, const std::string& place) {
   require_stride(place, "input_stride", a.input_stride, int64_t(a.width) * 2);
   require_multiple(place, "input_stride", a.input_stride, 2);
+  require(!(a.grouped && a.wide), place + "rows are grouped or wide, not both");
   require_stride(place, "output_stride", a.output_stride,
-                 a.grouped ? grouped_row_bytes(a.width) : int8_row_bytes(a.width));
+                 a.wide      ? wide_row_bytes(a.width)
+                 : a.grouped ? grouped_row_bytes(a.width)
+                             : int8_row_bytes(a.width));
   require_multiple(place, "output_stride", a.output_stride, 4);
   require_multiple(place, "output", int64_t(uintptr_t(a.output)), 4);
 }
@@ -112,7 +132,7 @@ void check_fit(const SoftCapArgs& a, const std::string& place) {
 void check_fit(const HeadGemmArgs& a, const std::string& place) {
   check_rows(a.format, a.input_head_stride, a.inputs, place);
   require_stride(place, "input_stride", a.input_stride, (a.heads - 1) * a.input_head_stride);
-  require_multiple(place, "input_stride", a.input_stride, is_integer(a.format) ? 4 : 2);
+  require_multiple(place, "input_stride", a.input_stride, reads_bf16(a.format) ? 2 : 4);
   require_stride(place, "weight_head_stride", a.weight_head_stride,
                  (int64_t(a.columns) + kBlock - 1) / kBlock * block_bytes(a.format, a.inputs));
   require_stride(place, "output_head_stride", a.output_head_stride, a.columns);

@@ -9,8 +9,8 @@ namespace hybrid {
 using bf16 = uint16_t;  // bit pattern
 
 // How a matrix is stored; hybrid/formats says the same in Python.
-enum class Format { bf16, int8, int4, fp8, mxfp4, q8_0, q4_0, q5_0, q4_1, q5_1, q4_k, q5_k, q6_k };
-constexpr int kFormats = 13;
+enum class Format { bf16, int8, int4, fp8, fp8_row, mxfp4, nvfp4, q8_0, q4_0, q5_0, q4_1, q5_1, q4_k, q5_k, q6_k };
+constexpr int kFormats = 15;
 
 enum class Activation { silu, swiglu_clamped, gelu_tanh };
 

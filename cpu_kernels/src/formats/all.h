@@ -2,11 +2,11 @@
 #pragma once
 
 #include "formats/bf16.h"
+#include "formats/fp4.h"
 #include "formats/fp8.h"
 #include "formats/grouped.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
-#include "formats/mxfp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -23,8 +23,12 @@ static constexpr HYBRID_INLINE void with_format(hybrid::Format format, Function 
       return function(Int4{});
     case hybrid::Format::fp8:
       return function(Fp8{});
+    case hybrid::Format::fp8_row:
+      return function(Fp8Row{});
     case hybrid::Format::mxfp4:
       return function(Mxfp4{});
+    case hybrid::Format::nvfp4:
+      return function(Nvfp4{});
     default:
       return function(Grouped{group_layout(format)});
   }

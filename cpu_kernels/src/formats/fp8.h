@@ -1,4 +1,5 @@
-// fp8 (e4m3): four rows of 16 bytes a line; an fp32 scale per block of 128 inputs, the same for its 16 columns.
+// fp8 (e4m3): four rows of 16 bytes a line. Scales are fp32: one per block of 128 inputs, the same for its 16 columns;
+// or one per column (fp8_row).
 #pragma once
 
 #include "formats/kinds.h"
@@ -6,16 +7,17 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-struct Fp8 : FloatKind {
+template <int segment_inputs>
+struct Fp8Kind : FloatKind {
   static constexpr int line_inputs = 4;
   static constexpr int steps = 2;
   static constexpr bool chained = false;
-  static constexpr int segment = 128 / line_inputs;
+  static constexpr int segment = segment_inputs / line_inputs;
   static constexpr bool opened = false;
   static constexpr int tile_rows = 3;
+  static constexpr float larger = 256.0f;  // from_fp8 gives 2^-8
   struct Scale {};
 
-  static constexpr int header(int inputs) { return ((inputs + 127) / 128 * 4 + kLine - 1) / kLine * kLine; }
   static HYBRID_INLINE Scale scale(const char*, int) { return {}; }
   static HYBRID_INLINE Line operand(const char* line, int step, Scale) {
     const char* pair = line + step * 2 * kBlock;
@@ -24,8 +26,20 @@ struct Fp8 : FloatKind {
   static HYBRID_INLINE void open(const char* line, int step, Scale scale, char* out) {
     Isa::store_line(out, operand(line, step, scale));
   }
+};
+
+struct Fp8 : Fp8Kind<128> {
+  static constexpr int header(int inputs) { return ((inputs + 127) / 128 * 4 + kLine - 1) / kLine * kLine; }
   static HYBRID_INLINE F32 group_scale(const char* header, int line) {
-    return Isa::set(reinterpret_cast<const float*>(header)[line / segment] * 256.0f);  // from_fp8 gives 2^-8
+    return Isa::set(reinterpret_cast<const float*>(header)[line / segment] * larger);
+  }
+};
+
+struct Fp8Row : Fp8Kind<kPanelInputs> {
+  static constexpr int header(int) { return kBlock * 4; }
+  static HYBRID_INLINE F32 group_scale(const char*, int) { return Isa::set(larger); }
+  static HYBRID_INLINE F32 finish(F32 sum, const char* header) {
+    return Isa::mul(sum, Isa::load(reinterpret_cast<const float*>(header)));
   }
 };
 

@@ -13,6 +13,8 @@ namespace HYBRID_ISA {
 struct Grouped {
   static constexpr bool integer = true;
   static constexpr bool grouped = true;
+  static constexpr bool wide = false;
+  static constexpr bool tiled = true;
   static constexpr bool opened = false;
   static constexpr int step_inputs = 4;
   static constexpr int tile_rows = 17;

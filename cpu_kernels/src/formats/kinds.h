@@ -14,6 +14,8 @@ struct FloatKind {
   using Sum = F32;
   static constexpr bool integer = false;
   static constexpr bool grouped = false;        // codes in groups: formats/grouped.h
+  static constexpr bool wide = false;           // fp4 codes, multiplied by wide rows: formats/fp4.h
+  static constexpr bool tiled = true;           // whether matrix tiles multiply it
   static constexpr bool opened_groups = false;  // codes in groups after they were opened
   static constexpr int step_inputs = 2;
   static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
@@ -34,6 +36,8 @@ struct IntegerKind {
   using Sum = Isa::I32;
   static constexpr bool integer = true;
   static constexpr bool grouped = false;
+  static constexpr bool wide = false;
+  static constexpr bool tiled = true;
   static constexpr bool opened_groups = false;
   static constexpr bool has_signs = false;  // whether opened operands are signed
   static constexpr int step_inputs = 4;

@@ -9,10 +9,45 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
+// A line of mxfp4 opened as bf16 pairs by integer instructions. A code's number stands in a table with the largest
+// exponents there are; what a scale is below that is taken off, and zero stays zero because the difference saturates.
+// For scales of 2^-126 to 2^125, with which bf16 holds all codes; below, weights are zero.
+struct WordFp4 {
+  using Scale = __m512i;
+
+  static Scale scale(const char* exponents) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(exponents)));
+    const __m512i words = _mm512_or_si512(_mm512_slli_epi32(bytes, 7), _mm512_slli_epi32(bytes, 23));
+    const __m512i below = _mm512_sub_epi16(_mm512_set1_epi16(kOne), words);
+    return _mm512_mask_set1_epi32(below, _mm512_testn_epi32_mask(bytes, bytes), -1);
+  }
+  // Inputs 2 * pair and 2 * pair + 1 of the eight of a line.
+  static __m512i open(const char* line, int pair, Scale scale) {
+    // Words look up the codes of two bytes, each of which is brought to the low end of its word. The fifth bit that a
+    // look-up heeds belongs to the other half of a byte, so the table is there twice.
+    const __m512i bytes = _mm512_srli_epi32(_mm512_load_si512(line), unsigned(pair % 2 * 16 + pair / 2 * 4));
+    const __m512i index = _mm512_mask_blend_epi16(0xaaaaaaaa, bytes, _mm512_slli_epi32(bytes, 8));
+    return _mm512_subs_epu16(_mm512_permutexvar_epi16(index, numbers()), scale);
+  }
+
+ private:
+  static constexpr short kOne = 252 << 7;  // 1 as bf16 if its exponent is so large that 6 has the largest
+
+  static __m512i numbers() {
+    constexpr short half = kOne - 128, one = kOne, two = one + 128, four = two + 128, more = 64;
+    const __m256i sizes = _mm256_setr_epi16(0, half, one, one + more, two, two + more, four, four + more, 0, half, one,
+                                            one + more, two, two + more, four, four + more);
+    constexpr short minus = short(0x8000);
+    const __m256i signs = _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, minus, minus, minus, minus, minus, minus, minus);
+    return _mm512_broadcast_i64x4(_mm256_or_si256(sizes, signs));
+  }
+};
+
 // Assembly instead of intrinsics: those take no template parameter for the number of a tile, and gcc's do not say which
 // memory they read, so that stores before them could come too late.
 struct Amx : Avx512Bf16 {
   static constexpr bool has_tiles = true;
+  using Fp4 = WordFp4;
 
   // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) `lines` lines of the right one.
   static void load_tiles(int lines) {

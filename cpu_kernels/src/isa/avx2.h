@@ -3,8 +3,8 @@
 
 #include <immintrin.h>
 
+#include "executor/wide.h"
 #include "isa/turned_lines.h"
-#include "isa/widened_fp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -30,7 +30,9 @@ struct Avx2 {
     Half lo, hi;
   };
   using Quad = Half;
-  using Fp4 = WidenedFp4<Avx2>;
+  struct Codes {
+    __m256i lo, hi;
+  };
   // More sums than registers: they are added to where they lie in L1, which measured twice as fast as fewer rows that
   // fit, since every line is widened once for all of them.
   static constexpr int max_rows = 6;
@@ -130,13 +132,30 @@ struct Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), joined(from + 32, high, bits + 32, up, mask));
   }
   static Quad load_quad(const char* p) {
-    int bits;
-    __builtin_memcpy(&bits, p, sizeof bits);
-    const __m256i all = _mm256_set1_epi32(bits);
+    const __m256i all = all_of(p);
     return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
   }
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     return {dot_half(acc.lo, bytes.lo, quad), dot_half(acc.hi, bytes.hi, quad)};
+  }
+
+  static Codes load_fp4(const char* p, int high) {
+    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_setr_epi8(HYBRID_FP4_CODES));
+    return {_mm256_shuffle_epi8(doubled, nibbles(p, high)), _mm256_shuffle_epi8(doubled, nibbles(p + 32, high))};
+  }
+  template <int count>
+  static I32 dot_wide(const Codes (&codes)[count], const char* high, const char* low, int start) {
+    const __m256i zero = _mm256_setzero_si256();
+    I32 upper{zero, zero}, lower{zero, zero};  // pairs of inputs, in 16 bits
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      const __m256i above = all_of(high + 4 * i), below = all_of(low + 4 * i);
+      upper.lo = _mm256_add_epi16(upper.lo, _mm256_maddubs_epi16(codes[i].lo, above));
+      upper.hi = _mm256_add_epi16(upper.hi, _mm256_maddubs_epi16(codes[i].hi, above));
+      lower.lo = _mm256_add_epi16(lower.lo, _mm256_maddubs_epi16(codes[i].lo, below));
+      lower.hi = _mm256_add_epi16(lower.hi, _mm256_maddubs_epi16(codes[i].hi, below));
+    }
+    return {join_wide(upper.lo, lower.lo, start), join_wide(upper.hi, lower.hi, start)};
   }
 
   static F32 from_bf16(const char* p) { return {widen_bf16(load_128(p)), widen_bf16(load_128(p + 16))}; }
@@ -154,12 +173,6 @@ struct Avx2 {
     const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(short(0xbfff)));
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
   }
-  static void from_fp4(const char* p, F32& even, F32& odd) {
-    const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-    const __m128i codes = load_128(p), four_bits = _mm_set1_epi8(15);
-    even = from_int8(_mm_shuffle_epi8(doubled, _mm_and_si128(codes, four_bits)));
-    odd = from_int8(_mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(codes, 4), four_bits)));
-  }
   static F32 from_e8m0(const char* p) {
     const __m128i bytes = load_128(p);
     return {from_exponent(bytes), from_exponent(_mm_srli_si128(bytes, 8))};
@@ -174,6 +187,16 @@ struct Avx2 {
  private:
   static __m128i load_128(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load_256(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i all_of(const char* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return _mm256_set1_epi32(bits);
+  }
+  static __m256i join_wide(__m256i upper, __m256i lower, int start) {
+    upper = _mm256_madd_epi16(upper, _mm256_set1_epi16(kWideBase));
+    lower = _mm256_madd_epi16(lower, _mm256_set1_epi16(1));
+    return _mm256_add_epi32(_mm256_add_epi32(upper, lower), _mm256_set1_epi32(start));
+  }
   static __m256i nibbles(const char* p, int high) {
     const __m256i bytes = load_256(p);
     return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));

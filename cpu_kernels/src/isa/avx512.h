@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "isa/widened_fp4.h"
+#include "executor/wide.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -20,7 +20,7 @@ struct Avx512 {
     __m512i even, odd;
   };
   using Quad = Bytes;
-  using Fp4 = WidenedFp4<Avx512>;
+  using Codes = __m512i;
   static constexpr int max_rows = 8;
   static constexpr int max_blocks = 2;
   static constexpr int group_rows = 4;
@@ -103,14 +103,29 @@ struct Avx512 {
     _mm512_store_si512(p, joined(from, high, bits, up, mask));
   }
   static Quad load_quad(const char* p) {
-    int bits;
-    __builtin_memcpy(&bits, p, sizeof bits);
-    const __m512i all = _mm512_set1_epi32(bits);
+    const __m512i all = all_of(p);
     return {_mm512_srai_epi16(_mm512_slli_epi16(all, 8), 8), _mm512_srai_epi16(all, 8)};
   }
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.even, quad.even));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.odd, quad.odd));
+  }
+
+  static Codes load_fp4(const char* p, int high) {
+    const __m512i doubled = _mm512_broadcast_i32x4(_mm_setr_epi8(HYBRID_FP4_CODES));
+    return _mm512_shuffle_epi8(doubled, nibbles(p, high));
+  }
+  template <int count>
+  static I32 dot_wide(const Codes (&codes)[count], const char* high, const char* low, int start) {
+    __m512i upper = _mm512_setzero_si512(), lower = upper;  // pairs of inputs, in 16 bits
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      upper = _mm512_add_epi16(upper, _mm512_maddubs_epi16(codes[i], all_of(high + 4 * i)));
+      lower = _mm512_add_epi16(lower, _mm512_maddubs_epi16(codes[i], all_of(low + 4 * i)));
+    }
+    upper = _mm512_madd_epi16(upper, _mm512_set1_epi16(kWideBase));
+    lower = _mm512_madd_epi16(lower, _mm512_set1_epi16(1));
+    return _mm512_add_epi32(_mm512_add_epi32(upper, lower), _mm512_set1_epi32(start));
   }
 
   static F32 from_bf16(const char* p) {
@@ -129,12 +144,6 @@ struct Avx512 {
     const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
     return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(short(0xbfff))));
   }
-  static void from_fp4(const char* p, F32& even, F32& odd) {
-    const F32 doubled = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);
-    const __m512i codes = _mm512_cvtepu8_epi32(load_128(p));  // the permutation looks at four bits only
-    even = _mm512_permutexvar_ps(codes, doubled);
-    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), doubled);
-  }
   static F32 from_e8m0(const char* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(load_128(p)), 23));
   }
@@ -145,6 +154,11 @@ struct Avx512 {
  protected:
   static __m128i load_128(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load_256(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m512i all_of(const char* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return _mm512_set1_epi32(bits);
+  }
   static __m512i nibbles(const char* p, int high) {
     const __m512i bytes = _mm512_load_si512(p);
     return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));

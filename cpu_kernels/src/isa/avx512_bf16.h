@@ -6,39 +6,6 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// A line of mxfp4 opened as bf16 pairs by integer instructions. A code's number stands in a table with the largest
-// exponents there are; what a scale is below that is taken off, and zero stays zero because the difference saturates.
-// For scales of 2^-126 to 2^125, with which bf16 holds all codes; below, weights are zero.
-struct WordFp4 {
-  using Scale = __m512i;
-
-  static Scale scale(const char* exponents) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(exponents)));
-    const __m512i words = _mm512_or_si512(_mm512_slli_epi32(bytes, 7), _mm512_slli_epi32(bytes, 23));
-    const __m512i below = _mm512_sub_epi16(_mm512_set1_epi16(kOne), words);
-    return _mm512_mask_set1_epi32(below, _mm512_testn_epi32_mask(bytes, bytes), -1);
-  }
-  static __m512i open(const char* codes, Scale scale) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    // Word 0 of a column looks up the low half of its byte, word 1 the high half. The fifth bit that a look-up heeds
-    // belongs to the other half, so the table is there twice.
-    const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-    return _mm512_subs_epu16(_mm512_permutexvar_epi16(index, numbers()), scale);
-  }
-
- private:
-  static constexpr short kOne = 252 << 7;  // 1 as bf16 if its exponent is so large that 6 has the largest
-
-  static __m512i numbers() {
-    constexpr short half = kOne - 128, one = kOne, two = one + 128, four = two + 128, more = 64;
-    const __m256i sizes = _mm256_setr_epi16(0, half, one, one + more, two, two + more, four, four + more, 0, half, one,
-                                            one + more, two, two + more, four, four + more);
-    constexpr short minus = short(0x8000);
-    const __m256i signs = _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, minus, minus, minus, minus, minus, minus, minus);
-    return _mm512_broadcast_i64x4(_mm256_or_si256(sizes, signs));
-  }
-};
-
 struct Avx512Bf16 : Avx512 {
   using Line = __m512i;
   using Pair = __m512i;
@@ -46,7 +13,6 @@ struct Avx512Bf16 : Avx512 {
   typedef char Bytes __attribute__((vector_size(64)));
   typedef int I32 __attribute__((vector_size(64)));
   using Quad = Bytes;
-  using Fp4 = WordFp4;
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 4;
 
@@ -78,6 +44,17 @@ struct Avx512Bf16 : Avx512 {
   }
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)bytes, (__m512i)quad);
+  }
+  template <int count>
+  static I32 dot_wide(const Codes (&codes)[count], const char* high, const char* low, int start) {
+    __m512i upper = _mm512_setzero_si512(), lower = _mm512_set1_epi32(start);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      upper = _mm512_dpbusd_epi32(upper, codes[i], (__m512i)load_quad(high + 4 * i));
+      lower = _mm512_dpbusd_epi32(lower, codes[i], (__m512i)load_quad(low + 4 * i));
+    }
+    static_assert(kWideBase == 1 << 7);
+    return (I32)_mm512_add_epi32(lower, _mm512_slli_epi32(upper, 7));
   }
 };
 

@@ -2,8 +2,11 @@
 //
 // What every instruction set offers: sixteen lanes of fp32 (F32) and int32 (I32); for the float kind a Line of 16
 // columns by a pair of bf16 inputs and the Pair it meets; for the integer kind the Bytes of 16 columns by four unsigned
-// weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value, fp4 as twice
-// its value. Joined are nibbles and, above them, further bits: those of `mask` after `bits` was shifted up.
+// weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value. Joined are
+// nibbles and, above them, further bits: those of `mask` after `bits` was shifted up.
+//
+// Codes are those of fp4, by 16 columns and four inputs, as bytes: twice their value and kFp4Offset. dot_wide
+// multiplies them by as many inputs of two bytes each.
 //
 // turn_lines makes of eight lines, which hold 16 inputs of 16 columns, those with the roles of both exchanged.
 //
@@ -12,8 +15,8 @@
 // infinity.
 #pragma once
 
+#include "executor/wide.h"
 #include "isa/turned_lines.h"
-#include "isa/widened_fp4.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -37,7 +40,7 @@ struct Portable {
   struct Quad {
     int8_t input[4];
   };
-  using Fp4 = WidenedFp4<Portable>;
+  using Codes = Bytes;
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
   static constexpr int group_rows = 0;      // for which codes in groups are made operands in registers
@@ -183,6 +186,24 @@ struct Portable {
     return acc;
   }
 
+  static Codes load_fp4(const char* p, int high) {
+    static constexpr uint8_t doubled[16] = {HYBRID_FP4_CODES};
+    Codes codes = load_nibbles(p, high);
+    for (auto& column : codes.column)
+      for (uint8_t& byte : column) byte = doubled[byte];
+    return codes;
+  }
+  template <int count>
+  static I32 dot_wide(const Codes (&codes)[count], const char* high, const char* low, int start) {
+    I32 upper = set_int(0), lower = set_int(start);
+    for (int i = 0; i < count; ++i) {
+      upper = dot(upper, codes[i], load_quad(high + 4 * i));
+      lower = dot(lower, codes[i], load_quad(low + 4 * i));
+    }
+    for (int i = 0; i < 16; ++i) lower.lane[i] += kWideBase * upper.lane[i];
+    return lower;
+  }
+
   static F32 from_bf16(const char* p) {
     uint16_t bits[16];
     __builtin_memcpy(bits, p, sizeof bits);
@@ -214,11 +235,6 @@ struct Portable {
                                   : float(mantissa) * 0x1p-17f;
       return bits & 0x80 ? -size : size;
     });
-  }
-  static void from_fp4(const char* p, F32& even, F32& odd) {
-    static constexpr float doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
-    even = each([=](int i) { return doubled[p[i] & 15]; });
-    odd = each([=](int i) { return doubled[uint8_t(p[i]) >> 4]; });
   }
   static F32 from_e8m0(const char* p) {
     return each([=](int i) { return bits_to_float(uint32_t(uint8_t(p[i])) << 23); });

@@ -4,6 +4,7 @@
 #include "ops/attention.h"
 #include "ops/combine.h"
 #include "ops/embedding.h"
+#include "ops/fp4_product.h"
 #include "ops/gate.h"
 #include "ops/gated_delta.h"
 #include "ops/gemm.h"

@@ -54,6 +54,7 @@ static void norm(const NormArgs& args, const Step& step, const Work& work) {
     if (args.output8) quantise_row(normed, inputs, args.output8 + row * args.output8_stride);
     if (args.output_grouped)
       quantise_grouped_row(normed, inputs, args.output_grouped + row * args.output_grouped_stride);
+    if (args.output_wide) quantise_wide_row(normed, inputs, args.output_wide + row * args.output_wide_stride);
   });
 }
 

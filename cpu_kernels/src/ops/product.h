@@ -322,17 +322,24 @@ template <class Epilogue>
 static void group_product(const Grouped& format, const Rows& left, int rows, const char* matrix, int inputs,
                           Range blocks, char* scratch, Epilogue epilogue);
 
+// Defined in ops/fp4_product.h.
+template <class Format, class Epilogue>
+static void fp4_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks, char* scratch,
+                        Epilogue epilogue);
+
 // product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. The finished sums
 // [rows][count][16] of `count` blocks from `block` on go to epilogue(sums, rows, block, count).
 // scratch: see product_bytes() in executor/scratch.h.
 template <class Format, class Epilogue>
 static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
                                   int inputs, Range blocks, char* scratch, Epilogue epilogue) {
-  if constexpr (Isa::has_tiles) {
+  if constexpr (Isa::has_tiles && Format::tiled) {
     if (tiles.multiply(rows)) return tile_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
   }
   if constexpr (Format::grouped) {
     group_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
+  } else if constexpr (Format::wide) {
+    fp4_product<Format>(left, rows, matrix, inputs, blocks, scratch, epilogue);
   } else {
     for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
       constexpr int NB = decltype(nb)::value;

@@ -29,15 +29,13 @@ template <class Format>
 class Tiles {
  public:
   HYBRID_INLINE Tiles(Format format, const Step& step, int rows)
-      : format(format),
-        from_(step.tile_rows ? step.tile_rows : Format::tile_rows),
-        ready_(Isa::has_tiles && rows >= from_) {
-    if constexpr (Isa::has_tiles) {
+      : format(format), from_(step.tile_rows ? step.tile_rows : Format::tile_rows), ready_(tiled && rows >= from_) {
+    if constexpr (tiled) {
       if (ready_) load_tiles(format);
     }
   }
   HYBRID_INLINE ~Tiles() {
-    if constexpr (Isa::has_tiles) {
+    if constexpr (tiled) {
       if (ready_) release_tiles<Format>();
     }
   }
@@ -50,6 +48,7 @@ class Tiles {
   const Format format;
 
  private:
+  static constexpr bool tiled = Isa::has_tiles && Format::tiled;
   const int from_;
   const bool ready_;
 };

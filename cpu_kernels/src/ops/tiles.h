@@ -21,8 +21,37 @@ struct SignedInt4 : Int4 {
   static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::set_int(0); }
 };
 
+// mxfp4 as bf16 pairs, scaled, which is exact.
+struct TiledMxfp4 : Mxfp4 {
+  using Scale = Isa::Fp4::Scale;
+  static constexpr int scale_lines = layout.group / line_inputs;  // that one scale of every column is for
+  static constexpr int scaled_lines = layout.part_inputs() / line_inputs;
+
+  static constexpr int header(int inputs) { return layout.scales_bytes(inputs); }
+  static HYBRID_INLINE Scale scale(const char* block, int line) {
+    const char* const part = block + int64_t(line / scaled_lines) * layout.part_bytes();
+    return Isa::Fp4::scale(part + line / scale_lines % 4 * kBlock);
+  }
+  static HYBRID_INLINE void open(const char* line, int step, Scale scale, char* out) {
+    Isa::store_line(out, Isa::Fp4::open(line, step, scale));
+  }
+};
+
+// What tiles multiply of a stored format.
 template <class Format>
-using Tiled = typename Either<Format::integer && !Format::opened, SignedInt4, Format>::Type;
+struct TiledAs {
+  using Type = Format;
+};
+template <>
+struct TiledAs<Int4> {
+  using Type = SignedInt4;
+};
+template <>
+struct TiledAs<Mxfp4> {
+  using Type = TiledMxfp4;
+};
+template <class Format>
+using Tiled = typename TiledAs<Format>::Type;
 
 // Lines of one tile product. A segment of int4 is 8: half a tile, and half the speed.
 template <class Format>

@@ -22,7 +22,7 @@ MADE = "made"  # by a half whose result is normed before it is added to the resi
 BF16, FP32 = 2, 4  # bytes
 
 
-_SUFFIXES: dict[RowKind, str] = {"bf16": "", "int8": "8", "grouped": "_grouped"}
+_SUFFIXES: dict[RowKind, str] = {"bf16": "", "int8": "8", "grouped": "_grouped", "wide": "_wide"}
 
 
 def rows_name(name: str, width: int, kind: RowKind = "bf16") -> str:
@@ -67,10 +67,11 @@ def norm(
 def norm_outputs(name: str, width: int, *formats: str) -> dict[str, Any]:
     """The arguments of a norm that say where it writes rows for products with weights of `formats`."""
     rows = {FORMATS[format].rows: product_rows(name, width, format) for format in formats}
-    (output, _), (output8, stride) = (rows.get(kind, (None, 0)) for kind in ("bf16", "int8"))
-    found = {"output": output, "output_stride": row_stride(width), "output8": output8, "output8_stride": stride}
-    if "grouped" in rows:
-        found["output_grouped"], found["output_grouped_stride"] = rows["grouped"]
+    (output, _), (output8, stride8) = (rows.get(kind, (None, 0)) for kind in ("bf16", "int8"))
+    found = {"output": output, "output_stride": row_stride(width), "output8": output8, "output8_stride": stride8}
+    for kind, (place, stride) in rows.items():
+        if kind in ("grouped", "wide"):
+            found |= {f"output_{kind}": place, f"output_{kind}_stride": stride}
     return found
 
 
@@ -113,7 +114,7 @@ def norm_tensors(place: Place, shard: Shard, name: str, source: str) -> Iterator
 
 
 def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -> Iterator[Op]:
-    """bf16 rows to int8 ones, where the product that reads them multiplies integers."""
+    """bf16 rows to others, where the product that reads them multiplies integers."""
     kind = FORMATS[format].rows
     if kind == "bf16":
         return
@@ -125,8 +126,8 @@ def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -
         "output_stride": row_bytes(width, kind),
         "multiple": multiple,
     }
-    if kind == "grouped":
-        arguments["grouped"] = True
+    if kind != "int8":
+        arguments[kind] = True
     yield Op("quantise", part, arguments, (0, "rows"))
 
 

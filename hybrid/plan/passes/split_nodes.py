@@ -138,7 +138,7 @@ class _Splitter:
 
     def _quantise_part(self, op: Op, node: int, width: int) -> Op:
         a = op.arguments
-        kind: RowKind = "grouped" if a.get("grouped") else "int8"
+        kind: RowKind = "grouped" if a.get("grouped") else "wide" if a.get("wide") else "int8"
         return _on(
             op,
             node,

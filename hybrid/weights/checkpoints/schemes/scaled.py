@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrid.errors import WeightsError
 from hybrid.formats import FP8, INT8, MXFP4, Q8_0
+from hybrid.formats import fp4 as fp4_format
 from hybrid.formats import fp8 as fp8_format
 from hybrid.formats import mxfp4 as mxfp4_format
 from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
@@ -257,6 +258,6 @@ def _values(numbers: Bytes, dtype: str) -> Floats:
     elif dtype == INT:
         found = numbers.view(np.int8).astype(np.float32)
     else:
-        codes = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(len(numbers), -1)
-        found = np.take(mxfp4_format.VALUES, codes)
+        codes = fp4_format.codes_of_pairs(numbers)
+        found = np.take(fp4_format.VALUES, codes)
     return found
