@@ -282,7 +282,7 @@ class Moe(Case):
                 "quantise", input=buffers["activation"], output=buffers["quantised"],
                 width=row_stride(shape.intermediate), input_stride=row_bytes(shape.intermediate, "bf16"),
                 output_stride=row_bytes(shape.intermediate, kind), multiple=shape.top_k,
-                grouped=kind == "grouped",
+                grouped=kind == "grouped", wide=kind == "wide",
             )  # fmt: skip
         self._add(
             "down", **common, input=buffers["activation" if kind == "bf16" else "quantised"],
