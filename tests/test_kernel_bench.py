@@ -209,7 +209,8 @@ def test_the_counts_are_those_of_the_kernels() -> None:
     assert constant("executor/step.h", "kTileRows") == tile_counts.TILE_ROWS
     assert constant("executor/step.h", "kPanelInputs") == tile_counts.PANEL_INPUTS
     for format, rows in tile_counts.FIRST_ROWS.items():
-        assert constant(f"formats/{'grouped' if format in GROUPED else format}.h", "tile_rows") == rows
+        file = "grouped" if format in GROUPED else {"mxfp4": "fp4", "fp8_row": "fp8"}.get(format, format)
+        assert constant(f"formats/{file}.h", "tile_rows") == rows
     assert constant("isa/avx512_bf16.h", "max_blocks") == tile_counts.MAX_BLOCKS
     assert constant("executor/step.h", "kScaleInputs") == tile_counts.SEGMENTS["int8"]
     assert constant("executor/step.h", "kSumInputs") == tile_counts.SEGMENTS["int4"]
