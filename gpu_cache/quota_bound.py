@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_cache.bounds import bypass_belady
-from gpu_cache.geometry import Geometry
+from gpu_cache.bounds import bypass_belady, next_ranks
+from gpu_cache.geometry import NOWHERE, Geometry
 from gpu_cache.trace import Calls, Ints
 
 _WORK = 40_000_000  # intervals times iterations: some seconds; a long trace gets a less sharp bound
@@ -34,6 +36,46 @@ def quota_bound(calls: Calls, geometry: Geometry, quota: int) -> int:
         return free
     iterations = min(_ITERATIONS, _WORK // intervals.size)
     return min(free, _descend(intervals, geometry.nways, quota, reached, iterations))
+
+
+def prefetch_bound(calls: Calls, geometry: Geometry, quota: int | None) -> int:
+    """Hits that no cache exceeds which may copy an expert at any time, called or not, `quota` of them a step.
+
+    A hit is either of an expert that was there since its call before, and an index holds so many of them at a time, or
+    of one that was copied since then: a copy makes one such hit at most.
+    """
+    if quota is None:
+        return calls.total
+    return min(calls.total, _kept(calls, geometry) + quota * calls.steps)
+
+
+def _kept(calls: Calls, geometry: Geometry) -> int:
+    """The most calls whose expert was in a slot since its call before: where an index has too many, the one that is
+    called last again is given up, which is best for intervals.
+    """
+    ranks, total = next_ranks(calls), calls.total
+    index_of, start, keys = geometry.indexes().tolist(), calls.start.tolist(), calls.key.tolist()
+    held: list[set[int]] = [set() for _ in range(geometry.nblocks)]  # ranks of the next calls of kept experts
+    furthest: list[list[int]] = [[] for _ in held]  # the same as heaps, with some that are gone
+    kept = 0
+    for begin, end in pairwise(start):
+        touched = set()
+        order = sorted(range(begin, end), key=ranks.__getitem__)
+        for rank, call in enumerate(order, begin):
+            index = index_of[keys[call]]
+            if index == NOWHERE:
+                continue
+            if rank in held[index]:
+                held[index].remove(rank)
+                kept += 1
+            if ranks[call] < total:
+                held[index].add(ranks[call])
+                heappush(furthest[index], -ranks[call])
+                touched.add(index)
+        for index in touched:
+            while len(held[index]) > geometry.nways:
+                held[index].discard(-heappop(furthest[index]))
+    return kept
 
 
 def _descend(intervals: _Intervals, ways: int, quota: int, target: int, iterations: int) -> int:

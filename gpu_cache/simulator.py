@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -15,9 +15,10 @@ from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, known_policy
+from gpu_cache.prefetch import LEARNT, PERFECT, Perfect, Prefetch, known_prefetch
 from gpu_cache.prompt_copies import replay_prompt_copies
-from gpu_cache.quota_bound import quota_bound
-from gpu_cache.table import Table
+from gpu_cache.quota_bound import prefetch_bound, quota_bound
+from gpu_cache.table import Fill, Table
 from gpu_cache.trace import Calls, Ints
 
 SCHEDULES: Mapping[str, Callable[[Calls, Geometry, int | None], Schedule]] = {
@@ -30,7 +31,9 @@ SCHEDULES: Mapping[str, Callable[[Calls, Geometry, int | None], Schedule]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is replayed. quota: copies a step, None: no limit. delay: lookups that a copy takes beyond the next one."""
+    """What is replayed. quota: copies a step, None: no limit. delay: lookups that a copy takes beyond the next one.
+    prefetch: a name of `gpu_cache.prefetch.REPLAYED`; schedules have none.
+    """
 
     nblocks: int
     nways: int
@@ -40,6 +43,7 @@ class Setting:
     quota: int | None = None
     delay: int = 0
     seed: int = 0
+    prefetch: str = "none"
 
     def geometry(self, calls: Calls) -> Geometry:
         return Geometry(self.nblocks, self.nways, calls.layers, calls.experts, self.mapping)
@@ -49,6 +53,8 @@ class Setting:
         if self.delay < 0:
             raise CacheError(f"delay of copies: {self.delay}, must be 0 lookups or more")
         policy = known_policy(self.policy, policy_names())
+        if known_prefetch(self.prefetch) != Prefetch.name and policy in SCHEDULES:
+            raise CacheError(f"{policy} copies on a miss only; replay it with prefetch none")
         policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
         Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
 
@@ -58,7 +64,7 @@ class Result:
     """hits, loading, misses, fills, evictions, calls: int64 [layers]. calls = hits + loading + misses.
 
     groups: int64 [groups], the calls of every group; found: its hits. upper_bound: hits that nothing exceeds, where
-    this is a bound.
+    this is a bound. prefetched: copies that were made before a call; used: those that were hit before they left.
     """
 
     setting: Setting
@@ -72,6 +78,8 @@ class Result:
     groups: Ints
     found: Ints
     upper_bound: int | None = None
+    prefetched: int = 0
+    used: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -94,16 +102,59 @@ def policy_names() -> tuple[str, ...]:
 
 def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result:
     how = (setting.geometry(calls), setting.policy, setting.admission, setting.quota, setting.seed, costs)
-    if setting.delay == 0:
+    ahead = _make_prefetch(known_prefetch(setting.prefetch), calls, how[0])
+    if setting.delay == 0 and ahead is None:
         counts, found = replay_prompt_copies(calls, *how)
     else:
         table = Table(*how)
-        found = np.array(drive(calls, table, CopyClock(setting.delay)))
+        found = np.array(drive(calls, table, CopyClock(setting.delay), ahead))
         counts = table.counts
-    return Result(setting=setting, steps=calls.steps, groups=calls.sizes, found=found, **counts._asdict())
+    if ahead is None:
+        return Result(setting=setting, steps=calls.steps, groups=calls.sizes, found=found, **counts._asdict())
+    return Result(
+        setting=setting,
+        steps=calls.steps,
+        groups=calls.sizes,
+        found=found,
+        upper_bound=prefetch_bound(calls, how[0], setting.quota),
+        prefetched=ahead.copied,
+        used=ahead.used,
+        **counts._asdict(),
+    )
 
 
-def drive(calls: Calls, table: Table, clock: CopyClock) -> list[int]:
+class Ahead:
+    """Copies ahead of calls, and what becomes of them. copied: their number; used: those that were hit."""
+
+    def __init__(self, rule: Prefetch) -> None:
+        self.copied = self.used = 0
+        self._rule, self._last = rule, rule.layers - 1
+        self._waiting: set[int] = set()  # keys that were copied ahead and not called since
+
+    def copy(self, table: Table, layer: int, experts: Sequence[int], hits: Sequence[tuple[int, int]]) -> list[Fill]:
+        """The copies that a rule wants after a lookup and its admission."""
+        base = layer * self._rule.experts
+        used = self._waiting.intersection([base + expert for expert, _ in hits])
+        self._waiting -= used
+        self.used += len(used)
+        named = self._rule.follow(layer, experts)
+        fills = table.prefetch(layer + 1, named) if layer < self._last and named else []
+        self._waiting.update(fill.key for fill in fills)
+        self.copied += len(fills)
+        return fills
+
+    def forget(self, fills: Iterable[Fill]) -> None:
+        """What these copies evict was copied ahead in vain, if it still waits."""
+        self._waiting.difference_update(fill.evicted for fill in fills if fill.evicted is not None)
+
+
+def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
+    if name == PERFECT:
+        return Ahead(Perfect(geometry, iter(calls)))
+    return Ahead(LEARNT[name](geometry)) if name in LEARNT else None
+
+
+def drive(calls: Calls, table: Table, clock: CopyClock, ahead: Ahead | None = None) -> list[int]:
     """Send the calls through a table, copies timed by the clock; returns the hits of every group."""
     found: list[int] = []
     current = None
@@ -116,12 +167,16 @@ def drive(calls: Calls, table: Table, clock: CopyClock) -> list[int]:
         ended = due()
         if ended:
             publish(*ended)
-        hits = len(lookup(layer, experts, scores)[0])
-        found.append(hits)
-        if hits < len(experts):
-            fills = admit()
-            if fills:
-                issue(*map(slot_of, fills))
+        hits = lookup(layer, experts, scores)[0]
+        found.append(len(hits))
+        fills = admit() if len(hits) < len(experts) else []
+        if ahead is not None:
+            ahead.forget(fills)
+            early = ahead.copy(table, layer, experts, hits)
+            ahead.forget(early)
+            fills += early
+        if fills:
+            issue(*map(slot_of, fills))
         if hits:
             release()
     return found

@@ -100,6 +100,7 @@ def row_of(calls: Calls, result: Result, machine: Machine | None) -> Row:
     row["slots"], row["steps"] = result.setting.nblocks * result.setting.nways, result.steps
     for name in ("calls", "hits", "loading", "misses", "fills", "evictions"):
         row[name] = int(getattr(result, name).sum())
+    row["prefetched"], row["prefetch_used"] = result.prefetched, result.used
     row["hit_rate"] = round(result.hit_rate, 6)
     blocks = blocks_of(calls)
     hits, total = sums_of(blocks, result.found), sums_of(blocks, result.groups)

@@ -115,7 +115,11 @@ class CacheConfig:
         choices=_admissions,
         accepts=_is_admission,
     )
-    prefetch: str = setting("none", "none, or next-gate: ask the next layer's router early.", choices=_prefetches)
+    prefetch: str = setting(
+        "none",
+        "none, next-gate (ask the next layer's router early), or learnt: frequency, transition.",
+        choices=_prefetches,
+    )
     mapping: str = setting("modulo", "Experts to indexes: modulo, prefix or hash.", choices=_mappings)
     mode: str = setting(
         "on", f"One of {', '.join(CACHE_MODES)}; auto follows the verdict.", name="cache", choices=CACHE_MODES
@@ -301,7 +305,7 @@ def check_config(config: EngineConfig) -> None:
         )
     if config.step_device and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
-    if config.route_trace and config.cache.prefetch != "none":
+    if config.route_trace and config.cache.prefetch == "next-gate":
         raise ConfigError(
             "--route-trace cannot be had with the prefetch next-gate: a trace does not hold what a router says one "
             "layer early; use --cache-prefetch none and --overlap none"

@@ -21,6 +21,7 @@ from gpu_cache import template_policy
 from gpu_cache.admission import ADMISSIONS, Costs
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.policies import POLICIES
+from gpu_cache.prefetch import LEARNT
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
@@ -127,21 +128,32 @@ def traced(engine: Engine, path: Path) -> np.ndarray:
     return engine.experts.count()
 
 
-@pytest.mark.parametrize("admission", ADMISSIONS)
-@pytest.mark.parametrize("mapping", MAPPINGS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, admission) -> None:
-    cache = CacheConfig(13, 4, 20, policy, admission, mapping=mapping, stream="on", delay=3, seed=5)
+# Every policy with every mapping and every admission rule, each of these with each other.
+TRIPLES = [
+    (policy, mapping, list(ADMISSIONS)[(number + at) % len(ADMISSIONS)])
+    for number, policy in enumerate(POLICIES)
+    for at, mapping in enumerate(MAPPINGS)
+]
+
+
+@pytest.mark.parametrize(("policy", "mapping", "admission"), TRIPLES)
+def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, admission, prefetch="none") -> None:
+    cache = CacheConfig(13, 4, 20, policy, admission, prefetch, mapping, stream="on", delay=3, seed=5)
     with embedded(cache, routes=True) as engine:
         counts = traced(engine, tmp_path / "trace.csv")
         costs = engine.experts.costs
-    setting = Setting(13, 4, policy, admission, mapping, quota=20, delay=3, seed=5)
+    setting = Setting(13, 4, policy, admission, mapping, quota=20, delay=3, seed=5, prefetch=prefetch)
     routes = calls(read_trace(tmp_path / "trace.csv", layers=16, experts=16))
     result = replay(routes, setting, Costs(costs.copy, costs.cpu, costs.device))
     names = ("calls", "hits", "loading", "misses", "evictions", "fills")
     for name, found in zip(names, counts.T, strict=True):
         assert np.array_equal(found, getattr(result, name)), name
     assert counts[:, 1].sum() > 0 and counts[:, 5].sum() > 0
+
+
+@pytest.mark.parametrize("prefetch", LEARNT)
+def test_the_simulator_counts_what_the_engine_copied_ahead(tmp_path, prefetch) -> None:
+    test_the_simulator_counts_what_the_engine_did(tmp_path, "ClassLRU", "modulo", "always", prefetch)
 
 
 def test_the_simulator_counts_what_the_engine_did_with_rules_of_a_users_files(tmp_path) -> None:

@@ -42,6 +42,20 @@ def simulate(trace: Path, *arguments: str) -> str:
 GRID = ("--nblocks", "2,4", "--nways", "2,4", "--policy", "lru,SIEVE,Belady", "--admission", "always,second-touch")
 
 
+def test_a_table_says_what_was_copied_ahead_and_used(trace: Path) -> None:
+    rules = ("--nblocks", "4", "--nways", "4", "--policy", "LRU,bypass-Belady", "--prefetch", "none,transition")
+    lines = simulate(trace, *rules).splitlines()
+    assert "| copied ahead a step | of them used |" in lines[2] and "prefetch" in lines[2]
+    assert [line.split("|")[1:3] for line in lines[4:]] == [
+        [" LRU           ", " none       "],
+        [" LRU           ", " transition "],
+        [" bypass-Belady ", " none       "],
+    ]
+    rows = list(csv.DictReader(simulate(trace, *rules, "--output", "csv").splitlines()))
+    assert [int(row["prefetched"]) > int(row["prefetch_used"]) > 0 for row in rows] == [False, True, False]
+    assert "copied ahead" not in simulate(trace, *rules[:-1], "none")
+
+
 def test_json_has_a_result_for_every_combination(trace: Path) -> None:
     report = json.loads(simulate(trace, *GRID, "--quota", "none,3", "--workers", "1", "--output", "json"))
     found = [

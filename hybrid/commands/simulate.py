@@ -52,6 +52,7 @@ class SimulateOptions:
         group="caches",
     )
     admission: str = setting("always", "always, second-touch, break-even.", metavar="LIST", group="caches")
+    prefetch: str = setting("none", "none, frequency, transition, perfect.", metavar="LIST", group="caches")
     mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST", group="caches")
     quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST", group="caches")
     copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST", group="caches")
@@ -144,6 +145,7 @@ def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
     """Every combination, each once. Raises ConfigError for a list that is none."""
     from gpu_cache.admission import known_admission
     from gpu_cache.policies import known_policy
+    from gpu_cache.prefetch import known_prefetch
     from gpu_cache.simulator import SCHEDULES, Setting, policy_names
 
     ways = sorted({max(1, calls.experts // 4), max(1, calls.experts // 2)})
@@ -158,10 +160,13 @@ def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
         policies,
         [known_admission(word) for word in _words("--admission", options.admission)],
         _counts("--copy-delay", options.copy_delay),
+        [known_prefetch(word) for word in _words("--prefetch", options.prefetch)],
     )
     settings = [
-        Setting(n, m, p, "always" if p in SCHEDULES else a, g.lower(), q, d, options.seed)
-        for n, m, g, q, p, a, d in grid
+        Setting(n, m, p, a, g.lower(), q, d, options.seed, f)
+        if p not in SCHEDULES
+        else Setting(n, m, p, mapping=g.lower(), quota=q, delay=d, seed=options.seed)
+        for n, m, g, q, p, a, d, f in grid
     ]
     return list(dict.fromkeys(settings))
 

@@ -14,8 +14,8 @@ from hybrid.commands.spread import spread
 from hybrid.commands.tables import markdown
 
 Row = dict[str, Any]
-PARAMETERS = ("nblocks", "nways", "mapping", "quota", "delay", "policy", "admission")
-WORDS = ("policy", "admission", "mapping")
+PARAMETERS = ("nblocks", "nways", "mapping", "quota", "delay", "policy", "admission", "prefetch")
+WORDS = ("policy", "admission", "mapping", "prefetch")
 
 
 def to_json(report: Row) -> str:
@@ -40,8 +40,10 @@ def to_table(report: Row) -> str:
     varied = [name for name in PARAMETERS if name == "policy" or len({str(row[name]) for row in results}) > 1]
     fixed = ", ".join(f"{name} {_text(results[0][name])}" for name in PARAMETERS if name not in varied)
     bounds = {_place(row): row["upper_bound"] for row in replays if row["policy"] == "bypass-Belady"}
-    replays = [{**row, "bound": bounds.get(_place(row))} for row in replays]
+    replays = [{**row, "bound": bounds.get(_place(row)) if row["prefetch"] == "none" else None} for row in replays]
     figures = {**FIGURES}
+    if any(row["prefetched"] for row in replays):
+        figures |= AHEAD
     if "tokens_per_second" in replays[0]:
         figures["tokens/s"] = (lambda row: float(row["tokens_per_second"]), "{:.2f}")
     body = [
@@ -65,6 +67,14 @@ FIGURES: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "of the bound": (lambda row: 100 * row["hits"] / row["bound"] if row["bound"] else None, "{:.1f}%"),
     "copies a step": (lambda row: row["fills"] / row["steps"], "{:.2f}"),
     "loading": (lambda row: 100 * row["loading"] / row["calls"], "{:.1f}%"),
+}
+
+AHEAD: dict[str, tuple[Callable[[Row], float | None], str]] = {
+    "copied ahead a step": (lambda row: row["prefetched"] / row["steps"], "{:.2f}"),
+    "of them used": (
+        lambda row: 100 * row["prefetch_used"] / row["prefetched"] if row["prefetched"] else None,
+        "{:.1f}%",
+    ),
 }
 
 

@@ -24,7 +24,7 @@ def mean_rows(replays: Sequence[Row], settings: int) -> list[Row]:
 def _mean(rows: Sequence[Row]) -> Row:
     mean: Row = {name: value for name, value in rows[0].items() if name not in _OF_ONE}
     mean["traces"] = len(rows)
-    for name in ("steps", "calls", "hits", "loading", "misses", "fills", "evictions"):
+    for name in ("steps", "calls", "hits", "loading", "misses", "fills", "evictions", "prefetched", "prefetch_used"):
         mean[name] = sum(row[name] for row in rows)
     for name in ("layer_calls", "layer_hits"):
         mean[name] = [sum(layer) for layer in zip(*(row[name] for row in rows), strict=True)]

@@ -21,6 +21,7 @@ from gpu_cache.admission import Costs
 from gpu_cache.calls import distinct_calls
 from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
+from gpu_cache.prefetch import LEARNT
 from gpu_cache.table import Table
 from hybrid.core import SpanObserver, StepResult
 from hybrid.engine.experts.copies import Copies
@@ -88,6 +89,8 @@ class DeviceExperts:
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
         self._left_ids = view(address(LEFT_IDS), (pairs,), np.int32).data
         self._early_ids = view(address(NEXT + IDS), (pairs,), np.int32).data if self.plan.next_gate else None
+        rule = LEARNT.get(self.plan.settings.prefetch)
+        self._prefetch = rule(self.plan.geometry) if rule else None
         self._slot_ids = np.empty((plan.max_rows, shape.top_k), np.int32)
         self._flat_slot_ids = self._slot_ids.reshape(-1).data
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
@@ -163,10 +166,7 @@ class DeviceExperts:
         slot_of = dict(found.hits)
         streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
         self._share_out(ids, slot_of)
-        if self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
-            early = dict.fromkeys(self._early_ids[: len(ids)].tolist())
-            for fill in table.prefetch(layer + 1, list(early)):
-                self._copies.start(self.device, fill.slot, fill.key)
+        self._copy_ahead(layer, len(ids), experts)
         routes.observe(layer)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
@@ -177,6 +177,18 @@ class DeviceExperts:
         if self.observer is not None:
             self.observer("lookup", start, looked_up)
             self._misses_started = (perf_counter(), len(slot_of) < len(experts))
+
+    def _copy_ahead(self, layer: int, pairs: int, experts: Sequence[int]) -> None:
+        """Start copies of experts that the next layer should call: its router says which, or a rule that learns."""
+        if self._early_ids is not None:
+            named: Sequence[int] = list(dict.fromkeys(self._early_ids[:pairs].tolist()))
+        elif self._prefetch is not None:
+            named = self._prefetch.follow(layer, experts)
+        else:
+            return
+        if layer + 1 < len(self.plan.shape.layers):
+            for fill in self.table.prefetch(layer + 1, named):
+                self._copies.start(self.device, fill.slot, fill.key)
 
     @phased("wait")
     def join(self, layer: int) -> None:

@@ -1,0 +1,120 @@
+"""Rules that name experts before they are called: what they learn, what their copies become, what bounds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from routing import random_trace
+
+from gpu_cache.errors import CacheError
+from gpu_cache.geometry import Geometry
+from gpu_cache.prefetch import LEARNT, PREFETCHES, REPLAYED, Frequency, Transition
+from gpu_cache.quota_bound import prefetch_bound
+from gpu_cache.simulator import Setting, replay
+from gpu_cache.trace import Calls, calls, make_trace
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+TRACE = calls(random_trace(5, steps=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, sticky=0.7))
+GEOMETRY = Geometry(3, 4, LAYERS, EXPERTS)
+
+
+def first(values: dict[int, float], count: int) -> list[int]:
+    return sorted((e for e in values if values[e] > 0), key=lambda e: (-values[e], e))[:count]
+
+
+def test_frequency_names_what_was_called_most() -> None:
+    rule, counts = Frequency(GEOMETRY), [Counter[int]() for _ in range(LAYERS)]
+    for _, layer, experts, _ in TRACE:
+        counts[layer].update(experts)
+        wanted = first(counts[layer + 1], TOP_K) if layer + 1 < LAYERS else []
+        assert list(rule.follow(layer, experts)) == wanted
+
+
+def test_transition_names_what_followed_most_often() -> None:
+    rule, groups = Transition(GEOMETRY), list(TRACE)
+    for at, (_, layer, experts, _) in enumerate(groups):
+        shares: dict[int, float] = Counter()
+        if layer + 1 < LAYERS:
+            pairs = [(a[2], b[2]) for a, b in zip(groups[:at], groups[1 : at + 1], strict=True) if a[1] == layer]
+            for expert in experts:
+                followed = [after for before, after in pairs if expert in before]
+                for after in followed:
+                    for following in after:
+                        shares[following] += 1 / len(followed)
+        named = list(rule.follow(layer, experts))
+        assert len(named) == min(TOP_K, len(shares))
+        least = min((shares[expert] for expert in named), default=0)  # of equal shares rounding decides
+        assert all(shares[other] <= least + 1e-9 for other in shares if other not in named)
+
+
+def test_transition_learns_nothing_across_steps_and_gaps() -> None:
+    rule = Transition(GEOMETRY)
+    assert [list(rule.follow(layer, [1])) for layer in (0, 2, 1)] == [[], [], []]  # 2 does not follow 0, nor 1 2
+    assert [list(rule.follow(layer, [3])) for layer in (0, 1)] == [[], []]
+    assert list(rule.follow(0, [3, 1])) == [3]
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_replay_counts_what_was_copied_ahead_and_used(delay: int) -> None:
+    for rule in LEARNT:
+        result = replay(TRACE, Setting(3, 3, delay=delay, prefetch=rule))
+        assert 0 < result.used < result.prefetched < result.fills.sum()
+    perfect, plain = replay(TRACE, Setting(3, 3, prefetch="perfect")), replay(TRACE, Setting(3, 3))
+    assert perfect.used == perfect.prefetched == perfect.hits[1:].sum() - plain.hits[1:].sum() > 0
+    assert perfect.hits[0] == plain.hits[0] and (perfect.hits[1:] == perfect.calls[1:]).all()
+
+
+def test_what_is_copied_ahead_for_nothing_is_not_used() -> None:
+    """Layer 1 calls every expert once: those that were called are never the next one."""
+    steps = 24
+    step, layer = np.divmod(np.arange(2 * steps), 2)
+    columns = {"step": step, "sequence": 0 * step, "position": step, "layer": layer, "rank": 0 * step}
+    trace = calls(make_trace({**columns, "expert": step * layer, "score": np.ones(2 * steps)}, 2, steps))
+    result = replay(trace, Setting(2, 1, prefetch="frequency"))
+    assert result.prefetched > 0 and (result.used, result.hits[1]) == (0, 0)
+
+
+def tiny(seed: int) -> Calls:
+    return calls(random_trace(seed, steps=5, layers=2, experts=3, top_k=1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kept_calls_are_as_many_as_can_be(seed: int) -> None:
+    """By trying every choice: with no copies the bound is the kept ones alone."""
+    trace, geometry = tiny(seed), Geometry(1, 2, 2, 3)
+    keys = trace.key.tolist()
+    intervals = []
+    for at, key in enumerate(keys):
+        after = next((later for later in range(at + 1, len(keys)) if keys[later] == key), None)
+        intervals += [] if after is None else [range(at, after)]
+    most = 0
+    for size in range(len(intervals) + 1):
+        for chosen in combinations(intervals, size):
+            if all(count <= 2 for count in Counter(gap for kept in chosen for gap in kept).values()):
+                most = size
+    assert prefetch_bound(trace, geometry, 0) == most
+
+
+@pytest.mark.parametrize("quota", [0, 1, 3, None])
+@pytest.mark.parametrize("prefetch", REPLAYED)
+def test_nothing_exceeds_the_bound(prefetch: str, quota: int | None) -> None:
+    for policy in ("LRU", "ClassLRU", "random"):
+        result = replay(TRACE, Setting(3, 3, policy, quota=quota, prefetch=prefetch))
+        assert (result.calls == result.hits + result.loading + result.misses).all()
+        bound = prefetch_bound(TRACE, Geometry(3, 3, LAYERS, EXPERTS), quota)
+        assert result.hits.sum() <= bound and (quota is None or quota > 0 or result.hits.sum() == 0)
+        assert result.upper_bound == (None if prefetch == "none" else bound)
+    assert prefetch_bound(TRACE, Geometry(3, 3, LAYERS, EXPERTS), 1) < TRACE.total
+
+
+def test_names_are_known_or_refused_in_a_line() -> None:
+    assert replay(TRACE, Setting(3, 3, prefetch="Transition")).prefetched > 0
+    assert "next-gate" in PREFETCHES
+    for name, text in (("next-gate", "router says one layer early"), ("oracle", "use one of none, frequency")):
+        with pytest.raises(CacheError, match=text):
+            Setting(3, 3, prefetch=name).check(TRACE)
+    with pytest.raises(CacheError, match="copies on a miss only"):
+        Setting(3, 3, "Belady", prefetch="frequency").check(TRACE)
