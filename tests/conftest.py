@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,3 +45,23 @@ def steps_without_clock(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set of this machine in turn."""
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """A server of the embedded model, `server_rig.Running`."""
+    from server_rig import running
+
+    from hybrid import LLM
+
+    with running(LLM()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> Iterator[Any]:
+    """OpenAI's client of a server."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
+        yield client

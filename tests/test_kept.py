@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,27 @@ def run(scheduler: Scheduler, *requests: Request) -> list[Request]:
         scheduler.step()
         check_integrity(scheduler)
     return list(requests)
+
+
+def arrive(scheduler: Scheduler, arrivals: Sequence[tuple[Request, int, bool]]) -> None:
+    """Requests come one after the other, each followed by so many steps and perhaps cancelled then. Whatever they share
+    and wherever they wait, each has the tokens of one alone, and nothing is left behind in the end.
+    """
+    for entry, steps, cancelled in arrivals:
+        scheduler.add(entry)
+        for _ in range(steps):
+            scheduler.step()
+            check_integrity(scheduler)
+        if cancelled:
+            scheduler.cancel(entry)
+    run(scheduler)
+    for entry, *_ in arrivals:
+        prompt, produced = entry.prompt.tolist(), entry.completion.token_ids
+        count = scheduler._limit(entry) - len(prompt)
+        assert entry.error is None and produced == reference_tokens(prompt, count)[: len(produced)]
+        assert len(produced) == count or entry.completion.finish_reason == "cancelled"
+    scheduler.forget()
+    assert scheduler._engine.sequences == {} and scheduler._admission.pool.nbytes == 0
 
 
 def check_integrity(scheduler: Scheduler) -> None:

@@ -49,12 +49,6 @@ def browser() -> Iterator[sync_api.Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(LLM()) as server:
-        yield server
-
-
 @pytest.fixture
 def page(browser, request) -> Iterator[sync_api.Page]:
     """Fails for whatever the browser complains of, such as what the policy forbids."""

@@ -11,9 +11,9 @@ from dummy_engine import DummyEngine, reference_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import open_engine
-from test_kept import check_integrity, request, run
+from test_kept import arrive, request, run
 from test_plan import plan_of
-from test_prefixes import ARRIVALS
+from test_prefixes import ARRIVALS, shared_with_others
 
 from hybrid import LLM
 from hybrid.errors import ConfigError
@@ -160,24 +160,7 @@ def test_whatever_is_kept_tokens_are_those_of_a_fresh_start(
     arrivals, budget: int, limit: int, sequences: int, repeatable: bool
 ) -> None:
     engine = DummyEngine(kv_token_budget=budget, prefix_bytes=limit, sequences=sequences, repeatable=repeatable)
-    scheduler = Scheduler(engine)
-    entries = []
-    for which, much, question, keep, count, steps, cancelled in arrivals:
-        prompt = [*[which + 10] * much, *question]
-        entries.append((prompt, count, chat(prompt, count, keep)))
-        scheduler.add(entries[-1][2])
-        for _ in range(steps):
-            scheduler.step()
-            check_integrity(scheduler)
-        if cancelled:
-            scheduler.cancel(entries[-1][2])
-    run(scheduler)
-    for prompt, count, entry in entries:
-        produced = entry.completion.token_ids
-        assert entry.error is None and produced == reference_tokens(prompt, count)[: len(produced)]
-        assert len(produced) == count or entry.completion.finish_reason == "cancelled"
-    scheduler.forget()
-    assert engine.sequences == {} and scheduler._admission.pool.nbytes == 0
+    arrive(Scheduler(engine), [shared_with_others(chat, *arrival) for arrival in arrivals])
 
 
 CASES = {

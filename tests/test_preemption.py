@@ -11,7 +11,7 @@ from dummy_engine import DummyEngine, reference_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import open_engine
-from test_kept import check_integrity, request, run
+from test_kept import arrive, request, run
 
 from hybrid.serving import admission
 from hybrid.serving.request import LogitsScore
@@ -173,25 +173,15 @@ ARRIVALS = st.tuples(
 @given(st.lists(ARRIVALS, max_size=10), st.integers(64, 120), st.integers(3, 16), st.booleans())
 def test_whoever_gives_way_has_the_tokens_of_one_alone(arrivals, budget: int, rows: int, repeatable: bool) -> None:
     engine = DummyEngine(kv_token_budget=budget, max_rows=rows, repeatable=repeatable, prefix_bytes=budget)
-    scheduler, entries = Scheduler(engine), []
-    for length, count, priority, keep, steps, cancelled in arrivals:
-        entries.append(request([7, *range(length - 1)], count, keep, priority=priority))
-        scheduler.add(entries[-1])
-        for _ in range(steps):
-            scheduler.step()
-            check_integrity(scheduler)
-        if cancelled:
-            scheduler.cancel(entries[-1])
-    run(scheduler)
-    for entry in entries:
-        produced = entry.completion.token_ids
-        wanted = reference_tokens(entry.prompt.tolist(), entry.params.max_tokens)
-        assert entry.error is None and produced == wanted[: len(produced)]
-        assert (
-            len(produced) == min(len(wanted), 64 - len(entry.prompt)) or entry.completion.finish_reason == "cancelled"
-        )
-    scheduler.forget()
-    assert engine.sequences == {} and not scheduler._fairness._jobs
+    scheduler = Scheduler(engine)
+    arrive(
+        scheduler,
+        [
+            (request([7, *range(length - 1)], count, keep, priority=priority), steps, cancelled)
+            for length, count, priority, keep, steps, cancelled in arrivals
+        ],
+    )
+    assert not scheduler._fairness._jobs
 
 
 @pytest.mark.parametrize("family", ["mixtral", "lfm2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ from dummy_engine import DummyEngine, reference_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import open_engine
-from test_kept import check_integrity, request, rows, run
+from test_kept import arrive, request, rows, run
 
+from hybrid.serving.request import Request
 from hybrid.serving.scheduler import Scheduler
 
 SYSTEM = list(range(1, 33))  # two blocks of keys
@@ -93,30 +95,27 @@ ARRIVALS = st.tuples(
 )
 
 
+def shared_with_others(
+    make: Callable[..., Request],
+    which: int,
+    much: int,
+    question: list[int],
+    keep: bool,
+    count: int,
+    steps: int,
+    cancelled: bool,
+) -> tuple[Request, int, bool]:
+    """What `ARRIVALS` draws, as `arrive` takes it."""
+    return make([*[which + 10] * much, *question], count, keep), steps, cancelled
+
+
 @settings(max_examples=60)
 @given(st.lists(ARRIVALS, max_size=12), st.integers(64, 200), st.integers(1, 4), st.booleans())
 def test_whatever_is_shared_tokens_are_those_of_a_fresh_start(
     arrivals, budget: int, sequences: int, repeatable: bool
 ) -> None:
     engine = DummyEngine(kv_token_budget=budget, sequences=sequences, repeatable=repeatable)
-    scheduler = Scheduler(engine)
-    entries = []
-    for which, much, question, keep, count, steps, cancelled in arrivals:
-        prompt = [*[which + 10] * much, *question]
-        entries.append((prompt, count, request(prompt, count, keep)))
-        scheduler.add(entries[-1][2])
-        for _ in range(steps):
-            scheduler.step()
-            check_integrity(scheduler)
-        if cancelled:
-            scheduler.cancel(entries[-1][2])
-    run(scheduler)
-    for prompt, count, entry in entries:
-        produced = entry.completion.token_ids
-        assert entry.error is None and produced == reference_tokens(prompt, count)[: len(produced)]
-        assert len(produced) == count or entry.completion.finish_reason == "cancelled"
-    scheduler.forget()
-    assert engine.sequences == {}
+    arrive(Scheduler(engine), [shared_with_others(request, *arrival) for arrival in arrivals])
 
 
 CASES = {

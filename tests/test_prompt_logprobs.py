@@ -10,15 +10,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
 import numpy as np  # noqa: E402
-from server_rig import QUESTION, running  # noqa: E402
-
-from hybrid import LLM  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(LLM()) as server:
-        yield server
+from server_rig import QUESTION  # noqa: E402
 
 
 def test_completions_tell_those_of_each_prompt(server) -> None:

@@ -16,7 +16,7 @@ from dummy_tokenizer import BYTES, SPECIAL  # noqa: E402
 from scripted_model import TEMPLATE, Model  # noqa: E402
 from server_rig import QUESTION, Running, running  # noqa: E402
 
-from hybrid import LLM, SamplingParams  # noqa: E402
+from hybrid import SamplingParams  # noqa: E402
 from hybrid.text.chat_template import ChatTemplate  # noqa: E402
 from hybrid.text.token_texts import TokenTexts  # noqa: E402
 
@@ -24,18 +24,6 @@ WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}},
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(LLM()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running):
-    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 def alone(server: Running, text: str, count: int) -> str:

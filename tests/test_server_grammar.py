@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 openai = pytest.importorskip("openai")
 
 from pydantic import BaseModel  # noqa: E402
-from server_rig import QUESTION, Running, running  # noqa: E402
+from server_rig import QUESTION, running  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 
@@ -23,18 +23,6 @@ class Animal(BaseModel):
     kind: str
     legs: int
     tame: bool
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(LLM()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running):
-    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 def test_openai_parses_what_its_schema_says(client) -> None:

@@ -25,12 +25,6 @@ from hybrid.server.process import listen  # noqa: E402
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(LLM()) as server:
-        yield server
-
-
 def raw(server: Running, data: bytes) -> bytes:
     """The whole reply to bytes that are sent as they are."""
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
