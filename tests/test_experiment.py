@@ -19,8 +19,8 @@ from gpu_cache.trace import calls
 from hybrid import lab
 from hybrid.commands.experiment import app
 from hybrid.errors import ConfigError
-from hybrid.lab.claims import OF_CACHES, OF_TRACES
-from hybrid.lab.parts import FIGURES
+from hybrid.lab.claims import OF_CACHES, OF_TRACES, Finding
+from hybrid.lab.parts import FIGURES, Claim
 from hybrid.lab.verdict import Verdict
 from hybrid.trace_files import write_trace
 
@@ -199,7 +199,7 @@ WRONG = [
     ("pcie_gbps = 25\n", "", "two.toml: [[machines]] 1 needs the key 'pcie_gbps', a number"),
     ("pcie_gbps = 25", "pcie_gbps = 0", "two.toml: [[machines]] desktop, [[models]] made up: pcie gbps 0.0 is out of"),
     ('"server"', '"desktop"', "two.toml: [[machines]] has the name 'desktop' twice"),
-    ('"lru"', '"lur"', "two.toml: [[caches]] 1, policies: replacement policy 'lur' is unknown: use one of FIFO"),
+    ('"lru"', '"lur"', "two.toml: [[caches]] 1, policies: replacement policy 'lur' is unknown: use one of"),
     ('["lru", "random"]', "[]", "two.toml: [[caches]] 1, policies is empty"),
     ('["lru", "random"]', '"lru"', "two.toml: [[caches]] 1, policies is 'lru'; it must be an array"),
     ('"break-even"', '"never"', "two.toml: [[caches]] 2, admissions: admission 'never' is unknown"),
@@ -294,12 +294,61 @@ def test_claims_stand_beside_what_is_found(file: Path) -> None:
     assert [(one.place, one.published) for one in found[:2]] == [("4 x 2", "5 to 15"), ("4 x 4", "5 to 15")]
     rates = {(row["policy"], row["nways"]): row["hit_rate"] for row in lab.table(experiment) if row["nblocks"] == 4}
     assert found[0].ours == pytest.approx(100 * (rates["LRU", 2] - rates["random", 2]), abs=1e-3)
-    assert found[0].holds == (5 <= found[0].ours <= 15) and found[0].range[0] <= found[0].ours <= found[0].range[1]
-    assert [one.holds for one in found[2:4]] == [True, False]
+    assert found[0].range[0] <= found[0].ours <= found[0].range[1]
+    assert [one.holds for one in found[2:4]] == ["yes", "no"]
     assert found[4].ours == pytest.approx(50 * sum(coverage(calls(trace), 0.25) for trace in TRACES))
     text = lab.report(experiment).read_text()
     rows = list(csv.DictReader((file.with_suffix("") / "claims.csv").open()))
     assert [row["holds"] for row in rows[2:4]] == ["yes", "no"] and "Of another model." in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "ends", "holds"),
+    [
+        (7, (6, 8), "yes"),
+        (7, (4, 8), "unsure"),
+        (16, (14, 18), "unsure"),
+        (3, (1, 4), "no"),
+        (18, (16, 20), "no"),
+        (7, None, "yes"),
+        (4, None, "no"),
+    ],
+)
+def test_a_difference_holds_where_its_whole_interval_does(ours: float, ends: tuple | None, holds: str) -> None:
+    claim = Claim("says", "source", "points", (5.0,), to=15.0)
+    assert Finding(claim, "model", "4 x 2", 5.0, 15.0, ours, ends).holds == holds
+
+
+def test_curves_of_every_size_stand_in_the_report(file: Path) -> None:
+    file.write_text(
+        TEXT.split("[[caches]]")[0]
+        + '[[curves]]\npolicies = ["LRU", "Che"]\n[[curves]]\nnblocks = [1]\npolicies = ["Belady"]'
+    )
+    experiment = lab.load(file)
+    lab.run(experiment)
+    text = lab.report(experiment).read_text()
+    rows = list(csv.DictReader((file.with_suffix("") / "curves.csv").open()))
+    assert len(rows) == 8 + 8 + 32 and text.count("<svg") == 1
+    found = {(row["policy"], row["nways"]): float(row["hit_rate"]) for row in rows}
+    for policy, nblocks, ways in (("LRU", 4, 3), ("Belady", 1, 9)):
+        hits = sum(int(replay(calls(trace), Setting(nblocks, ways, policy)).hits.sum()) for trace in TRACES)
+        assert found[policy, str(ways)] == pytest.approx(hits / 960, abs=1e-6)
+    assert found["Che", "8"] == 1.0 and 0 < found["Che", "3"] < found["LRU", "3"]
+
+
+WRONG_CURVES = [
+    ('policies = ["SIEVE"]', "two.toml: [[curves]] 1, policies has 'SIEVE'; allowed: LRU, Belady"),
+    ('policies = ["LRU"]\nnblocks = ["all"]', "two.toml: [[curves]] 1, nblocks has 'all'; allowed: a whole number or"),
+    ('policies = ["LRU"]\nmapping = "any"', "two.toml: [[curves]] 1, mapping has 'any'; allowed: modulo, prefix, hash"),
+    ('policies = ["LRU"]\nmodels = ["any"]', "two.toml: [[curves]] 1, models has 'any'; allowed: made up"),
+]
+
+
+@pytest.mark.parametrize(("keys", "line"), WRONG_CURVES, ids=[line[10:60] for _, line in WRONG_CURVES])
+def test_a_wrong_curve_is_one_line_with_its_key(file: Path, keys: str, line: str) -> None:
+    file.write_text(f"{TEXT}\n[[curves]]\n{keys}")
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        lab.load(file)
 
 
 WRONG_CLAIMS = [
@@ -327,3 +376,15 @@ def test_a_wrong_claim_is_one_line_with_its_key(file: Path, was: str, given: str
 
 def test_figures_of_claims_are_all_computed() -> None:
     assert set(FIGURES) == {*OF_CACHES, *OF_TRACES}
+
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_of_the_repository_can_be_read(path: Path) -> None:
+    """And of each the results are beside it."""
+    experiment = lab.load(path)
+    traces = [name for model in experiment.models for name in model.traces]
+    assert experiment.about and all(experiment.trace_path(name).is_file() for name in traces)
+    assert (experiment.folder / ("claims.csv" if experiment.claims else "results.csv")).is_file()

@@ -25,4 +25,4 @@ def test_the_cells_run_in_their_order(monkeypatch, capsys) -> None:
     said = capsys.readouterr().out
     hits = {row["policy"]: row["hit_rate"] for row in names["lab"].table(names["experiment"]) if row["nways"] == 4}
     assert f"{hits['LRU']:.1%}" in said and f"4 {hits['LRU']:.1%} {hits['bypass-Belady']:.1%}" in said
-    assert "holds: False" in said and names["report"].read_text().startswith("<!doctype html>")
+    assert "holds: no" in said and names["report"].read_text().startswith("<!doctype html>")

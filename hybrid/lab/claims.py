@@ -31,8 +31,13 @@ class Finding:
     range: Range | None = None
 
     @property
-    def holds(self) -> bool:
-        return self.low - self.claim.tolerance <= self.ours <= self.high + self.claim.tolerance
+    def holds(self) -> str:
+        """yes, no, or unsure where it is a difference whose interval says neither."""
+        low, high = self.low - self.claim.tolerance, self.high + self.claim.tolerance
+        if self.claim.figure == "points" and self.range is not None:
+            within = low <= self.range[0] and self.range[1] <= high
+            return "yes" if within else "no" if self.range[1] < low or self.range[0] > high else "unsure"
+        return "yes" if low <= self.ours <= high else "no"
 
     @property
     def published(self) -> str:
@@ -74,7 +79,7 @@ def rows_of(found: Sequence[Finding]) -> list[Row]:
             "ours": round(one.ours, 3),
             "ours_low": None if one.range is None else round(one.range[0], 3),
             "ours_high": None if one.range is None else round(one.range[1], 3),
-            "holds": "yes" if one.holds else "no",
+            "holds": one.holds,
             "source": one.claim.source,
             "explained": one.claim.explained,
         }

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from gpu_cache.admission import Costs, known_admission
 from gpu_cache.costs import Machine
+from gpu_cache.curves import CURVES
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.outside import is_file
 from gpu_cache.policies import known_policy
@@ -16,7 +17,7 @@ from gpu_cache.simulator import Setting, policy_names
 from gpu_cache.trace import Calls
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.lab.grid import combinations
-from hybrid.lab.parts import FIGURES, LAYERS, Caches, Claim, Model, Rates
+from hybrid.lab.parts import CHE, FIGURES, LAYERS, Caches, Claim, Curves, Model, Rates
 from hybrid.lab.toml import from_table, read_toml
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Experiment:
     caches: tuple[Caches, ...]
     machines: tuple[Rates, ...]
     claims: tuple[Claim, ...]
+    curves: tuple[Curves, ...]
 
     @property
     def folder(self) -> Path:
@@ -71,7 +73,13 @@ class _File:
     about: str = ""
 
 
-TABLES: Mapping[str, type[Any]] = {"models": Model, "caches": Caches, "machines": Rates, "claims": Claim}
+TABLES: Mapping[str, type[Any]] = {
+    "models": Model,
+    "caches": Caches,
+    "machines": Rates,
+    "claims": Claim,
+    "curves": Curves,
+}
 
 
 def load(path: str | Path) -> Experiment:
@@ -86,10 +94,11 @@ def load(path: str | Path) -> Experiment:
     read = {name: _tables(kind, data.get(name, []), f"{path}: [[{name}]]") for name, kind in TABLES.items()}
     experiment = Experiment(path, head.title or path.stem, head.about, **read)
     _check(experiment)
-    caches = tuple(_named(f"{path}: [[caches]] {at}", path.parent, one) for at, one in enumerate(experiment.caches, 1))
-    claims = tuple(
-        _checked(f"{path}: [[claims]] {at}", path.parent, one) for at, one in enumerate(experiment.claims, 1)
-    )
+    where, folder = f"{path}: [[", path.parent
+    for at, one in enumerate(experiment.curves, 1):
+        _check_curves(f"{where}curves]] {at}", one)
+    caches = tuple(_named(f"{where}caches]] {at}", folder, one) for at, one in enumerate(experiment.caches, 1))
+    claims = tuple(_checked(f"{where}claims]] {at}", folder, one) for at, one in enumerate(experiment.claims, 1))
     return replace(experiment, caches=caches, claims=claims)
 
 
@@ -114,7 +123,7 @@ def _check(experiment: Experiment) -> None:
             with cache_errors(f"{path}: [[machines]] {machine.name}, [[models]] {model.name}:"):
                 machine.machine(model.expert_mb or 0.0)
     known = [model.name for model in experiment.models]
-    for what in ("caches", "claims"):
+    for what in ("caches", "claims", "curves"):
         for at, one in enumerate(getattr(experiment, what), 1):
             if unknown := [name for name in one.models or () if name not in known]:
                 raise ConfigError(
@@ -145,13 +154,6 @@ def _named(where: str, folder: Path, caches: Caches) -> Caches:
         with cache_errors(f"{where}, {key}:"):
             return tuple(dict.fromkeys(map(known, words)))
 
-    def among(key: str, allowed: Sequence[str]) -> tuple[str, ...]:
-        words = getattr(caches, key)
-        if wrong := [word for word in words if type(word) is str and word not in allowed]:
-            numbers = "" if len(allowed) > 1 else "a whole number or "
-            raise ConfigError(f"{where}, {key} has {wrong[0]!r:.80}; allowed: {numbers}{', '.join(allowed)}")
-        return tuple(words)
-
     allowed = policy_names()
     if empty := next((key for key, value in vars(caches).items() if value == ()), None):
         raise ConfigError(f"{where}, {empty} is empty; give at least one")
@@ -160,10 +162,24 @@ def _named(where: str, folder: Path, caches: Caches) -> Caches:
         caches,
         policies=spelt("policies", _from(folder, policies), lambda name: known_policy(name, allowed)),
         admissions=spelt("admissions", _from(folder, caches.admissions), known_admission),
-        mapping=among("mapping", MAPPINGS),
-        nblocks=among("nblocks", (LAYERS,)),
-        quota=among("quota", ("none",)),
+        mapping=_among(where, "mapping", caches.mapping, MAPPINGS),
+        nblocks=_among(where, "nblocks", caches.nblocks, (LAYERS,)),
+        quota=_among(where, "quota", caches.quota, ("none",)),
     )
+
+
+def _check_curves(where: str, curves: Curves) -> None:
+    _among(where, "policies", curves.policies, (*CURVES, CHE))
+    _among(where, "nblocks", curves.nblocks, (LAYERS,))
+    _among(where, "mapping", (curves.mapping,), MAPPINGS)
+
+
+def _among(where: str, key: str, words: tuple[T, ...], allowed: Sequence[str]) -> tuple[T, ...]:
+    """The words, if each is a number or allowed. Raises ConfigError."""
+    if wrong := [word for word in words if type(word) is str and word not in allowed]:
+        numbers = "" if len(allowed) > 1 else "a whole number or "
+        raise ConfigError(f"{where}, {key} has {wrong[0]!r:.80}; allowed: {numbers}{', '.join(allowed)}")
+    return words
 
 
 def _from(folder: Path, names: Iterable[str]) -> list[str]:

@@ -104,6 +104,28 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
+def curves_figure(rows: Sequence[Row], title: str) -> Figure:
+    """Hit rate against slots, a row for each size and a line for each policy; a panel for each number of indexes."""
+    blocks = sorted({int(row["nblocks"]) for row in rows})
+    policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
+    causal = [policy for policy in policies if not _knows_the_future(policy)]
+    figure, axes = new_figure(max(5.6, 3.4 * len(blocks) + 1.6), 3.8, len(blocks), sharey=True)
+    for axis, count in zip(axes, blocks, strict=True):
+        for policy in policies:
+            points = [row for row in rows if (row["policy"], row["nblocks"]) == (policy, count)]
+            rates = [100 * row["hit_rate"] for row in points]
+            axis.plot(
+                [row["slots"] for row in points], rates, label=policy, **{**_look(policy, causal), "marker": None}
+            )
+        axis.set(xlabel="expert slots on the device (N × M)", title=f"N = {count} indexes" if len(blocks) > 1 else "")
+        axis.set_ylim(0, 100)
+        _whole_ticks(axis)
+    axes[0].set_ylabel("hits, % of all expert calls")
+    _legend(figure, axes)
+    _title(figure, title)
+    return figure
+
+
 def _draw(axis: Axes, series: Series, note: str = "") -> None:
     """A line, and around it a band of the standard deviation over several traces."""
     axis.plot(series.x, series.y, label=series.label + note, **series.look)

@@ -17,7 +17,7 @@ BESIDE = (BOUND, FIXED)
 
 def combinations(caches: Caches, calls: Calls) -> Iterator[Setting]:
     """What is replayed of a model with these calls. Raises CacheError for shares that are none."""
-    shapes = [(n, ways_of(ways, n, calls)) for n in _indexes(caches.nblocks, calls) for ways in caches.nways]
+    shapes = [(n, ways_of(ways, n, calls)) for n in indexes_of(caches.nblocks, calls) for ways in caches.nways]
     quotas = [None if quota == "none" else int(quota) for quota in caches.quota]
     for (n, m), mapping, quota, delay in product(shapes, caches.mapping, quotas, caches.copy_delay):
         place = Setting(n, m, mapping=mapping, quota=quota, delay=delay)
@@ -31,7 +31,7 @@ def combinations(caches: Caches, calls: Calls) -> Iterator[Setting]:
         yield from (replace(place, policy=policy) for policy in BESIDE)
 
 
-def _indexes(counts: Iterable[int | str], calls: Calls) -> list[int]:
+def indexes_of(counts: Iterable[int | str], calls: Calls) -> list[int]:
     return [calls.layers if count == LAYERS else int(count) for count in counts]
 
 

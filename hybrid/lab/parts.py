@@ -42,6 +42,22 @@ class Caches:
     models: tuple[str, ...] | None = None
 
 
+CHE = "Che"  # among curves: LRU by popularity alone
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Hits of every number of ways, which need no replays. policies: those of `gpu_cache.curves.CURVES`, and "Che".
+
+    nblocks, mapping, models: as in `Caches`.
+    """
+
+    policies: tuple[str, ...]
+    nblocks: tuple[int | str, ...] = (LAYERS,)
+    mapping: str = "modulo"
+    models: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Rates:
     """A machine: GB/s of copies to the device, and with which device and CPU read experts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +15,18 @@ from gpu_cache.costs import Machine
 from hybrid.errors import ConfigError
 from hybrid.files import csv_kind, output_file
 from hybrid.lab.claims import Finding, findings, rows_of
+from hybrid.lab.curves import SizeCurve, size_curves
+from hybrid.lab.curves import rows_of as curve_rows
 from hybrid.lab.experiment import Experiment
-from hybrid.lab.figures import hit_rate_figure, styled
+from hybrid.lab.figures import curves_figure, hit_rate_figure, styled
 from hybrid.lab.grid import BOUND
-from hybrid.lab.html import Section, Table, Text, figure_of, write_page
+from hybrid.lab.html import Figure, Section, Table, Text, figure_of, write_page
 from hybrid.lab.outcomes import Outcome, Place, Range, outcomes_of, records
 from hybrid.lab.parts import Model
 from hybrid.lab.replays import Row, Source, kept_provenance, kept_replays, read_sources
 from hybrid.lab.verdict import MARGIN, verdicts
 
-REPORT, CSV, CLAIMS_CSV = "report.html", "results.csv", "claims.csv"
+REPORT, CSV, CLAIMS_CSV, CURVES_CSV = "report.html", "results.csv", "claims.csv", "curves.csv"
 
 
 def report(experiment: Experiment, folder: Path | None = None) -> Path:
@@ -42,10 +45,15 @@ def report(experiment: Experiment, folder: Path | None = None) -> Path:
     sections = [Section("", [Text(text) for text in experiment.about.split("\n\n") if text.strip()])]
     if claims:
         sections.append(Section("What was published, and what is found here", [_claims(claims)]))
+    curves: list[SizeCurve] = []
     for model in experiment.models:
         members = [one for one in outcomes if one.model == model.name]
         traces = [source for source in sources if source.model is model]
         sections.append(_model(experiment, model, traces, members, folder))
+        of_model = size_curves(experiment, model, traces)
+        sections[-1].parts += _curve_figures(model, of_model, folder)
+        curves += of_model
+    write_csv(folder / CURVES_CSV, curve_rows(curves))
     sections.append(Section("Where this comes from", [_provenance(kept_provenance(experiment, folder))]))
     write_page(folder / REPORT, experiment.title, sections)
     return folder / REPORT
@@ -78,6 +86,15 @@ def _model(
     section.parts.append(figure_of(path))
     section.parts.append(_table(outcomes, model.expert_mb, machines))
     return section
+
+
+def _curve_figures(model: Model, curves: Sequence[SizeCurve], folder: Path) -> list[Figure]:
+    """All curves of a model in one figure."""
+    if not curves:
+        return []
+    path = folder / f"{file_name(model.name)}-curves.svg"
+    styled(lambda: curves_figure(curve_rows(curves), f"Hit rate of every size\n{model.name}"), path)
+    return [figure_of(path)]
 
 
 def file_name(name: str) -> str:
@@ -160,15 +177,15 @@ def _claims(found: Sequence[Finding]) -> Table:
             one.published,
             f"{one.ours:.3f}".rstrip("0").rstrip("."),
             _range(one.range, 1, "{:.1f}"),
-            "yes" if one.holds else "no",
+            one.holds,
             one.claim.source,
             one.claim.explained,
         ]
         for one in found
     ]
     columns = ["model", "claim", "cache", "published", "here", "95 %", "holds", "source", "why it differs"]
-    holding = sum(one.holds for one in found)
-    caption = f"In % of calls, or in points; {holding} of {len(found)} hold."
+    said = Counter(one.holds for one in found)
+    caption = f"In % of calls, or in points; {said['yes']} of {len(found)} hold, {said['unsure']} are unsure."
     numbers = ("published", "here", "95 %")
     return Table(caption, columns, rows, [name not in numbers for name in columns])
 
