@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,15 @@ pytest.importorskip("httpx")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-from dummy_engine import WATCHDOG  # noqa: E402
+from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
+from dummy_tokenizer import BYTES  # noqa: E402
 from mixed import request  # noqa: E402
 from scripted_model import Model  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 from test_server_limits import raw  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
-from hybrid.server import bodies  # noqa: E402
+from hybrid.server import bodies, connections  # noqa: E402
 from hybrid.server.service import Service  # noqa: E402
 from hybrid.text import rendering  # noqa: E402
 from hybrid.text.chat_template import ChatTemplate  # noqa: E402
@@ -83,6 +85,37 @@ def test_a_body_that_does_not_arrive_is_given_up(server: Running, monkeypatch) -
     monkeypatch.setattr(bodies, "_BODY_SECONDS", 0.05)
     reply = raw(server, HEAD + b"Connection: close\r\nContent-Length: 100\r\n\r\n{")
     assert reply.startswith(b"HTTP/1.1 408") and b"did not arrive" in reply
+
+
+def test_connections_beyond_the_limit_are_refused_and_the_others_served(monkeypatch) -> None:
+    monkeypatch.setattr(connections, "bounds", lambda: (4, 64))
+    with running(Model("abc").llm) as server, ExitStack() as opened:
+        address = ("127.0.0.1", server.port)
+        for _ in range(3):  # besides that of the client
+            opened.enter_context(socket.create_connection(address))
+        until(lambda: len(server.process.server_state.connections) == 4)
+        with socket.create_connection(address) as refused:
+            assert refused.recv(1000).startswith(b"HTTP/1.1 503") and refused.recv(1000) == b""
+        assert server.post(CHAT, messages=ASKED).status_code == 200
+        opened.close()
+        until(lambda: len(server.process.server_state.connections) == 1)
+        assert raw(server, request(CHAT, {"messages": ASKED})).startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_on_which_no_request_comes_is_closed_however_slowly_it_speaks(monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
+    engine = GatedEngine()
+    with running(LLM.from_engine(engine, BYTES)) as server:
+        address, body = ("127.0.0.1", server.port), request(COMPLETE, {**BODY, "stream": True})
+        with ExitStack() as opened:
+            silent, slow, asking = (opened.enter_context(socket.create_connection(address)) for _ in range(3))
+            asking.sendall(body)
+            engine.rows()  # its step waits, and with it the request, for longer than that
+            slow.sendall(body[:30])
+            for closed in (silent, slow):
+                assert closed.recv(100) == b""
+            engine.permit()
+            assert b"[DONE]" in asking.makefile("rb").read()
 
 
 def test_nothing_becomes_a_web_socket(server: Running) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -19,7 +20,7 @@ httpx = pytest.importorskip("httpx")
 
 from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
-from server_rig import Running, parse_events, running, until  # noqa: E402
+from server_rig import QUESTION, Running, parse_events, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.server import health as health_module  # noqa: E402
@@ -141,11 +142,11 @@ def test_draining_ends_what_takes_too_long_by_an_error() -> None:
     server.close()
 
 
-def serve(*flags: str, largest_file: int | None = None) -> tuple[subprocess.Popen, str]:
+def serve(*flags: str, limit: tuple[str, int] | None = None) -> tuple[subprocess.Popen, str]:
     """A process, and its address once it is ready."""
     command = [sys.executable, "-m", "hybrid.serve", "--port", "0", "--log", "none", *flags]
-    if largest_file is not None:
-        code = f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file},) * 2)"
+    if limit is not None:  # of the resources of a process
+        code = f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_{limit[0]}, ({limit[1]},) * 2)"
         command = [sys.executable, "-c", f"{code}; os.execv(sys.executable, sys.argv[1:])", *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
@@ -199,7 +200,7 @@ def test_a_server_that_was_killed_has_what_it_kept_and_serves_on_where_no_file_c
             process.kill()
             with pytest.raises(httpx.TransportError):
                 list(lines)
-    process, address = serve(*flags, largest_file=4096)
+    process, address = serve(*flags, limit=("FSIZE", 4096))
     with process, httpx.Client(base_url=address, timeout=WATCHDOG) as client:
         again = [ask_once(client, prompt) for prompt in (*prompts, *prompts)]
         process.terminate()
@@ -210,6 +211,27 @@ def test_a_server_that_was_killed_has_what_it_kept_and_serves_on_where_no_file_c
     assert [text for text, _ in again[3:]] == [text for text, _ in again[:3]]
     assert said.count("kept prompts are written no more") == 1
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_more_connections_than_descriptors_cost_nobody_else_his_answer() -> None:
+    process, address = serve("--threads", "1", limit=("NOFILE", 200))
+    host, port = address.removeprefix("http://").split(":")
+    with process, ExitStack() as opened, httpx.Client(base_url=address, timeout=WATCHDOG) as client:
+        assert ask_once(client, "fox")[0]
+        for _ in range(300):
+            opened.enter_context(socket.create_connection((host, int(port)), WATCHDOG))
+        assert ask_once(client, "fox")[0]
+        refused = opened.enter_context(socket.create_connection((host, int(port)), WATCHDOG))
+        assert refused.recv(1000).startswith(b"HTTP/1.1 503")
+        opened.close()
+        until(lambda: chats(address) == 200)
+        process.terminate()
+        assert process.wait(WATCHDOG) == 0 and "Traceback" not in process.stderr.read()
+
+
+def chats(address: str) -> int:
+    """By a connection of its own."""
+    return httpx.post(f"{address}{CHAT}", json={"messages": QUESTION, "max_tokens": 2}, timeout=WATCHDOG).status_code
 
 
 def body_of(prompt: str) -> dict[str, object]:

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from hybrid.errors import ConfigError
+from hybrid.server import connections
 from hybrid.server.app import build
 from hybrid.server.config import ServerConfig
 from hybrid.server.service import Service
@@ -58,9 +59,12 @@ class Process(uvicorn.Server):
         on_ready: Callable[[LLM], None] = lambda llm: None,
         notice: Callable[[str], None] = lambda line: None,
     ) -> None:
+        limit, at_once = connections.bounds()
         super().__init__(
             uvicorn.Config(
                 build(service),
+                http=connections.protocol(limit),
+                backlog=at_once,
                 log_config=None,
                 access_log=False,
                 server_header=False,

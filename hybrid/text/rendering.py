@@ -63,11 +63,14 @@ def render(source: str, variables: Mapping[str, Any], limits: Limits | None = No
 
 class _Process:
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(_PATIENCE)
         # -I and -S: nothing of the user's folders or variables is run or searched.
         command = [sys.executable, "-I", "-S", str(_PROGRAM), *_folders("jinja2", "markupsafe")]
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        try:
+            self._socket, theirs = socket.socketpair()
+        except OSError as error:
+            raise _cannot_start(error) from None
+        self._socket.settimeout(_PATIENCE)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -78,14 +81,10 @@ class _Process:
                 process_group=0,
             )
         except OSError as error:
-            ours.close()
-            raise RequestError(
-                f"the process that renders chat templates cannot be started ({error.strerror}: {sys.executable}); "
-                "render the messages yourself and give the prompt"
-            ) from None
+            self._socket.close()
+            raise _cannot_start(error) from None
         finally:
             theirs.close()
-        self._socket = ours
 
     def ask(self, request: bytes, limits: Limits) -> dict[str, Any]:
         try:
@@ -127,6 +126,13 @@ class _Process:
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return "seconds"
         return f"exit code {code}"
+
+
+def _cannot_start(error: OSError) -> RequestError:
+    return RequestError(
+        f"the process that renders chat templates cannot be started ({error.strerror}: {sys.executable}); "
+        "render the messages yourself and give the prompt"
+    )
 
 
 _idle: list[_Process] = []
