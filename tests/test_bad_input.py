@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CONFIGS, packed, write_checkpoint
+from steps import open_engine
 
 from hybrid import LLM, EngineConfig, SamplingParams
 from hybrid.commands.bench import check_lengths, make_tests, parse_counts
@@ -19,7 +21,7 @@ from hybrid.errors import ConfigError, KernelError, WeightsError
 from hybrid.machine.hardware import default_threads
 from hybrid.serving.scheduler import StepRecord
 from hybrid.text.chat_template import load_template
-from hybrid.text.tokenizer import read_eos_ids
+from hybrid.text.tokenizer import load_tokenizer, read_eos_ids
 from hybrid.weights.pack import cached_store, model_config
 
 ROOT = Path(__file__).parent.parent
@@ -206,3 +208,23 @@ def test_the_parts_of_a_step_make_its_total() -> None:
     for times in (record.times for record in records):
         parts = times.attention + times.moe + times.head + times.other + times.sampling
         assert parts == pytest.approx(times.total) and min(times.attention, times.moe, times.other) > 0
+
+
+def test_code_beside_a_model_is_never_run(tmp_path: Path) -> None:
+    """Whatever its configurations say of it."""
+    said = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Slow", None]}
+    path, marker = write_checkpoint(tmp_path / "model", "mixtral", auto_map=said), tmp_path / "was run"
+    for name in (
+        "evil",
+        "__init__",
+        "configuration_mixtral",
+        "modeling_mixtral",
+        "tokenization_mixtral",
+        "sitecustomize",
+    ):
+        (path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    shutil.copy(ROOT / "hybrid" / "assets" / "tiny_moe" / "tokenizer.json", path)
+    (path / "tokenizer_config.json").write_text(json.dumps({"auto_map": said, "tokenizer_class": "evil.Slow"}))
+    with open_engine(path, tmp_path / "cache") as engine:
+        assert engine.spec.model_type == "mixtral" and load_tokenizer(path).encode("a")
+    assert not marker.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ WITH_TORCH = ("hybrid/gpu", "hybrid/machine/gpu.py", "gpu_cache/kernels", "gpu_c
 FILES = sorted(path for package in ("hybrid", *KNOWS_NOTHING_OF) for path in ROOT.glob(f"{package}/**/*.py"))
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The absolute names of the modules that a file imports anywhere in it, type checking included."""
     names: set[str] = set()
@@ -85,6 +87,18 @@ def test_nothing_but_the_code_of_devices_imports_torch(path: Path) -> None:
     if any(path.is_relative_to(ROOT / place) for place in WITH_TORCH):
         return
     assert not [name for name in imported(path) if name.split(".")[0] in ("torch", "triton", "xformers")]
+
+
+# They run what they read, or fetch what somebody names.
+UNSAFE = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "urllib.request", "http.client",
+          "ftplib", "telnetlib", "xmlrpc")  # fmt: skip
+
+
+def test_nothing_is_unpickled_and_no_address_fetched() -> None:
+    files = [path for path in FILES if path.is_relative_to(ROOT / "hybrid")]
+    starts = tuple(f"{module}." for module in UNSAFE)
+    found = [(path, name) for path in files for name in imported(path) if f"{name}.".startswith(starts)]
+    assert len(files) > 100 and not found
 
 
 def modules_after(statement: str) -> set[str]:
