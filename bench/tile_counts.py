@@ -20,14 +20,14 @@ from hybrid.formats.packed import packed_bytes
 
 TILE_ROWS = 16  # of the left operand
 # With fewer rows AVX-512 multiplies, without tiles.
-FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "mxfp4": 7} | dict.fromkeys(GROUPED, 17)
+FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "fp8_row": 3, "mxfp4": 7} | dict.fromkeys(GROUPED, 17)
 MAX_BLOCKS = 4  # multiplied together, by 16 rows; by 32 rows half as many
 PANEL_INPUTS = 256
 LINE = 64  # bytes
 PRODUCT_CYCLES, LATENCY = 16, 52
 NEAR_LINE, FAR_LINE, STORED_LINE = 1 / 2, 64 / 48, 1  # cycles a line: first-level cache, second, stored
 # Inputs that share scales; others have one chain of sums.
-SEGMENTS = {"int8": 256, "int4": 32, "fp8": 128} | dict.fromkeys(GROUPED, 32) | {"q6_k": 16}
+SEGMENTS = {"int8": 256, "int4": 32, "fp8": 128, "fp8_row": 256} | dict.fromkeys(GROUPED, 32) | {"q6_k": 16}
 OPENED = ("bf16", "int8")  # whose stored lines are multiplied as they are
 
 
@@ -61,7 +61,7 @@ class Counts:
 def count(format: str, rows: int, columns: int, inputs: int) -> Counts:
     """Of one thread with all columns; nothing where the rows are too few for tiles."""
     counts = Counts()
-    if rows < FIRST_ROWS[format]:
+    if format not in FIRST_ROWS or rows < FIRST_ROWS[format]:
         return counts
     padded = round_up(inputs, K_ALIGN)
     for width, times in _groups(-(-columns // BLOCK)).items():

@@ -73,7 +73,12 @@ def wide_row_parts(width: int) -> tuple[slice, slice, slice, slice, slice]:
     return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
-PARTS = {"int8": int8_row_parts, "grouped": grouped_row_parts, "wide": wide_row_parts}
+def bf16_row_parts(width: int) -> tuple[slice]:
+    """Where the values of a row of bf16 lie, in bytes."""
+    return (slice(2 * row_stride(width)),)
+
+
+PARTS = {"bf16": bf16_row_parts, "int8": int8_row_parts, "grouped": grouped_row_parts, "wide": wide_row_parts}
 
 
 def used_bytes(width: int, kind: str) -> int:

@@ -256,7 +256,7 @@ def test_the_command_reads_a_configuration_alone(tmp_path) -> None:
         ("qwen3-30b-a3b", "32GB", ("bf16",), None, "bf16 does not fit, but --format int8,experts=int4 does: it needs"),
         ("qwen3-30b-a3b", "16GB", ("bf16",), None, "bf16 does not fit: int4, which takes least, needs 21.27 GB, 5.27"),
         ("qwen3-30b-a3b", "40GB", (), 40960, "Take --format int8: the first that fits with 40960 tokens of context."),
-        ("deepseek-r1", "64GB", (), None, "None of these fits: mxfp4, which takes least, needs 381.29 GB"),
+        ("deepseek-r1", "64GB", (), None, "None of these fits: mxfp4, which takes least, needs 381.35 GB"),
     ],
 )
 def test_what_fits_instead_is_told(like, memory, formats, length, words) -> None:

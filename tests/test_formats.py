@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError
-from hybrid.formats import FORMATS, FP8, GROUPED, INT4, INT8, MXFP4, fp4, fp8, int4, mxfp4
+from hybrid.formats import FORMATS, FP8, FP8_ROW, GROUPED, INT4, INT8, MXFP4, NVFP4, fp4, fp8, int4, mxfp4, nvfp4
 from hybrid.formats import packed as layout
 from hybrid.formats.grouped import exact_halves
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
@@ -23,7 +23,9 @@ HEADER_AND_BLOCK = {  # bytes for 64 inputs, and for 2880
     "int8": (64, 1088, 64, 46144),
     "int4": (0, 576, 0, 25920),
     "fp8": (64, 1088, 128, 46208),
+    "fp8_row": (64, 1088, 64, 46144),
     "mxfp4": (64, 576, 1472, 24512),
+    "nvfp4": (128, 640, 2944, 25984),
     "q8_0": (0, 1088, 0, 48960),
     "q4_0": (0, 576, 0, 25920),
     "q5_0": (0, 704, 0, 31680),
@@ -73,6 +75,17 @@ def _mxfp4_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.floa
     part = block[i // 128 * 1088 :]
     scale = int(part[i % 128 // 32 * 16 + column])
     return np.float32(_e2m1(_low_bits(part[64:], column, i % 128)) * 2.0 ** (scale - 127))
+
+
+def _fp8_row_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    value = block[64 + i * 16 + column : 65 + i * 16 + column].view(E4M3)[0]
+    return np.float32(value) * block[:64].view(np.float32)[column]
+
+
+def _nvfp4_value(block: np.ndarray, column: int, i: int, inputs: int) -> np.float32:
+    part = block[64 + i // 64 * 576 :]
+    scale = np.float32(part[i % 64 // 16 * 16 + column : i % 64 // 16 * 16 + column + 1].view(E4M3)[0])
+    return np.float32(_e2m1(_low_bits(part[64:], column, i % 64))) * (scale * block[:64].view(np.float32)[column])
 
 
 def _e2m1(code: int) -> float:
@@ -127,6 +140,7 @@ def _grouped_value(format: str, block: np.ndarray, column: int, i: int, inputs: 
 
 _VALUE = {
     "bf16": _bf16_value, "int8": _int8_value, "int4": _int4_value, "fp8": _fp8_value, "mxfp4": _mxfp4_value,
+    "fp8_row": _fp8_row_value, "nvfp4": _nvfp4_value,
     **{name: partial(_grouped_value, name) for name in _GROUPED},
 }  # fmt: skip
 
@@ -155,7 +169,7 @@ def test_sizes_are_those_of_the_layout(format: str) -> None:
     kind = FORMATS[format]
     sizes = [size(k) for k in (64, 2880) for size in (kind.header_bytes, kind.block_bytes)]
     assert tuple(sizes) == HEADER_AND_BLOCK[format]
-    assert kind.name == format and kind.integer == (format not in ("bf16", "fp8", "mxfp4"))
+    assert kind.name == format and kind.integer == (format not in ("bf16", "fp8", "fp8_row", "mxfp4", "nvfp4"))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -290,6 +304,27 @@ def test_published_mxfp4_is_packed_as_it_is() -> None:
     assert (mxfp4.decode(blocks, scales) == values.reshape(50, 96)).all()
 
 
+def test_published_nvfp4_and_fp8_by_row_are_packed_as_they_are() -> None:
+    random = np.random.default_rng(0)
+    pairs, scales = random.integers(0, 256, (50, 48), np.uint8), random.integers(1, 127, (50, 6), np.uint8)
+    factors = random.uniform(0.001, 3, 50).astype("f4")
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(50, 6, 16)
+    steps = scales.view(E4M3).astype("f4") * factors[:, None]
+    values = (codes.view(E2M1).astype("f4") * steps[..., None]).reshape(50, 96)
+    packed = NVFP4.pack_blocks(pairs, scales, factors)
+    assert (NVFP4.unpack(packed, 50, 96) == values).all() and (nvfp4.decode(pairs, scales, factors) == values).all()
+    padded = reference("nvfp4", packed, 50, 96)
+    assert (padded[:50, :96] == values).all() and not padded[50:].any() and not padded[:, 96:].any()
+    assert NVFP4.all_finite(packed, 128) and not NVFP4.all_finite(NVFP4.pack_blocks(pairs, scales | 127, factors), 128)
+
+    codes = random.integers(0, 127, (50, 96), np.uint8)
+    values = codes.view(E4M3).astype("f4") * factors[:, None]
+    packed = FP8_ROW.pack_blocks(codes, factors)
+    assert (FP8_ROW.unpack(packed, 50, 96) == values).all()
+    assert (reference("fp8_row", packed, 50, 96)[:50, :96] == values).all()
+    assert FP8_ROW.all_finite(packed, 128) and not FP8_ROW.all_finite(FP8_ROW.pack_blocks(codes, factors * np.inf), 128)
+
+
 def _published_groups(format: str, n: int, k: int) -> tuple[np.ndarray, ...]:
     """Codes and scales of every kind, from the whole of what they may be."""
     random, bits = np.random.default_rng(1), GROUPED[format].bits
@@ -396,11 +431,13 @@ def test_what_is_not_finite_is_found_in_packed_bytes(format: str) -> None:
         "int8": [0, 0, 0x80, 0x7F],
         "int4": [0x80, 0x7F],
         "fp8": [0, 0, 0xC0, 0x7F],
+        "fp8_row": [0, 0, 0xC0, 0x7F],
+        "nvfp4": [0, 0, 0xC0, 0x7F],
     }
     bad = nan.get(format, [255])
     packed[1, : len(bad)] = bad
     assert not kind.all_finite(packed, 128)
-    if format == "fp8":
+    if format in ("fp8", "fp8_row"):
         packed = kind.pack(weights(32, 128))
         packed[1, -1] = 0xFF
         assert not kind.all_finite(packed, 128)

@@ -7,11 +7,13 @@ from typing import Protocol
 from hybrid.formats.bf16 import Bf16
 from hybrid.formats.block import Array, Bytes, Floats
 from hybrid.formats.fp8 import Fp8
+from hybrid.formats.fp8_row import Fp8Row
 from hybrid.formats.grouped import Grouped
 from hybrid.formats.halves import Scaled, ScaledFromMinimum
 from hybrid.formats.int4 import Int4
 from hybrid.formats.int8 import Int8
 from hybrid.formats.mxfp4 import Mxfp4
+from hybrid.formats.nvfp4 import Nvfp4
 from hybrid.formats.rows import RowKind
 from hybrid.formats.superblocks import ScaledAndLowered, ScaledSmallGroups
 
@@ -58,12 +60,12 @@ class WeightFormat(Protocol):
 
 
 # Those with a name of their own also pack what checkpoints publish.
-INT8, INT4, FP8, MXFP4 = Int8(), Int4(), Fp8(), Mxfp4()
+INT8, INT4, FP8, FP8_ROW, MXFP4, NVFP4 = Int8(), Int4(), Fp8(), Fp8Row(), Mxfp4(), Nvfp4()
 Q8_0 = Scaled("q8_0", 8)
 Q4_0, Q5_0 = Scaled("q4_0", 4, 8), Scaled("q5_0", 5, 16)
 Q4_1, Q5_1 = ScaledFromMinimum("q4_1", 4), ScaledFromMinimum("q5_1", 5)
 Q4_K, Q5_K = ScaledAndLowered("q4_k", 4), ScaledAndLowered("q5_k", 5)
 Q6_K = ScaledSmallGroups("q6_k", 6, 32)
 GROUPED: dict[str, Grouped] = {f.name: f for f in (Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K)}
-_ALL: list[WeightFormat] = [Bf16(), INT8, INT4, FP8, MXFP4, *GROUPED.values()]
+_ALL: list[WeightFormat] = [Bf16(), INT8, INT4, FP8, MXFP4, FP8_ROW, NVFP4, *GROUPED.values()]
 FORMATS: dict[str, WeightFormat] = {f.name: f for f in _ALL}

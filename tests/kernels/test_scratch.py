@@ -18,7 +18,14 @@ from cpu_kernels import ExpertSet
 from hybrid.formats import FORMATS, GROUPED
 
 BLOCKS = {"portable": 2, "avx2": 2, "avx512": 2, "avx512_bf16": 4, "amx": 4}  # that are multiplied together
-OPENED = ("int4", "fp8", "mxfp4", *GROUPED)  # formats whose lines are opened to panels, of 8 KiB a block
+OPENED = (
+    "int4",
+    "fp8",
+    "fp8_row",
+    "mxfp4",
+    "nvfp4",
+    *GROUPED,
+)  # formats whose lines are opened to panels, of 8 KiB a block
 PRODUCTS = ("gemm", "head_gemm", "gate_up", "down")
 STRIDES = {"input_stride": 4096, "expert_stride": 1 << 20}  # for as many inputs as are tried here
 

@@ -21,7 +21,7 @@ _SCALED = {
     "naive-quantized": "bf16",
     "mxfp8-quantized": "bf16",
     "mxfp4-pack-quantized": "mxfp4",
-    "nvfp4-pack-quantized": "bf16",
+    "nvfp4-pack-quantized": "nvfp4",
 }
 WORDS = f"compressed-tensors {_PACKED} of 2, 4 or 8 bits, {', '.join(_SCALED)}"
 _LAYOUT = Layout("weight_packed", "weight_scale", "weight_zero_point", order="weight_g_idx", shape="weight_shape")
@@ -86,7 +86,7 @@ def _scaled(format: str, groups: list[Mapping[str, Any]]) -> Scheme:
         format = kinds[weights[0].choice("type", default="int", allowed=tuple(kinds))]
     rows = format == "float-quantized" and strategies[0] not in ("tensor", "block")
     return ScaledScheme(
-        "bf16" if rows else _SCALED[format], all(each.flag("symmetric", default=True) for each in weights)
+        "fp8_row" if rows else _SCALED[format], all(each.flag("symmetric", default=True) for each in weights)
     )
 
 

@@ -16,4 +16,4 @@ def read_scheme(quantisation: Mapping[str, Any]) -> ScaledScheme | None:
     if quantisation.get("weight_block_size") is not None:
         return None
     Fields(quantisation, "quantization_config.").refuse("fmt", neutral="e4m3")
-    return ScaledScheme("fp8" if quantisation.get("quant_method") == "fp8" else "bf16")
+    return ScaledScheme("fp8" if quantisation.get("quant_method") == "fp8" else "fp8_row")

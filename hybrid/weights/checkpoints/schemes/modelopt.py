@@ -12,8 +12,8 @@ from hybrid.models.reading import Fields
 from hybrid.weights.checkpoints.schemes.scaled import ScaledScheme
 
 _FORMATS = {
-    "FP8": "fp8", "FP8_PB_WO": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "bf16", "MXFP8": "bf16", "NVFP4": "bf16",
-    "W4A16_NVFP4": "bf16",
+    "FP8": "fp8", "FP8_PB_WO": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8_row", "MXFP8": "bf16", "NVFP4": "nvfp4",
+    "W4A16_NVFP4": "nvfp4",
 }  # fmt: skip
 _MIXED = "MIXED_PRECISION"
 WORDS = f"modelopt {', '.join(_FORMATS)} and {_MIXED} of these"

@@ -28,7 +28,7 @@ def read_scheme(quantisation: Mapping[str, Any]) -> ScaledScheme:
     scheme = found[0].choice("qscheme", default="per_tensor", allowed=_SCHEMES)
     rows = kinds[0] == "fp8_e4m3" and scheme == "per_channel"
     symmetric = all(each.flag("symmetric", default=True) for each in found)
-    return ScaledScheme("bf16" if rows else _FORMATS[kinds[0]], symmetric)
+    return ScaledScheme("fp8_row" if rows else _FORMATS[kinds[0]], symmetric)
 
 
 def _described(quantisation: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

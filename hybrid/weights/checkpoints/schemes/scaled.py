@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from hybrid.errors import WeightsError
-from hybrid.formats import FP8, INT8, MXFP4, Q8_0
+from hybrid.formats import FP8, FP8_ROW, INT8, MXFP4, NVFP4, Q8_0
 from hybrid.formats import fp4 as fp4_format
 from hybrid.formats import fp8 as fp8_format
 from hybrid.formats import mxfp4 as mxfp4_format
+from hybrid.formats import nvfp4 as nvfp4_format
 from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
 from hybrid.formats.grouped import exact_halves
 from hybrid.weights.checkpoints.matrices import FLOATS, Source
@@ -125,9 +126,12 @@ def _kind(
     words = f"{_NAMES[numbers]} with {per}" + (" inputs" if each[1] != shape[1] else "")
     holds = list[str]()
     if twice:
-        return words, ()
+        exact = (numbers, scales, each) == (E2M1, E4M3, (1, nvfp4_format.GROUP))
+        return words, ("nvfp4",) if exact else ()
     if numbers == E4M3 and scales in FLOATS and each in ((_SQUARE, _SQUARE), shape):
         holds.append("fp8")
+    if numbers == E4M3 and scales in FLOATS and each == (1, shape[1]):
+        holds.append("fp8_row")
     if numbers == INT and scales in FLOATS and each[1] == shape[1]:
         holds.append("int8")
     if numbers == INT and scales in ("F16", "BF16") and each[0] == 1 and each[1] % GROUP == 0:
@@ -185,9 +189,14 @@ class ScaledSource(Source):
         if self.published == "mxfp4":
             groups = self.columns // GROUP
             return MXFP4.pack_blocks(numbers.reshape(-1, groups, BLOCK), self._powers[first : first + len(numbers)])
+        if self.published == "nvfp4":
+            scales = self._stored(np.dtype(np.uint8))[first : first + len(numbers)]
+            return NVFP4.pack_blocks(numbers, scales, np.full(len(numbers), self._factor))
         if self.published == "fp8":
             return FP8.pack_blocks(numbers, self._squares, first)
         scales = np.broadcast_to(self._grid, (self.entry.shape[0], self._grid.shape[1]))[first : first + len(numbers)]
+        if self.published == "fp8_row":
+            return FP8_ROW.pack_blocks(numbers, scales[:, 0])
         if self.published == "int8":
             return INT8.pack_blocks(numbers.view(np.int8), scales[:, 0])
         try:
@@ -238,12 +247,25 @@ class ScaledSource(Source):
         kind = FLOATS.get(self.entry.scales.dtype, ml_dtypes.float8_e4m3fn)
         scales = self._stored(np.dtype(kind)).astype(np.float32)
         if self.entry.whole is not None:
-            whole = read_bytes(self.entry.whole, 0, 4).view(np.float32)[0]
+            whole = self._whole
             with np.errstate(all="ignore"):
                 scales = scales / whole if self.entry.divides else scales * whole
         if not (np.abs(scales) <= np.finfo(np.float32).max / np.float32(fp8_format.LARGEST)).all():
             raise self._bad_scales()
         return scales
+
+    @property
+    def _whole(self) -> np.float32:
+        """The scale of all, as it is stored."""
+        assert self.entry.whole is not None
+        found: np.float32 = read_bytes(self.entry.whole, 0, 4).view(np.float32)[0]
+        return found
+
+    @property
+    def _factor(self) -> np.float32:
+        """What all scales are multiplied by, which are checked first; of a divisor that is its reciprocal, rounded."""
+        assert self._grid.size
+        return np.float32(1) / self._whole if self.entry.divides else self._whole
 
     def _stored(self, dtype: np.dtype[Any]) -> Array:
         scales, each = self.entry.scales, self.entry.each
