@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpu_cache.errors import CacheError
 from gpu_cache.trace import COLUMNS, Trace, import_parquet
 
 _ROWS_BUFFERED = 1 << 16
@@ -23,19 +24,35 @@ class Target(Protocol):
     def discard(self) -> None: ...
 
 
+class Sink(Protocol):
+    """Writes rows as they come. What fails raises OSError, what it cannot hold CacheError."""
+
+    def write(self, integers: NDArray[Any], scores: NDArray[np.float32]) -> None: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
 class TraceWriter:
     """A context manager; leaving it, by an exception too, commits the file with every row written so far.
 
     When the disk fills or fails, `warn` gets one line that begins with `name`, the file is discarded and later rows are
-    dropped: a run never ends because of its trace. Raises CacheError for parquet where it is not installed.
+    dropped: a run never ends because of its trace. sink: writes another format than CSV or parquet. Raises CacheError
+    for parquet where it is not installed.
     """
 
-    def __init__(self, target: Target, name: str, warn: Callable[[str], None], parquet: bool = False) -> None:
+    def __init__(
+        self,
+        target: Target,
+        name: str,
+        warn: Callable[[str], None],
+        parquet: bool = False,
+        sink: Callable[[BinaryIO], Sink] | None = None,
+    ) -> None:
         self._target, self._name, self._warn = target, name, warn
         self._blocks: list[NDArray[np.float64]] = []
         self._scores: list[NDArray[np.float32]] = []
         self._buffered = 0
-        self._sink = _sink(target.file, parquet)
+        self._sink = sink(target.file) if sink else _sink(target.file, parquet)
         self._failed = False
 
     def write(self, step: int, layer: int, sequence: ArrayLike, position: ArrayLike, expert: Any, score: Any) -> None:
@@ -83,8 +100,9 @@ class TraceWriter:
     def _try(self, action: Callable[[], None]) -> bool:
         try:
             action()
-        except OSError as error:
-            self._warn(f"{self._name}: the trace is not written ({error.strerror or error}); the run goes on without")
+        except (OSError, CacheError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._warn(f"{self._name}: the trace is not written ({reason}); the run goes on without")
             self._sink.abandon()
             self._target.discard()
             return False
@@ -131,7 +149,7 @@ class _ParquetSink:
             self._writer.close()
 
 
-def _sink(file: BinaryIO, parquet: bool) -> _CsvSink | _ParquetSink:
+def _sink(file: BinaryIO, parquet: bool) -> Sink:
     return _ParquetSink(file) if parquet else _CsvSink(file)
 
 

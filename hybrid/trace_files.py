@@ -120,9 +120,11 @@ def kind_of_format(known: TraceFormat) -> FileKind:
 def open_trace(path: Path, warn: Callable[[str], None]) -> TraceWriter:
     """A writer of a trace that grows as an engine runs. Raises ConfigError for a place that cannot be written."""
     from gpu_cache.trace_writer import TraceWriter
+    from gpu_cache.traces.expert_choices import ChoicesSink
 
+    sink = ChoicesSink if path.name == CHOICES_NAME else None
     with cache_errors():
-        return TraceWriter(open_output(path, trace_kind(path)), str(path), warn, _is_parquet(path))
+        return TraceWriter(open_output(path, trace_kind(path)), str(path), warn, _is_parquet(path), sink)
 
 
 def check_trace_output(flag: str, path: Path | None) -> None:
@@ -141,6 +143,8 @@ def check_trace_output(flag: str, path: Path | None) -> None:
 
 def trace_kind(path: Path) -> FileKind:
     """What may be replaced by a trace of this name."""
+    if path.name == CHOICES_NAME:
+        return kind_of_format(format_by_suffix(path))
     return _own_kind(_is_parquet(path))
 
 

@@ -39,7 +39,7 @@ ROOTS = [
     ROOT / "gpu_cache",
 ]
 NAMED = re.compile(r"`([\w./<>*-]+/[\w.<>*-]*|[\w-]+\.(?:py|cpp|h|md))`")
-OTHERS = ("/", "expert_choices.csv", "config.json", "org/", "additional_chat_templates/")
+OTHERS = ("/", "expert_choices.csv", "DIR/", "config.json", "org/", "additional_chat_templates/")
 
 
 def named(document: str) -> list[str]:

@@ -11,6 +11,14 @@ from hybrid.commands.signals import Interruptible, Terminated
 from hybrid.errors import HybridError
 from hybrid.files import check_output, csv_kind
 from hybrid.machine.meters import Meters
+from hybrid.serving.generation_times import (
+    CLOCK_COLUMNS,
+    CLOCK_NAME,
+    TIMES_COLUMNS,
+    TIMES_NAME,
+    clock_rows,
+    time_rows,
+)
 from hybrid.serving.recorder import (
     BREAKDOWN_COLUMNS,
     CACHEHIT_COLUMNS,
@@ -73,7 +81,9 @@ class Outputs:
 
     def summary(self) -> Summary:
         engine = self._llm.engine
-        return self.recorder.summary(engine.load_seconds, engine.plan.isa, engine.plan.threads)
+        experts = engine.experts
+        cached = experts.geometry.nblocks if experts is not None and experts.geometry.mapping == "prefix" else None
+        return self.recorder.summary(engine.load_seconds, engine.plan.isa, engine.plan.threads, cached)
 
     def cache_report(self) -> CacheReport | None:
         """What the expert cache did; None without one."""
@@ -97,10 +107,18 @@ class Outputs:
         wanted, recorder = self._wanted, self.recorder
         self._write_csv(wanted.breakdown_csv, BREAKDOWN_COLUMNS, recorder.breakdown_rows)
         self._write_csv(wanted.cachehit_csv, CACHEHIT_COLUMNS, recorder.cachehit_rows)
-        self._write_csv(wanted.token_csv, TOKEN_COLUMNS, recorder.token_rows)
+        self._write_times(wanted.token_csv)
         self._write_csv(wanted.power_csv, POWER_COLUMNS, recorder.power_rows)
         if path := wanted.cache_save:
             self._attempt(lambda: self._llm.engine.save_experts(path))
+
+    def _write_times(self, path: Path | None) -> None:
+        """Of a name that another program's readers look for, in its columns, and with the file that it has beside."""
+        if path is None or path.name != TIMES_NAME:
+            return self._write_csv(path, TOKEN_COLUMNS, self.recorder.token_rows)
+        steps = self.recorder.decoding
+        self._write_csv(path, TIMES_COLUMNS, lambda: time_rows(steps))
+        self._write_csv(path.with_name(CLOCK_NAME), CLOCK_COLUMNS, lambda: clock_rows(steps))
 
     def _write_csv(
         self, path: Path | None, columns: Sequence[str], rows: Callable[[], Iterable[Sequence[Any]]]
@@ -118,7 +136,11 @@ class Outputs:
 def check_outputs(wanted: Wanted) -> None:
     """Raise ConfigError for the first path where no such file can be written, before a model is loaded."""
     for flag, columns in CSV_FILES.items():
-        check_output(f"--{flag}", getattr(wanted, flag.replace("-", "_")), csv_kind(columns))
+        path = getattr(wanted, flag.replace("-", "_"))
+        if flag == "token-csv" and path is not None and path.name == TIMES_NAME:
+            check_output("--token-csv", path.with_name(CLOCK_NAME), csv_kind(CLOCK_COLUMNS))
+            columns = TIMES_COLUMNS
+        check_output(f"--{flag}", path, csv_kind(columns))
     if wanted.trace:
         from hybrid.trace_files import check_trace_output
 

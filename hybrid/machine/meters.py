@@ -9,28 +9,34 @@ from pathlib import Path
 from time import monotonic
 
 _CPUS, _RAPL = Path("/sys/devices/system/cpu"), Path("/sys/class/powercap")
+_HWMON = Path("/sys/class/hwmon")
+_PROCESSORS = ("k10temp", "zenpower", "coretemp", "cpu_thermal")  # the drivers of processors' sensors
+_WHOLE = ("Tctl", "Package id")  # the sensors of a whole processor, as their labels begin
 _CPUINFO, _TASKS = Path("/proc/cpuinfo"), Path("/proc/self/task")
+_TEMPERATURE_AGE = 1.0  # seconds, as the sensors themselves are slow
 _FREQUENCY_AGE = 0.1  # seconds for which a frequency is taken as current: reading it is not free
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Clock in MHz and joules so far; None where the machine does not tell."""
+    """Clock in MHz, joules so far, and degrees Celsius of the processor; None where the machine does not tell."""
 
     cpu_mhz: float | None
     package_joules: float | None
     gpu_joules: float | None
+    cpu_celsius: float | None = None
 
 
 class Meters:
     """All of them together."""
 
     def __init__(self, cpus: Sequence[int] = ()) -> None:
-        self._frequency, self._energy = FrequencyMeter(cpus), EnergyMeter()
+        self._frequency, self._energy, self._temperature = FrequencyMeter(cpus), EnergyMeter(), TemperatureMeter()
 
     def read(self) -> Reading:
         energy = self._energy
-        return Reading(self._frequency.read(), energy.package_joules(), energy.gpu_joules())
+        celsius = self._temperature.read()
+        return Reading(self._frequency.read(), energy.package_joules(), energy.gpu_joules(), celsius)
 
 
 class CoreMeter:
@@ -87,6 +93,37 @@ class FrequencyMeter:
         except (OSError, ValueError):
             return None
         return sum(values) / len(values) if values else None
+
+
+class TemperatureMeter:
+    """Degrees Celsius of the processor, of several the warmest; None where the machine does not tell."""
+
+    def __init__(self) -> None:
+        self._files = [file for folder in sorted(_HWMON.glob("hwmon*")) for file in _sensors(folder)]
+        self._read_at = float("-inf")
+        self._value: float | None = None
+
+    def read(self) -> float | None:
+        if self._files and monotonic() - self._read_at > _TEMPERATURE_AGE:
+            self._value, self._read_at = self._measure(), monotonic()
+        return self._value
+
+    def _measure(self) -> float | None:
+        try:
+            return max(int(file.read_text()) / 1000 for file in self._files)
+        except (OSError, ValueError):
+            return None
+
+
+def _sensors(folder: Path) -> list[Path]:
+    """Those of a whole processor; where none says that it is, the first one of a processor's driver."""
+    with contextlib.suppress(OSError):
+        if (folder / "name").read_text().strip() in _PROCESSORS:
+            labels = {file: file.read_text() for file in sorted(folder.glob("temp*_label"))}
+            whole = [file for file, label in labels.items() if label.startswith(_WHOLE)]
+            found = [folder / file.name.replace("_label", "_input") for file in whole]
+            return found or sorted(folder.glob("temp*_input"))[:1]
+    return []
 
 
 class EnergyMeter:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrid.files import csv_kind, output_file
 from hybrid.machine.meters import CoreMeter, Meters
+from hybrid.serving.generation_times import Steps, decoding
 from hybrid.serving.scheduler import StepRecord
 
 TIMES = (
@@ -41,7 +42,9 @@ class Summary:
 
     Speeds are rows over the whole time of those steps, sampling and text included; None without such steps.
     first_token_seconds: the time of the steps up to the first that chose a token. waited: what share of their time the
-    threads waited for a core, None where that is not known.
+    threads waited for a core, None where that is not known. one_hit, all_hit: of the tokens that were decoded alone at
+    the layers that have an expert cache, the share with at least one expert in it, and with all of them, as the
+    collaborative inference of arXiv 2512.16473 counts hits; None without such.
     """
 
     load_seconds: float
@@ -54,6 +57,8 @@ class Summary:
     isa: str
     threads: int
     waited: float | None
+    one_hit: float | None = None
+    all_hit: float | None = None
 
     def __str__(self) -> str:
         first = "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f} s"
@@ -64,9 +69,15 @@ class Summary:
                 f"prompt       {_speed(self.prompt_tokens, self.prompt_tokens_per_second)}",
                 f"decode       {_speed(self.decode_tokens, self.decode_tokens_per_second)}",
                 f"first token  {first}",
+                *self._hits(),
                 f"ran on       {self.isa}, {self.threads} thread{'s' * (self.threads != 1)}",
             ]
         )
+
+    def _hits(self) -> list[str]:
+        if self.one_hit is None or self.all_hit is None:
+            return []
+        return [f"experts hit  at least one {self.one_hit:.1%}, all {self.all_hit:.1%} (of tokens at cached layers)"]
 
     def _notes(self) -> list[str]:
         if self.waited is None or self.waited < MUCH_WAITED:
@@ -90,7 +101,14 @@ class Recorder:
         if self._meters:
             self._readings.append(self._meters.read())
 
-    def summary(self, load_seconds: float, isa: str, threads: int) -> Summary:
+    @property
+    def decoding(self) -> Steps:
+        """The steps of decoding with what was read after them, if there are meters."""
+        return decoding(self.records, self._readings)
+
+    def summary(self, load_seconds: float, isa: str, threads: int, cached: int | None = None) -> Summary:
+        """cached: layers, the first ones, that have an expert cache; None: all."""
+        one_hit, all_hit = _experts_hit(self.records, cached)
         prompt = [record for record in self.records if record.prompt_rows]
         decode = [record for record in self.records if not record.prompt_rows]
         prompt_tokens = sum(record.prompt_rows for record in prompt)
@@ -105,6 +123,8 @@ class Recorder:
             isa=isa,
             threads=threads,
             waited=self._cores.waited(),
+            one_hit=one_hit,
+            all_hit=all_hit,
         )
 
     def breakdown_rows(self) -> list[list[Any]]:
@@ -136,6 +156,19 @@ class Recorder:
             each = sum(known) / record.sampled if known and record.sampled else None
             watts = [None if joules is None else joules / record.seconds for joules in (package, gpu)]
             yield [step, record.sampled, f"{record.seconds:.6f}", *map(_readable, watts), _readable(each)]
+
+
+def _experts_hit(records: Sequence[StepRecord], cached: int | None) -> tuple[float | None, float | None]:
+    """Of tokens that were decoded alone: the shares of their layers with a hit, and with nothing but hits."""
+    alone = [
+        r.cache[:cached]
+        for r in records
+        if r.cache is not None and (r.prompt_rows, r.decode_rows, r.guessed) == (0, 1, 0)
+    ]
+    counts = [pair for layers in alone for pair in layers[:, :2].tolist() if pair[0]]
+    if not counts:
+        return None, None
+    return sum(hits > 0 for _, hits in counts) / len(counts), sum(hits == calls for calls, hits in counts) / len(counts)
 
 
 def _spent(before: float | None, after: float | None) -> float | None:
