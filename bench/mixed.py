@@ -89,8 +89,8 @@ def visits(seed: int, whole: float, model: str) -> Iterator[Visit]:
         )  # fmt: skip
 
 
-async def pay(address: tuple[str, int], visit: Visit) -> bytes:
-    """Make it; returns what was read of the answer."""
+async def make(address: tuple[str, int], visit: Visit) -> bytes:
+    """Make a visit; returns what was read of the answer."""
     connection = socket.socket()
     connection.setblocking(False)
     if visit.manner == SLOW:
@@ -159,7 +159,7 @@ async def go_through(address: tuple[str, int], several: Sequence[Visit], at_once
 
     async def visitor() -> None:
         for place, visit in left:
-            answers[place] = await pay(address, visit)
+            answers[place] = await make(address, visit)
 
     await asyncio.gather(*(visitor() for _ in range(at_once)))
     return answers

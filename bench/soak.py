@@ -64,14 +64,15 @@ class Soak:
 
     async def load(self, address: tuple[str, int], process: int, model: str, options: argparse.Namespace) -> None:
         chosen, begun = visits(options.seed, options.whole, model), time.monotonic()
-        while (now := time.monotonic() - begun) < options.minutes * 60:
+        pauses = random.Random(options.seed)
+        while time.monotonic() - begun < options.minutes * 60:
             some = list(islice(chosen, PART))
             for visit, answer in zip(some, await go_through(address, some, options.at_once), strict=True):
                 code = status(answer)
                 self.answers[f"{visit.manner} {code or 'no answer'}"] += 1
                 if visit.manner == WHOLE and code == 200:
                     self.differing += said(answer) != self.texts.setdefault(visit.data, said(answer))
-            await asyncio.sleep(random.Random(f"{options.seed} {now}").random() * options.pause)
+            await asyncio.sleep(pauses.random() * options.pause)
             self.samples.append(Sample.of(process, time.monotonic() - begun))
 
     def growth(self) -> dict[str, float]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
+import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ pytest.importorskip("prometheus_client")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import load  # noqa: E402
+import mixed  # noqa: E402
 import serve  # noqa: E402
+import soak  # noqa: E402
 from server_rig import running  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
@@ -108,3 +114,36 @@ def test_no_server_is_said_in_one_line(capsys) -> None:
 def test_arrivals_at_random_keep_their_rate() -> None:
     asks = load.poisson(load.equal_asks(2000, 4, 1, 0, 0), 50.0, 1)
     assert 35 < asks[-1].at < 45 and all(a.at < b.at for a, b in zip(asks, asks[1:], strict=False))
+
+
+def test_a_soak_tells_growth_and_answers_that_differ() -> None:
+    found = soak.Soak()
+    found.samples = [soak.Sample(float(at), 100.0 + 30 * (at >= 60), 6, 40 + at // 60, 2) for at in range(0, 90, 10)]
+    found.answers.update({"whole 200": 5, "whole 500": 2, "dropped no answer": 3})
+    found.differing = 1
+    assert found.growth() == {"resident_mb": 30.0, "threads": 0, "files": 1, "processes": 0}
+    lines = found.wrong()
+    assert [line.split()[0] for line in lines] == ["resident_mb", "files", "2", "1"] and "whole 500" in lines[2]
+    found.samples, found.differing = [soak.Sample(1.0, 100.0, 6, 40, 2)] * 6, 0
+    del found.answers["whole 500"]
+    assert found.wrong() == []
+
+
+def test_a_soak_asks_all_apis_and_samples_the_process(server) -> None:
+    found = soak.Soak()
+    options = argparse.Namespace(seed=1, whole=0.7, minutes=0.001, at_once=4, pause=0.0)
+    asyncio.run(found.load(("127.0.0.1", server.port), os.getpid(), "tiny", options))
+    assert sum(found.answers.values()) == soak.PART and found.answers["whole 200"] > 5 and found.differing == 0
+    (sample,) = found.samples
+    assert sample.resident_mb > 10 and sample.threads > 2 and sample.files > 5 and sample.processes >= 1
+    assert soak.table(found.samples).count("\n") >= 2
+
+
+def test_visits_are_the_same_for_a_seed_and_text_is_one_however_it_was_cut() -> None:
+    first, again = (list(islice(mixed.visits(4, 0.2, "tiny"), 50)) for _ in range(2))
+    assert first == again and {visit.manner for visit in first} == {mixed.WHOLE, *mixed.LEAVING}
+    assert len({visit.path for visit in first}) == 6
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    pieces = [b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % part for part in (b"a", b"bc")]
+    assert mixed.said(head + b"".join(pieces) + b"data: [DONE]\n\n") == "abc" and mixed.status(head) == 200
+    assert mixed.said(head + b'{"content": [{"type": "text", "text": "abc"}]}') == "abc" and mixed.status(b"") == 0
