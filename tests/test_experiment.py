@@ -111,6 +111,21 @@ def test_results_are_those_of_the_simulator(ran: Path) -> None:
     assert {row["nways"] for row in lab.table(lab.load(ran)) if row["nblocks"] == 4} == {2, 4}  # half of 8 experts
 
 
+def test_prefetch_is_replayed_and_has_a_bound_of_its_own(file: Path) -> None:
+    caches = '[[caches]]\nnways = [2]\npolicies = ["LRU", "Belady"]\nprefetch = ["none", "Transition", "perfect"]'
+    file.write_text(TEXT.split("[[caches]]")[0] + caches)
+    experiment = lab.load(file)
+    lab.run(experiment)
+    found = {one.name: one for one in lab.outcomes(experiment)}
+    assert list(found)[:4] == ["LRU", "LRU, transition prefetch", "LRU, perfect prefetch", "Belady"] and len(found) == 6
+    for ahead in ("transition", "perfect"):
+        results = [replay(calls(trace), Setting(4, 2, prefetch=ahead)) for trace in TRACES]
+        one = found[f"LRU, {ahead} prefetch"]
+        assert one.mean("hits") == sum(int(result.hits.sum()) for result in results)
+        assert one.bound == sum(result.upper_bound or 0 for result in results) and one.bound > found["LRU"].bound
+    assert [one.causal for one in found.values()][:4] == [True, True, False, False]
+
+
 def test_speeds_are_those_of_the_cost_model(ran: Path) -> None:
     """A machine changes nothing that is replayed, except where admission reckons with it."""
     row = row_of(ran, nblocks=2, policy="FIFO", machine="desktop")
@@ -203,6 +218,7 @@ WRONG = [
     ('["lru", "random"]', "[]", "two.toml: [[caches]] 1, policies is empty"),
     ('["lru", "random"]', '"lru"', "two.toml: [[caches]] 1, policies is 'lru'; it must be an array"),
     ('"break-even"', '"never"', "two.toml: [[caches]] 2, admissions: admission 'never' is unknown"),
+    ("seeds = [0, 1]", 'prefetch = ["next-gate"]', "two.toml: [[caches]] 1, prefetch: prefetch next-gate cannot be"),
     ("[2, 0.5]", "[9, 0.5]", "two.toml: [[caches]] 1, made up: 4 indexes x 9 ways are 36 slots, the model has 32"),
     ("[2, 0.5]", "[1.5]", "two.toml: [[caches]] 1, made up: nways has the share 1.5; it must be above 0"),
     ("[2, 0.5]", "[0]", "two.toml: [[caches]] 1, made up: ways (nways) of the cache: 0, must be 1 to"),

@@ -96,7 +96,7 @@ def _of_caches(claim: Claim, source: Source, outcomes: Sequence[Outcome]) -> Ite
     nblocks = source.calls.layers if claim.nblocks == LAYERS else int(claim.nblocks)
     for at, ways in enumerate(claim.nways):
         shape = (nblocks, ways_of(ways, nblocks, source.calls), claim.mapping, None, 0)
-        named = {one.policy: one for one in outcomes if one.place == shape and one.admission == "always"}
+        named = {one.policy: one for one in outcomes if one.place == shape and one.name == one.policy}
         one = named[str(claim.policy)]
         ours, range = OF_CACHES[claim.figure](one, named.get(str(claim.beside), one))
         yield _finding(claim, one.model, str(one.place), at, ours, range)

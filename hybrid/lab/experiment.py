@@ -13,6 +13,7 @@ from gpu_cache.curves import CURVES
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.outside import is_file
 from gpu_cache.policies import known_policy
+from gpu_cache.prefetch import known_prefetch
 from gpu_cache.simulator import Setting, policy_names
 from gpu_cache.trace import Calls
 from hybrid.errors import ConfigError, cache_errors
@@ -162,6 +163,7 @@ def _named(where: str, folder: Path, caches: Caches) -> Caches:
         caches,
         policies=spelt("policies", _from(folder, policies), lambda name: known_policy(name, allowed)),
         admissions=spelt("admissions", _from(folder, caches.admissions), known_admission),
+        prefetch=spelt("prefetch", caches.prefetch, known_prefetch),
         mapping=_among(where, "mapping", caches.mapping, MAPPINGS),
         nblocks=_among(where, "nblocks", caches.nblocks, (LAYERS,)),
         quota=_among(where, "quota", caches.quota, ("none",)),

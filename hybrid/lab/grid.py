@@ -21,13 +21,13 @@ def combinations(caches: Caches, calls: Calls) -> Iterator[Setting]:
     quotas = [None if quota == "none" else int(quota) for quota in caches.quota]
     for (n, m), mapping, quota, delay in product(shapes, caches.mapping, quotas, caches.copy_delay):
         place = Setting(n, m, mapping=mapping, quota=quota, delay=delay)
-        for policy, admission, seed in product(caches.policies, caches.admissions, caches.seeds):
-            alone = policy in SCHEDULES  # knows the future: asks no rule, draws no lots
-            yield (
-                replace(place, policy=policy)
-                if alone
-                else replace(place, policy=policy, admission=admission, seed=seed)
-            )
+        for policy, admission, ahead, seed in product(
+            caches.policies, caches.admissions, caches.prefetch, caches.seeds
+        ):
+            if policy in SCHEDULES:  # knows the future: asks no rule, copies nothing ahead, draws no lots
+                yield replace(place, policy=policy)
+            else:
+                yield replace(place, policy=policy, admission=admission, prefetch=ahead, seed=seed)
         yield from (replace(place, policy=policy) for policy in BESIDE)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gpu_cache.costs import Machine, Work, cpu_only, predict
 from gpu_cache.intervals import interval
+from gpu_cache.prefetch import PERFECT, Prefetch
 from gpu_cache.simulator import SCHEDULES
 from gpu_cache.sweep import work_of_row
 from hybrid.lab.experiment import Experiment
@@ -45,13 +46,15 @@ class Place(NamedTuple):
 class Outcome:
     """One policy and admission rule in one cache. rows: of every trace and seed; seeds: how many.
 
-    machine: that admission reckoned with; bound: hits that nothing exceeds, None where that was not replayed.
+    machine: that admission reckoned with; bound: hits that nothing exceeds, None where that is not
+    known.
     """
 
     model: str
     place: Place
     policy: str
     admission: str
+    prefetch: str
     machine: str | None
     rows: tuple[Row, ...]
     seeds: int
@@ -60,12 +63,13 @@ class Outcome:
     @property
     def name(self) -> str:
         words = [self.policy, *([self.admission] if self.admission != "always" else [])]
+        words += [f"{self.prefetch} prefetch"] if self.prefetch != Prefetch.name else []
         return ", ".join([*words, *([f"for {self.machine}"] if self.machine else [])])
 
     @property
     def causal(self) -> bool:
         """Whether it does not know the future."""
-        return self.policy not in SCHEDULES
+        return self.policy not in SCHEDULES and self.prefetch != PERFECT
 
     def mean(self, what: str) -> float:
         """A count, such as "calls", of all traces."""
@@ -127,14 +131,14 @@ def outcomes_of(replays: Iterable[Replay]) -> list[Outcome]:
     for replay in replays:
         row = replay.row
         place = Place(row["nblocks"], row["nways"], row["mapping"], row["quota"], row["delay"])
-        key = (replay.model, place, row["policy"], row["admission"], replay.machine)
+        key = (replay.model, place, row["policy"], row["admission"], row["prefetch"], replay.machine)
         found.setdefault(key, []).append({**row, "trace": replay.trace})
     bounds = {key[:2]: _bound(rows) for key, rows in found.items() if key[2] == BOUND}
     made = []
-    for (model, place, policy, admission, machine), rows in found.items():
+    for (model, place, policy, admission, prefetch, machine), rows in found.items():
         seeds = len({row["seed"] for row in rows})
-        bound = bounds.get((model, place))
-        made.append(Outcome(model, place, policy, admission, machine, tuple(rows), seeds, bound))
+        bound = bounds.get((model, place)) if prefetch == Prefetch.name else _bound(rows[: len(rows) // seeds])
+        made.append(Outcome(model, place, policy, admission, prefetch, machine, tuple(rows), seeds, bound))
     return made
 
 
@@ -153,7 +157,8 @@ def records(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Row]:
 def _record(one: Outcome, expert_mb: float | None, machines: dict[str, Machine], experiment: Experiment) -> Row:
     low, high = one.hit_interval or (None, None)
     row: Row = {"model": one.model, **one.place._asdict(), "slots": one.place.slots}
-    row |= {"policy": one.policy, "admission": one.admission, "machine": one.machine, "seeds": one.seeds}
+    row |= {"policy": one.policy, "admission": one.admission, "prefetch": one.prefetch}
+    row |= {"machine": one.machine, "seeds": one.seeds}
     row |= {what: round(one.mean(what)) for what in ("steps", "calls", "hits", "fills", "evictions")}
     row |= {"hit_rate": round(one.hit_rate, 6), "hit_rate_low": low, "hit_rate_high": high}
     row["regret"] = None if one.regret is None else round(one.regret, 6)

@@ -28,7 +28,8 @@ class Caches:
     """Every combination of these is replayed, beside the bound and the best fixed experts.
 
     nblocks: indexes; "layers": one for each layer. nways: a whole number is slots of an index, another number the share
-    of all experts that have a slot. quota: "none" or copies a step. models: None: all. seeds: of policies that draw.
+    of all experts that have a slot. quota: "none" or copies a step. prefetch: names of `gpu_cache.prefetch.REPLAYED`.
+    models: None: all. seeds: of policies that draw.
     """
 
     nways: tuple[int | float, ...]
@@ -38,6 +39,7 @@ class Caches:
     admissions: tuple[str, ...] = ("always",)
     quota: tuple[int | str, ...] = ("none",)
     copy_delay: tuple[int, ...] = (0,)
+    prefetch: tuple[str, ...] = ("none",)
     seeds: tuple[int, ...] = (0,)
     models: tuple[str, ...] | None = None
 

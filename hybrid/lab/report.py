@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.costs import Machine
+from gpu_cache.prefetch import Prefetch
 from hybrid.errors import ConfigError
 from hybrid.files import csv_kind, output_file
 from hybrid.lab.claims import Finding, findings, rows_of
@@ -114,6 +115,8 @@ def _about(source: Source) -> str:
 def _figure_row(one: Outcome) -> Row:
     place = one.place
     row: Row = {**place._asdict(), "slots": place.slots, "policy": one.policy, "admission": one.admission}
+    if one.prefetch != Prefetch.name:
+        row["policy"] += f", {one.prefetch} prefetch"
     if one.machine:
         row["admission"] += f" for {one.machine}"
     row |= {what: one.mean(what) for what in ("hits", "calls")}
