@@ -62,7 +62,7 @@ def test_requests_one_behind_the_other_are_answered_in_their_order(server: Runni
         HEAD + b"Content-Length: 1e3\r\n\r\n{}",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n",
-        b"POST /v1/completions HTTP/9.9\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET  /live HTTP/1.1\r\n\r\n",
         b"\0" * 100 + b"\r\n\r\n",
