@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,91 +15,95 @@ from gpu_cache.geometry import Geometry
 # The router of the next layer, run early on the hidden state at hand, names the experts (Eliseev and Mazur, Fast
 # inference of MoE language models with offloading, 2023). Only an engine has routers.
 NEXT_GATE = "next-gate"
+MAX_DEPTH = 64
 PERFECT = "perfect"  # in a replay alone, which knows what comes
 
 
 class Prefetch:
     """Interface of a rule that learns while it runs: it names experts before it has seen them called.
 
-    This one names nothing.
+    depth: how many lookups ahead it looks; after the last layer comes the first one of the next step. This one names
+    nothing.
     """
 
     name = "none"
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.layers, self.experts = geometry.layers, geometry.experts
+    def __init__(self, geometry: Geometry, depth: int = 1) -> None:
+        self.layers, self.experts, self.depth = geometry.layers, geometry.experts, depth
+
+    def ahead(self, layer: int) -> int:
+        """The layer whose experts are named after a lookup of this one."""
+        return (layer + self.depth) % self.layers
 
     def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        """A layer calls these experts; the experts that the next one should have, the surest first. Of the last layer
-        none are asked for.
-        """
+        """A layer calls these experts; the experts that the layer `ahead` should have, the surest first."""
         return ()
 
 
 class Frequency(Prefetch):
-    """Names the experts that the next layer called most so far, as many as this one calls."""
+    """Names the experts that the layer ahead called most so far, as many as this one calls."""
 
     name = "frequency"
 
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
+    def __init__(self, geometry: Geometry, depth: int = 1) -> None:
+        super().__init__(geometry, depth)
         self._calls = np.zeros((self.layers, self.experts))
 
     def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
         self._calls[layer, list(experts)] += 1
-        return most(self._calls[layer + 1], len(experts)) if layer + 1 < self.layers else ()
+        return most(self._calls[self.ahead(layer)], len(experts))
 
 
 class Transition(Prefetch):
     """Names the experts that most often followed those that this layer calls, as many as it calls.
 
-    Of every expert it counts how often it was called and which experts the next layer called in the same step; the
-    shares of all called experts are added. A layer that is looked up out of order is learnt nothing from.
+    Of every expert it counts how often it was called and which experts were called `depth` lookups later; the shares of
+    all called experts are added. Where a layer was left out in between it learns nothing.
     """
 
     name = "transition"
 
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self._followed: dict[
-            int, NDArray[np.float64]
-        ] = {}  # of each called key: calls of each expert of the next layer
+    def __init__(self, geometry: Geometry, depth: int = 1) -> None:
+        super().__init__(geometry, depth)
+        self._followed: dict[int, NDArray[np.float64]] = {}  # of each called key: calls of the experts ahead
         self._calls = np.zeros(self.layers * self.experts)
-        self._before: tuple[int, list[int]] = (-1, [])  # the lookup before: the next layer, and its keys
+        self._before = deque[tuple[int, list[int]]]()  # lookups that wait: the layer ahead, and the called keys
 
     def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        following, keys = self._before
         called = list(experts)
-        if following == layer:
-            self._calls[keys] += 1
-            for key in keys:
-                row = self._followed.get(key)
-                if row is None:
-                    row = self._followed[key] = np.zeros(self.experts)
-                row[called] += 1
-        if layer + 1 == self.layers:
-            self._before = (-1, [])
-            return ()
         keys = [layer * self.experts + expert for expert in called]
-        self._before = (layer + 1, keys)
+        if len(self._before) == self.depth:
+            following, before = self._before.popleft()
+            if following == layer:
+                self._learn(before, called)
+        self._before.append((self.ahead(layer), keys))
         shares = [row / self._calls[key] for key in keys if (row := self._followed.get(key)) is not None]
         return most(np.sum(shares, axis=0), len(called)) if shares else ()
 
+    def _learn(self, keys: list[int], called: list[int]) -> None:
+        self._calls[keys] += 1
+        for key in keys:
+            row = self._followed.get(key)
+            if row is None:
+                row = self._followed[key] = np.zeros(self.experts)
+            row[called] += 1
+
 
 class Perfect(Prefetch):
-    """Names exactly what the next layer calls in the same step: what no prediction can beat, with the same table."""
+    """Names exactly what is called `depth` lookups later: what no prediction beats, with the same table."""
 
     name = PERFECT
 
-    def __init__(self, geometry: Geometry, calls: Iterator[tuple[int, int, list[int], list[float]]]) -> None:
+    def __init__(
+        self, geometry: Geometry, calls: Iterator[tuple[int, int, list[int], list[float]]], depth: int = 1
+    ) -> None:
         """calls: of the whole replay."""
-        super().__init__(geometry)
-        self._coming = calls
-        self._step = next(self._coming, (0, 0, [], []))[0]
+        super().__init__(geometry, depth)
+        self._coming = islice(calls, depth, None)
 
     def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        before, (self._step, following, coming, _) = self._step, next(self._coming, (-1, -1, [], []))
-        return coming if before == self._step and following == layer + 1 else ()
+        _, following, coming, _ = next(self._coming, (-1, -1, [], []))
+        return coming if following == self.ahead(layer) else ()
 
 
 LEARNT: Mapping[str, type[Prefetch]] = {rule.name: rule for rule in (Frequency, Transition)}
@@ -105,16 +111,38 @@ PREFETCHES = (Prefetch.name, NEXT_GATE, *LEARNT)  # of an engine
 REPLAYED = (Prefetch.name, *LEARNT, PERFECT)  # of a replay
 
 
-def known_prefetch(name: str) -> str:
-    """The name as `REPLAYED` spells it, for a name in any case. Raises CacheError for one that no replay can have."""
-    if name.lower() in REPLAYED:
-        return name.lower()
-    if name.lower() == NEXT_GATE:
+def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
+    """The name as `rules` spells it, for a name in any case; `transition:3` looks three lookups ahead.
+
+    Raises CacheError for one that is not among them.
+    """
+    rule, colon, depth = name.lower().partition(":")
+    if rule not in rules:
+        if rule == NEXT_GATE:
+            raise CacheError(
+                f"prefetch {NEXT_GATE} cannot be replayed: a trace does not hold what a router says one layer early; "
+                f"use {', '.join(rules)}"
+            )
+        raise CacheError(f"prefetch {name!r} is unknown: use one of {', '.join(rules)}")
+    if not colon:
+        return rule
+    if rule in (Prefetch.name, NEXT_GATE) or not (depth.isdecimal() and 1 <= int(depth[:9]) <= MAX_DEPTH):
         raise CacheError(
-            f"prefetch {NEXT_GATE} cannot be replayed: a trace does not hold what a router says one layer early; "
-            f"use {', '.join(REPLAYED)}"
+            f"prefetch {name!r} looks ahead in no way that there is: give a learnt rule and 1 to {MAX_DEPTH} lookups, "
+            f"as {Transition.name}:3"
         )
-    raise CacheError(f"prefetch {name!r} is unknown: use one of {', '.join(REPLAYED)}")
+    return f"{rule}:{int(depth)}"
+
+
+def depth_of(name: str) -> int:
+    """How far a rule of this name, as `known_prefetch` spells it, looks ahead."""
+    return int(name.partition(":")[2] or 1)
+
+
+def learnt_rule(name: str, geometry: Geometry) -> Prefetch | None:
+    """The rule of a name as `known_prefetch` spells it; None for one that learns nothing."""
+    kind = LEARNT.get(name.partition(":")[0])
+    return kind(geometry, depth_of(name)) if kind else None
 
 
 def most(values: NDArray[np.float64], count: int) -> list[int]:

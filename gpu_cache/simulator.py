@@ -15,7 +15,7 @@ from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, known_policy
-from gpu_cache.prefetch import LEARNT, PERFECT, Perfect, Prefetch, known_prefetch
+from gpu_cache.prefetch import PERFECT, Perfect, Prefetch, depth_of, known_prefetch, learnt_rule
 from gpu_cache.prompt_copies import replay_prompt_copies
 from gpu_cache.quota_bound import prefetch_bound, quota_bound
 from gpu_cache.table import Fill, Table
@@ -128,7 +128,7 @@ class Ahead:
 
     def __init__(self, rule: Prefetch) -> None:
         self.copied = self.used = 0
-        self._rule, self._last = rule, rule.layers - 1
+        self._rule = rule
         self._waiting: set[int] = set()  # keys that were copied ahead and not called since
 
     def copy(self, table: Table, layer: int, experts: Sequence[int], hits: Sequence[tuple[int, int]]) -> list[Fill]:
@@ -138,7 +138,7 @@ class Ahead:
         self._waiting -= used
         self.used += len(used)
         named = self._rule.follow(layer, experts)
-        fills = table.prefetch(layer + 1, named) if layer < self._last and named else []
+        fills = table.prefetch(self._rule.ahead(layer), named)
         self._waiting.update(fill.key for fill in fills)
         self.copied += len(fills)
         return fills
@@ -149,9 +149,9 @@ class Ahead:
 
 
 def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
-    if name == PERFECT:
-        return Ahead(Perfect(geometry, iter(calls)))
-    return Ahead(LEARNT[name](geometry)) if name in LEARNT else None
+    perfect = name.partition(":")[0] == PERFECT
+    rule = Perfect(geometry, iter(calls), depth_of(name)) if perfect else learnt_rule(name, geometry)
+    return None if rule is None else Ahead(rule)
 
 
 def drive(calls: Calls, table: Table, clock: CopyClock, ahead: Ahead | None = None) -> list[int]:

@@ -72,6 +72,17 @@ def _prefetches() -> Iterable[str]:
     return PREFETCHES
 
 
+def _is_prefetch(name: str) -> bool:
+    """Whether a name that is no choice is a learnt rule with how far it looks ahead, as the cache spells it."""
+    from gpu_cache.errors import CacheError
+    from gpu_cache.prefetch import PREFETCHES, known_prefetch
+
+    try:
+        return known_prefetch(name, PREFETCHES) == name
+    except CacheError:
+        return False
+
+
 def _mappings() -> Iterable[str]:
     from gpu_cache.geometry import MAPPINGS
 
@@ -117,8 +128,9 @@ class CacheConfig:
     )
     prefetch: str = setting(
         "none",
-        "none, next-gate (ask the next layer's router early), or learnt: frequency, transition.",
+        "none, next-gate (ask the next layer's router early), or learnt: frequency, transition, or transition:3.",
         choices=_prefetches,
+        accepts=_is_prefetch,
     )
     mapping: str = setting("modulo", "Experts to indexes: modulo, prefix or hash.", choices=_mappings)
     mode: str = setting(

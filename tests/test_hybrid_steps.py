@@ -151,7 +151,7 @@ def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, adm
     assert counts[:, 1].sum() > 0 and counts[:, 5].sum() > 0
 
 
-@pytest.mark.parametrize("prefetch", LEARNT)
+@pytest.mark.parametrize("prefetch", [*LEARNT, "transition:4"])
 def test_the_simulator_counts_what_the_engine_copied_ahead(tmp_path, prefetch) -> None:
     test_the_simulator_counts_what_the_engine_did(tmp_path, "ClassLRU", "modulo", "always", prefetch)
 

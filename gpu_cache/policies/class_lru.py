@@ -9,6 +9,8 @@ from gpu_cache.policies.classed import CLASSES, ClassedPolicy
 from gpu_cache.policies.decayed import DecayedPolicy
 
 HALF_LIFE = 128  # steps
+_MOST = 1 << (CLASSES - 1)  # calls that make a difference
+_CLASS = [max(calls.bit_length(), 1) - 1 for calls in range(_MOST + 1)]  # by calls, rounded down
 
 
 class ClassLru(ClassedPolicy, DecayedPolicy):
@@ -36,14 +38,19 @@ class ClassLru(ClassedPolicy, DecayedPolicy):
         value, unit, base = self._value, self._unit, layer * self._experts
         for expert in experts:
             value[base + expert] += unit
+        last, now, nways, key_of, classes = self._last, self._now, self.nways, self._key_of, self._class
         for slot in slots:
-            del self._class[slot][slot]
-            self.on_fill(slot, self._key_of[slot])
+            last[slot] = now
+            held, number = classes[slot], _CLASS[min(int(value[key_of[slot]] / unit), _MOST)]
+            if self._classes[slot // nways][number][1] is held:
+                held.move_to_end(slot)
+            else:
+                del held[slot]
+                self._enter(slot, slot // nways, number)
 
     def on_fill(self, slot: int, key: int) -> None:
         self._key_of[slot], self._last[slot] = key, self._now
-        calls = int(self._value[key] / self._unit)
-        self._enter(slot, slot // self.nways, min(max(calls.bit_length(), 1), CLASSES) - 1)
+        self._enter(slot, slot // self.nways, _CLASS[min(int(self._value[key] / self._unit), _MOST)])
 
     def _rescale(self, unit: float) -> None:
         """Nothing is copied of the values."""

@@ -11,7 +11,7 @@ from routing import random_trace
 
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
-from gpu_cache.prefetch import LEARNT, PREFETCHES, REPLAYED, Frequency, Transition
+from gpu_cache.prefetch import LEARNT, PREFETCHES, REPLAYED, Frequency, Transition, known_prefetch
 from gpu_cache.quota_bound import prefetch_bound
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import Calls, calls, make_trace
@@ -25,36 +25,36 @@ def first(values: dict[int, float], count: int) -> list[int]:
     return sorted((e for e in values if values[e] > 0), key=lambda e: (-values[e], e))[:count]
 
 
-def test_frequency_names_what_was_called_most() -> None:
-    rule, counts = Frequency(GEOMETRY), [Counter[int]() for _ in range(LAYERS)]
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_frequency_names_what_was_called_most(depth: int) -> None:
+    rule, counts = Frequency(GEOMETRY, depth), [Counter[int]() for _ in range(LAYERS)]
     for _, layer, experts, _ in TRACE:
         counts[layer].update(experts)
-        wanted = first(counts[layer + 1], TOP_K) if layer + 1 < LAYERS else []
-        assert list(rule.follow(layer, experts)) == wanted
+        assert list(rule.follow(layer, experts)) == first(counts[(layer + depth) % LAYERS], TOP_K)
 
 
-def test_transition_names_what_followed_most_often() -> None:
-    rule, groups = Transition(GEOMETRY), list(TRACE)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_transition_names_what_followed_most_often(depth: int) -> None:
+    rule, groups = Transition(GEOMETRY, depth), list(TRACE)
     for at, (_, layer, experts, _) in enumerate(groups):
         shares: dict[int, float] = Counter()
-        if layer + 1 < LAYERS:
-            pairs = [(a[2], b[2]) for a, b in zip(groups[:at], groups[1 : at + 1], strict=True) if a[1] == layer]
-            for expert in experts:
-                followed = [after for before, after in pairs if expert in before]
-                for after in followed:
-                    for following in after:
-                        shares[following] += 1 / len(followed)
+        pairs = [(a[2], b[2]) for a, b in zip(groups, groups[depth : at + 1], strict=False) if a[1] == layer]
+        for expert in experts:
+            followed = [after for before, after in pairs if expert in before]
+            for after in followed:
+                for following in after:
+                    shares[following] += 1 / len(followed)
         named = list(rule.follow(layer, experts))
         assert len(named) == min(TOP_K, len(shares))
         least = min((shares[expert] for expert in named), default=0)  # of equal shares rounding decides
         assert all(shares[other] <= least + 1e-9 for other in shares if other not in named)
 
 
-def test_transition_learns_nothing_across_steps_and_gaps() -> None:
+def test_transition_learns_nothing_across_gaps() -> None:
     rule = Transition(GEOMETRY)
     assert [list(rule.follow(layer, [1])) for layer in (0, 2, 1)] == [[], [], []]  # 2 does not follow 0, nor 1 2
-    assert [list(rule.follow(layer, [3])) for layer in (0, 1)] == [[], []]
-    assert list(rule.follow(0, [3, 1])) == [3]
+    assert [list(rule.follow(layer, [3])) for layer in (0, 1, 2)] == [[], [], []]
+    assert list(rule.follow(0, [3, 1])) == [3]  # 3 was followed by 3, of 1 nothing is known
 
 
 @pytest.mark.parametrize("delay", [0, 2])
@@ -62,9 +62,18 @@ def test_a_replay_counts_what_was_copied_ahead_and_used(delay: int) -> None:
     for rule in LEARNT:
         result = replay(TRACE, Setting(3, 3, delay=delay, prefetch=rule))
         assert 0 < result.used < result.prefetched < result.fills.sum()
-    perfect, plain = replay(TRACE, Setting(3, 3, prefetch="perfect")), replay(TRACE, Setting(3, 3))
-    assert perfect.used == perfect.prefetched == perfect.hits[1:].sum() - plain.hits[1:].sum() > 0
-    assert perfect.hits[0] == plain.hits[0] and (perfect.hits[1:] == perfect.calls[1:]).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_a_perfect_rule_misses_what_nothing_came_before(depth: int) -> None:
+    """With room for all, and copies that come in time exactly because the rule looks so far ahead."""
+    result = replay(TRACE, Setting(3, EXPERTS, delay=depth - 1, prefetch=f"perfect:{depth}"))
+    assert result.hits.sum() >= TRACE.total - TRACE.sizes[:depth].sum()
+    assert result.used <= result.prefetched
+    if depth > 1:
+        late = replay(TRACE, Setting(3, 3, delay=depth - 1, prefetch="perfect"))
+        early = replay(TRACE, Setting(3, 3, delay=depth - 1, prefetch=f"perfect:{depth}"))
+        assert early.hits.sum() > late.hits.sum()
 
 
 def test_what_is_copied_ahead_for_nothing_is_not_used() -> None:
@@ -113,7 +122,15 @@ def test_nothing_exceeds_the_bound(prefetch: str, quota: int | None) -> None:
 def test_names_are_known_or_refused_in_a_line() -> None:
     assert replay(TRACE, Setting(3, 3, prefetch="Transition")).prefetched > 0
     assert "next-gate" in PREFETCHES
-    for name, text in (("next-gate", "router says one layer early"), ("oracle", "use one of none, frequency")):
+    assert known_prefetch("Transition:03") == "transition:3"
+    for name, text in (
+        ("next-gate", "router says one layer early"),
+        ("oracle", "use one of none, frequency"),
+        ("none:2", "in no way that there is"),
+        ("transition:0", "1 to 64 lookups"),
+        ("perfect:99999999999", "1 to 64 lookups"),
+        ("frequency:two", "1 to 64 lookups"),
+    ):
         with pytest.raises(CacheError, match=text):
             Setting(3, 3, prefetch=name).check(TRACE)
     with pytest.raises(CacheError, match="copies on a miss only"):

@@ -21,8 +21,8 @@ from gpu_cache.admission import Costs
 from gpu_cache.calls import distinct_calls
 from gpu_cache.errors import DeviceFull, DeviceLost
 from gpu_cache.geometry import Geometry
-from gpu_cache.prefetch import LEARNT
-from gpu_cache.table import Table
+from gpu_cache.prefetch import learnt_rule
+from gpu_cache.table import Fill, Table
 from hybrid.core import SpanObserver, StepResult
 from hybrid.engine.experts.copies import Copies
 from hybrid.engine.experts.costs import CallCosts, call_costs
@@ -89,8 +89,7 @@ class DeviceExperts:
         # Memory views and lists, not arrays: in every layer this code comes out of cold caches, and numpy is large.
         self._left_ids = view(address(LEFT_IDS), (pairs,), np.int32).data
         self._early_ids = view(address(NEXT + IDS), (pairs,), np.int32).data if self.plan.next_gate else None
-        rule = LEARNT.get(self.plan.settings.prefetch)
-        self._prefetch = rule(self.plan.geometry) if rule else None
+        self._prefetch = learnt_rule(self.plan.settings.prefetch, self.plan.geometry)
         self._slot_ids = np.empty((plan.max_rows, shape.top_k), np.int32)
         self._flat_slot_ids = self._slot_ids.reshape(-1).data
         floats = plan.buffers[CONTRIBUTIONS][1] // 4
@@ -179,16 +178,14 @@ class DeviceExperts:
             self._misses_started = (perf_counter(), len(slot_of) < len(experts))
 
     def _copy_ahead(self, layer: int, pairs: int, experts: Sequence[int]) -> None:
-        """Start copies of experts that the next layer should call: its router says which, or a rule that learns."""
-        if self._early_ids is not None:
-            named: Sequence[int] = list(dict.fromkeys(self._early_ids[:pairs].tolist()))
-        elif self._prefetch is not None:
-            named = self._prefetch.follow(layer, experts)
-        else:
-            return
-        if layer + 1 < len(self.plan.shape.layers):
-            for fill in self.table.prefetch(layer + 1, named):
-                self._copies.start(self.device, fill.slot, fill.key)
+        """Start copies of experts that a later layer should call: its router says which, or a rule that learns."""
+        fills: list[Fill] = []
+        if self._prefetch is not None:
+            fills = self.table.prefetch(self._prefetch.ahead(layer), self._prefetch.follow(layer, experts))
+        elif self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
+            fills = self.table.prefetch(layer + 1, list(dict.fromkeys(self._early_ids[:pairs].tolist())))
+        for fill in fills:
+            self._copies.start(self.device, fill.slot, fill.key)
 
     @phased("wait")
     def join(self, layer: int) -> None:
