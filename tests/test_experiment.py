@@ -337,14 +337,14 @@ def test_a_difference_holds_where_its_whole_interval_does(ours: float, ends: tup
 
 def test_curves_of_every_size_stand_in_the_report(file: Path) -> None:
     file.write_text(
-        TEXT.split("[[caches]]")[0]
+        TEXT.split("[[caches]]")[0].replace("made up", "a model $_{$ <b>")
         + '[[curves]]\npolicies = ["LRU", "Che"]\n[[curves]]\nnblocks = [1]\npolicies = ["Belady"]'
     )
     experiment = lab.load(file)
     lab.run(experiment)
     text = lab.report(experiment).read_text()
     rows = list(csv.DictReader((file.with_suffix("") / "curves.csv").open()))
-    assert len(rows) == 8 + 8 + 32 and text.count("<svg") == 1
+    assert len(rows) == 8 + 8 + 32 and text.count("<svg") == 1 and rows[0]["model"] == "a model $_{$ <b>"
     found = {(row["policy"], row["nways"]): float(row["hit_rate"]) for row in rows}
     for policy, nblocks, ways in (("LRU", 4, 3), ("Belady", 1, 9)):
         hits = sum(int(replay(calls(trace), Setting(nblocks, ways, policy)).hits.sum()) for trace in TRACES)

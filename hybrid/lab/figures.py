@@ -41,6 +41,7 @@ STYLE = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.5,
     "lines.markersize": 5,
+    "text.parse_math": False,  # names may have dollar signs
     "svg.fonttype": "none",
     "svg.hashsalt": "hybrid",
 }
