@@ -39,6 +39,18 @@ def _matrix(store: Store, name: str, n: int, k: int) -> np.ndarray:
     return FORMATS[format].unpack(store.array(name), n, k)
 
 
+def _side_by_side(store: Store, name: str, rows: dict[str, int], bias: bool = False) -> Named:
+    """What was stacked in one matrix, or in several where formats differ. rows: of each source."""
+    for found, tensor in store.tensors.items():
+        if found == name or (found.startswith(f"{name}_") and tensor.format):
+            sizes = [rows[source] for source in tensor.origin.names]
+            whole, ends = _matrix(store, found, sum(sizes), store.spec.hidden), np.cumsum(sizes[:-1])
+            yield from zip(tensor.origin.names, np.split(whole, ends), strict=True)
+            if bias:
+                biases = np.split(store.array(f"{found}_bias")[: sum(sizes)], ends)
+                yield from zip(map(_bias, tensor.origin.names), biases, strict=True)
+
+
 def _outer(store: Store) -> Named:
     spec, names = store.spec, store.spec.names
     yield names.embedding, _matrix(store, "embedding", spec.vocab, spec.hidden)
@@ -60,17 +72,14 @@ def _norm(store: Store, name: str, source: str) -> Named:
 def _attention(store: Store, index: int) -> Named:
     spec, prefix = store.spec, f"layers.{index}.attention"
     attention = spec.layers[index].mixer
-    names, width = in_layer(attention.names, index), attention.qkv_width
-    ends = np.cumsum([attention.query_width, attention.kv_width])
-    fused = _matrix(store, f"{prefix}.qkv", width, spec.hidden)
+    names = in_layer(attention.names, index)
     yield from _norm(store, f"{prefix}.norm", names.norm)
     if names.post_norm:
         yield from _norm(store, f"{prefix}.post_norm", names.post_norm)
-    parts = [names.q, names.k, names.v]
-    yield from [(names.qkv, fused)] if names.qkv else zip(parts, np.split(fused, ends), strict=True)
-    if attention.qkv_bias:
-        biases = np.split(store.array(f"{prefix}.qkv_bias")[:width], ends)
-        yield from zip(map(_bias, parts), biases, strict=True)
+    parts, sizes = [names.q, names.k, names.v], [attention.query_width, attention.kv_width, attention.kv_width]
+    if names.qkv:
+        parts, sizes = [names.qkv], [attention.qkv_width]
+    yield from _side_by_side(store, f"{prefix}.qkv", dict(zip(parts, sizes, strict=True)), attention.qkv_bias)
     out = names.out
     yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.heads * attention.head_dim)
     if attention.out_bias:
@@ -100,9 +109,9 @@ def _latent(store: Store, index: int) -> Named:
     spec, prefix, latent = store.spec, f"layers.{index}.attention", store.spec.layers[index].mixer
     names, out = in_layer(latent.names, index), latent.width
     first = names.q_down if latent.q_rank else names.q
-    parts, ends = (first, names.kv_down), [latent.low_parts[0]]
     yield names.norm, store.array(f"{prefix}.norm")
-    yield from zip(parts, np.split(_matrix(store, f"{prefix}.low", latent.low_width, spec.hidden), ends), strict=True)
+    low = dict(zip((first, names.kv_down), latent.low_parts, strict=True))
+    yield from _side_by_side(store, f"{prefix}.low", low, latent.bias)
     if latent.q_rank:
         yield names.q_norm, store.array(f"{prefix}.q_norm")
         yield names.q_up, _matrix(store, f"{prefix}.q_up", latent.query_width, latent.q_rank)
@@ -112,8 +121,6 @@ def _latent(store: Store, index: int) -> Named:
     yield names.kv_up, np.concatenate([keys, values], axis=1).reshape(-1, latent.rank)
     yield names.out, _matrix(store, f"{prefix}.out", spec.hidden, out)
     if latent.bias:
-        biases = np.split(store.array(f"{prefix}.low_bias")[: latent.low_width], ends)
-        yield from zip(map(_bias, parts), biases, strict=True)
         yield _bias(names.out), store.array(f"{prefix}.out_bias")[: spec.hidden]
 
 
@@ -123,14 +130,14 @@ def delta_tensors(store: Store, index: int) -> Named:
     names, hidden = in_layer(delta.names, index), spec.hidden
     yield from _norm(store, f"{prefix}.norm", names.norm)
     keys, values, heads = delta.key_width, delta.value_width, delta.value_heads
-    projected = np.split(_matrix(store, f"{prefix}.in", delta.width, hidden), np.cumsum([keys, keys, values]))
     decays = np.split(store.array(f"{prefix}.decays").reshape(-1, hidden), [heads])
     if names.grouped:
+        projected = np.split(_matrix(store, f"{prefix}.in", delta.width, hidden), np.cumsum([keys, keys, values]))
         yield names.grouped, _by_key_head(projected, delta.key_heads)
         yield names.grouped_decays, _by_key_head(decays, delta.key_heads)
     else:
-        yield names.qkv, np.concatenate(projected[:3])
-        yield from zip((names.gates, names.betas, names.decays), (projected[3], *decays), strict=True)
+        yield from _side_by_side(store, f"{prefix}.in", {names.qkv: delta.channels, names.gates: values})
+        yield from zip((names.betas, names.decays), decays, strict=True)
     yield names.taps, store.array(f"{prefix}.taps").reshape(-1, 1, delta.taps)
     for name, part in (
         (names.decay_rate, "decay_rate"),

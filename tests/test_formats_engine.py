@@ -107,6 +107,26 @@ def test_logits_are_those_of_the_dequantised_weights(reference, isa, family, tex
     assert text != "int4" or allowed < cost  # else nothing shows that these weights were used, and not the original
 
 
+APART = {  # the formats of the projections of attention, with rows of every kind
+    "llama": "q4_k/q4_k/q6_k/q5_1",
+    "qwen2_moe": "int8/bf16/q8_0/fp8",
+    "gemma3_text": "q4_0/q5_0/q5_0/int4",
+    "deepseek_v2": "q5_k/int4/bf16",
+    "deepseek_v3": "int8/q4_k/bf16/q6_k",
+}
+
+
+@pytest.mark.parametrize("family", APART)
+def test_projections_of_attention_may_differ(reference, isa, family) -> None:
+    text = f"q4_k,attention={APART[family]}"
+    wanted = reference(family, text)
+    with open_engine(wanted.saved.path, wanted.cache, weight_format=text, isa=isa) as engine:
+        logits, allowed = step(engine, (0, 0, wanted.saved.tokens)), bound(engine.spec, engine.plan.formats)
+        again = in_chunks(engine, wanted.saved.tokens, 23)
+    assert 0 < relative_error(logits, wanted.exact) <= allowed
+    np.testing.assert_array_equal(again, logits)
+
+
 def published_pair(folder: Path) -> tuple[Path, Path]:
     """gpt-oss as it is published, in mxfp4, and the same values in the fp32 checkpoint that transformers would save."""
     config = {**CONFIGS["gpt_oss"], "intermediate_size": 64, **all_active("gpt_oss")}

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import CONFIGS, random_tensors, write_tensors
 from checkpoints import packed as packed_checkpoint
 from dequantised import write_dequantised
-from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_tensors, split_gguf, write_gguf, write_model
+from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_name, gguf_tensors, split_gguf, write_gguf, write_model
 from safetensors.numpy import load_file
 
 from hybrid.errors import ConfigError, WeightsError
@@ -100,7 +100,10 @@ SECOND = {
 def quantised(name: str, array: np.ndarray) -> Blocks | np.ndarray:
     """Random blocks in place of a matrix."""
     kind = name.split(".")[-2]
-    type = (SECOND if name.startswith("blk.1.") else {}).get(kind, QUANTISED.get(kind))
+    return in_blocks(name, array, (SECOND if name.startswith("blk.1.") else {}).get(kind, QUANTISED.get(kind)))
+
+
+def in_blocks(name: str, array: np.ndarray, type: str | None) -> Blocks | np.ndarray:
     if array.ndim == 1 or type is None:
         return array
     found, random = TYPES_BY_NAME[type], np.random.default_rng(len(name))
@@ -131,8 +134,8 @@ def test_quantised_tensors_are_packed_as_they_are(tmp_path: Path, family: str) -
         first, second = (store.mix.of_layer(layer) for layer in (0, 1))
         found = load_file(write_dequantised(tmp_path / "plain", store) / "model.safetensors")
     if family == "mixtral":
-        assert (first.experts, first.attention, first.head) == ("q4_k/q6_k", "q5_0", "q6_k")
-        assert (second.experts, second.attention) == ("mxfp4/q8_0", "q8_0") and not notes
+        assert (first.experts, first.attention, first.head) == ("q4_k/q6_k", "q4_0/q4_0/q5_0/q4_0", "q6_k")
+        assert (second.experts, second.attention) == ("mxfp4/q8_0", "q4_0/q4_0/q8_0/q4_0") and not notes
     else:
         assert (first.dense, second.dense) == ("q5_k/q6_k", "q5_k/q4_1") and not notes
     stored = gguf_tensors(config, found)
@@ -142,19 +145,66 @@ def test_quantised_tensors_are_packed_as_they_are(tmp_path: Path, family: str) -
             np.testing.assert_array_equal(stored[name], values(tensor.type, rows).reshape(tensor.shape), name)
 
 
+# Sizes that blocks of 256 fit, the types of projections, and the formats of a layer.
+MIXED = {
+    "deepseek_v2": (
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 64},
+        {"attn_q": "Q6_K", "attn_kv_a_mqa": "Q4_K", "attn_output": "Q5_K"},
+        {0: "q6_k/q4_k/q5_k"},
+    ),
+    "deepseek_v3": (
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 64, "q_lora_rank": 256},
+        {"attn_q_a": "Q4_K", "attn_kv_a_mqa": "Q8_0", "attn_q_b": "Q5_K", "attn_output": "Q4_K"},
+        {0: "q4_k/q8_0/q5_k/q4_k"},
+    ),
+    "lfm2": (
+        {"head_dim": 32, "num_attention_heads": 8},
+        {"attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q4_K", "in_proj": "Q5_K",
+         "out_proj": "Q4_K"},
+        {0: "q5_k/q4_k", 1: "q4_k/q4_k/q6_k/q4_k"},
+    ),
+    "qwen3_5_text": (
+        {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_value_head_dim": 64, "head_dim": 32,
+         "num_attention_heads": 8},
+        {"attn_qkv": "Q6_K", "attn_gate": "Q4_K", "ssm_out": "Q5_K", "attn_q": "Q4_K", "attn_v": "Q8_0"},
+        {0: "q6_k/q4_k/q5_k"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_projections_of_a_layer_keep_their_types(tmp_path: Path, family: str) -> None:
+    sizes, types, formats = MIXED[family]
+    config = model(family)[0] | {"hidden_size": 256, "attention_bias": False, "tie_word_embeddings": False} | sizes
+    plain = gguf_tensors(config, random_tensors(config))
+    blocks = {name: in_blocks(name, array, types.get(name.split(".")[-2])) for name, array in plain.items()}
+    path, notes = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks), list[str]()
+    pack(open_checkpoint(path), tmp_path / "store", notice=notes.append)
+    with Store.open(tmp_path / "store", check=True) as store:
+        assert {layer: store.mix.of_layer(layer).attention for layer in formats} == formats and not notes
+        found = load_file(write_dequantised(tmp_path / "plain", store) / "model.safetensors")
+    mixers = [name for name in found if re.search(r"(attn|conv)\.(\w+_)?(proj|qkv|z|with_mqa)\w*\.weight", name)]
+    kept = {name: tensor for name in mixers if isinstance(tensor := blocks.get(gguf_name(name)), Blocks)}
+    assert len(kept) >= len(types)
+    for name, tensor in kept.items():
+        rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape[0], -1)
+        np.testing.assert_array_equal(found[name], values(tensor.type, rows).reshape(tensor.shape), name)
+
+
 def test_what_no_format_holds_is_opened_and_told(tmp_path: Path) -> None:
     config, _ = model("llama")
     config |= {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "intermediate_size": 512}
     config |= {"attention_bias": False, "num_hidden_layers": 1}
     plain = gguf_tensors(config, random_tensors(config))
     blocks = {name: quantised(name, array) for name, array in plain.items()}
-    blocks["blk.0.attn_v.weight"] = Blocks("Q6_K", (64, 256), bytes(210 * 64))
+    shape = blocks["blk.0.attn_v.weight"].shape
+    blocks["blk.0.attn_v.weight"] = Blocks("Q2_K", shape, bytes(84 * shape[0]))
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks))
-    assert checkpoint.native.attention == "bf16" and checkpoint.native.dense == "q5_k/q6_k"
+    assert checkpoint.native.attention == "q4_0/q4_0/bf16/q4_0" and checkpoint.native.dense == "q5_k/q6_k"
     assert checkpoint.native.head == "q4_1"  # of the embedding that it is tied to
     notes: list[str] = []
     pack(checkpoint, tmp_path / "store", notice=notes.append)
-    assert len(notes) == 1 and "attention: Q4_0 and Q6_K in the file, opened to bf16" in notes[0]
+    assert len(notes) == 1 and "attention: Q2_K in the file, opened to bf16" in notes[0]
     assert checkpoint.notes(parse_mix("int8", checkpoint.native)) == []
 
 

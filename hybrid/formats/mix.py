@@ -16,9 +16,10 @@ from hybrid.formats.packed import matrix_formats
 class FormatMix:
     """Names of formats by part. Raises `ConfigError` for one that does not exist.
 
-    dense: feed-forwards without a router. attention: all four projections. The embedding is always bf16; router,
-    norms and biases are fp32. Of experts, shared and dense a name such as "q4_k/q6_k" is that of gate and up, and that
-    of down. layers: the mix of every layer, where they differ; the other fields are then what most of them have.
+    dense: feed-forwards without a router. attention: its projections. The embedding is always bf16; router, norms and
+    biases are fp32. Of experts, shared and dense a name such as "q4_k/q6_k" is that of gate and up, and that of down;
+    of attention it names each projection in the order of a step. layers: the mix of every layer, where they differ;
+    the other fields are then what most of them have.
     """
 
     experts: str
@@ -30,7 +31,9 @@ class FormatMix:
 
     def __post_init__(self) -> None:
         for part, name in self.parts().items():
-            names = matrix_formats(name) if part in GATED else (name,)
+            names = [name] if part == "head" else name.split("/")
+            if part in GATED:
+                matrix_formats(name)
             if any(format not in FORMATS for format in names):
                 raise ConfigError(f"format {name!r} of {part} is unknown; allowed: {', '.join(FORMATS)}")
 
@@ -123,7 +126,7 @@ def _overrides(text: str, words: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         part, _, name = (piece.strip() for piece in word.partition("="))
-        if part not in PARTS or name not in FORMATS or part in found:
+        if part not in PARTS or not {*name.split("/")} <= {*FORMATS} or part in found:
             raise ConfigError(
                 f"format {text!r}: {word!r} is not understood; after the first name, each of "
                 f"{', '.join(PARTS)} may be set once to one of {', '.join(FORMATS)}, as in int4,head=int8"

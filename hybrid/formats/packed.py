@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
 
@@ -26,10 +27,14 @@ class Run:
     count: int
 
 
-def matrix_formats(format: str) -> tuple[str, str]:
-    """The formats of gate and up, and of down, of experts whose format is written "int4" or "int4/int8"."""
-    first, _, second = format.partition("/")
-    return first, second or first
+def matrix_formats(format: str, count: int = 2) -> tuple[str, ...]:
+    """The format of each of `count` matrices, of gate and up and of down if it is 2, for what is written "int4", or
+    "int4/int8" with a name for each. Raises ConfigError for another number of names.
+    """
+    names = tuple(format.split("/"))
+    if len(names) not in (1, count):
+        raise ConfigError(f"format {format!r} names {len(names)} formats for {count} matrices; name one, or {count}")
+    return names * count if len(names) == 1 else names
 
 
 def packed_bytes(format: str, n: int, k: int) -> int:

@@ -104,7 +104,8 @@ class StoreTensor:
     """One tensor of a store. `shape` is that of the stored (packed, padded) array.
 
     part: one of PARTS. origin: what of a checkpoint it is made of. format: that of a packed matrix, whose bytes are U8,
-    or None for plain F32 values. runs: the blocks of a packed tensor, or of each expert.
+    or None for plain F32 values. runs: the blocks of a packed tensor, or of each expert. positions: where a part has
+    several formats, which of them those sources have that the tensor is made of: one for all, or one each.
     """
 
     name: str
@@ -115,6 +116,7 @@ class StoreTensor:
     origin: Origin
     format: str | None = None
     runs: tuple[Run, ...] = ()
+    positions: tuple[int, ...] = (0,)
 
     @property
     def nbytes(self) -> int:
@@ -140,10 +142,12 @@ class Shard:
         """The biases beside `names`, padded to whole blocks of their matrix."""
         return self.floats(name, part, Stacked(names, biases=True), round_up(width, BLOCK))
 
-    def matrix(self, name: str, part: str, origin: Stacked, format: str, n: int, k: int) -> StoreTensor:
+    def matrix(
+        self, name: str, part: str, origin: Stacked, format: str, n: int, k: int, positions: tuple[int, ...] = (0,)
+    ) -> StoreTensor:
         runs = matrix_runs(n, k)
         shape = (run_bytes(format, runs),)
-        return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs)
+        return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs, positions)
 
     def per_head(self, name: str, part: str, origin: PerHead, format: str, n: int, k: int) -> StoreTensor:
         """A matrix [n, k] of each head, one behind the other."""

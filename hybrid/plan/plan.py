@@ -269,10 +269,10 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    if plan.formats.layers or "/" in plan.formats.experts:
+    if plan.formats.layers or "/" in plan.formats.experts + plan.formats.attention:
         raise ConfigError(
-            f"a step on a GPU cannot be had with experts of several formats ({plan.formats.experts:.60}, or others in "
-            "some layers); use --device cpu, or one format, as --format int4"
+            f"a step on a GPU cannot be had with experts or attention of several formats ({plan.format_text:.80}); use "
+            "--device cpu, or one format, as --format int4"
         )
     extents = Extents(plan.max_rows, plan.sequences, plan.max_seq_len)
     free = _device_memory(hardware, config)

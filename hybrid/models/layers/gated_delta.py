@@ -16,6 +16,7 @@ import numpy.typing as npt
 import cpu_kernels
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
+from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.products import (
@@ -34,6 +35,7 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
+from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
@@ -125,22 +127,30 @@ class GatedDeltaNet:
         yield names.out, (hidden, self.value_width)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
-        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
+        names, (matrices, out), hidden = in_layer(self.names, place.layer), self._projections(place), place.hidden
         yield from norm_tensors(place, shard, "delta.norm", names.norm)
-        yield shard.matrix("delta.in", PART, self._projections(names), format, self.width, hidden)
+        yield from joined_tensors(matrices, "delta", PART, shard, hidden)
         yield shard.floats("delta.decays", PART, self._decays(names), 2 * self.value_heads, hidden)
         yield shard.floats("delta.taps", PART, Stacked((names.taps,)), self.channels, self.taps)
         yield shard.floats("delta.decay_rate", PART, Stacked((names.decay_rate,)), self.value_heads)
         yield shard.floats("delta.decay_bias", PART, Stacked((names.decay_bias,)), self.value_heads)
         yield shard.floats("delta.head_norm", "norms", Stacked((names.head_norm,)), self.value_dim)
-        yield shard.matrix("delta.out", PART, Stacked((names.out,)), format, hidden, self.value_width)
+        last = (len(self._pieces(names)),)
+        yield shard.matrix("delta.out", PART, Stacked((names.out,)), out, hidden, self.value_width, last)
 
-    def _projections(self, names: GatedDeltaNames) -> Stacked:
+    def _pieces(self, names: GatedDeltaNames) -> list[Piece]:
         """Queries of all heads, then keys, values and gates."""
         if not names.grouped:
-            return Stacked((names.qkv, names.gates))
+            return [Piece("qkv", (names.qkv,), self.channels), Piece("gates", (names.gates,), self.value_width)]
         values = self.value_width // self.key_heads
-        return self._ungrouped(names.grouped, self.key_dim, self.key_dim, values, values)
+        parts = self._ungrouped(names.grouped, self.key_dim, self.key_dim, values, values).parts
+        return [Piece("qkv_gates", parts, self.width)]
+
+    def _projections(self, place: Place) -> tuple[list[Joined], str]:
+        """The matrices of what reads the residual stream, and the format of that of the output."""
+        pieces = self._pieces(in_layer(self.names, place.layer))
+        *formats, out = matrix_formats(place.mix.attention, len(pieces) + 1)
+        return joined("in", pieces, formats), out
 
     def _decays(self, names: GatedDeltaNames) -> Stacked:
         """What betas are made of, then decays."""
@@ -156,7 +166,7 @@ class GatedDeltaNet:
         return Stacked(tuple(PerHead(name, self.key_heads, sum(sizes), start, size) for start, size in rows))
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return (mix.attention,)
+        return tuple(dict.fromkeys(matrix_formats(mix.attention, len(self._pieces(self.names)) + 1)))
 
     # A step.
 
@@ -167,10 +177,9 @@ class GatedDeltaNet:
         return {}
 
     def ops(self, place: Place) -> Iterator[Op]:
-        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.delta", place.hidden
-        stride = row_stride(self.width)
-        yield norm(place, PART, f"{prefix}.norm", format, f32=True)
-        yield gemm(PART, format, NORMED, f"{prefix}.in", PROJECTED, self.width, hidden, stride)
+        (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.delta", place.hidden
+        yield norm(place, PART, f"{prefix}.norm", *(matrix.format for matrix in matrices), f32=True)
+        yield from joined_gemms(matrices, prefix, PART, PROJECTED, hidden)
         yield self._score_decays(prefix, hidden)
         convolved = {
             "values": Buffer(PROJECTED),
@@ -178,13 +187,13 @@ class GatedDeltaNet:
             "state": State(place.layer, self._matrix_bytes()),
             "width": self.channels,
             "taps": self.taps,
-            "stride": stride,
+            "stride": row_stride(self.width),
         }
         yield Op("silu_conv", PART, convolved, (self.channels, "channels"))
         yield self._correct(place, prefix)
-        yield from quantise(PART, FOUND, self.value_width, format)
+        yield from quantise(PART, FOUND, self.value_width, out)
         yield gemm(
-            PART, format, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.value_width, row_stride(hidden),
+            PART, out, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.value_width, row_stride(hidden),
             accumulate=True,
         )  # fmt: skip
 
@@ -225,14 +234,16 @@ class GatedDeltaNet:
         return Op("gated_delta", PART, arguments, (self.value_heads, "heads"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        rows, format = extents.rows, place.mix.attention
-        return {
+        rows, (matrices, out) = extents.rows, self._projections(place)
+        sizes = {
             PROJECTED: rows * row_stride(self.width) * FP32,
             DECAYS: rows * 2 * self.value_heads * FP32,
             NORMED_F32: rows * row_stride(place.hidden) * FP32,
-            **rows_buffers(NORMED, place.hidden, format, rows),
-            **rows_buffers(FOUND, self.value_width, format, rows),
+            **rows_buffers(FOUND, self.value_width, out, rows),
         }
+        for matrix in matrices:
+            sizes |= rows_buffers(NORMED, place.hidden, matrix.format, rows)
+        return sizes
 
     def _matrix_bytes(self) -> int:
         return int(cpu_kernels.delta_state_bytes(self.value_heads, self.key_dim, self.value_dim))
@@ -244,8 +255,10 @@ class GatedDeltaNet:
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""
-        format, hidden, rows, scores = place.mix.attention, place.hidden, load.rows, 2 * self.value_heads
-        total = product_cost(format, self.width, hidden, rows) + product_cost(format, hidden, self.value_width, rows)
+        (projections, out), hidden, rows = self._projections(place), place.hidden, load.rows
+        scores, total = 2 * self.value_heads, product_cost(out, hidden, self.value_width, rows)
+        for matrix in projections:
+            total += product_cost(matrix.format, matrix.rows, hidden, rows)
         matrices = self.value_heads * self.key_dim * self.value_dim
         floats = matrices + 2 * (self.taps - 1) * self.channels
         read = Cost(float(FP32 * (scores * hidden + load.sequences * floats)))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cpu_kernels import KEY_BLOCK
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
+from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.products import (
@@ -37,6 +38,7 @@ from hybrid.models.layers.products import (
     rows_name,
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
@@ -149,14 +151,26 @@ class GroupedQueryAttention:
     def inside(self, module: str) -> Self:
         return replace(self, names=inside(self.names, module))
 
+    def _pieces(self, names: GroupedQueryNames) -> list[Piece]:
+        if names.qkv:
+            return [Piece("qkv", (names.qkv,), self.qkv_width)]
+        widths = {"q": self.query_width, "k": self.kv_width, "v": 0 if self.keys_are_values else self.kv_width}
+        return [Piece(name, (getattr(names, name),), width) for name, width in widths.items() if width]
+
+    def _projections(self, place: Place) -> tuple[list[Joined], str]:
+        """The matrices of queries, keys and values, and the format of that of the output."""
+        pieces = self._pieces(in_layer(self.names, place.layer))
+        *formats, out = matrix_formats(place.mix.attention, len(pieces) + 1)
+        return joined("qkv", pieces, formats), out
+
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
-        apart = [(names.q, self.query_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-        for name, rows in [(names.qkv, self.qkv_width)] if names.qkv else apart[: 2 if self.keys_are_values else 3]:
-            yield name, (rows, hidden)
-            if self.qkv_bias:
-                yield bias_name(name), (rows,)
+        for piece in self._pieces(names):
+            for name in map(str, piece.sources):
+                yield name, (piece.rows, hidden)
+                if self.qkv_bias:
+                    yield bias_name(name), (piece.rows,)
         yield names.out, (hidden, self.width)
         if self.out_bias:
             yield bias_name(names.out), (hidden,)
@@ -169,25 +183,23 @@ class GroupedQueryAttention:
             yield from norm_shapes(place, names.post_norm)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
-        names, format, width = in_layer(self.names, place.layer), place.mix.attention, self.qkv_width
-        qkv = (names.qkv,) if names.qkv else (names.q, names.k, names.v)[: 2 if self.keys_are_values else 3]
+        names, (matrices, out) = in_layer(self.names, place.layer), self._projections(place)
         yield from norm_tensors(place, shard, "attention.norm", names.norm)
-        yield shard.matrix("attention.qkv", PART, Stacked(qkv), format, width, place.hidden)
-        if self.qkv_bias:
-            yield shard.bias("attention.qkv_bias", PART, qkv, width)
+        yield from joined_tensors(matrices, "attention", PART, shard, place.hidden, self.qkv_bias)
         for name, source, size in zip("qk", (names.q_norm, names.k_norm), self.norm_widths, strict=True):
             if size:
                 yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,), plus=place.norm_plus), size)
         if self.sinks:
             yield shard.floats("attention.sinks", PART, Stacked((names.sinks,)), self.heads)
-        yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, place.hidden, self.width)
+        last = (len(self._pieces(names)),)
+        yield shard.matrix("attention.out", PART, Stacked((names.out,)), out, place.hidden, self.width, last)
         if self.out_bias:
             yield shard.bias("attention.out_bias", PART, (names.out,), place.hidden)
         if names.post_norm:
             yield from norm_tensors(place, shard, "attention.post_norm", names.post_norm)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return (mix.attention,)
+        return tuple(dict.fromkeys(matrix_formats(mix.attention, len(self._pieces(self.names)) + 1)))
 
     # A step.
 
@@ -199,18 +211,17 @@ class GroupedQueryAttention:
         return rope_constants(place, self.rope) if self.rope else {}
 
     def ops(self, place: Place) -> Iterator[Op]:
-        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.attention", place.hidden
-        yield norm(place, PART, f"{prefix}.norm", format)
-        stride = row_stride(self.qkv_width)
-        yield gemm(PART, format, NORMED, f"{prefix}.qkv", "qkv", self.qkv_width, hidden, stride, bias=self.qkv_bias)
+        (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.attention", place.hidden
+        yield norm(place, PART, f"{prefix}.norm", *(matrix.format for matrix in matrices))
+        yield from joined_gemms(matrices, prefix, PART, "qkv", hidden, self.qkv_bias)
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
         if self.gated:
             yield self._gate()
-        yield from quantise(PART, "attended", self.width, format)
+        yield from quantise(PART, "attended", self.width, out)
         normed = bool(self.names.post_norm)
         yield gemm(
-            PART, format, "attended", f"{prefix}.out", MADE if normed else RESIDUAL, hidden, self.width,
+            PART, out, "attended", f"{prefix}.out", MADE if normed else RESIDUAL, hidden, self.width,
             row_stride(hidden), bias=self.out_bias, accumulate=not normed, scale=self.out_scale,
         )  # fmt: skip
         if normed:
@@ -266,14 +277,15 @@ class GroupedQueryAttention:
         return {"kv": State(place.layer), **shape}
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        rows, blocks = extents.rows, -(-extents.tokens // KEY_BLOCK)
+        rows, blocks, (matrices, out) = extents.rows, -(-extents.tokens // KEY_BLOCK), self._projections(place)
         sizes = {
             "qkv": rows * row_stride(self.qkv_width) * FP32,
             "q": rows * self.heads * self.key_dim * BF16,
             "states": extents.sequences * blocks * self.state_floats * FP32,
-            **rows_buffers(NORMED, place.hidden, place.mix.attention, rows),
-            **rows_buffers("attended", self.width, place.mix.attention, rows),
+            **rows_buffers("attended", self.width, out, rows),
         }
+        for matrix in matrices:
+            sizes |= rows_buffers(NORMED, place.hidden, matrix.format, rows)
         if self.names.post_norm:
             sizes |= made_buffers(place, rows)
         return sizes | rope_buffers(place, self.rope, rows) if self.rope else sizes
@@ -308,9 +320,10 @@ class GroupedQueryAttention:
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Scores and weighted values are floats, whatever the format of keys and values."""
-        format = place.mix.attention
-        projections = product_cost(format, self.qkv_width, place.hidden, load.rows)
-        projections += product_cost(format, place.hidden, self.width, load.rows)
+        matrices, out = self._projections(place)
+        projections = product_cost(out, place.hidden, self.width, load.rows)
+        for matrix in matrices:
+            projections += product_cost(matrix.format, matrix.rows, place.hidden, load.rows)
         read = load.tokens * self.kv_heads * self.token_bytes(load.kv_format)
         return projections + Cost(read, 4.0 * load.pairs * self.width)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cpu_kernels import KEY_BLOCK
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
-from hybrid.formats.packed import packed_bytes
+from hybrid.formats.packed import matrix_formats, packed_bytes
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.grouped_query import (
@@ -49,6 +49,7 @@ from hybrid.models.layers.products import (
     rows_name,
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
@@ -76,6 +77,15 @@ class LatentNames:
     kv_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
     kv_up: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
     out: str = "model.layers.{layer}.self_attn.o_proj.weight"
+
+
+class LatentFormats(NamedTuple):
+    """low: of the first projection, for queries and for keys and values. q_up: empty where queries have no latents."""
+
+    low: tuple[str, str]
+    q_up: str
+    heads: str
+    out: str
 
 
 @dataclass(frozen=True)
@@ -155,27 +165,37 @@ class LatentAttention:
         return names.q_down if self.q_rank else names.q, names.kv_down
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
-        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
-        low = self._low_names(names)
+        names, formats, hidden = in_layer(self.names, place.layer), self._formats(place.mix), place.hidden
         yield from norm_tensors(place, shard, "attention.norm", names.norm)
-        yield shard.matrix("attention.low", PART, Stacked(low), format, self.low_width, hidden)
-        if self.bias:
-            yield shard.bias("attention.low_bias", PART, low, self.low_width)
+        yield from joined_tensors(self._low(place), "attention", PART, shard, hidden, self.bias)
         if self.q_rank:
             yield shard.floats("attention.q_norm", "norms", Stacked((names.q_norm,)), self.q_rank)
-            yield shard.matrix("attention.q_up", PART, Stacked((names.q_up,)), format, self.query_width, self.q_rank)
+            up = Stacked((names.q_up,))
+            yield shard.matrix("attention.q_up", PART, up, formats.q_up, self.query_width, self.q_rank, (2,))
         yield shard.floats("attention.kv_norm", "norms", Stacked((names.kv_norm,)), self.rank)
         of_head = self.nope_dim + self.value_dim
         keys = PerHead(names.kv_up, self.heads, of_head, 0, self.nope_dim, turned=True)
         values = PerHead(names.kv_up, self.heads, of_head, self.nope_dim, self.value_dim)
-        yield shard.per_head("attention.keys", PART, keys, per_head_format(format), self.rank, self.nope_dim)
-        yield shard.per_head("attention.values", PART, values, per_head_format(format), self.value_dim, self.rank)
-        yield shard.matrix("attention.out", PART, Stacked((names.out,)), format, hidden, self.width)
+        yield shard.per_head("attention.keys", PART, keys, formats.heads, self.rank, self.nope_dim)
+        yield shard.per_head("attention.values", PART, values, formats.heads, self.value_dim, self.rank)
+        last = (3 if self.q_rank else 2,)
+        yield shard.matrix("attention.out", PART, Stacked((names.out,)), formats.out, hidden, self.width, last)
         if self.bias:
             yield shard.bias("attention.out_bias", PART, (names.out,), hidden)
 
+    def _formats(self, mix: FormatMix) -> LatentFormats:
+        q_low, kv_low, *up, out = matrix_formats(mix.attention, 4 if self.q_rank else 3)
+        return LatentFormats((q_low, kv_low), up[0] if up else "", per_head_format(q_low), out)
+
+    def _low(self, place: Place) -> list[Joined]:
+        """The matrices of the first projection."""
+        names = self._low_names(in_layer(self.names, place.layer))
+        pieces = [Piece(*piece) for piece in zip(("q", "kv"), ((name,) for name in names), self.low_parts, strict=True)]
+        return joined("low", pieces, self._formats(place.mix).low)
+
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((mix.attention, per_head_format(mix.attention))))
+        low, q_up, heads, out = self._formats(mix)
+        return tuple(dict.fromkeys(name for name in (*low, q_up, heads, out) if name))
 
     # A step.
 
@@ -186,21 +206,20 @@ class LatentAttention:
         return rope_constants(place, self.rope)
 
     def ops(self, place: Place) -> Iterator[Op]:
-        format, prefix, hidden = place.mix.attention, f"layers.{place.layer}.attention", place.hidden
-        yield norm(place, PART, f"{prefix}.norm", format)
-        stride = row_stride(self.low_width)
-        yield gemm(PART, format, NORMED, f"{prefix}.low", LOW, self.low_width, hidden, stride, bias=self.bias)
+        formats, prefix, hidden = self._formats(place.mix), f"layers.{place.layer}.attention", place.hidden
+        yield norm(place, PART, f"{prefix}.norm", *formats.low)
+        yield from joined_gemms(self._low(place), prefix, PART, LOW, hidden, self.bias)
         if self.q_rank:
-            yield self._norm_queries(prefix, format)
-            stride = row_stride(self.query_width)
-            yield gemm(PART, format, LOW_QUERIES, f"{prefix}.q_up", QUERIES, self.query_width, self.q_rank, stride)
+            yield self._norm_queries(prefix, formats.q_up)
+            stride, up = row_stride(self.query_width), f"{prefix}.q_up"
+            yield gemm(PART, formats.q_up, LOW_QUERIES, up, QUERIES, self.query_width, self.q_rank, stride)
         yield self._divide(place, prefix)
         yield from self._per_head(place, "keys", PLAIN, Buffer(rows_name(ABSORBED, self.key_dim)), self.key_dim)
         yield self._attend(place)
         yield from self._per_head(place, "values", MIXED, Buffer(rows_name(ATTENDED, self.width)))
-        yield from quantise(PART, ATTENDED, self.width, format)
+        yield from quantise(PART, ATTENDED, self.width, formats.out)
         yield gemm(
-            PART, format, ATTENDED, f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
+            PART, formats.out, ATTENDED, f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
             bias=self.bias, accumulate=True,
         )  # fmt: skip
 
@@ -243,7 +262,7 @@ class LatentAttention:
         self, place: Place, matrix: str, source: str, output: Buffer, apart: int | None = None
     ) -> Iterator[Op]:
         """Every head's rows times its matrix. apart: from the output of a head to the next, if not its width."""
-        format = per_head_format(place.mix.attention)
+        format = self._formats(place.mix).heads
         columns, inputs = (self.rank, self.nope_dim) if matrix == "keys" else (self.value_dim, self.rank)
         yield from quantise(PART, source, inputs, format, self.heads)
         rows, stride = product_rows(source, inputs, format)
@@ -282,20 +301,21 @@ class LatentAttention:
         return Op("attention", PART, arguments, (groups, "groups of heads a tile and key block"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        rows, format, blocks = extents.rows, place.mix.attention, -(-extents.tokens // KEY_BLOCK)
-        of_heads, state = per_head_format(format), self.mixed_dim + STATE_EXTRA
+        rows, formats, blocks = extents.rows, self._formats(place.mix), -(-extents.tokens // KEY_BLOCK)
+        of_heads, state = formats.heads, self.mixed_dim + STATE_EXTRA
         sizes = {
             LOW: rows * row_stride(self.low_width) * FP32,
             rows_name(ABSORBED, self.key_dim): rows * self.heads * self.key_dim * BF16,
             "states": extents.sequences * blocks * self.heads * state * FP32,
-            **rows_buffers(NORMED, place.hidden, format, rows),
             **rows_buffers(PLAIN, self.nope_dim, of_heads, rows * self.heads),
             **rows_buffers(MIXED, self.rank, of_heads, rows * self.heads),
-            **rows_buffers(ATTENDED, self.width, format, rows),
+            **rows_buffers(ATTENDED, self.width, formats.out, rows),
             **rope_buffers(place, self.rope, rows),
         }
+        for format in formats.low:
+            sizes |= rows_buffers(NORMED, place.hidden, format, rows)
         if self.q_rank:
-            low, low_bytes = product_rows(LOW_QUERIES, self.q_rank, format)
+            low, low_bytes = product_rows(LOW_QUERIES, self.q_rank, formats.q_up)
             sizes[low.name] = rows * low_bytes
             sizes[QUERIES] = rows * row_stride(self.query_width) * FP32
         return sizes
@@ -324,11 +344,13 @@ class LatentAttention:
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Rows are read once, whatever the number of heads; every head multiplies all their dimensions, twice."""
-        format, hidden, rows = place.mix.attention, place.hidden, load.rows
-        total = product_cost(format, self.low_width, hidden, rows) + product_cost(format, hidden, self.width, rows)
+        formats, hidden, rows = self._formats(place.mix), place.hidden, load.rows
+        total = product_cost(formats.out, hidden, self.width, rows)
+        for format, width in zip(formats.low, self.low_parts, strict=True):
+            total += product_cost(format, width, hidden, rows)
         if self.q_rank:
-            total += product_cost(format, self.query_width, self.q_rank, rows)
-        of_heads, products = per_head_format(format), self.heads * self.rank * (self.nope_dim + self.value_dim)
+            total += product_cost(formats.q_up, self.query_width, self.q_rank, rows)
+        of_heads, products = formats.heads, self.heads * self.rank * (self.nope_dim + self.value_dim)
         read = packed_bytes(of_heads, self.rank, self.nope_dim) + packed_bytes(of_heads, self.value_dim, self.rank)
         total += Cost(float(self.heads * read)) + operations(of_heads, products * rows)
         multiplied = 2.0 * load.pairs * self.heads * (self.row_dim + self.rank)

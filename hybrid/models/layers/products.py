@@ -133,10 +133,10 @@ def quantise(part: str, name: str, width: int, format: str, multiple: int = 1) -
 
 def gemm(
     part: str, format: str, source: str, weight: str, target: str | None, n: int, k: int, stride: int,
-    bias: bool = False, accumulate: bool = False, scale: float = 1.0,
+    bias: bool = False, accumulate: bool = False, scale: float = 1.0, first: int = 0,
 ) -> Op:  # fmt: skip
     """A product with a matrix [n, k]. target: None is the step's logits. stride: of its rows, in floats. scale: of the
-    product and its bias.
+    product and its bias. first: the column of the target at which it begins.
     """
     rows, input_stride = product_rows(source, k, format)
     arguments = {
@@ -144,7 +144,7 @@ def gemm(
         "input": rows,
         "weight": Weight(weight),
         "bias": Weight(f"{weight}_bias") if bias else None,
-        "output": Buffer(target) if target else None,
+        "output": Buffer(target, first * FP32) if target else None,
         "columns": n,
         "inputs": row_stride(k),
         "input_stride": input_stride,

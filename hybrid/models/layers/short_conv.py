@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
+from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.products import (
@@ -83,18 +84,18 @@ class ShortConv:
                 yield bias_name(name), shape[:1]
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
-        names, format, hidden = in_layer(self.names, place.layer), place.mix.attention, place.hidden
+        names, (into, out), hidden = in_layer(self.names, place.layer), self.formats(place.mix), place.hidden
         yield from norm_tensors(place, shard, "conv.norm", names.norm)
-        yield shard.matrix("conv.in", PART, Stacked((names.into,)), format, 3 * self.width, hidden)
+        yield shard.matrix("conv.in", PART, Stacked((names.into,)), into, 3 * self.width, hidden)
         yield shard.floats("conv.taps", PART, Stacked((names.taps,)), self.width, self.taps)
-        yield shard.matrix("conv.out", PART, Stacked((names.out,)), format, hidden, self.width)
+        yield shard.matrix("conv.out", PART, Stacked((names.out,)), out, hidden, self.width, (1,))
         if self.bias:
             yield shard.bias("conv.in_bias", PART, (names.into,), 3 * self.width)
             yield shard.bias("conv.taps_bias", PART, (names.taps,), self.width)
             yield shard.bias("conv.out_bias", PART, (names.out,), hidden)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return (mix.attention,)
+        return matrix_formats(mix.attention)
 
     # A step.
 
@@ -105,10 +106,10 @@ class ShortConv:
         return {}
 
     def ops(self, place: Place) -> Iterator[Op]:
-        format, prefix, hidden, width = place.mix.attention, f"layers.{place.layer}.conv", place.hidden, self.width
-        stride = row_stride(3 * width)
-        yield norm(place, PART, f"{prefix}.norm", format)
-        yield gemm(PART, format, NORMED, f"{prefix}.in", GATES, 3 * width, hidden, stride, bias=self.bias)
+        (into, out), prefix, width = self.formats(place.mix), f"layers.{place.layer}.conv", self.width
+        hidden, stride = place.hidden, row_stride(3 * width)
+        yield norm(place, PART, f"{prefix}.norm", into)
+        yield gemm(PART, into, NORMED, f"{prefix}.in", GATES, 3 * width, hidden, stride, bias=self.bias)
         arguments = {
             "input": Buffer(GATES),
             "weight": Weight(f"{prefix}.taps"),
@@ -121,18 +122,18 @@ class ShortConv:
             "output_stride": row_stride(width),
         }
         yield Op("short_conv", PART, arguments, (width, "channels"))
-        yield from quantise(PART, CONVOLVED, width, format)
+        yield from quantise(PART, CONVOLVED, width, out)
         yield gemm(
-            PART, format, CONVOLVED, f"{prefix}.out", RESIDUAL, hidden, width, row_stride(hidden),
+            PART, out, CONVOLVED, f"{prefix}.out", RESIDUAL, hidden, width, row_stride(hidden),
             bias=self.bias, accumulate=True,
         )  # fmt: skip
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        rows, format = extents.rows, place.mix.attention
+        rows, (into, out) = extents.rows, self.formats(place.mix)
         return {
             GATES: rows * row_stride(3 * self.width) * FP32,
-            **rows_buffers(NORMED, place.hidden, format, rows),
-            **rows_buffers(CONVOLVED, self.width, format, rows),
+            **rows_buffers(NORMED, place.hidden, into, rows),
+            **rows_buffers(CONVOLVED, self.width, out, rows),
         }
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
@@ -141,9 +142,9 @@ class ShortConv:
         return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
 
     def cost(self, place: Place, load: Load) -> Cost:
-        format = place.mix.attention
-        projections = product_cost(format, 3 * self.width, place.hidden, load.rows)
-        projections += product_cost(format, place.hidden, self.width, load.rows)
+        into, out = self.formats(place.mix)
+        projections = product_cost(into, 3 * self.width, place.hidden, load.rows)
+        projections += product_cost(out, place.hidden, self.width, load.rows)
         state = 2.0 * load.sequences * (self.taps - 1) * self.width * FP32
         return projections + Cost(state, 2.0 * load.rows * self.width * (self.taps + 2))
 

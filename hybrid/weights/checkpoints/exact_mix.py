@@ -41,23 +41,40 @@ _APART = MIXES["bf16"].with_parts({"head": "int8"})  # with a matrix for the hea
 def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) -> FormatMix:
     """The formats in which tensors lose nothing; where no format holds all that a matrix is made of, bf16.
 
-    absent: the formats of parts that no layer of the model has; None: that of attention.
+    absent: the formats of parts that no layer of the model has; None: that of most projections of attention.
     """
-    found: dict[tuple[int, str], list[set[Kind]]] = {}
+    found: dict[tuple[int, str], dict[int, set[Kind]]] = {}
     for tensor in spec.store_tensors(_APART):
         if tensor.part in PARTS and tensor.format is not None:
-            own = matrix_kinds(tensor, kinds)
-            before = found.setdefault((layer_of(tensor), tensor.part), [set() for _ in own])
-            for all_kinds, more in zip(before, own, strict=False):
-                all_kinds.update(more)
-    named = {key: "/".join(dict.fromkeys(map(exact_format, found[key]))) for key in found if any(found[key])}
-    return mix_of_parts(spec, named, absent)
+            of_part = found.setdefault((layer_of(tensor), tensor.part), {})
+            for position, own in _by_position(tensor, kinds):
+                of_part.setdefault(position, set()).update(own)
+    named = {key: _format_text([of_part[at] for at in sorted(of_part)]) for key, of_part in found.items()}
+    return mix_of_parts(spec, {key: text for key, text in named.items() if text}, absent)
+
+
+def _format_text(matrices: Sequence[set[Kind]]) -> str:
+    """The formats of a part, one name if all have the same; empty where a checkpoint has nothing of it."""
+    names = [exact_format(own) for own in matrices]
+    return "/".join(names if len(set(names)) > 1 else names[:1]) if any(matrices) else ""
+
+
+def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[Kind]]]:
+    """The kinds of what a matrix is made of, by the format of its part that each has."""
+    own = matrix_kinds(tensor, kinds)
+    if len(tensor.positions) == 1:
+        yield from enumerate(own, tensor.positions[0])
+        return
+    assert isinstance(tensor.origin, Stacked)
+    shared = own[0] & {_PLAIN}
+    for position, name in zip(tensor.positions, tensor.origin.names, strict=True):
+        yield position, shared | {kind for kind in [kinds(name)] if kind}
 
 
 def mix_of_parts(spec: ModelSpec, named: Mapping[tuple[int, str], str], absent: FormatMix | None = None) -> FormatMix:
     """The mix in which the parts of layers have these formats; the head's layer is -1. absent: see `exact_mix`."""
     usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}
-    rest = absent or FormatMix.uniform(usual["attention"] or "bf16")
+    rest = absent or FormatMix.uniform(_most_common(usual["attention"].split("/")) or "bf16")
     plain = rest.with_parts({part: name for part, name in usual.items() if name})
     layers = range(len(spec.layers))
     return FormatMix.of_layers(
