@@ -61,7 +61,9 @@ def test_what_is_stored_decides_what_is_quantised(tmp_path: Path, spelling: str)
     config = {**FP8_CONFIG, "quantization_config": {**FP8, **SPELLINGS[spelling]}}
     tensors = as_fp8(random_tensors(config), keep=("layers.1.self_attn.o_proj",))
     source = write_tensors(tmp_path / "hf", config, tensors, shards=2)
-    expected = bf16_in({1: ["attention"]})
+    expected = FormatMix.of_layers(
+        [replace(MIXES["fp8"], attention=name) for name in ("fp8", "fp8/fp8/fp8/bf16", "fp8")]
+    )
     assert Checkpoint.open(source).native == model_formats(source) == expected
     with packed(source) as store:
         assert store.mix == expected
@@ -72,35 +74,38 @@ def test_what_is_stored_decides_what_is_quantised(tmp_path: Path, spelling: str)
 
 
 @pytest.mark.parametrize(
-    ("keep", "formats"),  # of attention and feed-forward
+    ("keep", "changed"),  # formats of attention and feed-forward
     [
         (("layers.0.mlp.experts.7.up_proj",), {0: ("fp8", "bf16/fp8")}),  # one matrix of one expert
         (("layers.2.mlp.experts",), {2: ("fp8", "bf16")}),
         (("layers.1.mlp",), {1: ("fp8", "bf16")}),
-        (("layers.2.self_attn.k_proj",), {2: ("bf16", "fp8")}),  # beside q and v in one matrix of ours
+        (("layers.2.self_attn.k_proj",), {2: ("fp8/bf16/fp8/fp8", "fp8")}),  # between q and v
         (("layers.0.",), {0: ("bf16", "bf16")}),
         ((), {}),
     ],
 )
-def test_a_part_of_a_layer_is_bf16_if_anything_of_it_was_left_out(
-    tmp_path: Path, keep: tuple[str, ...], formats: dict[int, tuple[str, str]]
+def test_what_was_left_out_is_bf16_and_the_experts_beside_it(
+    tmp_path: Path, keep: tuple[str, ...], changed: dict[int, tuple[str, str]]
 ) -> None:
     config = {**FP8_CONFIG, "quantization_config": FP8}
     tensors = as_fp8(random_tensors(config), keep=keep)
     with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
         mixes = [store.mix.of_layer(layer) for layer in range(3)]
         own = [(mix.attention, mix.dense if layer == 1 else mix.experts) for layer, mix in enumerate(mixes)]
-        assert own == [formats.get(layer, ("fp8", "fp8")) for layer in range(3)] and store.mix.head == "bf16"
+        assert own == [changed.get(layer, ("fp8", "fp8")) for layer in range(3)] and store.mix.head == "bf16"
         for layer, index in ((0, 7), (1, 0), (2, 3)):
             for found, name in zip(expert(store, layer, index), names_of(layer, index, layer != 1), strict=True):
                 exact = dequantised(tensors, name)
                 kept = matrix_formats(own[layer][1])["down_proj" in name] == "bf16"
                 assert (found == (exact.astype("bfloat16") if kept else exact)).all()
-        names = [f"model.layers.2.self_attn.{x}_proj.weight" for x in "qkv"]
-        stacked = np.concatenate([dequantised(tensors, name) for name in names])
-        if mixes[2].attention == "bf16":
-            stacked = stacked.astype("bfloat16").astype("f4")
-        assert (matrix(store, "layers.2.attention.qkv", *stacked.shape) == stacked).all()
+        exact = [dequantised(tensors, f"model.layers.2.self_attn.{which}_proj.weight") for which in "qkv"]
+        formats = matrix_formats(own[2][0], 4)
+        exact = [x.astype("bfloat16").astype("f4") if f == "bf16" else x for x, f in zip(exact, formats, strict=False)]
+        wanted = {"qkv": np.concatenate(exact)}
+        if len(set(formats)) > 1:
+            wanted = {f"qkv_{which}": values for which, values in zip("qkv", exact, strict=True)}
+        for name, values in wanted.items():
+            assert (matrix(store, f"layers.2.attention.{name}", *values.shape) == values).all()
 
 
 def test_a_head_in_fp8_stays_so(tmp_path: Path) -> None:
@@ -158,7 +163,8 @@ def test_without_weights_the_list_is_believed(tmp_path: Path, name: str, layers:
     config = {**FP8_CONFIG, "quantization_config": {**FP8, "ignored_layers": [name, "lm_head"]}}
     source = write_tensors(tmp_path / "hf", config, {})
     (source / "model.safetensors").unlink()
-    expected = bf16_in(dict.fromkeys(layers, ["attention"]))
+    named = ["bf16/fp8/fp8/fp8" if layer in layers else "fp8" for layer in range(3)]
+    expected = FormatMix.of_layers([replace(MIXES["fp8"], attention=name) for name in named])
     assert model_formats(source) == native_mix(config) == expected
 
 

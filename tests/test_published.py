@@ -121,10 +121,10 @@ def test_fused_fp8_experts_start_within_a_square(tmp_path: Path) -> None:
 def test_modules_that_were_not_converted_are_bf16(tmp_path: Path) -> None:
     kept = {**FP8, "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.self_attn.o_proj"]}
     config = {**FP8_CONFIG, "quantization_config": kept}
-    assert native_mix(config).layers[1] == replace(MIXES["fp8"], attention="bf16")
+    assert native_mix(config).layers[1] == replace(MIXES["fp8"], attention="fp8/fp8/fp8/bf16")
     tensors = as_fp8(random_tensors(config), keep=("layers.1.self_attn.o_proj",))
     with packed(write_tensors(tmp_path / "hf", config, tensors)) as store:
-        assert store.format == "head bf16, rest fp8; layers 1: attention bf16, head bf16, rest fp8"
+        assert store.format == "head bf16, rest fp8; layers 1: attention fp8/fp8/fp8/bf16, head bf16, rest fp8"
         for layer in (0, 1):
             weight = dequantised(tensors, f"model.layers.{layer}.self_attn.o_proj.weight")
             assert (matrix(store, f"layers.{layer}.attention.out", 200, 144) == weight).all()

@@ -160,7 +160,7 @@ def test_matrices_of_a_part_may_have_their_own_bits(tmp_path: Path) -> None:
     source = write_tensors(tmp_path / "hf", {**CONFIG, "quantization_config": config}, tensors)
     with packed(source) as store:
         mixes = [store.mix.of_layer(layer) for layer in range(3)]
-        assert [mix.attention for mix in mixes] == ["int8", "q4_0", "q8_0"]
+        assert [mix.attention for mix in mixes] == ["int8", "q4_0", "q4_0/q4_0/q4_0/int8"]
         assert {mix.experts for mix in mixes} == {mix.dense for mix in mixes} == {"q4_0/int8"}
         for layer in range(3):
             qkv = np.concatenate([values[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkv"])
@@ -259,7 +259,7 @@ def test_a_config_alone_says_what_is_quantised() -> None:
     ignore = ["lm_head", "model.layers.0.self_attn.o_proj"]
     mix = native_mix({**CONFIG, "quantization_config": {**compressed(), "ignore": ignore}})
     assert (mix.experts, mix.attention, mix.head) == ("int4", "int4", "bf16")
-    assert [mix.of_layer(layer).attention for layer in range(3)] == ["bf16", "int4", "int4"]
+    assert [mix.of_layer(layer).attention for layer in range(3)] == ["int4/int4/int4/bf16", "int4", "int4"]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,8 @@ def test_a_config_alone_says_what_is_quantised() -> None:
 def test_whatever_program_left_it_out_it_counts_as_bf16(words: dict[str, Any]) -> None:
     mix = native_mix({**CONFIG, "quantization_config": words})
     usual = "fp8" if words["quant_method"] == "modelopt" else "q4_0"
-    assert [mix.of_layer(layer).attention for layer in range(3)] == ["bf16", usual, usual] and mix.experts == usual
+    left = "bf16" if "self_attn" in str(words).replace("self_attn.o_proj", "") else f"{usual}/{usual}/{usual}/bf16"
+    assert [mix.of_layer(layer).attention for layer in range(3)] == [left, usual, usual] and mix.experts == usual
 
 
 FLOATS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "observer": "minmax"}
@@ -353,7 +354,7 @@ INPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
                 "modules_in_block_to_quantize": None,
             },
             "q4_0",
-            "bf16",
+            "q4_0/bf16/bf16/q4_0",
         ),
         (  # AutoRound without calibration
             {

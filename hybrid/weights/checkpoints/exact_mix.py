@@ -49,14 +49,17 @@ def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) ->
             of_part = found.setdefault((layer_of(tensor), tensor.part), {})
             for position, own in _by_position(tensor, kinds):
                 of_part.setdefault(position, set()).update(own)
-    named = {key: _format_text([of_part[at] for at in sorted(of_part)]) for key, of_part in found.items()}
-    return mix_of_parts(spec, {key: text for key, text in named.items() if text}, absent)
+    named = {
+        key: format_text([exact_format(of_part[position]) for position in sorted(of_part)])
+        for key, of_part in found.items()
+        if any(of_part.values())
+    }
+    return mix_of_parts(spec, named, absent)
 
 
-def _format_text(matrices: Sequence[set[Kind]]) -> str:
-    """The formats of a part, one name if all have the same; empty where a checkpoint has nothing of it."""
-    names = [exact_format(own) for own in matrices]
-    return "/".join(names if len(set(names)) > 1 else names[:1]) if any(matrices) else ""
+def format_text(names: Sequence[str]) -> str:
+    """The formats of the matrices of a part, one name if all have the same."""
+    return "/".join(names if len(set(names)) > 1 else names[:1])
 
 
 def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[Kind]]]:

@@ -11,8 +11,8 @@ from typing import Any
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import Origin, PerHead, Stacked
-from hybrid.weights.checkpoints.exact_mix import layer_of, mix_of_parts
+from hybrid.models.tensors import PerHead, Stacked, StoreTensor
+from hybrid.weights.checkpoints.exact_mix import format_text, layer_of, mix_of_parts
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import auto_round, gptq
 
@@ -25,15 +25,18 @@ IsLeftOut = Callable[[str], bool]  # of the name of a module
 
 
 def believed_mix(spec: ModelSpec, mix: FormatMix, is_left_out: IsLeftOut) -> FormatMix:
-    """The formats of a checkpoint that is quantised so, but for these modules: their part of their layer is bf16."""
-    named: dict[tuple[int, str], str] = {}
+    """The formats of a checkpoint that is quantised so, but for these modules: they are bf16, or all experts of a layer
+    if some of them are.
+    """
+    found: dict[tuple[int, str], dict[int, str]] = {}
     for tensor in spec.store_tensors(MIXES["bf16"]):
         if tensor.part in PARTS and tensor.format is not None:
-            key = (layer_of(tensor), tensor.part)
-            format = named.setdefault(key, getattr(mix, tensor.part))
-            names = (name.removesuffix(".weight") for name in _sources(tensor.origin) if name)
-            if format != "bf16" and any(map(is_left_out, names)):
-                named[key] = "bf16"
+            matrices = found.setdefault((layer_of(tensor), tensor.part), {})
+            for position, name in _positions(tensor):
+                format = matrices.setdefault(position, getattr(mix, tensor.part))
+                if format != "bf16" and is_left_out(name.removesuffix(".weight")):
+                    matrices[position] = "bf16"
+    named = {key: format_text([matrices[at] for at in sorted(matrices)]) for key, matrices in found.items()}
     return mix_of_parts(spec, named, mix)
 
 
@@ -102,11 +105,17 @@ def _edges(module: str) -> set[str]:
     return {".".join(words[:cut]) for cut in cuts} | {".".join(words[cut:]) for cut in cuts}
 
 
-def _sources(origin: Origin) -> Iterator[str]:
-    """Names of the checkpoint tensors that it may be made of, of experts those of the first."""
+def _positions(tensor: StoreTensor) -> Iterator[tuple[int, str]]:
+    """Names of the checkpoint tensors that it may be made of, of experts those of the first; and which format of its
+    part each has.
+    """
+    origin, positions = tensor.origin, tensor.positions
     if isinstance(origin, Stacked):
-        yield from origin.names
-    elif isinstance(origin, PerHead):
-        yield origin.name
-    else:
-        yield from (origin.names.fused_gate_up, origin.names.fused_down, *origin.names.of_expert(0))
+        yield from zip(positions * len(origin.names) if len(positions) == 1 else positions, origin.names, strict=True)
+        return
+    names = (
+        [origin.name]
+        if isinstance(origin, PerHead)
+        else [origin.names.fused_gate_up, origin.names.fused_down, *origin.names.of_expert(0)]
+    )
+    yield from ((positions[0], name) for name in names if name)
