@@ -265,7 +265,10 @@ def import_parquet() -> Any:
 def _check_columns(name: str, found: list[str]) -> None:
     missing = [column for column in COLUMNS if column not in found]
     if missing:
-        raise CacheError(f"{name}: has no column {', '.join(missing)}; a trace has {','.join(COLUMNS)}")
+        raise CacheError(
+            f"{name}: has no column {', '.join(missing)}; a trace has {','.join(COLUMNS)}, or is of "
+            "another format that `hybrid trace formats` lists"
+        )
     twice = [column for column in COLUMNS if found.count(column) > 1]
     if twice:
         raise CacheError(f"{name}: has the column {', '.join(twice)} twice; a trace has {','.join(COLUMNS)}")

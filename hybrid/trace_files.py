@@ -25,6 +25,17 @@ TRACES = Reading(8 << 30, "give a trace, as `hybrid run` records it or as `hybri
 Progress = Callable[[int, int], None]
 
 
+def is_trace(path: Path) -> bool:
+    """Whether a regular file is a trace of a known format. Raises ConfigError for one that cannot be read."""
+    from gpu_cache.traces import find_format
+    from gpu_cache.traces.base import Source
+
+    if not path.is_file():
+        return False
+    with input_file(path, TRACES) as file:
+        return find_format(Source(file, str(path))) is not None
+
+
 @dataclass(frozen=True)
 class Opened:
     """A trace, and the format of its file."""

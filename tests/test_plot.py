@@ -184,3 +184,12 @@ def test_reuse_counts_what_the_token_before_chose() -> None:
     reuse = measure_reuse(trace)
     assert reuse.tokens.tolist() == [[0.75, 0.75], [0.5, 0.5]] and reuse.same_sets.tolist() == [0.5, 0.5]
     assert reuse.window.tolist() == [[0.75, 0.75], [1, 1]] and reuse.layers.tolist() == [0.5] and reuse.chance == 0.5
+
+
+def test_a_trace_of_others_becomes_a_figure_at_once(tmp_path: Path) -> None:
+    """Of the excerpt of a route.csv, by its replays."""
+    route = Path(__file__).parent / "traces" / "others" / "bigmoeonedge.route.csv"
+    result = CliRunner().invoke(plot.app, ["hit-rate", str(route), str(tmp_path / "f.svg")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "f.svg").read_text()
+    assert "bigmoeonedge.route.csv" in text and "48 MoE layers of 128 experts" in text and "Belady" in text

@@ -43,12 +43,10 @@ def _write(file: BinaryIO, trace: Trace, progress: Progress) -> None:
 def _lines(trace: Trace, progress: Progress) -> Iterator[str]:
     """Positions count from the first token that is no prompt's."""
     prompt = is_prompt(trace)
-    first: dict[int, int] = {}
-    for sequence in np.unique(trace.sequence).tolist():
-        own = trace.sequence == sequence
-        first[sequence] = int(trace.position[own].min())
-        if (own & prompt).any():
-            first[sequence] = int(trace.position[own & prompt].max()) + 1
+    begins = np.flatnonzero(np.diff(trace.sequence, prepend=trace.sequence[0] - 1))
+    lowest = np.minimum.reduceat(trace.position, begins)
+    ends = np.maximum.reduceat(np.where(prompt, trace.position, -1), begins) + 1
+    first = dict(zip(trace.sequence[begins].tolist(), np.where(ends > 0, ends, lowest).tolist(), strict=True))
     for choice in choices(trace, progress):
         position = choice.position - first[choice.sequence]
         yield ",".join(map(str, (position, choice.layer, *choice.experts))) + "\n"

@@ -12,6 +12,7 @@ import typer
 from hybrid.commands import flags as f
 from hybrid.commands.console import exit_codes, say
 from hybrid.commands.plot_data import is_json, layers_of_policies, read_hits, read_results, read_text, read_times
+from hybrid.commands.simulate_output import to_json
 from hybrid.errors import ConfigError
 from hybrid.files import check_output
 from hybrid.lab.figures import FIGURE_KINDS
@@ -59,7 +60,7 @@ def plot(
 
     \b
     hit-rate   hits against slots by policy, with the bound, from CSV,
-               JSON or --results of hybrid simulate
+               JSON or --results of hybrid simulate, or from a trace
     speed      predicted tokens/s against N x M at equal slots, from
                the same with rates
     layers     hit rates by layer, over steps from --cachehit-csv, or
@@ -96,10 +97,26 @@ def _check_matplotlib() -> None:
         ) from None
 
 
+def _results_of_trace(source: Path) -> str:
+    """The results of a trace, replayed in eighths of its experts; "" for a file that is none, and for pipes."""
+    from hybrid.commands.simulate import SimulateOptions, replay_all
+    from hybrid.errors import cache_errors
+    from hybrid.trace_files import is_trace, read_trace
+
+    if not is_trace(source):
+        return ""
+    with cache_errors():
+        experts = read_trace(source).experts
+        ways = sorted({max(1, experts * eighth // 8) for eighth in range(1, 9)})
+        policies = "LRU,LFU,Belady,bypass-Belady,static-best"
+        options = SimulateOptions((str(source),), policy=policies, nways=",".join(map(str, ways)))
+        return to_json(replay_all(options))
+
+
 def hit_rate(wanted: Wanted) -> Callable[[], Figure]:
     from hybrid.lab.figures import hit_rate_figure
 
-    results = read_results(wanted.source, read_text(wanted.source))
+    results = read_results(wanted.source, _results_of_trace(wanted.source) or read_text(wanted.source))
     return lambda: hit_rate_figure(results.rows, wanted.heading("Hit rate of the expert cache", results.about))
 
 

@@ -87,20 +87,23 @@ def simulate(options: SimulateOptions) -> None:
     """
     check_settings(options)
     with cache_errors():
-        machine = make_machine(options)
         check_output("--libcachesim", options.libcachesim, _libcachesim_kind())
         check_trace_output("--convert", options.convert)
-        kept = KeptResults(options.results, "--results")
-        traces = read_traces(options)
-        if _convert(traces, options.libcachesim, options.convert):
-            return
-        from gpu_cache.trace import calls
+        if options.libcachesim is not None or options.convert is not None:
+            return _convert(read_traces(options), options.libcachesim, options.convert)
+        show(FORMATS[options.output](replay_all(options)))
 
-        grouped = {name: calls(trace) for name, trace in traces.items()}
-        settings = make_settings(next(iter(grouped.values())), options)
-        warn_of_few_ways(grouped.values(), settings)
-        workers = options.workers or len(os.sched_getaffinity(0))
-        show(FORMATS[options.output](run(grouped, settings, machine, workers, kept)))
+
+def replay_all(options: SimulateOptions) -> dict[str, Any]:
+    """What `run` makes of the traces, caches and rates of these options. Raises ConfigError and CacheError."""
+    from gpu_cache.trace import calls
+
+    machine = make_machine(options)
+    kept = KeptResults(options.results, "--results")
+    grouped = {name: calls(trace) for name, trace in read_traces(options).items()}
+    settings = make_settings(next(iter(grouped.values())), options)
+    warn_of_few_ways(grouped.values(), settings)
+    return run(grouped, settings, machine, options.workers or len(os.sched_getaffinity(0)), kept)
 
 
 def read_traces(options: SimulateOptions) -> dict[str, Trace]:
@@ -119,12 +122,9 @@ def read_traces(options: SimulateOptions) -> dict[str, Trace]:
     return traces
 
 
-def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Path | None) -> bool:
-    """Whether the trace was to be converted."""
+def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Path | None) -> None:
     from gpu_cache.traces import known_format
 
-    if libcachesim is None and convert is None:
-        return False
     if len(traces) > 1:
         raise ConfigError(f"{len(traces)} traces cannot be converted into one file; give one --trace")
     (trace,) = traces.values()
@@ -132,7 +132,6 @@ def _convert(traces: Mapping[str, Trace], libcachesim: Path | None, convert: Pat
         write_trace(libcachesim, trace, known_format("libcachesim"))
     if convert is not None:
         write_trace(convert, trace)
-    return True
 
 
 def _libcachesim_kind() -> FileKind:
