@@ -15,7 +15,7 @@ from checkpoints import CONFIGS as SMALL
 from checkpoints import write_checkpoint
 from test_plan import MACHINE
 
-from hybrid.commands.fit import FitOptions, fits_of, instead_of, machine_of
+from hybrid.commands.fit import FitOptions, fits_of, fitter_of, instead_of, machine_of
 from hybrid.commands.fit_text import text
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
@@ -276,9 +276,9 @@ def shown(config: dict[str, Any], options: FitOptions, **settings: Any) -> str:
     """What `hybrid fit` prints of a config.json."""
     spec, native = model_spec(config), native_mix(config)
     hardware, rates = machine_of(options)
-    engine = EngineConfig(numa="off", **settings)
-    found = fits_of(spec, native, hardware, rates, engine, options)
-    return text(spec, hardware, rates, found, instead_of(spec, found, hardware, rates, engine, options))
+    fitter = fitter_of(spec, hardware, rates, EngineConfig(numa="off", **settings), options.depth)
+    found = fits_of(fitter, native, options.format)
+    return text(spec, hardware, rates, found, instead_of(fitter, found))
 
 
 def test_bytes_are_told_by_part_and_a_gpu_by_its_flags() -> None:

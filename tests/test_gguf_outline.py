@@ -13,7 +13,7 @@ from test_fit import run_fit
 from test_gguf_models import model, packed, quantised
 from test_plan import MACHINE
 
-from hybrid.commands.fit import FitOptions, fits_of, read_model
+from hybrid.commands.fit import fits_of, fitter_of, read_model
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import read_gguf_header
@@ -116,9 +116,8 @@ def test_a_part_of_a_layer_and_types_by_layer(tmp_path: Path) -> None:
 
 def fits(path: Path, *formats: str) -> list[dict[str, Any]]:
     config, native, _ = read_model(path)
-    options = FitOptions(format=formats)
-    found = fits_of(model_spec(config), native, MACHINE, Rates(80e9), EngineConfig(), options)
-    return [fit.to_dict() for fit in found]
+    fitter = fitter_of(model_spec(config), MACHINE, Rates(80e9), EngineConfig())
+    return [fit.to_dict() for fit in fits_of(fitter, native, formats)]
 
 
 def test_metadata_without_tensors_still_says_what_the_model_is(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from hybrid.formats import FORMATS
-from hybrid.weights.checkpoints.schemes import with_matrices
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.checkpoints.schemes.methods import with_matrices
 from hybrid.weights.shard import make_header, read_header
 
 RECORD = Path(__file__).parent / "recorded" / "quantised.npz"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hybrid.machine.hardware import HardwareSpec
     from hybrid.models.spec import ModelSpec
     from hybrid.plan.fit import Fit, Rates
+
+    Fitter = Callable[[str, FormatMix], Fit]  # a model in a mix, which has a name, on a machine
 
 app = new_app()
 
@@ -81,9 +83,9 @@ def fit(
     if options.depth >= spec.max_position:
         raise ConfigError(f"--depth {options.depth} must be below the model's {spec.max_position} positions")
     hardware, rates = machine_of(options)
-    config = replace(config, numa="off")
-    found = fits_of(spec, native, hardware, rates, config, options)
-    instead = instead_of(spec, found, hardware, rates, config, options)
+    fitter = fitter_of(spec, hardware, rates, replace(config, numa="off"), options.depth)
+    found = fits_of(fitter, native, options.format)
+    instead = instead_of(fitter, found)
     for note in notes:
         say(note)
     if options.json:
@@ -171,29 +173,25 @@ def parse_size(text: str, flag: str) -> int:
     return int(number * scale)
 
 
-def fits_of(
-    spec: ModelSpec,
-    native: FormatMix | None,
-    hardware: HardwareSpec,
-    rates: Rates,
-    config: EngineConfig,
-    options: FitOptions,
-) -> list[Fit]:
+def fitter_of(spec: ModelSpec, hardware: HardwareSpec, rates: Rates, config: EngineConfig, depth: int = 0) -> Fitter:
+    """How a model fits a machine, with its GPU if it has one. depth: tokens behind which speeds are predicted."""
+    from hybrid.plan.fit import fit_model
+
+    if hardware.device_memory:
+        cache = config.cache if spec.moe_layers else replace(config.cache, mode="off")
+        config = replace(config, device="cuda", cache=cache)
+    return lambda name, mix: fit_model(spec, name, mix, hardware, rates, config, depth)
+
+
+def fits_of(fitter: Fitter, native: FormatMix | None, formats: Sequence[str] = ()) -> list[Fit]:
     """The model in every format that was asked for, or in its own and those that need less."""
     names: dict[FormatMix, str] = {}
-    for name in options.format or (("auto", *OTHERS) if native else OTHERS):
+    for name in formats or (("auto", *OTHERS) if native else OTHERS):
         names.setdefault(_mix(name, native), name)
-    return [_fit(spec, name, mix, hardware, rates, config, options) for mix, name in names.items()]
+    return [fitter(name, mix) for mix, name in names.items()]
 
 
-def instead_of(
-    spec: ModelSpec,
-    fits: Sequence[Fit],
-    hardware: HardwareSpec,
-    rates: Rates,
-    config: EngineConfig,
-    options: FitOptions,
-) -> Fit | None:
+def instead_of(fitter: Fitter, fits: Sequence[Fit]) -> Fit | None:
     """What to take where none of `fits` fits: what does of SMALLER, or what needs least; None where one fits."""
     from hybrid.formats.mix import FormatMix, parse_mix
     from hybrid.plan.fit import longest
@@ -201,26 +199,9 @@ def instead_of(
     if any(not found.plan.problem for found in fits):
         return None
     mixes = {parse_mix(name, FormatMix.uniform("bf16")): name for name in SMALLER}
-    tried = [_fit(spec, name, mix, hardware, rates, config, options) for mix, name in mixes.items()]
+    tried = [fitter(name, mix) for mix, name in mixes.items()]
     fitting = longest([found for found in tried if not found.plan.problem])
     return fitting or min((*fits, *tried), key=lambda found: found.needed)
-
-
-def _fit(
-    spec: ModelSpec,
-    name: str,
-    mix: FormatMix,
-    hardware: HardwareSpec,
-    rates: Rates,
-    config: EngineConfig,
-    options: FitOptions,
-) -> Fit:
-    from hybrid.plan.fit import fit_model
-
-    if hardware.device_memory:
-        cache = config.cache if spec.moe_layers else replace(config.cache, mode="off")
-        config = replace(config, device="cuda", cache=cache)
-    return fit_model(spec, name, mix, hardware, rates, config, options.depth)
 
 
 def _mix(text: str, native: FormatMix | None) -> FormatMix:

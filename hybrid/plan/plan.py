@@ -209,13 +209,11 @@ def _sized(
     driven = take_routes if config.route_trace else tuple
     plan = Plan(
         model_type=spec.model_type,
-        isa=hardware.isa,
         threads=threads,
         cpus=nodes.cpus,
         node_ids=nodes.ids,
         numa_note=nodes.note,
         load=("map" if len(nodes.ids) == 1 else "copy") if config.load == "auto" else config.load,
-        huge_pages=hardware.huge_pages,
         max_seq_len=length,
         sequences=extents.sequences,
         max_rows=extents.rows,
@@ -230,19 +228,11 @@ def _sized(
         batch_invariant=hardware.isa != "amx" if config.batch_invariant is None else config.batch_invariant,
         kv=kv,
         kv_token_budget=0,
-        memory_available=hardware.memory_available,
-        memory_limit=hardware.memory_limit.file if hardware.memory_limit else "",
-        limits=hardware.limits,
         parts=step.parts,
         ops=tuple(keep_use(driven(observe_routes(step.ops) if config.routes else step.ops), spec)),
         placed_ops=tuple(place_experts(driven(step.ops), next_gate)) if shape else (),
-        device_name="cpu" if config.device == "auto" else config.device,
-        route_trace=config.route_trace,
-        speculate=config.speculate,
-        max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
-        kv_idle_release=config.kv_idle_release,
-        prefix_dir=config.prefix_dir,
-        prefix_disk_bytes=int(config.prefix_disk_gb * 1e9),
+        **_of_machine(hardware),
+        **_as_configured(config),
     )
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)
@@ -250,6 +240,30 @@ def _sized(
         plan = _with_cache(plan, shape, config, _device_memory(hardware, config))
     budget = min(extents.sequences * length, plan.state_bytes // max(1, kv.token_bytes))
     return replace(plan, kv_token_budget=budget, prefix_bytes=_prefix_bytes(plan, config))
+
+
+def _of_machine(hardware: HardwareSpec) -> dict[str, Any]:
+    """Fields of the plan that the machine alone decides."""
+    return {
+        "isa": hardware.isa,
+        "huge_pages": hardware.huge_pages,
+        "memory_available": hardware.memory_available,
+        "memory_limit": hardware.memory_limit.file if hardware.memory_limit else "",
+        "limits": hardware.limits,
+    }
+
+
+def _as_configured(config: EngineConfig) -> dict[str, Any]:
+    """Fields of the plan that the configuration alone decides."""
+    return {
+        "device_name": "cpu" if config.device == "auto" else config.device,
+        "route_trace": config.route_trace,
+        "speculate": config.speculate,
+        "max_itl": None if config.max_itl_ms is None else config.max_itl_ms / 1000,
+        "kv_idle_release": config.kv_idle_release,
+        "prefix_dir": config.prefix_dir,
+        "prefix_disk_bytes": int(config.prefix_disk_gb * 1e9),
+    }
 
 
 def _prefix_bytes(plan: Plan, config: EngineConfig) -> int:

@@ -30,8 +30,8 @@ from hybrid.weights.checkpoints.matrices import (
     TransposedSource,
 )
 from hybrid.weights.checkpoints.published import native_mix, published_kinds
-from hybrid.weights.checkpoints.schemes import with_matrices
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.checkpoints.schemes.methods import with_matrices
 from hybrid.weights.shard import Entry, same_bytes
 
 _KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # of quantization_config

@@ -14,8 +14,8 @@ from hybrid.weights.checkpoints.exact_mix import Kind, Kinds, exact_mix
 from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.left_out import believed_mix, left_out, left_out_names
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
-from hybrid.weights.checkpoints.schemes import WORDS, read_scheme
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.checkpoints.schemes.methods import WORDS, read_scheme
 from hybrid.weights.shard import Entry
 
 SQUARE_SIZE = [128, 128]  # of the fp8 blocks that share a scale
