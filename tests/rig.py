@@ -144,7 +144,8 @@ def _units(
     steps = largest / np.float32(top)
     if powers:
         fraction, exponent = np.frexp(steps)
-        steps = np.where(steps == 0, steps, np.ldexp(np.float32(1), exponent - (fraction == 0.5)))
+        powers = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
+        steps = np.where(steps == 0, steps, np.maximum(powers, np.finfo(np.float32).tiny))
         factor, finite = np.zeros_like(steps), largest > np.float32(2e-34)
         np.divide(np.float32(1), steps, out=factor, where=finite)
     else:

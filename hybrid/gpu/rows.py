@@ -51,8 +51,8 @@ def wide_rows(rows: Tensor) -> Tensor:
     of 16 and of 32 times the offset of codes, and a scale for each 256, a power of two.
     """
     groups, largest = _in_groups(rows, SCALE_INPUTS)
-    fraction, exponent = (largest / float(WIDE_TOP)).frexp()
-    scales = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent - (fraction == 0.5)), 0.0)
+    powers = ((largest / float(WIDE_TOP)).view(torch.int32) + 0x7FFFFF & -0x800000).view(torch.float32)  # rounded up
+    scales = torch.where(largest.isfinite(), powers, largest)
     whole = _whole(groups, torch.where(largest > _LEAST_WIDE, 1.0 / scales, 0.0), row_stride(rows.shape[1]))
     high = (whole / WIDE_BASE).round()
     bytes_of_whole = [part.to(torch.int8) for part in (high, whole - high * WIDE_BASE)]
