@@ -69,8 +69,12 @@ def test_they_are_kept_and_told(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format 'int4/int9' of experts is unknown"):
         replace(FIRST, experts="int4/int9")
-    with pytest.raises(ConfigError, match="format 'int4/int8' of attention is unknown"):
-        replace(FIRST, attention="int4/int8")
+    with pytest.raises(ConfigError, match="format 'int4/int9' of attention is unknown"):
+        replace(FIRST, attention="int4/int9")
+    with pytest.raises(ConfigError, match="format 'int4/int8' of head is unknown"):
+        replace(FIRST, head="int4/int8")
+    with pytest.raises(ConfigError, match="format 'int4/int8' names 2 formats for 4 matrices; name one, or 4"):
+        list(model_spec(CONFIGS["mixtral"]).store_tensors(replace(MIXES["int8"], attention="int4/int8")))
     Manifest(MIXED, {}, "", {}, {}).write(tmp_path / MANIFEST)
     text = (tmp_path / MANIFEST).read_text()
     (tmp_path / MANIFEST).write_text(text.replace("int4/fp8", "int4/fp9"))
