@@ -23,10 +23,10 @@ from hybrid.plan.roofline import part_costs, step_cost
 PROMPT_SHARES = {"bf16": 0.87, "int8": 0.69, "int4": 0.57, "fp8": 0.8, "fp8_row": 0.8, "mxfp4": 0.8, "nvfp4": 0.7}
 AMX_PROMPT_SHARES = {"bf16": 0.78, "int8": 0.42, "int4": 0.17, "fp8": 0.6, "fp8_row": 0.6, "mxfp4": 0.5, "nvfp4": 0.2}
 # One token: a row multiplies at a part of the peak, so many times slower, and partly while others are read.
-ONE_ROW = {"bf16": 6.0, "int8": 7.1, "int4": 6.0, "fp8": 6.0, "fp8_row": 6.0, "mxfp4": 4.4, "nvfp4": 4.4}
+ONE_ROW = {"bf16": 6.0, "int8": 7.1, "int4": 6.0, "fp8": 6.0, "fp8_row": 6.0, "mxfp4": 2.0, "nvfp4": 2.0}
 # What that came to of the limit where the operations of a machine are not known, and with AMX, whose peak one row never
 # comes near.
-DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "fp8_row": 0.85, "mxfp4": 0.6, "nvfp4": 0.6}
+DECODE_SHARES = {"bf16": 0.95, "int8": 0.88, "int4": 0.75, "fp8": 0.85, "fp8_row": 0.85, "mxfp4": 0.8, "nvfp4": 0.8}
 _GROUPED = "int4"  # what codes in groups count as, which were not measured apart
 PROMPT_ROWS = 512  # of a step that reads a prompt
 
