@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from routing import random_trace
 from typer.testing import CliRunner
 
@@ -14,7 +16,7 @@ from gpu_cache.reuse import measure_reuse
 from gpu_cache.trace import make_trace
 from hybrid.commands import plot, simulate
 from hybrid.commands.plot_data import read_hits, read_results, read_times
-from hybrid.lab.figures import binned
+from hybrid.lab.figures import STYLE, binned, hit_rate_figure
 from hybrid.lab.kept_results import KeptResults
 from hybrid.trace_files import write_trace
 
@@ -193,3 +195,18 @@ def test_a_trace_of_others_becomes_a_figure_at_once(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = (tmp_path / "f.svg").read_text()
     assert "bigmoeonedge.route.csv" in text and "48 MoE layers of 128 experts" in text and "Belady" in text
+
+
+def test_a_legend_of_many_lines_fits() -> None:
+    same = {"admission": "always", "mapping": "layer", "quota": None, "delay": 0, "calls": 10}
+    rows = [
+        {"policy": f"policy-{number}", "nblocks": blocks, "nways": ways, "slots": blocks * ways, "hits": ways, **same}
+        for number in range(40)
+        for blocks, ways in ((2, 2), (2, 4), (4, 2))
+    ]
+    with rc_context(STYLE):
+        figure = hit_rate_figure(rows, "many")
+        figure.savefig(BytesIO(), format="png")
+        legend = figure.legends[0].get_window_extent()
+    assert len(figure.legends[0].texts) == 40
+    assert legend.y0 >= 0 and legend.y1 <= figure.bbox.y1

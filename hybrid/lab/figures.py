@@ -51,6 +51,7 @@ FIGURE_KINDS = {
     ".svg": FileKind("an SVG figure", lambda head: b"<svg" in head),
     ".pdf": FileKind("a PDF figure", lambda head: head.startswith(b"%PDF")),
 }
+LEGEND_LINE = 0.18  # inches
 _CELLS = 240  # columns of a heat map and points of an area at most
 
 
@@ -94,12 +95,13 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
         panels = [(f"N = {count} indexes", [row for row in rows if row["nblocks"] == count]) for count in blocks]
     figure, axes = new_figure(max(5.6, 3.4 * len(panels) + 1.6), 3.8, len(panels), sharex=True, sharey=True)
     for axis, (name, members) in zip(axes, panels, strict=True):
-        for series in _lines(members, "slots", _hit_percent):
+        for series in _lines(members, "slots", _hit_percent, rows):
             _draw(axis, series, " (bound)" if series.label.startswith(BOUND) else "")
-        axis.set(xlabel="expert slots on the device (N × M)", title=name if len(panels) > 1 else "")
+        axis.set_title(name if len(panels) > 1 else "")
         axis.set_ylim(0, 100)
         _whole_ticks(axis)
     axes[0].set_ylabel("hits, % of all expert calls")
+    figure.supxlabel("expert slots on the device (N × M)", fontsize="medium")
     _legend(figure, axes)
     _title(figure, title)
     return figure
@@ -118,10 +120,11 @@ def curves_figure(rows: Sequence[Row], title: str) -> Figure:
             axis.plot(
                 [row["slots"] for row in points], rates, label=policy, **{**_look(policy, causal), "marker": None}
             )
-        axis.set(xlabel="expert slots on the device (N × M)", title=f"N = {count} indexes" if len(blocks) > 1 else "")
+        axis.set_title(f"N = {count} indexes" if len(blocks) > 1 else "")
         axis.set_ylim(0, 100)
         _whole_ticks(axis)
     axes[0].set_ylabel("hits, % of all expert calls")
+    figure.supxlabel("expert slots on the device (N × M)", fontsize="medium")
     _legend(figure, axes)
     _title(figure, title)
     return figure
@@ -156,15 +159,24 @@ def _speed(row: Row) -> tuple[float, float]:
     return float(row["tokens_per_second"]), float(row.get("tokens_per_second_stdev", 0))
 
 
-def _lines(rows: Sequence[Row], x: str, y: Callable[[Row], tuple[float, float]]) -> list[Series]:
-    """A line for each policy, and for each other parameter that varies; the bound last, so that it lies on top."""
-    varied = [name for name in ("admission", "mapping", "quota", "delay") if len({str(row[name]) for row in rows}) > 1]
+def _lines(
+    rows: Sequence[Row], x: str, y: Callable[[Row], tuple[float, float]], among: Sequence[Row] = ()
+) -> list[Series]:
+    """A line for each policy, and for each other parameter that varies; the bound last, so that it lies on top.
+
+    among: the rows of all panels, so that a line is called and looks the same in each.
+    """
+    among = among or rows
+    varied = [name for name in ("admission", "mapping", "quota", "delay") if len({str(row[name]) for row in among}) > 1]
+
+    def label_of(row: Row) -> str:
+        names = [name for name in varied if name != "admission" or not _knows_the_future(row["policy"])]
+        return ", ".join([str(row["policy"]), *(_word(name, row[name]) for name in names)])
+
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["policy"] == BOUND, row["policy"] in STATIC)):
-        names = [name for name in varied if name != "admission" or not _knows_the_future(row["policy"])]
-        words = [str(row["policy"]), *(_word(name, row[name]) for name in names)]
-        groups.setdefault(", ".join(words), []).append(row)
-    causal = [label for label in groups if not _knows_the_future(label)]
+        groups.setdefault(label_of(row), []).append(row)
+    causal = [label for label in dict.fromkeys(map(label_of, among)) if not _knows_the_future(label)]
     lines = []
     for label, members in groups.items():
         points = sorted((float(row[x]), *y(row)) for row in members)
@@ -202,11 +214,12 @@ def _title(figure: Figure, title: str) -> None:
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Beside the panels, each line once."""
+    """Beside the panels, each line once; the figure grows where there are many."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    figure.set_figheight(max(figure.get_figheight(), LEGEND_LINE * (len(entries) + 2)))
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
 
 
