@@ -29,6 +29,7 @@ from hybrid.errors import ConfigError, WeightsError
 from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.models import model_spec
+from hybrid.weights.checkpoints.exact_mix import Kind, exact_mix
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.pack import model_formats, pack
@@ -267,3 +268,38 @@ def test_gate_and_up_are_found_by_the_form_of_their_layer(tmp_path: Path) -> Non
     both = np.concatenate([gate.floats(0, 40), up.floats(0, 40)])
     assert (both == fused["model.layers.2.mlp.experts.gate_up_proj"][3]).all()
     assert (gated(checkpoint, 0, 3)[2].floats(0, 96) == apart[names_of(0, 3)[2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("left", "formats"),
+    [
+        ("kv_b_proj", ["fp8", "fp8", "fp8"]),  # whose matrices of heads are bf16 anyway
+        ("model.layers.1.self_attn.q_b_proj", ["fp8", "fp8/fp8/bf16/fp8", "fp8"]),
+        ("model.layers.2.self_attn.kv_a_proj_with_mqa", ["fp8", "fp8", "fp8/bf16/fp8/fp8"]),
+    ],
+)
+def test_what_latent_attention_leaves_out_is_told_alike(tmp_path: Path, left: str, formats: list[str]) -> None:
+    quantisation = {**FP8, "modules_to_not_convert": [left, "lm_head"]}
+    config = {**CONFIGS["deepseek_v3"], "quantization_config": quantisation}
+    tensors = as_fp8(random_tensors(config), keep=(left, "lm_head"))
+    source = write_tensors(tmp_path / "hf", config, tensors)
+    for mix in (native_mix(config), Checkpoint.open(source).native):
+        assert [mix.of_layer(layer).attention for layer in range(3)] == formats
+    with packed(source) as store:
+        heads = {tensor.format for name, tensor in store.tensors.items() if name.endswith((".keys", ".values"))}
+        assert heads == {"bf16"}
+
+
+def test_latent_attention_in_int8_keeps_all_but_its_heads() -> None:
+    spec = model_spec(CONFIGS["deepseek_v3"])
+    mix = exact_mix(spec, lambda name: Kind("int8", ("int8",), 160) if "proj" in name else Kind("", (), 8))
+    assert {layer.attention for layer in mix.layers or (mix,)} == {"int8/int8/int8/int8"}
+    assert {tensor.format for tensor in spec.store_tensors(mix) if tensor.name.endswith(".keys")} == {"bf16"}
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_a_small_matrix_that_was_left_out_spoils_no_other(rows: int) -> None:
+    spec = model_spec(CONFIGS["llama"])
+    kept = Kind("", (), rows)
+    mix = exact_mix(spec, lambda name: kept if "k_proj" in name else Kind("fp8", ("fp8",), 160))
+    assert mix.attention == "fp8/bf16/fp8/fp8"

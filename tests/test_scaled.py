@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from test_schemes import CONFIG, matrix
 from hybrid import LLM
 from hybrid.errors import HybridError, WeightsError
 from hybrid.formats.mix import FormatMix
+from hybrid.weights import content
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.published import native_mix
+from hybrid.weights.checkpoints.schemes import scaled
+from hybrid.weights.shard import Entry, read_bytes
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -154,6 +158,20 @@ def test_logits_are_those_of_the_values(tmp_path: Path, case: str) -> None:
         found = one.logits([1, 2, 3, 4])
     with LLM(exact, threads=1, cache_dir=tmp_path / "cache", weight_format="bf16") as other:
         assert (found == other.logits([1, 2, 3, 4])).all()
+
+
+@pytest.mark.parametrize("case", ["modelopt, nvfp4", "compressed, mxfp4", "compressed, fp8 in blocks"])
+def test_scales_are_read_once_however_many_pieces_a_matrix_is_packed_in(tmp_path: Path, monkeypatch, case) -> None:
+    monkeypatch.setattr(content, "CHUNK_BYTES", 1 << 10)
+    reads = Counter[tuple[str, int]]()
+
+    def counted(entry: Entry, start: int, stop: int) -> np.ndarray:
+        reads[str(entry.path), entry.start] += 1
+        return read_bytes(entry, start, stop)
+
+    monkeypatch.setattr(scaled, "read_bytes", counted)
+    with packed(written(tmp_path / "hf", case)[0]):
+        assert reads and set(reads.values()) == {1}
 
 
 MODULE = "model.layers.0.mlp.experts.1.up_proj"

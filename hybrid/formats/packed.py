@@ -33,7 +33,10 @@ def matrix_formats(format: str, count: int = 2) -> tuple[str, ...]:
     """
     names = tuple(format.split("/"))
     if len(names) not in (1, count):
-        raise ConfigError(f"format {format!r} names {len(names)} formats for {count} matrices; name one, or {count}")
+        raise ConfigError(
+            f"format {format!r} names {len(names)} formats, and there is a layer with {count} such matrices; name one "
+            f"for all, or {count} if every layer has so many"
+        )
     return names * count if len(names) == 1 else names
 
 

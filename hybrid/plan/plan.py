@@ -283,10 +283,10 @@ def _with_device(plan: Plan, spec: ModelSpec, hardware: HardwareSpec, config: En
     """name: torch's, of the device."""
     if plan.nodes > 1:
         raise ConfigError(f"a step on a GPU cannot be had with {plan.nodes} memory nodes; use --numa off")
-    if plan.formats.layers or "/" in plan.formats.experts + plan.formats.attention:
+    if plan.formats.layers or any(len(set(name.split("/"))) > 1 for name in plan.formats.parts().values()):
         raise ConfigError(
-            f"a step on a GPU cannot be had with experts or attention of several formats ({plan.format_text:.80}); use "
-            "--device cpu, or one format, as --format int4"
+            f"a step on a GPU cannot be had with matrices of several formats in a part ({plan.format_text:.80}); use "
+            "--device cpu, or one format for each part, as --format auto,attention=bf16 or --format int4"
         )
     extents = Extents(plan.max_rows, plan.sequences, plan.max_seq_len)
     free = _device_memory(hardware, config)

@@ -185,7 +185,8 @@ class LatentAttention:
 
     def _formats(self, mix: FormatMix) -> LatentFormats:
         q_low, kv_low, *up, out = matrix_formats(mix.attention, 4 if self.q_rank else 3)
-        return LatentFormats((q_low, kv_low), up[0] if up else "", per_head_format(q_low), out)
+        heads = "bf16" if "/" in mix.attention else per_head_format(mix.attention)
+        return LatentFormats((q_low, kv_low), up[0] if up else "", heads, out)
 
     def _low(self, place: Place) -> list[Joined]:
         """The matrices of the first projection."""
@@ -392,7 +393,7 @@ class LatentAttention:
 
 
 def per_head_format(format: str) -> str:
-    """The format of the matrices of heads, in a model whose attention has this one: bf16 where the matrix as published
-    cannot be taken apart and turned without being quantised again.
+    """The format of the matrices of heads, in a model all of whose attention has this one: bf16 where the matrix as
+    published cannot be taken apart and turned without being quantised again. They are bf16 beside several formats.
     """
     return format if format in PER_HEAD_FORMATS else "bf16"

@@ -32,9 +32,8 @@ class Kind:
 
 _INPUTS = 4096  # of the matrix by whose bytes formats are compared
 Kinds = Callable[[str], Kind | None]  # of a tensor by name, None if there is none
-_PLAIN = Kind("", (), BLOCK)
-# Matrices of heads, taken apart and turned, are bf16 beside these formats: in others they would be quantised again.
-_HEADS = Kind("", tuple(name for name in FORMATS if per_head_format(name) == "bf16"), BLOCK)
+Part = tuple[int, str]  # of a layer, -1 for the head
+_SHARED = Kind("", (), 0)  # blocks that are shared with another matrix, as no tensor is stored
 _APART = MIXES["bf16"].with_parts({"head": "int8"})  # with a matrix for the head, even if the embedding is one in bf16
 
 
@@ -43,23 +42,35 @@ def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) ->
 
     absent: the formats of parts that no layer of the model has; None: that of most projections of attention.
     """
-    found: dict[tuple[int, str], dict[int, set[Kind]]] = {}
+    found: dict[Part, dict[int, set[Kind]]] = {}
     for tensor in spec.store_tensors(_APART):
-        if tensor.part in PARTS and tensor.format is not None:
+        if tensor.part in PARTS and tensor.format is not None and not isinstance(tensor.origin, PerHead):
             of_part = found.setdefault((layer_of(tensor), tensor.part), {})
             for position, own in _by_position(tensor, kinds):
                 of_part.setdefault(position, set()).update(own)
-    named = {
-        key: format_text([exact_format(of_part[position]) for position in sorted(of_part)])
+    formats = {
+        key: {position: exact_format(own) for position, own in of_part.items()}
         for key, of_part in found.items()
         if any(of_part.values())
     }
-    return mix_of_parts(spec, named, absent)
+    return mix_of_matrices(spec, formats, absent)
 
 
-def format_text(names: Sequence[str]) -> str:
-    """The formats of the matrices of a part, one name if all have the same."""
-    return "/".join(names if len(set(names)) > 1 else names[:1])
+def mix_of_matrices(
+    spec: ModelSpec, formats: Mapping[Part, Mapping[int, str]], absent: FormatMix | None = None
+) -> FormatMix:
+    """The mix in which the matrices of parts have these formats, by their positions. absent: see `exact_mix`.
+
+    Matrices of heads, which are taken apart and turned, are bf16: in other formats they would be quantised again.
+    """
+    origins = ((layer_of(tensor), tensor.part, tensor.origin) for tensor in spec.store_tensors(_APART))
+    with_heads = {(layer, part) for layer, part, origin in origins if isinstance(origin, PerHead)}
+    named = {}
+    for key, by_position in formats.items():
+        names = [by_position[position] for position in sorted(by_position)]
+        one = len(set(names)) == 1 and (key not in with_heads or per_head_format(names[0]) == "bf16")
+        named[key] = names[0] if one else "/".join(names)
+    return _mix_of_parts(spec, named, absent)
 
 
 def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[Kind]]]:
@@ -69,13 +80,13 @@ def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[K
         yield from enumerate(own, tensor.positions[0])
         return
     assert isinstance(tensor.origin, Stacked)
-    shared = own[0] & {_PLAIN}
+    shared = own[0] & {_SHARED}
     for position, name in zip(tensor.positions, tensor.origin.names, strict=True):
         yield position, shared | {kind for kind in [kinds(name)] if kind}
 
 
-def mix_of_parts(spec: ModelSpec, named: Mapping[tuple[int, str], str], absent: FormatMix | None = None) -> FormatMix:
-    """The mix in which the parts of layers have these formats; the head's layer is -1. absent: see `exact_mix`."""
+def _mix_of_parts(spec: ModelSpec, named: Mapping[Part, str], absent: FormatMix | None) -> FormatMix:
+    """The mix in which the parts of layers have these formats."""
     usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}
     rest = absent or FormatMix.uniform(_most_common(usual["attention"].split("/")) or "bf16")
     plain = rest.with_parts({part: name for part, name in usual.items() if name})
@@ -109,10 +120,10 @@ def matrix_kinds(tensor: StoreTensor, kinds: Kinds) -> list[set[Kind]]:
     tensors share are floats.
     """
     if isinstance(tensor.origin, PerHead):
-        return [{_HEADS}]
+        return [set()]
     found = [[kind for name in names if (kind := kinds(name))] for names in _sources(tensor, kinds)]
     if any(rows % BLOCK and not kind.again for kind, rows in _followed(tensor, kinds)):
-        found[0].append(_PLAIN)
+        found[0].append(_SHARED)
     return [set(each) for each in found]
 
 

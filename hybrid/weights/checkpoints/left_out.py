@@ -11,8 +11,8 @@ from typing import Any
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models.spec import ModelSpec
-from hybrid.models.tensors import PerHead, Stacked, StoreTensor
-from hybrid.weights.checkpoints.exact_mix import format_text, layer_of, mix_of_parts
+from hybrid.models.tensors import Gated, PerHead, Stacked, StoreTensor
+from hybrid.weights.checkpoints.exact_mix import Part, layer_of, mix_of_matrices
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import auto_round, gptq
 
@@ -28,16 +28,15 @@ def believed_mix(spec: ModelSpec, mix: FormatMix, is_left_out: IsLeftOut) -> For
     """The formats of a checkpoint that is quantised so, but for these modules: they are bf16, or all experts of a layer
     if some of them are.
     """
-    found: dict[tuple[int, str], dict[int, str]] = {}
+    found: dict[Part, dict[int, str]] = {}
     for tensor in spec.store_tensors(MIXES["bf16"]):
-        if tensor.part in PARTS and tensor.format is not None:
+        if tensor.part in PARTS and tensor.format is not None and not isinstance(tensor.origin, PerHead):
             matrices = found.setdefault((layer_of(tensor), tensor.part), {})
             for position, name in _positions(tensor):
                 format = matrices.setdefault(position, getattr(mix, tensor.part))
                 if format != "bf16" and is_left_out(name.removesuffix(".weight")):
                     matrices[position] = "bf16"
-    named = {key: format_text([matrices[at] for at in sorted(matrices)]) for key, matrices in found.items()}
-    return mix_of_parts(spec, named, mix)
+    return mix_of_matrices(spec, found, mix)
 
 
 def left_out(quantisation: Mapping[str, Any]) -> IsLeftOut:
@@ -112,10 +111,6 @@ def _positions(tensor: StoreTensor) -> Iterator[tuple[int, str]]:
     origin, positions = tensor.origin, tensor.positions
     if isinstance(origin, Stacked):
         yield from zip(positions * len(origin.names) if len(positions) == 1 else positions, origin.names, strict=True)
-        return
-    names = (
-        [origin.name]
-        if isinstance(origin, PerHead)
-        else [origin.names.fused_gate_up, origin.names.fused_down, *origin.names.of_expert(0)]
-    )
-    yield from ((positions[0], name) for name in names if name)
+    elif isinstance(origin, Gated):
+        names = (origin.names.fused_gate_up, origin.names.fused_down, *origin.names.of_expert(0))
+        yield from ((positions[0], name) for name in names if name)

@@ -190,8 +190,8 @@ class ScaledSource(Source):
             groups = self.columns // GROUP
             return MXFP4.pack_blocks(numbers.reshape(-1, groups, BLOCK), self._powers[first : first + len(numbers)])
         if self.published == "nvfp4":
-            scales = self._stored(np.dtype(np.uint8))[first : first + len(numbers)]
-            return NVFP4.pack_blocks(numbers, scales, np.full(len(numbers), self._factor))
+            fractions = self._fractions[first : first + len(numbers)]
+            return NVFP4.pack_blocks(numbers, fractions, np.full(len(numbers), self._factor))
         if self.published == "fp8":
             return FP8.pack_blocks(numbers, self._squares, first)
         scales = np.broadcast_to(self._grid, (self.entry.shape[0], self._grid.shape[1]))[first : first + len(numbers)]
@@ -240,21 +240,30 @@ class ScaledSource(Source):
         return exponents
 
     @cached_property
+    def _fractions(self) -> Bytes:
+        """Stored scales in e4m3, which `_factor` multiplies."""
+        found = self._stored(np.dtype(np.uint8))
+        self._multiplied(found.view(ml_dtypes.float8_e4m3fn))
+        return found
+
+    @cached_property
     def _grid(self) -> Floats:
         """The scales, as they multiply numbers: [rows / each, inputs / each]."""
         if self.entry.scales.dtype in _POWERS:
             return mxfp4_format.powers(self._powers)
-        kind = FLOATS.get(self.entry.scales.dtype, ml_dtypes.float8_e4m3fn)
-        scales = self._stored(np.dtype(kind)).astype(np.float32)
+        return self._multiplied(self._stored(np.dtype(FLOATS.get(self.entry.scales.dtype, ml_dtypes.float8_e4m3fn))))
+
+    def _multiplied(self, stored: Array) -> Floats:
+        """Stored scales times the scale of all. Raises WeightsError where they make infinity of the largest number."""
+        scales = stored.astype(np.float32)
         if self.entry.whole is not None:
-            whole = self._whole
             with np.errstate(all="ignore"):
-                scales = scales / whole if self.entry.divides else scales * whole
+                scales = scales / self._whole if self.entry.divides else scales * self._whole
         if not (np.abs(scales) <= np.finfo(np.float32).max / np.float32(fp8_format.LARGEST)).all():
             raise self._bad_scales()
         return scales
 
-    @property
+    @cached_property
     def _whole(self) -> np.float32:
         """The scale of all, as it is stored."""
         assert self.entry.whole is not None
@@ -263,8 +272,7 @@ class ScaledSource(Source):
 
     @property
     def _factor(self) -> np.float32:
-        """What all scales are multiplied by, which are checked first; of a divisor that is its reciprocal, rounded."""
-        assert self._grid.size
+        """What all scales are multiplied by; of a divisor that is its reciprocal, rounded."""
         return np.float32(1) / self._whole if self.entry.divides else self._whole
 
     def _stored(self, dtype: np.dtype[Any]) -> Array:
