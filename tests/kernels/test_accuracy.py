@@ -10,7 +10,7 @@ from rig import BF16
 from hybrid.formats import GROUPED
 
 HIDDEN, INTERMEDIATE, EXPERTS, ROWS, TOP_K = 256, 128, 8, 64, 2
-ACTIVATIONS = {"bf16": 0.006, "fp8": 0.006, "mxfp4": 0.006, "int8": 0.025, "int4": 0.025}
+ACTIVATIONS = dict.fromkeys(("bf16", "fp8", "fp8_row", "mxfp4", "nvfp4"), 0.006) | {"int8": 0.025, "int4": 0.025}
 ACTIVATIONS |= dict.fromkeys(GROUPED, 0.025)
 
 # Relative error of normally distributed weights, root mean square. A grid of step s loses s / sqrt(12), a float with a
@@ -20,7 +20,9 @@ WEIGHTS = {
     "int8": 5 / 127 / 12**0.5,  # no value of a column beyond 5 standard deviations
     "int4": 4 / 8 / 12**0.5,  # none of a group of 32 beyond 4
     "fp8": 2**-4 / 3**0.5,
+    "fp8_row": 2**-4 / 3**0.5,
     "mxfp4": 2**-2 / 3**0.5,
+    "nvfp4": 2**-2 / 3**0.5,
     "q8_0": 4 / 127 / 12**0.5,
     "q5_1": 8 / 31 / 12**0.5,  # from the smallest of a group to the largest
     "q4_k": 8 / 15 / 12**0.5,
