@@ -55,12 +55,22 @@ class Sample:
 
 @dataclass
 class Soak:
-    """What became of the load so far. differing: answers that were not those of the first time."""
+    """What became of the load so far. differing: answers that were not those of the first time. ended: why the server
+    was there no more before the time was over; else empty.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     differing: int = 0
     texts: dict[bytes, str] = field(default_factory=dict)
+    ended: str = ""
+
+    async def run(self, address: tuple[str, int], process: int, model: str, options: argparse.Namespace) -> None:
+        """Until the time is over, or the server has ended."""
+        try:
+            await self.load(address, process, model, options)
+        except OSError as error:  # no connection, or no process
+            self.ended = f"the server has ended: {error}"
 
     async def load(self, address: tuple[str, int], process: int, model: str, options: argparse.Namespace) -> None:
         chosen, begun = visits(options.seed, options.whole, model), time.monotonic()
@@ -77,13 +87,16 @@ class Soak:
 
     def growth(self) -> dict[str, float]:
         """By which the median of the last third is above that of the third before it."""
+        if not self.samples:
+            return dict.fromkeys(MOST, 0.0)
         third = max(1, len(self.samples) // 3)
         before, last = self.samples[-2 * third : -third] or self.samples[:1], self.samples[-third:]
         return {name: _median(last, name) - _median(before, name) for name in MOST}
 
     def wrong(self) -> list[str]:
         """What should not be, each as a line."""
-        found = [f"{name} grew by {more:.1f}" for name, more in self.growth().items() if more > MOST[name]]
+        found = [self.ended] * bool(self.ended)
+        found += [f"{name} grew by {more:.1f}" for name, more in self.growth().items() if more > MOST[name]]
         failed = {name: count for name, count in self.answers.items() if name.startswith(WHOLE) and name != "whole 200"}
         found += [f"{count} answers: {name}" for name, count in failed.items()]
         return found + [f"{self.differing} greedy answers differ from the first"] * bool(self.differing)
@@ -95,7 +108,7 @@ def _median(samples: Sequence[Sample], name: str) -> float:
 
 def table(samples: Sequence[Sample]) -> str:
     """Ten moments of the whole time."""
-    some = samples[:: max(1, len(samples) // 9)][:9] + [samples[-1]]
+    some = [*samples[:: max(1, len(samples) // 9)][:9], *samples[-1:]]
     rows = [[f"{one.seconds / 60:.1f}", f"{one.resident_mb:.0f}", str(one.threads), str(one.files), str(one.processes)]
             for one in some]  # fmt: skip
     return "\n".join(markdown(("minute", "resident MB", "threads", "files", "processes"), rows, [False] * 5))
@@ -119,14 +132,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         url = httpx.URL(address)
         model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
         soak = Soak()
-        asyncio.run(soak.load((url.host, url.port or 80), process.pid, model, options))
-        ready = httpx.get(f"{address}/ready").json()
+        asyncio.run(soak.run((url.host, url.port or 80), process.pid, model, options))
+        ready = "" if soak.ended else httpx.get(f"{address}/ready").json()
     finally:
         process.terminate()
         process.wait(120)
     print(table(soak.samples))
-    count, minutes = sum(soak.answers.values()), soak.samples[-1].seconds / 60
-    print(f"{count} connections in {minutes:.1f} minutes; at the end {ready}")
+    count, minutes = sum(soak.answers.values()), soak.samples[-1].seconds / 60 if soak.samples else 0.0
+    print(f"{count} connections in {minutes:.1f} minutes; at the end {ready or soak.ended}")
     return {
         "minutes": minutes, "answers": dict(soak.answers), "growth": soak.growth(),
         "wrong": soak.wrong(), "samples": [asdict(sample) for sample in soak.samples],

@@ -89,14 +89,15 @@ def drop(server: Running, connections: int, seed: int) -> list[tuple[Visit, byte
 
 
 def main() -> None:
-    connections, seed = (int(given) for given in (*sys.argv[1:], "1000", "1")[:2])
+    connections, seed = map(int, [*sys.argv[1:], "1000", "1"][:2] if len(sys.argv) != 2 else [sys.argv[1], "1"])
     with running(LLM()) as server:
         drop(server, WARM, seed)
         before, memory = count(server), resident()
         for done in range(0, connections, PART):
             drop(server, min(PART, connections - done), seed + 1 + done)
             left, grown = left_behind(server, before), (resident() - memory) / 1e6
-            print(f"{done + PART} connections: {grown:+.1f} MB resident; left behind: {dict(left) or 'nothing'}")
+            gone = min(done + PART, connections)
+            print(f"{gone} connections: {grown:+.1f} MB resident; left behind: {dict(left) or 'nothing'}")
 
 
 if __name__ == "__main__":

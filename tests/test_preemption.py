@@ -117,6 +117,21 @@ def test_nobody_gives_way_to_who_waits_for_a_prompt_being_read() -> None:
     assert sum(record.preempted for record in records) <= 1 and second.completion.cached_tokens == 32
 
 
+def test_nobody_gives_way_to_who_would_wait_for_the_rows_of_another_prompt() -> None:
+    """The place would stay empty until that prompt was read."""
+    engine = DummyEngine(sequences=2, max_rows=4, max_seq_len=256)
+    scheduler, records = observed(engine)
+    starts(scheduler, later := request([5] * 3, 60, priority=1))
+    scheduler.add(long := request([*range(6, 106)], 2))
+    scheduler.step()
+    scheduler.add(request([7] * 4, 2))
+    while long.pending > 1:
+        assert later.sequence is not None
+        scheduler.step()
+    run(scheduler)
+    assert sum(record.preempted for record in records) <= 1
+
+
 def test_where_routes_are_recorded_nobody_gives_way_to_the_urgent() -> None:
     engine = DummyEngine(sequences=1)
     engine.routes = type("Routes", (), {"matter": True})()

@@ -389,3 +389,37 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(kept_on_disk, slow_disk, 
     assert first.finished and first.completion.cached_tokens == 0
     slow_disk.set()
     scheduler.close()
+
+
+def test_what_is_read_and_what_is_kept_have_the_room_together(kept_on_disk, monkeypatch) -> None:
+    """Reading may have what is free, or a quarter of all, for which what was used longest ago gives way."""
+    scheduler, prompt = kept_on_disk
+    pool, asked, shrunk = scheduler._admission.pool, list[prefix_reader.Wanted](), list[int]()
+    monkeypatch.setattr(prefix_reader.PrefixReader, "begin", lambda reader, wanted: asked.append(wanted))
+    monkeypatch.setattr(type(pool), "shrink", lambda pool, room: shrunk.append(room))
+    tokens = np.array(prompt, np.int32)
+    for held, wanted in ((0, 1000), (300, 700), (900, 250)):
+        pool.nbytes = held
+        assert pool.fetch(tokens, 0, 1000, begin=True)
+        assert asked[-1].nbytes == wanted and shrunk[-1] == 1000 - wanted
+    pool.nbytes = 0
+    scheduler.close()
+
+
+def test_a_reader_that_fails_says_so_and_goes_on(kept_on_disk, monkeypatch, caplog) -> None:
+    scheduler, prompt = kept_on_disk
+    read, failed = PrefixFiles.read, list[bool]()
+
+    def fails_once(files: PrefixFiles, *given: Any) -> Part | None:
+        if not failed:
+            failed.append(True)
+            raise KeyError("gone")
+        return read(files, *given)
+
+    monkeypatch.setattr(PrefixFiles, "read", fails_once)
+    run(scheduler, first := chat(prompt, 1))
+    assert first.completion.cached_tokens == 0 and "a kept prompt was not read: 'gone'" in caplog.text
+    scheduler.forget()
+    run(scheduler, again := chat([*prompt, 5], 1))
+    assert again.completion.cached_tokens == 96
+    scheduler.close()

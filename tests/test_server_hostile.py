@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +117,22 @@ def test_a_connection_on_which_no_request_comes_is_closed_however_slowly_it_spea
                 assert closed.recv(100) == b""
             engine.permit()
             assert b"[DONE]" in asking.makefile("rb").read()
+
+
+def test_a_connection_is_not_closed_right_after_an_answer_that_took_long() -> None:
+    """Only once nothing has come for a whole period after it."""
+    looks, closed = list[bool](), list[bool]()
+    connection = connections.Connection.__new__(connections.Connection)
+    connection._seen = None
+    connection.cycle = SimpleNamespace(response_complete=False)
+    connection._look_later = lambda: looks.append(True)
+    connection.transport = SimpleNamespace(close=lambda: closed.append(True))
+    connection._look_at()  # it runs
+    connection.cycle.response_complete = True
+    connection._look_at()  # just answered
+    assert len(looks) == 2 and not closed
+    connection._look_at()
+    assert closed
 
 
 def test_nothing_becomes_a_web_socket(server: Running) -> None:

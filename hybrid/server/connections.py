@@ -35,6 +35,9 @@ def bounds() -> tuple[int, int]:
     return max(8, min(MOST, there - at_once - _OWN)), at_once
 
 
+_RUNNING = object()  # in place of a request whose answer was not complete
+
+
 class Connection(H11Protocol):
     """One connection. Beyond `limit` of them it is told 503 and closed; one that sends no request is closed after a
     while, however slowly its bytes come.
@@ -43,7 +46,7 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, limit: int = MOST, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._limit = limit
-        self._seen: RequestResponseCycle | None = None
+        self._seen: RequestResponseCycle | object | None = None
         self._look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -68,7 +71,8 @@ class Connection(H11Protocol):
         if (last is None or last.response_complete) and last is self._seen:
             self.transport.close()
         else:
-            self._seen = last
+            # what still runs at a look is not silent since then, so the next look has seen nothing of it
+            self._seen = last if last is None or last.response_complete else _RUNNING
             self._look_later()
 
 

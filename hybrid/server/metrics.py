@@ -71,7 +71,7 @@ class Metrics:
         self._steps.inc()
         self.steps += 1
         self._step_seconds.inc(record.seconds)
-        self._engine_seconds.inc(record.times.total)
+        self._engine_seconds.inc(record.times.total - record.times.sampling)
         for _ in range(record.decode_rows):
             self._between.observe(record.seconds)
         self._rows.labels("prompt").inc(record.prompt_rows)

@@ -13,7 +13,9 @@ from hybrid.server.fields import DetokenizeBody, TemplateBody, TokenizeBody
 from hybrid.server.refusals import Refusal
 from hybrid.server.service import Service
 from hybrid.serving.async_llm import AsyncLLM
+from hybrid.serving.llm import LLM
 from hybrid.text.messages import ChatInput
+from hybrid.text.token_texts import TokenTexts
 
 
 def routes(service: Service) -> APIRouter:
@@ -29,8 +31,9 @@ def routes(service: Service) -> APIRouter:
             text = body.content if body.prompt is None else body.prompt
             if text is None or (body.content is not None and body.prompt is not None):
                 raise Refusal(400, "give the text as 'content', or as 'prompt'", param="content")
-            tokens = await service.prepare(lambda: _tokens(service, text, body), text=True)
-            found = {"tokens": tokens, "count": len(tokens), "max_model_len": service.llm.llm.max_tokens}
+            llm, texts = service.llm.llm, service.token_texts if body.with_pieces else None
+            tokens = await service.prepare(lambda: _tokens(llm, texts, text, body.add_special_tokens), text=True)
+            found = {"tokens": tokens, "count": len(tokens), "max_model_len": llm.max_tokens}
             return JSONResponse(found)
 
     @router.post("/detokenize", openapi_extra=takes(DetokenizeBody), response_model=None)
@@ -39,7 +42,8 @@ def routes(service: Service) -> APIRouter:
         with service.text():
             body = await read_body(request, DetokenizeBody, max_bytes)
             service.check_model(body.model)
-            text = await service.prepare(lambda: service.llm.llm.decode(body.tokens), text=True)
+            llm = service.llm.llm
+            text = await service.prepare(lambda: llm.decode(body.tokens), text=True)
             return JSONResponse({"content": text, "prompt": text})
 
     @router.post("/apply-template", openapi_extra=takes(TemplateBody), response_model=None)
@@ -48,18 +52,17 @@ def routes(service: Service) -> APIRouter:
         with service.text():
             body = await read_body(request, TemplateBody, max_bytes)
             service.check_model(body.model)
-            prompt = await service.prepare(lambda: _render(service.llm, body), text=True)
+            llm = service.llm
+            prompt = await service.prepare(lambda: _render(llm, body), text=True)
             return JSONResponse({"prompt": prompt})
 
     return router
 
 
-def _tokens(service: Service, text: str, body: TokenizeBody) -> list[Any]:
+def _tokens(llm: LLM, texts: TokenTexts | None, text: str, special: bool) -> list[Any]:
     """Ids, or objects that have the text of each token too."""
-    tokens = service.llm.llm.encode(text, body.add_special_tokens)
-    if not body.with_pieces:
-        return tokens
-    return [{"id": token, "piece": service.token_texts.text_of(token)} for token in tokens]
+    tokens = llm.encode(text, special)
+    return [{"id": token, "piece": texts.text_of(token)} for token in tokens] if texts else tokens
 
 
 def _render(llm: AsyncLLM, body: TemplateBody) -> str:

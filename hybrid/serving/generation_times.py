@@ -42,8 +42,8 @@ def time_rows(steps: Steps) -> Iterator[list[Any]]:
 
 
 def clock_rows(steps: Steps) -> Iterator[list[Any]]:
-    """A row for every second of decoding: its number, degrees Celsius, and the mean clock in MHz, as the last step that
-    ended by then found them.
+    """A row for every second of decoding: its number, degrees Celsius, and the mean clock in MHz, as the step that it
+    lies in found them.
     """
     elapsed, second = 0.0, 0
     for record, reading in steps:

@@ -88,6 +88,7 @@ class PrefixPool:
     def __init__(self, engine: Engine) -> None:
         self.limit: int = engine.plan.prefix_bytes
         self.nbytes = 0
+        self._arriving = 0  # bytes that files being read may take
         self._tokens = self._hits = self._hit_tokens = self._evicted = 0
         self._engine = engine
         self._rewindable: bool = engine.plan.kv.repeatable
@@ -151,6 +152,7 @@ class PrefixPool:
         """Keep what a sequence holds after these tokens, as far as that is not here and `room` bytes are enough for the
         whole pool. Where the system has no memory left the rest is not kept either.
         """
+        room -= self._arriving
         if self._rewindable:
             tokens = tokens[: len(tokens) // BLOCK * BLOCK]
         end, known, start = self._end_of(tokens, phase)
@@ -182,7 +184,10 @@ class PrefixPool:
         if entry is None or entry.tokens[:BLOCK].tobytes() in end.children:  # a tail that is there
             return False
         if begin and self._reader.idle:
-            self._reader.begin(Wanted(tokens.copy(), start, phase, room))
+            self._touch(end)
+            self._arriving = max(0, room - self.nbytes, room // 4)
+            self.shrink(room - self._arriving)
+            self._reader.begin(Wanted(tokens.copy(), start, phase, self._arriving))
         return True
 
     def collect(self, room: int) -> None:
@@ -190,6 +195,8 @@ class PrefixPool:
         for arrival in self._reader.arrived() if self._reader else ():
             with suppress(OSError, MemoryError):
                 self._attach(arrival, room)
+        if self._reader and self._reader.idle and not self._reader.busy:
+            self._arriving = 0
 
     def wait(self, seconds: float) -> None:
         """Until more of files was read, at most so long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hybrid.serving.prefix_files import Entry, Part, PrefixFiles
 if TYPE_CHECKING:
     from hybrid.engine.saved import Saved
 
+_logger = logging.getLogger("hybrid.prefixes")
 PATIENCE = 10.0  # seconds without a file that was read, after which prompts are computed instead
 
 
@@ -98,6 +100,8 @@ class PrefixReader:
                 self._read(wanted, used)
             except (OSError, MemoryError):
                 pass  # there is no memory: what was read is there
+            except Exception as error:  # whatever it is, the thread goes on, for somebody may wait for it
+                _logger.warning("a kept prompt was not read: %s", error)
             finally:
                 self._busy = False
                 self._news.set()

@@ -217,6 +217,8 @@ class Scheduler:
         leaving = self._admission.in_the_way(job, self._limit(job), less)
         if not leaving or self._admission.fetch(job) or self._admission.look(job)[1]:
             return 0
+        if any(other.pending > 1 and self._turn(other) < self._turn(job) for other in self._running):
+            return 0  # a prompt that is read first takes the rows
         for other in leaving:
             self._preempt(other)
         return len(leaving)
