@@ -16,6 +16,7 @@ from checkpoints import packed, write_checkpoint
 from hybrid.commands.console import run_app
 from hybrid.commands.store import app
 from hybrid.errors import WeightsError
+from hybrid.formats.packed import LAYOUT_VERSION
 from hybrid.weights.kept import kept_stores, remove_store
 from hybrid.weights.manifest import Manifest
 from hybrid.weights.pack import cached_store
@@ -96,7 +97,7 @@ def test_files_of_others_in_a_store_are_kept(cache: Path) -> None:
 
 def reversed_version(store: Path) -> None:
     file = store / "manifest.json"
-    file.write_text(file.read_text().replace('"layout_version": 3', '"layout_version": 2'))
+    file.write_text(file.read_text().replace(f'"layout_version": {LAYOUT_VERSION}', '"layout_version": 2'))
 
 
 USELESS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
