@@ -90,7 +90,9 @@ class Transition(Prefetch):
 
 
 class Perfect(Prefetch):
-    """Names exactly what is called `depth` lookups later: what no prediction beats, with the same table."""
+    """Names exactly what is called `depth` lookups later. Not a bound: where a quota or a delay binds, a copy that is
+    needed later may push out what is needed sooner.
+    """
 
     name = PERFECT
 

@@ -20,6 +20,7 @@ from hybrid import lab
 from hybrid.commands.experiment import app
 from hybrid.errors import ConfigError
 from hybrid.lab.claims import OF_CACHES, OF_TRACES, Finding
+from hybrid.lab.grid import ways_of
 from hybrid.lab.parts import FIGURES, Claim
 from hybrid.lab.verdict import Verdict
 from hybrid.trace_files import write_trace
@@ -200,8 +201,25 @@ def test_the_verdict_weighs_the_cpu_and_experts_that_never_move() -> None:
     assert replace(one, cache=10.6).text == "a cache pays"
     assert replace(one, fixed=12.0, cache=12.1).text == "fixed experts do as well as a cache"
     assert replace(one, fixed=12.0, cache=11.0).text == "fixed experts do better than a cache"
+    assert replace(one, fixed=10.4, cache=10.9).text == "fixed experts do as well as a cache"
 
 
+def test_a_bound_is_of_one_seed_of_every_trace(file: Path) -> None:
+    write_trace(file.parent / "b.csv", long := random_trace(2, steps=200, layers=4, experts=8, top_k=2))
+    caches = '[[caches]]\nnways = [2]\npolicies = ["LRU"]\nprefetch = ["transition"]\nseeds = [0, 1]'
+    file.write_text(TEXT.split("[[caches]]")[0] + caches)
+    lab.run(experiment := lab.load(file))
+    found = {one.name: one for one in lab.outcomes(experiment)}["LRU, transition prefetch"]
+    results = [replay(calls(trace), Setting(4, 2, prefetch="transition")) for trace in (TRACES[0], long)]
+    assert found.bound == sum(result.upper_bound or 0 for result in results) and found.regret >= 0
+
+
+@pytest.mark.parametrize(("share", "ways"), [(0.15, 9), (0.3, 18), (0.35, 21), (0.6, 36), (0.7, 42), (0.95, 57)])
+def test_shares_of_experts_are_exact(share: float, ways: int) -> None:
+    assert ways_of(share, 24, calls(random_trace(1, steps=1, layers=24, experts=60))) == ways
+
+
+ALIKE = "".join(f'[[models]]\nname = "{name}"\ntraces = ["a.csv"]\n' for name in ("t w-o", "t/w-o"))
 WRONG = [
     (
         "title",
@@ -235,6 +253,11 @@ WRONG = [
     (TEXT, "models = [1]", "two.toml: [[models]] 1 is 1; it must be a table"),
     (TEXT, "", "two.toml has no [[models]]; give at least one"),
     ("expert_mb = 100", "", "break-even admission needs costs"),
+    (
+        "[[caches]]",
+        ALIKE + "[[caches]]",
+        "two.toml: [[models]] 't w-o' and 't/w-o' would have the same files; rename one",
+    ),
 ]
 
 

@@ -88,7 +88,7 @@ def joined(traces: Sequence[Trace], names: Sequence[str]) -> Trace:
     columns = {name: [getattr(trace, name) for trace in traces] for name in COLUMNS}
     step = sequence = 0
     for at, trace in enumerate(traces):
-        columns["step"][at] = trace.step + step
+        columns["step"][at] = trace.step - trace.step.min() + step
         columns["sequence"][at] = trace.sequence - trace.sequence.min() + sequence
         step, sequence = int(columns["step"][at][-1]) + 1, int(columns["sequence"][at].max()) + 1
     whole = {name: np.concatenate(parts) for name, parts in columns.items()}

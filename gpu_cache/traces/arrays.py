@@ -99,9 +99,10 @@ def _arrays(trace: Trace) -> Iterator[NDArray[np.int16]]:
     top_k = int(trace.rank.max()) + 1
     ordered = by_sequence(trace)
     for rows in np.split(np.arange(len(ordered)), np.flatnonzero(np.diff(ordered.sequence)) + 1):
-        names, token = np.unique(ordered.position[rows], return_inverse=True)
-        array = np.full((len(names), trace.layers, top_k), -1, np.int16)
-        array[token, ordered.layer[rows], ordered.rank[rows]] = ordered.expert[rows]
+        places = np.stack([ordered.step[rows], ordered.position[rows]])  # a position may be computed again
+        names, token = np.unique(places, axis=1, return_inverse=True)
+        array = np.full((names.shape[1], trace.layers, top_k), -1, np.int16)
+        array[token.reshape(-1), ordered.layer[rows], ordered.rank[rows]] = ordered.expert[rows]
         yield array
 
 

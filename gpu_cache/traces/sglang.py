@@ -127,7 +127,9 @@ def _of_passes(opened: TorchFile, passes: list[dict[str, Any]], logical: Ints | 
         return _of_counts(table, source)
     steps, layer, physical = np.nonzero(table)
     added = np.zeros((*table.shape[:2], int(logical.max()) + 1), np.int64)
-    np.add.at(added, (steps, layer, _looked_up(logical, layer, physical, 0, source)), table[steps, layer, physical])
+    expert, count = _looked_up(logical, layer, physical, 0, source), table[steps, layer, physical]
+    held = expert >= 0  # others are slots without an expert
+    np.add.at(added, (steps[held], layer[held], expert[held]), count[held])
     return _of_counts(added, source)
 
 

@@ -73,7 +73,12 @@ class TorchFile:
         """The numbers of a tensor."""
         if not isinstance(value, Tensor):
             raise CacheError(f"{self._name}: has {str(value)[:40]!r} where a tensor belongs")
-        numbers = np.frombuffer(self._member(f"data/{value.member}"), f"{self._order}{value.dtype}")
+        data, dtype = self._member(f"data/{value.member}"), np.dtype(f"{self._order}{value.dtype}")
+        if len(data) % dtype.itemsize:
+            raise CacheError(
+                f"{self._name}: data/{value.member} has {len(data)} bytes, no whole numbers; copy it again"
+            )
+        numbers = np.frombuffer(data, dtype)
         last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True))
         if 0 in value.shape:
             return np.zeros(value.shape, value.dtype)

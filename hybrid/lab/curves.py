@@ -73,6 +73,7 @@ def _hits(source: Source, policy: str, nblocks: int, mapping: str) -> Reals:
     calls = source.calls
     if policy != CHE:
         return curve(calls, policy, nblocks, mapping).hits[1:].astype(np.float64)
+    Geometry(nblocks, 1, calls.layers, calls.experts, mapping)  # before anything is divided by it
     sizes = range(1, calls.layers * calls.experts // nblocks + 1)
     shapes = [Geometry(nblocks, ways, calls.layers, calls.experts, mapping) for ways in sizes]
     return calls.total * np.array([che_hit_rate(calls, shape) for shape in shapes])

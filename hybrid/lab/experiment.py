@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,11 @@ def _tables(kind: type[T], tables: Any, where: str) -> tuple[T, ...]:
     return tuple(from_table(kind, table, f"{where} {at}") for at, table in enumerate(tables, 1))
 
 
+def file_name(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "model"
+
+
 def _check(experiment: Experiment) -> None:
     path = experiment.path
     if not experiment.models:
@@ -117,7 +123,11 @@ def _check(experiment: Experiment) -> None:
         names = [one.name for one in getattr(experiment, what)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"{path}: [[{what}]] has the name {twice[0]!r:.80} twice; give each its own")
+    files = {file_name(model.name): model.name for model in experiment.models}
     for at, model in enumerate(experiment.models, 1):
+        if files[file_name(model.name)] != model.name:
+            other = files[file_name(model.name)]
+            raise ConfigError(f"{path}: [[models]] {model.name!r} and {other!r} would have the same files; rename one")
         if not model.traces:
             raise ConfigError(f"{path}: [[models]] {at}, traces is empty; give at least one path")
         for machine in experiment.machines if model.expert_mb is not None else ():

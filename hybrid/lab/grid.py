@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 from gpu_cache.errors import CacheError
@@ -41,4 +42,4 @@ def ways_of(ways: int | float, nblocks: int, calls: Calls) -> int:
         return ways
     if not 0 < ways <= 1:
         raise CacheError(f"nways has the share {ways}; it must be above 0, at most 1.0, or a whole number")
-    return max(1, int(ways * calls.layers * calls.experts / max(1, nblocks)))
+    return max(1, int(Fraction(str(ways)) * calls.layers * calls.experts / max(1, nblocks)))  # exact: 0.15 of 60 is 9

@@ -137,7 +137,9 @@ def outcomes_of(replays: Iterable[Replay]) -> list[Outcome]:
     made = []
     for (model, place, policy, admission, prefetch, machine), rows in found.items():
         seeds = len({row["seed"] for row in rows})
-        bound = bounds.get((model, place)) if prefetch == Prefetch.name else _bound(rows[: len(rows) // seeds])
+        bound = bounds.get((model, place))
+        if prefetch != Prefetch.name:
+            bound = _bound([row for row in rows if row["seed"] == rows[0]["seed"]])
         made.append(Outcome(model, place, policy, admission, prefetch, machine, tuple(rows), seeds, bound))
     return made
 

@@ -42,7 +42,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return f"{self.model.name}, {Path(self.file).name}"
+        return f"{self.model.name}, {self.file}"
 
 
 @dataclass(frozen=True)

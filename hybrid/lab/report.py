@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from hybrid.files import csv_kind, output_file
 from hybrid.lab.claims import Finding, findings, rows_of
 from hybrid.lab.curves import SizeCurve, size_curves
 from hybrid.lab.curves import rows_of as curve_rows
-from hybrid.lab.experiment import Experiment
+from hybrid.lab.experiment import Experiment, file_name
 from hybrid.lab.figures import curves_figure, hit_rate_figure, styled
 from hybrid.lab.grid import BOUND
 from hybrid.lab.html import Figure, Section, Table, Text, figure_of, write_page
@@ -96,11 +95,6 @@ def _curve_figures(model: Model, curves: Sequence[SizeCurve], folder: Path) -> l
     path = folder / f"{file_name(model.name)}-curves.svg"
     styled(lambda: curves_figure(curve_rows(curves), f"Hit rate of every size\n{model.name}"), path)
     return [figure_of(path)]
-
-
-def file_name(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "model"
 
 
 def _about(source: Source) -> str:

@@ -34,10 +34,10 @@ class Verdict:
     def text(self) -> str:
         if self.pays:
             return "a cache pays"
-        if self.fixed >= MARGIN * self.cpu:
-            near = self.cache * MARGIN > self.fixed
-            return f"fixed experts do {'as well as' if near else 'better than'} a cache"
-        return "neither pays: the CPU alone is as fast"
+        if max(self.fixed, self.cache) < MARGIN * self.cpu:
+            return "neither pays: the CPU alone is as fast"
+        near = self.cache * MARGIN > self.fixed
+        return f"fixed experts do {'as well as' if near else 'better than'} a cache"
 
 
 def verdicts(outcomes: Sequence[Outcome], machines: dict[str, Machine]) -> list[Verdict]:

@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from routing import random_trace
 
 from gpu_cache.errors import CacheError
 from gpu_cache.trace import COLUMNS, Trace, calls, make_trace
-from gpu_cache.traces import FORMATS, find_format, format_of, joined, known_format, read
+from gpu_cache.traces import FORMATS, find_format, format_of, joined, known_format, read, sglang
 from gpu_cache.traces.base import Sizes, Source, TraceFormat
 
 OTHERS = Path(__file__).parent.parent / "traces" / "others"
@@ -135,6 +136,9 @@ def test_traces_are_joined_and_numbered_on() -> None:
     both = joined([one, other], ["a", "b"])
     assert sorted(set(both.sequence.tolist())) == [0, 1, 2] and sorted(set(both.step.tolist())) == [0, 1, 2, 3, 4]
     assert len(both) == len(one) + len(other)
+    columns = {name: getattr(other, name) for name in COLUMNS}
+    later = make_trace({**columns, "step": other.step + 5}, other.layers, other.experts)
+    assert (joined([one, later], ["a", "b"]).step == both.step).all()
     with pytest.raises(CacheError, match="not of one model.*a 3, b 2"):
         joined([one, random_trace(1, layers=2)], ["a", "b"])
 
@@ -181,6 +185,37 @@ def test_a_record_of_sglang_of_counts_has_the_calls_of_every_pass(mode: str) -> 
         (step, layer, sorted(experts)) for step, layer, experts, _ in counted
     ]
     assert [experts[0] for _, _, experts, _ in counted] == [2, 0, 6, 0, 5, 1]
+
+
+def test_numbers_that_are_cut_are_refused() -> None:
+    old = (OTHERS / "sglang_stat.pt").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(old)) as archive:
+        member = next(name for name in archive.namelist() if name.endswith("data/0"))
+        content = archive.read(member)
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(old)) as archive, zipfile.ZipFile(file, "w") as new:
+        for one in archive.infolist():
+            new.writestr(one.filename, content[:-3] if one.filename == member else archive.read(one))
+    with pytest.raises(CacheError, match=r"data/0 has \d+ bytes, no whole numbers; copy it again"):
+        again(file.getvalue())
+
+
+def test_slots_without_an_expert_are_not_counted_for_the_last_one(monkeypatch) -> None:
+    """A map has -1 for them."""
+    logical, table = np.array([[0, 1, 2, -1], [0, 1, 2, 3]]), np.ones((2, 4), np.int64)
+    opened = SimpleNamespace(array=lambda value: value)
+    columns = sglang._of_passes(opened, [{sglang._PER_PASS: table}], logical, Source(io.BytesIO(), "x.pt"))
+    assert len(columns["expert"]) == 7
+
+
+def test_positions_that_were_computed_again_keep_their_rows() -> None:
+    """As after a rewind: 0, 1, 2, then 1, 2, 3."""
+    trace = random_trace(4, steps=6, layers=2, experts=8, top_k=2)
+    columns = {name: getattr(trace, name) for name in COLUMNS}
+    columns |= {"position": np.array([0, 1, 2, 1, 2, 3])[trace.step], "sequence": np.zeros_like(trace.sequence)}
+    rewound = make_trace(columns, trace.layers, trace.experts)
+    found = again(written(known_format("npz"), rewound), experts=8)
+    assert len(found) == len(rewound) == 24 and (found.expert == rewound.expert).all()
 
 
 def repacked(program: bytes) -> bytes:
