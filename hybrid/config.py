@@ -260,6 +260,7 @@ class EngineConfig:
         True, "Guess tokens that repeat the text and compute them along, where that pays.", negatable=True
     )
     isa: str | None = setting(None, "Instruction set; the best of the machine.", flag=False, late=True)
+    memory_share: int = setting(1, "Engines of this machine that share its memory.", flag=False, minimum=1)
     cache_dir: Path | None = setting(None, "Where packed models are kept.", shown="user cache")
     check: bool = setting(False, "Verify every weight while loading.")
     # How answers in a chat are written; `hybrid.text.answer_format` knows the names and checks them.

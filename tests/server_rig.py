@@ -14,6 +14,7 @@ import httpx
 from dummy_engine import WATCHDOG
 
 from hybrid import LLM
+from hybrid.server.app import build
 from hybrid.server.config import ServerConfig
 from hybrid.server.process import Process, listen
 from hybrid.server.service import Service
@@ -30,7 +31,9 @@ class Running:
         options = ServerConfig(port=0, log="none", **config)
         self.service = Service(options, ("tiny", "also-tiny"), telemetry)
         self._socket, self._may_load = listen(options), threading.Event()
-        self.process = Process(self.service, lambda progress: self._load(next(self._llms, None), progress))
+        self.process = Process(
+            build(self.service), self.service, lambda progress: self._load(next(self._llms, None), progress)
+        )
         self.port = self._socket.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.process.run, args=([self._socket],), daemon=True)

@@ -25,11 +25,12 @@ ORDER = (
     ("engine",),
     ("serving",),
     ("lab", "server"),
+    ("cluster",),
     ("commands",),
     ("cli", "main", "serve"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-MAX_ROOMS = 24
+MAX_ROOMS = 25
 KNOWS_NOTHING_OF = {"cpu_kernels": ("hybrid", "gpu_cache"), "gpu_cache": ("hybrid", "cpu_kernels")}
 WITH_TORCH = ("hybrid/gpu", "hybrid/machine/gpu.py", "gpu_cache/kernels", "gpu_cache/devices/torch_streams.py")
 FILES = sorted(path for package in ("hybrid", *KNOWS_NOTHING_OF) for path in ROOT.glob(f"{package}/**/*.py"))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from hybrid import LLM, CacheConfig, EngineConfig, SamplingParams
 from hybrid.cli import COMMANDS
+from hybrid.cluster.config import ClusterConfig
 from hybrid.commands import bench, chat, fit, models, pack, perplexity, run, serve, simulate, verify
 from hybrid.commands.bench import BenchOptions
 from hybrid.commands.chat import ChatOptions
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 OF_RUN = (EngineConfig, SamplingParams, RunOptions, ChatOptions, FormOptions)
 KINDS = (
     *OF_RUN, PackOptions, ModelsOptions, FitOptions, BenchOptions, PerplexityOptions, VerifyOptions, SimulateOptions,
-    ServerConfig,
+    ServerConfig, ClusterConfig,
 )  # fmt: skip
 ALL = [setting for kind in KINDS for setting in settings_of(kind)]
 MODULES = {

@@ -20,6 +20,7 @@ GROUPS = {
     "prompts": "Prompts",
     "chat": "Chat",
     "server": "Server",
+    "cluster": "Replicas",
     "sampling": "Sampling",
     "engine": "Engine",
     "cache": "Expert cache",

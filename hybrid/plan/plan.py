@@ -97,6 +97,7 @@ class Plan:
     kv_idle_release: float | None = None
     prefix_dir: Path | None = None
     prefix_disk_bytes: int = 0
+    memory_share: int = 1  # engines that share what is free
 
     @property
     def nodes(self) -> int:
@@ -234,6 +235,7 @@ def _sized(
         **_of_machine(hardware),
         **_as_configured(config),
     )
+    plan = replace(plan, memory_available=_own_memory(plan))
     if config.step_device:
         plan = _with_device(plan, spec, hardware, config, config.step_device)
     if shape:
@@ -263,7 +265,14 @@ def _as_configured(config: EngineConfig) -> dict[str, Any]:
         "kv_idle_release": config.kv_idle_release,
         "prefix_dir": config.prefix_dir,
         "prefix_disk_bytes": int(config.prefix_disk_gb * 1e9),
+        "memory_share": config.memory_share,
     }
+
+
+def _own_memory(plan: Plan) -> int:
+    """Of the free memory what one of several engines may use; weights that all of them map are there once."""
+    common = min(plan.memory_available, sum(plan.weight_bytes.values()) if plan.load == "map" else 0)
+    return common + (plan.memory_available - common) // plan.memory_share
 
 
 def _prefix_bytes(plan: Plan, config: EngineConfig) -> int:

@@ -34,7 +34,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("total before the first token", plan.fixed_bytes),
         (f"KV of one sequence of {plan.max_seq_len} tokens", plan.max_seq_len * plan.kv.token_bytes),
         (f"KV reserved for {plan.sequences} sequences (address space)", plan.sequences * plan.kv.sequence_stride),
-        ("memory free", plan.memory_available),
+        (_free_text(plan), plan.memory_available),
     ]
     verdict = plan.problem or f"fits: room for {plan.kv_token_budget} tokens of KV over {plan.sequences} sequences"
     return [
@@ -66,6 +66,13 @@ def _slot_rows(cache: CachePlan | None) -> list[tuple[str, int]]:
 def _places_text(plan: Plan) -> str:
     """Of each node: "0-3,8 and 4-7"."""
     return " and ".join(dict.fromkeys(ranges_text(cpus) for cpus in plan.cpus))
+
+
+def _free_text(plan: Plan) -> str:
+    if plan.memory_share == 1:
+        return "memory free"
+    whose = ", mapped weights are common" if plan.load == "map" else ""
+    return f"memory free for each of {plan.memory_share}{whose}"
 
 
 def _nodes_text(plan: Plan) -> str:

@@ -22,7 +22,12 @@ _CLIENT_GONE = 499  # as nginx writes it; nobody reads it
 
 
 def build(service: Service) -> Gate:
-    """An ASGI application. Whatever a route raises becomes an error of the API's shape."""
+    """An ASGI application for clients."""
+    return Gate(endpoints(service), service.config, service.telemetry)
+
+
+def endpoints(service: Service) -> FastAPI:
+    """What is behind the gate. Whatever a route raises becomes an error of the API's shape."""
     app = FastAPI(
         title="hybrid",
         version=hybrid.__version__,
@@ -38,7 +43,7 @@ def build(service: Service) -> Gate:
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
-    return Gate(app, service.config, service.telemetry)
+    return app
 
 
 async def _refused(request: Request, error: Exception) -> Response:

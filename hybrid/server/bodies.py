@@ -21,13 +21,15 @@ _SMALL = 1 << 16  # bytes that are parsed at once, on the event loop
 
 async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
     """The JSON body of a request as an endpoint takes it. Raises Refusal."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refusal(415, "a body must not be compressed")
-    data = await _read(request, max_bytes)
+    return checked(kind, await parse_object(await read_bytes(request, max_bytes)))
+
+
+async def parse_object(data: bytes) -> dict[str, Any]:
+    """What a body says. Raises Refusal."""
     value = _parse(data) if len(data) <= _SMALL else await asyncio.to_thread(_parse, data)
     if not isinstance(value, dict):
         raise Refusal(400, "the body must be a JSON object")
-    return checked(kind, value)
+    return value
 
 
 def checked(kind: type[Body], value: dict[str, Any]) -> Body:
@@ -38,7 +40,10 @@ def checked(kind: type[Body], value: dict[str, Any]) -> Body:
         raise _refusal(error) from None
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body of a request. Raises Refusal."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refusal(415, "a body must not be compressed")
     too_large = Refusal(413, f"the body is larger than {max_bytes} bytes, the limit of this server (--max-body-mb)")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 18 or int(length) > max_bytes:

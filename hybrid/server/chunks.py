@@ -9,7 +9,7 @@ from fastapi import Request
 
 from hybrid.server.replies import measured, note_usage, usage_of
 from hybrid.server.service import Run
-from hybrid.server.stream import DONE, PING, event
+from hybrid.server.stream import DONE, PING, Opening, event
 from hybrid.serving.together import Piece
 
 Choices = list[dict[str, Any]]
@@ -30,7 +30,7 @@ async def chunk_events(
     if with_usage:
         top = {**top, "usage": None}
     if first:
-        yield b"".join(event({**top, "choices": [choice]}) for choice in first)
+        yield Opening(b"".join(event({**top, "choices": [choice]}) for choice in first))
     while not run.over():
         pieces = await run.next(run.service.config.ping_seconds)
         parts: list[dict[str, Any]] = [{**top, "choices": [choice]} for choice in choices_of(pieces)]

@@ -16,7 +16,6 @@ from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import ChatBody
 from hybrid.server.messages_body import CountBody, MessagesBody
 from hybrid.server.parts import Face, Part, answer
-from hybrid.server.refusals import ANTHROPIC, Refusal
 from hybrid.server.replies import measured, stopped_by, usage_of
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import named_event, until_gone
@@ -95,9 +94,6 @@ class _Message(Face):
 
     def silence(self) -> bytes:
         return named_event({"type": "ping"})
-
-    def failed(self, refusal: Refusal) -> bytes:
-        return named_event(refusal.body_for(ANTHROPIC))
 
     def _call(self, part: Part) -> bytes:
         assert part.call

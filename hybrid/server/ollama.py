@@ -17,7 +17,6 @@ from hybrid.server.chat import start
 from hybrid.server.documented import LINES, takes
 from hybrid.server.ollama_body import OllamaBody, OllamaChatBody, OllamaGenerateBody, ShowBody
 from hybrid.server.parts import Face, Part, answer
-from hybrid.server.refusals import OLLAMA, Refusal
 from hybrid.server.replies import measured
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import line, until_gone
@@ -145,9 +144,6 @@ class _Lines(Face):
 
     def silence(self) -> bytes:
         return self._line(self.said(None, {"content": ""}))
-
-    def failed(self, refusal: Refusal) -> bytes:
-        return line(refusal.body_for(OLLAMA))
 
     def _line(self, said: dict[str, Any]) -> bytes:
         return line({"model": self.model, "created_at": _now(), **said, "done": False})

@@ -14,7 +14,7 @@ from hybrid.core import Completion, TextDelta, ToolCall
 from hybrid.server.refusals import Refusal
 from hybrid.server.replies import note_usage
 from hybrid.server.service import Run
-from hybrid.server.stream import EventStream
+from hybrid.server.stream import EventStream, Opening, Silence, last_event
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Part:
 class Face(ABC):
     """One answer as an API writes it. It is given the parts as they come, and knows the whole at the end.
 
-    media: of a stream. one_call: whether calls after the first are left out.
+    media: of a stream. one_call: whether calls after the first are left out. events: that were made, where the API
+    counts them.
     """
 
     media: ClassVar[str] = "text/event-stream"
+    events = 0
 
     def __init__(self, run: Run, model: str, one_call: bool = False) -> None:
         self.run, self.model, self._one_call, self.called = run, model, one_call, False
@@ -60,10 +62,6 @@ class Face(ABC):
     @abstractmethod
     def silence(self) -> bytes:
         """What a stream says while there is nothing to say."""
-
-    @abstractmethod
-    def failed(self, refusal: Refusal) -> bytes:
-        """How a stream ends that cannot go on."""
 
     def parts(self, said: Completion | TextDelta) -> Iterator[Part]:
         if said.reasoning:
@@ -97,15 +95,15 @@ async def answer(request: Request, run: Run, stream: bool, make: Callable[[Run],
 async def _events(request: Request, face: Face) -> AsyncIterator[bytes]:
     run = face.run
     if first := face.begin():
-        yield first
+        yield Opening(first)
     while not run.over():
         try:
             pieces = await run.next(run.service.config.ping_seconds)
         except Refusal as refusal:
-            yield face.failed(refusal)
+            yield last_event(request.url.path, refusal, face.events)
             return
         said = b"".join(face.add(part) for _, delta in pieces for part in face.parts(delta))
         if said or not pieces:
-            yield said or face.silence()
+            yield said or Silence(face.silence())
     note_usage(request, run)
     yield face.end()

@@ -9,19 +9,24 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import uvicorn
 
 from hybrid.errors import ConfigError
 from hybrid.server import connections
-from hybrid.server.app import build
 from hybrid.server.config import ServerConfig
-from hybrid.server.service import Service
-from hybrid.serving.llm import LLM
+from hybrid.server.gate import App
 
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+Loaded = TypeVar("Loaded", contravariant=True)
 Progress = Callable[[str, int, int], None]
-Load = Callable[[Progress], LLM]
+Load = Callable[[Progress], T]
 _INTERRUPTED = 130
 _CLOSE_SECONDS = 5  # for connections that are to be closed
 
@@ -45,24 +50,47 @@ def listen(config: ServerConfig) -> socket.socket:
     return listening
 
 
-class Process(uvicorn.Server):
-    """load: makes the model, on a thread of its own while requests are answered. on_ready: called once it is there.
-    notice: told in one line what whoever ends it has to wait for.
+class Served(Protocol[Loaded]):
+    """What a process loads for, and drains. Lives on its event loop."""
+
+    config: ServerConfig
+    progress: tuple[str, int, int] | None  # of loading; any thread sets it
+
+    def opened(self, loaded: Loaded) -> None:
+        """It is loaded."""
+
+    def watch(self, reopen: Callable[[], Any], on_lost: Callable[[BaseException], None]) -> None:
+        """reopen: loads it anew, on another thread. on_lost: is called where that has failed."""
+
+    def running(self) -> int:
+        """What is computed now."""
+
+    def waiting(self) -> int:
+        """What waits to be."""
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing more; wait for what runs, and after so long end it by an error."""
+
+
+class Process(uvicorn.Server, Generic[T]):
+    """app: what answers. load: makes what it needs, on a thread of its own while requests are answered. on_ready:
+    called once that is there. notice: told in one line what whoever ends it has to wait for.
 
     The first SIGTERM or Ctrl-C drains, the second ends the process at once.
     """
 
     def __init__(
         self,
-        service: Service,
-        load: Load,
-        on_ready: Callable[[LLM], None] = lambda llm: None,
+        app: App,
+        service: Served[T],
+        load: Load[T],
+        on_ready: Callable[[T], None] = lambda loaded: None,
         notice: Callable[[str], None] = lambda line: None,
     ) -> None:
         limit, at_once = connections.bounds()
         super().__init__(
             uvicorn.Config(
-                build(service),
+                app,
                 http=connections.protocol(limit),
                 backlog=at_once,
                 log_config=None,
@@ -78,8 +106,7 @@ class Process(uvicorn.Server):
         self.error: BaseException | None = None  # of loading
         self.lost = False  # whether there was an engine, and none could be opened in its place
         self._load, self._on_ready, self._notice = load, on_ready, notice
-        service.health.reopen = partial(self._load, self._note)
-        service.health.on_lost = self._lose
+        service.watch(partial(self._load, self._note), self._lose)
         self._ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -118,15 +145,15 @@ class Process(uvicorn.Server):
     def _open(self) -> None:
         """On a thread: load, and tell the event loop."""
         try:
-            llm = self._load(self._note)
+            loaded = self._load(self._note)
         except BaseException as error:
             if not isinstance(error, _Abandoned):
                 self.error = error
             self.should_exit = True
             return
         if self._ending:
-            return llm.close()
-        self._tell(self._opened, llm)
+            return loaded.close()
+        self._tell(self._opened, loaded)
 
     def _lose(self, error: BaseException) -> None:
         """There is no engine any more: whoever watches over the process may start another."""
@@ -137,9 +164,9 @@ class Process(uvicorn.Server):
             raise _Abandoned
         self.service.progress = (what, done, total)
 
-    def _opened(self, llm: LLM) -> None:
-        self.service.opened(llm)
-        self._on_ready(llm)
+    def _opened(self, loaded: T) -> None:
+        self.service.opened(loaded)
+        self._on_ready(loaded)
 
     def _tell(self, call: Callable[..., Any], *arguments: Any) -> None:
         if self._loop is not None:

@@ -13,7 +13,7 @@ from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
 from hybrid.server.documented import EVENTS, takes
 from hybrid.server.parts import Face, Part, answer
-from hybrid.server.refusals import Refusal
+from hybrid.server.refusals import RESPONSES, Refusal
 from hybrid.server.replies import measured, usage_of
 from hybrid.server.responses_body import ResponsesBody
 from hybrid.server.service import Run, Service
@@ -25,7 +25,7 @@ Item = dict[str, Any]
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/responses", openapi_extra=takes(ResponsesBody, EVENTS), response_model=None)
+    @router.post(RESPONSES, openapi_extra=takes(ResponsesBody, EVENTS), response_model=None)
     async def responses(request: Request) -> Response:
         """The assistant's answer as items, whole or as a stream."""
         service.require_room()
@@ -54,7 +54,6 @@ class _Response(Face):
         self._id, self._created, self._body = f"resp_{uuid.uuid4().hex}", time(), body
         self._items: list[Item] = []
         self._open: str | None = None  # the kind of the last item, while it goes on
-        self._number = 0  # of the next event
 
     def begin(self) -> bytes:
         whole = self._response("in_progress")
@@ -78,10 +77,6 @@ class _Response(Face):
 
     def silence(self) -> bytes:
         return PING
-
-    def failed(self, refusal: Refusal) -> bytes:
-        code = refusal.code or "server_error"
-        return self._event("error", code=code, message=refusal.message, param=refusal.param)
 
     @property
     def _status(self) -> str:
@@ -134,7 +129,7 @@ class _Response(Face):
         return self._event(f"response.{kind}", **place, **more)
 
     def _event(self, kind: str, **more: Any) -> bytes:
-        number, self._number = self._number, self._number + 1
+        number, self.events = self.events, self.events + 1
         return named_event({"type": kind, "sequence_number": number, **more})
 
     def _finished(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from time import time
 from typing import Any, TypeVar
 
 from hybrid.errors import RequestError
+from hybrid.plan.text import summary_text
 from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import log_failure
@@ -59,6 +60,10 @@ class Service:
         self._llm = AsyncLLM(llm)
         self.health.opened()
 
+    def watch(self, reopen: Callable[[], LLM], on_lost: Callable[[BaseException], None]) -> None:
+        """reopen: opens the engine anew, on another thread. on_lost: is called where that has failed."""
+        self.health.reopen, self.health.on_lost = reopen, on_lost
+
     def _prefixes(self) -> PoolReport | None:
         return self._llm.llm.prefix_report() if self._llm else None
 
@@ -76,6 +81,12 @@ class Service:
         if self._llm is None:
             raise Refusal(503, "the model is being loaded; try again later", code="loading")
         return self._llm
+
+    def described(self) -> list[str]:
+        """The plan and the model, for people."""
+        llm = self.llm.llm
+        plan = llm.engine.plan
+        return [summary_text(plan), f"{llm.describe()}; {plan.isa} on {plan.threads} thread{'s' * (plan.threads != 1)}"]
 
     @property
     def vocab(self) -> int:

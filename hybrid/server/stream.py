@@ -11,10 +11,20 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 
 from hybrid.server.gate import Exchange, Receive, Scope, Send
-from hybrid.server.refusals import Refusal
+from hybrid.server.refusals import ANTHROPIC, OLLAMA, RESPONSES, Refusal
 
 T = TypeVar("T")
-PING = b": ping\n\n"
+
+
+class Opening(bytes):
+    """How a stream begins, before anything was computed."""
+
+
+class Silence(bytes):
+    """What a stream says while there is nothing to say."""
+
+
+PING = Silence(b": ping\n\n")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -39,6 +49,18 @@ def line(data: Mapping[str, Any]) -> bytes:
     return plain(data) + b"\n"
 
 
+def last_event(path: str, refusal: Refusal, events: int = 0) -> bytes:
+    """How a stream ends that cannot go on, as the API has it that the path is of. events: that were sent before."""
+    if path.startswith(OLLAMA):
+        return line(refusal.body_for(path))
+    if path.startswith(ANTHROPIC):
+        return named_event(refusal.body_for(path))
+    if path == RESPONSES:
+        said = {"code": refusal.code or "server_error", "message": refusal.message, "param": refusal.param}
+        return named_event({"type": "error", "sequence_number": events, **said})
+    return event(refusal.body)
+
+
 class EventStream(Response):
     """Sends events as they come, and what ends them early as a last one. close: called in every case, once."""
 
@@ -52,17 +74,17 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientGone):
-                await until_gone(receive, self._send(send))
+                await until_gone(receive, self._send(scope["path"], send))
         finally:
             self._close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, path: str, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Refusal as refusal:
-            await send({"type": "http.response.body", "body": event(refusal.body), "more_body": True})
+            await send({"type": "http.response.body", "body": last_event(path, refusal), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
