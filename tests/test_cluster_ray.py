@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ import pytest
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'hybrid-moe[cluster]'")
 
 from ray.cluster_utils import Cluster  # noqa: E402
+
+from hybrid.errors import ConfigError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # for whatever is waited for, on a busy machine
@@ -64,10 +67,13 @@ class Served:
             time.sleep(0.2)
         return there
 
-    def end(self) -> int:
+    def end(self) -> None:
         self.http.close()
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(SECONDS)
+        try:
+            assert self.process.wait(SECONDS) == 0, self.said
+        finally:
+            self.process.kill()
 
 
 def complete(server: Served, prompt: str, tokens: int) -> httpx.Response:
@@ -90,7 +96,10 @@ def test_sessions_keep_their_replica_and_one_that_is_killed_loses_nothing_unbegu
         there = server.wait(2)
         homes = set()
         for number in range(2):
-            turns = [{"role": "system", "content": f"You tell story {number}. " * 6}, {"role": "user", "content": "Go."}]
+            turns = [
+                {"role": "system", "content": f"You tell story {number}. " * 6},
+                {"role": "user", "content": "Go."},
+            ]
             places, cached = set(), []
             for _ in range(3):
                 reply = server.http.post("/v1/chat/completions", json={"messages": turns, "max_tokens": 8})
@@ -106,16 +115,21 @@ def test_sessions_keep_their_replica_and_one_that_is_killed_loses_nothing_unbegu
             for number, event in enumerate(begun):
                 streams.append(pool.submit(streamed, server, f"{number} once", event))
                 assert event.wait(SECONDS)
-            whole = [pool.submit(complete, server, f"{n} upon a time", 150) for n in range(12)]
-            time.sleep(0.2)
-            os.kill(next(iter(there.values()))["pid"], signal.SIGKILL)
+            whole = [pool.submit(complete, server, f"{n} upon a time", 400) for n in range(12)]
+            victim = next(iter(there))
+            while server.replicas()[victim]["running"] < 3:  # the stream, and two that have not begun to answer
+                assert not all(one.done() for one in whole)
+            os.kill(there[victim]["pid"], signal.SIGKILL)
             assert [one.result().status_code for one in whole] == [200] * 12
-            assert {one.result().json()["usage"]["completion_tokens"] for one in whole} == {150}
+            assert {one.result().json()["usage"]["completion_tokens"] for one in whole} == {400}
             ends = [("[DONE]" in one.result(), "replica_lost" in one.result()) for one in streams]
+        metrics = server.http.get("/metrics").text
+        moved = int(float(metrics.split("\nhybrid_front_moved_total ")[1].split()[0]))
+        assert moved >= 2 and f"\nhybrid_front_lost_total {moved + 1}.0\n" in metrics, "the stream had begun"
         assert sorted(ends) == [(False, True), (True, False)]
         assert set(server.wait(2)) != set(there), "another one is started"
     finally:
-        assert server.end() == 0
+        server.end()
 
 
 def test_none_runs_without_requests_and_one_comes_with_them(address: str) -> None:
@@ -128,4 +142,41 @@ def test_none_runs_without_requests_and_one_comes_with_them(address: str) -> Non
         assert complete(server, "Once", 5).json()["usage"]["completion_tokens"] == 5
         server.wait(0)
     finally:
-        assert server.end() == 0
+        server.end()
+
+
+def test_the_application_of_ray_serve_answers_at_its_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import yaml
+    from ray import serve
+
+    monkeypatch.syspath_prepend(str(ROOT / "deploy"))
+    from ray_serve import app
+
+    with pytest.raises(ConfigError, match="'replcas' is no setting"):
+        app({"replcas": 2})
+    with pytest.raises(ConfigError, match="port is for Ray Serve"):
+        app({"port": 1})
+    (application,) = yaml.safe_load((ROOT / "deploy" / "ray_serve.yaml").read_text())["applications"]
+    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(address, log_to_driver=False)
+    try:
+        with pytest.raises(ConfigError, match="4 replicas are too many for 2 processors"):
+            app(application["args"])
+        serve.shutdown()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app({"replicas": 2, "api_key": ["secret"]}), name="hybrid")
+        body = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+            assert client.post("/v1/completions", json=body).status_code == 401
+            client.headers["authorization"] = "Bearer secret"
+            assert len(client.get("/health").json()["replicas"]) == 2
+            whole = client.post("/v1/completions", json=body)
+            assert whole.json()["usage"]["completion_tokens"] == 5 and whole.headers["x-hybrid-replica"]
+            told = client.post("/v1/completions", json={**body, "stream": True})
+            assert told.text.endswith("data: [DONE]\n\n") and told.text.count("data: ") > 2
+    finally:
+        serve.shutdown()
+        ray.shutdown()

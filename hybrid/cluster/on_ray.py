@@ -74,10 +74,12 @@ class RayReplicas:
 
     async def all_say(self, what: str, *arguments: Any) -> dict[str, Any]:
         """As `Replicas` has it."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
         said = self._handle.broadcast("say", what, *arguments)
         try:
             answers = await said.results_async(timeout_s=_ASK_SECONDS, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):  # the latter is raised where none runs
             return {}
         return dict(answer for answer in answers if isinstance(answer, tuple))
 
@@ -144,7 +146,8 @@ class RayCluster:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster, self._own = cluster, cluster.ray_address is None
         self._opened: Future[RayReplicas] = Future()
-        self._closed = threading.Event()
+        self._closed, self._closing = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def open(
         self,
@@ -156,22 +159,23 @@ class RayCluster:
         """Start the replicas. Returns when the first is there. Raises HybridError."""
         progress("starting replicas", 0, self._cluster.replicas)
         arguments = (config, options, names)
-        threading.Thread(target=self._live, args=arguments, name="hybrid-ray", daemon=True).start()
+        self._thread = threading.Thread(target=self._live, args=arguments, name="hybrid-ray", daemon=True)
+        self._thread.start()
         return self._opened.result()
 
     def close(self) -> None:
         """End the replicas, and what was started for them."""
-        if self._closed.is_set():
-            return
-        import ray
-        from ray import serve
+        with self._closing:
+            if self._closed.is_set() or self._thread is None:
+                return
+            import ray
+            from ray import serve
 
-        with suppress(Exception):  # a cluster that is gone has nothing left to end
-            if ray.is_initialized():
-                serve.shutdown() if self._own else serve.delete(APP)
-        if self._own:
-            ray.shutdown()
-        self._closed.set()
+            with suppress(Exception):  # a cluster that is gone has nothing left to end
+                if ray.is_initialized():
+                    serve.shutdown() if self._own else serve.delete(APP)
+            ray.shutdown()  # or Ray's threads would be ended with the interpreter, in the midst of what they do
+            self._closed.set()
 
     def _live(self, config: EngineConfig, options: ServerConfig, names: tuple[str, ...]) -> None:
         try:
@@ -202,7 +206,7 @@ class RayCluster:
             if self._own:
                 cpus, size = len(probe().cpus), _OBJECT_STORE
                 ray.init("local", num_cpus=cpus, object_store_memory=size, include_dashboard=False, **quiet)
-            elif not ray.is_initialized():
+            else:
                 ray.init(self._cluster.ray_address, **quiet)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             where = f"reached at {self._cluster.ray_address}" if self._cluster.ray_address else "started here"

@@ -19,13 +19,19 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self._affinity = Affinity()
 
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
-        """The replicas in order, each a rank of its own."""
+        """The replicas in order, each a rank of its own. The first is noted at once, so that a request that comes while
+        this one is on its way knows of it.
+        """
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         there = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queues = self.replica_queue_len_cache
         loads = {name: queues.get(replica.replica_id) or 0 for name, replica in there.items()}
-        return [[there[name]] for name in self._affinity.order(_prefix(pending_request), loads)]
+        prefix = _prefix(pending_request)
+        order = self._affinity.order(prefix, loads)
+        if order:
+            self._affinity.note(prefix, order[0])
+        return [[there[name]] for name in order]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         self._affinity.note(_prefix(pending_request), replica_id.unique_id)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Closable")
 app = new_app()
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-EMBEDDED_NAME = "embedded"
 
 
 @command(app, "the server has ended")
@@ -40,7 +39,7 @@ def serve(config: EngineConfig, options: ServerConfig, cluster: ClusterConfig) -
         raise ConfigError(f"hybrid serve needs {', '.join(missing)}; install them: pip install 'hybrid-moe[server]'")
     options.all_keys()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    names = options.served_model_name or (_name(config),)
+    names = options.names_of(config.model_path)
     if cluster.alone:
         _serve_alone(config, options, names)
     else:
@@ -115,10 +114,6 @@ def _run(
         process = Process(app, service, load, on_ready, say)
         process.run([listening])
         return process
-
-
-def _name(config: EngineConfig) -> str:
-    return config.model_path.absolute().name if config.model_path else EMBEDDED_NAME
 
 
 def _address(options: ServerConfig, port: int) -> str:

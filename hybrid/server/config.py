@@ -12,6 +12,7 @@ from hybrid.settings import setting
 
 _KEYS = Reading(1 << 20, "give a text file with one key in each line", prefix="--api-key-file")
 LOGS = ("text", "json", "none")
+EMBEDDED_NAME = "embedded"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class ServerConfig:
         False, "Send a span for each request by OpenTelemetry, where OTEL_EXPORTER_OTLP_ENDPOINT says."
     )
     log: str = setting("text", f"A line on stderr for each request: one of {', '.join(LOGS)}.", choices=LOGS)
+
+    def names_of(self, model: Path | None) -> tuple[str, ...]:
+        """What clients call a model; the first is how it calls itself."""
+        return self.served_model_name or (model.absolute().name if model else EMBEDDED_NAME,)
 
     def all_keys(self) -> tuple[str, ...]:
         """All keys, those of the file too. Raises ConfigError; no keys: whoever reaches the address may ask."""
