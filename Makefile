@@ -17,13 +17,14 @@ LOWEST = import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 LOW := build/lowest
 SMOKE := test_main test_settings test_tokenizer test_llm test_simulate test_pack test_preprocessor test_plot cache/test_trace
 
-.PHONY: help demo serve test test-torch lowest wheels lint format bench kernels device gpu compare sanitize clean
+.PHONY: help demo serve test test-torch test-cluster lowest wheels lint format bench kernels device gpu compare sanitize clean
 
 help:
 	@echo "make demo     install and tell a story with the embedded model"
 	@echo "make serve    install the server extra and serve the embedded model; ARGS=\"--model-path DIR\" for another"
 	@echo "make test     install the test extra and run the tests, two files at a time; ARGS=\"-k plan\" picks some"
 	@echo "make test-torch  install the live extra (torch, transformers), run what needs it and what it is compared with"
+	@echo "make test-cluster  install the cluster extra (Ray Serve), run the tests of replicas on a cluster of two nodes"
 	@echo "make lowest   build a wheel with the lowest versions of all dependencies, install it, run it, test it"
 	@echo "make wheels   wheels for manylinux in dist/; PYTHONS=\"python3.11 python3.12\" picks interpreters"
 	@echo "make lint     check style and types of Python and C++"
@@ -47,6 +48,9 @@ test: $(VENV)/test $(VENV)/oracle
 
 test-torch: $(VENV)/live
 	HYBRID_TEST_ORACLE=live $(RUN) -m pytest -n 2 --dist loadfile $(LIVE) $(ARGS)
+
+test-cluster: $(VENV)/cluster
+	$(RUN) -m pytest tests/test_cluster.py tests/test_cluster_ray.py $(ARGS)
 
 # No compiler is on the PATH of what is installed. Tests run beside no sources, so that they import the wheel.
 lowest: $(VENV)/created
@@ -114,7 +118,7 @@ $(VENV)/oracle: $(VENV)/test
 	@touch $@
 
 # The extras of pyproject.toml, without building the extension again.
-$(VENV)/live: $(VENV)/test
-$(VENV)/test $(VENV)/live $(VENV)/lint $(VENV)/compare $(VENV)/gpu $(VENV)/server: $(VENV)/installed
+$(VENV)/live $(VENV)/cluster: $(VENV)/test
+$(VENV)/test $(VENV)/live $(VENV)/cluster $(VENV)/lint $(VENV)/compare $(VENV)/gpu $(VENV)/server: $(VENV)/installed
 	$(RUN) -c '$(EXTRA)' | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	@touch $@
