@@ -98,13 +98,7 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
         for series in _lines(members, "slots", _hit_percent, rows):
             _draw(axis, series, " (bound)" if series.label.startswith(BOUND) else "")
         axis.set_title(name if len(panels) > 1 else "")
-        axis.set_ylim(0, 100)
-        _whole_ticks(axis)
-    axes[0].set_ylabel("hits, % of all expert calls")
-    figure.supxlabel("expert slots on the device (N × M)", fontsize="medium")
-    _legend(figure, axes)
-    _title(figure, title)
-    return figure
+    return _of_hits(figure, axes, title)
 
 
 def curves_figure(rows: Sequence[Row], title: str) -> Figure:
@@ -121,6 +115,12 @@ def curves_figure(rows: Sequence[Row], title: str) -> Figure:
                 [row["slots"] for row in points], rates, label=policy, **{**_look(policy, causal), "marker": None}
             )
         axis.set_title(f"N = {count} indexes" if len(blocks) > 1 else "")
+    return _of_hits(figure, axes, title)
+
+
+def _of_hits(figure: Figure, axes: Sequence[Axes], title: str) -> Figure:
+    """With what stands around panels of hit rates against slots."""
+    for axis in axes:
         axis.set_ylim(0, 100)
         _whole_ticks(axis)
     axes[0].set_ylabel("hits, % of all expert calls")
