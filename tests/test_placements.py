@@ -60,7 +60,7 @@ def test_a_trace_routes_in_all_ways_and_other_sequences_of_it_are_profiled(tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--policies", "LRU,best"], "best is unknown; allowed: all, FIFO"),
+        (["--policies", "LRU,best"], "best is unknown; allowed: all, 2Q"),
         (["--device", "cpu"], "has no slots to compare"),
         (["--timeline", "token.gif"], "a figure ends in .png, .svg or .pdf"),
     ],
