@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
@@ -16,22 +14,9 @@ from hybrid.serving.request import Request
 from hybrid.serving.scheduler import Scheduler
 
 torch = pytest.importorskip("torch")
+from test_device_step import distance, one_torch_thread  # noqa: E402, F401
 
 STEP = {"step_on": "torch-cpu"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """More would wait for the processors on which the threads of the executor spin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
 
 HOMES = {
     "bf16": ("mixtral", {}),

@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <climits>
 
-#include "executor/grouped.h"
 #include "executor/scratch.h"
-#include "executor/wide.h"
+#include "executor/sizes.h"
 
 namespace hybrid {
 namespace {
@@ -18,53 +17,6 @@ const char* op_name(const MergeArgs&) { return "merge"; }
 const char* op_name(const HostArgs&) { return "host"; }
 
 std::string text(int64_t number) { return std::to_string(number); }
-
-int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-bool is_integer(Format format) { return format == Format::int8 || format == Format::int4 || is_grouped(format); }
-
-// Of a block of 16 columns, as formats/ lays it out.
-int64_t block_bytes(Format format, int64_t inputs) {
-  switch (format) {
-    case Format::bf16:
-      return inputs * kBlock * 2;
-    case Format::int8:
-      return kBlock * 4 + inputs * kBlock;
-    case Format::int4:
-      return inputs + inputs * kBlock / 2;
-    case Format::fp8:
-      return up((inputs + 127) / 128 * 4, kLine) + inputs * kBlock;
-    case Format::fp8_row:
-      return kBlock * 4 + inputs * kBlock;
-    case Format::mxfp4:
-      return kMxfp4.block_bytes(int(inputs));
-    case Format::nvfp4:
-      return kNvfp4.block_bytes(int(inputs));
-    default:
-      return group_layout(format).block_bytes(int(inputs));
-  }
-}
-
-// Of an int8 activation row.
-int64_t int8_row_bytes(int64_t inputs) {
-  return inputs + inputs / kSumInputs * 4 + (inputs + kScaleInputs - 1) / kScaleInputs * 4;
-}
-
-// Of a grouped activation row.
-int64_t grouped_row_bytes(int64_t inputs) { return inputs + inputs / kRowGroup * int64_t(sizeof(RowGroup)); }
-
-// Of a wide activation row.
-int64_t wide_row_bytes(int64_t inputs) { return WideOffsets(inputs).end; }
-
-// Whether the left operand of a product is rows of bf16.
-bool reads_bf16(Format format) { return !is_integer(format) && !is_wide(format); }
-
-// Of the left operand of a product.
-int64_t row_bytes(Format format, int64_t inputs) {
-  if (is_grouped(format)) return grouped_row_bytes(inputs);
-  if (is_wide(format)) return wide_row_bytes(inputs);
-  return is_integer(format) ? int8_row_bytes(inputs) : inputs * 2;
-}
 
 void require_stride(const std::string& place, const char* name, int64_t stride, int64_t needed) {
   require(stride >= needed, place + name + " is " + text(stride) + "; what it steps over has " + text(needed));
