@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -58,11 +58,20 @@ def count(server: Running) -> Counter[str]:
     )
     for _ in range(2):  # what finalizers let go of
         gc.collect()
-    for one in map(type, gc.get_objects()):
+    for one in collected_types():
         name = f"{one.__module__}.{one.__qualname__}"
         if name not in OTHERS and (str(one.__module__).partition(".")[0] in MODULES or one.__qualname__ in BUILTIN):
             found[name] += 1
     return found
+
+
+def collected_types() -> list[type]:
+    """The type of each object that the collector knows, listed in one call of C, which no other thread interrupts.
+
+    While a list of the objects lives, it holds also the tuple that another thread has half filled from a generator:
+    were that thread to go on meanwhile, it would fail with "SystemError: bad argument to internal function".
+    """
+    return list(map(type, chain.from_iterable(map(gc.get_objects, [None]))))
 
 
 def left_behind(server: Running, before: Counter[str]) -> Counter[str]:
