@@ -62,7 +62,7 @@ def test_it_needs_its_packages_and_says_so(monkeypatch) -> None:
 
 def test_its_sdk_is_not_imported_without_being_asked_for() -> None:
     """FastAPI may import the API alone."""
-    code = "import sys, hybrid.server.process, hybrid.commands.serve; print(*sys.modules)"
+    code = "import sys, hybrid.server.app, hybrid.server.process, hybrid.commands.serve; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "hybrid.server.telemetry" in modules
     assert not [name for name in modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))]

@@ -24,7 +24,7 @@ from hybrid.server.app import endpoints
 from hybrid.server.bodies import parse_object, read_bytes
 from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
-from hybrid.server.gate import App, Exchange, Receive, Scope, Send
+from hybrid.server.exchange import App, Exchange, Receive, Scope, Send
 from hybrid.server.page import PATHS
 from hybrid.server.refusals import RETRY_SECONDS, Refusal, internal
 from hybrid.server.service import Service

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid.cluster.asking import Message, ReplicaLost
-from hybrid.server.gate import Receive, Scope, Send
+from hybrid.server.exchange import Receive, Scope, Send
 from hybrid.server.refusals import Refusal
 from hybrid.server.stream import Opening, Silence, last_event
 

@@ -11,7 +11,8 @@ from typing import Any
 from hybrid.cluster.asking import Asked, Ended, Message, Reply, Taken
 from hybrid.server.app import endpoints
 from hybrid.server.clients import CLIENT
-from hybrid.server.gate import Exchange, log_failure
+from hybrid.server.exchange import Exchange
+from hybrid.server.failures import log_failure
 from hybrid.server.refusals import internal
 from hybrid.server.service import Service
 

@@ -20,7 +20,7 @@ from hybrid.server.config import ServerConfig
 from hybrid.settings import check_settings
 
 if TYPE_CHECKING:
-    from hybrid.server.gate import App
+    from hybrid.server.exchange import App
     from hybrid.server.process import Closable, Load, Process, Served
 
 T = TypeVar("T", bound="Closable")

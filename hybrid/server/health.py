@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hybrid.core import SamplingParams
-from hybrid.server.gate import log_failure
+from hybrid.server.failures import log_failure
 from hybrid.serving.llm import LLM
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import uvicorn
 from hybrid.errors import ConfigError
 from hybrid.server import connections
 from hybrid.server.config import ServerConfig
-from hybrid.server.gate import App
+from hybrid.server.exchange import App
 
 
 class Closable(Protocol):

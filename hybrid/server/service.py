@@ -14,7 +14,7 @@ from hybrid.errors import RequestError
 from hybrid.plan.text import summary_text
 from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
-from hybrid.server.gate import log_failure
+from hybrid.server.failures import log_failure
 from hybrid.server.health import Health, close_in_time
 from hybrid.server.metrics import Metrics
 from hybrid.server.quotas import Quotas

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from hybrid.server.gate import Exchange, Receive, Scope, Send
+from hybrid.server.exchange import Exchange, Receive, Scope, Send
 from hybrid.server.refusals import ANTHROPIC, OLLAMA, RESPONSES, Refusal
 
 T = TypeVar("T")

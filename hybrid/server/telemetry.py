@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import hybrid
 from hybrid.errors import ConfigError
 from hybrid.printable import printable
+from hybrid.server.exchange import Exchange
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
-
-    from hybrid.server.gate import Exchange
 
 _NEEDED = "opentelemetry.exporter.otlp.proto.http"
 _PHASES = ("queue", "prompt", "decode")  # between the moments of an exchange
