@@ -17,7 +17,7 @@ from hybrid.cluster.affinity import Affinity
 from hybrid.cluster.asking import Asked, QueueFull, ReplicaLost, Reply
 from hybrid.cluster.config import ClusterConfig
 from hybrid.cluster.front import Front
-from hybrid.cluster.replica import Replica
+from hybrid.cluster.replica import Replica, options_of
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import Gate
 from hybrid.server.process import Process, listen
@@ -32,7 +32,7 @@ class Threadless:
         self.asked: list[tuple[str, Asked]] = []
         self.full = False
         self.there: dict[str, Replica] = {}
-        self._options, self._waiting = options, dict(llms)
+        self._options, self._waiting = options_of(options), dict(llms)
         self._loads: dict[str, int] = {}
         self._services: list[Service] = []
         self._gone: dict[str, asyncio.Event] = {}

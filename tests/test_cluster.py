@@ -9,7 +9,9 @@ import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi")
@@ -35,7 +37,9 @@ from hybrid.cluster.shares import bind, processors_each, share  # noqa: E402
 from hybrid.commands.serve import app  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
 from hybrid.machine.hardware import MemoryNode  # noqa: E402
+from hybrid.server.fields import completions_asked  # noqa: E402
 from hybrid.server.stream import PING, Opening  # noqa: E402
+from hybrid.server.texts import TEXT_PATHS  # noqa: E402
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "ab"}]
@@ -239,6 +243,69 @@ def test_a_request_that_ends_every_replica_is_given_up() -> None:
             server.on_loop(server.replicas.kill, name)
             engines[int(name)][0].permit(1000)
         assert reply.result(WATCHDOG).status_code == 500 and len(server.replicas.there) == 2
+
+
+def test_limits_of_a_key_are_those_of_all_replicas_together() -> None:
+    engines = dict(zip("ab", (gated(), gated()), strict=True))
+    options = {"api_key": ("one", "two"), "key_requests": 3}
+
+    def ask(path: str, key: str = "one", **body: Any) -> httpx.Response:
+        return server.http.post(path, json=body, headers={"x-api-key": key})
+
+    def taken(name: str) -> int:
+        return [asked.path for replica, asked in server.replicas.asked if replica == name].count(COMPLETE)
+
+    with fronted({name: llm for name, (_, llm) in engines.items()}, **options) as server, ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(ask, COMPLETE, prompt=prompt, max_tokens=1) for prompt in ("a", ["b", "c"])]
+        until(lambda: taken("a") == taken("b") == 1)
+        paths = {
+            path
+            for path, methods in server.http.get("/openapi.json", headers={"x-api-key": "one"}).json()["paths"].items()
+            if "post" in methods
+        }
+        limited = {path for path in paths if ask(path).status_code == 429}
+        assert limited == paths - TEXT_PATHS and paths > TEXT_PATHS
+        assert ask("/tokenize", content="a").status_code == 200
+        running.append(pool.submit(ask, COMPLETE, key="two", prompt="d", max_tokens=1))
+        until(lambda: taken("a") + taken("b") == 3)
+        for engine, _ in engines.values():
+            engine.permit(1000)
+        assert [reply.result(WATCHDOG).status_code for reply in running] == [200] * 3
+        assert ask(COMPLETE, prompt=["a"] * 4).json()["error"]["param"] == "n", "it may never have so many"
+        assert ask(COMPLETE, prompt="a", n=3, max_tokens=1).status_code == 200
+        assert (
+            f"hybrid_front_limited_total {len(limited)}.0"
+            in server.http.get("/metrics", headers={"x-api-key": "two"}).text
+        )
+
+
+def test_tokens_of_a_key_are_counted_wherever_they_were_computed_and_also_of_who_left() -> None:
+    engines = dict(zip("ab", (gated(), gated()), strict=True))
+
+    def ask(key: str, **body: Any) -> httpx.Response:
+        return server.http.post(COMPLETE, json={"temperature": 0, "max_tokens": 2, **body}, headers={"x-api-key": key})
+
+    llms = {name: llm for name, (_, llm) in engines.items()}
+    with fronted(llms, api_key=("one", "two"), key_tokens_per_minute=40) as server:
+        for engine, _ in engines.values():
+            engine.permit(1000)
+        assert [ask("one", prompt=prompt).status_code for prompt in ("a" * 30, "b" * 30, "c")] == [200, 200, 429]
+        assert {name for name, _ in server.replicas.asked} == {"a", "b"}
+        for replica in server.replicas.there.values():
+            server.on_loop(replica.service._quotas.charge, "key 1", 25)
+        assert [ask("two", prompt=prompt).status_code for prompt in ("a", "b", "c")] == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    ("count", "body"),
+    [
+        *((1, {}), (3, {"n": 3}), (6, {"n": 3, "prompt": ["a", "b"]}), (2, {"prompt": [[1], [2]]})),
+        *((1, {"prompt": [1, 2]}), (1, {"prompt": []}), (128, {"prompt": ["a"] * 999}), (1, {"prompt": "abc"})),
+        *((1, {"n": True}), (1, {"n": 1 << 40}), (1, {"n": "9"}), (1, {"n": -3})),
+    ],
+)
+def test_completions_are_counted_before_anything_is_checked(count: int, body: dict) -> None:
+    assert completions_asked(body) == count
 
 
 def test_where_none_runs_a_request_waits_for_one_so_long() -> None:

@@ -26,16 +26,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Taken:
-    """A replica has begun with a request. It is the first thing that comes back."""
+    """A replica has begun with a request. It is the first thing that comes back. charged: tokens that its client got
+    there and that nobody was told of: of requests that it left.
+    """
 
     replica: str
+    charged: int = 0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is whole, and the last thing that comes back. tokens: of the prompt and produced, where known."""
+    """The answer is whole, and this is the last thing that comes back. messages: its end. tokens: of the prompt and
+    produced, where known. charged: as that of `Taken`, with those of this request.
+    """
 
+    messages: list[Message]
     tokens: tuple[int, int] | None = None
+    charged: int = 0
 
 
 Reply = Taken | list[Message] | Ended

@@ -17,6 +17,7 @@ class Figures:
         self.registry = registry = CollectorRegistry()
         self._running = Gauge("hybrid_replicas", "Replicas that run.", registry=registry)
         self.refused = Counter("hybrid_front_refused", "Requests that no replica had room for.", registry=registry)
+        self.limited = Counter("hybrid_front_limited", "Requests over the limits of their key.", registry=registry)
         self.lost = Counter("hybrid_front_lost", "Requests whose replica died.", registry=registry)
         self.moved = Counter("hybrid_front_moved", "Those that another replica was asked.", registry=registry)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
 from fastapi import Request
@@ -25,10 +25,13 @@ from hybrid.server.bodies import parse_object, read_bytes
 from hybrid.server.clients import CLIENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import App, Exchange, Receive, Scope, Send
+from hybrid.server.fields import completions_asked
 from hybrid.server.page import PATHS
+from hybrid.server.quotas import Quotas
 from hybrid.server.refusals import RETRY_SECONDS, Refusal, internal
 from hybrid.server.service import Service
 from hybrid.server.stream import ClientGone, until_gone
+from hybrid.server.texts import TEXT_PATHS
 
 _ATTEMPTS = 3  # replicas that one request may be with when they die; more, and it may be the request
 _KEPT = (b"authorization", b"x-api-key", b"cookie", b"origin", b"content-length", b"x-request-id")  # from replicas
@@ -44,6 +47,7 @@ class Front:
         self.draining = False
         self.figures = Figures()
         self._replicas: Replicas | None = None
+        self._quotas = Quotas(config)  # of keys, over all replicas
         self._service = Service(config, names)  # it has no model, and answers what needs none
         self._local = endpoints(self._service)
         self._asking = {path for path, methods in self._local.openapi()["paths"].items() if "post" in methods}
@@ -134,6 +138,7 @@ class Front:
         except ClientGone:
             pass
         except Refusal as refusal:
+            self.figures.limited.inc(refusal.status == 429)
             await relay.fail(refusal, receive)
         finally:
             del self._tasks[task]
@@ -143,11 +148,15 @@ class Front:
     async def _answer(self, scope: Scope, receive: Receive, relay: Relay) -> None:
         if self.draining:
             raise _shutting_down()
-        replicas = self.replicas
-        data = await read_bytes(Request(scope, receive), self.config.max_body_mb << 20)
-        asked = _asked(scope, data, await parse_object(data))
-        exchange: Exchange = scope["state"]["exchange"]
-        await until_gone(receive, self._ask(replicas, asked, relay, exchange))
+        client, text, exchange = CLIENT.get(), scope["path"] in TEXT_PATHS, scope["state"]["exchange"]
+        with ExitStack() as held:
+            held.enter_context(self._quotas.text(client)) if text else self._quotas.require(client, 1)
+            replicas = self.replicas
+            data = await read_bytes(Request(scope, receive), self.config.max_body_mb << 20)
+            body = await parse_object(data)
+            if not text:
+                held.enter_context(self._quotas.completions(client, completions_asked(body)))
+            await until_gone(receive, self._ask(replicas, _asked(scope, data, body), relay, exchange))
 
     async def _ask(self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange) -> None:
         """Of as many replicas as it takes."""
@@ -171,15 +180,17 @@ class Front:
     async def _ask_once(self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange) -> None:
         async with aclosing(replicas.ask(asked)) as replies:
             taken = await self._first(replicas, replies)
-            name = taken.replica if isinstance(taken, Taken) else ""
+            name = taken.replica
+            self._quotas.charge(asked.client, taken.charged)
             async for reply in replies:
                 if isinstance(reply, Ended):
                     exchange.tokens = reply.tokens
-                elif isinstance(reply, list):
-                    for message in reply:
-                        await relay.pass_on(message, name)
+                    self._quotas.charge(asked.client, reply.charged)  # before the client can ask for more
+                    reply = reply.messages
+                for message in reply if isinstance(reply, list) else ():
+                    await relay.pass_on(message, name)
 
-    async def _first(self, replicas: Replicas, replies: AsyncGenerator[Reply, None]) -> Reply:
+    async def _first(self, replicas: Replicas, replies: AsyncGenerator[Reply, None]) -> Taken:
         """What comes when a replica has taken a request. Raises Refusal where none is started in time."""
         first = asyncio.ensure_future(anext(replies))
         try:
@@ -187,7 +198,10 @@ class Front:
                 if not await replicas.all_say("state"):
                     message = f"no replica has started within {self.cluster.start_seconds:g} s; try again later"
                     raise Refusal(503, message, code="no_replica")
-            return first.result()
+            taken = first.result()
+            if not isinstance(taken, Taken):
+                raise ReplicaLost
+            return taken
         finally:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)

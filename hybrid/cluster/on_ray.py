@@ -12,14 +12,13 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import hybrid.errors
 from hybrid.cluster.asking import Asked, QueueFull, ReplicaLost, Reply
 from hybrid.cluster.config import ClusterConfig
-from hybrid.cluster.replica import Replica
+from hybrid.cluster.replica import Replica, options_of
 from hybrid.cluster.shares import processors_each, share
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, HybridError
@@ -221,7 +220,6 @@ def deployment(config: EngineConfig, options: ServerConfig, cluster: ClusterConf
 
     machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     each = processors_each(machines, cluster.replicas, config.threads)
-    without_keys = replace(options, api_key=(), api_key_file=None, log="none")
     counts: dict[str, Any] = {"num_replicas": cluster.replicas}
     if cluster.scales:
         counts = {
@@ -247,7 +245,7 @@ def deployment(config: EngineConfig, options: ServerConfig, cluster: ClusterConf
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
         **counts,
     )
-    return made.bind(config, without_keys, names, cluster.replicas)
+    return made.bind(config, options_of(options), names, cluster.replicas)
 
 
 def _look_back(cluster: ClusterConfig) -> float:

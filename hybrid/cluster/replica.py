@@ -6,15 +6,22 @@ import asyncio
 import os
 import platform
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from hybrid.cluster.asking import Asked, Ended, Message, Reply, Taken
 from hybrid.server.app import endpoints
 from hybrid.server.clients import CLIENT
+from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import Exchange
 from hybrid.server.failures import log_failure
 from hybrid.server.refusals import internal
 from hybrid.server.service import Service
+
+
+def options_of(front: ServerConfig) -> ServerConfig:
+    """What replicas are told: a front demands the keys, counts what each of them has, and logs."""
+    return replace(front, api_key=(), api_key_file=None, key_requests=None, key_tokens_per_minute=None, log="none")
 
 
 class Replica:
@@ -25,29 +32,33 @@ class Replica:
         self._app = endpoints(service)
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Reply, None]:
-        """The messages of its answer, as many at once as there are. Closing it ends the request."""
-        yield Taken(self.name)
+        """The messages of its answer, as many at once as there are; the last when all is counted. Closing it ends the
+        request.
+        """
+        yield Taken(self.name, self.service.tell_charged(asked.client))
         said: asyncio.Queue[Message | None] = asyncio.Queue()
         exchange = Exchange(_scope(asked), _put_into(said), self.service.config)
         task = asyncio.ensure_future(self._run(asked, exchange))
         task.add_done_callback(lambda _: said.put_nowait(None))
         try:
-            over = False
-            while not over:
-                messages = [await said.get()]
-                while not said.empty():
-                    messages.append(said.get_nowait())
-                over = messages[-1] is None
-                yield [message for message in messages if message is not None]
-            yield Ended(exchange.tokens)
+            messages: list[Message] = []
+            while (message := await said.get()) is not None:
+                messages.append(message)
+                if said.empty() and message.get("more_body"):
+                    yield messages
+                    messages = []
+            yield Ended(messages, exchange.tokens, self.service.tell_charged(asked.client))
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
     async def whole(self, asked: Asked) -> list[Message]:
-        """All of an answer that is not long."""
-        replies = [reply async for reply in self.answer(asked)]
-        return [message for reply in replies if isinstance(reply, list) for message in reply]
+        """All of an answer that is not long and costs no client anything."""
+        messages: list[Message] = []
+        async for reply in self.answer(replace(asked, client="")):
+            if not isinstance(reply, Taken):
+                messages += reply.messages if isinstance(reply, Ended) else reply
+        return messages
 
     async def state(self) -> dict[str, Any]:
         """What it does now."""

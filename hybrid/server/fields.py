@@ -182,6 +182,13 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+def completions_asked(body: Mapping[str, Any]) -> int:
+    """How many completions a body asks for that is not checked yet; 1 where what it says cannot be."""
+    count, prompt = body.get("n"), body.get("prompt")
+    several = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (list, str)) else 1
+    return min(several, MAX_PROMPTS) * (count if type(count) is int and 1 <= count <= MAX_N else 1)
+
+
 class TokenizeBody(Strict):
     """POST /tokenize: a text, or what a chat is made of."""
 

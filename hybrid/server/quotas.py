@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil
 from time import monotonic
 
@@ -25,6 +26,7 @@ class Quotas:
         self._taken: Counter[str] = Counter()
         self._texts: Counter[str] = Counter()
         self._left: dict[str, tuple[float, float]] = {}  # tokens left of those who got any, and when that was counted
+        self._untold: Counter[str] = Counter()
 
     def require(self, client: str, count: int) -> None:
         """Raise Refusal where a client may not have so many completions more."""
@@ -52,14 +54,35 @@ class Quotas:
         """So many completions more of a client run or wait; fewer, where it is negative."""
         _add(self._taken, client, count)
 
-    def take_text(self, client: str, count: int) -> None:
-        """So many texts more of a client are looked at."""
-        _add(self._texts, client, count)
+    @contextmanager
+    def completions(self, client: str, count: int) -> Iterator[None]:
+        """While so many completions of a client run or wait. Raises Refusal where it may not have them."""
+        self.require(client, count)
+        self.take(client, count)
+        try:
+            yield
+        finally:
+            self.take(client, -count)
+
+    @contextmanager
+    def text(self, client: str) -> Iterator[None]:
+        """While one text of a client is looked at. Raises Refusal where it may not have it."""
+        self.require_text(client)
+        _add(self._texts, client, 1)
+        try:
+            yield
+        finally:
+            _add(self._texts, client, -1)
 
     def charge(self, client: str, tokens: int) -> None:
         """A client got so many tokens."""
+        self._untold[client] += tokens
         if self._tokens is not None:
             self._left[client] = (self._left_of(client) - tokens, self._clock())
+
+    def tell(self, client: str) -> int:
+        """Tokens that a client got since this was asked last: for whoever counts those of several servers."""
+        return self._untold.pop(client, 0)
 
     def _left_of(self, client: str) -> float:
         if self._tokens is None or client not in self._left:

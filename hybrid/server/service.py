@@ -131,11 +131,12 @@ class Service:
         if self._texts >= self.places + self.config.max_queue:
             self.metrics.refused.inc()
             raise Refusal(503, f"{self._texts} texts are looked at; try again later", code="queue_full")
-        self._take_text(client, 1)
+        self._texts += 1
         try:
-            yield
+            with self._quotas.text(client):
+                yield
         finally:
-            self._take_text(client, -1)
+            self._texts -= 1
 
     def check_model(self, name: str | None) -> str:
         """The name that a reply has. Raises Refusal for a model that is not here."""
@@ -187,6 +188,10 @@ class Service:
         """The client of this request got so many tokens beside those of its completions."""
         self._quotas.charge(CLIENT.get(), tokens)
 
+    def tell_charged(self, client: str) -> int:
+        """Tokens that a client got since this was asked last."""
+        return self._quotas.tell(client)
+
     def refuse(self, error: BaseException) -> Refusal:
         """What the client of a request is told that ended with an error. Not being able to compute is remembered."""
         if isinstance(error, Refusal):
@@ -225,10 +230,6 @@ class Service:
         self._taken += count
         self._quotas.take(client, count)
         self._idle.clear() if self._taken else self._idle.set()
-
-    def _take_text(self, client: str, count: int) -> None:
-        self._texts += count
-        self._quotas.take_text(client, count)
 
     def enter(self, run: Run) -> None:
         self._runs.add(run)

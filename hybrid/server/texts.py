@@ -17,6 +17,8 @@ from hybrid.serving.llm import LLM
 from hybrid.text.messages import ChatInput
 from hybrid.text.token_texts import TokenTexts
 
+TEXT_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"}  # which compute nothing
+
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
