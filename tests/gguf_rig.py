@@ -20,7 +20,8 @@ ARCHITECTURES = {
     "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
-    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa",
+    "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "phi3": "phi3", "gemma4_text": "gemma4",
 }  # fmt: skip
@@ -322,8 +323,11 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.kv_lora_rank": rank,
             "attention.q_lora_rank": get("q_lora_rank"),
             "rope.dimension_count": turned,
-            "expert_gating_func": 2 if family == "deepseek_v3" else 1,
-            "expert_weights_norm": family == "deepseek_v3",
+            "expert_gating_func": 1 if family == "deepseek_v2" else 2,
+            "expert_weights_norm": family != "deepseek_v2",
+            "attention.indexer.head_count": get("index_n_heads"),
+            "attention.indexer.key_length": get("index_head_dim"),
+            "attention.indexer.top_k": get("index_topk"),
         }
     if layer_types := get("layer_types"):
         kv_heads = config["num_key_value_heads"]

@@ -190,6 +190,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe_lite",
         {"mlp_layer_types": ["sparse"] * 3, "rope_interleave": False, "num_experts_per_tok": 8, **SHARP},
     ),
+    "deepseek_v32": ("deepseek_v32", SHARP),
+    "deepseek_v32, biases, one group": (
+        "deepseek_v32",
+        {"attention_bias": True, "n_group": 1, "num_experts_per_tok": 8, **SHARP},  # of 8: no near-tie decides
+    ),
+    "glm_moe_dsa": ("glm_moe_dsa", SHARP),
+    "glm_moe_dsa, named layers, as many tokens as are selected": (
+        "glm_moe_dsa",
+        {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "index_topk": 70,
+            "indexer_types": ["full", "shared", "shared"],
+            "num_experts_per_tok": 8,
+            **SHARP,
+        },
+    ),
     "gemma3_text": ("gemma3_text", SHARP),
     "gemma3_text untied, biases": (
         "gemma3_text",

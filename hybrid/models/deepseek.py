@@ -24,6 +24,7 @@ from hybrid.models.rope import RopeSpec, read_rope
 from hybrid.models.spec import LayerSpec, ModelSpec
 
 V3 = Defaults(max_position=4096)
+DENSE, SPARSE = "dense", "sparse"  # words of `mlp_layer_types`
 
 
 def read_latent_attention(
@@ -69,6 +70,36 @@ def read_deepseek_v3(fields: Fields, model_type: str) -> ModelSpec:
     experts = read_sigmoid_experts(fields, scale=2.5, groups=(8, 4))
     halves = read_first_dense(fields, experts, default=3)
     return read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], V3)
+
+
+def read_indexed(
+    fields: Fields,
+    model_type: str,
+    defaults: Defaults,
+    *,
+    q_rank: int,
+    nope_dim: int,
+    value_dim: int,
+    groups: tuple[int, int],
+) -> ModelSpec:
+    """A model whose layers, in sequences of more than `index_topk` tokens, attend to those that an indexer selects: up
+    to there to all. What selects is not computed, and its tensors are not read. groups: see `read_grouped_sigmoid`.
+    """
+    fields.refuse("rope_interleave", neutral=True)
+    fields.size("q_lora_rank", default=q_rank)  # from which an indexer makes its queries
+    attention = read_latent_attention(fields, defaults, q_rank=q_rank, nope_dim=nope_dim, value_dim=value_dim)
+    halves = read_named_layers(fields, read_sigmoid_experts(fields, scale=2.5, groups=groups), dense=3)
+    spec = read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], defaults)
+    selects = fields.size("index_topk", default=2048, maximum=10**9)
+    return replace(spec, selects=selects if selects < spec.max_position else None)
+
+
+def read_named_layers(fields: Fields, experts: FeedForward, *, dense: int = 1) -> list[FeedForward]:
+    """Of every layer: by name, or the first few are dense. dense: how many, a default."""
+    plain = FeedForward(fields.size("intermediate_size"))
+    default = [SPARSE if half.is_moe else DENSE for half in read_first_dense(fields, experts, default=dense)]
+    kinds = fields.choices("mlp_layer_types", default=default, allowed=(DENSE, SPARSE))
+    return [experts if kind == SPARSE else plain for kind in kinds]
 
 
 def read_sigmoid_experts(fields: Fields, *, scale: float, groups: tuple[int, int] = (1, 1)) -> FeedForward:

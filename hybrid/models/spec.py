@@ -49,7 +49,8 @@ class OuterNames:
 class ModelSpec:
     """A whole model. eps, norm: of all norms, and their kind. tied: the output head is the embedding. head_bias:
     whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits. logit_cap: between
-    which and less itself a tangent keeps them, after that; None: no bounds.
+    which and less itself a tangent keeps them, after that; None: no bounds. selects: how many tokens of a longer
+    sequence its layers attend to; which, is not computed, so that none may be longer. None: they attend to all.
     """
 
     model_type: str
@@ -64,7 +65,23 @@ class ModelSpec:
     logit_cap: float | None = None
     norm: NormKind = "rms"
     head_bias: bool = False
+    selects: int | None = None
     names: OuterNames = field(default_factory=OuterNames)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that can be computed."""
+        return self.selects or self.max_position
+
+    @property
+    def longest_text(self) -> str:
+        """The same for people, and why."""
+        if not self.selects:
+            return f"the model's {self.max_position} positions"
+        return (
+            f"{self.selects} tokens: of more, {self.model_type} attends to the {self.selects} that its indexer selects "
+            "(index_topk), which is not computed"
+        )
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:

@@ -175,11 +175,11 @@ def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
-    if config.max_seq_len and config.max_seq_len > spec.max_position:
-        raise ConfigError(f"--max-seq-len {config.max_seq_len} is above the model's {spec.max_position} positions")
+    if config.max_seq_len and config.max_seq_len > spec.longest:
+        raise ConfigError(f"--max-seq-len {config.max_seq_len} is above {spec.longest_text}")
     threads = config.threads or hardware.default_threads
     nodes = choose_nodes(hardware, config, threads)
-    wanted = config.max_seq_len or min(spec.max_position, DEFAULT_SEQ_LEN)
+    wanted = config.max_seq_len or min(spec.longest, DEFAULT_SEQ_LEN)
     plan = _sized(spec, hardware, config, mix, threads, nodes, wanted)
     if config.max_seq_len is None and KEY_BLOCK <= plan.kv_token_budget < wanted:
         plan = _sized(spec, hardware, config, mix, threads, nodes, plan.kv_token_budget)

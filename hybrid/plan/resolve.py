@@ -23,7 +23,8 @@ EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_moe"
 def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
     """The plan of the configured model on this machine, from its config.json alone: no weight is read or packed.
 
-    notice: that of `resolve_device`, and called with a line if a trace routes in place of the model. Raises
+    notice: that of `resolve_device`, and called with a line if a trace routes in place of the model, and if the
+    context is shorter than the model's. Raises
     ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     config = resolve_device(with_local_model(config, only_config=True), notice)
@@ -37,6 +38,8 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
         read_route_trace(config.route_trace, spec)
         if notice:
             notice(f"note: experts are those of {config.route_trace}, not of the model's routers: texts mean nothing")
+    if notice and spec.selects and config.max_seq_len is None:
+        notice(f"note: sequences have at most {spec.longest_text}")
     return make_plan(spec, hardware, config, parse_mix(config.weight_format, native))
 
 

@@ -1,4 +1,4 @@
-"""Tags of keys and values behind the name: GLM 4.5 to 4.7, Laguna, Ling 3, Hunyuan 3 (whose tags have a suffix)."""
+"""Tags of keys and values behind the name: GLM 4.5 to 5.2, Laguna, Ling 3, Hunyuan 3 (whose tags have a suffix)."""
 
 from __future__ import annotations
 

@@ -162,7 +162,9 @@ class GgufCheckpoint(Checkpoint):
                 )
 
     def _is_unused(self, name: str) -> bool:
-        """Whether a tensor is read elsewhere, or is of a layer that predicts further tokens."""
+        """Whether a tensor is read elsewhere, or is of a layer that predicts further tokens, or of an indexer."""
+        if self.spec.selects and ".indexer." in name:
+            return True
         layer = name.split(".")[1] if name.startswith("blk.") else ""
         further = range(len(self.spec.layers), self.blocks)
         return name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS) or (layer.isdecimal() and int(layer) in further)

@@ -21,6 +21,7 @@ from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
+LATENT_TYPES = {"deepseek2": "", "deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # architectures of latents
 _NULLS = ("q_lora_rank",)  # fields in which null says something
 
 
@@ -39,7 +40,7 @@ def gguf_config(model: Gguf) -> Config:
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     heads, dim = metadata.size("attention.head_count"), key_length(metadata)
-    if metadata.architecture != "deepseek2" and metadata.size("attention.value_length", dim) != dim:
+    if metadata.architecture not in LATENT_TYPES and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
@@ -246,6 +247,16 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
     return found if sigmoid == SIGMOID else {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
 
 
+def _indexed(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Those whose attention selects tokens: their experts are always chosen by sigmoids."""
+    require_gating(metadata, SIGMOID, SIGMOID)
+    return {
+        **_deepseek2(model, metadata),
+        "model_type": LATENT_TYPES[metadata.architecture],
+        "index_topk": metadata.size("attention.indexer.top_k"),
+    }
+
+
 def _phi3(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "phi3", "sliding_window": metadata.size("attention.sliding_window", 0) or None}
 
@@ -327,6 +338,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
+    "deepseek32": _indexed,
+    "glm-dsa": _indexed,
     "gemma3": gemma3,
     "gemma4": gemma4,
     "phi3": _phi3,
@@ -350,6 +363,8 @@ MODEL_TYPES = {
     "olmoe": ("olmoe",),
     "granitemoe": ("granitemoe",),
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
+    "deepseek32": ("deepseek_v32",),
+    "glm-dsa": ("glm_moe_dsa",),
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "phi3": ("phi3",),
