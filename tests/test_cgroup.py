@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hybrid.commands.run import app
 from hybrid.config import EngineConfig
+from hybrid.errors import HybridError
 from hybrid.machine import hardware
 from hybrid.machine.cgroup import ControlGroups, control_groups
 from hybrid.plan.resolve import plan_model
@@ -252,6 +253,32 @@ def test_memory_nodes_that_are_forbidden_do_not_count(tree: Tree) -> None:
     for allowed, found in (("0-1", NOTHING), ("1", (32 * GIB, 4 * GIB)), ("", NOTHING)):
         tree._write("proc/status", f"Name:\tx\nMems_allowed_list:\t{allowed}\n")
         assert tree.memory()[: len(found)] == found
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ({"MemTotal": 8, "MemFree": 1, "Active(file)": 2, "Inactive(file)": 1, "SReclaimable": 1}, (8, 5)),
+        ({"MemTotal": 8, "MemFree": 3}, (8, 3)),
+        ({"MemTotal": 4, "MemAvailable": 6}, (4, 4)),
+        ({"MemTotal": 8, "MemAvailable": 0, "MemFree": 1}, (8, 0)),
+        ({"MemFree": 3}, (16, 3)),
+        ({}, (16, 2)),
+    ],
+)
+def test_memory_is_known_where_the_system_leaves_out_lines(tree: Tree, monkeypatch, lines: dict, found: tuple) -> None:
+    """Linux before 3.14, and what is made to look like it."""
+    pages = {"SC_PAGE_SIZE": GIB, "SC_PHYS_PAGES": 16, "SC_AVPHYS_PAGES": 2}
+    monkeypatch.setattr(hardware.os, "sysconf", lambda name: pages[name])
+    tree._write("meminfo", "".join(f"{name}: {size << 20} kB\n" for name, size in lines.items()))
+    assert tree.memory()[:2] == tuple(size * GIB for size in found)
+
+
+def test_a_system_that_says_nothing_of_its_memory_is_an_error_in_a_line(tree: Tree, monkeypatch) -> None:
+    monkeypatch.setattr(hardware.os, "sysconf", lambda name: -1)
+    (tree.root / "meminfo").unlink()
+    with pytest.raises(HybridError, match="meminfo has no MemTotal or MemFree"):
+        tree.memory()
 
 
 def test_this_machine_has_no_more_than_it_says() -> None:

@@ -181,14 +181,29 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, caplog, monkeypatc
     def full(path: Path) -> None:
         raise CapacityError(f"{path}: the disk is full (No space left on device); free some space")
 
-    monkeypatch.setattr(prefix_files, "atomic_file", full)
-    files = opened(tmp_path)
-    for count in (10, 12, 14):
+    def write(count: int, at: float) -> int:
+        """At such a time; how many files there are then."""
+        now[0] = at
         files.write([Part(PART.start, digest(TOKENS[:count], 0), TOKENS[:count], PART.keys, PART.state)])
         files.flush()
-    assert len(caplog.records) == 1 and "the disk is full" in caplog.text
+        return len(files.after(PART.start))
+
+    now, tried = [0.0], []
+    monkeypatch.setattr(prefix_files, "monotonic", lambda: now[0])
+    files = opened(tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(prefix_files, "atomic_file", lambda path: tried.append(now[0]) or full(path))
+        assert [write(10, at) for at in (100, 109, 110, 129, 130, 169, 170)] == [1] * 7
+        assert tried == [100, 110, 130, 170], "ever rarer"
+    assert len(caplog.records) == 1 and "tried again in 10 s" in caplog.text and "the disk is full" in caplog.text
     (entry,) = files.after(PART.start)
     assert files.read(entry) is not None
+    assert [write(10, 249), write(10, 250), write(12, 250)] == [1, 2, 3], "there is room again"
+    assert len(caplog.records) == 2 and "kept prompts are written again" in caplog.text
+    with monkeypatch.context() as disk:
+        disk.setattr(prefix_files, "atomic_file", full)
+        assert [write(14, at) for at in (251, 260)] == [3, 3] and len(caplog.records) == 3
+    assert write(14, 261) == 4
     files.close()
 
 

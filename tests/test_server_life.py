@@ -217,7 +217,7 @@ def test_a_server_that_was_killed_has_what_it_kept_and_serves_on_where_no_file_c
     assert [text for text, _ in again[:2]] == [text for text, _ in answers]
     assert again[0][1] > 256
     assert [text for text, _ in again[3:]] == [text for text, _ in again[:3]]
-    assert said.count("kept prompts are written no more") == 1
+    assert said.count("kept prompts are not written") == 1
     assert not list(tmp_path.rglob("*.tmp"))
 
 

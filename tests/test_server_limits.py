@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 import pytest
 
@@ -19,7 +25,9 @@ from server_rig import QUESTION, Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
+from hybrid.server import log  # noqa: E402
 from hybrid.server.config import ServerConfig  # noqa: E402
+from hybrid.server.log import lines_to  # noqa: E402
 from hybrid.server.process import listen  # noqa: E402
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -294,7 +302,7 @@ def test_a_full_queue_refuses_before_anything_is_looked_at() -> None:
 
 
 def test_a_log_has_no_text_of_the_client_and_no_control_characters(capfd) -> None:
-    with running(gated().llm) as server:
+    with lines_to(2), running(gated().llm) as server:
         object.__setattr__(server.service.config, "log", "json")
         raw(server, b"GET /a%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         server.post("/tokenize", content="a secret text")
@@ -311,3 +319,43 @@ def test_a_log_has_no_text_of_the_client_and_no_control_characters(capfd) -> Non
     lines = (written + capfd.readouterr().err).splitlines()
     assert [json.loads(line)["status"] for line in lines[:2]] == [404, 200]
     assert len(lines) == 3 and "secret" not in "".join(lines) and "\x1b" not in "".join(lines)
+
+
+@contextmanager
+def unread(most: int) -> Iterator[BinaryIO]:
+    """The reading end of a pipe that is full to its last byte, to which the log is written."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while os.write(writing, b"-" * 4096):
+            pass
+    os.set_blocking(writing, True)
+    with os.fdopen(reading, "rb") as pipe, lines_to(writing, most):
+        yield pipe
+    until(lambda: "hybrid-log" not in [thread.name for thread in threading.enumerate()])
+    os.close(writing)
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_lost() -> None:
+    with unread(5) as pipe:
+        with running(gated().llm) as server:
+            object.__setattr__(server.service.config, "log", "text")
+            for _ in range(20):
+                assert server.post("/tokenize", content="a").status_code == 200
+        text = pipe.read1()
+        while text.count(b"\n") < 5:
+            text += pipe.read1()
+        logging.warning("it is read again")  # for which there is room now
+        while b"again\n" not in text:
+            text += pipe.read1()
+    *written, last, again = text.lstrip(b"-").decode().splitlines()
+    lost = re.fullmatch(r"(\d+) lines of the log are lost: nobody read it in time", last)
+    assert again == "it is read again" and all("path=/tokenize status=200" in line for line in written)
+    assert 5 <= len(written) <= 6 and len(written) + int(lost[1]) == 20
+
+
+def test_a_server_ends_though_nobody_reads_its_log(monkeypatch) -> None:
+    monkeypatch.setattr(log, "_CLOSE_SECONDS", 0.01)
+    with unread(2):
+        for _ in range(9):
+            logging.warning("nobody reads this")

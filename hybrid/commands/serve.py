@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 from hybrid.cluster.config import ClusterConfig
-from hybrid.commands.console import one_line, say
+from hybrid.commands.console import one_line
 from hybrid.commands.flags import command, new_app
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import ConfigError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Closable")
 app = new_app()
+_STDERR = 2
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -38,31 +39,35 @@ def serve(config: EngineConfig, options: ServerConfig, cluster: ClusterConfig) -
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ConfigError(f"hybrid serve needs {', '.join(missing)}; install them: pip install 'hybrid-moe[server]'")
     options.all_keys()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from hybrid.server.log import lines_to, tell
+
     names = options.names_of(config.model_path)
-    if cluster.alone:
-        _serve_alone(config, options, names)
-    else:
-        _serve_replicas(config, options, cluster, names)
-    say("the server has ended")
+    with lines_to(_STDERR):
+        if cluster.alone:
+            _serve_alone(config, options, names)
+        else:
+            _serve_replicas(config, options, cluster, names)
+        tell("the server has ended")
 
 
 def _serve_alone(config: EngineConfig, options: ServerConfig, names: tuple[str, ...]) -> None:
     from hybrid.server.app import build
+    from hybrid.server.log import tell
     from hybrid.server.service import Service
     from hybrid.server.telemetry import Telemetry
     from hybrid.serving.llm import LLM
 
     service = Service(options, names, Telemetry.open() if options.telemetry else None)
-    load = partial(LLM.from_config, config, notice=say)
+    load = partial(LLM.from_config, config, notice=tell)
     try:
         process = _run(options, names, build(service), service, load, lambda llm: service.described())
     finally:
         service.close()
     if process.lost:  # not exit code 2, which says that starting again is of no use
-        say(f"error: {one_line(process.error)}")
+        tell(f"error: {one_line(process.error)}")
     if service.abandoned:  # a thread in a step that cannot be ended would keep the process
-        say("the server has ended, and with it a step that could not be ended")
+        tell("the server has ended, and with it a step that could not be ended")
+        logging.shutdown()
         os._exit(1)
     if process.lost:
         raise SystemExit(1)
@@ -98,20 +103,21 @@ def _run(
     describe: Callable[[T], list[str]],
 ) -> Process[T]:
     """Listen, load and answer until a signal. describe: what is loaded, for people."""
+    from hybrid.server.log import tell
     from hybrid.server.process import Process, listen
 
     keys = options.all_keys()
     with listen(options) as listening:
         address = _address(options, listening.getsockname()[1])
-        say(f"listening at {address} while the model is loaded; {address}/ready tells when it is there")
+        tell(f"listening at {address} while the model is loaded; {address}/ready tells when it is there")
         if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
-            say("warning: there is no API key: whoever reaches this address may use the model; --api-key sets one")
+            tell("warning: there is no API key: whoever reaches this address may use the model; --api-key sets one")
 
         def on_ready(loaded: T) -> None:
             for line in [*describe(loaded), _how_to_ask(address, names[0], bool(keys))]:
-                say(line)
+                tell(line)
 
-        process = Process(app, service, load, on_ready, say)
+        process = Process(app, service, load, on_ready, tell)
         process.run([listening])
         return process
 

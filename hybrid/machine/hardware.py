@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import cpu_kernels
 from hybrid.config import MAX_THREADS
-from hybrid.errors import ConfigError, KernelError
+from hybrid.errors import ConfigError, HybridError, KernelError
 from hybrid.machine.cgroup import PROC, Limit, control_groups
 from hybrid.machine.memory import size_text
 
@@ -195,10 +195,9 @@ class Memory(NamedTuple):
 
 def memory(proc: Path = PROC, meminfo: Path = MEMINFO, nodes: Path = NODE_TOPOLOGY) -> Memory:
     """The least that machine, memory nodes and control groups leave. Swap is not counted: weights in it would be read
-    from a disk for every token.
+    from a disk for every token. Raises HybridError where the system says nothing of its memory.
     """
-    fields = _kib_fields(meminfo)
-    total, available = fields["MemTotal"], fields["MemAvailable"]
+    total, available = _machine_memory(meminfo)
     found = (*control_groups(proc).memory_limits(), *_node_limit(proc, nodes))
     limits = [limit for limit in found if limit.amount < total or limit.left < available]
     if not limits:
@@ -206,6 +205,31 @@ def memory(proc: Path = PROC, meminfo: Path = MEMINFO, nodes: Path = NODE_TOPOLO
     tightest = min(limits, key=lambda limit: (limit.left, limit.amount))
     least = min(total, *(limit.amount for limit in limits))
     return Memory(int(least), int(min(available, tightest.left)), tightest)
+
+
+def _machine_memory(meminfo: Path) -> tuple[int, int]:
+    """All of it and what is free, as far as the system tells: some leave out lines, or the file."""
+    fields = _kib_fields(meminfo)
+    total = fields.get("MemTotal") or _bytes_of("SC_PHYS_PAGES", meminfo)
+    free = fields.get("MemAvailable", _free(fields) or None)
+    return total, min(total, _bytes_of("SC_AVPHYS_PAGES", meminfo) if free is None else free)
+
+
+def _bytes_of(pages: str, meminfo: Path) -> int:
+    """pages: the name of a number of pages, as `os.sysconf` knows it. Raises HybridError."""
+    try:
+        size, count = os.sysconf("SC_PAGE_SIZE"), os.sysconf(pages)
+    except (ValueError, OSError):
+        size = count = -1
+    if min(size, count) < 0:
+        raise HybridError(f"the system does not say how much memory it has: {meminfo} has no MemTotal or MemFree")
+    return size * count
+
+
+def _free(fields: Mapping[str, int]) -> int:
+    """Memory of nobody, and of files that can be read again."""
+    parts = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
+    return sum(fields.get(part, 0) for part in parts)
 
 
 def _node_limit(proc: Path, nodes: Path) -> Iterator[Limit]:
@@ -216,10 +240,10 @@ def _node_limit(proc: Path, nodes: Path) -> Iterator[Limit]:
     sizes = {id: fields for id, fields in sizes.items() if fields.get("MemTotal")}
     if allowed.issuperset(sizes) or not allowed.intersection(sizes):
         return
-    parts = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
     own = [fields for id, fields in sizes.items() if id in allowed]
-    free = sum(fields.get(part, 0) for fields in own for part in parts)
-    yield Limit(sum(fields["MemTotal"] for fields in own), free, f"Mems_allowed_list of {proc / 'status'}")
+    yield Limit(
+        sum(fields["MemTotal"] for fields in own), sum(map(_free, own)), f"Mems_allowed_list of {proc / 'status'}"
+    )
 
 
 def _kib_fields(file: Path) -> dict[str, int]:
@@ -236,7 +260,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "unknown processor"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 from hybrid.printable import printable
 from hybrid.server.config import ServerConfig
 from hybrid.server.failures import log_failure
+from hybrid.server.log import tell
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -96,7 +96,7 @@ class Exchange:
         }
         as_json = self.config.log == "json"
         line = json.dumps(facts) if as_json else " ".join(f"{name}={value}" for name, value in facts.items())
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def host_of(url: str) -> str | None:

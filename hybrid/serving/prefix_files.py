@@ -17,8 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import accumulate
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
+from time import monotonic
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 SUFFIX = ".prefix"
 VERSION = 1
 MAX_PENDING = 256 << 20  # bytes that wait to be written; what comes beyond is not
+FIRST_REST, LONGEST_REST = 10.0, 600.0  # seconds without a try to write, after one that failed
 _HEADER_BYTES = 4096
 _READING = Reading(1 << 40, "it is not used", streams=False)
 _UNSOUND = (HybridError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, MemoryError)
@@ -130,7 +133,8 @@ class PrefixFiles:
         self._entries: OrderedDict[Path, Entry] = OrderedDict()  # the longest unused first
         self._starts: dict[str, list[Entry]] = {}
         self._nbytes = self._pending = 0
-        self._full = False  # the disk: nothing is written any more
+        self._rests_until = 0.0  # nothing is taken before; the disk was full
+        self._rest = FIRST_REST
         self._queue: SimpleQueue[tuple[list[Entry], list[Part]] | threading.Event | None] = SimpleQueue()
         self._queued: set[Path] = set()  # files that are to be written
         self._index()
@@ -182,7 +186,7 @@ class PrefixFiles:
             wanted = [part for part, path in zip(known, paths, strict=True) if path not in there] + [*fresh]
             sizes = accumulate(part.nbytes for part in wanted)
             count = sum(self._pending + size <= MAX_PENDING for size in sizes)
-            taken = [] if self._full else wanted[: count or not self._pending]
+            taken = [] if monotonic() < self._rests_until else wanted[: count or not self._pending]
             self._pending += sum(part.nbytes for part in taken)
             self._queued.update(map(self._path, taken))
         if used or taken:
@@ -205,7 +209,7 @@ class PrefixFiles:
         removed from now on, but for one that is being written. Any thread may call it.
         """
         with self._lock:
-            self._full = True
+            self._rests_until = inf
             self._entries.clear()
             self._starts.clear()
         self._queue.put(None)
@@ -219,13 +223,20 @@ class PrefixFiles:
             used, parts = item
             try:
                 self._use_all(used)  # before room is made
-                self._use_all(used + [self._write(part) for part in parts if not self._full])
+                self._use_all(used + [self._write(part) for part in parts if monotonic() >= self._rests_until])
             except Exception as error:  # whatever it is, the thread goes on, for somebody may wait for it
-                self._full = True
-                _logger.warning("kept prompts are written no more: %s", error)
+                self._wait(error)
             with self._lock:
                 self._pending -= sum(part.nbytes for part in parts)
                 self._queued.difference_update(map(self._path, parts))
+
+    def _wait(self, error: Exception) -> None:
+        """Take nothing for a while, which doubles until something is written again."""
+        with self._lock:
+            self._rests_until = max(self._rests_until, monotonic() + self._rest)
+            if self._rest == FIRST_REST:
+                _logger.warning("kept prompts are not written, and tried again in %g s: %s", self._rest, error)
+            self._rest = min(2 * self._rest, LONGEST_REST)
 
     def _path(self, part: Part) -> Path:
         return self._folder / f"{part.start}-{part.end}{SUFFIX}"
@@ -242,6 +253,9 @@ class PrefixFiles:
             for values in part.body:
                 file.write(values.data)
         self._add(entry)
+        if self._rest > FIRST_REST:
+            self._rest = FIRST_REST
+            _logger.warning("kept prompts are written again")
         return entry
 
     def _checksum(self, part: Part) -> str:
