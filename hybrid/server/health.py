@@ -119,6 +119,7 @@ def close_in_time(llm: LLM) -> bool:
     thread = threading.Thread(target=llm.close, name="hybrid-close", daemon=True)
     thread.start()
     thread.join(_CLOSE_SECONDS)
-    if thread.is_alive():
-        llm.abandon()
-    return not thread.is_alive()
+    ended = not thread.is_alive()
+    if not ended:
+        llm.abandon()  # which ends that thread
+    return ended
