@@ -6,6 +6,8 @@ from array import array
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +75,23 @@ def _owners(calls: Calls, ranks: array[int]) -> array[int]:
     return array("q", owner.tobytes())
 
 
+class _Future(NamedTuple):
+    """`next_ranks` and `_owners` of a trace, which are the same for every cache."""
+
+    ranks: array[int]
+    owners: array[int]
+
+
+_FUTURES: WeakKeyDictionary[Calls, _Future] = WeakKeyDictionary()  # of traces that are replayed several times
+
+
+def _future(calls: Calls) -> _Future:
+    if calls not in _FUTURES:
+        ranks = next_ranks(calls)
+        _FUTURES[calls] = _Future(ranks, _owners(calls, ranks))
+    return _FUTURES[calls]
+
+
 class _Sets:
     """The experts of each index in a heap of (minus rank of the next call): the top is the furthest future.
 
@@ -81,8 +100,7 @@ class _Sets:
     """
 
     def __init__(self, calls: Calls, geometry: Geometry) -> None:
-        self.ranks = next_ranks(calls)
-        self.owners = _owners(calls, self.ranks)
+        self.ranks, self.owners = _future(calls)
         self.index_of = geometry.indexes().tolist()
         self.resident = bytearray(len(self.index_of))
         self.free = [geometry.nways] * geometry.nblocks
@@ -103,13 +121,16 @@ class _Sets:
         self.resident[self.owners[-heappop(heap)]] = 0
         return 1
 
-    def put(self, key: int, rank: int, now: int) -> None:
-        self.resident[key] = 1
-        heap = self.heaps[self.index_of[key]]
-        heappush(heap, -rank)
-        if len(heap) > self.largest:
-            heap[:] = [entry for entry in heap if -entry >= now]
-            heapify(heap)
+    def put(self, calls: list[tuple[int, int]], now: int) -> None:
+        """Enter what was called, (rank, key) each, or give it a new entry."""
+        resident, heaps, index_of, largest = self.resident, self.heaps, self.index_of, self.largest
+        for rank, key in calls:
+            resident[key] = 1
+            heap = heaps[index_of[key]]
+            heappush(heap, -rank)
+            if len(heap) > largest:
+                heap[:] = [entry for entry in heap if -entry >= now]
+                heapify(heap)
 
 
 def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -> Schedule:
@@ -138,8 +159,7 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
                     fills[layer] += 1
                     left -= 1
                     kept.append((rank, key))
-        for rank, key in kept:
-            sets.put(key, rank, end)
+        sets.put(kept, end)
         first = end
     found = np.array(counts)
     return Schedule(calls.by_layer(found), np.array(fills), np.array(evictions), found)

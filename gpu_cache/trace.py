@@ -49,7 +49,7 @@ class Trace:
         return len(self.step)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calls:
     """The calls of a trace: distinct experts of each (step, layer), a group, in order of first appearance.
 

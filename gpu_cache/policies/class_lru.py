@@ -10,7 +10,7 @@ from gpu_cache.policies.decayed import DecayedPolicy
 
 HALF_LIFE = 128  # steps
 _MOST = 1 << (CLASSES - 1)  # calls that make a difference
-_CLASS = [max(calls.bit_length(), 1) - 1 for calls in range(_MOST + 1)]  # by calls, rounded down
+_CLASS = [max(calls.bit_length(), 1) - 1 for calls in range(_MOST)]  # by calls, rounded down
 
 
 class ClassLru(ClassedPolicy, DecayedPolicy):
@@ -35,22 +35,23 @@ class ClassLru(ClassedPolicy, DecayedPolicy):
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        value, unit, base = self._value, self._unit, layer * self._experts
-        for expert in experts:
-            value[base + expert] += unit
-        last, now, nways, key_of, classes = self._last, self._now, self.nways, self._key_of, self._class
+        DecayedPolicy.on_lookup(self, layer, experts, scores, slots)
+        last, now, key_of, classes, numbers = self._last, self._now, self._key_of, self._class, self._number
+        value, unit = self._value, self._unit
         for slot in slots:
             last[slot] = now
-            held, number = classes[slot], _CLASS[min(int(value[key_of[slot]] / unit), _MOST)]
-            if self._classes[slot // nways][number][1] is held:
-                held.move_to_end(slot)
+            calls = int(value[key_of[slot]] / unit)
+            number = _CLASS[calls] if calls < _MOST else CLASSES - 1
+            if numbers[slot] == number:
+                classes[slot].move_to_end(slot)
             else:
-                del held[slot]
-                self._enter(slot, slot // nways, number)
+                del classes[slot][slot]
+                self._enter(slot, slot // self.nways, number)
 
     def on_fill(self, slot: int, key: int) -> None:
         self._key_of[slot], self._last[slot] = key, self._now
-        self._enter(slot, slot // self.nways, _CLASS[min(int(self._value[key] / self._unit), _MOST)])
+        calls = int(self._value[key] / self._unit)
+        self._enter(slot, slot // self.nways, _CLASS[calls] if calls < _MOST else CLASSES - 1)
 
     def _rescale(self, unit: float) -> None:
         """Nothing is copied of the values."""

@@ -24,6 +24,7 @@ class ClassedPolicy(Policy):
         # of each index: the weight of a class, and its slots
         self._classes = [[(weight, OrderedDict[int, None]()) for weight in _WEIGHTS] for _ in range(geometry.nblocks)]
         self._class = [OrderedDict[int, None]()] * geometry.slots  # of each slot
+        self._number = [0] * geometry.slots  # of the class of each slot
 
     def on_evict(self, slot: int, key: int) -> None:
         del self._class[slot][slot]
@@ -31,6 +32,8 @@ class ClassedPolicy(Policy):
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         best, found, last, now = -1.0, None, self._last, self._now
         for weight, slots in self._classes[index]:
+            if not slots:
+                continue
             for slot in slots:
                 if slot not in blocked:
                     age = (now - last[slot]) * weight
@@ -44,5 +47,6 @@ class ClassedPolicy(Policy):
 
     def _enter(self, slot: int, index: int, number: int) -> None:
         """Make a slot the newest of a class."""
+        self._number[slot] = number
         slots = self._class[slot] = self._classes[index][number][1]
         slots[slot] = None

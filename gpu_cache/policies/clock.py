@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import islice
 
-from gpu_cache.geometry import Geometry
 from gpu_cache.policies.fifo import Fifo
+from gpu_cache.policies.marked import MarkedPolicy
 
 
-class Clock(Fifo):
+class Clock(MarkedPolicy, Fifo):
     """Corbato, A paging experiment with the Multics system, 1968; also called second chance or FIFO-reinsertion.
 
     Evicts what was filled longest ago if it was not called since; if it was, it goes around once more, unmarked. What
@@ -18,17 +18,6 @@ class Clock(Fifo):
     """
 
     name = "CLOCK"
-
-    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
-        super().__init__(geometry, seed)
-        self._called = bytearray(geometry.slots)
-
-    def on_lookup(
-        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
-    ) -> None:
-        called = self._called
-        for slot in slots:
-            called[slot] = 1
 
     def on_fill(self, slot: int, key: int) -> None:
         super().on_fill(slot, key)

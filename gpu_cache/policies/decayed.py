@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.base import Policy
@@ -11,7 +12,7 @@ _RESCALE_AT = 2.0**512
 
 
 class DecayedPolicy(Policy, ABC):
-    """Keeps a value of every expert, resident or not, which every step multiplies by `decay`.
+    """Keeps a value of every expert, resident or not, to which a call adds one and which every step multiplies by `decay`.
 
     Instead of decaying all values, new contributions grow: `_unit` is the current weight of 1. So a value never falls
     but when all are divided by the same number.
@@ -32,6 +33,13 @@ class DecayedPolicy(Policy, ABC):
             self._value = [value / self._unit for value in self._value]
             self._rescale(self._unit)
             self._unit = 1.0
+
+    def on_lookup(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
+    ) -> None:
+        value, unit, base = self._value, self._unit, layer * self._experts
+        for expert in experts:
+            value[base + expert] += unit
 
     @abstractmethod
     def _rescale(self, unit: float) -> None:

@@ -36,10 +36,8 @@ class HotHalf(Lru, DecayedPolicy):
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        super().on_lookup(layer, experts, scores, slots)
-        value, unit, base = self._value, self._unit, layer * self._experts
-        for expert in experts:
-            value[base + expert] += unit
+        Lru.on_lookup(self, layer, experts, scores, slots)
+        DecayedPolicy.on_lookup(self, layer, experts, scores, slots)
 
     def on_fill(self, slot: int, key: int) -> None:
         super().on_fill(slot, key)
@@ -48,9 +46,7 @@ class HotHalf(Lru, DecayedPolicy):
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         if self._pinned_in[index] != self._step:
             self._pinned_in[index] = self._step
-            value, key_of = self._value, self._key_of
-            by_calls = sorted(self._order[index], key=lambda slot: value[key_of[slot]])
-            self._pinned[index] = set(by_calls[len(by_calls) - self.nways // 2 :])
+            self._pinned[index] = self._hottest(self._order[index])
         pinned = self._pinned[index]
         order = self._order[index]
         for slot in order:
@@ -62,6 +58,13 @@ class HotHalf(Lru, DecayedPolicy):
         if slot_or_none is not None:
             self._key_of[slot_or_none] = key
         return slot_or_none
+
+    def _hottest(self, order: Collection[int]) -> set[int]:
+        """The half with the most calls; of equal ones those that were called last."""
+        slots = list(order)
+        calls = list(map(self._value.__getitem__, map(self._key_of.__getitem__, slots)))
+        places = sorted(range(len(slots)), key=calls.__getitem__)
+        return set(map(slots.__getitem__, places[len(places) - self.nways // 2 :]))
 
     def _rescale(self, unit: float) -> None:
         """Nothing is copied of the values."""

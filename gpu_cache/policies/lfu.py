@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from heapq import heapify
 
 from gpu_cache.policies.decayed import DecayedPolicy
@@ -20,13 +19,6 @@ class Lfu(LeastPolicy, DecayedPolicy):
     name = "LFU"
     decay = 0.5 ** (1 / HALF_LIFE)
     _value: list[float]
-
-    def on_lookup(
-        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
-    ) -> None:
-        value, unit, base = self._value, self._unit, layer * self._experts
-        for expert in experts:
-            value[base + expert] += unit
 
     def _rescale(self, unit: float) -> None:
         for heap in self._heaps:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from gpu_cache.geometry import Geometry
-from gpu_cache.policies.base import Policy
+from gpu_cache.policies.marked import MarkedPolicy
 
 
-class Sieve(Policy):
+class Sieve(MarkedPolicy):
     """Zhang et al., SIEVE is simpler than LRU, NSDI 2024.
 
     The hand goes from the oldest fill to the newest, clears the mark of what was called since, and evicts the first
@@ -22,17 +22,10 @@ class Sieve(Policy):
         # The queue of an index is a ring of its slots and of its end, numbered slots + index: the end's newer neighbour
         # is the oldest slot.
         ends = range(geometry.slots, geometry.slots + geometry.nblocks)
-        self._called = bytearray(geometry.slots + geometry.nblocks)
+        self._called.extend(bytes(geometry.nblocks))  # of the ends, never set
         self._newer: list[int] = [*range(geometry.slots), *ends]
         self._older: list[int] = [*range(geometry.slots), *ends]
         self._hand = list(ends)
-
-    def on_lookup(
-        self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
-    ) -> None:
-        called = self._called
-        for slot in slots:
-            called[slot] = 1
 
     def on_fill(self, slot: int, key: int) -> None:
         self._enter(slot, self.geometry.slots + slot // self.nways)

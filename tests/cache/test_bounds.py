@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing import random_trace
 
-from gpu_cache.bounds import belady, bypass_belady, static_best, static_layers
+from gpu_cache import bounds
+from gpu_cache.bounds import belady, bypass_belady, next_ranks, static_best, static_layers
 from gpu_cache.geometry import Geometry
 from gpu_cache.quota_bound import quota_bound
 from gpu_cache.trace import Calls, calls
@@ -154,3 +155,13 @@ def test_belady_without_sets_and_groups_equals_libcachesim(ways: int, sticky: fl
     trace = calls(random_trace(7, steps=2000, layers=2, experts=20, top_k=1, sticky=sticky))
     hits = belady(trace, Geometry(1, ways, 2, 20)).hits.sum()
     assert hits == libcachesim_hits(trace.key.tolist(), ways)
+
+
+def test_caches_of_one_trace_share_what_is_known_of_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(bounds, "next_ranks", lambda calls: made.append(1) or next_ranks(calls))
+    trace = calls(random_trace(7, layers=2))
+    for ways in (2, 4):
+        belady(trace, Geometry(2, ways, 2, 8))
+        bypass_belady(trace, Geometry(2, ways, 2, 8))
+    assert len(made) == 1
