@@ -12,7 +12,7 @@ _RESCALE_AT = 2.0**512
 
 
 class DecayedPolicy(Policy, ABC):
-    """Keeps a value of every expert, resident or not, to which a call adds one and which every step multiplies by `decay`.
+    """Keeps a value of every expert, resident or not: a call adds one, and every step multiplies it by `decay`.
 
     Instead of decaying all values, new contributions grow: `_unit` is the current weight of 1. So a value never falls
     but when all are divided by the same number.
