@@ -10,6 +10,7 @@ import pytest
 from cuda_rig import SlotCompute, put
 from typer.testing import CliRunner
 
+import gpu_cache.policies
 from hybrid.cli import COMMANDS
 from hybrid.commands import verify
 from hybrid.commands.tolerance import LogitError, measure_logit_error
@@ -35,6 +36,15 @@ def test_the_embedded_model_gives_the_same_in_every_scenario() -> None:
     assert int(streamed["streamed"]) > 100 and streamed["starved"] == "0"
 
 
+@pytest.fixture
+def two_policies(monkeypatch) -> None:
+    """A scenario for each policy costs minutes on a stand-in for a GPU; that all agree is another test's matter."""
+    monkeypatch.setattr(
+        gpu_cache.policies, "POLICIES", {name: gpu_cache.policies.POLICIES[name] for name in ("LRU", "random")}
+    )
+
+
+@pytest.mark.usefixtures("two_policies")
 def test_a_wrong_expert_is_found_and_ends_with_1(monkeypatch) -> None:
     from gpu_cache.devices.simulated import SimulatedDevice
 
@@ -80,6 +90,7 @@ def on_gpu(monkeypatch, share: float, *arguments: str):
     return CliRunner().invoke(verify.app, [*SHORT, "--device", "cuda", *arguments])
 
 
+@pytest.mark.usefixtures("two_policies")
 def test_a_gpu_may_be_off_by_rounding(monkeypatch) -> None:
     result = on_gpu(monkeypatch, 0.001)
     assert result.exit_code == 0, result.output
@@ -92,6 +103,7 @@ def test_a_gpu_may_be_off_by_rounding(monkeypatch) -> None:
     assert errors["starved"] == 0 < errors["streamed"] < 0.01
 
 
+@pytest.mark.usefixtures("two_policies")
 def test_a_gpu_that_is_wrong_is_found_and_ends_with_1(monkeypatch) -> None:
     result = on_gpu(monkeypatch, 0.5, "--json")
     assert result.exit_code == 1
