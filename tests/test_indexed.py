@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, packed, random_tensors, write_tensors
+from checkpoints import CONFIGS, packed, random_tensors, write_checkpoint, write_tensors
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf
 from test_gguf_models import packed as packed_file
 from test_gguf_models import same_stores
@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from hybrid.commands.fit import app
 from hybrid.config import EngineConfig
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, RequestError
 from hybrid.models import model_spec
 from hybrid.plan.resolve import plan_model
+from hybrid.serving.llm import LLM
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 WHY = r"tokens: of more, \w+ attends to the 200 that its indexer selects \(index_topk\), which is not computed"
@@ -88,3 +89,12 @@ def test_indexers_are_not_read(tmp_path: Path, family: str) -> None:
 def test_what_is_not_computed_is_refused(family: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_spec({**CONFIGS[family], **changes})
+
+
+@pytest.mark.parametrize(("length", "advice"), [(199, "or raise max_seq_len"), (200, f"shorten it to 200 {WHY}")])
+def test_a_prompt_that_is_too_long_is_told_what_can_be_done(tmp_path: Path, length: int, advice: str) -> None:
+    path = write_checkpoint(tmp_path / "hf", "glm_moe_dsa")
+    with LLM(path, max_seq_len=length, threads=1, cache_dir=tmp_path / "cache") as llm:
+        assert np.isfinite(llm.logits([1, 2, 3])).all()
+        with pytest.raises(RequestError, match=f"the prompt has 201 tokens, .* may have {length} here: .*{advice}"):
+            llm.logits([1] * 201)

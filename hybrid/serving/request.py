@@ -29,14 +29,19 @@ _NOTHING, _NO_CHAT = Parts(), Openings()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a prompt must keep to. tokens: that a sequence may have, what is produced included."""
+    """What a prompt must keep to. tokens: that a sequence may have, what is produced included. advice: what to do about
+    one that has more.
+    """
 
     vocab: int
     tokens: int
+    advice: str
 
     @classmethod
     def of(cls, engine: Engine) -> Limits:
-        return cls(engine.spec.vocab, min(engine.plan.max_seq_len, engine.plan.kv_token_budget))
+        spec, tokens = engine.spec, min(engine.plan.max_seq_len, engine.plan.kv_token_budget)
+        more = "shorten it or raise max_seq_len (--max-seq-len)"
+        return cls(spec.vocab, tokens, more if tokens < spec.longest else f"shorten it to {spec.longest_text}")
 
     def check(self, prompt: Tokens) -> None:
         """Raise RequestError when the prompt is empty, too long or holds what is not a token."""
@@ -44,8 +49,7 @@ class Limits:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) > self.tokens:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and a sequence may have {self.tokens} here: "
-                "shorten it or raise max_seq_len (--max-seq-len)"
+                f"the prompt has {len(prompt)} tokens, and a sequence may have {self.tokens} here: {self.advice}"
             )
         self.check_ids(prompt)
 
