@@ -59,14 +59,16 @@ class DummySaved:
 
 
 class DummyEngine:
-    """Greedy token: `next_token(tokens so far)`. `fail` may raise before a step; `steps` keeps batches."""
+    """Greedy token: `next_token(tokens so far)`, whose logit is `peak` where all others are from -1 to 1. `fail` may
+    raise before a step; `steps` keeps batches.
+    """
 
     load_seconds = 0.5
     memory = MemoryGrant("map", "madvise", (), 0, 0)
     experts = routes = device_step = None
 
-    def __init__(self, vocab: int = 300, fail=None, next_token=None, **plan) -> None:
-        self.spec = SimpleNamespace(vocab=vocab, length_phase=lambda length: 0)
+    def __init__(self, vocab: int = 300, fail=None, next_token=None, peak: float = 4.0, **plan) -> None:
+        self.spec, self._peak = SimpleNamespace(vocab=vocab, length_phase=lambda length: 0), peak
         self.plan = DummyPlan(**plan)
         self.steps: list[Batch] = []
         self.closed = False
@@ -135,7 +137,7 @@ class DummyEngine:
         del tokens[position:]
         tokens.append(int(token))
         logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))
-        logits[self._next(tokens)] = 4.0
+        logits[self._next(tokens)] = self._peak
         return logits
 
     def device_report(self) -> None:

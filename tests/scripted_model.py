@@ -19,13 +19,13 @@ TEMPLATE = ChatTemplate(
 
 
 class Model:
-    """A model that answers every prompt with the next of its texts, the last again and again."""
+    """A model that answers every prompt with the next of its texts, the last again and again, at any temperature."""
 
     def __init__(
         self, *answers: str, tokenizer: Tokenizer = BYTES, template: ChatTemplate = TEMPLATE, **plan: Any
     ) -> None:
         plan = {"max_seq_len": 400, "kv_token_budget": 1600, "max_rows": 64, **plan}
-        self.engine = DummyEngine(next_token=self._next, fail=self._before, **plan)
+        self.engine = DummyEngine(next_token=self._next, fail=self._before, peak=80.0, **plan)
         self.llm = LLM.from_engine(self.engine, tokenizer, frozenset([SPECIAL]), template)
         self.fail: Callable[[Any], None] = lambda batch: None
         self.prompts: list[str] = []
