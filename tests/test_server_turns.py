@@ -15,12 +15,14 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
 import httpx  # noqa: E402
-from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
+from cluster_rig import fronted  # noqa: E402
+from dummy_engine import WATCHDOG, DummyEngine, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
 from scripted_model import TEMPLATE  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
+from hybrid.errors import ConfigError  # noqa: E402
 from hybrid.server.config import ServerConfig  # noqa: E402
 from hybrid.server.quotas import Quotas  # noqa: E402
 from hybrid.server.refusals import Refusal  # noqa: E402
@@ -71,7 +73,7 @@ def queue():
 
 
 def test_a_lower_priority_comes_first(queue: Queue) -> None:
-    for name, priority in (("late", 2), ("middle", None), ("soon", -3)):
+    for name, priority in (("late", 5), ("middle", 3), ("soon", None)):
         queue.ask(name, priority=priority)
     assert queue.finish() == ["first", "soon", "middle", "late"]
 
@@ -179,3 +181,27 @@ def test_tokens_come_back_with_time_and_no_more_than_a_minute_s() -> None:
     quotas.charge("a", 60)
     with pytest.raises(Refusal):
         quotas.require("a", 1)
+
+
+def test_to_come_before_others_needs_a_key_with_that_right(tmp_path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\nplain\nswift urgent\nboth\nboth \t urgent\n")
+
+    def ask(server: Any, priority: int, key: str = "") -> int:
+        body = {"prompt": [1], "max_tokens": 1, "priority": priority}
+        reply = server.http.post(COMPLETE, json=body, headers={"x-api-key": key})
+        assert reply.status_code == 200 or reply.json()["error"]["param"] == "priority"
+        return reply.status_code
+
+    options = {"api_key": ("other",), "api_key_file": keys}
+    llms = [LLM.from_engine(DummyEngine(), BYTES) for _ in range(3)]
+    with running(llms[0], **options) as alone, fronted({"a": llms[1]}, **options) as several:
+        for server in (alone, several):
+            assert [ask(server, -1, key) for key in ("plain", "other", "swift", "both")] == [403, 403, 200, 200]
+            assert [ask(server, priority, "plain") for priority in (0, 5)] == [200, 200]
+    with running(llms[2]) as server:
+        assert ask(server, -1) == 200, "without keys all are one"
+    for line in ("key  with urgent", "urgent urgent urgent", "key soon"):
+        keys.write_text(line)
+        with pytest.raises(ConfigError, match="without spaces"):
+            ServerConfig(api_key_file=keys).all_keys()

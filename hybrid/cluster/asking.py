@@ -13,7 +13,7 @@ Message = MutableMapping[str, Any]  # of ASGI
 
 @dataclass(frozen=True)
 class Asked:
-    """A request whose client has been let in. client: by whose key, as `server.clients` has it."""
+    """A request whose client has been let in. client, urgent: by whose key, as `server.clients` has it."""
 
     method: str
     path: str
@@ -21,6 +21,7 @@ class Asked:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     body: bytes = b""
     client: str = ""
+    urgent: bool = True
     prefix: Prefix = Prefix()
 
 

@@ -22,7 +22,7 @@ from hybrid.cluster.prefixes import prefix_of
 from hybrid.cluster.relay import Relay
 from hybrid.server.app import endpoints
 from hybrid.server.bodies import parse_object, read_bytes
-from hybrid.server.clients import CLIENT
+from hybrid.server.clients import CLIENT, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import App, Exchange, Receive, Scope, Send
 from hybrid.server.fields import completions_asked
@@ -245,5 +245,6 @@ def _asked(scope: Scope, data: bytes, body: dict[str, Any] | None = None) -> Ask
         (*headers, (b"x-request-id", exchange.id.encode())),
         data,
         CLIENT.get(),
+        URGENT.get(),
         prefix_of(body or {}),
     )

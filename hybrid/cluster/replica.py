@@ -11,7 +11,7 @@ from typing import Any
 
 from hybrid.cluster.asking import Asked, Ended, Message, Reply, Taken
 from hybrid.server.app import endpoints
-from hybrid.server.clients import CLIENT
+from hybrid.server.clients import CLIENT, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import Exchange
 from hybrid.server.failures import log_failure
@@ -76,6 +76,7 @@ class Replica:
 
     async def _run(self, asked: Asked, exchange: Exchange) -> None:
         CLIENT.set(asked.client)
+        URGENT.set(asked.urgent)
         exchange.scope["state"] = {"exchange": exchange}
         receive = _Body(asked.body)
         try:

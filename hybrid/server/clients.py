@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-CLIENT: ContextVar[str] = ContextVar("client", default="")  # `Gate` sets it before anything reads the request
+# `Gate` sets both before anything reads the request.
+CLIENT: ContextVar[str] = ContextVar("client", default="")
+URGENT: ContextVar[bool] = ContextVar("urgent", default=True)  # whether it may ask for a priority below 0

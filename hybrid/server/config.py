@@ -12,6 +12,7 @@ from hybrid.settings import setting
 
 _KEYS = Reading(1 << 20, "give a text file with one key in each line", prefix="--api-key-file")
 LOGS = ("text", "json", "none")
+_URGENT = "urgent"  # behind a key in the file
 EMBEDDED_NAME = "embedded"
 
 
@@ -25,7 +26,9 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "Address to listen at; 0.0.0.0 is every one of this machine.")
     port: int = setting(8000, "Port to listen at; 0 takes a free one.", minimum=0, maximum=65535)
     api_key: tuple[str, ...] = setting((), "A key that clients must give", secret=True)
-    api_key_file: Path | None = setting(None, "File with such keys, one in each line.")
+    api_key_file: Path | None = setting(
+        None, "File with such keys, one in each line; 'KEY urgent' may ask for a priority below 0."
+    )
     open_metrics: bool = setting(False, "Let /metrics be read without a key.")
     served_model_name: tuple[str, ...] = setting((), "What clients call the model, in place of its folder's name")
     max_queue: int = setting(256, "Completions that may wait; more are refused with 503.", minimum=0, maximum=1 << 20)
@@ -55,16 +58,20 @@ class ServerConfig:
         """What clients call a model; the first is how it calls itself."""
         return self.served_model_name or (model.absolute().name if model else EMBEDDED_NAME,)
 
-    def all_keys(self) -> tuple[str, ...]:
-        """All keys, those of the file too. Raises ConfigError; no keys: whoever reaches the address may ask."""
-        keys = list(self.api_key)
+    def all_keys(self) -> dict[str, bool]:
+        """All keys, those of the file too, and whether each may ask for a priority below 0. Raises ConfigError; no
+        keys: whoever reaches the address may ask for anything.
+        """
+        keys = dict.fromkeys(self.api_key, False)
         if self.api_key_file is not None:
             lines = read_file(self.api_key_file, _KEYS).decode("utf-8", "replace").splitlines()
             found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
                 raise ConfigError(f"--api-key-file {self.api_key_file} has no key; write one in each line")
-            keys += found
+            for line in found:
+                key, *marks = line.split()
+                keys |= {key: True} if marks == [_URGENT] else {line: keys.get(line, False)}
         for key in keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("--api-key: a key must be printable ASCII without spaces, and not empty")
-        return tuple(keys)
+        return keys

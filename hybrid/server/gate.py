@@ -11,7 +11,7 @@ import hashlib
 import hmac
 from ipaddress import ip_address
 
-from hybrid.server.clients import CLIENT
+from hybrid.server.clients import CLIENT, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import LOOPBACK, OPEN, App, Exchange, Receive, Scope, Send, host_of
 from hybrid.server.page import PATHS
@@ -24,7 +24,8 @@ class Gate:
 
     def __init__(self, app: App, config: ServerConfig, telemetry: Telemetry | None = None) -> None:
         self._app, self._config, self._telemetry = app, config, telemetry
-        self._digests = [_digest(key) for key in config.all_keys()]
+        keys = config.all_keys()
+        self._digests, self._urgent = [_digest(key) for key in keys], [*keys.values()]
         self._open = OPEN | PATHS | ({"/metrics"} if config.open_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,9 +57,10 @@ class Gate:
             return Refusal(403, "this server is asked by a name that is not its own; use localhost, or set an API key")
         if not self._origin_allowed(exchange):
             return Refusal(403, "web pages of other machines may not use this server")
-        client = self._client(exchange)
-        CLIENT.set(client or "")
-        if self._digests and not exchange.is_for(self._open) and client is None:
+        number = self._key_number(exchange)
+        CLIENT.set("" if number is None else f"key {number}")
+        URGENT.set(not self._digests or (number is not None and self._urgent[number]))
+        if self._digests and not exchange.is_for(self._open) and number is None:
             return Refusal(401, "give a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
         return None
 
@@ -81,13 +83,13 @@ class Gate:
         same = origin.decode("latin-1").partition("://")[2] == host
         return same and (bool(self._digests) or _is_number(host_of(f"//{host}")))
 
-    def _client(self, exchange: Exchange) -> str | None:
+    def _key_number(self, exchange: Exchange) -> int | None:
         """Which of the keys was given; None if it is none of them."""
         scheme, _, given = exchange.headers.get(b"authorization", b"").partition(b" ")
         key = given.strip() if scheme.lower() == b"bearer" else exchange.headers.get(b"x-api-key", b"")
         digest = hashlib.sha256(key).digest()
         same = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
-        return f"key {same.index(True)}" if any(same) else None
+        return same.index(True) if any(same) else None
 
 
 def _digest(key: str) -> bytes:

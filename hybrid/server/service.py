@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from hybrid.errors import RequestError
 from hybrid.plan.text import summary_text
-from hybrid.server.clients import CLIENT
+from hybrid.server.clients import CLIENT, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.failures import log_failure
 from hybrid.server.health import Health, close_in_time
@@ -164,6 +164,9 @@ class Service:
         self._take(client, count)
         try:
             requests = await self.prepare(partial(make, self.llm))
+            if not URGENT.get() and any(request.priority < 0 for request in requests):
+                message = "priority: below 0 is for keys that --api-key-file marks as urgent; give 0 or more"
+                raise Refusal(403, message, param="priority")
             return Run(self, requests, count, client)
         except BaseException:
             self._take(client, -count)
