@@ -359,3 +359,10 @@ def test_a_server_ends_though_nobody_reads_its_log(monkeypatch) -> None:
     with unread(2):
         for _ in range(9):
             logging.warning("nobody reads this")
+
+
+def test_no_part_of_an_answer_waits_until_the_client_has_acknowledged_the_one_before() -> None:
+    with listen(ServerConfig(port=0)) as listening, socket.create_connection(listening.getsockname()):
+        listening.setblocking(True)
+        with listening.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -46,6 +46,7 @@ def listen(config: ServerConfig) -> socket.socket:
         raise ConfigError(
             f"--host {config.host} --port {config.port} cannot be listened at ({reason}); give another"
         ) from None
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it: no part waits for an ACK
     listening.setblocking(False)
     return listening
 
