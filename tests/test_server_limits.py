@@ -318,6 +318,7 @@ def test_a_log_has_no_text_of_the_client_and_no_control_characters(capfd) -> Non
         raw(server, b"GET /b%0a%1b[31mred HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     lines = (written + capfd.readouterr().err).splitlines()
     assert [json.loads(line)["status"] for line in lines[:2]] == [404, 200]
+    assert type(json.loads(lines[0])["time"]) is float and re.match(r"time=\d{4}-\d\d-\d\dT[\d:.]{12}[+-]", lines[2])
     assert len(lines) == 3 and "secret" not in "".join(lines) and "\x1b" not in "".join(lines)
 
 

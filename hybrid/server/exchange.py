@@ -8,6 +8,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from time import perf_counter, time
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,9 +85,10 @@ class Exchange:
     def log_end(self) -> None:
         if self.config.log == "none" or (self.is_for(OPEN) and self.status in (200, 503)):  # asked every second
             return
+        as_json = self.config.log == "json"
         known = {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1]} if self.tokens else {}
         facts: dict[str, Any] = {
-            "time": round(time(), 3),
+            "time": round(time(), 3) if as_json else datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "request": self.id,
             "method": self.scope["method"],
             "path": printable(self.scope["path"])[:200].replace("\n", "\\n"),
@@ -94,7 +96,6 @@ class Exchange:
             "seconds": round(perf_counter() - self.begun, 4),
             **known,
         }
-        as_json = self.config.log == "json"
         line = json.dumps(facts) if as_json else " ".join(f"{name}={value}" for name, value in facts.items())
         tell(line)
 
