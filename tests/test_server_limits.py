@@ -31,6 +31,7 @@ from hybrid.server.log import lines_to  # noqa: E402
 from hybrid.server.process import listen  # noqa: E402
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
 def raw(server: Running, data: bytes) -> bytes:
@@ -360,6 +361,24 @@ def test_a_server_ends_though_nobody_reads_its_log(monkeypatch) -> None:
     with unread(2):
         for _ in range(9):
             logging.warning("nobody reads this")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": QUESTION, "stream_options": {"x": None}, "tools": [{**TOOL, "strict": None}]}),
+        (COMPLETE, {"prompt": "a", "prediction": {"type": "content", "content": "b"}}),
+        ("/v1/messages", {"model": "tiny", "messages": QUESTION, "output_config": {"x": None}}),
+        ("/v1/responses", {"input": "a", "reasoning": {"x": None}}),
+        ("/api/chat", {"model": "tiny", "messages": QUESTION, "options": {"x": None}}),
+        ("/tokenize", {"content": "a"}),
+    ],
+)
+def test_what_is_null_asks_for_nothing_and_is_taken_wherever_it_stands(server, path: str, body: dict) -> None:
+    body |= {"max_tokens": 2} if path in (CHAT, COMPLETE, "/v1/messages") else {}
+    assert server.post(path, **body, functions=None).status_code == 200
+    refused = server.post(path, **body, functions=[])
+    assert refused.status_code == 400 and "functions" in refused.text
 
 
 def test_no_part_of_an_answer_waits_until_the_client_has_acknowledged_the_one_before() -> None:

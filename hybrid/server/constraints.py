@@ -6,18 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from hybrid.core import Grammar
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import Strict
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
-class Constrained(BaseModel):
+class Constrained(Strict):
     """What endpoints share that take such fields. An answer has one of them."""
-
-    model_config = ConfigDict(extra="forbid")
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None

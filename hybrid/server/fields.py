@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from hybrid.core import SamplingParams
 from hybrid.server.constraints import Constrained
 from hybrid.server.numbers import LARGEST, WHOLE, Count, CountOrAll, Finite, Positive, Seed
 from hybrid.server.prompt_logprobs import PromptScored
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import Strict
 
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
 MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
@@ -19,17 +20,9 @@ TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
-
-
-class Strict(BaseModel):
-    """A field that is not declared is refused by its name."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Sampling(Constrained):
@@ -65,6 +58,7 @@ class Sampling(Constrained):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prediction: Any = None
 
     @model_validator(mode="after")
     def _check_stops(self) -> Sampling:

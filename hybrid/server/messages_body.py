@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Strict
+from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText
 from hybrid.server.numbers import Count, Finite, Positive
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import Strict
 from hybrid.server.turns import one_system
 
 Block = dict[str, Any]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Strict, Tool
+from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Tool
 from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import Strict
 
 _SAMPLING = (
     "temperature",
@@ -69,8 +70,6 @@ class Options(Strict):
 
 class OllamaBody(Strict):
     """What both share."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(max_length=1000)
     options: Options | None = None

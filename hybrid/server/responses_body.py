@@ -7,9 +7,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Strict
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody
 from hybrid.server.numbers import CountOrAll, Finite, Positive, Seed
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import Strict
 from hybrid.server.turns import one_system
 
 Item = dict[str, Any]
