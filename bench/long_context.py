@@ -1,6 +1,6 @@
 """Decode behind up to a million tokens: the time of a token by the length of its context, beside what reading it costs.
 
-    python bench/long_context.py --longest 1048000 --json long_context.json --figure long_context.svg
+    python bench/long_context.py --longest 1000000 --json long_context.json --figure long_context.svg
 
 The model has the attention of a published one (`--like`) in two layers, random weights and few experts, because keys
 and values are what is measured. Reading a prompt costs the square of its length: `--read` tokens are read as a prompt,
