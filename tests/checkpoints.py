@@ -315,6 +315,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "qwen3_5_text": {**_DELTA, "model_type": "qwen3_5_text", "tie_word_embeddings": True},
+    "mistral": {**_COMMON, "model_type": "mistral", "sliding_window": 20},
+    "smollm3": {**_COMMON, "model_type": "smollm3", "pad_token_id": None, "head_dim": 16, "num_hidden_layers": 4},
+    "seed_oss": {**_COMMON, "model_type": "seed_oss", "attention_bias": True},
+    "dots1": {
+        **_COMMON,
+        "model_type": "dots1",
+        "moe_intermediate_size": 40,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+    },
 }
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text
@@ -325,13 +340,15 @@ WRAPPERS = (  # models of more than text
         "internvl",
         "kimi_k25",
         "lfm2_vl",
+        "mistral3",
+        "qwen2_5_vl",
         "qwen3_5",
         "qwen3_5_moe",
         "qwen3_vl",
         "qwen3_vl_moe",
     ),
 )
-OTHER_NAMES = ("kimi_k2", *WRAPPERS)
+OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = ("gpt_oss", "granitemoe", "gemma4_text")  # families whose experts are never apart
 # Families with layers that no device computes.
 ON_HOST: tuple[str, ...] = ("gemma4_text",)

@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa",
     "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
-    "phi3": "phi3", "gemma4_text": "gemma4",
+    "phi3": "phi3", "gemma4_text": "gemma4", "smollm3": "smollm3", "seed_oss": "seed_oss", "dots1": "dots1",
 }  # fmt: skip
 
 
@@ -170,9 +170,9 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[f"blk.{layer}.ffn_down_exps.{kind}"] = array.swapaxes(1, 2) if turned else array
         else:
             found[gguf_name(name)] = array
-    if config["model_type"] in ("gpt_oss", "glm4_moe"):
+    if config["model_type"] in ("gpt_oss", "glm4_moe", "seed_oss"):
         found = {name.replace("ffn_norm", "post_attention_norm"): array for name, array in found.items()}
-    if config["model_type"] in ("llama", "mixtral", "granitemoe"):
+    if config["model_type"] in ("llama", "mixtral", "granitemoe", "smollm3"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
     if config["model_type"] == "gemma4_text":
@@ -301,10 +301,11 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_feed_forward_length": wide if experts and family not in _ONE_WIDTH else None,
         "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
         "expert_shared_count": get("n_shared_experts") or get("moe_num_shared_experts"),
-        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2") else None,
+        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2", "dots1") else None,
         "expert_group_count": get("n_group"),
         "expert_group_used_count": get("topk_group"),
         "expert_weights_scale": get("routed_scaling_factor"),
+        "expert_weights_norm": get("norm_topk_prob") if family == "dots1" else None,
         "leading_dense_block_count": get("first_k_dense_replace") or get("moe_layer_start_index"),
         "attention.sliding_window": get("sliding_window"),
         "attention.scale": get("attention_multiplier"),

@@ -97,6 +97,39 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "mistral, window": ("mistral", SHARP),
+    "smollm3, the fourth layer without rope": ("smollm3", {"tie_word_embeddings": True, **SHARP}),
+    "smollm3, windows without rope, biases": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 1],
+            "num_hidden_layers": 2,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "attention_bias": True,
+            "mlp_bias": True,
+            **SHARP,
+        },
+    ),
+    "seed_oss": ("seed_oss", SHARP),
+    "seed_oss, biases of outputs alone": (
+        "seed_oss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, **SHARP},
+    ),
+    "dots1": ("dots1", {}),
+    "dots1, groups, the last layer with a window": (
+        "dots1",
+        {
+            "n_group": 2,
+            "topk_group": 2,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "norm_topk_prob": False,
+            "sliding_window": 20,
+            "max_window_layers": 1,
+            "first_k_dense_replace": 0,
+            **SHARP,
+        },
+    ),
     "olmoe": ("olmoe", {}),
     "olmoe, weights renormalised": (
         "olmoe",

@@ -51,6 +51,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
     sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
     sizes |= {"hidden_size_per_layer_input"}  # whose default is not computed
+    sizes |= {"n_shared_experts"} if family == "dots1" else set()  # has none with which transformers computes
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}
     config |= {"n_routed_experts": 32} if "n_routed_experts" in config else {}  # enough for groups
@@ -174,6 +175,13 @@ def test_experts_are_counted_under_both_names() -> None:
         ("qwen2_moe", {"sliding_window": 16}, [None, None, None]),
         ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True}, [16, None, 16]),
         ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, [16, None, None]),
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, [20, 20]),
+        ("mistral", {"model_type": "ministral", "layer_types": ["sliding_attention", "full_attention"]}, [20, None]),
+        ("mistral", {"model_type": "ministral"}, [20, 20]),
+        ("mistral", {"model_type": "ministral", "sliding_window": None}, [None, None]),
+        ("smollm3", {"sliding_window": 16, "use_sliding_window": True}, [None, None, None, 16]),
+        ("dots1", {"sliding_window": 16, "max_window_layers": 1}, [None, 16]),
         ("gpt_oss", {"num_hidden_layers": 3}, [20, None, 20]),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, [None, 20]),
         ("gpt_oss", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, [None, None]),
@@ -232,6 +240,9 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, r"no_rope_layers is \[1, 0, 1\], 3 numbers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, r"no_rope_layers is \[1, 0, 1, 2\], 4 numbers"),
+        ("dots1", {"n_group": 3}, "8 experts in n_group 3 groups"),
         ("glm4_moe", {"n_group": 3}, "8 experts in n_group 3 groups"),
         ("glm4_moe", {"n_group": 8}, "8 experts in n_group 8 groups"),
         ("glm4_moe", {"num_experts_per_tok": 5}, "topk_group 1 are chosen among, cannot give each token 5"),

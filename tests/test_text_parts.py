@@ -25,6 +25,8 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "internvl": ("qwen3_moe", "qwen3_moe", {}),
     "kimi_k25": ("deepseek_v3", "kimi_k2", {}),
     "lfm2_vl": ("lfm2", "lfm2", {}),
+    "mistral3": ("mistral", "mistral", {}),
+    "qwen2_5_vl": ("qwen2", "qwen2_5_vl_text", {"rope_scaling": MROPE}),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_text", {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_text", {}),
     "qwen3_vl": ("qwen3", "qwen3_vl_text", {"rope_scaling": MROPE}),
@@ -136,3 +138,10 @@ def test_a_head_of_its_own_is_used_though_both_say_that_it_is_tied(tmp_path) -> 
     tied = {"tie_word_embeddings": True}
     path = write_tensors(tmp_path, {**config, "text_config": {**config["text_config"], **tied}, **tied}, tensors)
     assert not open_checkpoint(path).spec.tied
+
+
+def test_fields_of_the_text_may_be_those_of_the_whole() -> None:
+    """As Qwen2.5-VL is published."""
+    config, *_ = nested("qwen2_5_vl", "within the model")
+    rope = {"type": "mrope", "mrope_section": [4, 4, 4]}
+    assert model_spec({**config["text_config"], "model_type": "qwen2_5_vl", "rope_scaling": rope}) == model_spec(config)

@@ -83,12 +83,18 @@ def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "mixtral", **routed(metadata)}
 
 
-def _qwen2(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": "qwen2"}
+def _qwen(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": metadata.architecture}
 
 
-def _qwen3(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": "qwen3"}
+def _smollm3(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Every fourth layer is without rope, whatever its config.json said."""
+    return {"model_type": "smollm3", "no_rope_layer_interval": 4, "mlp_bias": has(model, "ffn_gate.bias")}
+
+
+def _seed_oss(model: Gguf, metadata: GgufMetadata) -> Config:
+    biases = {"attention_out_bias": has(model, "attn_output.bias"), "mlp_bias": has(model, "ffn_gate.bias")}
+    return {"model_type": "seed_oss", **biases}
 
 
 def _expert_width(metadata: GgufMetadata) -> int:
@@ -136,21 +142,32 @@ def _gpt_oss(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _glm4_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SIGMOID, SIGMOID)
-    first = metadata.size("leading_dense_block_count", 0)
     return {
         "model_type": "glm4_moe",
+        **_sigmoid_experts(metadata, norm=True),
+        "use_qk_norm": has(model, "attn_q_norm.weight"),
+        "partial_rotary_factor": metadata.size("rope.dimension_count") / metadata.size("attention.key_length"),
+    }
+
+
+def _dots1(model: Gguf, metadata: GgufMetadata) -> Config:
+    found = _sigmoid_experts(metadata, norm=False)
+    return {"model_type": "dots1", **found, "max_window_layers": layer_count(metadata)}
+
+
+def _sigmoid_experts(metadata: GgufMetadata, *, norm: bool) -> Config:
+    """norm: whether weights sum to 1 where nothing is said."""
+    require_gating(metadata, SIGMOID, SIGMOID)
+    return {
         "n_routed_experts": metadata.size("expert_count"),
         "num_experts_per_tok": metadata.size("expert_used_count"),
         "n_shared_experts": metadata.size("expert_shared_count", 1),
         "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
-        "first_k_dense_replace": first,
-        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "first_k_dense_replace": metadata.size("leading_dense_block_count", 0),
+        "norm_topk_prob": metadata.flag("expert_weights_norm", norm),
         "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
         "n_group": metadata.size("expert_group_count", 0) or 1,
         "topk_group": metadata.size("expert_group_used_count", 0) or 1,
-        "use_qk_norm": has(model, "attn_q_norm.weight"),
-        "partial_rotary_factor": metadata.size("rope.dimension_count") / metadata.size("attention.key_length"),
     }
 
 
@@ -326,8 +343,8 @@ def _shared_experts(metadata: GgufMetadata) -> Config:
 
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "llama": _llama,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -348,6 +365,9 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_5,
     "qwen35moe": _qwen3_5_moe,
+    "smollm3": _smollm3,
+    "seed_oss": _seed_oss,
+    "dots1": _dots1,
 }
 MODEL_TYPES = {
     "llama": ("llama", "mixtral"),
@@ -373,4 +393,7 @@ MODEL_TYPES = {
     "qwen3next": ("qwen3_next",),
     "qwen35": ("qwen3_5_text",),
     "qwen35moe": ("qwen3_5_moe_text",),
+    "smollm3": ("smollm3",),
+    "seed_oss": ("seed_oss",),
+    "dots1": ("dots1",),
 }  # that the functions above make of files of each architecture

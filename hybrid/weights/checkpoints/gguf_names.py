@@ -25,9 +25,14 @@ from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
 from hybrid.weights.shard import Entry
 
-PERMUTED = ("llama", "granitemoe")  # rows of queries and keys lie as their rope turns them: pair by pair
+PERMUTED = ("llama", "granitemoe", "smollm3")  # rows of queries and keys lie as their rope turns them: pair by pair
 _DELTA = ("qwen3next", "qwen35", "qwen35moe")
-_NORM_BEHIND = ("gpt-oss", "glm4moe", *_DELTA)  # the norm before the feed-forward is named after the attention
+_NORM_BEHIND = (
+    "gpt-oss",
+    "glm4moe",
+    "seed_oss",
+    *_DELTA,
+)  # the norm before the feed-forward is named after the attention
 _LAYER = "blk.{layer}"
 _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 _UP = re.compile(r"(blk\.\d+)\.ffn_up\.weight")
