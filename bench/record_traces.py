@@ -1,6 +1,7 @@
 """Record the traces of tests/traces/: which experts the embedded model chose for stories, chat and code-like text.
 
     python bench/record_traces.py tests/traces
+    python bench/record_traces.py FOLDER --next-gate    # and what routers say one layer early
 
 Greedy, one sequence after another, on whatever processor; another instruction set may round a tie differently.
 """
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 
 from hybrid import LLM, SamplingParams
-from hybrid.trace_files import open_trace
 
 TOKENS = 48  # of each answer
 PROMPTS = {
@@ -36,13 +36,12 @@ PROMPTS = {
 }
 
 
-def record(folder: Path, name: str, prompts: list[str]) -> None:
+def record(folder: Path, name: str, prompts: list[str], next_gate: bool) -> None:
+    cache = {"cache": {"prefetch": "next-gate", "delay": 0}} if next_gate else {}
     with (
-        LLM(device="cpu", routes=True, max_batch=1, threads=1) as llm,
-        open_trace(folder / f"{name}.csv", print) as writer,
+        LLM(device="simulated" if next_gate else "cpu", routes=True, max_batch=1, threads=1, **cache) as llm,
+        llm.record_trace(folder / f"{name}.csv", print),
     ):
-        assert llm.engine.routes is not None
-        llm.engine.routes.observer = writer.write
         chat = name == "chat"
         inputs = [llm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts] if chat else prompts
         llm.generate(inputs, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
@@ -52,7 +51,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in PROMPTS.items():
-        record(folder, name, prompts)
+        record(folder, name, prompts, "--next-gate" in sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 
 # The router of the next layer, run early on the hidden state at hand, names the experts (Eliseev and Mazur, Fast
-# inference of MoE language models with offloading, 2023). Only an engine has routers.
+# inference of MoE language models with offloading, 2023). Only an engine has routers; a trace may hold what they said.
 NEXT_GATE = "next-gate"
 MAX_DEPTH = 64
 PERFECT = "perfect"  # in a replay alone, which knows what comes
@@ -89,6 +89,24 @@ class Transition(Prefetch):
             row[called] += 1
 
 
+class NextGate(Prefetch):
+    """Names what a trace says of the next layer's router. An engine asks the router itself, and records what it says.
+
+    Nothing is named after the last layer: the next step's first layer reads another token.
+    """
+
+    name = NEXT_GATE
+
+    def __init__(self, geometry: Geometry, named: Iterator[tuple[int, int, list[int], list[float]]]) -> None:
+        """named: of the whole replay."""
+        super().__init__(geometry)
+        self._named = named
+
+    def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        _, _, named, _ = next(self._named)
+        return [] if layer + 1 == self.layers else [expert for expert in named if expert < self.experts]
+
+
 class Perfect(Prefetch):
     """Names exactly what is called `depth` lookups later. Not a bound: where a quota or a delay binds, a copy that is
     needed later may push out what is needed sooner.
@@ -110,7 +128,7 @@ class Perfect(Prefetch):
 
 LEARNT: Mapping[str, type[Prefetch]] = {rule.name: rule for rule in (Frequency, Transition)}
 PREFETCHES = (Prefetch.name, NEXT_GATE, *LEARNT)  # of an engine
-REPLAYED = (Prefetch.name, *LEARNT, PERFECT)  # of a replay
+REPLAYED = (Prefetch.name, *LEARNT, NEXT_GATE, PERFECT)  # of a replay
 
 
 def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
@@ -120,11 +138,6 @@ def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
     """
     rule, colon, depth = name.lower().partition(":")
     if rule not in rules:
-        if rule == NEXT_GATE:
-            raise CacheError(
-                f"prefetch {NEXT_GATE} cannot be replayed: a trace does not hold what a router says one layer early; "
-                f"use {', '.join(rules)}"
-            )
         raise CacheError(f"prefetch {name!r} is unknown: use one of {', '.join(rules)}")
     if not colon:
         return rule

@@ -15,7 +15,7 @@ from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, known_policy
-from gpu_cache.prefetch import PERFECT, Perfect, Prefetch, depth_of, known_prefetch, learnt_rule
+from gpu_cache.prefetch import NEXT_GATE, PERFECT, NextGate, Perfect, Prefetch, depth_of, known_prefetch, learnt_rule
 from gpu_cache.prompt_copies import replay_prompt_copies
 from gpu_cache.quota_bound import prefetch_bound, quota_bound
 from gpu_cache.table import Fill, Table
@@ -53,8 +53,11 @@ class Setting:
         if self.delay < 0:
             raise CacheError(f"delay of copies: {self.delay}, must be 0 lookups or more")
         policy = known_policy(self.policy, policy_names())
-        if known_prefetch(self.prefetch) != Prefetch.name and policy in SCHEDULES:
+        prefetch = known_prefetch(self.prefetch)
+        if prefetch != Prefetch.name and policy in SCHEDULES:
             raise CacheError(f"{policy} copies on a miss only; replay it with prefetch none")
+        if prefetch == NEXT_GATE:
+            _named(calls)
         policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
         Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
 
@@ -149,9 +152,23 @@ class Ahead:
 
 
 def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
-    perfect = name.partition(":")[0] == PERFECT
-    rule = Perfect(geometry, iter(calls), depth_of(name)) if perfect else learnt_rule(name, geometry)
+    rule: Prefetch | None
+    if name.partition(":")[0] == PERFECT:
+        rule = Perfect(geometry, iter(calls), depth_of(name))
+    elif name == NEXT_GATE:
+        rule = NextGate(geometry, iter(_named(calls)))
+    else:
+        rule = learnt_rule(name, geometry)
     return None if rule is None else Ahead(rule)
+
+
+def _named(calls: Calls) -> Calls:
+    if calls.named is None:
+        raise CacheError(
+            f"prefetch {NEXT_GATE} cannot be replayed: this trace does not hold what routers say one layer early; "
+            f"record one with --cache-prefetch {NEXT_GATE} --trace FILE"
+        )
+    return calls.named
 
 
 def drive(calls: Calls, table: Table, clock: CopyClock, ahead: Ahead | None = None) -> list[int]:

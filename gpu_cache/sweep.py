@@ -28,6 +28,7 @@ Row = dict[str, Any]
 Report = Callable[[int, int], None]
 
 _COLUMNS = ("step", "sequence", "layer", "start", "expert", "score")
+_NAMED = "named"  # the folder of `Calls.named`
 _calls: Calls  # of a worker process
 
 
@@ -136,8 +137,7 @@ def _run(calls: Calls, todo: dict[str, Setting], machine: Machine | None, worker
             yield name, row_of(calls, replay(calls, setting, _costs(machine)), machine)
         return
     with tempfile.TemporaryDirectory(prefix="hybrid-sweep-") as folder:
-        for column in _COLUMNS:
-            np.save(Path(folder) / f"{column}.npy", getattr(calls, column))
+        _save(calls, Path(folder))
         shape = (folder, calls.layers, calls.experts)
         with ProcessPoolExecutor(workers, get_context("spawn"), _open, shape) as pool:
             futures = {pool.submit(_replay_one, setting, machine): name for name, setting in todo.items()}
@@ -155,12 +155,25 @@ def _completed(futures: dict[Future[Row], str]) -> Iterator[tuple[str, Row]]:
             yield futures[future], future.result()
 
 
+def _save(calls: Calls, folder: Path) -> None:
+    for column in _COLUMNS:
+        np.save(folder / f"{column}.npy", getattr(calls, column))
+    if calls.named is not None:
+        (folder / _NAMED).mkdir()
+        _save(calls.named, folder / _NAMED)
+
+
+def _load(folder: Path, layers: int, experts: int) -> Calls:
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    named = _load(folder / _NAMED, layers, experts + 1) if (folder / _NAMED).is_dir() else None
+    return Calls(**columns, layers=layers, experts=experts, named=named)
+
+
 def _open(folder: str, layers: int, experts: int) -> None:
     """The workers share the columns through the page cache. Ctrl-C ends them without a word."""
     global _calls
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    columns = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
-    _calls = Calls(**columns, layers=layers, experts=experts)
+    _calls = _load(Path(folder), layers, experts)
 
 
 def _costs(machine: Machine | None) -> Costs | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from gpu_cache.errors import CacheError
 
 COLUMNS = ("step", "sequence", "position", "layer", "rank", "expert", "score")
+NEXT_EXPERT = "next_expert"  # a column that a trace may have beside them
 MAX_LAYERS, MAX_EXPERTS = 1 << 10, 1 << 13  # several times what any model has; a simulator keeps tables of both
 _MAX_STEP = 1 << 40
 _MAX_ROWS = 1 << 28  # of parquet, whose rows may take next to no bytes
 _LONGEST_LINE = 1 << 16  # bytes
 _PARQUET = b"PAR1"
-_ROW = np.dtype([(name, "f4" if name == "score" else "i8") for name in COLUMNS])
 _GROUPS_AT_A_TIME = 1 << 15  # turned into Python lists together
 _LARGEST_COMPARED = 16  # calls of a group that are compared in pairs, without sorting
 
@@ -33,6 +33,8 @@ class Trace:
 
     Columns are equally long arrays. step, sequence, position, layer, rank, expert: int64; score: float32, the gate's.
     layers, experts: MoE layers of the model and routed experts of a layer; `key` = layer * experts + expert.
+    next_expert: int64, the expert of this rank that the next MoE layer's router names for what this layer reads, -1
+    where it was not asked; None for a trace that does not say so.
     """
 
     step: Ints
@@ -44,6 +46,7 @@ class Trace:
     score: Floats
     layers: int
     experts: int
+    next_expert: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -55,7 +58,8 @@ class Calls:
 
     step, sequence, layer: one value a group; sequence: of the first token that asked. Calls of group g are
     expert[start[g] : start[g + 1]] and the same part of score, which holds the largest gate score among the tokens that
-    asked. Iterating gives (step, layer, experts, scores).
+    asked. Iterating gives (step, layer, experts, scores). named: the same groups, of the experts that the next layer's
+    router names early, where the trace says so; those that are none of the model mean that no router was asked.
     """
 
     step: Ints
@@ -66,6 +70,7 @@ class Calls:
     score: Floats
     layers: int
     experts: int
+    named: Calls | None = None
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -133,6 +138,8 @@ class Calls:
         name = hashlib.sha256(f"{self.layers} {self.experts}".encode())
         for column in (self.step, self.sequence, self.layer, self.start, self.expert, self.score):
             name.update(np.ascontiguousarray(column).data)
+        if self.named is not None:
+            name.update(self.named.digest().encode())
         return name.hexdigest()[:16]
 
 
@@ -151,7 +158,14 @@ def calls(trace: Trace) -> Calls:
     start = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1])
     step, layer = np.divmod(place[start], trace.layers)
     ends = np.append(start, len(group))
-    return Calls(step, sequence[start], layer, ends, expert, score, trace.layers, trace.experts)
+    return Calls(step, sequence[start], layer, ends, expert, score, trace.layers, trace.experts, _named(trace))
+
+
+def _named(trace: Trace) -> Calls | None:
+    if trace.next_expert is None:
+        return None
+    named = np.where(trace.next_expert < 0, trace.experts, trace.next_expert)
+    return calls(replace(trace, expert=named, experts=trace.experts + 1, next_expert=None))
 
 
 def _repeats(call: Ints, group: Ints) -> bool:
@@ -178,17 +192,22 @@ def make_trace(columns: dict[str, Any], layers: int | None = None, experts: int 
     for what, given, maximum in (("layers", layers, MAX_LAYERS), ("experts", experts, MAX_EXPERTS)):
         if given is not None and not 1 <= given <= maximum:
             raise CacheError(f"{where}: {given} {what} are no model's; allowed: 1 to {maximum}")
-    data = {column: np.asarray(columns[column], _ROW[column]) for column in COLUMNS}
+    data = {column: np.asarray(columns[column], _type_of(column)) for column in COLUMNS}
+    named = np.asarray(columns[NEXT_EXPERT], np.int64) if NEXT_EXPERT in columns else None
     if not len(data["step"]):
         raise CacheError(f"{where}: holds no rows; record at least one step")
     for column, limit in (("layer", layers or MAX_LAYERS), ("expert", experts or MAX_EXPERTS), ("step", _MAX_STEP)):
         wrong = (data[column] < 0) | (data[column] >= limit)
         _refuse(where, wrong, data[column], f"unknown {column}", f"allowed: 0 to {limit - 1}")
-    layers, experts = layers or int(data["layer"].max()) + 1, experts or int(data["expert"].max()) + 1
+    if named is not None:
+        limit = experts or MAX_EXPERTS
+        _refuse(where, (named < -1) | (named >= limit), named, f"unknown {NEXT_EXPERT}", f"allowed: -1 to {limit - 1}")
+    largest = max(int(column.max()) for column in (data["expert"], named) if column is not None)
+    layers, experts = layers or int(data["layer"].max()) + 1, experts or largest + 1
     unsorted = np.diff(data["step"], prepend=0) < 0
     _refuse(where, unsorted, data["step"], "unsorted step", "steps must not descend; sort the rows by step")
     _refuse(where, ~np.isfinite(data["score"]), data["score"], "bad score", "it must be a finite number")
-    return Trace(**data, layers=layers, experts=experts)
+    return Trace(**data, layers=layers, experts=experts, next_expert=named)
 
 
 def _refuse(where: str, wrong: NDArray[np.bool_], values: NDArray[Any], what: str, cure: str) -> None:
@@ -198,8 +217,8 @@ def _refuse(where: str, wrong: NDArray[np.bool_], values: NDArray[Any], what: st
 
 
 def read_trace(file: BinaryIO, name: str, layers: int | None = None, experts: int | None = None) -> Trace:
-    """Read CSV or parquet with the columns of a trace; others are ignored. file: read once, from its beginning on, so
-    that it may be a pipe. name: for errors. Raises CacheError.
+    """Read CSV or parquet with the columns of a trace, and `next_expert`; others are ignored. file: read once, from its
+    beginning on, so that it may be a pipe. name: for errors. Raises CacheError.
     """
     begin = file.read(len(_PARQUET))
     columns = _read_parquet(file, begin, name) if begin == _PARQUET else _read_csv(file, begin, name)
@@ -210,9 +229,11 @@ def _read_csv(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
     first = begin if b"\n" in begin else begin + file.readline(_LONGEST_LINE)
     header = [column.strip() for column in first.decode("utf-8-sig", "replace").split(",")]
     _check_columns(name, header)
-    picked = [header.index(column) for column in COLUMNS]
-    rows = load_rows(iter(lambda: file.readline(_LONGEST_LINE), b""), name, _ROW, picked)
-    return {column: rows[column] for column in COLUMNS}
+    columns = _columns_of(header)
+    picked = [header.index(column) for column in columns]
+    row = np.dtype([(column, _type_of(column)) for column in columns])
+    rows = load_rows(iter(lambda: file.readline(_LONGEST_LINE), b""), name, row, picked)
+    return {column: rows[column] for column in columns}
 
 
 def load_rows(
@@ -241,10 +262,11 @@ def _read_parquet(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
             _check_columns(name, opened.schema_arrow.names)
             if not 0 <= opened.metadata.num_rows <= _MAX_ROWS:
                 raise ValueError(f"it has {opened.metadata.num_rows} rows, {_MAX_ROWS} are allowed")
-            table = opened.read(columns=list(COLUMNS))
-        if any(table[column].null_count for column in COLUMNS):
+            columns = _columns_of(opened.schema_arrow.names)
+            table = opened.read(columns=columns)
+        if any(table[column].null_count for column in columns):
             raise ValueError("it has empty cells")
-        return {column: table[column].to_numpy().astype(_ROW[column], casting="same_kind") for column in COLUMNS}
+        return {column: table[column].to_numpy().astype(_type_of(column), casting="same_kind") for column in columns}
     except CacheError:
         raise
     except Exception as error:  # a damaged file makes pyarrow raise many kinds
@@ -262,6 +284,15 @@ def import_parquet() -> Any:
     return pyarrow.parquet
 
 
+def _columns_of(found: Sequence[str]) -> list[str]:
+    """The columns that are read of those that a file has."""
+    return [*COLUMNS, *([NEXT_EXPERT] if NEXT_EXPERT in found else [])]
+
+
+def _type_of(column: str) -> np.dtype[Any]:
+    return np.dtype(np.float32 if column == "score" else np.int64)
+
+
 def _check_columns(name: str, found: list[str]) -> None:
     missing = [column for column in COLUMNS if column not in found]
     if missing:
@@ -269,7 +300,7 @@ def _check_columns(name: str, found: list[str]) -> None:
             f"{name}: has no column {', '.join(missing)}; a trace has {','.join(COLUMNS)}, or is of "
             "another format that `hybrid trace formats` lists"
         )
-    twice = [column for column in COLUMNS if found.count(column) > 1]
+    twice = [column for column in (*COLUMNS, NEXT_EXPERT) if found.count(column) > 1]
     if twice:
         raise CacheError(f"{name}: has the column {', '.join(twice)} twice; a trace has {','.join(COLUMNS)}")
 

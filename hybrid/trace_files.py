@@ -128,14 +128,17 @@ def kind_of_format(known: TraceFormat) -> FileKind:
     return FileKind(f"a trace of the format {known.name}", lambda head: known.fits(Source(io.BytesIO(head), "")))
 
 
-def open_trace(path: Path, warn: Callable[[str], None]) -> TraceWriter:
-    """A writer of a trace that grows as an engine runs. Raises ConfigError for a place that cannot be written."""
+def open_trace(path: Path, warn: Callable[[str], None], next_expert: bool = False) -> TraceWriter:
+    """A writer of a trace that grows as an engine runs. next_expert: with what routers say one layer early.
+
+    Raises ConfigError for a place that cannot be written.
+    """
     from gpu_cache.trace_writer import TraceWriter
     from gpu_cache.traces.expert_choices import ChoicesSink
 
     sink = ChoicesSink if path.name == CHOICES_NAME else None
     with cache_errors():
-        return TraceWriter(open_output(path, trace_kind(path)), str(path), warn, _is_parquet(path), sink)
+        return TraceWriter(open_output(path, trace_kind(path)), str(path), warn, _is_parquet(path), sink, next_expert)
 
 
 def check_trace_output(flag: str, path: Path | None) -> None:

@@ -236,7 +236,7 @@ WRONG = [
     ('["lru", "random"]', "[]", "two.toml: [[caches]] 1, policies is empty"),
     ('["lru", "random"]', '"lru"', "two.toml: [[caches]] 1, policies is 'lru'; it must be an array"),
     ('"break-even"', '"never"', "two.toml: [[caches]] 2, admissions: admission 'never' is unknown"),
-    ("seeds = [0, 1]", 'prefetch = ["next-gate"]', "two.toml: [[caches]] 1, prefetch: prefetch next-gate cannot be"),
+    ("seeds = [0, 1]", 'prefetch = ["next-gate"]', "two.toml: [[caches]] 1, made up: prefetch next-gate cannot be"),
     ("[2, 0.5]", "[9, 0.5]", "two.toml: [[caches]] 1, made up: 4 indexes x 9 ways are 36 slots, the model has 32"),
     ("[2, 0.5]", "[1.5]", "two.toml: [[caches]] 1, made up: nways has the share 1.5; it must be above 0"),
     ("[2, 0.5]", "[0]", "two.toml: [[caches]] 1, made up: ways (nways) of the cache: 0, must be 1 to"),

@@ -21,7 +21,7 @@ from gpu_cache import template_policy
 from gpu_cache.admission import ADMISSIONS, Costs
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.policies import POLICIES
-from gpu_cache.prefetch import LEARNT
+from gpu_cache.prefetch import LEARNT, NEXT_GATE
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import calls
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
@@ -122,7 +122,7 @@ def test_shared_experts_biases_and_dense_layers_work(tmp_path, family, text) -> 
 
 def traced(engine: Engine, path: Path) -> np.ndarray:
     """Runs all work; returns what was counted, [layers, 6], and leaves a trace."""
-    with open_trace(path, pytest.fail) as writer:
+    with open_trace(path, pytest.fail, engine.plan.cache.next_gate) as writer:
         engine.routes.observer = writer.write
         all_work(engine)
     return engine.experts.count()
@@ -151,7 +151,7 @@ def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, adm
     assert counts[:, 1].sum() > 0 and counts[:, 5].sum() > 0
 
 
-@pytest.mark.parametrize("prefetch", [*LEARNT, "transition:4"])
+@pytest.mark.parametrize("prefetch", [*LEARNT, "transition:4", NEXT_GATE])
 def test_the_simulator_counts_what_the_engine_copied_ahead(tmp_path, prefetch) -> None:
     test_the_simulator_counts_what_the_engine_did(tmp_path, "ClassLRU", "modulo", "always", prefetch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_a_trace_is_converted_and_what_is_lost_is_said(tmp_path: Path) -> None:
     )
     ran("convert", tmp_path / "t.npz", tmp_path / "t.other", "--to", "policylang", "--experts", "128")
     assert json.loads((tmp_path / "t.other").read_text().splitlines()[0])["num_experts"] == 128
+
+
+def test_what_routers_say_early_is_kept_by_our_formats_alone(tmp_path: Path) -> None:
+    trace, early, other = random_trace(1), tmp_path / "early.csv", tmp_path / "other.csv"
+    write_trace(early, replace(trace, next_expert=trace.expert))
+    write_trace(other, trace)
+    result = CliRunner().invoke(app, ["convert", str(early), str(other), str(tmp_path / "both.csv")])
+    assert (result.exit_code, result.stderr) == (0, "")
+    both = read_trace(tmp_path / "both.csv").next_expert
+    assert both is not None and both.tolist() == [*trace.expert.tolist(), *[-1] * len(trace)]
+    result = CliRunner().invoke(app, ["convert", str(early), str(tmp_path / "early.npz")])
+    assert "note: npz cannot hold what routers say one layer early\n" in result.stderr
 
 
 def test_a_trace_may_be_written_again_over_its_own_kind_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gpu_cache.errors import CacheError
-from gpu_cache.trace import COLUMNS, Trace, make_trace
+from gpu_cache.trace import COLUMNS, NEXT_EXPERT, Trace, make_trace
 from gpu_cache.traces import (
     arrays,
     cache_log,
@@ -91,5 +91,9 @@ def joined(traces: Sequence[Trace], names: Sequence[str]) -> Trace:
         columns["step"][at] = trace.step - trace.step.min() + step
         columns["sequence"][at] = trace.sequence - trace.sequence.min() + sequence
         step, sequence = int(columns["step"][at][-1]) + 1, int(columns["sequence"][at].max()) + 1
+    if any(trace.next_expert is not None for trace in traces):
+        columns[NEXT_EXPERT] = [
+            np.full(len(trace), -1) if trace.next_expert is None else trace.next_expert for trace in traces
+        ]
     whole = {name: np.concatenate(parts) for name, parts in columns.items()}
     return make_trace(whole, traces[0].layers, max(trace.experts for trace in traces))

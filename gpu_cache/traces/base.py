@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_cache.errors import CacheError, first_line
-from gpu_cache.trace import COLUMNS, MAX_EXPERTS, MAX_LAYERS, Ints, Trace, make_trace
+from gpu_cache.trace import COLUMNS, MAX_EXPERTS, MAX_LAYERS, NEXT_EXPERT, Ints, Trace, make_trace
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -328,6 +328,8 @@ def by_sequence(trace: Trace) -> Trace:
     turn = np.argsort(np.argsort(first))[number]
     order = np.argsort(turn, kind="stable")
     columns = {name: getattr(trace, name)[order] for name in COLUMNS}
+    if trace.next_expert is not None:
+        columns[NEXT_EXPERT] = trace.next_expert[order]
     turn, step = turn[order], columns["step"]
     changed = (np.diff(turn, prepend=turn[:1]) != 0) | (np.diff(step, prepend=step[:1]) != 0)
     return replace(trace, **columns | {"step": np.cumsum(changed)})

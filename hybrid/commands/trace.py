@@ -36,6 +36,7 @@ Experts = Annotated[int | None, typer.Option(help="Experts of a layer.", metavar
 Count = Annotated[int, typer.Option("-n", "--count", help="How many.", metavar="N", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+OWN = ("csv", "parquet")  # formats of this project, which hold everything
 _NOTED = 4  # scores of a line of `head`
 
 
@@ -56,7 +57,7 @@ def convert(paths: Paths, source: From = None, to: To = None, layers: Layers = N
         opened = [_open(path, source, layers, experts, bar) for path in sources]
         whole = joined([one.trace for one in opened], [str(path) for path in sources])
         write_trace(target, whole, known, partial(bar, f"writing {target.name}"))
-    for said in _losses([one.format for one in opened], known):
+    for said in _losses(opened, known):
         say(said)
 
 
@@ -125,11 +126,14 @@ def _open(path: Path, source: str | None, layers: int | None, experts: int | Non
     return open_trace_file(path, layers, experts, "", wanted, partial(bar, f"reading {path.name}"))
 
 
-def _losses(read: Sequence[TraceFormat], written: TraceFormat) -> list[str]:
+def _losses(opened: Sequence[Opened], written: TraceFormat) -> list[str]:
     """What is made up because a file did not have it, and what is lost."""
+    read = [one.format for one in opened]
     lines = {f"note: {known.name} lacks {known.lacks}" for known in read if known.lacks and known is not written}
     if written.lacks and any(known is not written for known in read):
         lines.add(f"note: {written.name} cannot hold {written.lacks}")
+    if written.name not in OWN and any(one.trace.next_expert is not None for one in opened):
+        lines.add(f"note: {written.name} cannot hold what routers say one layer early")
     return sorted(lines)
 
 

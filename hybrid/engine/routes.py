@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ from hybrid.plan.route_trace import RouteTrace
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-# (step, MoE layer, sequence [rows], position [rows], experts [rows, top_k] in rank order, their gate scores)
-RouteObserver = Callable[[int, int, Ints, Ints, Ints, Floats], None]
+# (step, MoE layer, sequence [rows], position [rows], experts [rows, top_k] in rank order, their gate scores, what the
+# next layer's router said early [rows, top_k] or None)
+RouteObserver = Callable[[int, int, Ints, Ints, Ints, Floats, Ints | None], None]
 
 
 class Routes:
@@ -73,9 +75,12 @@ class Routes:
         assert self.taken is not None
         self.ids[:] = self.taken[layer].reshape(-1).data
 
-    def observe(self, layer: int) -> None:
-        """Report the chosen experts of a layer to the observer."""
+    def observe(self, layer: int, early: Any = None) -> None:
+        """Report the chosen experts of a layer to the observer. early: those that the next layer's router names,
+        int32 [rows * top_k]; None where it was not asked.
+        """
         if self.observer is not None:
             shape = (self.rows, self.top_k)
             ids, weights = np.asarray(self.ids).reshape(shape), np.asarray(self.weights).reshape(shape)
-            self.observer(self.step, layer, self._sequence, self._positions, ids, weights)
+            named = None if early is None else np.asarray(early).reshape(shape)
+            self.observer(self.step, layer, self._sequence, self._positions, ids, weights, named)

@@ -23,7 +23,8 @@ def record_trace(loop: Loop, engine: Engine, path: Path, notice: Callable[[str],
     if routes is None:
         raise ConfigError("the routes of this model cannot be seen; open it with routes=True")
     check_trace_output("record_trace", path)
-    with open_trace(path, notice or lines.put) as writer:
+    asked = engine.plan.cache is not None and engine.plan.cache.next_gate
+    with open_trace(path, notice or lines.put, asked) as writer:
         loop.run(partial(setattr, routes, "observer", writer.write))
         try:
             yield

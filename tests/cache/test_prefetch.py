@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,13 +12,16 @@ from routing import random_trace
 
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
-from gpu_cache.prefetch import LEARNT, PREFETCHES, REPLAYED, Frequency, Transition, known_prefetch
+from gpu_cache.prefetch import LEARNT, PREFETCHES, REPLAYED, Frequency, NextGate, Transition, known_prefetch
 from gpu_cache.quota_bound import prefetch_bound
 from gpu_cache.simulator import Setting, replay
+from gpu_cache.sweep import sweep
 from gpu_cache.trace import Calls, calls, make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-TRACE = calls(random_trace(5, steps=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, sticky=0.7))
+ROWS = random_trace(5, steps=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, sticky=0.7)
+NAMED = np.random.default_rng(3).integers(-1, EXPERTS, len(ROWS))  # what routers might have said early
+TRACE = calls(replace(ROWS, next_expert=NAMED))
 GEOMETRY = Geometry(3, 4, LAYERS, EXPERTS)
 
 
@@ -122,9 +126,10 @@ def test_nothing_exceeds_the_bound(prefetch: str, quota: int | None) -> None:
 def test_names_are_known_or_refused_in_a_line() -> None:
     assert replay(TRACE, Setting(3, 3, prefetch="Transition")).prefetched > 0
     assert "next-gate" in PREFETCHES
+    with pytest.raises(CacheError, match="this trace does not hold what routers say one layer early"):
+        replay(calls(ROWS), Setting(3, 3, prefetch="next-gate"))
     assert known_prefetch("Transition:03") == "transition:3"
     for name, text in (
-        ("next-gate", "router says one layer early"),
         ("oracle", "use one of none, frequency"),
         ("none:2", "in no way that there is"),
         ("transition:0", "1 to 64 lookups"),
@@ -135,3 +140,22 @@ def test_names_are_known_or_refused_in_a_line() -> None:
             Setting(3, 3, prefetch=name).check(TRACE)
     with pytest.raises(CacheError, match="copies on a miss only"):
         Setting(3, 3, "Belady", prefetch="frequency").check(TRACE)
+
+
+def test_next_gate_names_what_the_rows_say_in_their_order() -> None:
+    steps = [0] * 4 + [1] * 2  # two tokens at layer 0 of two, then one at each layer
+    columns = {"step": steps, "sequence": [0] * 6, "position": [0, 0, 1, 1, 2, 2], "layer": [0] * 5 + [1]}
+    columns |= {"rank": [0, 1, 0, 1, 0, 0], "expert": [0] * 6, "score": [1] * 6, "next_expert": [3, 1, 3, 2, -1, 2]}
+    trace = calls(make_trace(columns))
+    assert trace.experts == 4
+    rule = NextGate(Geometry(1, 1, 2, 4), iter(trace.named))
+    assert [list(rule.follow(layer, [0])) for layer in (0, 0, 1)] == [[3, 1, 2], [], []]
+    for wrong in (-2, 1 << 13):
+        with pytest.raises(CacheError, match="row 6 has the unknown next_expert"):
+            make_trace({**columns, "next_expert": [0] * 5 + [wrong]})
+
+
+def test_processes_of_a_sweep_know_what_was_named() -> None:
+    settings = [Setting(3, ways, prefetch="next-gate") for ways in (3, 4)]
+    assert sweep(TRACE, settings, workers=2) == sweep(TRACE, settings)
+    assert calls(ROWS).digest() != TRACE.digest() != calls(replace(ROWS, next_expert=NAMED[::-1])).digest()

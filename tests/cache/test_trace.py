@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from routing import random_trace
 
 from gpu_cache.errors import CacheError
-from gpu_cache.trace import COLUMNS, Trace, calls, make_trace
+from gpu_cache.trace import COLUMNS, NEXT_EXPERT, Trace, calls, make_trace
 from gpu_cache.traces import known_format, read
 from gpu_cache.traces.base import Sizes
 from hybrid.errors import ConfigError
@@ -23,7 +24,7 @@ HEADER = ",".join(COLUMNS)
 
 
 def same(a: Trace, b: Trace) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in (*COLUMNS, NEXT_EXPERT))
 
 
 def needs(suffix: str) -> None:
@@ -32,9 +33,12 @@ def needs(suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_trace_that_is_written_is_read_again_bit_for_bit(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_a_trace_that_is_written_is_read_again_bit_for_bit(tmp_path: Path, suffix: str, early: bool) -> None:
     needs(suffix)
     trace, path = random_trace(1, tokens=3), tmp_path / f"trace{suffix}"
+    if early:
+        trace = replace(trace, next_expert=np.arange(len(trace)) % (trace.experts + 1) - 1)
     write_trace(path, trace)
     again = read_trace(path)
     assert same(trace, again) and (again.layers, again.experts) == (trace.layers, trace.experts)

@@ -165,8 +165,9 @@ class DeviceExperts:
         slot_of = dict(found.hits)
         streamed = [] if self._decoding else self._to_stream(layer, ids, experts, slot_of, len(fills))
         self._share_out(ids, slot_of)
-        self._copy_ahead(layer, len(ids), experts)
-        routes.observe(layer)
+        early = self._early(layer, len(ids))
+        self._copy_ahead(layer, early, experts)
+        routes.observe(layer, early)
         looked_up = perf_counter()
         self.times.lookup += looked_up - start
         if slot_of and not self._hits_launched:  # last: the device cannot begin while this thread is busy here
@@ -177,13 +178,17 @@ class DeviceExperts:
             self.observer("lookup", start, looked_up)
             self._misses_started = (perf_counter(), len(slot_of) < len(experts))
 
-    def _copy_ahead(self, layer: int, pairs: int, experts: Sequence[int]) -> None:
+    def _early(self, layer: int, pairs: int) -> Any:
+        """What the router of the next layer says, int32 [pairs]; None if it is not asked, or there is none."""
+        return None if self._early_ids is None or layer + 1 == len(self.plan.shape.layers) else self._early_ids[:pairs]
+
+    def _copy_ahead(self, layer: int, early: Any, experts: Sequence[int]) -> None:
         """Start copies of experts that a later layer should call: its router says which, or a rule that learns."""
         fills: list[Fill] = []
         if self._prefetch is not None:
             fills = self.table.prefetch(self._prefetch.ahead(layer), self._prefetch.follow(layer, experts))
-        elif self._early_ids is not None and layer + 1 < len(self.plan.shape.layers):
-            fills = self.table.prefetch(layer + 1, list(dict.fromkeys(self._early_ids[:pairs].tolist())))
+        elif early is not None:
+            fills = self.table.prefetch(layer + 1, list(dict.fromkeys(early.tolist())))
         for fill in fills:
             self._copies.start(self.device, fill.slot, fill.key)
 
