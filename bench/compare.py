@@ -37,11 +37,12 @@ from pairs import first_layers, layers_that_fit, synthetic
 
 from hybrid.commands import bench
 from hybrid.commands.console import exit_codes, progress_bar, run_app, say
-from hybrid.commands.measure import MachineProbe, Test
-from hybrid.config import EngineConfig
+from hybrid.commands.measure import Test, probe_of
+from hybrid.config import CHUNK_SIZE, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, KernelError
 from hybrid.machine.hardware import memory
+from hybrid.machine.rates import MachineProbe
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import default_cache_dir
 
@@ -230,7 +231,7 @@ def against_llama_cpp(
 def _duel(
     settings: Settings, report: Report, engine: Engine, theirs: LlamaCpp, progress: Progress, what: str
 ) -> tuple[list[Duel], MachineProbe]:
-    ours, probe = Ours(engine), MachineProbe.of(engine)
+    ours, probe = Ours(engine), probe_of(engine)
     ours.touch()
     theirs.touch()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
@@ -266,7 +267,7 @@ def _config(settings: Settings, path: Path, name: str) -> EngineConfig:
         threads=settings.threads,
         max_seq_len=max(test.length for test in settings.tests) + 1,
         max_batch=batch,
-        chunk_size=max(EngineConfig.chunk_size, batch),
+        chunk_size=max(CHUNK_SIZE, batch),
         cache_dir=settings.work_dir,
     )
 

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from hybrid.commands import measure
 from hybrid.commands.bench import to_json
-from hybrid.commands.measure import MachineProbe, Test
+from hybrid.commands.measure import Test
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError
+from hybrid.machine.rates import MachineProbe
 
 REST_SECONDS = 0.05  # until the threads of the engine that ran before have gone to sleep
 TESTS = "pp128,pp512,pp2048,tg32,tg32@4096,tg32@16384,pp512@4096,tg32x4,tg32x16"

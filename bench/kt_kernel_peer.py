@@ -24,11 +24,12 @@ import torch
 from kt_kernel import kt_kernel_ext
 
 from hybrid.commands import bench
-from hybrid.commands.measure import MachineProbe
+from hybrid.commands.measure import probe_of
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
 from hybrid.errors import KernelError
+from hybrid.machine.rates import MachineProbe
 from hybrid.models.layers.base import Cost
 from hybrid.plan.resolve import plan_model
 from hybrid.weights.checkpoints.huggingface import Checkpoint
@@ -151,7 +152,7 @@ def main(arguments: list[str]) -> None:
     rows = [int(count) for count in counts]
     ours = OurLayer(Path(path), int(threads) or None, Path(work_dir), max(rows))
     theirs = TheirLayer(Checkpoint.open(Path(path)), ours.engine.plan.threads, max(rows))
-    probe = MachineProbe.of(ours.engine)
+    probe = probe_of(ours.engine)
     said: dict[str, Any] = {"rows": [compare(ours, theirs, probe, count, int(repetitions)) for count in rows]}
     said |= {"version": f"kt-kernel {version('kt-kernel')}", "machine": bench.describe_machine(ours.engine, probe)}
     print(json.dumps(said))

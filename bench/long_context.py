@@ -26,12 +26,13 @@ from synthetic_checkpoint import SLICE_VOCABULARY, make_config, write_checkpoint
 from cpu_kernels import KEY_BLOCK
 from hybrid.commands.bench import describe_machine
 from hybrid.commands.console import exit_codes, run_app, say
-from hybrid.commands.measure import MachineProbe, decode_steps, run_sequence
+from hybrid.commands.measure import decode_steps, probe_of, run_sequence
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError
 from hybrid.files import write_json
 from hybrid.lab.figures import BLACK, COLOURS, GREY, new_figure, styled
+from hybrid.machine.rates import MachineProbe
 from hybrid.plan.roofline import step_cost
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def measure(engine: Engine, like: str, longest: int, read: int, steps: int, roun
     say(f"note: read {read} tokens in {time.perf_counter() - start:.1f} s; copying their keys and values")
     engine.addresses.repeat(0, read, longest)
     filled_bytes = longest * engine.plan.kv.token_bytes
-    probe = MachineProbe.of(engine)
+    probe = probe_of(engine)
     lengths = [Length(tokens) for tokens in lengths_up_to(longest)]
     for _ in range(rounds):
         for length in lengths:

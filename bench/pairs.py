@@ -9,9 +9,10 @@ import numpy as np
 from synthetic_checkpoint import CONFIGS, make_config, write_checkpoint
 
 from hybrid.commands.console import say
-from hybrid.commands.measure import PROBE_BYTES, Test
+from hybrid.commands.measure import Test
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.files import write_json
+from hybrid.machine.rates import PROBE_BYTES
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.files import read_config
 from hybrid.weights.checkpoints.huggingface import Checkpoint

@@ -25,11 +25,12 @@ from synthetic_checkpoint import SLICES, make_slice, write_checkpoint
 
 from hybrid.commands import bench
 from hybrid.commands.console import exit_codes, run_app, say
-from hybrid.commands.measure import MachineProbe, Test
+from hybrid.commands.measure import Test
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.machine.hardware import probe as probe_hardware
-from hybrid.plan.fit import Rates, fit_model
+from hybrid.machine.rates import MachineProbe, Rates
+from hybrid.plan.fit import fit_model
 from hybrid.weights.pack import default_cache_dir
 from hybrid.weights.store import is_store
 

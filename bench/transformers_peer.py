@@ -18,8 +18,9 @@ import transformers
 from comparison import parse_tests
 
 import cpu_kernels
-from hybrid.commands.measure import PROBE_BYTES, Test
+from hybrid.commands.measure import Test
 from hybrid.machine.hardware import probe
+from hybrid.machine.rates import PROBE_BYTES
 
 GATHERING = "batched_mm"  # copies the experts of every row: gigabytes for a prompt
 TRIES = 2  # the first one also maps pages
@@ -73,7 +74,7 @@ def _tokens(model: Any, count: int) -> torch.Tensor:
 
 
 def _reader(threads: int) -> Callable[[], float]:
-    """Measures bytes a second as `hybrid.commands.measure.MachineProbe` does, without an engine."""
+    """Measures bytes a second as `hybrid.machine.rates.MachineProbe` does, without an engine."""
     hardware, memory = probe(), cpu_kernels.Arena(PROBE_BYTES, huge=True)
     cpus = [hardware.cpus] if threads <= len(hardware.cpus) else []
     pool = cpu_kernels.ThreadPool(threads, cpus)

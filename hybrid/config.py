@@ -19,6 +19,7 @@ KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
 CACHE_MODES = ("auto", "on", "off")
 STREAM_MODES = ("auto", "on", "off")
+CHUNK_SIZE = 512  # by default
 MAX_NODES = 16  # memory nodes; what `cpu_kernels` can join
 MAX_THREADS = 1024  # more is a mistake, and would cost minutes and gigabytes of stacks
 _ABOVE_0: dict[str, Any] = {"minimum": 1e-6, "allowed": "a number above 0"}
@@ -248,7 +249,13 @@ class EngineConfig:
     )
     prefix_dir: Path | None = setting(None, "Where prompts are kept between starts.", shown="nowhere")
     prefix_disk_gb: float = setting(10.0, "GB of prompts that are kept there.", **_ABOVE_0)
-    chunk_size: int = setting(512, "Tokens computed in one step at most.", minimum=1)  # of prefill and decode together
+    chunk_size: int | str = setting(  # of prefill and decode together
+        CHUNK_SIZE,
+        "Tokens computed in one step at most; auto: as many as the speeds of this machine, measured, call for.",
+        minimum=1,
+        words=("auto",),
+        metavar="N|auto",
+    )
     max_itl_ms: float | None = setting(
         None,
         "Milliseconds between two tokens of a stream, to which prompts that are read beside it keep; 0: no limit.",
@@ -295,6 +302,11 @@ class EngineConfig:
         complete(self)
 
     @property
+    def least_chunk(self) -> int:
+        """Tokens of a step, the fewest that auto may choose."""
+        return max(CHUNK_SIZE, self.max_batch) if isinstance(self.chunk_size, str) else self.chunk_size
+
+    @property
     def cached(self) -> bool:
         """Whether experts may be computed on a device."""
         return self.device in ("simulated", "cuda") and self.cache.mode != "off"
@@ -312,9 +324,9 @@ def check_config(config: EngineConfig) -> None:
     check_settings(config)
     if config.cached and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with an expert cache; use --numa off or --cache off")
-    if config.gpu_kv_tokens is not None and config.gpu_kv_tokens < config.chunk_size:
+    if config.gpu_kv_tokens is not None and config.gpu_kv_tokens < config.least_chunk:
         raise ConfigError(
-            f"--gpu-kv-tokens {config.gpu_kv_tokens} is out of range; it must be at least {config.chunk_size}"
+            f"--gpu-kv-tokens {config.gpu_kv_tokens} is out of range; it must be at least {config.least_chunk}"
         )
     if config.step_device and config.numa not in ("auto", "off", "1"):
         raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
@@ -323,7 +335,7 @@ def check_config(config: EngineConfig) -> None:
             "--route-trace cannot be had with the prefetch next-gate: a trace does not hold what a router says one "
             "layer early; use --cache-prefetch none and --overlap none"
         )
-    if config.chunk_size < config.max_batch:
+    if config.least_chunk < config.max_batch:
         raise ConfigError(
             f"--chunk-size {config.chunk_size} is smaller than --max-batch {config.max_batch}: "
             "a step must hold one row of every sequence; raise the one or lower the other"

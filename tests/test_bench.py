@@ -20,6 +20,7 @@ from hybrid.commands.bench import app
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
+from hybrid.machine import rates
 from hybrid.models import model_spec
 from hybrid.models.layers.base import Cost
 from hybrid.plan.roofline import step_cost, uses_integers
@@ -27,8 +28,8 @@ from hybrid.plan.roofline import step_cost, uses_integers
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch) -> None:
-    monkeypatch.setattr(measure, "PROBE_BYTES", measure._TOUCH_BYTES)
-    monkeypatch.setattr(measure, "PROBE_ROUNDS", 100_000)
+    monkeypatch.setattr(rates, "PROBE_BYTES", rates._TOUCH_BYTES)
+    monkeypatch.setattr(rates, "PROBE_ROUNDS", 100_000)
 
 
 @pytest.fixture(scope="module")

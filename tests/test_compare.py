@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from hybrid.commands import measure
 from hybrid.errors import CapacityError, ConfigError, KernelError
+from hybrid.machine import rates
 from hybrid.serving.llm import LLM
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 
@@ -188,8 +189,8 @@ def test_a_build_without_the_instructions_of_the_machine_is_seen(llama, monkeypa
 
 @pytest.mark.parametrize("name", compare.GGUF_TYPES)
 def test_a_comparison_from_end_to_end(llama, model, tmp_path, monkeypatch, name) -> None:
-    monkeypatch.setattr(measure, "PROBE_BYTES", measure._TOUCH_BYTES)
-    monkeypatch.setattr(measure, "PROBE_ROUNDS", 10_000)
+    monkeypatch.setattr(rates, "PROBE_BYTES", rates._TOUCH_BYTES)
+    monkeypatch.setattr(rates, "PROBE_ROUNDS", 10_000)
     result = run(
         ["--model-path", str(model), "--layers", "2", "--formats", name, "--tests", "pp9,tg2@20,tg2x3", "-r", "2"]
         + ["--threads", "1", "--peers", "llama.cpp", "--work-dir", str(tmp_path), "--output", "json"]

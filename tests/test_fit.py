@@ -20,9 +20,10 @@ from hybrid.commands.fit_text import text
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import MIXES, parse_mix
+from hybrid.machine.rates import Rates
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
-from hybrid.plan.fit import Fit, Rates, fit_model, parameters
+from hybrid.plan.fit import Fit, fit_model, parameters
 from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.pack import cached_store
 

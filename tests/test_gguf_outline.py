@@ -17,8 +17,8 @@ from hybrid.commands.fit import fits_of, fitter_of, read_model
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import read_gguf_header
+from hybrid.machine.rates import Rates
 from hybrid.models import model_spec
-from hybrid.plan.fit import Rates
 from hybrid.weights.checkpoints.gguf import GgufCheckpoint
 from hybrid.weights.checkpoints.gguf_outline import outline_gguf
 from hybrid.weights.hub import local_model

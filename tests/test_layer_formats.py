@@ -15,9 +15,10 @@ from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix
 from hybrid.machine.hardware import probe
+from hybrid.machine.rates import Rates
 from hybrid.models import model_spec
 from hybrid.plan.expert_shape import expert_shape
-from hybrid.plan.fit import Rates, fit_model
+from hybrid.plan.fit import fit_model
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.manifest import MANIFEST, Manifest
 from hybrid.weights.pack import pack

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from hybrid.commands.console import progress_bar, say, show, show_json
 from hybrid.commands.flags import command, new_app, only
 from hybrid.commands.tables import heading, line
-from hybrid.config import EngineConfig
+from hybrid.config import CHUNK_SIZE, EngineConfig
 from hybrid.errors import ConfigError
 from hybrid.settings import check_settings, setting
 
 if TYPE_CHECKING:
-    from hybrid.commands.measure import MachineProbe, Measurement, Test
+    from hybrid.commands.measure import Measurement, Test
     from hybrid.engine.engine import Engine
+    from hybrid.machine.rates import MachineProbe
 
 app = new_app()
 
@@ -64,7 +65,7 @@ def bench(
         config,
         max_seq_len=max(test.length for test in tests) + 1,
         max_batch=largest_batch,
-        chunk_size=max(EngineConfig.chunk_size, largest_batch),
+        chunk_size=max(CHUNK_SIZE, largest_batch),
     )
     check_lengths(config, tests)
     run(config, tests, options.repetitions, WRITERS[options.output])
@@ -111,13 +112,13 @@ def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
 
 def run(config: EngineConfig, tests: list[Test], repetitions: int, writer: type[Writer]) -> None:
     """Open the engine, measure, and hand every result on as soon as it is there."""
-    from hybrid.commands.measure import MachineProbe, run_tests, touch_weights
+    from hybrid.commands.measure import probe_of, run_tests, touch_weights
     from hybrid.engine.engine import Engine
 
     with progress_bar() as progress:
         engine = Engine.open(config, progress, say)
     with engine:
-        probe = MachineProbe.of(engine)
+        probe = probe_of(engine)
         touch_weights(engine)
         probe.measure()
         written = writer(describe_machine(engine, probe), describe_model(config, engine), tests)

@@ -19,8 +19,9 @@ from hybrid.settings import check_settings, setting
 if TYPE_CHECKING:
     from hybrid.formats.mix import FormatMix
     from hybrid.machine.hardware import HardwareSpec
+    from hybrid.machine.rates import Rates
     from hybrid.models.spec import ModelSpec
-    from hybrid.plan.fit import Fit, Rates
+    from hybrid.plan.fit import Fit
 
     Fitter = Callable[[str, FormatMix], Fit]  # a model in a mix, which has a name, on a machine
 
@@ -29,7 +30,6 @@ app = new_app()
 OTHERS = ("int8", "int4")  # what is shown beside the format that a model is published in
 SMALLER = ("int8", "int8,experts=int4", "int4", "mxfp4")  # what is tried where nothing fits, the largest first
 INTEGER_RATE = 2.0  # operations on 8-bit integers for each in bf16, where --tflops says only these
-PROBES = 3
 LEAST = 10**6  # bytes of memory, or read in a second, that a machine has
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?) *([KMGT]?)(i?)B?(?:/s)?", re.IGNORECASE)
@@ -132,28 +132,13 @@ def machine_of(options: FitOptions) -> tuple[HardwareSpec, Rates]:
 
 def rates_of(options: FitOptions, hardware: HardwareSpec) -> Rates:
     """What is given; the rest is measured, or 0 for the operations of another machine."""
-    from hybrid.plan.fit import Rates
+    from hybrid.machine.rates import Rates, measured_rates
 
     flops = (options.tflops or 0.0) * 1e12
     if options.bandwidth:
         return Rates(machine_size(options.bandwidth, "--bandwidth"), flops, INTEGER_RATE * flops)
-    measured = measured_rates(hardware)
+    measured = measured_rates(hardware, hardware.default_threads)
     return Rates(measured.read, flops, INTEGER_RATE * flops) if flops else measured
-
-
-def measured_rates(hardware: HardwareSpec) -> Rates:
-    """Medians of what all threads of this machine reach, in about a second."""
-    import statistics
-
-    import cpu_kernels
-    from hybrid.commands.measure import MachineProbe
-    from hybrid.plan.fit import Rates
-
-    pool = cpu_kernels.ThreadPool(hardware.default_threads, [])
-    probe = MachineProbe(pool, hardware.isa, integers=True)
-    for _ in range(PROBES):
-        probe.measure()
-    return Rates(*(statistics.median(samples) for samples in (probe.read, probe.peaks["bf16"], probe.peaks["int8"])))
 
 
 def machine_size(text: str, flag: str) -> int:

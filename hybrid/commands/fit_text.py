@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from hybrid.machine.hardware import HardwareSpec
 from hybrid.machine.memory import size_text
+from hybrid.machine.rates import Rates
 from hybrid.models.spec import ModelSpec
-from hybrid.plan.fit import Fit, Rates, longest, parameters
+from hybrid.plan.fit import Fit, longest, parameters
 
 HEADER = ("format", "weights", "KV of 1000 tokens", "context", "memory", "fits", "read a token", "decode", "prompt")
 

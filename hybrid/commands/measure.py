@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,18 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import cpu_kernels
 from cpu_kernels import KEY_BLOCK
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
 from hybrid.formats.block import round_up
-from hybrid.models.layers.base import Cost
+from hybrid.machine.rates import MachineProbe
 from hybrid.plan.roofline import step_cost, uses_integers
 
 Progress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]  # a bar for each test
-PROBE_BYTES = 1 << 30  # many times any cache
-PROBE_ROUNDS = 10_000_000
-_TOUCH_BYTES = 1 << 26  # touched at a time, so that Ctrl-C need not wait for all
 
 
 @dataclass(frozen=True)
@@ -65,40 +60,9 @@ class Measurement:
         return statistics.median(self.limit_shares)
 
 
-class MachineProbe:
-    """Reads memory and multiplies in registers with the threads and the instruction set that an engine uses."""
-
-    def __init__(self, pool: cpu_kernels.ThreadPool, isa: str, integers: bool) -> None:
-        """integers: whether 8-bit integers are multiplied, too."""
-        self._pool, self._isa = pool, isa
-        self._memory = cpu_kernels.Arena(PROBE_BYTES, huge=True)
-        for start in range(0, PROBE_BYTES, _TOUCH_BYTES):
-            ctypes.memset(self._memory.address + start, 0, min(_TOUCH_BYTES, PROBE_BYTES - start))
-        self.read: list[float] = []  # bytes a second
-        self.peaks: dict[str, list[float]] = {"bf16": []}  # operations a second by what is multiplied
-        if integers:
-            self.peaks["int8"] = []
-
-    @classmethod
-    def of(cls, engine: Engine) -> MachineProbe:
-        return cls(engine.pool, engine.plan.isa, uses_integers(engine.spec, engine.plan.formats))
-
-    def measure(self) -> None:
-        """Add one sample of each."""
-        pool, isa = self._pool, self._isa
-        self.read.append(cpu_kernels.read_bandwidth(pool, isa, self._memory.address, PROBE_BYTES))
-        self.peaks["bf16"].append(cpu_kernels.peak_flops(pool, isa, PROBE_ROUNDS))
-        if "int8" in self.peaks:
-            self.peaks["int8"].append(cpu_kernels.peak_int_ops(pool, isa, PROBE_ROUNDS))
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Bytes and operations a second, each by the last two samples."""
-        return tuple(statistics.mean(samples[-2:]) for samples in (self.read, *self.peaks.values()))
-
-    def seconds(self, cost: Cost) -> float:
-        """The shortest time of a step by the last two samples."""
-        return cost.seconds(*self.rates)
+def probe_of(engine: Engine) -> MachineProbe:
+    """Of the machine as an engine uses it."""
+    return MachineProbe(engine.pool, engine.plan.isa, uses_integers(engine.spec, engine.plan.formats))
 
 
 def run_tests(

@@ -13,6 +13,7 @@ from hybrid.errors import ConfigError
 from hybrid.formats import FORMATS
 from hybrid.formats.mix import FormatMix
 from hybrid.machine.hardware import HardwareSpec
+from hybrid.machine.rates import Rates
 from hybrid.models.layers.base import Cost
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan, make_plan
@@ -31,22 +32,6 @@ _GROUPED = "int4"  # what codes in groups count as, which were not measured apar
 PROMPT_ROWS = 512  # of a step that reads a prompt
 
 Parts = tuple[tuple[tuple[str, ...], Cost], ...]  # of a step: the formats of their weights, and what they cost
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does in a second: bytes read from memory, operations in bf16 and on 8-bit integers.
-
-    flops and int_ops are 0 where they are not known.
-    """
-
-    read: float
-    flops: float = 0.0
-    int_ops: float = 0.0
-
-    def seconds(self, cost: Cost) -> float:
-        """The shortest time of a step: that of reading alone where operations are not known."""
-        return cost.seconds(self.read, self.flops, self.int_ops) if self.flops else cost.bytes / self.read
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ def fit_model(
     hardware: with the memory of the machine in question. Raises ConfigError as `make_plan` does; a model that does
     not fit is no error, nor one that a GPU cannot have.
     """
-    plan, without_gpu = _plan(spec, hardware, config, mix)
+    plan, without_gpu = _plan(spec, hardware, config, mix, rates)
     decode = tuple(part_costs(spec, mix, plan.kv.format, 1, 1, depth, 1))
     prompt = tuple(part_costs(spec, mix, plan.kv.format, 1, PROMPT_ROWS, depth, 0))
     token, rows = (sum((cost for _, cost in parts), Cost()) for parts in (decode, prompt))
@@ -155,14 +140,16 @@ def longest(fits: Sequence[Fit]) -> Fit | None:
     return max(fits, key=lambda found: found.plan.max_seq_len, default=None)
 
 
-def _plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> tuple[Plan, str]:
+def _plan(
+    spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix, rates: Rates
+) -> tuple[Plan, str]:
     """The plan, and why it is one without the GPU that `config` asks for."""
     try:
-        return make_plan(spec, hardware, config, mix), ""
+        return make_plan(spec, hardware, config, mix, rates), ""
     except ConfigError as error:
         if config.device != "cuda":
             raise
-        return make_plan(spec, hardware, replace(config, device="cpu"), mix), str(error)
+        return make_plan(spec, hardware, replace(config, device="cpu"), mix, rates), str(error)
 
 
 def _overlapping(parts: Parts, rates: Rates, shares: Mapping[str, float]) -> float:

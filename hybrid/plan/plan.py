@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hybrid.formats.mix import FormatMix
 from hybrid.machine.hardware import HardwareSpec
 from hybrid.machine.memory import size_text
 from hybrid.machine.numa import NodeChoice, choose_nodes
+from hybrid.machine.rates import Rates
 from hybrid.models.layers.base import Extents
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import PARTS
 from hybrid.ops import Op
+from hybrid.plan.chunk import Chunk, fastest_chunk
 from hybrid.plan.expert_cache import CachePlan, plan_cache, require_kernels
 from hybrid.plan.expert_shape import ExpertShape, expert_shape
 from hybrid.plan.gpu_memory import DeviceMemory, plan_device
@@ -32,6 +35,7 @@ from hybrid.weights.split import Parts, held_bytes
 
 DEFAULT_SEQ_LEN = 32768  # KV costs only what is used, so the default is generous
 RUNTIME_BYTES = 300 << 20  # the interpreter, the tokenizer and the code
+BUFFER_SHARE = 8  # of what is left for keys and values, the part that buffers of a larger chunk may take
 MIN_FREE = 256 << 20  # bytes that are left to others
 ALIGN = 64
 
@@ -97,6 +101,7 @@ class Plan:
     kv_idle_release: float | None = None
     prefix_dir: Path | None = None
     prefix_disk_bytes: int = 0
+    chunk_note: str = ""  # why a step has so many rows, where that was chosen
     memory_share: int = 1  # engines that share what is free
 
     @property
@@ -168,10 +173,13 @@ class Plan:
         return fields | kv | {"nodes": self.nodes, "ops": len(self.ops), "problem": self.problem}
 
 
-def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix) -> Plan:
+def make_plan(
+    spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix: FormatMix, rates: Rates | None = None
+) -> Plan:
     """Pure: nothing is allocated or read. Raises ConfigError for values and model parts that cannot be run.
 
-    mix: what `config.weight_format` means for this model, by `hybrid.formats.mix.parse_mix`.
+    mix: what `config.weight_format` means for this model, by `hybrid.formats.mix.parse_mix`. rates: of the machine, by
+    which `--chunk-size auto` is chosen.
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
@@ -180,10 +188,37 @@ def make_plan(spec: ModelSpec, hardware: HardwareSpec, config: EngineConfig, mix
     threads = config.threads or hardware.default_threads
     nodes = choose_nodes(hardware, config, threads)
     wanted = config.max_seq_len or min(spec.longest, DEFAULT_SEQ_LEN)
-    plan = _sized(spec, hardware, config, mix, threads, nodes, wanted)
+
+    def sized(length: int, rows: int) -> Plan:
+        return _sized(spec, hardware, config, mix, threads, nodes, Extents(rows, config.max_batch, length))
+
+    plan = sized(wanted, config.least_chunk)
     if config.max_seq_len is None and KEY_BLOCK <= plan.kv_token_budget < wanted:
-        plan = _sized(spec, hardware, config, mix, threads, nodes, plan.kv_token_budget)
-    return plan
+        plan = sized(plan.kv_token_budget, config.least_chunk)
+    if config.chunk_size != "auto":
+        return plan
+    return _with_chunk(plan, lambda rows: sized(plan.max_seq_len, rows), _chunk(plan, spec, config, rates))
+
+
+def _chunk(plan: Plan, spec: ModelSpec, config: EngineConfig, rates: Rates | None) -> Chunk:
+    """How many rows a step should have, whatever memory they take."""
+    if config.cached or config.step_device:
+        return Chunk(plan.max_rows, "more are not chosen beside a device")
+    return fastest_chunk(spec, plan.formats, plan.kv.format, rates, plan.max_rows, plan.max_seq_len)
+
+
+def _with_chunk(plan: Plan, sized: Callable[[int], Plan], chunk: Chunk) -> Plan:
+    """The plan with the chunk, or with the largest half of it whose buffers leave most memory to keys and values.
+
+    plan: with the fewest rows. sized: the plan with so many.
+    """
+    rows, why, found = chunk.rows, chunk.why, plan
+    while rows > plan.max_rows:
+        found = sized(rows)
+        if found.fixed_bytes - plan.fixed_bytes <= plan.state_bytes // BUFFER_SHARE and not found.problem:
+            break
+        rows, why, found = max(rows // 2, plan.max_rows), "more would take too much memory", plan
+    return replace(found, chunk_note=f"{rows} tokens: {why}")
 
 
 def _sized(
@@ -193,9 +228,9 @@ def _sized(
     mix: FormatMix,
     threads: int,
     nodes: NodeChoice,
-    length: int,
+    extents: Extents,
 ) -> Plan:
-    extents = Extents(config.chunk_size, config.max_batch, length)
+    length = extents.tokens
     tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
     sizes = build_buffers(spec, mix, extents) | use_buffers(spec)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"

@@ -11,6 +11,7 @@ from hybrid.errors import ConfigError
 from hybrid.formats.mix import parse_mix
 from hybrid.machine import gpu as usable
 from hybrid.machine.hardware import probe
+from hybrid.machine.rates import measured_rates
 from hybrid.models import model_spec
 from hybrid.plan.plan import Plan, make_plan
 from hybrid.plan.route_trace import read_route_trace
@@ -40,7 +41,10 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
             notice(f"note: experts are those of {config.route_trace}, not of the model's routers: texts mean nothing")
     if notice and spec.selects and config.max_seq_len is None:
         notice(f"note: sequences have at most {spec.longest_text}")
-    return make_plan(spec, hardware, config, parse_mix(config.weight_format, native))
+    rates = None
+    if config.chunk_size == "auto" and not (config.cached or config.step_device):
+        rates = measured_rates(hardware, config.threads or hardware.default_threads)
+    return make_plan(spec, hardware, config, parse_mix(config.weight_format, native), rates)
 
 
 def resolve_device(config: EngineConfig, notice: Notice | None = None) -> EngineConfig:

@@ -45,6 +45,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"formats: {plan.format_text}; keys and values {plan.kv.format}"
         + ("" if plan.batch_invariant else "; results may depend on what else runs in a step"),
         f"memory: {_nodes_text(plan)}; weights {_LOADS[plan.load]}; huge pages {_huge_text(plan)}",
+        *([f"chunk: {plan.chunk_note}"] if plan.chunk_note else []),
         *([f"expert cache: {plan.cache}"] if plan.cache else []),
         *([f"routes: those of {plan.route_trace}, not of the model's routers"] if plan.route_trace else []),
         "",
