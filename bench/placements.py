@@ -151,7 +151,7 @@ def _profile(options: Options, slots: int, keys: int, experts: int) -> list[int]
     """The experts that prompts of their own call most."""
     asked = np.zeros(keys, np.int64)
 
-    def count(step: int, layer: int, sequence: Any, position: Any, ids: Any, scores: Any) -> None:
+    def count(step: int, layer: int, sequence: Any, position: Any, ids: Any, scores: Any, named: Any) -> None:
         np.add.at(asked, layer * experts + ids.reshape(-1), 1)
 
     config = replace(options.base, device="cpu", step_on="threads", routes=True, cache=CacheConfig())
