@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -116,3 +118,14 @@ def test_a_summary_says_that_cores_were_missing(waited, noted, monkeypatch) -> N
     monkeypatch.setattr(CoreMeter, "waited", lambda self: waited)
     summary = Recorder().summary(0.0, "portable", 2)
     assert (f"waited {waited or 0:.0%} of the time for a core" in str(summary)) == noted
+
+
+def test_a_thread_that_falls_asleep_late_is_woken(tmp_path) -> None:
+    """The caller slept for ever where it fell asleep just while the other thread looked for sleepers."""
+    if not (compiler := shutil.which(os.environ.get("CXX", "c++"))):
+        pytest.skip("no compiler")
+    root, program = Path(__file__).parent.parent, tmp_path / "sleep_stress"
+    flags = ["-std=c++17", "-O1", "-pthread", "-I", root / "cpu_kernels" / "src"]
+    subprocess.run([compiler, *flags, root / "tests" / "sanitize" / "sleep_stress.cpp", "-o", program], check=True)
+    ended = subprocess.run([program], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

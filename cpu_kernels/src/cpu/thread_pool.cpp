@@ -209,17 +209,17 @@ bool ThreadPool::stop_counting(unsigned phase) {
 }
 
 // Who ends a phase changes its number and then looks for sleepers, who are counted before the system compares the
-// number: one of the two sees the other.
+// number: one of the two sees the other. A sleeper is counted until it is awake. Nobody else may count it out: who has
+// ended a phase may be so late that it meets a sleeper of the next one, which it does not wake.
 void ThreadPool::sleep(unsigned phase) {
-  while (phase_of(state_.load(std::memory_order_acquire)) == phase) {
-    sleepers_.fetch_add(1);
+  sleepers_.fetch_add(1);
+  while (phase_of(state_.load(std::memory_order_acquire)) == phase)
     syscall(SYS_futex, address_of(state_), FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
-  }
+  sleepers_.fetch_sub(1);
 }
 
 void ThreadPool::wake() {
-  if (sleepers_.load() > 0 && sleepers_.exchange(0) > 0)
-    syscall(SYS_futex, address_of(state_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  if (sleepers_.load() > 0) syscall(SYS_futex, address_of(state_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
 }  // namespace hybrid
