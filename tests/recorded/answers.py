@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from checkpoints import CONFIGS
 from recorded.models import FORMATS, Workshop, prompts_of
 from recorded.names import cache_counts, watch_steps
 
@@ -21,7 +22,9 @@ def open_model(workshop: Workshop, name: str, format: str = "auto", **choices: A
     """Packed the first time. Nothing that the bits depend on is left to the machine; more threads would spin, and wait
     for each other on a machine that is shared.
     """
-    fixed = {**SIZES, "device": "cpu", "numa": "off", "max_seq_len": 512 if len(prompts_of(name)[-1]) > 90 else 256}
+    length = 512 if len(prompts_of(name)[-1]) > 90 else 256
+    length = min(length, CONFIGS.get(name, {}).get("index_topk", length))
+    fixed = {**SIZES, "device": "cpu", "numa": "off", "max_seq_len": length}
     return LLM(
         workshop.checkpoint(name),
         weight_format=FORMATS.get(format, format),
