@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
-from hybrid.formats import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from hybrid.formats import MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 from hybrid.weights.checkpoints.exact_mix import exact_format
 from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, type_kind
 
-FORMATS = {format.name: format for format in (MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0)}
+FORMATS = {format.name: format for format in (MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0)}
 ROWS, COLUMNS = 32, 512
 Block = bytes
 F = np.float32
@@ -127,12 +127,21 @@ def mxfp4(b: Block) -> Iterator[np.float32]:
     yield from codes * F(2.0) ** F(b[0] - 127)
 
 
+def nvfp4(b: Block) -> Iterator[np.float32]:
+    for group in range(4):
+        scale = F(np.uint8(b[group] & 127).view(ml_dtypes.float8_e4m3fn)) if b[group] & 127 != 127 else F(0)
+        for i in range(16):
+            code = np.uint8(b[4 + 8 * group + i % 8] >> (4 if i >= 8 else 0) & 15)
+            yield F(code.view(ml_dtypes.float4_e2m1fn)) * scale
+
+
 READ: dict[str, Callable[[Block], Iterator[np.float32]]] = {
     "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs,
     "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "Q2_K": q2_k, "Q3_K": q3_k, "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
 }  # fmt: skip
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82),
-          "Q3_K": (108,), "MXFP4": ()}  # fmt: skip
+          "Q3_K": (108,), "MXFP4": (), "NVFP4": ()}  # fmt: skip
 
 
 def random_rows(type: str) -> np.ndarray:
@@ -143,6 +152,9 @@ def random_rows(type: str) -> np.ndarray:
         blocks[..., at + 1] &= 0xBB  # no NaN, no infinity
     if type == "MXFP4":
         blocks[..., 0] = random.integers(90, 160, blocks.shape[:2])
+    if type == "NVFP4":
+        blocks[..., :4] &= 127  # as they are written
+        blocks[0, 0, 0] = 127
     return rows
 
 
@@ -155,6 +167,14 @@ def test_values_are_those_of_the_blocks(type: str) -> None:
         data = rows[row].tobytes()
         expected = [value for at in range(0, len(data), size) for value in READ[type](data[at : at + size])]
         np.testing.assert_array_equal(found[row], np.array(expected, F))
+
+
+@pytest.mark.parametrize("type", READ)
+def test_values_are_those_of_llama_cpp(type: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="make test-compare installs it")
+    rows = random_rows(type)
+    expected = gguf.dequantize(rows, gguf.GGMLQuantizationType[type])
+    np.testing.assert_allclose(values(type, rows), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("type", "format"), [(type, name) for type, names in HOLDS.items() for name in names])

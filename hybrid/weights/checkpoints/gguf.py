@@ -5,18 +5,21 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrid.errors import ConfigError, WeightsError
-from hybrid.formats.block import Array, Bytes
+from hybrid.formats.block import Array, Bytes, all_finite
+from hybrid.formats.fp4 import TOP
+from hybrid.formats.fp8 import LARGEST
 from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.exact_mix import opened
-from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
+from hybrid.weights.checkpoints.gguf_blocks import FLOATS, READABLE, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_kinds, gguf_mix
@@ -29,9 +32,10 @@ from hybrid.weights.checkpoints.gguf_names import (
     with_gguf_names,
 )
 from hybrid.weights.checkpoints.gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+from hybrid.weights.checkpoints.gguf_scales import ScaledTensor, with_scales
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.checkpoints.matrices import Source, TurnedSource
-from hybrid.weights.shard import Entry
+from hybrid.weights.shard import Entry, read_bytes
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,25 @@ class GgufSource(Source):
         return replace(self, published=format if format in HOLDS.get(self.entry.dtype, ()) else None)
 
     def floats(self, start: int, stop: int) -> Array:
-        return values(self.entry.dtype, self._rows(start, stop))
+        found = values(self.entry.dtype, self._rows(start, stop), self._factor)
+        if self.entry.dtype not in FLOATS and not all_finite(found):
+            raise self._bad_scales()
+        return found
 
     def blocks(self, start: int, stop: int) -> Bytes:
         assert self.published is not None
-        return packed(self.entry.dtype, self._rows(start, stop), self.published)
+        return packed(self.entry.dtype, self._rows(start, stop), self.published, self._factor)
+
+    @cached_property
+    def _factor(self) -> np.float32:
+        """What all values are multiplied by. Raises `WeightsError` where that makes infinity of the largest."""
+        if not isinstance(self.entry, ScaledTensor):
+            return np.float32(1)
+        scale = self.entry.scale
+        found: np.float32 = read_bytes(scale, 0, scale.end - scale.start).view(np.float32)[0]
+        if not abs(found) <= np.finfo(np.float32).max / np.float32(LARGEST * TOP):
+            raise self._bad_scales()
+        return found
 
     def _rows(self, start: int, stop: int) -> Bytes:
         size = row_bytes(self.entry.dtype, self.columns)
@@ -96,7 +114,9 @@ class GgufCheckpoint(Checkpoint):
         config, plain = _config_and_spec(model)
         architecture = str(model.metadata["general.architecture"])
         spec = with_gguf_names(plain, architecture)
-        entries = joined_kv(spec, _shaped(spec, apart(spec, model.tensors)))
+        names = {name for name, _ in spec.checkpoint_shapes("apart")}
+        tensors = with_scales(model.tensors, names, whole=not model.missing)
+        entries = joined_kv(spec, _shaped(spec, apart(spec, tensors)))
         _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
         mix = gguf_mix(spec, entries)

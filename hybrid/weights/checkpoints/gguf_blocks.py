@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
-from hybrid.formats import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from hybrid.formats import MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 from hybrid.formats.block import Array, Bytes, Floats
 from hybrid.formats.grouped import Grouped
 from hybrid.formats.mxfp4 import decode as decode_mxfp4
+from hybrid.formats.nvfp4 import decode as decode_nvfp4
 
 FLOATS: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 Parts = tuple[Array, ...]  # codes [rows, columns], then scales
+_ONE = np.float32(1)
 
 
 def row_bytes(type: str, columns: int) -> int:
@@ -23,22 +25,29 @@ def row_bytes(type: str, columns: int) -> int:
     return columns // found.block * found.bytes
 
 
-def values(type: str, rows: Bytes) -> Array:
-    """What rows of bytes [n, bytes] stand for: floats of the file's type, or float32."""
+def values(type: str, rows: Bytes, factor: np.float32 = _ONE) -> Array:
+    """What rows of bytes [n, bytes] stand for: floats of the file's type, or float32. factor: see `packed`."""
     if type in FLOATS:
         return rows.view(FLOATS[type])
     blocks = _blocks(type, rows)
     if type in _VALUES:
         return _VALUES[type](blocks)
     parts = SPLIT[type](blocks)
+    if type == "NVFP4":
+        return decode_nvfp4(parts[0], parts[1], np.full(len(rows), factor))
     return decode_mxfp4(*parts) if type == "MXFP4" else FORMAT_OF[type].decode(*parts)
 
 
-def packed(type: str, rows: Bytes, format: str) -> Bytes:
-    """Rows of bytes [n, bytes] in a packed format that holds their values exactly, without arithmetic on these."""
+def packed(type: str, rows: Bytes, format: str, factor: np.float32 = _ONE) -> Bytes:
+    """Rows of bytes [n, bytes] in a packed format that holds their values exactly, without arithmetic on these.
+
+    factor: what all values of NVFP4 are multiplied by, which their file has elsewhere.
+    """
     codes, *scales = SPLIT[type](_blocks(type, rows))
     if type == "MXFP4":
         return MXFP4.pack_blocks(codes, *scales)
+    if type == "NVFP4":
+        return NVFP4.pack_blocks(codes, scales[0], np.full(len(rows), factor))
     own, target = FORMAT_OF[type], FORMAT_OF[format.upper()]
     if own.offset != target.offset:
         codes = codes.view(np.int8) + np.int8(target.offset - own.offset)
@@ -129,6 +138,16 @@ def _mxfp4(blocks: Bytes) -> Parts:
     return codes[..., 0::2] | codes[..., 1::2] << 4, np.ascontiguousarray(blocks[..., 0])
 
 
+def _nvfp4(blocks: Bytes) -> Parts:
+    """As published: two neighbours in a byte, [n, columns / 2], and e4m3 scales [n, groups], which have no sign here.
+
+    What would be NaN in e4m3 is 0, as llama.cpp has it.
+    """
+    codes = _nibbles(blocks[..., 4:].reshape(*blocks.shape[:-1], 4, 8))
+    scales = blocks[..., :4] & 0x7F
+    return _flat(codes[..., 0::2] | codes[..., 1::2] << 4), _flat(np.where(scales == 0x7F, 0, scales).astype(np.uint8))
+
+
 _IQ4_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
 )  # what its codes stand for
@@ -178,7 +197,8 @@ def _scaled(codes: Array, outer: Array, inner: Floats) -> Floats:
 
 SPLIT: dict[str, Callable[[Bytes], Parts]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q3_K": _q3_k,
+    "IQ4_NL": _iq4_nl,
 }  # fmt: skip
 # The format whose codes and scales these are.
 FORMAT_OF: dict[str, Grouped] = {

@@ -23,6 +23,7 @@ from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
+from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
 PERMUTED = ("llama", "granitemoe", "smollm3")  # rows of queries and keys lie as their rope turns them: pair by pair
@@ -205,6 +206,8 @@ def joined_kv(spec: ModelSpec, entries: dict[str, Entry]) -> dict[str, Entry]:
 def _experts(entry: Entry, layer: str, which: str, kind: str) -> Iterator[tuple[str, Entry]]:
     for expert, part in enumerate(_cut(entry, [1] * (entry.shape[0] if entry.shape else 0))):
         own = replace(part, shape=part.shape[1:])
+        if isinstance(own, ScaledTensor):
+            own = own.of_expert(expert)
         if which == "gate_up" and own.shape:
             half = own.shape[0] // 2
             for name, piece in zip(("gate", "up"), _cut(own, [half, own.shape[0] - half]), strict=True):
