@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from hybrid.printable import printable
 from hybrid.server.refusals import Refusal
+from hybrid.server.strict import WHAT_INSTEAD
 
 Body = TypeVar("Body", bound=BaseModel)
 MAX_DEPTH = 64
@@ -120,5 +121,8 @@ def _refusal(error: ValidationError) -> Refusal:
     """The first thing that is wrong, by the name of its field."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))[:100]
-    message = "this field is unknown here" if first["type"] == "extra_forbidden" else first["msg"]
+    message = first["msg"]
+    if first["type"] == "extra_forbidden":
+        instead = WHAT_INSTEAD.get(str(first["loc"][-1]))
+        message = "this field is unknown here" + (f"; {instead}" if instead else "")
     return Refusal(400, printable(f"{place or 'the body'}: {message}")[:400], param=printable(place) or None)

@@ -66,7 +66,8 @@ def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     count = body.n or 1
     params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
     several = body.parallel_tool_calls is not False
-    chat = ChatInput(body.messages, body.offered_tools(), None, body.template_kwargs(), body.tool_choice, several)
+    kwargs = body.template_kwargs(llm.intake.reads)
+    chat = ChatInput(body.messages, body.offered_tools(), None, kwargs, body.tool_choice, several)
     return llm.intake.chat_samples(chat, replace(params, n=count), keep=True)
 
 
@@ -74,7 +75,7 @@ def _choice(service: Service, completion: Completion, body: ChatBody) -> dict[st
     calls = _kept_calls(body, completion.tool_calls)
     message: dict[str, Any] = {"role": "assistant", "content": completion.text or (None if calls else "")}
     message["refusal"] = None
-    if completion.reasoning:
+    if completion.reasoning and body.tells_reasoning:
         message["reasoning_content"] = completion.reasoning
     if calls:
         message["tool_calls"] = [call.to_dict() for call in calls]
@@ -96,7 +97,7 @@ def _events(service: Service, run: Run, body: ChatBody, model: str, request: Req
     first = [choice.chunk({"role": "assistant", "content": ""}) for choice in choices]
     top = head("chatcmpl", "chat.completion.chunk", model)
     return chunk_events(
-        run, request, top, body.include_usage, first,
+        run, request, top, body.told_usage, first,
         lambda pieces: [chunk for job, delta in pieces for chunk in choices[job.completion.sample].chunks(delta)],
     )  # fmt: skip
 
@@ -114,7 +115,7 @@ class _Streamed:
     def chunks(self, delta: TextDelta) -> list[dict[str, Any]]:
         """What a piece becomes; the last piece ends with the reason."""
         said: dict[str, Any] = {}
-        if delta.reasoning:
+        if delta.reasoning and self.body.tells_reasoning:
             said["reasoning_content"] = delta.reasoning
         if delta.text:
             said["content"] = delta.text

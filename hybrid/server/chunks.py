@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import Request
 
+from hybrid.server.fields import StreamOptions
 from hybrid.server.replies import measured, note_usage, usage_of
 from hybrid.server.service import Run
-from hybrid.server.stream import DONE, PING, Opening, event
+from hybrid.server.stream import DONE, PING, Opening, Quiet, event
 from hybrid.serving.together import Piece
 
 Choices = list[dict[str, Any]]
@@ -19,27 +20,35 @@ async def chunk_events(
     run: Run,
     request: Request,
     top: dict[str, Any],
-    with_usage: bool,
+    told: StreamOptions,
     first: Sequence[dict[str, Any]],
     choices_of: Callable[[list[Piece]], Choices],
 ) -> AsyncIterator[bytes]:
     """Events whose data are a choice each: `first`, what pieces become as they come, and the end.
 
-    top: what every chunk has besides. with_usage: whether a last chunk has the usage, and with it the timings.
+    top: what every chunk has besides. told: whether a last chunk has the usage, and with it the timings, and whether
+    the others have what it is so far.
     """
-    if with_usage:
-        top = {**top, "usage": None}
+    with_usage, quiet = told.include_usage, Quiet(run.service.config.ping_seconds)
+    so_far = with_usage and told.continuous_usage_stats
+
+    def usage() -> dict[str, Any]:
+        return usage_of([one.completion for one in run.requests])
+
+    def chunk(choice: dict[str, Any]) -> dict[str, Any]:
+        said = {**top, "choices": [choice]}
+        return {**said, "usage": usage() if so_far else None} if with_usage else said
+
     if first:
-        yield Opening(b"".join(event({**top, "choices": [choice]}) for choice in first))
+        yield Opening(b"".join(event(chunk(choice)) for choice in first))
     while not run.over():
         pieces = await run.next(run.service.config.ping_seconds)
-        parts: list[dict[str, Any]] = [{**top, "choices": [choice]} for choice in choices_of(pieces)]
+        parts = [chunk(choice) for choice in choices_of(pieces)]
         if run.over() and not with_usage:
             parts[-1] |= measured(run)
-        if parts or not pieces:
+        if quiet.ends(parts, pieces):
             yield b"".join(map(event, parts)) or PING
     note_usage(request, run)
     if with_usage:
-        usage = usage_of([one.completion for one in run.requests])
-        yield event({**top, "choices": [], "usage": usage, **measured(run)})
+        yield event({**top, "choices": [], "usage": usage(), **measured(run)})
     yield DONE

@@ -15,6 +15,7 @@ from hybrid.server.bodies import read_body
 from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import CompletionBody
+from hybrid.server.numbers import ALL
 from hybrid.server.prompt_logprobs import prompt_logprobs, score
 from hybrid.server.replies import completion_logprobs, head, measured, note_usage, usage_of
 from hybrid.server.service import Run, Service
@@ -66,6 +67,7 @@ async def _answer(service: Service, request: Request, body: CompletionBody) -> R
 
 def _requests(body: CompletionBody, prompts: Sequence[str | list[int]], vocab: int, llm: AsyncLLM) -> list[Job]:
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    limit = llm.llm.max_tokens if limit == ALL else limit
     params = replace(body.params(vocab, limit, body.logprobs), n=body.n or 1)
     requests = llm.intake.requests(prompts, params)
     for request in requests:
@@ -151,6 +153,6 @@ def _events(
     first = [choice.first() for choice in choices.values()] if echoes else []
     top = head("cmpl", "text_completion", model)
     return chunk_events(
-        run, request, top, body.include_usage, first,
+        run, request, top, body.told_usage, first,
         lambda pieces: [choices[id(job)].chunk(delta) for job, delta in pieces],
     )  # fmt: skip

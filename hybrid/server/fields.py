@@ -9,23 +9,25 @@ from pydantic import BaseModel, Field, model_validator
 
 from hybrid.core import SamplingParams
 from hybrid.server.constraints import Constrained
-from hybrid.server.numbers import LARGEST, WHOLE, Count, CountOrAll, Finite, Positive, Seed
+from hybrid.server.numbers import ALL, LARGEST, WHOLE, Count, CountOrAll, Finite, Limit, Seed
 from hybrid.server.prompt_logprobs import PromptScored
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
+from hybrid.server.thinking import Thoughtful
+from hybrid.server.usual import Usual
 
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
 MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
-TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "thinking_budget")
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class Sampling(Constrained):
+class Sampling(Constrained, Usual):
     """What chats and completions share."""
 
     model: str | None = Field(None, max_length=1000)
@@ -46,19 +48,10 @@ class Sampling(Constrained):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N), WHOLE] | None = None
-    max_tokens: Count | None = None
+    max_tokens: CountOrAll | None = None
     priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Of no effect on the answer, but sent by clients.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    prediction: Any = None
 
     @model_validator(mode="after")
     def _check_stops(self) -> Sampling:
@@ -67,8 +60,9 @@ class Sampling(Constrained):
         return self
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def told_usage(self) -> StreamOptions:
+        """What a stream tells of the usage."""
+        return self.stream_options or StreamOptions()
 
     def params(self, vocab: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """For one completion of each prompt or conversation. Raises Refusal."""
@@ -121,28 +115,14 @@ class ToolFunction(BaseModel):
 class Tool(Strict):
     type: Literal["function"]
     function: ToolFunction
+    cache_control: Any = Field(None, exclude=True)  # of no effect
 
 
-class ChatInputBody(Strict):
+class ChatInputBody(Thoughtful):
     """What makes the prompt of a chat."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    reasoning_effort: str | None = Field(None, max_length=32)
-    chat_template_kwargs: dict[str, bool | int | str | None] | None = None
-
-    def template_kwargs(self) -> dict[str, Any]:
-        """Raises Refusal for a name that is not allowed."""
-        kwargs = dict(self.chat_template_kwargs or {})
-        if strange := sorted(set(kwargs) - set(TEMPLATE_KWARGS)):
-            allowed = ", ".join(TEMPLATE_KWARGS)
-            message = f"chat_template_kwargs: {strange[0][:50]!r} is not allowed here; allowed: {allowed}"
-            raise Refusal(400, message, param="chat_template_kwargs")
-        if any(isinstance(value, str) and len(value) > 100 for value in kwargs.values()):
-            raise Refusal(400, "chat_template_kwargs: a text has more than 100 characters", "chat_template_kwargs")
-        if self.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
-        return kwargs
 
     def given_tools(self) -> list[dict[str, Any]] | None:
         return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
@@ -153,10 +133,14 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
 
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     modalities: list[Literal["text"]] | None = None
+    include_reasoning: bool | None = None
+    reasoning_format: Literal["auto", "deepseek", "parsed", "hidden"] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
 
     def check(self) -> None:
         """Raise Refusal for what is known, and cannot be done."""
@@ -173,7 +157,14 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
 
     def limit(self) -> int | None:
         """The most tokens of an answer; None: to its end."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return None if limit == ALL else limit
+
+    @property
+    def tells_reasoning(self) -> bool:
+        """Whether the reply has what the model thought before it answered."""
+        hidden = self.include_reasoning is False or self.reasoning_format == "hidden"
+        return not (hidden or (self.reasoning and self.reasoning.exclude))
 
 
 def completions_asked(body: Mapping[str, Any]) -> int:

@@ -40,7 +40,8 @@ def routes(service: Service) -> APIRouter:
             body = await read_body(request, CountBody, max_bytes)
             service.check_model(body.model)
             chat = checked(ChatBody, body.chat())
-            given = ChatInput(chat.messages, chat.offered_tools(), None, chat.template_kwargs())
+            kwargs = chat.template_kwargs(service.llm.intake.reads)
+            given = ChatInput(chat.messages, chat.offered_tools(), None, kwargs)
             tokens = await service.prepare(lambda: service.llm.intake.encode_chat(given), text=True)
             return JSONResponse({"input_tokens": len(tokens)})
 

@@ -12,6 +12,7 @@ from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, S
 from hybrid.server.numbers import Count, Finite, Positive
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
+from hybrid.server.thinking import Thinking
 from hybrid.server.turns import one_system
 
 Block = dict[str, Any]
@@ -41,11 +42,6 @@ class MessageToolChoice(Strict):
     type: Literal["auto", "none", "any", "tool"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-
-
-class Thinking(BaseModel):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Count | None = None
 
 
 class OutputConfig(Strict):
@@ -78,9 +74,8 @@ class CountBody(Strict):
         chat: dict[str, Any] = {"messages": one_system(messages), **self._choice()}
         if self.tools:
             chat["tools"] = [tool.function() for tool in self.tools]
-        if self.thinking and self.thinking.type != "adaptive":
-            on = self.thinking.type == "enabled"
-            chat["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on}
+        if self.thinking:
+            chat["enable_thinking"] = self.thinking.on
         return chat | self._output()
 
     def _choice(self) -> dict[str, Any]:

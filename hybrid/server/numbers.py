@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 LARGEST = 2**31 - 1
+ALL = -1  # as many as there are
 SEEDS = 9_223_372_036_854_776_000  # either side of 0; 2**63 as OpenAI's own description writes it
 
 
@@ -15,9 +16,18 @@ def _as_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _not_zero(value: int) -> int:
+    if not value:
+        raise ValueError("Input should be 1 or more, or -1 for no limit")
+    return value
+
+
 WHOLE = BeforeValidator(_as_whole)  # behind the bounds of an int
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=LARGEST), WHOLE]
 Positive = Annotated[int, Field(ge=1, le=LARGEST), WHOLE]
-CountOrAll = Annotated[int, Field(ge=-1, le=LARGEST), WHOLE]  # -1: all
+CountOrAll = Annotated[int, Field(ge=ALL, le=LARGEST), WHOLE]
+Limit = Annotated[
+    int, Field(ge=ALL, le=LARGEST, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero), WHOLE
+]
 Seed = Annotated[int, Field(ge=-SEEDS, le=SEEDS), WHOLE]

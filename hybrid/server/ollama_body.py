@@ -58,6 +58,7 @@ class Options(Strict):
     vocab_only: Any = None
     use_mmap: Any = None
     use_mlock: Any = None
+    penalize_newline: Any = None
     embedding_only: Any = None
 
     def fields(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class OllamaBody(Strict):
         if isinstance(self.think, str):
             chat["reasoning_effort"] = self.think
         elif self.think is not None:
-            chat["chat_template_kwargs"] = {"enable_thinking": self.think, "thinking": self.think}
+            chat["enable_thinking"] = self.think
         if self.format == "json":
             chat["response_format"] = {"type": "json_object"}
         elif self.format:

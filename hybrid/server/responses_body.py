@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
 from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody
-from hybrid.server.numbers import CountOrAll, Finite, Positive, Seed
+from hybrid.server.numbers import CountOrAll, Finite, Limit, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
+from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
 
 Item = dict[str, Any]
@@ -35,15 +36,9 @@ class ResponseTool(BaseModel):
         return {"type": "function", "function": self.model_dump(exclude_none=True, exclude={"type"})}
 
 
-class Reasoning(Strict):
-    effort: str | None = Field(None, max_length=32)
-    summary: Any = None
-    generate_summary: Any = None
-
-
 class TextFormat(Strict):
     format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ResponseStreamOptions(Strict):
@@ -56,7 +51,7 @@ class ResponsesBody(Strict):
     model: str | None = Field(None, max_length=1000)
     input: str | list[dict[str, Any]] = Field(min_length=1, json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: Positive | None = None
+    max_output_tokens: Limit | None = None
     temperature: Finite | None = Field(None, ge=0, le=2)
     top_p: Finite | None = Field(None, gt=0, le=1)
     top_k: CountOrAll | None = None
@@ -89,6 +84,8 @@ class ResponsesBody(Strict):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    context_management: Any = None
 
     def chat_body(self) -> ChatBody:
         """Raises Refusal."""
@@ -103,6 +100,8 @@ class ResponsesBody(Strict):
         chat["tool_choice"] = _choice(self.tool_choice)
         if self.reasoning:
             chat["reasoning_effort"] = self.reasoning.effort
+        if self.text:
+            chat["verbosity"] = self.text.verbosity
         if self.text and (format := self.text.format) is not None:
             if format.get("type") == "json_schema":
                 inner = {key: value for key, value in format.items() if key != "type"}

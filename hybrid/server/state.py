@@ -17,10 +17,10 @@ from hybrid.server.fields import (
     MAX_STOPS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
-    TEMPLATE_KWARGS,
 )
 from hybrid.server.refusals import RETRY_SECONDS
 from hybrid.server.service import Service
+from hybrid.server.thinking import TEMPLATE_KWARGS
 
 
 def routes(service: Service) -> APIRouter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -26,6 +27,21 @@ class Silence(bytes):
 
 PING = Silence(b": ping\n\n")
 DONE = b"data: [DONE]\n\n"
+
+
+class Quiet:
+    """How long a stream has said nothing though pieces come, of reasoning that is not told."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: after which it says that it is there."""
+        self._seconds, self._since = seconds, monotonic()
+
+    def ends(self, said: object, pieces: Sequence[object]) -> bool:
+        """Whether something is to be sent: what is said, or that there is nothing to say."""
+        if not said and pieces and monotonic() - self._since < self._seconds:
+            return False
+        self._since = monotonic()
+        return True
 
 
 class ClientGone(Exception):

@@ -6,6 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+WHAT_INSTEAD = {
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "suffix": "text is not filled in here, only continued",
+    "web_search_options": "this server searches nothing; offer a search of your own as a tool",
+    "audio": "this server reads and writes text alone",
+    "cache_salt": "keep apart by servers what must not share prefixes",
+}  # of fields that clients know and this server cannot do
+
 
 class Strict(BaseModel):
     """A field that is not declared is refused by its name, unless it is null: that asks for nothing, and clients write

@@ -68,4 +68,5 @@ def _tokens(llm: LLM, texts: TokenTexts | None, text: str, special: bool) -> lis
 
 
 def _render(llm: AsyncLLM, body: TemplateBody) -> str:
-    return llm.intake.chat_prompt(ChatInput(body.messages, body.given_tools(), None, body.template_kwargs()))
+    kwargs = body.template_kwargs(llm.intake.reads)
+    return llm.intake.chat_prompt(ChatInput(body.messages, body.given_tools(), None, kwargs))

@@ -161,6 +161,10 @@ class Intake:
             self._limits.check(tokens)
         return tokens
 
+    def reads(self, variable: str) -> bool:
+        """Whether the chat template of the model has such a variable."""
+        return self._template is not None and self._template.reads(variable)
+
     def chat_prompt(self, chat: ChatInput) -> str:
         """Messages as the text of a prompt."""
         return self._rendered(chat)[1]

@@ -46,6 +46,10 @@ class ChatTemplate:
         """All that its templates say, of how answers are written too."""
         return self.source + (self.with_tools or "")
 
+    def reads(self, variable: str) -> bool:
+        """Whether its templates speak of a variable."""
+        return re.search(rf"\b{re.escape(variable)}\b", self.sources) is not None
+
     def render(
         self,
         messages: Sequence[Message],
