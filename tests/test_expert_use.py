@@ -22,7 +22,7 @@ def test_it_is_what_the_routers_chose(name: str) -> None:
         engine = llm.engine
         layers, experts = engine.expert_use().shape
         chosen = np.zeros((layers, experts), np.int64)
-        engine.routes.observer = lambda step, layer, sequence, position, ids, weights: np.add.at(
+        engine.routes.observer = lambda step, layer, sequence, position, ids, weights, named: np.add.at(
             chosen[layer], ids.reshape(-1), 1
         )
         assert not engine.expert_use().any()

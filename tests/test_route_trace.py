@@ -106,7 +106,9 @@ class Recorder:
         self._layers: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in engine.spec.layers]
         engine.routes.observer = self
 
-    def __call__(self, number: int, layer: int, sequence: Any, position: Any, ids: Any, scores: Any) -> None:
+    def __call__(
+        self, number: int, layer: int, sequence: Any, position: Any, ids: Any, scores: Any, named: Any
+    ) -> None:
         if layer == 0:
             self.rows += zip(sequence.tolist(), position.tolist(), strict=True)
         self._layers[layer].append((ids.copy(), scores.copy()))
