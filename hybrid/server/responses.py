@@ -52,6 +52,7 @@ class _Response(Face):
     def __init__(self, run: Run, model: str, body: ResponsesBody) -> None:
         super().__init__(run, model, body.parallel_tool_calls is False)
         self._id, self._created, self._body = f"resp_{uuid.uuid4().hex}", time(), body
+        self._offered = body.offered()
         self._items: list[Item] = []
         self._open: str | None = None  # the kind of the last item, while it goes on
 
@@ -107,14 +108,18 @@ class _Response(Face):
 
     def _call(self, part: Part) -> bytes:
         assert part.call
-        item: Item = {"type": "function_call", "id": _new("fc"), "call_id": part.call.id, "name": part.call.name}
-        self._items.append({**item, "arguments": "", "status": "in_progress"})
+        item = self._offered.item(part.call)
+        custom = item["type"] == "custom_tool_call"
+        field = "input" if custom else "arguments"
+        item = {"id": _new("ctc" if custom else "fc"), **item, "status": "completed"}
+        self._items.append({**item, field: "", "status": "in_progress"})
         place = {"item_id": item["id"], "output_index": self._index}
         events = self._event("response.output_item.added", output_index=self._index, item=dict(self._items[-1]))
-        stem = "response.function_call_arguments"
-        events += self._event(f"{stem}.delta", **place, delta=part.text)
-        events += self._event(f"{stem}.done", **place, name=part.call.name, arguments=part.text)
-        self._items[-1] |= {"arguments": part.text, "status": "completed"}
+        stem = "response.custom_tool_call_input" if custom else "response.function_call_arguments"
+        events += self._event(f"{stem}.delta", **place, delta=item[field])
+        named = {} if custom else {"name": item["name"]}
+        events += self._event(f"{stem}.done", **place, **named, **{field: item[field]})
+        self._items[-1] = item
         return events + self._item_done()
 
     def _item_done(self) -> bytes:
@@ -164,7 +169,7 @@ class _Response(Face):
             "output": [],
             **said,
             "metadata": body.metadata or {},
-            "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in body.tools or ()],
+            "tools": self._offered.told,
             "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hybrid.server.bodies import checked
 from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody
 from hybrid.server.numbers import CountOrAll, Finite, Limit, Seed
 from hybrid.server.refusals import Refusal
+from hybrid.server.response_tools import Offered, ResponseTool, custom_arguments, full_name
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
 
 Item = dict[str, Any]
+Include = Literal[
+    "reasoning.encrypted_content",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "file_search_call.results",
+    "code_interpreter_call.outputs",
+]  # of which there is nothing here to be told
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
-
-
-class ResponseTool(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    type: str
-    name: str | None = Field(None, min_length=1, max_length=256)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def function(self) -> dict[str, Any]:
-        """Raises Refusal for a tool that is none of the client's functions."""
-        if self.type != "function" or self.name is None:
-            message = f"tools: the type {self.type!r:.60} without a name; this server knows named functions alone"
-            raise Refusal(400, message, "tools")
-        return {"type": "function", "function": self.model_dump(exclude_none=True, exclude={"type"})}
 
 
 class TextFormat(Strict):
@@ -67,7 +58,7 @@ class ResponsesBody(Strict):
     chat_template_kwargs: dict[str, bool | int | str | None] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, max_length=8)
+    include: list[Include] | None = Field(None, max_length=8)
     top_logprobs: Literal[0] | None = None
     background: Literal[False] | None = None
     previous_response_id: Any = None
@@ -95,8 +86,8 @@ class ResponsesBody(Strict):
         chat: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
         chat |= {"messages": self._messages(), "max_tokens": self.max_output_tokens}
         chat |= {"parallel_tool_calls": self.parallel_tool_calls, "chat_template_kwargs": self.chat_template_kwargs}
-        if self.tools:
-            chat["tools"] = [tool.function() for tool in self.tools]
+        offered = self.offered()
+        chat["tools"] = offered.functions() or None
         chat["tool_choice"] = _choice(self.tool_choice)
         if self.reasoning:
             chat["reasoning_effort"] = self.reasoning.effort
@@ -108,6 +99,10 @@ class ResponsesBody(Strict):
                 format = {"type": "json_schema", "json_schema": inner}
             chat["response_format"] = format
         return checked(ChatBody, chat)
+
+    def offered(self) -> Offered:
+        """Raises Refusal."""
+        return Offered(self.tools or ())
 
     def _messages(self) -> list[dict[str, Any]]:
         made = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
@@ -121,15 +116,18 @@ class ResponsesBody(Strict):
 
 
 def _choice(given: str | dict[str, Any] | None) -> Any:
-    if isinstance(given, dict) and given.get("type") == "function" and "name" in given:
-        return {"type": "function", "function": {"name": given["name"]}}
-    return given
+    if not isinstance(given, dict) or given.get("type") not in ("function", "custom") or "name" not in given:
+        return given
+    namespace = None if given.get("namespace") is None else _string(given, "namespace", "tool_choice")
+    return {"type": "function", "function": {"name": full_name(_string(given, "name", "tool_choice"), namespace)}}
 
 
 def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
     """One item more. What the assistant reasons, says and calls, one after the other, is one message."""
     kind = item.get("type", "message")
-    if kind == "function_call_output":
+    if kind == "web_search_call":  # of another server: what was searched, not what was found
+        return
+    if kind in ("function_call_output", "custom_tool_call_output"):
         output = _text(item.get("output"), place)
         made.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": output})
     elif kind == "message" and item.get("role") != "assistant":
@@ -138,7 +136,7 @@ def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
             message = f"{place}: the role is {role!r:.50}; allowed: user, assistant, system, developer"
             raise Refusal(400, message, "input")
         made.append({"role": "system" if role == "developer" else role, "content": content})
-    elif kind in ("message", "reasoning", "function_call"):
+    elif kind in ("message", "reasoning", "function_call", "custom_tool_call"):
         if not made or made[-1]["role"] != "assistant":
             made.append({"role": "assistant", "content": ""})
         _say(made[-1], kind, item, place)
@@ -154,7 +152,11 @@ def _say(message: dict[str, Any], kind: str, item: Item, place: str) -> None:
         if text:
             message["reasoning_content"] = message.get("reasoning_content", "") + text
     else:
-        function = {name: _string(item, name, place) for name in ("name", "arguments")}
+        namespace = None if item.get("namespace") is None else _string(item, "namespace", place)
+        name = full_name(_string(item, "name", place), namespace)
+        custom = kind == "custom_tool_call"
+        arguments = custom_arguments(_string(item, "input", place)) if custom else _string(item, "arguments", place)
+        function = {"name": name, "arguments": arguments}
         call = {"type": "function", "id": _string(item, "call_id", place), "function": function}
         message.setdefault("tool_calls", []).append(call)
 
