@@ -127,10 +127,31 @@ def test_what_is_wrong_in_it_is_said_to_be_there() -> None:
 @pytest.mark.parametrize(("whole", "part", "tied"), [(False, True, False), (True, False, True), (None, True, True)])
 def test_what_the_whole_says_of_the_head_holds(whole: bool | None, part: bool, tied: bool) -> None:
     """transformers writes into text_config what is its default there, whatever the model has."""
-    config, *_ = nested("qwen3_vl_moe", "within the model")
-    outer = {} if whole is None else {"tie_word_embeddings": whole}
-    spec = model_spec({**config, "text_config": {**config["text_config"], "tie_word_embeddings": part}, **outer})
-    assert spec.tied == tied
+    assert is_tied("qwen3_vl_moe", whole, part) == tied
+
+
+def is_tied(wrapper: str, whole: bool | None, part: bool | None) -> bool:
+    """Of what the whole and its text say of the head; None: nothing."""
+    config, *_ = nested(wrapper, "within the model")
+    text = {name: value for name, value in config["text_config"].items() if name != "tie_word_embeddings"}
+    text |= {} if part is None else {"tie_word_embeddings": part}
+    return model_spec({**config, "text_config": text} | ({} if whole is None else {"tie_word_embeddings": whole})).tied
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_where_the_whole_says_nothing_of_the_head_its_default_holds(wrapper: str) -> None:
+    """As the classes of transformers have it, some of which ask the text as well."""
+    default = wrapper in ("gemma3", "gemma4", "internvl", "kimi_k25", "lfm2_vl", "mistral3")
+    asks = wrapper in ("glm4v_moe", "qwen2_5_vl")
+    assert [is_tied(wrapper, None, part) for part in (None, False, True)] == [default, default, True]
+    assert [is_tied(wrapper, False, part) for part in (None, False, True)] == [False, False, asks]
+
+
+def test_a_head_of_its_own_is_used_though_only_the_text_says_that_it_is_tied(tmp_path: Path) -> None:
+    config, tensors, _ = nested("qwen2_5_vl", "within the model")
+    text = {**config["text_config"], "tie_word_embeddings": True}
+    path = write_tensors(tmp_path, {**config, "text_config": text, "tie_word_embeddings": False}, tensors)
+    assert not open_checkpoint(path).spec.tied
 
 
 def test_a_head_of_its_own_is_used_though_both_say_that_it_is_tied(tmp_path) -> None:
@@ -145,3 +166,26 @@ def test_fields_of_the_text_may_be_those_of_the_whole() -> None:
     config, *_ = nested("qwen2_5_vl", "within the model")
     rope = {"type": "mrope", "mrope_section": [4, 4, 4]}
     assert model_spec({**config["text_config"], "model_type": "qwen2_5_vl", "rope_scaling": rope}) == model_spec(config)
+
+
+def test_qwen2_5_vl_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Its text lies where that of a text model would, and its tower beside it."""
+    plain = CONFIGS["qwen2"]
+    rope = {"type": "mrope", "mrope_section": [4, 4, 4]}
+    config = {**plain, "model_type": "qwen2_5_vl", "rope_scaling": rope, "vision_config": {"depth": 2}}
+    alone = random_tensors(plain)
+    tensors = {**alone, "visual.merger.mlp.0.weight": np.zeros(2, np.float32)}
+    whole = open_checkpoint(write_tensors(tmp_path / "whole", config, tensors))
+    ours, theirs = (
+        packed_checkpoint(tmp_path / "whole"),
+        packed_checkpoint(write_tensors(tmp_path / "alone", plain, alone)),
+    )
+    assert all(np.array_equal(ours.array(name), theirs.array(name)) for name in theirs.tensors)
+    assert whole.notes(whole.native) == ["note: 1 tensors of visual are not read: the model is served for text alone"]
+
+
+def test_names_as_qwen2_5_vl_has_them_beside_ours_are_refused(tmp_path: Path) -> None:
+    config, tensors, alone = nested("qwen2_5_vl", "within the model")
+    more = {"model.norm.weight": alone["model.norm.weight"]}
+    with pytest.raises(WeightsError, match=r"has tensor model\.norm\.weight twice, also as model\.language_model"):
+        open_checkpoint(write_tensors(tmp_path / "hf", config, tensors | more))

@@ -51,6 +51,7 @@ class ModelSpec:
     whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits. logit_cap: between
     which and less itself a tangent keeps them, after that; None: no bounds. selects: how many tokens of a longer
     sequence its layers attend to; which, is not computed, so that none may be longer. None: they attend to all.
+    module: that of another model which its layers are; "" if they are none.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class ModelSpec:
     norm: NormKind = "rms"
     head_bias: bool = False
     selects: int | None = None
+    module: str = ""
     names: OuterNames = field(default_factory=OuterNames)
 
     @property
@@ -155,7 +157,7 @@ class ModelSpec:
         layers = tuple(
             LayerSpec(layer.mixer.inside(module), layer.feed_forward.inside(module)) for layer in self.layers
         )
-        return replace(self, layers=layers, names=inside(self.names, module))
+        return replace(self, layers=layers, names=inside(self.names, module), module=module)
 
     def with_fused_experts(self) -> ModelSpec:
         """A copy with the names of checkpoints with fused experts."""

@@ -13,4 +13,4 @@ FAMILIES = {"gemma3_text": gemma3_text.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "gemma3", FAMILIES)
+    return read_text_part(config, "gemma3", FAMILIES, tied=True)

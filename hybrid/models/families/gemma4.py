@@ -13,4 +13,4 @@ FAMILIES = {"gemma4_text": gemma4_text.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "gemma4", FAMILIES)
+    return read_text_part(config, "gemma4", FAMILIES, tied=True)

@@ -11,7 +11,7 @@ from hybrid.models.text_part import read_text_part
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "glm4v_moe", {"glm4v_moe_text": _text})
+    return read_text_part(config, "glm4v_moe", {"glm4v_moe_text": _text}, either=True)
 
 
 def _text(config: Mapping[str, Any]) -> ModelSpec:

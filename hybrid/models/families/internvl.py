@@ -19,4 +19,4 @@ FAMILIES = {
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "internvl", FAMILIES)
+    return read_text_part(config, "internvl", FAMILIES, tied=True)

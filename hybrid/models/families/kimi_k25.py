@@ -13,4 +13,4 @@ FAMILIES = {"deepseek_v3": deepseek_v3.spec, "kimi_k2": kimi_k2.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "kimi_k25", FAMILIES)
+    return read_text_part(config, "kimi_k25", FAMILIES, tied=True)

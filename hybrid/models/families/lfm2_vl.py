@@ -13,4 +13,4 @@ FAMILIES = {"lfm2": lfm2.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "lfm2_vl", FAMILIES)
+    return read_text_part(config, "lfm2_vl", FAMILIES, tied=True)

@@ -13,4 +13,4 @@ FAMILIES = {"mistral": mistral.spec}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    return read_text_part(config, "mistral3", FAMILIES)
+    return read_text_part(config, "mistral3", FAMILIES, tied=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "q
 _LONGEST_NAME = 255  # that a file system allows
 # Where text models lie in models of more than text, and where transformers 5 places them.
 _OTHER_PLACES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+_WITHOUT_MODULE = re.compile(r"model\.(?=(embed_tokens|layers|norm)\.)")  # as Qwen2.5-VL is published
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -91,22 +93,26 @@ def weight_files(path: Path) -> list[Path]:
     return [path / SINGLE] if is_file(path / SINGLE) else _shards(path, _read_index(path))
 
 
-def find_tensors(path: Path) -> dict[str, Entry]:
-    """Where each tensor lies, by its name as `own_name` has it. Raises `WeightsError` for files that are damaged or
-    missing, and for a tensor under two names.
+def find_tensors(path: Path, module: str) -> dict[str, Entry]:
+    """Where each tensor lies, by its name as `own_name` has it. module: of another model that the text model is,
+    or "". Raises `WeightsError` for files that are damaged or missing, and for a tensor under two names.
     """
     found = _tensors(path)
-    renamed = {own_name(name): entry for name, entry in found.items()}
-    if len(renamed) < len(found):
-        twice = next(name for name in found if own_name(name) != name and own_name(name) in found)
-        raise WeightsError(
-            f"{path}: has tensor {twice:.200} twice, also as {own_name(twice):.200}; fetch all files again"
-        )
+    renamed: dict[str, Entry] = {}
+    first: dict[str, str] = {}
+    for theirs, entry in found.items():
+        name = own_name(theirs, module)
+        if name in renamed:
+            one, other = sorted((theirs, first[name]), key=name.__eq__)
+            raise WeightsError(f"{path}: has tensor {one:.200} twice, also as {other:.200}; fetch all files again")
+        renamed[name], first[name] = entry, theirs
     return renamed
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, module: str) -> str:
     """The name that transformers 5 has for a tensor of a text model within another, which others place apart."""
+    if module and _WITHOUT_MODULE.match(name):
+        return f"model.{module}.{name.removeprefix('model.')}"
     for theirs, ours in _OTHER_PLACES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)

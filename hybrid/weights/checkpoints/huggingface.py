@@ -17,7 +17,6 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import ExpertForm, Gated, GatedNames, bias_name
-from hybrid.models.text_part import MODULE as TEXT_MODULE
 from hybrid.weights.checkpoints.exact_mix import opened
 from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, quantisation_of, read_config
 from hybrid.weights.checkpoints.matrices import (
@@ -55,7 +54,7 @@ class Checkpoint:
         """Read config.json and the headers. Raises `ConfigError` and `WeightsError`; see also `check`."""
         path = Path(path)
         config = read_config(path)
-        entries = with_matrices(config, find_tensors(path))
+        entries = with_matrices(config, find_tensors(path, model_spec(config).module))
         config = _corrected(config, entries)
         spec = model_spec(config)
         form = _expert_form(spec, entries)
@@ -127,9 +126,9 @@ class Checkpoint:
 
     def _left_out(self) -> list[str]:
         """What a model of more than text has beside its text model."""
-        if "text_config" not in self.config:
+        if not self.spec.module:
             return []
-        known = (f"model.{TEXT_MODULE}.", "lm_head.", "mtp.")  # the last: layers that predict further tokens
+        known = (f"model.{self.spec.module}.", "lm_head.", "mtp.")  # the last: layers that predict further tokens
         found = [name for name in self.entries if not name.startswith(known)]
         if not found:
             return []
@@ -202,10 +201,11 @@ def describe_huggingface(path: Path) -> tuple[dict[str, Any], FormatMix]:
     weights are, or none that may be read. Headers are read only if something depends on them.
     """
     config = read_config(path)
-    depends = quantisation_of(config) is not None or model_spec(config).tied
+    spec = model_spec(config)
+    depends = quantisation_of(config) is not None or spec.tied
     if not depends or not may_read_weights(path):
         return config, native_mix(config)
-    entries = with_matrices(config, find_tensors(path))
+    entries = with_matrices(config, find_tensors(path, spec.module))
     config = _corrected(config, entries)
     return config, native_mix(config, entries)
 
@@ -216,7 +216,8 @@ def _corrected(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str
     embedding, head = (entries.get(name) for name in (spec.names.embedding, spec.names.head))
     if not spec.tied or not embedding or not head or same_bytes(embedding, head):
         return config
-    return {**config, "tie_word_embeddings": False}
+    own: dict[str, Any] = {"tie_word_embeddings": False}
+    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}
 
 
 def _as_they_lie(spec: ModelSpec, entries: Mapping[str, Entry]) -> ModelSpec:
