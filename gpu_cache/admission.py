@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.hooks import overridden
-from gpu_cache.outside import class_of_entry, class_of_file, entry_names, guard, is_file, place_of
+from gpu_cache.outside import (
+    check_answers,
+    class_of_entry,
+    class_of_file,
+    entry_names,
+    guard,
+    is_file,
+    make_outside,
+)
 
 WINDOW = 64  # steps in which a second miss must follow the first
 HALF_LIFE = 64  # steps after which a call counts half
@@ -137,17 +145,22 @@ def make_admission(name: str, geometry: Geometry, costs: Costs | None = None) ->
     kind = admission_class(name)
     if kind in ADMISSIONS.values():
         return kind(geometry, costs)
-    try:
-        rule = kind(geometry, costs)
-    except CacheError:
-        raise
-    except Exception as error:
-        raise CacheError(
-            f"{place_of(kind)}: {kind.__name__}(geometry, costs) failed: {type(error).__name__}: {error}; "
-            "a rule is made from a geometry and costs, which may be None"
-        ) from None
+    return guarded_admission(kind, geometry, costs)
+
+
+def guarded_admission(kind: type[Admission], geometry: Geometry, costs: Costs | None = None) -> Admission:
+    """A rule whose errors and wrong answers are a CacheError with file, line and rule."""
+    made_from = "a rule is made from a geometry and costs, which may be None"
+    rule = make_outside(kind, made_from, geometry=geometry, costs=costs)
     guard(rule, [hook for hook in HOOKS if overridden(getattr(rule, hook), getattr(Admission, hook))])
+    check_answers(rule, "wants", _yes_or_no)
     return rule
+
+
+def _yes_or_no(answer: object) -> bool:
+    if type(answer).__name__ not in ("bool", "bool_"):  # of numpy, too
+        raise TypeError("it is True or False")
+    return bool(answer)
 
 
 def admission_class(name: str) -> type[Admission]:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -24,20 +24,21 @@ def is_file(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
-def class_of_file(name: str, base: type[T]) -> type[T]:
-    """The class that `FILE.py:CLASS` names; `FILE.py` does if the file has only one. Runs the file.
+def class_of_file(name: str, *bases: type[T]) -> type[T]:
+    """The class that `FILE.py:CLASS` names, a subclass of one of these; `FILE.py` does if the file has only one. Runs
+    the file.
 
     The same content is run once in a process. Raises CacheError that names the file, the line and what is wrong.
     """
     path, wanted = _split(name)
     module = _module(path)
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    fitting = {value.__name__: value for value in own if issubclass(value, base)}
+    fitting = {value.__name__: value for value in own if issubclass(value, bases)}
     if not wanted and len(fitting) == 1:
         return next(iter(fitting.values()))
     if wanted in fitting:
         return fitting[wanted]
-    kind = f"a {base.__name__} of {base.__module__}"
+    kind = " or ".join(map(_kind, bases))
     if found := next((value for value in own if value.__name__ == wanted), None):
         raise CacheError(f"{path} line {line_of(found)}: {wanted} is not {kind}; make it a subclass")
     names = ", ".join(fitting) or "none"
@@ -59,8 +60,37 @@ def class_of_entry(name: str, group: str, base: type[T]) -> type[T]:
     except (Exception, SystemExit) as error:
         raise CacheError(f"{group} {name!r} ({entry.value}) cannot be imported: {_told(error)}") from None
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise CacheError(f"{group} {name!r} ({entry.value}) is not a {base.__name__} of {base.__module__}")
+        raise CacheError(f"{group} {name!r} ({entry.value}) is not {_kind(base)}")
     return found
+
+
+def make_outside(kind: type[T], rule: str, **given: Any) -> T:
+    """An object of a user's class. rule: what it is made from, for the CacheError that its own errors become."""
+    try:
+        return kind(*given.values())
+    except CacheError:
+        raise
+    except Exception as error:
+        raise CacheError(
+            f"{place_of(kind)}: {kind.__name__}({', '.join(given)}) failed: {_told(error)}; {rule}"
+        ) from None
+
+
+def check_answers(made: Any, name: str, check: Callable[[Any], T]) -> None:
+    """What a method of an object answers goes through `check`, which returns it as it is used, or raises TypeError or
+    ValueError that says what is wrong with it: a CacheError that names file and line.
+    """
+    answer, where = getattr(made, name), place_of(getattr(made, name))
+
+    def checked(*given: Any) -> T:
+        found = answer(*given)
+        try:
+            return check(found)
+        except (TypeError, ValueError) as error:
+            raise CacheError(f"{where}: {name} returned {first_line(repr(found)):.80}; {error}") from None
+
+    checked.__wrapped__ = answer  # type: ignore[attr-defined]
+    setattr(made, name, checked)
 
 
 def guard(made: Any, hooks: Iterable[str]) -> None:
@@ -81,6 +111,10 @@ def place_of(method: Any) -> str:
     """The file and the line where a method begins, for errors."""
     function = inspect.unwrap(method)
     return f"{inspect.getsourcefile(function) or 'policy'} line {line_of(function)}"
+
+
+def _kind(base: type) -> str:
+    return f"{'an' if base.__name__[0] in 'AEIOU' else 'a'} {base.__name__} of {base.__module__}"
 
 
 def _guarded(made: Any, name: str, method: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
@@ -11,6 +11,7 @@ from gpu_cache.geometry import Geometry
 from gpu_cache.outside import place_of
 from gpu_cache.policies.base import Policy
 from gpu_cache.policies.guarded import guarded_policy
+from gpu_cache.prefetch import Prefetch
 from gpu_cache.table import Table
 
 LAYERS, EXPERTS, STEPS = 4, 12, 120
@@ -71,7 +72,15 @@ def _choices(kind: type[Policy], geometry: Geometry, spoil: bool = False, seed: 
     others: another number gives the layers but the first other calls.
     """
     made: Choices = []
-    table = Table(geometry, _watched(guarded_policy(kind, geometry, seed), made, spoil))
+    drive(Table(geometry, _watched(guarded_policy(kind, geometry, seed), made, spoil)), others)
+    return made
+
+
+def drive(table: Table, others: int = 0, rule: Prefetch | None = None) -> None:
+    """Send made-up calls through a table, with experts that are there from the start, calls without scores, layers that
+    are left out, and copies that are late and that fail. others: another number gives the layers but the first other
+    calls. rule: names experts that are copied ahead.
+    """
     table.preload(range(0, LAYERS * EXPERTS, 9))
     first, rest = Random(1), Random(2 + others)
     copies: list[int] = []
@@ -81,14 +90,19 @@ def _choices(kind: type[Policy], geometry: Geometry, spoil: bool = False, seed: 
             for slot in copies if step % 7 else ():  # at times copies are late, at times one fails
                 (table.publish if (7 * slot + step) % 31 else table.abandon)(slot)
             copies = copies if not step % 7 else []
+            if (5 * step + layer) % 17 == 3:
+                continue
             random = rest if layer else first
             experts = random.sample(range(EXPERTS // 2), 2) + random.sample(range(EXPERTS // 2, EXPERTS), 1)
             scores = [random.random() for _ in experts]
             table.lookup(layer, experts, scores if step % 3 else None)
-            copies = copies + [fill.slot for fill in table.admit()]
+            fills = table.admit()
+            if rule is not None:
+                named = rule.follow(layer, experts)
+                fills += table.prefetch(rule.ahead(layer), named)
+            copies = copies + [fill.slot for fill in fills]
             table.release()
-            table.check_integrity()
-    return made
+        table.check_integrity()
 
 
 def _watched(policy: Policy, made: Choices, spoil: bool) -> Policy:
@@ -110,26 +124,30 @@ def _watched(policy: Policy, made: Choices, spoil: bool) -> Policy:
 
     policy.replace = replace  # type: ignore[method-assign]
     if type(policy).on_lookup is not Policy.on_lookup:
-        policy.on_lookup = _lookup(policy, policy.on_lookup, spoil)  # type: ignore[method-assign]
+        watch(policy, "on_lookup", spoil)
     return policy
 
 
-def _lookup(policy: Policy, hook: Callable[..., None], spoil: bool) -> Callable[..., None]:
-    def on_lookup(layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]) -> None:
-        given: list[Any] = [list(experts), None if scores is None else list(scores), list(slots)]
-        hook(layer, *given)
-        if given != [list(experts), None if scores is None else list(scores), list(slots)]:
+def watch(made: Any, hook: str, spoil: bool, said: list[Any] | None = None) -> None:
+    """From now on, a hook that changes the lists that it is given ends in CacheError; what it is asked and answers goes
+    to `said`. spoil: the lists become empty after it.
+    """
+    ask = getattr(made, hook)
+
+    def call(*given: Any) -> Any:
+        lent = [list(one) if isinstance(one, list) else one for one in given]
+        answer = ask(*lent)
+        if lent != list(given):
+            kind = type(made)
             raise CacheError(
-                f"{place_of(type(policy).on_lookup)}: on_lookup of {type(policy).__name__} changed what it was given; "
+                f"{place_of(getattr(kind, hook))}: {hook} of {kind.__name__} changed what it was given; "
                 "it is the table's"
             )
-        if spoil:
-            _clear(given)
+        if said is not None:
+            said.append((hook, *given, answer))
+        for one in lent if spoil else ():
+            if isinstance(one, list):
+                one.clear()
+        return answer
 
-    return on_lookup
-
-
-def _clear(lists: Iterable[list[Any] | None]) -> None:
-    for one in lists:
-        if one is not None:
-            one.clear()
+    setattr(made, hook, call)

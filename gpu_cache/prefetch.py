@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
+from operator import index
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
+from gpu_cache.outside import (
+    check_answers,
+    class_of_entry,
+    class_of_file,
+    entry_names,
+    guard,
+    is_file,
+    make_outside,
+    place_of,
+)
 
 # The router of the next layer, run early on the hidden state at hand, names the experts (Eliseev and Mazur, Fast
 # inference of MoE language models with offloading, 2023). Only an engine has routers; a trace may hold what they said.
@@ -36,7 +49,10 @@ class Prefetch:
         return (layer + self.depth) % self.layers
 
     def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        """A layer calls these experts; the experts that the layer `ahead` should have, the surest first."""
+        """A layer calls these experts, in no order; the experts that the layer `ahead` should have, the surest first.
+
+        Called after every lookup of a layer, and of whatever came before nothing is told. `experts` is the table's.
+        """
         return ()
 
 
@@ -126,20 +142,25 @@ class Perfect(Prefetch):
         return coming if following == self.ahead(layer) else ()
 
 
+GROUP = "hybrid.prefetches"  # of entry points
 LEARNT: Mapping[str, type[Prefetch]] = {rule.name: rule for rule in (Frequency, Transition)}
 PREFETCHES = (Prefetch.name, NEXT_GATE, *LEARNT)  # of an engine
 REPLAYED = (Prefetch.name, *LEARNT, NEXT_GATE, PERFECT)  # of a replay
 
 
-def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
-    """The name as `rules` spells it, for a name in any case; `transition:3` looks three lookups ahead.
+def names_of_prefetches() -> tuple[str, ...]:
+    """Ours that an engine has, and those that installed packages offer."""
+    return (*PREFETCHES, *entry_names(GROUP))
 
-    Raises CacheError for one that is not among them.
+
+def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
+    """The name as `rules` spells it, for a name in any case; `transition:3` looks three lookups ahead. A user's rule is
+    FILE.py, FILE.py:CLASS or a name that a package offers, and may have such a number behind it.
+
+    Raises CacheError for one that is none of these.
     """
-    rule, colon, depth = name.lower().partition(":")
-    if rule not in rules:
-        raise CacheError(f"prefetch {name!r} is unknown: use one of {', '.join(rules)}")
-    if not colon:
+    rule, depth = _split(name, rules)
+    if depth is None:
         return rule
     if rule in (Prefetch.name, NEXT_GATE) or not (depth.isdecimal() and 1 <= int(depth[:9]) <= MAX_DEPTH):
         raise CacheError(
@@ -151,13 +172,89 @@ def known_prefetch(name: str, rules: Sequence[str] = REPLAYED) -> str:
 
 def depth_of(name: str) -> int:
     """How far a rule of this name, as `known_prefetch` spells it, looks ahead."""
-    return int(name.partition(":")[2] or 1)
+    return rule_and_depth(name)[1]
+
+
+def rule_and_depth(name: str) -> tuple[str, int]:
+    """The rule of a name as `known_prefetch` spells it, and how far it looks ahead."""
+    rule, colon, depth = name.rpartition(":")
+    return (rule, int(depth)) if colon and depth.isdecimal() else (name, 1)
+
+
+def prefetch_class(name: str) -> type[Prefetch]:
+    """The class of a rule, of a name as `known_prefetch` spells it; `Prefetch` itself for one that learns nothing.
+    Raises CacheError if its file or package cannot be used.
+    """
+    rule = rule_and_depth(name)[0]
+    if rule in REPLAYED:
+        return LEARNT.get(rule, Prefetch)
+    return class_of_file(rule, Prefetch) if is_file(rule) else class_of_entry(rule, GROUP, Prefetch)
 
 
 def learnt_rule(name: str, geometry: Geometry) -> Prefetch | None:
-    """The rule of a name as `known_prefetch` spells it; None for one that learns nothing."""
-    kind = LEARNT.get(name.partition(":")[0])
-    return kind(geometry, depth_of(name)) if kind else None
+    """The rule of a name as `known_prefetch` spells it; None for one that learns nothing. Raises CacheError for a
+    user's rule that cannot be used; what it does wrong later is a CacheError, too.
+    """
+    kind, depth = prefetch_class(name), depth_of(name)
+    if kind is Prefetch:
+        return None
+    return kind(geometry, depth) if kind in LEARNT.values() else guarded_prefetch(kind, geometry, depth)
+
+
+def guarded_prefetch(kind: type[Prefetch], geometry: Geometry, depth: int = 1) -> Prefetch:
+    """A rule whose errors and wrong answers are a CacheError with file, line and rule."""
+    if kind.follow is Prefetch.follow:
+        raise CacheError(f"{place_of(kind)}: {kind.__name__} has no follow; a rule says which experts are copied early")
+    if kind.ahead is not Prefetch.ahead:
+        raise CacheError(
+            f"{place_of(kind.ahead)}: {kind.__name__} has an ahead of its own; which layer a rule names experts of is "
+            "what its depth says"
+        )
+    rule = make_outside(kind, "a rule is made from a geometry and a depth", geometry=geometry, depth=depth)
+    if [getattr(rule, name, None) for name in ("layers", "experts", "depth")] != [*_shape(geometry), depth]:
+        raise CacheError(
+            f"{place_of(kind)}: {kind.__name__} has no depth, or another one; "
+            "its __init__ calls super().__init__(geometry, depth), and what that sets stays"
+        )
+    guard(rule, ["follow"])
+    check_answers(rule, "follow", partial(_experts_of, geometry.experts))
+    return rule
+
+
+def _shape(geometry: Geometry) -> tuple[int, int]:
+    return geometry.layers, geometry.experts
+
+
+def _experts_of(experts: int, answer: Iterable[Any]) -> list[int]:
+    """What a rule names, as a list. Raises TypeError and ValueError that say what it should be."""
+    try:
+        named = [index(expert) for expert in answer]
+    except TypeError:
+        raise TypeError("it is a list of the numbers of experts, the surest first, and an empty one for none") from None
+    if wrong := next((expert for expert in named if not 0 <= expert < experts), None):
+        raise ValueError(f"a layer has experts 0 to {experts - 1}, not {wrong}")
+    return named
+
+
+def is_file_of_prefetch(name: str) -> bool:
+    """Whether a name means a file, and not a rule with how far it looks ahead."""
+    rule = name.partition(":")[0].lower()
+    return is_file(name) and rule not in (*REPLAYED, *map(str.lower, entry_names(GROUP)))
+
+
+def _split(name: str, rules: Sequence[str]) -> tuple[str, str | None]:
+    """The rule as it is spelt, and what is behind its last colon if that says how far it looks ahead."""
+    rule, colon, depth = name.partition(":")
+    if rule.lower() in rules:
+        return rule.lower(), depth if colon else None
+    if offered := next((known for known in entry_names(GROUP) if known.lower() == rule.lower()), None):
+        return offered, depth if colon else None
+    if is_file(name):
+        rule, colon, depth = name.rpartition(":")
+        rule, number = (rule, depth) if colon and depth.isdecimal() else (name, None)
+        class_of_file(rule, Prefetch)
+        return rule, number
+    raise CacheError(f"prefetch {name!r} is unknown: use one of {', '.join(rules)}, or FILE.py:CLASS")
 
 
 def most(values: NDArray[np.float64], count: int) -> list[int]:

@@ -15,7 +15,17 @@ from gpu_cache.clock import CopyClock
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies import POLICIES, known_policy
-from gpu_cache.prefetch import NEXT_GATE, PERFECT, NextGate, Perfect, Prefetch, depth_of, known_prefetch, learnt_rule
+from gpu_cache.prefetch import (
+    NEXT_GATE,
+    PERFECT,
+    NextGate,
+    Perfect,
+    Prefetch,
+    depth_of,
+    known_prefetch,
+    learnt_rule,
+    rule_and_depth,
+)
 from gpu_cache.prompt_copies import replay_prompt_copies
 from gpu_cache.quota_bound import prefetch_bound, quota_bound
 from gpu_cache.table import Fill, Table
@@ -32,7 +42,7 @@ SCHEDULES: Mapping[str, Callable[[Calls, Geometry, int | None], Schedule]] = {
 @dataclass(frozen=True)
 class Setting:
     """What is replayed. quota: copies a step, None: no limit. delay: lookups that a copy takes beyond the next one.
-    prefetch: a name of `gpu_cache.prefetch.REPLAYED`; schedules have none.
+    prefetch: a name as `gpu_cache.prefetch.known_prefetch` takes it; schedules have none.
     """
 
     nblocks: int
@@ -60,6 +70,7 @@ class Setting:
             _named(calls)
         policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
         Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
+        learnt_rule(prefetch, self.geometry(calls))
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class Ahead:
 
 def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
     rule: Prefetch | None
-    if name.partition(":")[0] == PERFECT:
+    if rule_and_depth(name)[0] == PERFECT:
         rule = Perfect(geometry, iter(calls), depth_of(name))
     elif name == NEXT_GATE:
         rule = NextGate(geometry, iter(_named(calls)))

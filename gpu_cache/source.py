@@ -12,14 +12,15 @@ from types import ModuleType
 from gpu_cache.admission import admission_class
 from gpu_cache.errors import CacheError
 from gpu_cache.policies import policy_class
+from gpu_cache.prefetch import known_prefetch, prefetch_class
 
 
-def source_digest(policy: str | None, admission: str = "always") -> str:
-    """A name for the source of a policy, an admission rule and the simulator, 16 hexadecimal digits. Raises CacheError
-    if a part of it cannot be read. policy: as `known_policy` spells it; None: one that is in the simulator itself.
+def source_digest(policy: str | None, admission: str = "always", prefetch: str = "none") -> str:
+    """A name for the source of a policy, of rules and of the simulator, 16 hexadecimal digits. Raises CacheError if a
+    part of it cannot be read. policy: as `known_policy` spells it; None: one that is in the simulator itself.
     """
     roots = ["gpu_cache.simulator", "gpu_cache.costs"]
-    kinds: list[type] = [admission_class(admission)]
+    kinds: list[type] = [admission_class(admission), prefetch_class(known_prefetch(prefetch))]
     if policy is not None:
         kinds.append(policy_class(policy))
     for kind in kinds:

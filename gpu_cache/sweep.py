@@ -78,7 +78,7 @@ def result_name(digest: str, setting: Setting, machine: Machine | None) -> str:
 def _source(setting: Setting) -> str:
     """A name for the source that a result depends on; schedules are a part of the simulator."""
     name = known_policy(setting.policy, policy_names())
-    return source_digest(None if name in SCHEDULES else name, setting.admission)
+    return source_digest(None if name in SCHEDULES else name, setting.admission, setting.prefetch)
 
 
 def describe_trace(calls: Calls) -> Row:

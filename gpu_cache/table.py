@@ -52,7 +52,7 @@ class Table:
     """States of a slot: empty -> loading (`admit`, `prefetch`) -> ready (`publish`), pinned from a hit to `release`.
 
     A loading or pinned slot is never a victim. One thread calls everything. policy: a name, in any case, or a policy
-    made for this geometry; admission: a name, in any case; quota: copies that may begin in a step, None for no limit;
+    made for this geometry; admission: alike; quota: copies that may begin in a step, None for no limit;
     costs: for break-even admission. Raises CacheError for unknown names.
     """
 
@@ -60,7 +60,7 @@ class Table:
         self,
         geometry: Geometry,
         policy: str | Policy = "LRU",
-        admission: str = "always",
+        admission: str | Admission = "always",
         quota: int | None = None,
         seed: int = 0,
         costs: Costs | None = None,
@@ -84,7 +84,8 @@ class Table:
         self._counts = [[0] * geometry.layers for _ in range(5)]
         self._hits, self._loading, self._misses, self._fills, self._evictions = self._counts
         chosen = make_policy(policy, geometry, seed) if isinstance(policy, str) else policy
-        self._bind(chosen, make_admission(admission, geometry, costs))
+        rule = make_admission(admission, geometry, costs) if isinstance(admission, str) else admission
+        self._bind(chosen, rule)
 
     def begin_step(self, step: int) -> None:
         """A step begins, with a full quota."""

@@ -22,7 +22,7 @@ COMMANDS = {
     "simulate": ("hybrid.commands.simulate", "replay a trace through expert caches of many shapes and policies"),
     "trace": ("hybrid.commands.trace", "convert and look at traces, whoever recorded them"),
     "experiment": ("hybrid.commands.experiment", "compare expert caches as a file says, with a report"),
-    "policy": ("hybrid.commands.policy", "begin, check and list replacement policies of your own"),
+    "policy": ("hybrid.commands.policy", "begin, check and list policies and rules of your own"),
     "plot": ("hybrid.commands.plot", "draw what run and simulate wrote"),
 }
 

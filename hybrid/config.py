@@ -68,16 +68,22 @@ def _admissions() -> Iterable[str]:
 
 
 def _prefetches() -> Iterable[str]:
-    from gpu_cache.prefetch import PREFETCHES
+    from gpu_cache.prefetch import names_of_prefetches
 
-    return PREFETCHES
+    return names_of_prefetches()
 
 
 def _is_prefetch(name: str) -> bool:
-    """Whether a name that is no choice is a learnt rule with how far it looks ahead, as the cache spells it."""
+    """Whether a name is a rule, which may say how far it looks ahead, as the cache spells it. Raises ConfigError for a
+    user's file that holds none.
+    """
     from gpu_cache.errors import CacheError
-    from gpu_cache.prefetch import PREFETCHES, known_prefetch
+    from gpu_cache.prefetch import PREFETCHES, is_file_of_prefetch, known_prefetch
 
+    if is_file_of_prefetch(name):
+        with cache_errors("--cache-prefetch"):
+            known_prefetch(name, PREFETCHES)
+        return True
     try:
         return known_prefetch(name, PREFETCHES) == name
     except CacheError:
@@ -129,7 +135,7 @@ class CacheConfig:
     )
     prefetch: str = setting(
         "none",
-        "none, next-gate (ask the next layer's router early), or learnt: frequency, transition, or transition:3.",
+        "none, next-gate (ask the next layer's router early), frequency, transition, transition:3, FILE.py:CLASS.",
         choices=_prefetches,
         accepts=_is_prefetch,
     )

@@ -12,6 +12,7 @@ import pytest
 from routing import random_trace
 from typer.testing import CliRunner
 
+from gpu_cache import template_prefetch
 from gpu_cache.costs import Machine, predict, work_of
 from gpu_cache.coverage import coverage
 from gpu_cache.simulator import Setting, replay
@@ -113,18 +114,22 @@ def test_results_are_those_of_the_simulator(ran: Path) -> None:
 
 
 def test_prefetch_is_replayed_and_has_a_bound_of_its_own(file: Path) -> None:
-    caches = '[[caches]]\nnways = [2]\npolicies = ["LRU", "Belady"]\nprefetch = ["none", "Transition", "perfect"]'
+    caches = '[[caches]]\nnways = [2]\npolicies = ["LRU", "Belady"]\n'
+    caches += 'prefetch = ["none", "Transition", "perfect:2", "own.py:3"]'
     file.write_text(TEXT.split("[[caches]]")[0] + caches)
+    own = file.parent / "own.py"  # found from the folder of the experiment
+    own.write_text(Path(template_prefetch.__file__).read_text())
     experiment = lab.load(file)
     lab.run(experiment)
     found = {one.name: one for one in lab.outcomes(experiment)}
-    assert list(found)[:4] == ["LRU", "LRU, transition prefetch", "LRU, perfect prefetch", "Belady"] and len(found) == 6
-    for ahead in ("transition", "perfect"):
+    rules = ("transition", "perfect:2", f"{own}:3")
+    assert list(found)[:5] == ["LRU", *(f"LRU, {rule} prefetch" for rule in rules), "Belady"] and len(found) == 7
+    for ahead in rules:
         results = [replay(calls(trace), Setting(4, 2, prefetch=ahead)) for trace in TRACES]
         one = found[f"LRU, {ahead} prefetch"]
         assert one.mean("hits") == sum(int(result.hits.sum()) for result in results)
         assert one.bound == sum(result.upper_bound or 0 for result in results) and one.bound > found["LRU"].bound
-    assert [one.causal for one in found.values()][:4] == [True, True, False, False]
+    assert [one.causal for one in found.values()][:5] == [True, True, False, True, False]
 
 
 def test_speeds_are_those_of_the_cost_model(ran: Path) -> None:

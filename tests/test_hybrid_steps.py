@@ -17,7 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from steps import open_engine, step
 
-from gpu_cache import template_policy
+from gpu_cache import template_policy, template_prefetch
 from gpu_cache.admission import ADMISSIONS, Costs
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.policies import POLICIES
@@ -151,7 +151,7 @@ def test_the_simulator_counts_what_the_engine_did(tmp_path, policy, mapping, adm
     assert counts[:, 1].sum() > 0 and counts[:, 5].sum() > 0
 
 
-@pytest.mark.parametrize("prefetch", [*LEARNT, "transition:4", NEXT_GATE])
+@pytest.mark.parametrize("prefetch", [*LEARNT, "transition:4", NEXT_GATE, f"{template_prefetch.__file__}:MyRule:2"])
 def test_the_simulator_counts_what_the_engine_copied_ahead(tmp_path, prefetch) -> None:
     test_the_simulator_counts_what_the_engine_did(tmp_path, "ClassLRU", "modulo", "always", prefetch)
 

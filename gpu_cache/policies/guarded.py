@@ -7,7 +7,7 @@ from collections.abc import Collection
 from gpu_cache.errors import CacheError
 from gpu_cache.geometry import Geometry
 from gpu_cache.hooks import overridden
-from gpu_cache.outside import guard, place_of
+from gpu_cache.outside import guard, make_outside, place_of
 from gpu_cache.policies.base import Policy
 
 HOOKS = ("on_step", "on_lookup", "on_fill", "on_evict")
@@ -19,13 +19,7 @@ def guarded_policy(kind: type[Policy], geometry: Geometry, seed: int = 0) -> Pol
     """
     if kind.replace is Policy.replace:
         raise CacheError(f"{place_of(kind)}: {kind.__name__} has no replace; a policy says which slot it evicts")
-    try:
-        policy = kind(geometry, seed)
-    except Exception as error:
-        raise CacheError(
-            f"{place_of(kind)}: {kind.__name__}(geometry, seed) failed: {type(error).__name__}: {error}; "
-            "a policy is made from a geometry and a seed"
-        ) from None
+    policy = make_outside(kind, "a policy is made from a geometry and a seed", geometry=geometry, seed=seed)
     if getattr(policy, "geometry", None) is not geometry:
         raise CacheError(
             f"{place_of(kind)}: {kind.__name__} has no geometry; its __init__ calls super().__init__(geometry, seed)"

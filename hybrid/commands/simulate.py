@@ -51,8 +51,12 @@ class SimulateOptions:
         metavar="LIST",
         group="caches",
     )
-    admission: str = setting("always", "always, second-touch, break-even.", metavar="LIST", group="caches")
-    prefetch: str = setting("none", "none, frequency, transition, next-gate, perfect.", metavar="LIST", group="caches")
+    admission: str = setting(
+        "always", "always, second-touch, break-even, FILE.py:CLASS.", metavar="LIST", group="caches"
+    )
+    prefetch: str = setting(
+        "none", "none, frequency, transition, next-gate, perfect, FILE.py:CLASS.", metavar="LIST", group="caches"
+    )
     mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST", group="caches")
     quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST", group="caches")
     copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST", group="caches")

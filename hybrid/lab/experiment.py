@@ -14,7 +14,7 @@ from gpu_cache.curves import CURVES
 from gpu_cache.geometry import MAPPINGS
 from gpu_cache.outside import is_file
 from gpu_cache.policies import known_policy
-from gpu_cache.prefetch import known_prefetch
+from gpu_cache.prefetch import is_file_of_prefetch, known_prefetch
 from gpu_cache.simulator import Setting, policy_names
 from gpu_cache.trace import Calls
 from hybrid.errors import ConfigError, cache_errors
@@ -173,7 +173,7 @@ def _named(where: str, folder: Path, caches: Caches) -> Caches:
         caches,
         policies=spelt("policies", _from(folder, policies), lambda name: known_policy(name, allowed)),
         admissions=spelt("admissions", _from(folder, caches.admissions), known_admission),
-        prefetch=spelt("prefetch", caches.prefetch, known_prefetch),
+        prefetch=spelt("prefetch", _from(folder, caches.prefetch, is_file_of_prefetch), known_prefetch),
         mapping=_among(where, "mapping", caches.mapping, MAPPINGS),
         nblocks=_among(where, "nblocks", caches.nblocks, (LAYERS,)),
         quota=_among(where, "quota", caches.quota, ("none",)),
@@ -194,6 +194,6 @@ def _among(where: str, key: str, words: tuple[T, ...], allowed: Sequence[str]) -
     return words
 
 
-def _from(folder: Path, names: Iterable[str]) -> list[str]:
+def _from(folder: Path, names: Iterable[str], is_file: Callable[[str], bool] = is_file) -> list[str]:
     """Names of files start from a folder; others are as they are."""
     return [str(folder / Path(name).expanduser()) if is_file(name) else name for name in names]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpu_cache.costs import Machine, Work, cpu_only, predict
 from gpu_cache.intervals import interval
-from gpu_cache.prefetch import PERFECT, Prefetch
+from gpu_cache.prefetch import PERFECT, Prefetch, rule_and_depth
 from gpu_cache.simulator import SCHEDULES
 from gpu_cache.sweep import work_of_row
 from hybrid.lab.experiment import Experiment
@@ -69,7 +69,7 @@ class Outcome:
     @property
     def causal(self) -> bool:
         """Whether it does not know the future."""
-        return self.policy not in SCHEDULES and self.prefetch != PERFECT
+        return self.policy not in SCHEDULES and rule_and_depth(self.prefetch)[0] != PERFECT
 
     def mean(self, what: str) -> float:
         """A count, such as "calls", of all traces."""

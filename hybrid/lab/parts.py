@@ -28,8 +28,8 @@ class Caches:
     """Every combination of these is replayed, beside the bound and the best fixed experts.
 
     nblocks: indexes; "layers": one for each layer. nways: a whole number is slots of an index, another number the share
-    of all experts that have a slot. quota: "none" or copies a step. prefetch: names of `gpu_cache.prefetch.REPLAYED`.
-    models: None: all. seeds: of policies that draw.
+    of all experts that have a slot. quota: "none" or copies a step. prefetch: as
+    `gpu_cache.prefetch.known_prefetch` takes it. models: None: all. seeds: of policies that draw.
     """
 
     nways: tuple[int | float, ...]

@@ -186,7 +186,8 @@ class DeviceExperts:
         """Start copies of experts that a later layer should call: its router says which, or a rule that learns."""
         fills: list[Fill] = []
         if self._prefetch is not None:
-            fills = self.table.prefetch(self._prefetch.ahead(layer), self._prefetch.follow(layer, experts))
+            named = self._prefetch.follow(layer, experts)
+            fills = self.table.prefetch(self._prefetch.ahead(layer), named)
         elif early is not None:
             fills = self.table.prefetch(layer + 1, list(dict.fromkeys(early.tolist())))
         for fill in fills:
