@@ -14,7 +14,7 @@ DEVICES = ("auto", "cpu", "simulated", "cuda")
 STEPS = ("auto", "threads", "torch-cpu")
 OVERLAPS = {"none": "none", "next": "next-gate"}  # what is copied while misses run: names of prefetches
 # First word of --format; `formats.mix` has the rest.
-WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "mxfp4", "q8_0", "q6_k", "q5_k", "q4_k")
+WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4", "fp8", "fp8_row", "nvfp4", "mxfp4", "q8_0", "q6_k", "q5_k", "q4_k")
 KV_FORMATS = ("bf16", "int8", "fp8")
 LOADS = ("auto", "map", "copy")
 CACHE_MODES = ("auto", "on", "off")

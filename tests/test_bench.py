@@ -227,8 +227,7 @@ def test_a_mix_counts_each_part_apart() -> None:
         False,
         True,
         True,
-        False,
-        False,
+        *[False] * 4,  # of floats
         *[True] * 4,  # of GGUF
     ]
     assert not uses_integers(

@@ -474,7 +474,8 @@ def test_a_mix_is_read(text: str, expected: FormatMix) -> None:
 
 def test_a_mix_says_what_is_apart() -> None:
     texts = [str(mix) for mix in MIXES.values()]
-    assert texts == ["bf16", "int8", "int4", "head bf16, rest fp8", "experts mxfp4, shared mxfp4, rest bf16",
+    assert texts == ["bf16", "int8", "int4", "head bf16, rest fp8", "head bf16, rest fp8_row",
+        "head bf16, rest nvfp4", "experts mxfp4, shared mxfp4, rest bf16",
         "q8_0", "q6_k", "q5_k", "q4_k"]  # fmt: skip
     assert str(parse_mix("int4,head=int8", MIXES["bf16"])) == "head int8, rest int4"
 
@@ -484,7 +485,7 @@ def test_a_mix_says_what_is_apart() -> None:
     [
         (
             "int3",
-            "'int3' is unknown; allowed: auto, bf16, int8, int4, fp8, mxfp4, q8_0, q6_k, q5_k, q4_k, then overrides",
+            "'int3' is unknown; allowed: auto, bf16, int8, int4, fp8, fp8_row, nvfp4, mxfp4, q8_0, q6_k, q5_k, q4_k",
         ),
         ("", "'' is unknown"),
         ("int4,int8", "'int8' is not understood.*experts, shared, dense, attention, head.*bf16, int8"),

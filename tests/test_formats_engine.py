@@ -27,7 +27,8 @@ from hybrid.models.spec import ModelSpec
 from hybrid.weights.pack import cached_store
 
 TEXTS = [
-    *(name for name in MIXES if name not in GROUPED),  # of which one mix has every length and kind of scales
+    # Of those left out one mix has every length and kind of scales, and one family each the other two.
+    *(name for name in MIXES if name not in (*GROUPED, "fp8_row", "nvfp4")),
     "int4,attention=fp8,head=int8,dense=mxfp4",
     "mxfp4,attention=int8,dense=int4,shared=fp8",
     "q4_k,attention=q5_1,head=q6_k,dense=q4_k,shared=q8_0",
@@ -105,6 +106,11 @@ def test_logits_are_those_of_the_dequantised_weights(reference, isa, family, tex
     print(f"{family}, {text}, {isa}: {error:.2%} of {allowed:.2%}; quantising the weights costs {cost:.2%}")
     assert 0 < error <= allowed
     assert text != "int4" or allowed < cost  # else nothing shows that these weights were used, and not the original
+
+
+@pytest.mark.parametrize(("family", "text"), [("qwen2_moe", "nvfp4"), ("deepseek_v3", "fp8_row")])
+def test_logits_of_formats_that_few_publish(reference, isa, family, text) -> None:
+    test_logits_are_those_of_the_dequantised_weights(reference, isa, family, text)
 
 
 APART = {  # the formats of the projections of attention, with rows of every kind

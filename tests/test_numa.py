@@ -39,8 +39,8 @@ from hybrid.weights.copied import CopiedWeights, lay_out
 from hybrid.weights.pack import cached_store
 
 # 300 columns are three units of 64 or 128 inputs, but two of the 256 that share factors in q4_k.
-CUT = [(text, nodes) for text in MIXES if text not in GROUPED for nodes in (2, 3)]
-CUT += [("q8_0", 3), ("q4_k", 2)]
+CUT = [(text, nodes) for text in MIXES if text not in (*GROUPED, "fp8_row", "nvfp4") for nodes in (2, 3)]
+CUT += [("q8_0", 3), ("q4_k", 2), ("nvfp4", 3)]
 WIDE = {"moe_intermediate_size": 300, "intermediate_size": 320}  # what can be cut in three, at odd places
 TWO = (MemoryNode(0, (0, 2)), MemoryNode(3, (4, 6)))
 

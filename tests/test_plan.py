@@ -47,8 +47,11 @@ def plan_of(spec: ModelSpec | None = None, memory: int = MACHINE.memory_availabl
     return make_plan(spec or spec_of(), replace(MACHINE, memory_available=memory), config, mix)
 
 
-@pytest.mark.parametrize("text", [*MIXES, "int4,head=int8,dense=fp8,attention=bf16"])
-@pytest.mark.parametrize("family", CONFIGS)
+MIXED = "int4,head=int8,dense=fp8,attention=bf16"
+PACKED = [*((family, MIXED) for family in CONFIGS), *(("qwen2_moe", name) for name in MIXES), ("deepseek_v3", "nvfp4")]
+
+
+@pytest.mark.parametrize(("family", "text"), PACKED)
 def test_weights_are_those_of_the_packed_store(tmp_path, family, text) -> None:
     source = write_checkpoint(tmp_path / "hf", family)
     plan = plan_of(spec_of(family), weight_format=text)

@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from hybrid.commands.console import exit_codes, progress_bar, say, show
 from hybrid.commands.flags import command, new_app
+from hybrid.formats.mix import MIXES, PARTS
 from hybrid.settings import required, setting
 
 app = new_app()
 
 _FORMAT_HELP = (
-    "Weight formats: auto (as published), bf16, int8, int4, fp8, mxfp4, q8_0, q6_k, q5_k, q4_k; then, after commas, "
-    "those of single parts: int4,head=int8 (parts: experts, shared, dense, attention, head)."
+    f"Weight formats: auto (as published), {', '.join(MIXES)}; then, after commas, those of single parts: "
+    f"int4,head=int8 (parts: {', '.join(PARTS)})."
 )
 
 

@@ -95,12 +95,13 @@ GATED = ("experts", "shared", "dense")
 PARTS = (*GATED, "attention", "head")
 
 
-# What one name stands for. fp8 and mxfp4 are as checkpoints are published, whose other parts are not quantised.
+# What one name stands for. Those of fp8 and of 4 bits in floats are as checkpoints are published, whose other parts are
+# not quantised.
 MIXES = {
     "bf16": FormatMix.uniform("bf16"),
     "int8": FormatMix.uniform("int8"),
     "int4": FormatMix.uniform("int4"),
-    "fp8": replace(FormatMix.uniform("fp8"), head="bf16"),
+    **{name: replace(FormatMix.uniform(name), head="bf16") for name in ("fp8", "fp8_row", "nvfp4")},
     "mxfp4": replace(FormatMix.uniform("bf16"), experts="mxfp4", shared="mxfp4"),
     **{name: FormatMix.uniform(name) for name in ("q8_0", "q6_k", "q5_k", "q4_k")},
 }
