@@ -174,7 +174,7 @@ def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
 
 
 def _named(calls: Calls) -> Calls:
-    if calls.named is None:
+    if calls.named is None or calls.named_share == 0:
         raise CacheError(
             f"prefetch {NEXT_GATE} cannot be replayed: this trace does not hold what routers say one layer early; "
             f"record one with --cache-prefetch {NEXT_GATE} --trace FILE"

@@ -97,6 +97,15 @@ class Calls:
         return np.diff(self.start)
 
     @property
+    def named_share(self) -> float:
+        """Share of the groups before the last layer where the trace says what the next layer's router names."""
+        before = self.layer + 1 < self.layers
+        if self.named is None or not before.any():
+            return float(self.named is not None)
+        said = np.maximum.reduceat(self.named.expert < self.experts, self.named.start[:-1])
+        return float(said[before].mean())
+
+    @property
     def layer_of_call(self) -> Ints:
         return np.repeat(self.layer, self.sizes)
 

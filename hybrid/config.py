@@ -338,8 +338,8 @@ def check_config(config: EngineConfig) -> None:
         raise ConfigError(f"--numa {config.numa} cannot be had with a step on a GPU; use --numa off")
     if config.route_trace and config.cache.prefetch == "next-gate":
         raise ConfigError(
-            "--route-trace cannot be had with the prefetch next-gate: a trace does not hold what a router says one "
-            "layer early; use --cache-prefetch none and --overlap none"
+            "--route-trace cannot be had with the prefetch next-gate: the experts of the trace are not those of "
+            "the routers, which next-gate asks; use --cache-prefetch none and --overlap none"
         )
     if config.least_chunk < config.max_batch:
         raise ConfigError(

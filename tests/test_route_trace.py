@@ -353,7 +353,11 @@ def test_what_is_no_trace_is_refused(tmp_path, made_up) -> None:
     refuse("--route-trace .*has no column position")
     write_trace(tmp_path / "trace.csv", made_up)
     for device in ("cpu", "simulated"):
-        refuse("cannot be had with the prefetch next-gate", device=device, cache=CacheConfig(prefetch="next-gate"))
+        refuse(
+            "prefetch next-gate: the experts of the trace are not those of the routers",
+            device=device,
+            cache=CacheConfig(prefetch="next-gate"),
+        )
     with pytest.raises(ConfigError, match="model_type 'llama' has no experts"):
         read_route_trace(tmp_path / "trace.csv", model_spec(CONFIGS["llama"]))
 

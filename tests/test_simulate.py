@@ -9,10 +9,12 @@ import os
 import statistics
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from routing import random_trace
 from typer.testing import CliRunner
@@ -235,6 +237,17 @@ def test_a_profile_gives_the_bandwidth_of_the_cpu(trace: Path, tmp_path: Path) -
     rates = [*RATES[:4], *RATES[6:], "--profile", str(profile), "--policy", "LRU", "--output", "json"]
     report = json.loads(simulate(trace, *rates))
     assert report["cost_model"]["cpu_gbps"] == 50 and report["results"][0]["cpu_tokens_per_second"] == 62.5
+
+
+def test_a_trace_that_names_early_in_part_is_warned_of(tmp_path: Path) -> None:
+    whole, path = random_trace(1, steps=8, layers=4, experts=8, top_k=2), tmp_path / "part.csv"
+    arguments = ["--trace", str(path), "--nways", "4", "--policy", "LRU", "--prefetch", "none,next-gate"]
+    for steps, text in ((2, "for 25.0% of the calls before the last layer"), (8, None)):
+        write_trace(path, replace(whole, next_expert=np.where(whole.step < steps, whole.expert, -1)))
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0 and (f"{path} holds what routers" in result.stderr) == (text is not None)
+        assert text is None or text in result.stderr
+    assert "early" not in CliRunner().invoke(app, [*arguments[:-1], "none"]).stderr
 
 
 def test_few_ways_are_warned_of(trace: Path) -> None:

@@ -107,6 +107,7 @@ def replay_all(options: SimulateOptions) -> dict[str, Any]:
     grouped = {name: calls(trace) for name, trace in read_traces(options).items()}
     settings = make_settings(next(iter(grouped.values())), options)
     warn_of_few_ways(grouped.values(), settings)
+    warn_of_few_named(grouped, settings)
     return run(grouped, settings, machine, options.workers or len(os.sched_getaffinity(0)), kept)
 
 
@@ -182,6 +183,19 @@ def warn_of_few_ways(traces: Iterable[Calls], settings: list[Setting]) -> None:
             f"warning: a layer asks for up to {largest} experts in a step, which an index of "
             f"{', '.join(map(str, few))} ways cannot hold together: what it lacks goes to the CPU"
         )
+
+
+def warn_of_few_named(traces: Mapping[str, Calls], settings: list[Setting]) -> None:
+    from gpu_cache.prefetch import NEXT_GATE
+
+    if not any(setting.prefetch == NEXT_GATE for setting in settings):
+        return
+    for path, calls in traces.items():
+        if 0 < calls.named_share < 1:
+            say(
+                f"warning: {path} holds what routers say one layer early for {calls.named_share:.1%} of the calls "
+                f"before the last layer: {NEXT_GATE} copies nothing ahead for the others"
+            )
 
 
 def make_machine(options: SimulateOptions) -> Machine | None:

@@ -132,8 +132,11 @@ def _losses(opened: Sequence[Opened], written: TraceFormat) -> list[str]:
     lines = {f"note: {known.name} lacks {known.lacks}" for known in read if known.lacks and known is not written}
     if written.lacks and any(known is not written for known in read):
         lines.add(f"note: {written.name} cannot hold {written.lacks}")
-    if written.name not in OWN and any(one.trace.next_expert is not None for one in opened):
+    early = [one.trace.next_expert is not None for one in opened]
+    if any(early) and written.name not in OWN:
         lines.add(f"note: {written.name} cannot hold what routers say one layer early")
+    elif any(early) and not all(early):
+        lines.add(f"note: {early.count(False)} of {len(early)} traces lack what routers say one layer early: -1 there")
     return sorted(lines)
 
 

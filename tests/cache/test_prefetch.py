@@ -155,6 +155,20 @@ def test_next_gate_names_what_the_rows_say_in_their_order() -> None:
             make_trace({**columns, "next_expert": [0] * 5 + [wrong]})
 
 
+def test_what_names_nothing_before_the_last_layer_is_not_replayed() -> None:
+    for named in (np.full(len(ROWS), -1), np.where(ROWS.layer + 1 < LAYERS, -1, NAMED)):
+        with pytest.raises(CacheError, match="does not hold what routers say one layer early"):
+            Setting(3, 3, prefetch="next-gate").check(calls(replace(ROWS, next_expert=named)))
+
+
+def test_the_share_that_was_named_counts_groups_before_the_last_layer() -> None:
+    some = np.where((ROWS.step < 15) & (ROWS.layer + 1 < LAYERS), ROWS.expert, -1)
+    assert calls(replace(ROWS, next_expert=some)).named_share == 0.25  # 15 of 60 steps
+    assert calls(replace(ROWS, next_expert=ROWS.expert)).named_share == 1 and calls(ROWS).named_share == 0
+    one = random_trace(1, steps=3, layers=1)  # has no layer before the last
+    assert calls(replace(one, next_expert=np.full(len(one), -1))).named_share == 1
+
+
 def test_processes_of_a_sweep_know_what_was_named() -> None:
     settings = [Setting(3, ways, prefetch="next-gate") for ways in (3, 4)]
     assert sweep(TRACE, settings, workers=2) == sweep(TRACE, settings)
