@@ -157,3 +157,23 @@ def test_what_cannot_be_done_says_what_to_do_instead(server: Running) -> None:
         error = server.post(CHAT, messages=ASKED, **{name: value}).json()["error"]
         assert error["param"] == name and words in error["message"]
     assert "only continued" in server.post(COMPLETE, prompt="a", suffix="b").json()["error"]["message"]
+
+
+def test_a_text_to_stop_at_may_be_long_wherever_it_is_given(server: Running) -> None:
+    stop, many = "a text of more than sixteen letters", ["a"] * 17
+    for path, asked, options in (
+        (COMPLETE, {"prompt": "a", "max_tokens": 1}, {}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1, "enable_thinking": False}, {}),
+        ("/api/chat", {"model": "tiny", "messages": ASKED}, {"num_predict": 1}),
+    ):
+        for given, status in ((stop, 200), ([stop], 200), (many, 400)):
+            body = {**asked, "options": {**options, "stop": given}} if options else {**asked, "stop": given}
+            reply = server.post(path, **body)
+            assert reply.status_code == status and (status == 200 or "stop" in reply.text), reply.text
+
+
+def test_tools_of_anthropic_without_a_schema_say_what_to_send(server: Running) -> None:
+    for kind, words in (("bash_20250124", "an input_schema"), ("web_search_20250305", "leave it out")):
+        tools = [{"type": kind, "name": "x"}]
+        reply = server.post("/v1/messages", messages=ASKED, max_tokens=1, tools=tools)
+        assert reply.status_code == 400 and words in reply.json()["error"]["message"]

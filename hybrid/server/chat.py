@@ -67,7 +67,8 @@ def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
     several = body.parallel_tool_calls is not False
     kwargs = body.template_kwargs(llm.intake.reads)
-    chat = ChatInput(body.messages, body.offered_tools(), None, kwargs, body.tool_choice, several)
+    messages = llm.intake.fitted(body.messages)
+    chat = ChatInput(messages, body.offered_tools(), None, kwargs, body.tool_choice, several)
     return llm.intake.chat_samples(chat, replace(params, n=count), keep=True)
 
 
@@ -98,7 +99,7 @@ def _events(service: Service, run: Run, body: ChatBody, model: str, request: Req
     top = head("chatcmpl", "chat.completion.chunk", model)
     return chunk_events(
         run, request, top, body.told_usage, first,
-        lambda pieces: [chunk for job, delta in pieces for chunk in choices[job.completion.sample].chunks(delta)],
+        lambda job, delta: choices[job.completion.sample].chunks(delta),
     )  # fmt: skip
 
 

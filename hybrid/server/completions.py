@@ -154,5 +154,5 @@ def _events(
     top = head("cmpl", "text_completion", model)
     return chunk_events(
         run, request, top, body.told_usage, first,
-        lambda pieces: [choices[id(job)].chunk(delta) for job, delta in pieces],
+        lambda job, delta: [choices[id(job)].chunk(delta)],
     )  # fmt: skip

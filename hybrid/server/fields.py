@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from hybrid.core import SamplingParams
 from hybrid.server.constraints import Constrained
@@ -19,6 +19,7 @@ from hybrid.server.usual import Usual
 MAX_N, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 8, 128, 16, 1024, 20
 MAX_BIASES, MAX_TOOLS, MAX_MESSAGES = 1024, 128, 10_000
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 
 
 class StreamOptions(Strict):
@@ -40,7 +41,7 @@ class Sampling(Constrained, Usual):
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
     seed: Seed | None = None
-    stop: StopText | list[StopText] | None = Field(None, max_length=MAX_STOP_LENGTH)
+    stop: Stops | None = None
     stop_token_ids: list[Count] | None = Field(None, max_length=MAX_STOPS)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
         None, max_length=MAX_BIASES
@@ -52,12 +53,6 @@ class Sampling(Constrained, Usual):
     priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _check_stops(self) -> Sampling:
-        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
-            raise ValueError(f"stop has more than {MAX_STOPS} texts")
-        return self
 
     @property
     def told_usage(self) -> StreamOptions:
@@ -137,6 +132,7 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     modalities: list[Literal["text"]] | None = None
+    echo: Literal[False] | None = None
     include_reasoning: bool | None = None
     reasoning_format: Literal["auto", "deepseek", "parsed", "hidden"] | None = None
     separate_reasoning: Literal[True] | None = None

@@ -19,6 +19,7 @@ from hybrid.server.parts import Face, Part, answer
 from hybrid.server.replies import measured, stopped_by, usage_of
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import named_event, until_gone
+from hybrid.serving.intake import Intake
 from hybrid.text.messages import ChatInput
 
 
@@ -40,12 +41,15 @@ def routes(service: Service) -> APIRouter:
             body = await read_body(request, CountBody, max_bytes)
             service.check_model(body.model)
             chat = checked(ChatBody, body.chat())
-            kwargs = chat.template_kwargs(service.llm.intake.reads)
-            given = ChatInput(chat.messages, chat.offered_tools(), None, kwargs)
-            tokens = await service.prepare(lambda: service.llm.intake.encode_chat(given), text=True)
+            tokens = await service.prepare(partial(_tokens, service.llm.intake, chat), text=True)
             return JSONResponse({"input_tokens": len(tokens)})
 
     return router
+
+
+def _tokens(intake: Intake, chat: ChatBody) -> list[int]:
+    kwargs = chat.template_kwargs(intake.reads)
+    return intake.encode_chat(ChatInput(intake.fitted(chat.messages), chat.offered_tools(), None, kwargs))
 
 
 async def _answer(service: Service, request: Request, body: MessagesBody) -> Response:

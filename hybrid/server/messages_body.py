@@ -9,13 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.server.bodies import checked
 from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText
-from hybrid.server.numbers import Count, Finite, Positive
+from hybrid.server.numbers import CountOrAll, Finite, Positive
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Thinking
 from hybrid.server.turns import one_system
 
 Block = dict[str, Any]
+_HERE = ("bash_", "text_editor_", "computer_", "memory_")  # tools without a schema that run at the client
 
 
 class MessageTool(BaseModel):
@@ -31,9 +32,12 @@ class MessageTool(BaseModel):
     def function(self) -> dict[str, Any]:
         """Raises Refusal for a tool that would run here."""
         if self.type not in (None, "custom"):
-            raise Refusal(
-                400, f"tools: the type {self.type!r:.60} would run on the server; this one runs none", "tools"
-            )
+            kind = f"the type {self.type!r:.60}"
+            if self.type.startswith(_HERE):
+                why = "is known to Anthropic's models alone; offer it without a type, with an input_schema"
+            else:
+                why = "would run on the server, and this one runs none; leave it out"
+            raise Refusal(400, f"tools: {kind} {why}", "tools")
         function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
         return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
@@ -59,10 +63,17 @@ class CountBody(Strict):
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None
     # Of no effect on the answer, but sent by clients.
     betas: Any = None
     cache_control: Any = None
     context_management: Any = None
+    diagnostics: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+    fallbacks: Any = None
+    fallback_credit_token: Any = None
+    billing_policy: Any = None
 
     def chat(self) -> dict[str, Any]:
         """The fields of a chat. Raises Refusal."""
@@ -91,8 +102,9 @@ class CountBody(Strict):
     def _output(self) -> dict[str, Any]:
         given = self.output_config
         made: dict[str, Any] = {"reasoning_effort": given.effort if given else None}
-        if given and given.format is not None:
-            schema = given.format.get("schema")
+        form = given.format if given and given.format is not None else self.output_format
+        if form is not None:
+            schema = form.get("schema")
             made["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         return made
 
@@ -103,7 +115,7 @@ class MessagesBody(CountBody):
     max_tokens: Positive
     temperature: Finite | None = Field(None, ge=0, le=1)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    top_k: Count | None = None
+    top_k: CountOrAll | None = None
     stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
     mcp_servers: list[Any] | None = Field(None, max_length=0)
@@ -173,11 +185,29 @@ def _text(content: Any, place: str) -> str:
         return content
     texts = []
     for block in content if isinstance(content, list) else [content]:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind != "text":
-            raise Refusal(400, f"{place}: a block of the type {kind!r:.50} cannot be read here; text can", "messages")
-        texts.append(_name(block, "text", place))
+        texts.append(_said(block, place))
     return "\n".join(texts)
+
+
+def _said(block: Any, place: str) -> str:
+    """What a block says that is a text, or holds texts."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        return _name(block, "text", place)
+    if kind == "tool_reference":
+        return f"Tool: {_name(block, 'tool_name', place)}"
+    if kind == "search_result":
+        head = [_name(block, field, place) for field in ("title", "source")]
+        return "\n".join([*head, _text(block.get("content"), place)])
+    source = block.get("source") if kind == "document" else None
+    if isinstance(source, dict) and source.get("type") in ("text", "content"):
+        held = source.get("data") if source["type"] == "text" else source.get("content")
+        return "\n".join([*filter(None, [_title(block, place)]), _text(held, place)])
+    raise Refusal(400, f"{place}: a block of the type {kind!r:.50} cannot be read here; text can", "messages")
+
+
+def _title(block: Block, place: str) -> str | None:
+    return None if block.get("title") is None else _name(block, "title", place)
 
 
 def _name(block: Block, field: str, place: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText, Tool
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops, Tool
 from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
@@ -35,7 +35,7 @@ class Options(Strict):
     top_k: CountOrAll | None = None
     min_p: Finite | None = Field(None, ge=0, le=1)
     seed: Seed | None = None
-    stop: StopText | list[StopText] | None = Field(None, max_length=MAX_STOPS)
+    stop: Stops | None = None
     repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
     repeat_last_n: CountOrAll | None = None
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops
 from hybrid.server.numbers import CountOrAll, Finite, Limit, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.response_tools import Offered, ResponseTool, custom_arguments, full_name
@@ -24,7 +24,20 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]  # of which there is nothing here to be told
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
+_SAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "stop",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+    "enable_thinking",
+)  # as in a chat
 
 
 class TextFormat(Strict):
@@ -50,12 +63,15 @@ class ResponsesBody(Strict):
     seed: Seed | None = None
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
+    stop: Stops | None = None
     tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextFormat | None = None
     chat_template_kwargs: dict[str, bool | int | str | None] | None = None
+    enable_thinking: bool | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Include] | None = Field(None, max_length=8)
@@ -83,9 +99,8 @@ class ResponsesBody(Strict):
         for name in ("previous_response_id", "conversation", "prompt"):
             if getattr(self, name) is not None:
                 raise Refusal(400, f"{name}: this server keeps nothing; send the whole input again", name)
-        chat: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
+        chat: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         chat |= {"messages": self._messages(), "max_tokens": self.max_output_tokens}
-        chat |= {"parallel_tool_calls": self.parallel_tool_calls, "chat_template_kwargs": self.chat_template_kwargs}
         offered = self.offered()
         chat["tools"] = offered.functions() or None
         chat["tool_choice"] = _choice(self.tool_choice)

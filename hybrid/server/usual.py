@@ -22,6 +22,7 @@ class Usual(Strict):
     length_penalty: One | None = None
     skip_special_tokens: Literal[True] | None = None
     no_stop_trim: Literal[False] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
     continue_final_message: Literal[False] | None = None
     add_generation_prompt: Literal[True] | None = None
     # Of llama.cpp's: samplers that are off.
@@ -51,3 +52,5 @@ class Usual(Strict):
     id_slot: Any = None
     timings_per_token: Any = None
     return_progress: Any = None
+    keep_alive: Any = None
+    tool_stream: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -22,8 +23,9 @@ from hybrid.text.detokenizer import TextStream
 from hybrid.text.grammar import GrammarCompiler, TokenMask
 from hybrid.text.grammar_check import part_of
 from hybrid.text.grammar_frame import Frame, answer_frame, demands_call, offered_tools
-from hybrid.text.messages import ChatInput
+from hybrid.text.messages import ChatInput, Message
 from hybrid.text.openings import Openings, choose_openings
+from hybrid.text.roles import Roles, odd_roles
 from hybrid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -160,6 +162,14 @@ class Intake:
         if len(tokens):
             self._limits.check(tokens)
         return tokens
+
+    def fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages of whoever does not know this model, so that its chat template reads all of them."""
+        return self._roles.fit(messages) if self._roles is not None and odd_roles(messages) else messages
+
+    @cached_property
+    def _roles(self) -> Roles | None:
+        return None if self._template is None else Roles.of(self._template)
 
     def reads(self, variable: str) -> bool:
         """Whether the chat template of the model has such a variable."""
