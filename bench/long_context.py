@@ -6,6 +6,7 @@ The model has the attention of a published one (`--like`) in two layers, random 
 and values are what is measured. Reading a prompt costs the square of its length: `--read` tokens are read as a prompt,
 and their keys and values copied behind each other up to the longest context. A decoded token reads all of them. Rounds
 measure every length in turn; figures are medians. The line is fitted to the lengths by least squares.
+Logits that are not finite end the program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hybrid.commands.console import exit_codes, run_app, say
 from hybrid.commands.measure import decode_steps, probe_of, run_sequence
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, KernelError
 from hybrid.files import write_json
 from hybrid.lab.figures import BLACK, COLOURS, GREY, new_figure, styled
 from hybrid.machine.rates import MachineProbe
@@ -128,8 +129,10 @@ def measure(engine: Engine, like: str, longest: int, read: int, steps: int, roun
 
 
 def _repeat(engine: Engine, probe: MachineProbe, length: Length, steps: int) -> None:
-    """Tokens at one length, each timed, between two probes of the machine."""
-    decode_steps(engine, 1, length.tokens - 1, 1)  # wakes the threads
+    """Tokens at one length, each timed, between two probes of the machine. Raises KernelError for what overflows."""
+    logits = decode_steps(engine, 1, length.tokens - 1, 1)  # wakes the threads
+    if not np.isfinite(logits).all():
+        raise KernelError(f"logits behind {length.tokens} tokens are not finite: try --format and --kv-format bf16")
     probe.measure()
     seconds = []
     for position in range(length.tokens, length.tokens + steps):

@@ -8,7 +8,7 @@ Greedy, one sequence after another, on whatever processor; another instruction s
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from hybrid import LLM, SamplingParams
@@ -48,10 +48,13 @@ def record(folder: Path, name: str, prompts: list[str], next_gate: bool) -> None
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write the traces")
+    parser.add_argument("--next-gate", action="store_true", help="record what routers say one layer early, too")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in PROMPTS.items():
-        record(folder, name, prompts, "--next-gate" in sys.argv[2:])
+        record(options.folder, name, prompts, options.next_gate)
 
 
 if __name__ == "__main__":

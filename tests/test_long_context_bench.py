@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from hybrid.errors import KernelError
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +36,12 @@ def test_the_line_is_that_of_least_squares(program) -> None:
     found = program.fitted([1000, 2000, 4000], [2.5, 3.0, 4.0])
     assert found == {"milliseconds_per_1000_tokens": 0.5, "start_milliseconds": 2.0, "r_squared": 1.0}
     assert program.fitted([1000, 2000, 4000], [2.5, 4.0, 4.0])["r_squared"] < 0.9
+
+
+def test_logits_that_are_not_finite_end_it(program, monkeypatch) -> None:
+    monkeypatch.setattr(program, "decode_steps", lambda *which: np.array([[0.5, np.nan]], np.float32))
+    with pytest.raises(KernelError, match="behind 4096 tokens are not finite"):
+        program._repeat(None, None, program.Length(4096), 1)
 
 
 def test_the_recorded_million_is_linear_and_drawn_with_units(program) -> None:

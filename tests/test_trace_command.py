@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from routing import random_trace
 from typer.testing import CliRunner
 
+from gpu_cache import bounds
+from gpu_cache.bounds import next_ranks
 from gpu_cache.trace import make_trace
 from gpu_cache.traces import FORMATS
 from hybrid.commands import simulate
@@ -55,10 +59,38 @@ def test_what_routers_say_early_is_kept_by_our_formats_alone(tmp_path: Path) -> 
     assert CliRunner().invoke(app, ["convert", str(early), str(early), str(tmp_path / "both.csv")]).stderr == ""
     assert CliRunner().invoke(app, ["convert", str(other), str(other), str(tmp_path / "both.csv")]).stderr == ""
     ran("convert", early, other, tmp_path / "both.csv")
+    for name, share, words in ((early, 1, "of 100.0% of the calls"), ("both.csv", 0.5, "of 50.0% of the calls"),
+                               (other, 0, "early is not recorded")):  # fmt: skip
+        assert (
+            words in ran("info", tmp_path / name)
+            and json.loads(ran("info", tmp_path / name, "--json"))["early"] == share
+        )
     both = read_trace(tmp_path / "both.csv").next_expert
     assert both is not None and both.tolist() == [*trace.expert.tolist(), *[-1] * len(trace)]
     result = CliRunner().invoke(app, ["convert", str(early), str(tmp_path / "early.npz")])
     assert "note: npz cannot hold what routers say one layer early\n" in result.stderr
+
+
+def bench_program(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parent.parent / "bench" / name))
+
+
+def test_recording_takes_its_flag_before_and_after_the_folder(tmp_path: Path, monkeypatch) -> None:
+    main, seen = bench_program("record_traces.py")["main"], []
+    monkeypatch.setitem(main.__globals__, "record", lambda folder, name, prompts, early: seen.append((folder, early)))
+    for arguments, early in (([tmp_path, "--next-gate"], True), (["--next-gate", tmp_path], True), ([tmp_path], False)):
+        monkeypatch.setattr("sys.argv", ["record_traces.py", *map(str, arguments)])
+        seen.clear()
+        main()
+        assert seen == [(tmp_path, early)] * 3
+
+
+def test_every_timed_replay_works_out_its_future(monkeypatch) -> None:
+    main, worked = bench_program("replays.py")["main"], []
+    monkeypatch.setattr(bounds, "next_ranks", lambda calls: worked.append(calls) or next_ranks(calls))
+    monkeypatch.setattr("sys.argv", ["replays.py", "--calls", "1000", "--only", "14x4", "--policy", "LRU,Belady"])
+    main()
+    assert len(worked) == 2  # of the mappings modulo and prefix
 
 
 def test_a_trace_may_be_written_again_over_its_own_kind_alone(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ class Facts:
     top_k: smallest and largest number of experts of a token at a layer. tokens: each as often as it was computed.
     prompt_tokens: those computed in one step with others of their sequence. largest_step: tokens. calls: different
     experts of each step and layer. called: experts, of all layers, that are called at least once. scored: whether
-    scores differ. reuse: None where no sequence has two tokens.
+    scores differ. early: share of the groups before the last layer where the trace says what the next layer's router
+    names; 0 without the column. reuse: None where no sequence has two tokens.
     """
 
     layers: int
@@ -34,6 +35,7 @@ class Facts:
     calls: int
     called: int
     scored: bool
+    early: float
     reuse: Reuse | None
 
 
@@ -59,5 +61,6 @@ def facts_of(trace: Trace) -> Facts:
         calls=grouped.total,
         called=len(np.unique(grouped.key)),
         scored=bool(np.ptp(trace.score) > 0),
+        early=grouped.named_share,
         reuse=reuse,
     )

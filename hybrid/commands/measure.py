@@ -149,13 +149,17 @@ def run_sequence(engine: Engine, sequence: int, start: int, count: int, logits: 
         _step(engine, np.full(rows, sequence), np.arange(first, last), wanted)
 
 
-def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> None:
-    """Decode `count` tokens of `batch` sequences together."""
+def decode_steps(engine: Engine, batch: int, depth: int, count: int) -> np.ndarray:
+    """Decode `count` tokens, at least one, of `batch` sequences together.
+
+    Returns the logits of the last, float32 [batch, vocabulary], which the next step overwrites.
+    """
     for position in range(depth, depth + count):
-        _step(engine, np.arange(batch), np.full(batch, position), range(batch))
+        logits = _step(engine, np.arange(batch), np.full(batch, position), range(batch))
+    return logits
 
 
-def _step(engine: Engine, sequences: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> None:
+def _step(engine: Engine, sequences: np.ndarray, positions: np.ndarray, logit_rows: Iterable[int]) -> np.ndarray:
     tokens = np.random.default_rng(int(positions[0])).integers(0, engine.spec.vocab, len(sequences))
     parts = (tokens, sequences, positions, np.array(list(logit_rows)))
-    engine.forward(Batch(*(part.astype(np.int32) for part in parts)))
+    return engine.forward(Batch(*(part.astype(np.int32) for part in parts))).logits

@@ -152,7 +152,14 @@ def _counts(facts: Facts) -> list[str]:
         f"calls      {facts.calls:,}, and {facts.rows:,} with those that a step repeats; "
         f"{facts.called:,} of {all_experts:,} experts are called ({facts.called / all_experts:.0%})",
         f"scores     {'of the gate' if facts.scored else 'not recorded: all are equal'}",
+        f"early      {_early(facts.early)}",
     ]
+
+
+def _early(share: float) -> str:
+    if not share:
+        return "what routers say one layer early is not recorded"
+    return f"what routers say one layer early, of {share:.1%} of the calls before the last layer"
 
 
 def _reuse(facts: Facts) -> list[str]:
