@@ -44,6 +44,8 @@ def folder(tmp_path_factory) -> Path:
         shapes = ["--nblocks", "2,4", "--nways", "2,4,8", "--policy", "all", "--output", form]
         result = CliRunner().invoke(simulate.app, ["--trace", str(folder / "trace.csv"), *shapes, *RATES])
         (folder / f"results.{form}").write_text(result.stdout)
+    result = CliRunner().invoke(simulate.app, ["--trace", str(folder / "trace.csv"), "--curve", "--output", "csv"])
+    (folder / "curves.csv").write_text(result.stdout)
     kept = ["--results", str(folder / "kept.jsonl"), "--nblocks", "2,4", "--nways", "2,4,8", "--policy", "LRU,Belady"]
     CliRunner().invoke(simulate.app, ["--trace", str(folder / "trace.csv"), *kept, *RATES])
     with open(folder / "kept.jsonl", "a") as file:
@@ -68,6 +70,7 @@ FIGURES = [
     ("speed", "results.csv", ["16 slots", "CPU alone", "tokens/s"]),
     ("layers", "results.json", ["static-layers", "MoE layer"]),
     ("layers", "hits.csv", ["MoE layer", "step"]),
+    ("curve", "curves.csv", ["bypass-Belady", "expert slots", "Che"]),
     ("reuse", "trace.csv", ["chance", "distance d, tokens"]),
     (
         "breakdown",
@@ -96,7 +99,7 @@ def test_every_figure_is_drawn_in_both_formats(folder: Path, tmp_path: Path, kin
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pie", "hits.csv", "f.png"], ["'pie'", "hit-rate, speed, layers, reuse, breakdown"]),
+        (["pie", "hits.csv", "f.png"], ["'pie'", "hit-rate, speed, layers, reuse, breakdown, curve"]),
         (["layers", "hits.csv", "f.gif"], [".png, .svg or .pdf"]),
         (["layers", "missing.csv", "f.png"], ["missing.csv", "no such file"]),
         (["layers", "hits.csv", "no/f.png"], ["no directory"]),

@@ -298,3 +298,76 @@ def test_a_trace_that_is_wrong_is_one_line(tmp_path: Path) -> None:
         path.unlink(missing_ok=True) if text is None else path.write_text(text)
         result = CliRunner().invoke(app, ["--trace", str(path)])
         assert result.exit_code == 2 and word in result.stderr and result.stderr.count("\n") == 1
+
+
+CURVES = ("--curve", "--nblocks", "2,4", "--mapping", "modulo,prefix")
+
+
+def test_a_curve_has_what_replays_of_every_size_hit(trace: Path) -> None:
+    rows = list(csv.DictReader(simulate(trace, *CURVES, "--policy", "lru,Belady", "--output", "csv").splitlines()))
+    sizes = ("--nblocks", "2,4", "--mapping", "modulo,prefix", "--nways", "1,3,8", "--policy", "LRU,Belady")
+    names = ("policy", "nblocks", "mapping", "nways", "slots", "calls", "hits")
+    replays = csv.DictReader(simulate(trace, *sizes, "--workers", "1", "--output", "csv").splitlines())
+    found = [tuple(row[name] for name in names) for row in rows]
+    assert len(found) == len(set(found)) == 2 * 2 * (16 + 8)
+    assert {tuple(row[name] for name in names) for row in replays} <= set(found)
+    lines = simulate(trace, *CURVES).splitlines()
+    assert lines[2].split() == [
+        "|",
+        "nblocks",
+        "|",
+        "mapping",
+        "|",
+        "nways",
+        "|",
+        "slots",
+        "|",
+        "LRU",
+        "|",
+        "Belady",
+        "|",
+        "bypass-Belady",
+        "|",
+        "static-best",
+        "|",
+        "Che",
+        "|",
+    ]
+    assert len(lines) == 4 + 2 * (16 + 8)
+    assert (
+        simulate(trace, "--curve", "--nblocks", "1", "--layers", "8")
+        .strip()
+        .endswith("33 of 64 sizes; --output csv has all")
+    )
+
+
+def test_curves_of_several_traces_are_means(trace: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    write_trace(other, random_trace(2, steps=30, layers=4, experts=8, top_k=2))
+    report = json.loads(simulate(trace, "--trace", str(other), *CURVES, "--policy", "LRU", "--output", "json"))
+    assert len(report["replays"]) == 2 * len(report["results"])
+    pairs = zip(report["replays"], report["replays"][len(report["results"]) :], strict=False)
+    for row, (one, two) in zip(report["results"], pairs, strict=False):
+        assert row["hits"] == one["hits"] + two["hits"] and row["traces"] == 2
+        assert row["hit_rate"] == pytest.approx((one["hit_rate"] + two["hit_rate"]) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--quota", "4", "--copy-delay", "1"), "without a limit: drop --quota, --copy-delay, or drop --curve"),
+        (("--admission", "second-touch", "--prefetch", "frequency"), "drop --admission, --prefetch, or"),
+        (("--nways", "4", "--pcie-gbps", "9"), "drop --nways, --pcie-gbps, or"),
+        (("--policy", "LRU,lfu,Sieve"), "cannot be had of LFU, SIEVE: one pass gives"),
+        (("--policy", "nothing"), "'nothing' is unknown"),
+        (("--nblocks", "0"), "indexes (nblocks) of the cache: 0"),
+    ],
+)
+def test_what_a_curve_cannot_have_is_refused_in_a_line(trace: Path, arguments: tuple[str, ...], text: str) -> None:
+    result = CliRunner().invoke(app, ["--trace", str(trace), "--curve", *arguments])
+    assert result.exit_code == 2 and text in result.output and result.output.count("\n") == 1
+
+
+def test_all_with_a_curve_names_those_that_have_none(trace: Path) -> None:
+    result = CliRunner().invoke(app, ["--trace", str(trace), "--curve", "--policy", "all"])
+    assert result.exit_code == 0 and "note: no curve from one pass" in result.stderr and "LFU" in result.stderr

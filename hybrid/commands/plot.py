@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _PATH: dict[str, Any] = {"parser": f.parse_path}
-Kind = Annotated[str, typer.Argument(help="hit-rate, speed, layers, reuse or breakdown.", metavar="KIND")]
+Kind = Annotated[str, typer.Argument(help="hit-rate, speed, layers, reuse, breakdown or curve.", metavar="KIND")]
 Source = Annotated[Path, typer.Argument(help="What to draw; see above.", metavar="SOURCE", **_PATH)]
 Target = Annotated[Path, typer.Argument(help="The figure: .png, .svg or .pdf.", metavar="FIGURE", **_PATH)]
 Title = Annotated[
@@ -69,6 +69,8 @@ def plot(
                from a trace
     breakdown  where the time of decoding steps goes, from
                --breakdown-csv
+    curve      hits of every size by policy, from CSV or JSON of
+               hybrid simulate --curve, or from a trace
     """
     with exit_codes():
         if kind not in KINDS:
@@ -176,10 +178,30 @@ def breakdown(wanted: Wanted) -> Callable[[], Figure]:
     return lambda: breakdown_figure(parts, beside, wanted.heading("Where the time of a decoding step goes"))
 
 
+def curve(wanted: Wanted) -> Callable[[], Figure]:
+    from hybrid.lab.figures import curves_figure
+
+    results = read_results(wanted.source, _curves_of_trace(wanted.source) or read_text(wanted.source))
+    return lambda: curves_figure(results.rows, wanted.heading("Hit rate of every size", results.about))
+
+
+def _curves_of_trace(source: Path) -> str:
+    """Of all policies that have a curve; "" for a file that is no trace, and for pipes."""
+    from hybrid.commands.simulate import SimulateOptions, curve_all
+    from hybrid.errors import cache_errors
+    from hybrid.trace_files import is_trace
+
+    if not is_trace(source):
+        return ""
+    with cache_errors():
+        return to_json(curve_all(SimulateOptions((str(source),), curve=True)))
+
+
 KINDS: dict[str, Callable[[Wanted], Callable[[], Figure]]] = {
     "hit-rate": hit_rate,
     "speed": speed,
     "layers": layers,
     "reuse": reuse,
     "breakdown": breakdown,
+    "curve": curve,
 }

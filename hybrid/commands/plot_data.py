@@ -93,13 +93,14 @@ def _steps(traces: Sequence[Row]) -> int:
 
 
 def _setting_of(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(name)) for name in (*_COLUMNS, "seed", "cpu_tokens_per_second") if name not in _COUNTS)
+    names = (*(name for name in _COLUMNS if name not in _COUNTS), "quota", "prefetch", "seed", "cpu_tokens_per_second")
+    return tuple(str(row.get(name)) for name in names)
 
 
 def _checked(row: Mapping[str, Any]) -> Row:
     """A row with numbers where they belong. Raises ValueError, TypeError or KeyError."""
     row = {name: value for name, value in row.items() if name and value not in ("", None)}
-    found: Row = {"quota": None, "seed": 0, "upper_bound": None, **row}
+    found: Row = {"quota": None, "seed": 0, "prefetch": "none", "upper_bound": None, **row}
     for name, read in _COLUMNS.items():
         found[name] = read(row[name])
     for name, read in _OPTIONAL.items():
@@ -146,7 +147,7 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
 _OPTIONAL: dict[str, Callable[[Any], Any]] = {
     "quota": _count, "seed": _count, "upper_bound": _count, "layer_calls": _counts, "layer_hits": _counts,
     "hit_rate": _real, "hit_rate_stdev": _real, "tokens_per_second": _real, "tokens_per_second_stdev": _real,
-    "cpu_tokens_per_second": _real,
+    "cpu_tokens_per_second": _real, "prefetch": _word,
 }  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def layers_of_policies(source: Path, rows: list[Row], wanted: str | None) -> tup
 
 def _label(row: Row) -> str:
     """A policy and what is not as usual."""
-    usual = {"admission": "always", "mapping": "modulo", "quota": None, "delay": 0, "seed": 0}
+    usual = {"admission": "always", "mapping": "modulo", "quota": None, "delay": 0, "seed": 0, "prefetch": "none"}
     return ", ".join([row["policy"], *(f"{name} {row[name]}" for name in usual if row[name] != usual[name])])
 
 

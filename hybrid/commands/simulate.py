@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybrid.commands.console import progress_bar, say, show
 from hybrid.commands.flags import command, new_app
+from hybrid.commands.simulate_curve import curve_policies, curves_to_table, run_curves
 from hybrid.commands.simulate_output import to_csv, to_json, to_table
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.files import FileKind, Reading, check_output, read_json_object
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 app = new_app()
 
 OUTPUTS = ("table", "csv", "json")
+POLICY = "LRU,LFU,Belady,bypass-Belady"
+NO_CURVE = (
+    *("nways", "admission", "prefetch", "quota", "copy_delay", "pcie_gbps", "device_gbps", "cpu_gbps", "expert_mb"),
+    *("other_ms", "layer_ms", "profile", "results", "libcachesim", "convert"),
+)
 PROFILES = Reading(64 << 20, "make it with `hybrid bench --output json > FILE`", prefix="--profile")
 
 
@@ -45,9 +51,10 @@ class SimulateOptions:
     nways: str | None = setting(
         None, "Slots of each.", shown="a quarter and half of the experts", metavar="LIST", group="caches"
     )
-    policy: str = setting(
-        "LRU,LFU,Belady,bypass-Belady",
+    policy: str | None = setting(
+        None,
         "LRU,LFU,Belady,..., all, FILE.py:CLASS; a wrong one lists them.",
+        shown=f"{POLICY}; of --curve those that have one",
         metavar="LIST",
         group="caches",
     )
@@ -60,6 +67,7 @@ class SimulateOptions:
     mapping: str = setting("modulo", "modulo, prefix, hash.", metavar="LIST", group="caches")
     quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST", group="caches")
     copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST", group="caches")
+    curve: bool = setting(False, "Hits of every number of ways, from one pass for each policy.", group="caches")
     layers: int | None = setting(
         None, "MoE layers of the model.", shown="what the trace has", minimum=1, group="traces"
     )
@@ -91,11 +99,30 @@ def simulate(options: SimulateOptions) -> None:
     """
     check_settings(options)
     with cache_errors():
+        if options.curve:
+            return show(CURVE_FORMATS[options.output](curve_all(options)))
         check_output("--libcachesim", options.libcachesim, _libcachesim_kind())
         check_trace_output("--convert", options.convert)
         if options.libcachesim is not None or options.convert is not None:
             return _convert(read_traces(options), options.libcachesim, options.convert)
         show(FORMATS[options.output](replay_all(options)))
+
+
+def curve_all(options: SimulateOptions) -> dict[str, Any]:
+    """What `run_curves` makes of the traces and caches of these options. Raises ConfigError and CacheError."""
+    from gpu_cache.trace import calls
+
+    usual = {field.name: field.default for field in fields(SimulateOptions)}
+    if wrong := [f"--{name.replace('_', '-')}" for name in NO_CURVE if getattr(options, name) != usual[name]]:
+        raise ConfigError(
+            "--curve has the hits of every number of ways, of copies after every miss, at once and without a limit: "
+            f"drop {', '.join(wrong)}, or drop --curve"
+        )
+    policies = curve_policies(None if options.policy is None else _words("--policy", options.policy))
+    grouped = {name: calls(trace) for name, trace in read_traces(options).items()}
+    nblocks = dict.fromkeys(_nblocks(next(iter(grouped.values())), options))
+    mappings = dict.fromkeys(word.lower() for word in _words("--mapping", options.mapping))
+    return run_curves(grouped, policies, list(nblocks), list(mappings))
 
 
 def replay_all(options: SimulateOptions) -> dict[str, Any]:
@@ -153,11 +180,11 @@ def make_settings(calls: Calls, options: SimulateOptions) -> list[Setting]:
     from gpu_cache.simulator import SCHEDULES, Setting, policy_names
 
     ways = sorted({max(1, calls.experts // 4), max(1, calls.experts // 2)})
-    words = _words("--policy", options.policy)
+    words = _words("--policy", options.policy or POLICY)
     named = [name for word in words for name in (policy_names() if word.lower() == "all" else (word,))]
     policies = [known_policy(name, policy_names()) for name in named]
     grid = product(
-        [calls.layers] if options.nblocks is None else _counts("--nblocks", options.nblocks),
+        _nblocks(calls, options),
         ways if options.nways is None else _counts("--nways", options.nways),
         _words("--mapping", options.mapping),
         [None if word == "none" else _count("--quota", word) for word in _words("--quota", options.quota)],
@@ -250,6 +277,11 @@ def run(
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], str]] = dict(zip(OUTPUTS, (to_table, to_csv, to_json), strict=True))
+CURVE_FORMATS = {**FORMATS, "table": curves_to_table}
+
+
+def _nblocks(calls: Calls, options: SimulateOptions) -> list[int]:
+    return [calls.layers] if options.nblocks is None else _counts("--nblocks", options.nblocks)
 
 
 def _words(flag: str, text: str) -> list[str]:

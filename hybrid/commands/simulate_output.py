@@ -54,7 +54,7 @@ def to_table(report: Row) -> str:
     if len(replays) == len(results):
         columns, texts = [*columns, "95 %", "beside the first"], [*texts, False, False]
         body = [[*cells, *more] for cells, more in zip(body, _intervals(results), strict=True)]
-    lines = [_heading(report) + (f"; {fixed}" if fixed else ""), ""]
+    lines = [heading(report) + (f"; {fixed}" if fixed else ""), ""]
     lines += markdown(columns, body, texts)
     if "cpu_tokens_per_second" in replays[0]:
         cpu = _cell(replays[:: len(results)], lambda row: float(row["cpu_tokens_per_second"]), "{:.2f}")
@@ -109,7 +109,8 @@ def _cell(rows: Sequence[Row], figure: Callable[[Row], float | None], form: str)
     return f"{form.format(mean)} ± {form.format(deviation).removesuffix('%')}"
 
 
-def _heading(report: Row) -> str:
+def heading(report: Row) -> str:
+    """How much of which traces."""
     traces = report["provenance"].get("traces", [report["provenance"]["trace"]])
     calls, steps = (sum(trace[name] for trace in traces) for name in ("calls", "steps"))
     several = f"{len(traces)} traces, mean ± standard deviation: " if len(traces) > 1 else ""

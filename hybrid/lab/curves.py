@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_cache.che import che_hit_rate
-from gpu_cache.curves import curve
+from gpu_cache.curves import CURVES, curve
 from gpu_cache.geometry import Geometry
+from gpu_cache.trace import Calls
 from hybrid.errors import cache_errors
 from hybrid.lab.experiment import Experiment
 from hybrid.lab.grid import indexes_of
@@ -18,6 +19,7 @@ from hybrid.lab.parts import CHE, Curves, Model
 from hybrid.lab.replays import Row, Source
 
 Reals = NDArray[np.float64]
+CURVE_POLICIES = (*CURVES, CHE)
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,13 @@ def _curves(wanted: Curves, nblocks: int, model: str, sources: Sequence[Source])
     total = sum(source.calls.total for source in sources)
     found = []
     for policy in wanted.policies:
-        hits = sum((_hits(source, policy, nblocks, wanted.mapping) for source in sources), np.zeros(1))
+        hits = sum((hits_of_sizes(source.calls, policy, nblocks, wanted.mapping) for source in sources), np.zeros(1))
         found.append(SizeCurve(model, policy, nblocks, wanted.mapping, hits / total))
     return found
 
 
-def _hits(source: Source, policy: str, nblocks: int, mapping: str) -> Reals:
-    """[sizes], of one trace."""
-    calls = source.calls
+def hits_of_sizes(calls: Calls, policy: str, nblocks: int, mapping: str) -> Reals:
+    """[sizes], with 1, 2, ... ways in each index. policy: of `CURVE_POLICIES`. Raises CacheError for no cache."""
     if policy != CHE:
         return curve(calls, policy, nblocks, mapping).hits[1:].astype(np.float64)
     Geometry(nblocks, 1, calls.layers, calls.experts, mapping)  # before anything is divided by it

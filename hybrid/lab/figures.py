@@ -104,16 +104,11 @@ def hit_rate_figure(rows: Sequence[Row], title: str) -> Figure:
 def curves_figure(rows: Sequence[Row], title: str) -> Figure:
     """Hit rate against slots, a row for each size and a line for each policy; a panel for each number of indexes."""
     blocks = sorted({int(row["nblocks"]) for row in rows})
-    policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
-    causal = [policy for policy in policies if not _knows_the_future(policy)]
     figure, axes = new_figure(max(5.6, 3.4 * len(blocks) + 1.6), 3.8, len(blocks), sharey=True)
     for axis, count in zip(axes, blocks, strict=True):
-        for policy in policies:
-            points = [row for row in rows if (row["policy"], row["nblocks"]) == (policy, count)]
-            rates = [100 * row["hit_rate"] for row in points]
-            axis.plot(
-                [row["slots"] for row in points], rates, label=policy, **{**_look(policy, causal), "marker": None}
-            )
+        for series in _lines([row for row in rows if row["nblocks"] == count], "slots", _rate, rows):
+            series.look["marker"] = None
+            _draw(axis, series)
         axis.set_title(f"N = {count} indexes" if len(blocks) > 1 else "")
     return _of_hits(figure, axes, title)
 
@@ -155,6 +150,10 @@ def _hit_percent(row: Row) -> tuple[float, float]:
     return 100 * float(row["hits"]) / float(row["calls"]), 0.0
 
 
+def _rate(row: Row) -> tuple[float, float]:
+    return 100 * float(row["hit_rate"]), 100 * float(row.get("hit_rate_stdev", 0))
+
+
 def _speed(row: Row) -> tuple[float, float]:
     return float(row["tokens_per_second"]), float(row.get("tokens_per_second_stdev", 0))
 
@@ -167,11 +166,12 @@ def _lines(
     among: the rows of all panels, so that a line is called and looks the same in each.
     """
     among = among or rows
-    varied = [name for name in ("admission", "mapping", "quota", "delay") if len({str(row[name]) for row in among}) > 1]
+    parameters = ("admission", "prefetch", "mapping", "quota", "delay")
+    varied = [name for name in parameters if len({str(row.get(name)) for row in among}) > 1]
 
     def label_of(row: Row) -> str:
-        names = [name for name in varied if name != "admission" or not _knows_the_future(row["policy"])]
-        return ", ".join([str(row["policy"]), *(_word(name, row[name]) for name in names)])
+        names = [name for name in varied if name not in parameters[:2] or not _knows_the_future(row["policy"])]
+        return ", ".join([str(row["policy"]), *(_word(name, row.get(name)) for name in names)])
 
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["policy"] == BOUND, row["policy"] in STATIC)):
