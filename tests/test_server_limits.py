@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -19,16 +20,18 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
-from dummy_engine import GatedEngine  # noqa: E402
+from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from server_rig import QUESTION, Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
 from hybrid.server import log  # noqa: E402
 from hybrid.server.config import ServerConfig  # noqa: E402
-from hybrid.server.log import lines_to  # noqa: E402
+from hybrid.server.log import Lines, lines_to  # noqa: E402
 from hybrid.server.process import listen  # noqa: E402
+from hybrid.server.strict import Strict  # noqa: E402
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
@@ -370,6 +373,67 @@ def test_a_server_ends_though_nobody_reads_its_log(monkeypatch) -> None:
             logging.warning("nobody reads this")
 
 
+def test_whoever_reads_a_log_slowly_is_told_what_is_missing_at_its_end(monkeypatch) -> None:
+    monkeypatch.setattr(log, "_CLOSE_SECONDS", 0.01)
+    with unread(9) as pipe:
+        lines = next(handler for handler in logging.getLogger().handlers if isinstance(handler, Lines))
+        for line in ("first", "second", "third"):
+            logging.warning(line)
+        until(lambda: lines._waiting.qsize() == 2)
+        lines.close()
+        text = pipe.read1()
+        while text.count(b"\n") < 2:
+            text += pipe.read1()
+    assert text.lstrip(b"-") == b"first\n2 lines of the log are lost: nobody read it in time\n"
+
+
+class Dropped:
+    """Is found by a garbage collection, wherever that comes, and logs then: as a task that nobody awaits."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger, self.itself = logger, self
+
+    def __del__(self) -> None:
+        self.logger.error("dropped")
+
+
+def test_a_log_may_be_written_to_by_a_garbage_collection_that_comes_while_it_is_written_to() -> None:
+    logger = logging.Logger("garbage")
+    with open(os.devnull, "wb") as nowhere:
+        logger.addHandler(lines := Lines(nowhere.fileno()))
+
+        def write() -> None:
+            for _ in range(2000):
+                Dropped(logger)
+                logger.warning("a line")
+
+        thread, before = threading.Thread(target=write, daemon=True), gc.get_threshold()
+        gc.set_threshold(20)
+        try:
+            thread.start()
+            thread.join(WATCHDOG)
+        finally:
+            gc.set_threshold(*before)
+        assert not thread.is_alive(), "it waits for itself"
+        lines.close()
+
+
+def test_a_line_that_cannot_be_formatted_is_told_and_fails_nobody(capfd) -> None:
+    logger = logging.Logger("wrong")
+    logger.addHandler(lines := Lines(2))
+    logger.warning("%d tokens", "three")
+    logger.warning("%s", Unsaid())
+    lines.close()
+    first, second = capfd.readouterr().err.splitlines()
+    assert "test_server_limits.py" in first and "logs what cannot be written: TypeError" in first
+    assert "logs what cannot be written: RecursionError" in second
+
+
+class Unsaid:
+    def __str__(self) -> str:
+        raise RecursionError
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -386,6 +450,42 @@ def test_what_is_null_asks_for_nothing_and_is_taken_wherever_it_stands(server, p
     assert server.post(path, **body, functions=None).status_code == 200
     refused = server.post(path, **body, functions=[])
     assert refused.status_code == 400 and "functions" in refused.text
+
+
+def bodies(kind: type[Strict] = Strict) -> Iterator[type[Strict]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from bodies(one)
+
+
+@pytest.mark.parametrize("kind", sorted(set(bodies()), key=lambda kind: kind.__name__))
+def test_a_field_that_may_be_left_out_may_be_null(kind: type[Strict]) -> None:
+    optional = [name for name, field in kind.model_fields.items() if not field.is_required()]
+    try:
+        read = kind.model_validate(dict.fromkeys(optional), strict=True)
+    except ValidationError as error:
+        assert all(one["type"] == "missing" for one in error.errors())
+    else:
+        assert read == kind()
+
+
+NULLS = [
+    (CHAT, {"messages": QUESTION, "max_tokens": 1, "chat_template_kwargs": {"z": None, "thinking": None}}),
+    (CHAT, {"messages": QUESTION, "max_tokens": 1, "stream_options": {"include_usage": None}}),
+    (CHAT, {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": None, "schema": {}}}),
+    ("/v1/messages", {"model": "tiny", "max_tokens": 1, "messages": [{**QUESTION[0], "name": None}]}),
+    ("/v1/responses", {"input": [{**QUESTION[0], "type": None}], "max_output_tokens": 1}),
+    ("/api/chat", {"model": "tiny", "messages": None}),
+    ("/api/chat", {"model": "tiny", "messages": [{**QUESTION[0], "x": None}], "options": {"num_predict": 1}}),
+    ("/api/generate", {"model": "tiny", "prompt": None}),
+    ("/tokenize", {"content": "a", "add_special_tokens": None, "with_pieces": None}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), NULLS)
+def test_what_is_null_is_as_if_left_out_in_the_midst_of_a_body_too(server: Running, path: str, body: dict) -> None:
+    response = server.post(path, **body)
+    assert response.status_code == 200, response.text
 
 
 def test_no_part_of_an_answer_waits_until_the_client_has_acknowledged_the_one_before() -> None:

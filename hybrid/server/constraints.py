@@ -51,7 +51,7 @@ def response_grammar(given: Mapping[str, Any], field: str = "response_format") -
         schema = given.get("schema")  # as llama.cpp takes it
         return Grammar.json() if schema is None else _made(field, "json", schema)
     if kind == "json_schema":
-        inner = given.get("json_schema", given)
+        inner = given if given.get("json_schema") is None else given["json_schema"]
         schema = inner.get("schema", inner.get("json_schema")) if isinstance(inner, Mapping) else None
         if schema is None:
             raise Refusal(400, f'{field}: "json_schema" must be an object with a "schema"', param=field)

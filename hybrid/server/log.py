@@ -7,7 +7,7 @@ import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from queue import Full, Queue
+from queue import SimpleQueue
 from threading import Thread
 
 from hybrid.printable import printable
@@ -42,37 +42,52 @@ class Lines(logging.Handler):
 
     def __init__(self, descriptor: int, most: int = MOST) -> None:
         super().__init__()
-        self._descriptor, self._lost, self._over = descriptor, 0, False
-        self._waiting: Queue[str | None] = Queue(most)
+        self._descriptor, self._most, self._lost, self._over = descriptor, most, 0, False
+        # A garbage collection may log in the midst of `put`, which this kind of queue alone allows.
+        self._waiting: SimpleQueue[str | None] = SimpleQueue()
         self._thread = Thread(target=self._write_all, name="hybrid-log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Called with the lock of the handler."""
         try:
-            self._put(self.format(record))
-        except Full:
+            line = self.format(record)
+        except Exception as error:  # the fault of whoever logs, who shall not fail by it
+            line = printable(f"{record.pathname}:{record.lineno} logs what cannot be written: {error!r:.200}")
+        if self._waiting.qsize() >= self._most:
             self._lost += 1
+            return
+        self._tell_lost()
+        self._waiting.put(line)
 
     def close(self) -> None:
-        """Wait until all is written, but not for long: perhaps nobody reads."""
-        with suppress(Full):
-            self._put(None, _CLOSE_SECONDS)
-            self._thread.join(_CLOSE_SECONDS)
+        """Wait until all is written, but not for long: perhaps nobody reads. Whoever reads slowly is told at the end
+        how many lines are missing.
+        """
+        self.acquire()
+        try:
+            self._tell_lost()
+            self._waiting.put(None)
+        finally:
+            self.release()
+        self._thread.join(_CLOSE_SECONDS)
         self._over = True
+        self._thread.join(_CLOSE_SECONDS)
         super().close()
 
-    def _put(self, line: str | None, seconds: float = 0) -> None:
-        """Raises Full."""
-        if self._lost:
-            self._waiting.put(f"{self._lost} lines of the log are lost: nobody read it in time", seconds > 0, seconds)
-            self._lost = 0
-        self._waiting.put(line, seconds > 0, seconds)
+    def _tell_lost(self) -> None:
+        lost, self._lost = self._lost, 0
+        if lost:
+            self._waiting.put(_lost_text(lost))
 
     def _write_all(self) -> None:
-        while (line := self._waiting.get()) is not None and not self._over:
+        while (line := self._waiting.get()) is not None:
+            over = self._over
             with suppress(OSError):  # there is nobody, who may come back
-                self._write(f"{line}\n".encode(errors="backslashreplace"))
+                text = _lost_text(self._waiting.qsize()) if over else line  # the None there stands for `line`
+                self._write(f"{text}\n".encode(errors="backslashreplace"))
+            if over:
+                return
 
     def _write(self, data: bytes) -> None:
         """To the descriptor itself: whoever ends the process would wait for a lock of `sys.stderr`."""
@@ -81,3 +96,7 @@ class Lines(logging.Handler):
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # others that have it too may want it so
                 select.select([], [self._descriptor], [])
+
+
+def _lost_text(count: int) -> str:
+    return f"{count} lines of the log are lost: nobody read it in time"

@@ -134,7 +134,7 @@ class MessagesBody(CountBody):
 
 def _messages(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
     """A message as messages of a chat: results of tools become messages of their own."""
-    if strange := sorted(set(message) - {"role", "content"}):
+    if strange := sorted(name for name in message.keys() - {"role", "content"} if message[name] is not None):
         raise Refusal(400, f"{place}: {strange[0][:50]!r} is unknown here", "messages")
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):

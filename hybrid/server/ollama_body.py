@@ -145,7 +145,7 @@ class Names:
     def message(self, given: dict[str, Any], place: str) -> dict[str, Any]:
         """Raises Refusal."""
         known = {"role", "content", "thinking", "tool_calls", "tool_name", "tool_call_id", "name", "images"}
-        if strange := sorted(set(given) - known):
+        if strange := sorted(name for name in given.keys() - known if given[name] is not None):
             raise Refusal(400, f"{place}: {strange[0][:50]!r} is unknown here")
         if given.get("images"):
             raise Refusal(400, f"{place}: this server reads text alone, no images")
@@ -165,7 +165,8 @@ class Names:
         for call in given if isinstance(given, list) else [None]:
             call = call if isinstance(call, dict) else {}
             function = call.get("function")
-            arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            arguments = {} if arguments is None else arguments
             if not isinstance(function, dict) or not isinstance(arguments, dict):
                 raise Refusal(400, f"{place}: tool_calls must be functions whose arguments are objects")
             if not isinstance(name := function.get("name"), str):

@@ -139,7 +139,7 @@ def _choice(given: str | dict[str, Any] | None) -> Any:
 
 def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
     """One item more. What the assistant reasons, says and calls, one after the other, is one message."""
-    kind = item.get("type", "message")
+    kind = "message" if item.get("type") is None else item["type"]
     if kind == "web_search_call":  # of another server: what was searched, not what was found
         return
     if kind in ("function_call_output", "custom_tool_call_output"):

@@ -17,15 +17,16 @@ WHAT_INSTEAD = {
 
 
 class Strict(BaseModel):
-    """A field that is not declared is refused by its name, unless it is null: that asks for nothing, and clients write
-    so what they know and do not use.
+    """A field that is not declared is refused by its name, and one that is null is as if it were left out, wherever it
+    may be: it asks for nothing, and clients write so what they know and do not use.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_unknown_nulls(cls, given: Any) -> Any:
+    def _without_nulls(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name in needed}

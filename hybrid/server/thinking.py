@@ -66,7 +66,8 @@ class Thoughtful(Strict):
         """reads: whether the template of the model has a variable. Raises Refusal for a name that is not allowed, for
         fields that contradict each other, and for a verbosity that the model would not know of.
         """
-        kwargs = dict(self.chat_template_kwargs or {})
+        given = self.chat_template_kwargs or {}
+        kwargs = {name: value for name, value in given.items() if value is not None}
         if strange := sorted(set(kwargs) - set(TEMPLATE_KWARGS)):
             allowed = ", ".join(TEMPLATE_KWARGS)
             message = f"chat_template_kwargs: {strange[0][:50]!r} is not allowed here; allowed: {allowed}"
