@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
-from server_rig import QUESTION, running  # noqa: E402
+from server_rig import QUESTION, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
@@ -20,6 +21,12 @@ from hybrid.server import telemetry as telemetry_module  # noqa: E402
 from hybrid.server.telemetry import Telemetry  # noqa: E402
 
 CHAT = "/v1/chat/completions"
+
+
+def _requests(spans: Any) -> list[Any]:
+    """Those that are no phases of others, as they began."""
+    found = [span for span in spans if span.name not in ("queue", "prompt", "decode")]
+    return sorted(found, key=lambda span: span.start_time)
 
 
 def test_a_request_is_a_span_with_its_phases() -> None:
@@ -36,8 +43,9 @@ def test_a_request_is_a_span_with_its_phases() -> None:
         server.events(CHAT, **body)
         server.http.post("/no/such/secret", headers={"traceparent": "00-zz-01"})
         server.post(CHAT, messages="wrong")
+        until(lambda: len(_requests(exporter.get_finished_spans())) == 4)  # made once the reply was sent
         spans = exporter.get_finished_spans()
-    requests = [span for span in spans if span.name not in ("queue", "prompt", "decode")]
+    requests = _requests(spans)
     assert [span.name for span in requests] == [f"POST {CHAT}", f"POST {CHAT}", "HTTP", f"POST {CHAT}"]
     assert [span.attributes["http.response.status_code"] for span in requests] == [200, 200, 404, 400]
     whole, stream, *_ = requests
