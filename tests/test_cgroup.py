@@ -260,6 +260,7 @@ def test_memory_nodes_that_are_forbidden_do_not_count(tree: Tree) -> None:
     [
         ({"MemTotal": 8, "MemFree": 1, "Active(file)": 2, "Inactive(file)": 1, "SReclaimable": 1}, (8, 5)),
         ({"MemTotal": 8, "MemFree": 3}, (8, 3)),
+        ({"MemTotal": 8, "MemFree": 0}, (8, 0)),
         ({"MemTotal": 4, "MemAvailable": 6}, (4, 4)),
         ({"MemTotal": 8, "MemAvailable": 0, "MemFree": 1}, (8, 0)),
         ({"MemFree": 3}, (16, 3)),

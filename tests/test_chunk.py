@@ -66,6 +66,17 @@ def test_the_plan_says_what_was_chosen_and_why() -> None:
     assert make_plan(spec, MACHINE, config, BF16).max_rows == CHUNK_SIZE  # of a machine that was not measured
 
 
+def test_a_context_that_memory_shortens_may_give_up_a_little_more_for_a_chunk() -> None:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 24}
+    spec = model_spec({**CONFIGS["qwen3_moe"], **WIDE, **heads})
+    fixed = EngineConfig(device="cpu")
+    weights = make_plan(spec, MACHINE, fixed, BF16).fixed_bytes
+    tight = replace(MACHINE, memory_total=1 << 40, memory_available=weights + (9 << 27))
+    usual = make_plan(spec, tight, fixed, BF16)
+    chosen = make_plan(spec, tight, replace(fixed, chunk_size="auto"), BF16, Rates(200e9, 30e12, 60e12))
+    assert chosen.max_rows > usual.max_rows and chosen.max_seq_len < usual.max_seq_len < 32768 and not chosen.problem
+
+
 def test_beside_a_device_and_many_sequences_the_fewest_rows_are_taken() -> None:
     spec = model_spec({**CONFIGS["qwen3_moe"], **WIDE})
     config = EngineConfig(chunk_size="auto", device="simulated")

@@ -296,6 +296,17 @@ def test_tokens_of_a_key_are_counted_wherever_they_were_computed_and_also_of_who
         assert [ask("two", prompt=prompt).status_code for prompt in ("a", "b", "c")] == [200, 200, 429]
 
 
+def test_where_no_key_is_demanded_a_question_that_costs_nothing_settles_no_debt() -> None:
+    engine, llm = gated()
+    with fronted({"a": llm}, key_tokens_per_minute=40) as server:
+        engine.permit(1000)
+        assert server.http.get("/v1/models").status_code == 200
+        server.on_loop(server.replicas.there["a"].service._quotas.charge, "", 1000)  # of who left
+        assert server.http.get("/v1/models").status_code == 200
+        asked = [server.http.post(COMPLETE, json={"prompt": text, "max_tokens": 1}) for text in "ab"]
+        assert [reply.status_code for reply in asked] == [200, 429]
+
+
 @pytest.mark.parametrize(
     ("count", "body"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 from hybrid.cluster.asking import Asked, Ended, Message, Reply, Taken
 from hybrid.server.app import endpoints
-from hybrid.server.clients import CLIENT, URGENT
+from hybrid.server.clients import CLIENT, NOBODY, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.exchange import Exchange
 from hybrid.server.failures import log_failure
@@ -55,7 +55,7 @@ class Replica:
     async def whole(self, asked: Asked) -> list[Message]:
         """All of an answer that is not long and costs no client anything."""
         messages: list[Message] = []
-        async for reply in self.answer(replace(asked, client="")):
+        async for reply in self.answer(replace(asked, client=NOBODY)):
             if not isinstance(reply, Taken):
                 messages += reply.messages if isinstance(reply, Ended) else reply
         return messages

@@ -211,7 +211,7 @@ def _machine_memory(meminfo: Path) -> tuple[int, int]:
     """All of it and what is free, as far as the system tells: some leave out lines, or the file."""
     fields = _kib_fields(meminfo)
     total = fields.get("MemTotal") or _bytes_of("SC_PHYS_PAGES", meminfo)
-    free = fields.get("MemAvailable", _free(fields) or None)
+    free = fields.get("MemAvailable", _free(fields) if "MemFree" in fields else None)
     return total, min(total, _bytes_of("SC_AVPHYS_PAGES", meminfo) if free is None else free)
 
 

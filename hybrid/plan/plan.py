@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +190,18 @@ def make_plan(
     nodes = choose_nodes(hardware, config, threads)
     wanted = config.max_seq_len or min(spec.longest, DEFAULT_SEQ_LEN)
 
-    def sized(length: int, rows: int) -> Plan:
-        return _sized(spec, hardware, config, mix, threads, nodes, Extents(rows, config.max_batch, length))
+    def sized(rows: int) -> Plan:
+        """With the context that is wanted, or where none was asked for with as much of it as fits."""
+        size = partial(_sized, spec, hardware, config, mix, threads, nodes)
+        plan = size(Extents(rows, config.max_batch, wanted))
+        if config.max_seq_len is None and KEY_BLOCK <= plan.kv_token_budget < wanted:
+            plan = size(Extents(rows, config.max_batch, plan.kv_token_budget))
+        return plan
 
-    plan = sized(wanted, config.least_chunk)
-    if config.max_seq_len is None and KEY_BLOCK <= plan.kv_token_budget < wanted:
-        plan = sized(plan.kv_token_budget, config.least_chunk)
+    plan = sized(config.least_chunk)
     if config.chunk_size != "auto":
         return plan
-    return _with_chunk(plan, lambda rows: sized(plan.max_seq_len, rows), _chunk(plan, spec, config, rates))
+    return _with_chunk(plan, sized, _chunk(plan, spec, config, rates))
 
 
 def _chunk(plan: Plan, spec: ModelSpec, config: EngineConfig, rates: Rates | None) -> Chunk:

@@ -7,3 +7,4 @@ from contextvars import ContextVar
 # `Gate` sets both before anything reads the request.
 CLIENT: ContextVar[str] = ContextVar("client", default="")
 URGENT: ContextVar[bool] = ContextVar("urgent", default=True)  # whether it may ask for a priority below 0
+NOBODY = "nobody"  # a client that no request is from, where what it costs is no matter: keys have numbers
