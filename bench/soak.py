@@ -31,6 +31,7 @@ from mixed import WHOLE, go_through, said, status, visits
 from hybrid.commands.tables import markdown
 
 PART = 40  # visits between two looks at the clock
+LINES = 50  # of what the server writes, the last of which are told where something is wrong
 MOST = {"resident_mb": 16.0, "threads": 0.5, "files": 0.5, "processes": 0.5}  # more than this is growth
 
 
@@ -114,20 +115,21 @@ def table(samples: Sequence[Sample]) -> str:
     return "\n".join(markdown(("minute", "resident MB", "threads", "files", "processes"), rows, [False] * 5))
 
 
-def start(flags: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
-    """A server at a free port, and its address once it is ready."""
+def start(flags: Sequence[str]) -> tuple[subprocess.Popen[str], str, deque[str]]:
+    """A server at a free port, its address once it is ready, and the last lines that it writes from then on."""
     command = [sys.executable, "-m", "hybrid.serve", "--port", "0", "--log", "none", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines = iter(process.stderr or ())
     for line in lines:
         if line.startswith("ready at "):
-            Thread(target=deque, args=(lines, 0), daemon=True).start()  # it must not wait for a reader of its warnings
-            return process, line.split()[2].rstrip(";")
+            last = deque[str](maxlen=LINES)
+            Thread(target=last.extend, args=(lines,), daemon=True).start()  # it must not wait for a reader
+            return process, line.split()[2].rstrip(";"), last
     raise SystemExit("the server has ended")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    process, address = start(options.flags)
+    process, address, last = start(options.flags)
     try:
         url = httpx.URL(address)
         model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
@@ -142,7 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"{count} connections in {minutes:.1f} minutes; at the end {ready or soak.ended}")
     return {
         "minutes": minutes, "answers": dict(soak.answers), "growth": soak.growth(),
-        "wrong": soak.wrong(), "samples": [asdict(sample) for sample in soak.samples],
+        "wrong": soak.wrong(), "said": [*last], "samples": [asdict(sample) for sample in soak.samples],
     }  # fmt: skip
 
 
@@ -160,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = run(options)
     for line in found["wrong"]:
         print(line)
+    if found["wrong"]:
+        print("the server wrote last:", *map(str.rstrip, found["said"]), sep="\n")
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
     if found["wrong"]:
