@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hybrid.errors import CapacityError, DeviceFailed, KernelError, RequestError
 from hybrid.serving import scheduler as scheduling
 from hybrid.serving.loop import Loop
 from hybrid.serving.scheduler import StepRecord
+from hybrid.serving.stepper import Stepper
 
 
 def test_requests_join_the_steps_of_those_that_run(llm: LLM, engine: GatedEngine, callers) -> None:
@@ -102,6 +104,35 @@ def test_a_cut_that_comes_too_late_harms_nobody(engine: GatedEngine, callers) ->
         engine.permit(4)
         assert in_time(other) == reference_tokens([2], 4)
         settle_steps(engine, 5)  # one of them began twice
+
+
+def test_a_step_that_is_cut_twice_leaves_nothing_to_others() -> None:
+    """The first cut ends it; the second comes before its thread has heard of that, and meets the step of others."""
+
+    class Engine:
+        device_step = experts = None
+        marked, steps = False, 0
+
+        def cancel(self) -> None:
+            self.marked = True
+
+        def forward(self, batch: str) -> str:
+            self.steps += 1
+            if batch == "of who left":
+                stepper.cut()
+            marked, self.marked = self.marked, False
+            if batch == "of who left":
+                stepper.cut()
+            if marked:
+                raise StepCancelled("cancelled")
+            return batch
+
+    engine = Engine()
+    stepper = Stepper(engine)
+    with pytest.raises(StepCancelled):
+        stepper.forward([SimpleNamespace(unwanted=True)], "of who left")
+    assert stepper.forward([SimpleNamespace(unwanted=False)], "of who stays") == "of who stays"
+    assert engine.steps == 3  # one of them began twice
 
 
 def test_a_stream_that_the_collector_closes_inside_a_step_breaks_nobody(llm: LLM, engine: GatedEngine, monkeypatch):

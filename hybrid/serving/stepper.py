@@ -26,7 +26,7 @@ class Stepper:
         self._engine = engine
         self._jobs: Sequence[Job] = ()  # those of the running step
         self._begun: float | None = None  # when it began
-        self._late = 0  # steps that may yet be ended by a cut that came too late for its own
+        self._late = 0  # steps, at most, that may yet be ended by a cut that came too late for its own
         self._lock = RLock()  # held while another thread cancels a step, and while the engine is closed
         self._canceller: int | None = None  # the thread that cancels a step
         self._stopping = self._closed = False
@@ -91,8 +91,9 @@ class Stepper:
 
     def _cancel(self) -> None:
         if not self._closed:
-            # One for each op list that `Engine.cancel` marks.
-            self._late = 1 + bool(self._engine.device_step) + bool(self._engine.experts)
+            # One for each op list that `Engine.cancel` marks. Those of before stay: a step may have been ended, and
+            # marked once more before its thread has heard of that.
+            self._late += 1 + bool(self._engine.device_step) + bool(self._engine.experts)
             self._engine.cancel()
 
     def _meant(self, jobs: Sequence[Job]) -> bool:
