@@ -28,8 +28,10 @@ from server_rig import parse_events, until  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from hybrid import LLM, EngineConfig  # noqa: E402
+from hybrid.cluster import replica as replica_module  # noqa: E402
 from hybrid.cluster.affinity import LEAD, Affinity  # noqa: E402
 from hybrid.cluster.asking import ReplicaLost  # noqa: E402
+from hybrid.cluster.charges import Charges  # noqa: E402
 from hybrid.cluster.config import ClusterConfig  # noqa: E402
 from hybrid.cluster.prefixes import BLOCK, prefix_of  # noqa: E402
 from hybrid.cluster.relay import Relay  # noqa: E402
@@ -37,7 +39,9 @@ from hybrid.cluster.shares import bind, processors_each, share  # noqa: E402
 from hybrid.commands.serve import app  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
 from hybrid.machine.hardware import MemoryNode  # noqa: E402
+from hybrid.server.config import ServerConfig  # noqa: E402
 from hybrid.server.fields import completions_asked  # noqa: E402
+from hybrid.server.quotas import Quotas  # noqa: E402
 from hybrid.server.stream import PING, Opening  # noqa: E402
 from hybrid.server.texts import TEXT_PATHS  # noqa: E402
 
@@ -265,7 +269,7 @@ def test_limits_of_a_key_are_those_of_all_replicas_together() -> None:
         }
         limited = {path for path in paths if ask(path).status_code == 429}
         assert limited == paths - TEXT_PATHS and paths > TEXT_PATHS
-        assert ask("/tokenize", content="a").status_code == 200
+        assert not limited & {"/tokenize", "/api/show"} and ask("/tokenize", content="a").status_code == 200
         running.append(pool.submit(ask, COMPLETE, key="two", prompt="d", max_tokens=1))
         until(lambda: taken("a") + taken("b") == 3)
         for engine, _ in engines.values():
@@ -291,9 +295,41 @@ def test_tokens_of_a_key_are_counted_wherever_they_were_computed_and_also_of_who
             engine.permit(1000)
         assert [ask("one", prompt=prompt).status_code for prompt in ("a" * 30, "b" * 30, "c")] == [200, 200, 429]
         assert {name for name, _ in server.replicas.asked} == {"a", "b"}
+        assert [ask("two", prompt=prompt, max_tokens=1).status_code for prompt in "ab"] == [200, 200]
         for replica in server.replicas.there.values():
-            server.on_loop(replica.service._quotas.charge, "key 1", 25)
+            server.on_loop(replica.service._quotas.charge, "key 1", 20)  # of who left
         assert [ask("two", prompt=prompt).status_code for prompt in ("a", "b", "c")] == [200, 200, 429]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_early_is_charged_at_once_for_what_was_computed(monkeypatch, stream: bool) -> None:
+    """The replica is asked nothing more that it could tell the front with."""
+    monkeypatch.setattr(replica_module, "_COUNT_SECONDS", 0)
+    monkeypatch.setattr(replica_module, "_TELL_SECONDS", 0.01)
+    engine, llm = gated()
+    engine.permit(3)  # two for the prompt, one for the second letter
+    with fronted({"a": llm}, key_tokens_per_minute=90) as server:
+        body = json.dumps({"prompt": "ab" * 50, "max_tokens": 99, "temperature": 0, "stream": stream}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + body)
+            until(lambda: server.front._quotas.total("") >= 100)
+            assert server.replicas.there["a"].service._taken == 1, "it has not ended"
+        until(lambda: not server.front._tasks)
+        assert server.post(COMPLETE, prompt="c").status_code == 429 and len(server.replicas.asked) == 1
+        engine.permit(1000)
+
+
+def test_totals_of_a_replica_count_once_whatever_is_lost_on_the_way() -> None:
+    quotas = Quotas(ServerConfig())
+    charges = Charges(quotas)
+    charges.begin("a", "k", 500)  # of a front that was before this one
+    charges.note("a", "k", 530)
+    charges.note("a", "k", 510)  # of another answer, which was under way longer
+    charges.begin("a", "k", 570)
+    charges.begin("b", "k", 0)
+    charges.note("b", "k", 9)
+    assert quotas.total("k") == 79
 
 
 def test_where_no_key_is_demanded_a_question_that_costs_nothing_settles_no_debt() -> None:
@@ -301,6 +337,7 @@ def test_where_no_key_is_demanded_a_question_that_costs_nothing_settles_no_debt(
     with fronted({"a": llm}, key_tokens_per_minute=40) as server:
         engine.permit(1000)
         assert server.http.get("/v1/models").status_code == 200
+        assert server.post(COMPLETE, prompt="c", max_tokens=1).status_code == 200
         server.on_loop(server.replicas.there["a"].service._quotas.charge, "", 1000)  # of who left
         assert server.http.get("/v1/models").status_code == 200
         asked = [server.http.post(COMPLETE, json={"prompt": text, "max_tokens": 1}) for text in "ab"]

@@ -22,6 +22,7 @@ from test_kept import run
 from test_pool import chat
 
 from hybrid.errors import CapacityError, ConfigError, WeightsError
+from hybrid.files import atomic_file
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.serving import prefix_files, prefix_reader
 from hybrid.serving.prefix_files import SUFFIX, Part, PrefixFiles, digest
@@ -204,6 +205,31 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, caplog, monkeypatc
         disk.setattr(prefix_files, "atomic_file", full)
         assert [write(14, at) for at in (251, 260)] == [3, 3] and len(caplog.records) == 3
     assert write(14, 261) == 4
+    files.close()
+
+
+def test_a_disk_with_room_for_small_files_alone_is_said_once(tmp_path, caplog, monkeypatch) -> None:
+    def write(at: float, *counts: int) -> None:
+        now[0] = at
+        files.write([Part(PART.start, digest(TOKENS[:n], 0), TOKENS[:n], PART.keys, PART.state) for n in counts])
+        files.flush()
+
+    def nearly_full(path: Path) -> Any:
+        if path.name.endswith(f"-{digest(TOKENS[:14], 0)}{SUFFIX}"):
+            raise CapacityError(f"{path}: the disk is full; free some space")
+        return atomic_file(path)
+
+    now = [100.0]
+    monkeypatch.setattr(prefix_files, "monotonic", lambda: now[0])
+    files = opened(tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(prefix_files, "atomic_file", nearly_full)
+        for at in (100, 1000, 2000, 3000):
+            write(at, 10, 14)
+            write(at + 700, 10)
+    assert len(caplog.records) == 1, "files are written, and others are not, ever again"
+    write(5000, 10, 14)
+    assert len(caplog.records) == 2 and "written again" in caplog.text and len(files.after(PART.start)) == 2
     files.close()
 
 

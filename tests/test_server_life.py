@@ -174,6 +174,42 @@ def test_the_line_to_try_it_is_one_for_a_shell_whatever_the_name() -> None:
     assert process.wait(WATCHDOG) == 0
 
 
+def test_the_second_signal_loses_no_line_that_somebody_reads() -> None:
+    code = """
+from types import SimpleNamespace
+from hybrid.server import log
+from hybrid.server.process import Process
+log._CLOSE_SECONDS = 600
+with log.lines_to(2):
+    process = Process(None, SimpleNamespace(watch=lambda *given: None), print)
+    process.handle_exit(2, None)
+    for number in range(900):  # more than a pipe holds
+        log.tell(f"{number} " + 200 * "x")
+    process.handle_exit(2, None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=WATCHDOG)
+    assert ended.returncode == 130
+    assert [int(line.split()[0]) for line in ended.stderr.splitlines()] == list(range(900))
+
+
+def test_a_closed_stderr_is_not_taken_for_the_file_that_has_its_number_now(tmp_path) -> None:
+    code = """
+import logging, os, sys
+from hybrid.commands import serve
+from hybrid.server.log import tell
+other = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+assert other == 2
+def answer(*given):
+    tell("a line")
+    logging.warning("another")
+serve._serve_alone = answer
+serve.app([], standalone_mode=False)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    ended = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], capture_output=True, timeout=WATCHDOG)
+    assert (ended.returncode, ended.stdout) == (0, b"") and (tmp_path / "other").read_bytes() == b""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_ends_by_a_signal_and_at_once_by_the_second(number: int) -> None:
     process, address = serve("--drain-seconds", "3600")

@@ -27,26 +27,35 @@ class Asked:
 
 @dataclass(frozen=True)
 class Taken:
-    """A replica has begun with a request. It is the first thing that comes back. charged: tokens that its client got
-    there and that nobody was told of: of requests that it left.
+    """A replica has begun with a request. It is the first thing that comes back. total: tokens that its client got
+    there since the replica began, those of what runs too. It only grows, so that what is lost on the way is told by the
+    next one.
     """
 
     replica: str
-    charged: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """More of the answer. messages: none, where there is only something to count. total: as that of `Taken`."""
+
+    messages: list[Message]
+    total: int = 0
 
 
 @dataclass(frozen=True)
 class Ended:
     """The answer is whole, and this is the last thing that comes back. messages: its end. tokens: of the prompt and
-    produced, where known. charged: as that of `Taken`, with those of this request.
+    produced, where known. total: as that of `Taken`.
     """
 
     messages: list[Message]
     tokens: tuple[int, int] | None = None
-    charged: int = 0
+    total: int = 0
 
 
-Reply = Taken | list[Message] | Ended
+Reply = Taken | Said | Ended
 
 
 class ReplicaLost(Exception):

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from hybrid.cluster.asking import Asked, Ended, Message, QueueFull, ReplicaLost, Replicas, Reply, Taken
+from hybrid.cluster.charges import Charges
 from hybrid.cluster.config import ClusterConfig
 from hybrid.cluster.figures import Figures
 from hybrid.cluster.prefixes import prefix_of
@@ -48,6 +49,7 @@ class Front:
         self.figures = Figures()
         self._replicas: Replicas | None = None
         self._quotas = Quotas(config)  # of keys, over all replicas
+        self._charges = Charges(self._quotas)
         self._service = Service(config, names)  # it has no model, and answers what needs none
         self._local = endpoints(self._service)
         self._asking = {path for path, methods in self._local.openapi()["paths"].items() if "post" in methods}
@@ -181,13 +183,14 @@ class Front:
         async with aclosing(replicas.ask(asked)) as replies:
             taken = await self._first(replicas, replies)
             name = taken.replica
-            self._quotas.charge(asked.client, taken.charged)
+            self._charges.begin(name, asked.client, taken.total)
             async for reply in replies:
+                if isinstance(reply, Taken):
+                    continue
+                self._charges.note(name, asked.client, reply.total)  # before the client can ask for more
                 if isinstance(reply, Ended):
                     exchange.tokens = reply.tokens
-                    self._quotas.charge(asked.client, reply.charged)  # before the client can ask for more
-                    reply = reply.messages
-                for message in reply if isinstance(reply, list) else ():
+                for message in reply.messages:
                     await relay.pass_on(message, name)
 
     async def _first(self, replicas: Replicas, replies: AsyncGenerator[Reply, None]) -> Taken:

@@ -14,11 +14,10 @@ from hybrid.config import EngineConfig, check_config
 from hybrid.errors import ConfigError
 from hybrid.server.config import ServerConfig
 from hybrid.server.gate import Gate
-from hybrid.server.log import Lines
+from hybrid.server.log import lines_or_nothing, stderr
 from hybrid.settings import build, check_settings, choose, named_as_given, settings_of
 
 _ROOM = 100  # requests beyond those of replicas: for what the front answers itself
-_STDERR = 2
 _RAYS = {"host", "port", "ray_address"}  # Ray Serve decides of these
 
 
@@ -45,7 +44,7 @@ class Ingress:
 
     def __init__(self, options: ServerConfig, cluster: ClusterConfig, names: tuple[str, ...], handle: Any) -> None:
         """handle: of the deployment whose replicas have the model."""
-        logging.getLogger().addHandler(Lines(_STDERR))  # Ray keeps it
+        logging.getLogger().addHandler(lines_or_nothing(stderr()))  # Ray keeps it
         self._front, self._options = Front(options, cluster, names), options
         self._front.opened(RayReplicas(handle))
 

@@ -7,9 +7,11 @@ import os
 import platform
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from math import inf
+from time import monotonic
 from typing import Any
 
-from hybrid.cluster.asking import Asked, Ended, Message, Reply, Taken
+from hybrid.cluster.asking import Asked, Ended, Message, Reply, Said, Taken
 from hybrid.server.app import endpoints
 from hybrid.server.clients import CLIENT, NOBODY, URGENT
 from hybrid.server.config import ServerConfig
@@ -17,6 +19,11 @@ from hybrid.server.exchange import Exchange
 from hybrid.server.failures import log_failure
 from hybrid.server.refusals import internal
 from hybrid.server.service import Service
+
+
+_TELL_SECONDS = 1.0  # after which a client's tokens are told though nothing is said
+_COUNT_SECONDS = 0.1  # between two times that what runs is counted, whoever asks
+_NOTHING: Message = {}
 
 
 def options_of(front: ServerConfig) -> ServerConfig:
@@ -30,34 +37,47 @@ class Replica:
     def __init__(self, name: str, service: Service) -> None:
         self.name, self.service = name, service
         self._app = endpoints(service)
+        self._counted = -inf  # when what runs was counted
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Reply, None]:
-        """The messages of its answer, as many at once as there are; the last when all is counted. Closing it ends the
-        request.
+        """The messages of its answer, as many at once as there are; the last when all is counted. While nothing is said
+        it tells from time to time what was computed. Closing it ends the request.
         """
-        yield Taken(self.name, self.service.tell_charged(asked.client))
+        told = self._total(asked.client)
+        yield Taken(self.name, told)
         said: asyncio.Queue[Message | None] = asyncio.Queue()
         exchange = Exchange(_scope(asked), _put_into(said), self.service.config)
         task = asyncio.ensure_future(self._run(asked, exchange))
         task.add_done_callback(lambda _: said.put_nowait(None))
         try:
             messages: list[Message] = []
-            while (message := await said.get()) is not None:
-                messages.append(message)
-                if said.empty() and message.get("more_body"):
-                    yield messages
-                    messages = []
-            yield Ended(messages, exchange.tokens, self.service.tell_charged(asked.client))
+            while (message := await _next(said)) is not None:
+                total = self._total(asked.client)
+                wanted = total != told
+                if message is not _NOTHING:
+                    messages.append(message)
+                    wanted = said.empty() and message.get("more_body", False)
+                if wanted:
+                    yield Said(messages, total)
+                    messages, told = [], total
+            yield Ended(messages, exchange.tokens, self.service.charged_total(asked.client))
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def _total(self, client: str) -> int:
+        """Tokens that a client got here, counted a moment ago at most."""
+        if monotonic() - self._counted >= _COUNT_SECONDS:
+            self.service.charge_running()
+            self._counted = monotonic()
+        return self.service.charged_total(client)
 
     async def whole(self, asked: Asked) -> list[Message]:
         """All of an answer that is not long and costs no client anything."""
         messages: list[Message] = []
         async for reply in self.answer(replace(asked, client=NOBODY)):
             if not isinstance(reply, Taken):
-                messages += reply.messages if isinstance(reply, Ended) else reply
+                messages += reply.messages
         return messages
 
     async def state(self) -> dict[str, Any]:
@@ -88,6 +108,15 @@ class Replica:
         finally:
             if self.service.telemetry:
                 self.service.telemetry.note(exchange)
+
+
+async def _next(said: asyncio.Queue[Message | None]) -> Message | None:
+    """What is said next; `_NOTHING`, after a while."""
+    try:
+        async with asyncio.timeout(_TELL_SECONDS):
+            return await said.get()
+    except TimeoutError:
+        return _NOTHING
 
 
 class _Body:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Closable")
 app = new_app()
-_STDERR = 2
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -39,10 +38,10 @@ def serve(config: EngineConfig, options: ServerConfig, cluster: ClusterConfig) -
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ConfigError(f"hybrid serve needs {', '.join(missing)}; install them: pip install 'hybrid-moe[server]'")
     options.all_keys()
-    from hybrid.server.log import lines_to, tell
+    from hybrid.server.log import lines_to, stderr, tell
 
     names = options.names_of(config.model_path)
-    with lines_to(_STDERR):
+    with lines_to(stderr()):
         if cluster.alone:
             _serve_alone(config, options, names)
         else:

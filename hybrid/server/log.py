@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -23,10 +24,25 @@ def tell(line: str) -> None:
     _told.info("%s", printable(line))
 
 
+def stderr() -> int | None:
+    """The descriptor of the standard error that this process was started with; None where it was closed, and its number
+    may have become that of another file.
+    """
+    try:
+        return None if sys.__stderr__ is None else sys.__stderr__.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def lines_or_nothing(descriptor: int | None, most: int = MOST) -> logging.Handler:
+    """A handler that writes there. descriptor: None for nowhere."""
+    return logging.NullHandler() if descriptor is None else Lines(descriptor, most)
+
+
 @contextmanager
-def lines_to(descriptor: int, most: int = MOST) -> Iterator[None]:
+def lines_to(descriptor: int | None, most: int = MOST) -> Iterator[None]:
     """While it lasts, what is told and every warning is written there."""
-    lines = Lines(descriptor, most)
+    lines = lines_or_nothing(descriptor, most)
     logging.getLogger().addHandler(lines)
     try:
         yield

@@ -47,9 +47,10 @@ def routes(service: Service) -> APIRouter:
     @router.post("/api/show", openapi_extra=takes(ShowBody), response_model=None)
     async def show(request: Request) -> Response:
         """What the model is."""
-        body = await read_body(request, ShowBody, max_bytes)
-        _check_model(service, body.model or body.name)
-        return JSONResponse(_shown(service))
+        with service.text():
+            body = await read_body(request, ShowBody, max_bytes)
+            _check_model(service, body.model or body.name)
+            return JSONResponse(_shown(service))
 
     @router.get("/api/tags", response_model=None)
     async def tags() -> dict[str, Any]:

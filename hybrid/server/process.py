@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -120,6 +121,7 @@ class Process(uvicorn.Server, Generic[T]):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal; also called by whoever wants the server to end."""
         if self._ending:
+            logging.shutdown()  # what waits in the log is written, as long as somebody reads it
             os._exit(_INTERRUPTED)
         self.end()
 

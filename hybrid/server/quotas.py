@@ -26,7 +26,7 @@ class Quotas:
         self._taken: Counter[str] = Counter()
         self._texts: Counter[str] = Counter()
         self._left: dict[str, tuple[float, float]] = {}  # tokens left of those who got any, and when that was counted
-        self._untold: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter()
 
     def require(self, client: str, count: int) -> None:
         """Raise Refusal where a client may not have so many completions more."""
@@ -76,13 +76,13 @@ class Quotas:
 
     def charge(self, client: str, tokens: int) -> None:
         """A client got so many tokens."""
-        self._untold[client] += tokens
+        self._totals[client] += tokens
         if self._tokens is not None:
             self._left[client] = (self._left_of(client) - tokens, self._clock())
 
-    def tell(self, client: str) -> int:
-        """Tokens that a client got since this was asked last: for whoever counts those of several servers."""
-        return self._untold.pop(client, 0)
+    def total(self, client: str) -> int:
+        """Tokens that a client got since the start: for whoever counts those of several servers."""
+        return self._totals[client]
 
     def _left_of(self, client: str) -> float:
         if self._tokens is None or client not in self._left:

@@ -191,9 +191,20 @@ class Service:
         """The client of this request got so many tokens beside those of its completions."""
         self._quotas.charge(CLIENT.get(), tokens)
 
-    def tell_charged(self, client: str) -> int:
-        """Tokens that a client got since this was asked last."""
-        return self._quotas.tell(client)
+    def charge_running(self) -> None:
+        """Count what was computed so far of what runs."""
+        for run in self._runs:
+            self._charge(run)
+
+    def charged_total(self, client: str) -> int:
+        """Tokens that were counted for a client since the start."""
+        return self._quotas.total(client)
+
+    def _charge(self, run: Run) -> None:
+        """Count what was computed for its client since this was done last."""
+        computed = sum(map(_computed_tokens, run.requests))
+        self._quotas.charge(run.client, computed - run.charged)
+        run.charged = computed
 
     def refuse(self, error: BaseException) -> Refusal:
         """What the client of a request is told that ended with an error. Not being able to compute is remembered."""
@@ -240,7 +251,7 @@ class Service:
     def leave(self, run: Run) -> None:
         self._runs.discard(run)
         self._take(run.client, -run.count)
-        self._quotas.charge(run.client, sum(map(_computed_tokens, run.requests)))
+        self._charge(run)
         self.metrics.on_end([request.completion for request in run.requests])
 
     async def drain(self, seconds: float) -> None:
@@ -272,11 +283,14 @@ def _computed_tokens(request: Request) -> int:
 
 
 class Run:
-    """Completions that one client waits for. `close` ends what has not finished, and must be called once."""
+    """Completions that one client waits for. `close` ends what has not finished, and must be called once. charged:
+    tokens that were counted for the client.
+    """
 
     def __init__(self, service: Service, requests: list[Request], count: int, client: str) -> None:
         """Raises Refusal."""
         self.requests, self.count, self.service, self.client = requests, count, service, client
+        self.charged = 0
         metrics = service.metrics
         for request in requests:
             request.client = client

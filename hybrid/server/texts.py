@@ -17,7 +17,8 @@ from hybrid.serving.llm import LLM
 from hybrid.text.messages import ChatInput
 from hybrid.text.token_texts import TokenTexts
 
-TEXT_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"}  # which compute nothing
+# Which compute nothing.
+TEXT_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens", "/api/show"}
 
 
 def routes(service: Service) -> APIRouter:

@@ -135,6 +135,7 @@ class PrefixFiles:
         self._nbytes = self._pending = 0
         self._rests_until = 0.0  # nothing is taken before; the disk was full
         self._rest = FIRST_REST
+        self._unsure = 0  # bytes to be written without a failure before the disk counts as sound again
         self._queue: SimpleQueue[tuple[list[Entry], list[Part]] | threading.Event | None] = SimpleQueue()
         self._queued: set[Path] = set()  # files that are to be written
         self._index()
@@ -225,14 +226,17 @@ class PrefixFiles:
                 self._use_all(used)  # before room is made
                 self._use_all(used + [self._write(part) for part in parts if monotonic() >= self._rests_until])
             except Exception as error:  # whatever it is, the thread goes on, for somebody may wait for it
-                self._wait(error)
+                self._wait(error, parts)
             with self._lock:
                 self._pending -= sum(part.nbytes for part in parts)
                 self._queued.difference_update(map(self._path, parts))
 
-    def _wait(self, error: Exception) -> None:
-        """Take nothing for a while, which doubles until something is written again."""
+    def _wait(self, error: Exception, parts: Sequence[Part]) -> None:
+        """Take nothing for a while, which doubles until as much is written again as these parts have: a disk that is
+        nearly full has room for the smaller ones.
+        """
         with self._lock:
+            self._unsure = max(self._unsure, sum(part.nbytes for part in parts))
             self._rests_until = max(self._rests_until, monotonic() + self._rest)
             if self._rest == FIRST_REST:
                 _logger.warning("kept prompts are not written, and tried again in %g s: %s", self._rest, error)
@@ -253,10 +257,14 @@ class PrefixFiles:
             for values in part.body:
                 file.write(values.data)
         self._add(entry)
-        if self._rest > FIRST_REST:
+        self._note_written(part.nbytes)
+        return entry
+
+    def _note_written(self, size: int) -> None:
+        self._unsure = max(0, self._unsure - size)
+        if self._rest > FIRST_REST and not self._unsure:
             self._rest = FIRST_REST
             _logger.warning("kept prompts are written again")
-        return entry
 
     def _checksum(self, part: Part) -> str:
         sizes = (VERSION, self._mark, part.start, part.end, len(part.tokens), len(part.keys), len(part.state))
