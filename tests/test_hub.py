@@ -21,7 +21,16 @@ from hybrid.weights.hub import Repository, local_model, parse_name
 
 pytest.importorskip("huggingface_hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WEIGHTS, EXTRA = "model.safetensors", ("pytorch_model.bin", "modeling.py", "original/model.safetensors", "x.gguf")
+WEIGHTS, EXTRA = (
+    "model.safetensors",
+    (
+        "pytorch_model.bin",
+        "modeling.py",
+        "original/model.safetensors",
+        "x.gguf",
+        "consolidated.safetensors",
+    ),
+)
 FETCH = """
 import json, sys
 from pathlib import Path
@@ -175,6 +184,8 @@ def test_a_repository_is_fetched_once_and_only_what_is_needed(hub: Hub, tmp_path
     assert (Path(moved["folder"]) / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
     assert whole["last"][0][0] == "fetching org/whole"
     assert not [path for _, path, _ in hub.asked if path.endswith(EXTRA[:2] + EXTRA[3:]) or "original" in path]
+    whose = [path for method, path, _ in hub.asked if method == "GET" and path.startswith("/org/whole/resolve/")]
+    assert whose[-1].endswith(WEIGHTS)  # the weights come last, when all else has been looked at
     assert [method for method, path, _ in hub.asked if path == f"/org/whole/resolve/{COMMIT}/{WEIGHTS}"].count(
         "GET"
     ) == 1
@@ -240,6 +251,34 @@ def test_a_gguf_file_may_be_named(hub: Hub, tmp_path: Path) -> None:
     assert Path(found[1]["folder"]).with_name(parts[1].name).read_bytes() == parts[1].read_bytes()
     assert "the repository has no file c.gguf" in found[2]["error"]
     assert not list(tmp_path.rglob(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tekken.json": b"{}"}, ["org/whole: has no tokenizer.json, only tekken.json", "add the tokenizer.json"]),
+        ({"config.json": b'{"model_type": "gpt2"}'}, ["model_type 'gpt2' is not supported"]),
+        (
+            {
+                "config.json": json.dumps(
+                    {**CONFIGS["qwen3_moe"], "quantization_config": {"quant_method": "hqq"}}
+                ).encode()
+            },
+            ["quant_method 'hqq'"],
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_weights_are_fetched(
+    hub: Hub, tmp_path: Path, changes: dict[str, bytes], words: list[str]
+) -> None:
+    before, hub.files = hub.files, {**hub.files, **changes}
+    hub.asked.clear()
+    try:
+        (found,) = fetch(hub, tmp_path, "org/whole")
+    finally:
+        hub.files = before
+    assert all(word in found["error"] for word in words) and "\n" not in found["error"], found
+    assert not [path for _, path, _ in hub.asked if path.endswith(".safetensors")]
 
 
 def test_what_is_a_name() -> None:

@@ -8,18 +8,22 @@ import pickle
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
 from dummy_tokenizer import byte_level
+from typer.testing import CliRunner
 
 from hybrid import LLM
+from hybrid.commands.pack import app as pack
 from hybrid.errors import ConfigError, HybridError, RequestError
 from hybrid.serving import llm as serving
 from hybrid.text import convert, tokenizer
 from hybrid.text.chat_template import load_template
+from hybrid.text.gguf_patterns import TEKKEN
 from hybrid.text.tokenizer import load_tokenizer, read_eos_ids
 from hybrid.text.tokenizer_backend import backend_errors
 from hybrid.weights import companions
@@ -125,6 +129,91 @@ def test_a_store_without_its_tokenizer_says_why(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="sentencepiece"):
         LLM(source, cache_dir=tmp_path / "cache", notice=notices.append)
     assert any("the store has no tokenizer.json" in line for line in notices)
+
+
+def test_mistrals_own_vocabulary_is_refused_before_a_model_is_packed(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", "llama")
+    (source / "tekken.json").write_text("{}")
+    result = CliRunner().invoke(pack, ["--input-path", str(source), "--output-path", str(tmp_path / "store")])
+    assert result.exit_code == 2
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json, only tekken\.json.*; add the tokenizer\.json"):
+        LLM(source, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "store").exists()
+    (source / "tokenizer.json").write_text(byte_level().to_str())
+    with LLM(source, cache_dir=tmp_path / "cache") as llm:
+        assert llm.tokenizer is not None
+
+
+WRONG_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEXT = "aB aB 12 ab"
+
+
+def of_mistral(path: Path, steps: str, config: dict[str, Any], **more: Any) -> Path:
+    """A vocabulary of Mistral's size in which a pattern decides whether "aB" is one token. steps: of cutting."""
+    content = json.loads(byte_level().to_str())
+    split = {"type": "Split", "pattern": {"Regex": WRONG_PATTERN}, "behavior": "Isolated", "invert": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"both": {"type": "Sequence", "pretokenizers": [split, whole]}, "one": whole}[steps]
+    vocab = content["model"]["vocab"]
+    vocab["aB"] = len(vocab)
+    content["model"]["merges"] = [["a", "B"]]
+    vocab |= {f"filling {index}": len(vocab) + index for index in range(100_001)}
+    path.mkdir()
+    for name, item in (("tokenizer", content), ("config", config), ("tokenizer_config", more)):
+        (path / f"{name}.json").write_text(json.dumps(item))
+    return path
+
+
+def tokens_of_transformers(path: Path) -> list[int]:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path).encode(TEXT, add_special_tokens=False)
+
+
+MISTRAL = {"model_type": "mistral3", "transformers_version": "4.52.4"}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "steps", "told", "apart"),
+    [
+        (MISTRAL, {}, "both", True, False),
+        (MISTRAL, {"fix_mistral_regex": True}, "both", False, True),
+        (MISTRAL, {"fix_mistral_regex": True}, "one", False, True),
+        (MISTRAL, {"fix_mistral_regex": False}, "both", False, False),
+        ({"model_type": "mistral"}, {}, "both", True, False),
+        ({**MISTRAL, "transformers_version": "5.0.0.dev0"}, {}, "both", True, False),
+        ({**MISTRAL, "transformers_version": "5.0.0"}, {"fix_mistral_regex": True}, "both", False, False),
+        ({**MISTRAL, "model_type": "llama"}, {"fix_mistral_regex": True}, "both", False, False),
+    ],
+)
+def test_patterns_of_mistral_are_corrected_as_transformers_does(
+    tmp_path: Path, config: dict[str, Any], more: dict[str, Any], steps: str, told: bool, apart: bool
+) -> None:
+    """apart: whether "aB" is two words. By default tokens are those of the file, and a line says so."""
+    path, lines = of_mistral(tmp_path / "model", steps, config, **more), []
+    tokenizer = load_tokenizer(path, None, lines.append)
+    assert tokenizer is not None
+    ids = tokenizer.encode(TEXT)
+    assert (tokenizer.token_id("aB") in ids) != apart and tokenizer.decode(ids) == TEXT
+    assert len(lines) == told and all('"fix_mistral_regex": true' in line and "\n" not in line for line in lines)
+    if find_spec("transformers"):
+        assert ids == tokens_of_transformers(path)
+
+
+def test_a_right_pattern_is_not_told_of(tmp_path: Path) -> None:
+    path, lines = of_mistral(tmp_path / "model", "both", MISTRAL), []
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = TEKKEN
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(path, None, lines.append) is not None and not lines
+    (path / "tokenizer_config.json").write_text('{"fix_mistral_regex": "yes"}')
+    assert load_tokenizer(path) is not None  # nothing to correct
+
+
+def test_a_correction_must_be_true_or_false(tmp_path: Path) -> None:
+    path = of_mistral(tmp_path / "model", "both", MISTRAL, fix_mistral_regex="yes")
+    with pytest.raises(ConfigError, match="fix_mistral_regex is 'yes'; it must be true or false"):
+        load_tokenizer(path)
 
 
 def changed(path: Path, **parts: Any) -> Path:

@@ -96,11 +96,11 @@ class LLM:
         config = with_local_model(config, progress)
         path = config.model_path or EMBEDDED_MODEL
         # Files that have to be converted are known only once there is a store; all others are wrong before it is made.
-        texts = None if needs_conversion(path) else _read_texts(path, config)
+        texts = None if needs_conversion(path) else _read_texts(path, config, None, notice)
         self._name = path.absolute().name if config.model_path else "the embedded model"
         engine = Engine.open(config, progress, notice)
         try:
-            self._assemble(engine, *(texts or _read_texts(path, config, engine.store.path)))
+            self._assemble(engine, *(texts or _read_texts(path, config, engine.store.path, notice)))
         except BaseException:
             engine.close()
             raise
@@ -379,14 +379,14 @@ def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _read_texts(
-    path: Path, config: EngineConfig, store_path: Path | None = None
+    path: Path, config: EngineConfig, store_path: Path | None = None, notice: Callable[[str], None] | None = None
 ) -> tuple[Tokenizer | None, frozenset[int], ChatTemplate | None, AnswerFormat]:
     """What a model directory says of texts: tokenizer, ends, chat template, and how answers are written."""
     if store_path and is_gguf(path):
         if not is_file(store_path / CONVERTED):
             text_files(path)  # says what is wrong with them
         path = store_path
-    tokenizer, template = load_tokenizer(path, store_path), load_template(path)
+    tokenizer, template = load_tokenizer(path, store_path, notice), load_template(path)
     source, tokens = template.sources if template else "", tokenizer.added if tokenizer else ()
     answers = choose_format(source, tokens, config.reasoning_parser, config.tool_parser)
     return tokenizer, read_eos_ids(path, tokenizer), template, answers

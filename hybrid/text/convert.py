@@ -17,6 +17,7 @@ from hybrid.files.gguf import is_gguf
 from hybrid.text.gguf_texts import TOKENIZER
 
 CONVERTED = TOKENIZER
+MISTRALS_OWN = "tekken.json"  # a vocabulary that nothing here reads
 EXTRA = "pip install 'hybrid-moe[convert]'"
 _PROGRAM = Path(__file__).with_name("convert_process.py")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -30,6 +31,17 @@ def needs_conversion(model_path: Path) -> bool:
     if is_gguf(model_path):
         return True
     return not is_file(model_path / CONVERTED) and bool(_found(model_path, _all()))
+
+
+def require_readable(model_path: Path) -> None:
+    """Raise ConfigError for a model directory whose only tokenizer is Mistral's own."""
+    if is_gguf(model_path) or not is_file(model_path / MISTRALS_OWN):
+        return
+    if not is_file(model_path / CONVERTED) and not _found(model_path, _all()):
+        raise ConfigError(
+            f"{model_path}: has no {CONVERTED}, only {MISTRALS_OWN}, which is Mistral's own form and not read; add the "
+            f"{CONVERTED} of the model, or take a repository or a GGUF file that has its tokenizer"
+        )
 
 
 def convert_tokenizer(model_path: Path) -> bytes:

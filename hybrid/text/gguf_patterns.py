@@ -26,7 +26,7 @@ def _cased(contractions: str, letters: str = "") -> str:
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 _GPT4O = _cased(f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}|" + _REST
 _KIMI = r"\p{Han}+|" + _cased(f"{_CONTRACTIONS}?", r"&&[^\p{Han}]") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
-_TEKKEN = _cased("") + r"|\p{N}|" + _REST
+TEKKEN = _cased("") + r"|\p{N}|" + _REST
 _DIGITS = r"\p{N}"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 _DEEPSEEK3 = (
@@ -74,7 +74,7 @@ CUTTINGS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan", "stablelm2", "solar-open", "grok-2"), _AS_QWEN2),
     "qwen35": Cutting((_QWEN35,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cutting((_GPT4O,))),
-    "tekken": Cutting((_TEKKEN,), whole=True, adds_bos=True),
+    "tekken": Cutting((TEKKEN,), whole=True, adds_bos=True),
     "kimi-k2": Cutting((_KIMI,)),
     "deepseek-llm": Cutting(_DEEPSEEK),
     "deepseek-coder": Cutting(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, _DIGITS)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import ConfigError, RequestError
 from hybrid.files import is_file
 from hybrid.text.convert import CONVERTED, convert_tokenizer, needs_conversion
+from hybrid.text.mistral_pattern import correct_pattern
 from hybrid.text.special_tokens import read_json, read_special_tokens
 from hybrid.text.tokenizer_backend import backend_errors, has_byte_level, parse_backend, read_backend
 
@@ -77,14 +78,18 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
 
-def load_tokenizer(model_path: Path, store_path: Path | None = None) -> Tokenizer | None:
+def load_tokenizer(
+    model_path: Path, store_path: Path | None = None, notice: Callable[[str], None] | None = None
+) -> Tokenizer | None:
     """The tokenizer of a model directory, None where it has no tokenizer files. Raises ConfigError.
 
-    store_path: the store of the model, which has the tokenizer.json that was made of other files.
+    store_path: the store of the model, which has the tokenizer.json that was made of other files. notice: told in a
+    line of a tokenizer that may cut texts wrongly.
     """
     backend = _load_backend(model_path, store_path)
     if backend is None:
         return None
+    correct_pattern(backend, model_path, notice)
     tokens = read_special_tokens(model_path)
     with backend_errors(f"the tokens of {model_path} cannot be added", "restore its tokenizer files", ConfigError):
         tokens.add_to(backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,8 +18,11 @@ from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import is_file
 from hybrid.files.gguf import SUFFIX, is_gguf
-from hybrid.weights.checkpoints.files import BESIDE, has_weights
+from hybrid.models import model_spec
+from hybrid.text.convert import MISTRALS_OWN, require_readable
+from hybrid.weights.checkpoints.files import BESIDE, has_weights, read_config
 from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in, split_names
+from hybrid.weights.checkpoints.published import native_mix
 from hybrid.weights.manifest import MANIFEST
 
 Progress = Callable[[str, int, int], None]
@@ -27,7 +30,9 @@ Progress = Callable[[str, int, int], None]
 PREFIX = "hf:"
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+OTHER_FORMS = ("*/*", "consolidated*")  # of the same weights
 TEXT = (
+    MISTRALS_OWN,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,10 +75,14 @@ def local_model(path: Path, progress: Progress | None = None, only_config: bool 
     weights, or the directory of the repository which it names, fetched if it is not here.
 
     only_config: without weights and tokenizer. A directory that is here wins over a repository of that name. Raises
-    ConfigError and WeightsError; a path that is neither is given back, for its reader to refuse.
+    ConfigError and WeightsError, of a tokenizer that cannot be read too; a path that is neither is given back, for its
+    reader to refuse.
     """
     if os.path.exists(path):
-        return _gguf_file(path, only_config)
+        found = _gguf_file(path, only_config)
+        if not only_config:
+            require_readable(found)
+        return found
     repository = parse_name(str(path))
     return path if repository is None else _fetch(repository, progress, only_config)
 
@@ -106,6 +115,41 @@ def parse_name(text: str) -> Repository | None:
 
 
 def _fetch(repository: Repository, progress: Progress | None, only_config: bool) -> Path:
+    """The directory of a repository, or its GGUF file. Of a directory the weights come last, once all else is here and
+    says that they can be used.
+    """
+    if repository.file:  # which says what it is in its first bytes, and is fetched whole
+        parts = [glob.escape(str(file)) for file in split_names(Path(repository.file))]
+        return _gguf_of(repository, _snapshot(repository, progress, parts))
+    texts = [] if only_config else TEXT
+    folder = _snapshot(repository, progress, [CONFIG, *BESIDE, *texts], OTHER_FORMS)
+    _check_config(repository, folder)
+    if only_config:
+        return folder
+    try:
+        require_readable(folder)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(folder), str(repository), 1)) from None
+    config = read_config(folder)
+    model_spec(config)
+    native_mix(config, {})
+    folder = _snapshot(repository, progress, [CONFIG, *BESIDE, *TEXT, *WEIGHTS], OTHER_FORMS, commit=folder.name)
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{repository}: the repository has no safetensors at its top; .bin and .pt are not read; name "
+            "another repository of the model, or one of its GGUF files, as org/name:FILE.gguf"
+        )
+    return folder
+
+
+def _snapshot(
+    repository: Repository,
+    progress: Progress | None,
+    wanted: Sequence[str],
+    unwanted: Sequence[str] = (),
+    commit: str | None = None,
+) -> Path:
+    """The directory with the files of a repository that match these patterns. commit: whatever was pushed since."""
     try:
         import huggingface_hub
         from huggingface_hub import utils
@@ -120,9 +164,9 @@ def _fetch(repository: Repository, progress: Progress | None, only_config: bool)
     try:
         folder = huggingface_hub.snapshot_download(
             repository.name,
-            revision=repository.revision,
-            allow_patterns=_wanted(repository, only_config),
-            ignore_patterns=None if repository.file else ["*/*"],  # other forms of the same weights
+            revision=commit or repository.revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(unwanted) or None,
             tqdm_class=_bar(f"fetching {repository}", progress),
         )
     except Exception as error:  # of several libraries
@@ -131,14 +175,7 @@ def _fetch(repository: Repository, progress: Progress | None, only_config: bool)
         utils.logging.set_verbosity(verbosity)
         if not bars:
             utils.enable_progress_bars()
-    return _checked(repository, Path(folder), only_config)
-
-
-def _wanted(repository: Repository, only_config: bool) -> list[str]:
-    """Patterns of files to fetch. A GGUF file says what it is in its first bytes, and is fetched whole."""
-    if repository.file:
-        return [glob.escape(str(file)) for file in split_names(Path(repository.file))]
-    return [CONFIG, *BESIDE] if only_config else [CONFIG, *BESIDE, *WEIGHTS, *TEXT]
+    return Path(folder)
 
 
 def _bar(what: str, progress: Progress | None) -> Any:
@@ -186,19 +223,14 @@ def _refuse(repository: Repository, error: Exception) -> NoReturn:
     raise WeightsError(f"{repository}: fetching it failed ({line}); the same command resumes it") from None
 
 
-def _checked(repository: Repository, folder: Path, only_config: bool) -> Path:
-    """Where the model is. Raises WeightsError for a repository without what is needed."""
-    if repository.file:
-        if not (folder / repository.file).is_file():
-            raise WeightsError(f"{repository}: the repository has no file {repository.file}; name one that it has")
-        return gguf_files(folder / repository.file)[0]
+def _gguf_of(repository: Repository, folder: Path) -> Path:
+    if not repository.file or not (folder / repository.file).is_file():
+        raise WeightsError(f"{repository}: the repository has no file {repository.file}; name one that it has")
+    return gguf_files(folder / repository.file)[0]
+
+
+def _check_config(repository: Repository, folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         raise WeightsError(
             f"{repository}: the repository has no {CONFIG} at its top, so it is no model for this program"
         )
-    if not only_config and not any(folder.glob("*.safetensors")):
-        raise WeightsError(
-            f"{repository}: the repository has no safetensors at its top; .bin and .pt are not read; name "
-            "another repository of the model, or one of its GGUF files, as org/name:FILE.gguf"
-        )
-    return folder
