@@ -118,6 +118,42 @@ def test_fused_fp8_experts_start_within_a_square(tmp_path: Path) -> None:
                 assert (found == dequantised(one, "x")).all()
 
 
+@pytest.mark.parametrize("stray", ["_weight_scale", "_scale_inv", "_weight_scale_2", "_blocks.scales", ".weight_scale"])
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_scales_beside_fused_experts_that_would_be_left_out_are_refused(
+    tmp_path: Path, family: str, part: str, stray: str
+) -> None:
+    """Tensors that look like floats may be codes of another kind."""
+    tensors = random_tensors(CONFIGS[family], fused=True)
+    part = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}[part] if family == "granitemoe" else part
+    name = next(name for name in tensors if part in name and not name.endswith("bias"))
+    tensors[f"{name}{stray}"] = np.ones((6, 1), "f4")
+    checkpoint = Checkpoint.open(write_tensors(tmp_path, CONFIGS[family], tensors))
+    with pytest.raises(WeightsError, match=rf"tensor {name}{stray} says .* one tensor, .* not read; read are") as error:
+        checkpoint.check()
+    assert "\n" not in str(error.value)
+
+
+def test_fused_experts_in_fp8_that_are_not_read_say_so(tmp_path: Path) -> None:
+    """Not that scales are missing, which another method writes under another name, nor only when they are packed."""
+    for family, scales in (("qwen3_moe", "_weight_scale"), ("qwen3_vl_moe", "_scale_inv")):
+        text = CONFIGS["qwen3_moe"]
+        config = (
+            {"model_type": family, "text_config": {**text, "model_type": "qwen3_vl_moe_text"}}
+            if family == "qwen3_vl_moe"
+            else text
+        )
+        shapes = dict(model_spec(config).with_fused_experts().checkpoint_shapes("fused"))
+        tensors = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
+        for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+            tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+            tensors[f"{name}{scales}"] = np.ones((10, 1, 1), "f4")
+        checkpoint = Checkpoint.open(write_tensors(tmp_path / family, config, tensors))
+        with pytest.raises(WeightsError, match=f"gate_up_proj{scales} says that the experts of a layer"):
+            checkpoint.check()
+
+
 def test_modules_that_were_not_converted_are_bf16(tmp_path: Path) -> None:
     kept = {**FP8, "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.self_attn.o_proj"]}
     config = {**FP8_CONFIG, "quantization_config": kept}

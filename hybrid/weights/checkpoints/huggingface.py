@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,7 @@ class Checkpoint:
         if isinstance(entry, MatrixEntry):
             return entry.source(name, start, count, step)
         if entry.dtype == FP8_DTYPE and len(entry.shape) > 1:
-            return Fp8Source(name, entry, start, count, step, scales=self._entry(f"{name}_scale_inv"))
+            return Fp8Source(name, entry, start, count, step, scales=self._scales(name))
         _require_dtype(name, entry, tuple(FLOATS))
         return Source(name, entry, start, count, step)
 
@@ -158,6 +161,8 @@ class Checkpoint:
         experts = self.spec.expert_names()
         forms = {layer: self._form(names) for layer, names in experts.items()}
         blocked = "mxfp4" in forms.values()
+        for layer, names in experts.items():
+            self._check_fused(names, forms[layer])
         for name, shape in self.spec.checkpoint_shapes(forms):
             entry = self._entry(name)
             if isinstance(entry, MatrixEntry):
@@ -168,10 +173,40 @@ class Checkpoint:
             _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*FLOATS, *[FP8_DTYPE] * quantised))
             _require_shape(name, entry, shape)
             if quantised:
-                scales = f"{name}_scale_inv"
-                _require_dtype(scales, self._entry(scales), tuple(FLOATS))
-                squares = (*shape[:-2], -(-shape[-2] // SQUARE), -(-shape[-1] // SQUARE))
-                _require_shape(scales, self._entry(scales), squares)
+                scales, squares = self._scales(name), (*shape[:-2], *(-(-size // SQUARE) for size in shape[-2:]))
+                _require_dtype(f"{name}_scale_inv", scales, tuple(FLOATS))
+                _require_shape(f"{name}_scale_inv", scales, squares)
+
+    def _check_fused(self, names: GatedNames, form: ExpertForm) -> None:
+        """Raise `WeightsError` for fused experts beside which there is what the way they are read would leave out."""
+        in_fp8 = "" if names.fused_transposed else f"fp8 with a scale for {SQUARE} x {SQUARE} values (_scale_inv), "
+        for name in filter(None, (names.fused_gate_up, names.fused_down)):
+            if isinstance(self.entries.get(name), MatrixEntry):
+                continue
+            known = {bias_name(name), *(name + ending for ending in self._endings(names, name, form))}
+            stray = next((other for other in self._beside(name) if other not in known), None)
+            if stray:
+                raise WeightsError(
+                    f"{self.path}: tensor {stray:.200} says that the experts of a layer, which are one tensor, are "
+                    f"quantised in a way that is not read; read are {in_fp8}mxfp4 (_blocks, _scales) and floats: take "
+                    "the unquantised checkpoint, or one whose experts are tensors of their own"
+                )
+
+    def _endings(self, names: GatedNames, name: str, form: ExpertForm) -> tuple[str, ...]:
+        """Of the names of the tensors that fused experts of this form are made of."""
+        if form == "mxfp4":
+            return ("_blocks", "_scales")
+        in_fp8 = form == "fused" and name in self.entries and self.entries[name].dtype == FP8_DTYPE
+        return ("", "_scale_inv") if in_fp8 and not names.fused_transposed else ("",)
+
+    def _beside(self, name: str) -> list[str]:
+        """Names of this tensor and of all that begin with it, as those of its scales do."""
+        start = bisect_left(self._sorted, name)
+        return list(takewhile(lambda other: other.startswith(name), self._sorted[start:]))
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return self.names()
 
     def _fused(self, names: GatedNames, name: str, start: int, count: int, step: int) -> Source:
         fused = self._form(names) == "fused"
@@ -182,6 +217,16 @@ class Checkpoint:
             return self.rows(name, start, count, step)
         blocks, scales = self._entry(f"{name}_blocks"), self._entry(f"{name}_scales")
         return Mxfp4Source(name, blocks, start, count, step, scales=scales)
+
+    def _scales(self, name: str) -> Entry:
+        """Of a matrix in fp8."""
+        scales = f"{name}_scale_inv"
+        if scales not in self.entries:
+            raise WeightsError(
+                f"{self.path}: tensor {scales} is missing, with the scales of {name}, which is in fp8: "
+                "fetch all files again, or take the unquantised checkpoint"
+            )
+        return self.entries[scales]
 
     def _entry(self, name: str) -> Entry:
         module = name.removesuffix(".weight")
