@@ -312,6 +312,10 @@ WRONG = {
     "heads": ({"llama.attention.head_count_kv": 4}, "is wrong: num_attention_heads 6 is not a multiple"),
     "values": ({"llama.attention.value_length": 16}, "value_length 16; it must be 24, as of keys"),
     "rope": ({"llama.rope.scaling.type": "ntk"}, "rope.scaling.type 'ntk'; it must be none, linear or yarn"),
+    "late queries": (
+        {"llama.attention.temperature_scale": 0.1},
+        r"attention.temperature_scale 0\.1\d*; it must be absent or 0",
+    ),
     "layers": ({"llama.block_count": 3}, "tensor blk.2.attn_norm.weight is missing, its metadata asks for it"),
     "fewer layers": ({"llama.block_count": 1}, "tensor blk.1.attn_norm.weight has no place in a model"),
     "width": ({"llama.feed_forward_length": 80}, r"blk.0.ffn_gate.weight has shape \[72, 96\], its metadata asks"),

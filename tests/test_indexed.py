@@ -62,10 +62,13 @@ def test_a_model_that_never_selects_has_all_its_positions(family: str) -> None:
     assert (spec.longest, spec.longest_text) == (256, "the model's 256 positions")
 
 
+@pytest.mark.parametrize("index_topk", [200, 256])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_indexers_are_not_read(tmp_path: Path, family: str) -> None:
-    """From neither kind of file; other models have no such tensors."""
-    config = CONFIGS[family]
+def test_indexers_are_not_read(tmp_path: Path, family: str, index_topk: int) -> None:
+    """From neither kind of file, and whether or not a sequence can be so long that they select; other models have no
+    such tensors.
+    """
+    config = {**CONFIGS[family], "index_topk": index_topk}
     tensors = random_tensors(config)
     plain = packed(write_tensors(tmp_path / "plain", config, tensors))
     more = indexers(config, {}, "model.layers.{}.self_attn.indexer")

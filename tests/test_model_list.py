@@ -18,7 +18,8 @@ from hybrid.formats import FORMATS
 from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec, supported_models
 from hybrid.models.catalog import all_families
-from hybrid.weights.checkpoints.gguf_config import _FAMILIES, MODEL_TYPES
+from hybrid.weights.checkpoints.gguf_architectures import MODEL_TYPES
+from hybrid.weights.checkpoints.gguf_config import _FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs/models.md").read_text()

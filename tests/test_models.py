@@ -249,6 +249,9 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         ("glm4_moe", {"topk_group": 3}, "topk_group is 3"),
         ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 of heads of 24 dimensions"),
         ("glm4_moe", {"partial_rotary_factor": 0.01}, "turns 0"),
+        ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta is 0.1; .* absent or 0"),
+        ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank is null; it must be a number, the size of the latents"),
+        ("glm_moe_dsa", {"q_lora_rank": None}, "q_lora_rank is null"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("minimax_m2", {"n_group": 2}, "n_group is 2"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias is True"),
@@ -268,6 +271,34 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
 def test_bad_values_of_a_family_are_named(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _spec(family, **changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen3", "gpt_oss", "smollm3"])
+def test_null_means_a_key_head_for_each_query_head_and_an_even_share(family: str) -> None:
+    """What a family takes for a field that is missing is another matter."""
+    attention = _spec(family, num_key_value_heads=None, head_dim=None).layers[0].mixer
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (6, 6, 16)
+
+
+def test_null_numbers_are_those_of_transformers() -> None:
+    """Where its classes take them."""
+    for family in ("mistral", "mixtral", "llama"):
+        rewritten = as_transformers_has_it({**CONFIGS[family], "head_dim": None})
+        assert model_spec(rewritten) == _spec(family, head_dim=None)
+
+
+@pytest.mark.parametrize(("family", "rank"), [("deepseek_v3", 0), ("deepseek_v2", 0), ("glm4_moe_lite", 0)])
+def test_queries_without_latents(family: str, rank: int) -> None:
+    assert _spec(family, q_lora_rank=None).layers[0].mixer.q_rank == rank
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
+def test_magnitudes_of_zero_say_nothing(family: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+    zeros = {**yarn, "mscale": 0, "mscale_all_dim": 0.0}
+    attention = _spec(family, rope_scaling=zeros).layers[0].mixer
+    assert attention == _spec(family, rope_scaling=yarn).layers[0].mixer
+    assert attention.scale == pytest.approx((attention.nope_dim + attention.rope.dim) ** -0.5)
 
 
 def test_head_dim_defaults_to_an_even_share() -> None:

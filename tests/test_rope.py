@@ -32,6 +32,8 @@ SCALINGS: list[dict[str, Any] | None] = [
     {**YARN, "mscale": 1.0},
     {**YARN, "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2},
     {**YARN, "truncate": False, "factor": 32.0},
+    {**YARN, "mscale": 0, "mscale_all_dim": 0.0, "beta_fast": 0},
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 0},
     {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 131072},
     {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16384},
 ]
@@ -89,6 +91,8 @@ def test_original_length_defaults_to_the_context_length() -> None:
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
+        ({"rope_scaling": {**YARN, "mscale": -1}}, "mscale is -1"),
+        ({"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "rope_parameters.llama_4_scaling_beta is 0.1"),
     ],
 )
 def test_bad_parameters_are_named(config: dict[str, Any], message: str) -> None:

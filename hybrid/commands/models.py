@@ -96,6 +96,6 @@ def _row(family: Family) -> tuple[str, ...]:
 
 def _architectures(family: Family) -> list[str]:
     """Those of GGUF files that hold such models."""
-    from hybrid.weights.checkpoints.gguf_config import MODEL_TYPES
+    from hybrid.weights.checkpoints.gguf_architectures import MODEL_TYPES
 
     return [name for name, model_types in MODEL_TYPES.items() if family.model_type in model_types]

@@ -38,7 +38,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # words of `layer_types`
 class Defaults:
     """What a family takes for fields that its config.json leaves out, as `transformers` does.
 
-    kv_heads None: as many as query heads. head_dim None: hidden size / heads.
+    kv_heads None: as many as query heads. head_dim None: hidden size / heads. Null in config.json means these, too.
     """
 
     max_position: int
@@ -61,13 +61,14 @@ def read_attention(
 ) -> GroupedQueryAttention:
     """Grouped-query attention; `bias` is that of all four projections."""
     heads = fields.size("num_attention_heads")
-    kv_heads = fields.size("num_key_value_heads", default=defaults.kv_heads or heads)
+    own = None if fields.is_null("num_key_value_heads") else defaults.kv_heads
+    kv_heads = fields.size("num_key_value_heads", default=own or heads)
     if heads % kv_heads:
         raise ConfigError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}: "
             "correct one of them so that every key head serves the same number of query heads"
         )
-    dim = _read_head_dim(fields, heads, defaults)
+    dim = read_head_dim(fields, defaults)
     rope = read_rope(
         fields,
         dim,
@@ -189,14 +190,16 @@ def read_max_position(fields: Fields, defaults: Defaults) -> int:
     return fields.size("max_position_embeddings", default=defaults.max_position, maximum=10**9)
 
 
-def _read_head_dim(fields: Fields, heads: int, defaults: Defaults) -> int:
-    hidden = fields.size("hidden_size")
-    if not fields.has("head_dim") and defaults.head_dim is None and hidden % heads:
+def read_head_dim(fields: Fields, defaults: Defaults) -> int:
+    """Dimensions of a head: of queries, keys and values."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    own = None if fields.is_null("head_dim") else defaults.head_dim
+    if not fields.has("head_dim") and own is None and hidden % heads:
         raise ConfigError(
             f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and "
             "head_dim is missing: correct one of them or add head_dim"
         )
-    dim = fields.size("head_dim", default=defaults.head_dim or hidden // heads)
+    dim = fields.size("head_dim", default=own or hidden // heads)
     if dim % 2:
         raise ConfigError(
             f"config.json: the head dimension {dim} is odd, and rotary embedding turns pairs: "

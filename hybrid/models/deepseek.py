@@ -86,7 +86,11 @@ def read_indexed(
     to there to all. What selects is not computed, and its tensors are not read. groups: see `read_grouped_sigmoid`.
     """
     fields.refuse("rope_interleave", neutral=True)
-    fields.size("q_lora_rank", default=q_rank)  # from which an indexer makes its queries
+    if fields.optional_size("q_lora_rank", default=q_rank) is None:
+        raise ConfigError(
+            "config.json: q_lora_rank is null; it must be a number, the size of the latents from which an indexer "
+            "makes its queries: correct it"
+        )
     attention = read_latent_attention(fields, defaults, q_rank=q_rank, nope_dim=nope_dim, value_dim=value_dim)
     halves = read_named_layers(fields, read_sigmoid_experts(fields, scale=2.5, groups=groups), dense=3)
     spec = read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], defaults)

@@ -97,6 +97,10 @@ class Fields:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether it says null, which is not the same as missing where a family has a number of its own."""
+        return name in self._values and self._values[name] is None
+
     def is_zero(self, name: str) -> bool:
         return self.has(name) and type(self._values[name]) in (int, float) and self._values[name] == 0
 

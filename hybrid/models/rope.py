@@ -58,6 +58,7 @@ def read_rope(
     frequencies that depend on the length of a sequence.
     """
     scaling = fields.group("rope_scaling", "rope_parameters")
+    scaling.refuse("llama_4_scaling_beta", neutral=0)  # which makes late queries larger
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
     allowed = tuple(kind for kind in _KINDS if by_length or kind != "longrope")
     kind = scaling.choice("rope_type", "type", default="default", allowed=allowed)
@@ -139,8 +140,10 @@ def _read_llama3(scaling: Fields) -> dict[str, Any]:
 
 
 def _read_yarn(scaling: Fields) -> dict[str, Any]:
-    optional = ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
-    found = {name: scaling.number(name) for name in optional if scaling.has(name)}
+    found = {name: scaling.number(name) for name in ("factor", "attention_factor") if scaling.has(name)}
+    for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow"):  # of which 0 says nothing
+        if scaling.has(name) and not scaling.is_zero(name):
+            found[name] = scaling.number(name)
     return {**found, "truncate": scaling.flag("truncate", default=True)}
 
 

@@ -12,14 +12,14 @@ from hybrid.models.decoder import (
     read_attention,
     read_experts,
     read_grouped_sigmoid,
+    read_head_dim,
     read_layer_count,
     read_model,
 )
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 
-HEAD_DIM = 128
-DEFAULTS = Defaults(max_position=196_608, theta=5e6, kv_heads=8, head_dim=HEAD_DIM, rope_part=1.0)
+DEFAULTS = Defaults(max_position=196_608, theta=5e6, kv_heads=8, head_dim=128, rope_part=1.0)
 NAMES = replace(
     MIXTRAL_NAMES,
     correction="model.layers.{layer}.block_sparse_moe.e_score_correction_bias",
@@ -30,7 +30,7 @@ NAMES = replace(
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
     if fields.has("rotary_dim") and not fields.has("partial_rotary_factor"):
-        turning = fields.size("rotary_dim") / fields.size("head_dim", default=HEAD_DIM)
+        turning = fields.size("rotary_dim") / read_head_dim(fields, DEFAULTS)
         fields = Fields({**config, "partial_rotary_factor": turning})
     attention = read_attention(fields, DEFAULTS, qk_norm="whole")
     experts = read_experts(fields, fields.size("intermediate_size"), renormalise=True, names=NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
+from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES, LATENT
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
@@ -21,7 +22,6 @@ from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
-LATENT_TYPES = {"deepseek2": "", "deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # architectures of latents
 _NULLS = ("q_lora_rank",)  # fields in which null says something
 
 
@@ -40,8 +40,12 @@ def gguf_config(model: Gguf) -> Config:
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     heads, dim = metadata.size("attention.head_count"), key_length(metadata)
-    if metadata.architecture not in LATENT_TYPES and metadata.size("attention.value_length", dim) != dim:
+    if metadata.architecture not in LATENT and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
+    if metadata.number("attention.temperature_scale", 0.0):
+        raise metadata.refuse(
+            "attention.temperature_scale", metadata.number("attention.temperature_scale"), "absent or 0"
+        )
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
     return {
@@ -269,7 +273,7 @@ def _indexed(model: Gguf, metadata: GgufMetadata) -> Config:
     require_gating(metadata, SIGMOID, SIGMOID)
     return {
         **_deepseek2(model, metadata),
-        "model_type": LATENT_TYPES[metadata.architecture],
+        "model_type": INDEXED_TYPES[metadata.architecture],
         "index_topk": metadata.size("attention.indexer.top_k"),
     }
 
@@ -369,31 +373,3 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "seed_oss": _seed_oss,
     "dots1": _dots1,
 }
-MODEL_TYPES = {
-    "llama": ("llama", "mixtral"),
-    "qwen2": ("qwen2",),
-    "qwen3": ("qwen3",),
-    "qwen2moe": ("qwen2_moe",),
-    "qwen3moe": ("qwen3_moe",),
-    "gpt-oss": ("gpt_oss",),
-    "glm4moe": ("glm4_moe",),
-    "minimax-m2": ("minimax_m2",),
-    "ernie4_5-moe": ("ernie4_5_moe",),
-    "hunyuan-moe": ("hunyuan_v1_moe",),
-    "olmoe": ("olmoe",),
-    "granitemoe": ("granitemoe",),
-    "deepseek2": ("deepseek_v2", "deepseek_v3"),
-    "deepseek32": ("deepseek_v32",),
-    "glm-dsa": ("glm_moe_dsa",),
-    "gemma3": ("gemma3_text",),
-    "gemma4": ("gemma4_text",),
-    "phi3": ("phi3",),
-    "phimoe": ("phimoe",),
-    "lfm2": ("lfm2",),
-    "qwen3next": ("qwen3_next",),
-    "qwen35": ("qwen3_5_text",),
-    "qwen35moe": ("qwen3_5_moe_text",),
-    "smollm3": ("smollm3",),
-    "seed_oss": ("seed_oss",),
-    "dots1": ("dots1",),
-}  # that the functions above make of files of each architecture

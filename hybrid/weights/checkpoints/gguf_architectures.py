@@ -1,0 +1,34 @@
+"""The words that GGUF files have for architectures, and the families that their models are of."""
+
+from __future__ import annotations
+
+INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whose attention selects tokens
+LATENT = ("deepseek2", *INDEXED_TYPES)
+MODEL_TYPES: dict[str, tuple[str, ...]] = {
+    "llama": ("llama", "mixtral"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "qwen2moe": ("qwen2_moe",),
+    "qwen3moe": ("qwen3_moe",),
+    "gpt-oss": ("gpt_oss",),
+    "glm4moe": ("glm4_moe",),
+    "minimax-m2": ("minimax_m2",),
+    "ernie4_5-moe": ("ernie4_5_moe",),
+    "hunyuan-moe": ("hunyuan_v1_moe",),
+    "olmoe": ("olmoe",),
+    "granitemoe": ("granitemoe",),
+    "deepseek2": ("deepseek_v2", "deepseek_v3"),
+    "deepseek32": ("deepseek_v32",),
+    "glm-dsa": ("glm_moe_dsa",),
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "phi3": ("phi3",),
+    "phimoe": ("phimoe",),
+    "lfm2": ("lfm2",),
+    "qwen3next": ("qwen3_next",),
+    "qwen35": ("qwen3_5_text",),
+    "qwen35moe": ("qwen3_5_moe_text",),
+    "smollm3": ("smollm3",),
+    "seed_oss": ("seed_oss",),
+    "dots1": ("dots1",),
+}
