@@ -64,6 +64,31 @@ def test_the_client_of_ollama(server) -> None:
         client.generate(model="x", prompt="a")
 
 
+@pytest.mark.parametrize("options", [{}, {"raw": True}, None], ids=["generate", "raw", "chat"])
+def test_the_client_of_ollama_gets_the_probabilities_of_all_tokens(server, options) -> None:
+    ollama = pytest.importorskip("ollama")
+    client = ollama.Client(host=server.address)
+    words = {"model": "tiny", "options": {"temperature": 0}, "logprobs": True, "top_logprobs": 2}
+    ask, given = (client.chat, {"messages": ASKED}) if options is None else (client.generate, {"prompt": "Rain?"})
+    whole = ask(**words, **given, **(options or {}))
+    chunks = list(ask(**words, **given, **(options or {}), stream=True))
+    told = [entry for chunk in chunks for entry in chunk.logprobs or ()]
+    assert told == list(whole.logprobs) and len(told) == whole.eval_count
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in told)
+    assert options or sum(bool(chunk.logprobs) for chunk in chunks) > 2, "they come with their text"
+    assert ask(model="tiny", options={"num_predict": 1}, **given).logprobs is None
+    with pytest.raises(ollama.ResponseError, match="top_logprobs needs logprobs"):
+        ask(model="tiny", top_logprobs=2, **given)
+    with pytest.raises(ollama.ResponseError, match="top_logprobs"):
+        ask(model="tiny", logprobs=True, top_logprobs=21, **given)
+
+
+@pytest.mark.parametrize("think", [True, False, "none", "minimal", "low", "medium", "high", "xhigh", "max"])
+def test_every_way_to_ask_ollama_for_thinking_is_taken(server, think) -> None:
+    ollama = pytest.importorskip("ollama")
+    assert ollama.Client(host=server.address).chat(model="tiny", messages=ASKED, think=think).done
+
+
 def test_ollama_is_told_what_there_is() -> None:
     ollama = pytest.importorskip("ollama")
     with running(LLM()) as server:

@@ -20,7 +20,6 @@ from hybrid.server.failures import log_failure
 from hybrid.server.refusals import internal
 from hybrid.server.service import Service
 
-
 _TELL_SECONDS = 1.0  # after which a client's tokens are told though nothing is said
 _COUNT_SECONDS = 0.1  # between two times that what runs is counted, whoever asks
 _NOTHING: Message = {}

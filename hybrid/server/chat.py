@@ -64,7 +64,7 @@ async def start(service: Service, body: ChatBody) -> Run:
 
 def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     count = body.n or 1
-    params = body.params(vocab, body.limit(), (body.top_logprobs or 0) if body.logprobs else None)
+    params = body.params_for(vocab)
     several = body.parallel_tool_calls is not False
     kwargs = body.template_kwargs(llm.intake.reads)
     messages = llm.intake.fitted(body.messages)

@@ -151,6 +151,10 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
     def offered_tools(self) -> list[dict[str, Any]] | None:
         return None if self.tool_choice == "none" else self.given_tools()
 
+    def params_for(self, vocab: int) -> SamplingParams:
+        """For one completion of the conversation. Raises Refusal."""
+        return self.params(vocab, self.limit(), (self.top_logprobs or 0) if self.logprobs else None)
+
     def limit(self) -> int | None:
         """The most tokens of an answer; None: to its end."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

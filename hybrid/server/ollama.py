@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ClassVar
@@ -11,13 +12,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 import hybrid
-from hybrid.core import SamplingParams
+from hybrid.core import Completion, SamplingParams, TextDelta
 from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
 from hybrid.server.documented import LINES, takes
 from hybrid.server.ollama_body import OllamaBody, OllamaChatBody, OllamaGenerateBody, ShowBody
 from hybrid.server.parts import Face, Part, answer
-from hybrid.server.replies import measured
+from hybrid.server.replies import measured, token_logprobs
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import line, until_gone
 from hybrid.serving.async_llm import AsyncLLM
@@ -90,7 +91,7 @@ async def _generate(service: Service, request: Request, body: OllamaGenerateBody
     chat = body.chat_body()
     if body.raw:
         chat.check()
-        run = await service.start(1, partial(_continued, body.prompt, chat.params(service.vocab, chat.limit(), None)))
+        run = await service.start(1, partial(_continued, body.prompt, chat.params_for(service.vocab)))
     else:
         run = await start(service, chat)
     return await answer(request, run, body.stream is not False, partial(_Generated, model=body.model))
@@ -117,6 +118,11 @@ class _Lines(Face):
     def __init__(self, run: Run, model: str) -> None:
         super().__init__(run, model)
         self._said: dict[str, Any] = {}
+        self._told = self._come = 0  # tokens whose probabilities were written, and those that have come
+
+    def parts(self, said: Completion | TextDelta) -> Iterator[Part]:
+        self._come += len(said.token_ids)
+        yield from super().parts(said)
 
     def said(self, part: Part | None, message: dict[str, Any]) -> dict[str, Any]:
         """A message as this endpoint has it. part: the only thing that it says, None for the whole."""
@@ -138,18 +144,26 @@ class _Lines(Face):
         return self._line(self.said(part, message))
 
     def end(self) -> bytes:
-        return line(self._last({"content": ""}))
+        return line(self._last({"content": ""}, self._logprobs()))
 
     def whole(self) -> dict[str, Any]:
-        return self._last({"content": "", **self._said})
+        self._told = 0
+        return self._last({"content": "", **self._said}, self._logprobs())
 
     def silence(self) -> bytes:
         return self._line(self.said(None, {"content": ""}))
 
     def _line(self, said: dict[str, Any]) -> bytes:
-        return line({"model": self.model, "created_at": _now(), **said, "done": False})
+        return line({"model": self.model, "created_at": _now(), **said, "done": False, **self._logprobs()})
 
-    def _last(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _logprobs(self) -> dict[str, Any]:
+        """Of tokens that have come since the last line. A token may have no text yet, or none of its own."""
+        logprobs, told, self._told = self.completion.logprobs, self._told, self._come
+        if logprobs is None or told == self._come:
+            return {}
+        return {"logprobs": token_logprobs(self.run.service.token_texts, logprobs[told : self._come])}
+
+    def _last(self, message: dict[str, Any], logprobs: dict[str, Any]) -> dict[str, Any]:
         times = measured(self.run)["timings"]
         reason = "length" if self.completion.finish_reason == "length" else "stop"
         top = {"model": self.model, "created_at": _now(), **self.said(None, message), "done": True}
@@ -162,6 +176,7 @@ class _Lines(Face):
             "prompt_eval_duration": _ns(times["prompt_ms"]),
             "eval_count": len(self.completion.token_ids),
             "eval_duration": _ns(times["predicted_ms"]),
+            **logprobs,
         }
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops, Tool
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody, Stops, Tool
 from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -75,7 +76,9 @@ class OllamaBody(Strict):
     model: str = Field(max_length=1000)
     options: Options | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
-    think: bool | Literal["low", "medium", "high"] | None = None
+    think: bool | Effort | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     stream: bool | None = None
     keep_alive: Any = None
     truncate: Any = None
@@ -84,6 +87,7 @@ class OllamaBody(Strict):
     def chat_of(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> ChatBody:
         """Raises Refusal."""
         chat: dict[str, Any] = {"messages": messages, **(self.options or Options.model_validate({})).fields()}
+        chat |= {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
         if tools:
             chat["tools"] = tools
         if isinstance(self.think, str):

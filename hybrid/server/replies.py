@@ -79,15 +79,20 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {"content": token_logprobs(texts, tokens), "refusal": None}
+
+
+def token_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Of each token, with the likeliest at its place."""
+
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = texts.bytes_of(token)
         return {"token": texts.text_of(token), "logprob": finite(logprob), "bytes": list(raw)}
 
-    content = [
+    return [
         {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
         for token in tokens
     ]
-    return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
