@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hybrid.core import Completion, TextDelta, ToolCall
 from hybrid.server.bodies import read_body
+from hybrid.server.chat_tools import plain_choice
 from hybrid.server.chunks import chunk_events
 from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import ChatBody
@@ -67,8 +68,8 @@ def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:
     params = body.params_for(vocab)
     several = body.parallel_tool_calls is not False
     kwargs = body.template_kwargs(llm.intake.reads)
-    messages = llm.intake.fitted(body.messages)
-    chat = ChatInput(messages, body.offered_tools(), None, kwargs, body.tool_choice, several)
+    messages, choice = llm.intake.fitted(body.plain_messages()), plain_choice(body.tool_choice)
+    chat = ChatInput(messages, body.offered_tools(), None, kwargs, choice, several)
     return llm.intake.chat_samples(chat, replace(params, n=count), keep=True)
 
 
@@ -79,7 +80,7 @@ def _choice(service: Service, completion: Completion, body: ChatBody) -> dict[st
     if completion.reasoning and body.tells_reasoning:
         message["reasoning_content"] = completion.reasoning
     if calls:
-        message["tool_calls"] = [call.to_dict() for call in calls]
+        message["tool_calls"] = [body.call(call) for call in calls]
     logprobs = None if completion.logprobs is None else chat_logprobs(service.token_texts, completion.logprobs)
     return {
         "index": completion.sample,
@@ -138,7 +139,7 @@ class _Streamed:
         calls = []
         for call in delta.tool_calls:
             if self.body.parallel_tool_calls is not False or not self.calls:
-                calls.append({"index": self.calls, **call.to_dict()})
+                calls.append({"index": self.calls, **self.body.call(call)})
                 self.calls += 1
         return calls
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from hybrid.core import SamplingParams
+from hybrid.core import SamplingParams, ToolCall
+from hybrid.server.chat_tools import AnyTool, call_for_client, check_choice, may_be_called, with_functions
 from hybrid.server.constraints import Constrained
 from hybrid.server.numbers import ALL, LARGEST, WHOLE, Count, CountOrAll, Finite, Limit, Seed
 from hybrid.server.prompt_logprobs import PromptScored
@@ -100,27 +101,18 @@ class CompletionBody(Sampling, PromptScored):
         return prompts
 
 
-class ToolFunction(BaseModel):
-    name: str = Field(min_length=1, max_length=256)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: ToolFunction
-    cache_control: Any = Field(None, exclude=True)  # of no effect
-
-
 class ChatInputBody(Thoughtful):
     """What makes the prompt of a chat."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: list[AnyTool] | None = Field(None, max_length=MAX_TOOLS)
 
     def given_tools(self) -> list[dict[str, Any]] | None:
-        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
+        return [tool.plain() for tool in self.tools] if self.tools else None
+
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """As chat templates read them. Raises Refusal."""
+        return with_functions(self.messages)
 
 
 class ChatBody(ChatInputBody, Sampling, PromptScored):
@@ -140,16 +132,17 @@ class ChatBody(ChatInputBody, Sampling, PromptScored):
 
     def check(self) -> None:
         """Raise Refusal for what is known, and cannot be done."""
-        choice = self.tool_choice
-        if isinstance(choice, dict) and choice.get("type") not in (None, "function"):
-            raise Refusal(400, f"tool_choice: the type {choice['type']!r:.50} is not known here", param="tool_choice")
-        if choice is not None and not isinstance(choice, (str, dict)):
-            raise Refusal(400, "tool_choice must be a text or an object", param="tool_choice")
+        check_choice(self.tool_choice)
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.given_tools()
+        """Raises Refusal."""
+        return may_be_called(self.given_tools(), self.tool_choice)
+
+    def call(self, call: ToolCall) -> dict[str, Any]:
+        """A call that the model has made, as a reply has it."""
+        return call_for_client(call, self.tools or ())
 
     def params_for(self, vocab: int) -> SamplingParams:
         """For one completion of the conversation. Raises Refusal."""

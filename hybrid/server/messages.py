@@ -49,7 +49,7 @@ def routes(service: Service) -> APIRouter:
 
 def _tokens(intake: Intake, chat: ChatBody) -> list[int]:
     kwargs = chat.template_kwargs(intake.reads)
-    return intake.encode_chat(ChatInput(intake.fitted(chat.messages), chat.offered_tools(), None, kwargs))
+    return intake.encode_chat(ChatInput(intake.fitted(chat.plain_messages()), chat.offered_tools(), None, kwargs))
 
 
 async def _answer(service: Service, request: Request, body: MessagesBody) -> Response:

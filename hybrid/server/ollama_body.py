@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hybrid.server.bodies import checked
-from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody, Stops, Tool
+from hybrid.server.chat_tools import Tool
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody, Stops
 from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.strict import Strict
@@ -112,7 +113,7 @@ class OllamaChatBody(OllamaBody):
         """Raises Refusal."""
         names = Names()
         messages = [names.message(message, f"messages.{index}") for index, message in enumerate(self.messages)]
-        return self.chat_of(messages, [tool.model_dump(exclude_none=True) for tool in self.tools or ()])
+        return self.chat_of(messages, [tool.plain() for tool in self.tools or ()])
 
 
 class OllamaGenerateBody(OllamaBody):

@@ -70,4 +70,4 @@ def _tokens(llm: LLM, texts: TokenTexts | None, text: str, special: bool) -> lis
 
 def _render(llm: AsyncLLM, body: TemplateBody) -> str:
     kwargs = body.template_kwargs(llm.intake.reads)
-    return llm.intake.chat_prompt(ChatInput(llm.intake.fitted(body.messages), body.given_tools(), None, kwargs))
+    return llm.intake.chat_prompt(ChatInput(llm.intake.fitted(body.plain_messages()), body.given_tools(), None, kwargs))
