@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from hybrid.server.agent_tools import with_left_out
 from hybrid.server.bodies import checked, read_body
 from hybrid.server.chat import start
 from hybrid.server.documented import EVENTS, takes
@@ -57,7 +58,7 @@ async def _answer(service: Service, request: Request, body: MessagesBody) -> Res
     chat = body.chat_body()
     run = await start(service, chat)
     make = partial(_Message, model=model, stops=body.stop_sequences or [], chat=chat)
-    return await answer(request, run, bool(body.stream), make)
+    return with_left_out(await answer(request, run, bool(body.stream), make), body.left_out())
 
 
 class _Message(Face):

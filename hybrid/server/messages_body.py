@@ -29,8 +29,12 @@ class MessageTool(BaseModel):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 
+    @property
+    def runs_at_client(self) -> bool:
+        return self.type in (None, "custom") or self.type.startswith(_HERE)
+
     def function(self) -> dict[str, Any]:
-        """Raises Refusal for a tool that would run here."""
+        """Raises Refusal for a tool that would run here, or that is not described."""
         if self.type not in (None, "custom"):
             kind = f"the type {self.type!r:.60}"
             if self.type.startswith(_HERE):
@@ -84,10 +88,15 @@ class CountBody(Strict):
             raise Refusal(400, "messages: the last is the assistant's; this server does not continue one", "messages")
         chat: dict[str, Any] = {"messages": one_system(messages), **self._choice()}
         if self.tools:
-            chat["tools"] = [tool.function() for tool in self.tools]
+            here = [tool for tool in self.tools if tool.runs_at_client]
+            chat["tools"] = [tool.function() for tool in here or self.tools]
         if self.thinking:
             chat["enable_thinking"] = self.thinking.on
         return chat | self._output()
+
+    def left_out(self) -> set[str]:
+        """Types of tools that would run here; the model is told of the others."""
+        return {tool.type for tool in self.tools or () if tool.type is not None and not tool.runs_at_client}
 
     def _choice(self) -> dict[str, Any]:
         choice = self.tool_choice

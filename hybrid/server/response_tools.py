@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.core import ToolCall
+from hybrid.server.agent_tools import AGENT_TOOLS, LOCAL_SHELL, TOOL_SEARCH
+from hybrid.server.custom_tools import custom_function, custom_input, object_of
 from hybrid.server.refusals import Refusal
 
-_FREE = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-_HERE = ("function", "custom")
+_NAMED = ("function", "custom")
 
 
 class NamedTool(BaseModel):
-    """A function, or a custom tool, whose input is a text. What else clients send of it does not change the prompt."""
+    """A function, a custom tool, whose input is a text, or one of `AGENT_TOOLS`. What else clients send of it does not
+    change the prompt.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -27,21 +29,34 @@ class NamedTool(BaseModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     format: dict[str, Any] | None = None
+    execution: Literal["server", "client"] | None = None
+
+    @property
+    def known_as(self) -> str | None:
+        """By which the model calls it, in its namespace."""
+        return self.name if self.type in _NAMED else self.type
+
+    @property
+    def runs_at_client(self) -> bool:
+        return self.type in (*_NAMED, LOCAL_SHELL) or (self.type == TOOL_SEARCH and self.execution == "client")
 
     def told(self) -> dict[str, Any]:
         """As a reply has it."""
         if self.type == "custom":
             return self.model_dump(include={"type", "name", "description", "format"})
+        if self.type in AGENT_TOOLS:
+            return self.model_dump(include={"type", "description", "parameters", "execution"}, exclude_none=True)
         said = self.model_dump(include={"type", "name", "description", "parameters"})
         return {**said, "strict": bool(self.strict)}
 
     def function(self, name: str) -> dict[str, Any]:
         """Of a chat, by the name that the model is told."""
         if self.type == "custom":
-            texts = [self.description, _rules(self.format or {})]
-            said: dict[str, Any] = {"description": "\n\n".join(filter(None, texts)), "parameters": _FREE}
-        else:
-            said = self.model_dump(include={"description", "parameters", "strict"}, exclude_none=True)
+            grammar = self.format if self.format and self.format.get("type") == "grammar" else None
+            return custom_function(name, self.description, grammar)
+        said = self.model_dump(include={"description", "parameters", "strict"}, exclude_none=True)
+        if (known := AGENT_TOOLS.get(self.type)) is not None:
+            said = {"description": known.description, "parameters": dict(known.parameters), **said}
         return {"type": "function", "function": {"name": name, **said}}
 
 
@@ -54,7 +69,7 @@ class ResponseTool(NamedTool):
     def inner(self) -> list[NamedTool]:
         """The tools of a namespace, or the tool itself, that the client runs."""
         listed: list[NamedTool] = list(self.tools or ()) if self.type == "namespace" else [self]
-        return [tool for tool in listed if tool.type in _HERE]
+        return [tool for tool in listed if tool.runs_at_client]
 
     def told(self) -> dict[str, Any]:
         if self.type != "namespace":
@@ -70,26 +85,41 @@ class _Tool:
     tool: NamedTool
     namespace: str | None
 
+    @property
+    def name(self) -> str | None:
+        """By which the model knows it."""
+        return None if self.tool.known_as is None else full_name(self.tool.known_as, self.namespace)
+
 
 class Offered:
     """What a response offers to the model. Tools that would run on the server are left out, for it runs none; a reply
     has those that were offered.
     """
 
-    def __init__(self, tools: Sequence[ResponseTool]) -> None:
-        """Raises Refusal for tools of which none can be offered, without a name, or with one name."""
+    def __init__(self, tools: Sequence[ResponseTool], found: Sequence[ResponseTool] = ()) -> None:
+        """found: by a search; those that there are already count once. Raises Refusal for tools of which none can be
+        offered, without a name, or with one name.
+        """
         self._tools: dict[str, _Tool] = {}
         self.told = [tool.told() for tool in tools if tool.inner]
         for one in _flat(tools):
-            name = full_name(one.tool.name or "", one.namespace)
-            if not one.tool.name or name in self._tools:
-                missing = f"a second tool has the name {name!r:.80}" if one.tool.name else "a tool has no name"
+            if one.name is None or one.name in self._tools:
+                missing = "a tool has no name" if one.name is None else f"a second tool has the name {one.name!r:.80}"
                 raise Refusal(400, f"tools: {missing}; give each a name of its own", "tools")
-            self._tools[name] = one
+            self._tools[one.name] = one
         if tools and not self._tools:
             kind = f"{tools[0].type!r:.60}"
             message = f"tools: the type {kind} would run on the server, and this one runs none; offer functions"
             raise Refusal(400, message, "tools")
+        for one in _flat(found):
+            if one.name is not None:
+                self._tools.setdefault(one.name, one)
+        self.left_out = sorted({tool.type for tool in (*tools, *found) if not tool.inner})
+
+    @property
+    def names(self) -> list[str]:
+        """By which the model knows them."""
+        return list(self._tools)
 
     def functions(self) -> list[dict[str, Any]]:
         return [one.tool.function(name) for name, one in self._tools.items()]
@@ -97,12 +127,14 @@ class Offered:
     def item(self, call: ToolCall) -> dict[str, Any]:
         """A call that the model has made, with its input or arguments."""
         one = self._tools.get(call.name)
+        if one is not None and (known := AGENT_TOOLS.get(one.tool.type)) is not None:
+            return {"type": f"{one.tool.type}_call", "call_id": call.id, **known.made(object_of(call.arguments))}
         name = call.name if one is None else one.tool.name
         item: dict[str, Any] = {"call_id": call.id, "name": name}
         if one is not None and one.namespace is not None:
             item["namespace"] = one.namespace
         if one is not None and one.tool.type == "custom":
-            return {"type": "custom_tool_call", **item, "input": _input(call.arguments)}
+            return {"type": "custom_tool_call", **item, "input": custom_input(call.arguments)}
         return {"type": "function_call", **item, "arguments": call.arguments}
 
 
@@ -113,29 +145,7 @@ def full_name(name: str, namespace: str | None) -> str:
     return namespace + ("" if namespace.endswith("__") else "__") + name
 
 
-def custom_arguments(text: str) -> str:
-    """The input of a custom tool as the arguments of a function."""
-    return json.dumps({"input": text}, ensure_ascii=False)
-
-
 def _flat(tools: Sequence[ResponseTool]) -> Iterator[_Tool]:
     for tool in tools:
         for inner in tool.inner:
             yield _Tool(inner, tool.name if tool.type == "namespace" else None)
-
-
-def _rules(form: dict[str, Any]) -> str | None:
-    """What the model is told of a grammar; the client checks the input by it."""
-    if form.get("type") != "grammar":
-        return None
-    return f"The input must follow this {form.get('syntax')} grammar:\n{form.get('definition')}"
-
-
-def _input(arguments: str) -> str:
-    """The text of a custom tool; what else the model has written is for the client to judge."""
-    try:
-        given = json.loads(arguments)
-    except ValueError:
-        return arguments
-    text = given.get("input") if isinstance(given, dict) else None
-    return text if isinstance(text, str) else arguments

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from hybrid.server.agent_tools import with_left_out
 from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
 from hybrid.server.documented import EVENTS, takes
@@ -20,6 +21,7 @@ from hybrid.server.service import Run, Service
 from hybrid.server.stream import PING, named_event, until_gone
 
 Item = dict[str, Any]
+_WRITTEN = ("function_call", "custom_tool_call")  # calls whose input has events of its own
 
 
 def routes(service: Service) -> APIRouter:
@@ -43,7 +45,8 @@ def routes(service: Service) -> APIRouter:
 async def _answer(service: Service, request: Request, body: ResponsesBody) -> Response:
     model = service.check_model(body.model)
     run = await start(service, body.chat_body())
-    return await answer(request, run, bool(body.stream), partial(_Response, model=model, body=body))
+    reply = await answer(request, run, bool(body.stream), partial(_Response, model=model, body=body))
+    return with_left_out(reply, body.offered().left_out)
 
 
 class _Response(Face):
@@ -109,6 +112,8 @@ class _Response(Face):
     def _call(self, part: Part) -> bytes:
         assert part.call
         item = self._offered.item(part.call)
+        if item["type"] not in _WRITTEN:
+            return self._call_at_once(item)
         custom = item["type"] == "custom_tool_call"
         field = "input" if custom else "arguments"
         item = {"id": _new("ctc" if custom else "fc"), **item, "status": "completed"}
@@ -120,6 +125,12 @@ class _Response(Face):
         named = {} if custom else {"name": item["name"]}
         events += self._event(f"{stem}.done", **place, **named, **{field: item[field]})
         self._items[-1] = item
+        return events + self._item_done()
+
+    def _call_at_once(self, item: Item) -> bytes:
+        """One that has no events for its parts."""
+        self._items.append({"id": _new(item["type"]), **item, "status": "completed"})
+        events = self._event("response.output_item.added", output_index=self._index, item=self._items[-1])
         return events + self._item_done()
 
     def _item_done(self) -> bytes:

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from hybrid.server.agent_tools import AGENT_TOOLS, arguments_of
 from hybrid.server.bodies import checked
+from hybrid.server.chat_tools import ALLOWED
+from hybrid.server.custom_tools import custom_arguments
 from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops
 from hybrid.server.numbers import CountOrAll, Finite, Limit, Seed
 from hybrid.server.refusals import Refusal
-from hybrid.server.response_tools import Offered, ResponseTool, custom_arguments, full_name
+from hybrid.server.response_tools import Offered, ResponseTool, full_name
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
@@ -23,6 +26,10 @@ Include = Literal[
     "file_search_call.results",
     "code_interpreter_call.outputs",
 ]  # of which there is nothing here to be told
+_UNREAD = ("web_search_call", "additional_tools")  # the one says what another server has searched, and not found
+_TOOL_ITEMS = ("tool_search_output", "additional_tools")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "tool_search_output")
+_CALLS = ("function_call", "custom_tool_call", *(f"{kind}_call" for kind in AGENT_TOOLS))
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _SAME = (
     "temperature",
@@ -117,7 +124,9 @@ class ResponsesBody(Strict):
 
     def offered(self) -> Offered:
         """Raises Refusal."""
-        return Offered(self.tools or ())
+        items = self.input if isinstance(self.input, list) else []
+        found = [tool for index, item in enumerate(items) for tool in _found_tools(item, f"input.{index}")]
+        return Offered(self.tools or (), found)
 
     def _messages(self) -> list[dict[str, Any]]:
         made = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
@@ -131,27 +140,57 @@ class ResponsesBody(Strict):
 
 
 def _choice(given: str | dict[str, Any] | None) -> Any:
-    if not isinstance(given, dict) or given.get("type") not in ("function", "custom") or "name" not in given:
+    """As a chat has it. Raises Refusal."""
+    if not isinstance(given, dict):
         return given
-    namespace = None if given.get("namespace") is None else _string(given, "namespace", "tool_choice")
-    return {"type": "function", "function": {"name": full_name(_string(given, "name", "tool_choice"), namespace)}}
+    if given.get("type") == ALLOWED:
+        tools = given.get("tools")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise Refusal(400, f"tool_choice: {ALLOWED} must have a list of tools", "tool_choice")
+        named = [chosen for chosen in map(_chosen, tools) if chosen is not None]  # no others can be called
+        return {"type": ALLOWED, ALLOWED: {"mode": given.get("mode"), "tools": named}}
+    return _chosen(given) or given
+
+
+def _chosen(given: Item) -> Item | None:
+    """A tool by the name that the model knows it by; None for one that would run on the server."""
+    kind = given.get("type")
+    if isinstance(kind, str) and kind in AGENT_TOOLS:
+        name = kind
+    elif kind in ("function", "custom"):
+        namespace = None if given.get("namespace") is None else _string(given, "namespace", "tool_choice")
+        name = full_name(_string(given, "name", "tool_choice"), namespace)
+    else:
+        return None
+    return {"type": "function", "function": {"name": name}}
+
+
+def _found_tools(item: Item, place: str) -> list[ResponseTool]:
+    """Tools that a search of the client has found, or that it has added. Raises Refusal."""
+    if item.get("type") not in _TOOL_ITEMS:
+        return []
+    tools = item.get("tools")
+    if not isinstance(tools, list) or len(tools) > MAX_TOOLS or not all(isinstance(tool, dict) for tool in tools):
+        raise Refusal(400, f"{place}: tools must be a list of up to {MAX_TOOLS} objects", "input")
+    return [checked(ResponseTool, tool) for tool in tools]
 
 
 def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
     """One item more. What the assistant reasons, says and calls, one after the other, is one message."""
     kind = "message" if item.get("type") is None else item["type"]
-    if kind == "web_search_call":  # of another server: what was searched, not what was found
+    if kind in _UNREAD or (kind in ("tool_search_call", "tool_search_output") and item.get("execution") == "server"):
         return
-    if kind in ("function_call_output", "custom_tool_call_output"):
-        output = _text(item.get("output"), place)
-        made.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": output})
+    if kind in _OUTPUTS:
+        output = _names_of(item, place) if kind == "tool_search_output" else _text(item.get("output"), place)
+        field = "call_id" if kind != "local_shell_call_output" or item.get("call_id") is not None else "id"
+        made.append({"role": "tool", "tool_call_id": _string(item, field, place), "content": output})
     elif kind == "message" and item.get("role") != "assistant":
         role, content = item.get("role"), _text(item.get("content"), place)
         if role not in ("user", "system", "developer"):
             message = f"{place}: the role is {role!r:.50}; allowed: user, assistant, system, developer"
             raise Refusal(400, message, "input")
         made.append({"role": "system" if role == "developer" else role, "content": content})
-    elif kind in ("message", "reasoning", "function_call", "custom_tool_call"):
+    elif kind in ("message", "reasoning", *_CALLS):
         if not made or made[-1]["role"] != "assistant":
             made.append({"role": "assistant", "content": ""})
         _say(made[-1], kind, item, place)
@@ -166,14 +205,26 @@ def _say(message: dict[str, Any], kind: str, item: Item, place: str) -> None:
         text = _text(item.get("content") or item.get("summary") or "", place)
         if text:
             message["reasoning_content"] = message.get("reasoning_content", "") + text
+    elif (tool := kind.removesuffix("_call")) in AGENT_TOOLS:
+        _call(message, tool, arguments_of(tool, item), item, place)
     else:
         namespace = None if item.get("namespace") is None else _string(item, "namespace", place)
         name = full_name(_string(item, "name", place), namespace)
         custom = kind == "custom_tool_call"
         arguments = custom_arguments(_string(item, "input", place)) if custom else _string(item, "arguments", place)
-        function = {"name": name, "arguments": arguments}
-        call = {"type": "function", "id": _string(item, "call_id", place), "function": function}
-        message.setdefault("tool_calls", []).append(call)
+        _call(message, name, arguments, item, place)
+
+
+def _call(message: dict[str, Any], name: str, arguments: str, item: Item, place: str) -> None:
+    function = {"name": name, "arguments": arguments}
+    call = {"type": "function", "id": _string(item, "call_id", place), "function": function}
+    message.setdefault("tool_calls", []).append(call)
+
+
+def _names_of(item: Item, place: str) -> str:
+    """What the model is told of a search: the names of what it has found, which it is offered from then on."""
+    names = [name for tool in _found_tools(item, place) for name in Offered([], [tool]).names]
+    return f"Found: {', '.join(names)}" if names else "Nothing was found."
 
 
 def _text(content: Any, place: str) -> str:
