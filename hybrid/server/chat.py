@@ -28,7 +28,7 @@ from hybrid.text.messages import ChatInput
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody, EVENTS), response_model=None)
+    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody, EVENTS, service.names), response_model=None)
     async def chat_completions(request: Request) -> Response:
         """The assistant's answer to a conversation, whole or as a stream."""
         service.require_room()

@@ -87,6 +87,9 @@ def check_choice(choice: Any) -> None:
         raise Refusal(400, "tool_choice must be a text or an object", param="tool_choice")
     if isinstance(choice, dict) and choice.get("type") not in _CHOICES:
         raise Refusal(400, f"tool_choice: the type {choice['type']!r:.50} is not known here", param="tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == ALLOWED:
+        plain_choice(choice)
+        _allowed_names(choice)
 
 
 def plain_choice(choice: Any) -> Any:
@@ -103,10 +106,11 @@ def plain_choice(choice: Any) -> Any:
 
 def may_be_called(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]] | None:
     """Those of a chat's functions that a choice lets the model call; it is told of no others. Raises Refusal."""
-    if choice == "none" or not tools:
+    if choice == "none":
         return None
+    tools = list(tools or ())
     if _kind_of(choice) != ALLOWED:
-        return list(tools)
+        return tools or None
     there = {tool["function"]["name"] for tool in tools}
     names = _allowed_names(choice)
     if strange := [name for name in names if name not in there]:
@@ -157,9 +161,13 @@ def _allowed(choice: dict[str, Any]) -> dict[str, Any]:
 def _allowed_names(choice: dict[str, Any]) -> list[str]:
     names = []
     for tool in _allowed(choice)["tools"]:
-        inner = tool.get(_kind_of(tool)) if isinstance(_kind_of(tool), str) else None
+        inner = tool.get(_kind_of(tool)) if _kind_of(tool) in ("function", "custom") else None
         name = inner.get("name") if isinstance(inner, dict) else None
         if not isinstance(name, str):
-            raise Refusal(400, f"tool_choice: {ALLOWED} has a tool without a name: {tool!r:.80}", "tool_choice")
+            raise Refusal(
+                400,
+                f"tool_choice: {ALLOWED} has {tool!r:.80}, which is no function or custom tool with a name",
+                "tool_choice",
+            )
         names.append(name)
     return names

@@ -29,7 +29,7 @@ DEFAULT_TOKENS = 16  # what OpenAI's API continues a prompt by
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=takes(CompletionBody, EVENTS), response_model=None)
+    @router.post("/v1/completions", openapi_extra=takes(CompletionBody, EVENTS, service.names), response_model=None)
     async def completions(request: Request) -> Response:
         """Prompts continued, whole or as a stream."""
         service.require_room()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hybrid.core import Grammar
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import FORMAT
 from hybrid.server.strict import Strict
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
@@ -16,11 +19,13 @@ _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "cho
 class Constrained(Strict):
     """What endpoints share that take such fields. An answer has one of them."""
 
-    response_format: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(None, json_schema_extra=FORMAT)
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[Annotated[str, Field(json_schema_extra={"minLength": 1})]] | None = Field(
+        None, json_schema_extra={"minItems": 1}
+    )
     guided_grammar: str | None = None
     guided_decoding_backend: Any = None  # of no effect
     guided_whitespace_pattern: None = None  # white space is bounded

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from hybrid.core import SamplingParams, ToolCall
 from hybrid.server.chat_tools import AnyTool, call_for_client, check_choice, may_be_called, with_functions
 from hybrid.server.constraints import Constrained
-from hybrid.server.numbers import ALL, LARGEST, WHOLE, Count, CountOrAll, Finite, Limit, Seed
+from hybrid.server.numbers import ALL, LARGEST, WHOLE, Count, CountOrAll, Finite, Limit, No, Seed, Yes
 from hybrid.server.prompt_logprobs import PromptScored
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import CALLS_NEED, CHOICE, MESSAGES, ONE_TEXT, PROMPTS, SCORED_WHOLE, TOKEN_IDS, TOP_NEEDS
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Thoughtful
 from hybrid.server.usual import Usual
@@ -45,7 +46,7 @@ class Sampling(Constrained, Usual):
     stop: Stops | None = None
     stop_token_ids: list[Count] | None = Field(None, max_length=MAX_STOPS)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
-        None, max_length=MAX_BIASES
+        None, max_length=MAX_BIASES, json_schema_extra=TOKEN_IDS
     )
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
@@ -87,7 +88,9 @@ class Sampling(Constrained, Usual):
 class CompletionBody(Sampling, PromptScored):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Count] | list[list[Count]]
+    model_config = ConfigDict(json_schema_extra={"allOf": [SCORED_WHOLE]})
+
+    prompt: str | list[str] | list[Count] | list[list[Count]] = Field(json_schema_extra=PROMPTS)
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
 
@@ -104,7 +107,7 @@ class CompletionBody(Sampling, PromptScored):
 class ChatInputBody(Thoughtful):
     """What makes the prompt of a chat."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES, json_schema_extra=MESSAGES)
     tools: list[AnyTool] | None = Field(None, max_length=MAX_TOOLS)
 
     def given_tools(self) -> list[dict[str, Any]] | None:
@@ -118,17 +121,19 @@ class ChatInputBody(Thoughtful):
 class ChatBody(ChatInputBody, Sampling, PromptScored):
     """POST /v1/chat/completions."""
 
-    tool_choice: Any = None
+    model_config = ConfigDict(json_schema_extra={"allOf": [SCORED_WHOLE, TOP_NEEDS, CALLS_NEED]})
+
+    tool_choice: Any = Field(None, json_schema_extra=CHOICE)
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     modalities: list[Literal["text"]] | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     include_reasoning: bool | None = None
     reasoning_format: Literal["auto", "deepseek", "parsed", "hidden"] | None = None
-    separate_reasoning: Literal[True] | None = None
-    stream_reasoning: Literal[True] | None = None
+    separate_reasoning: Yes | None = None
+    stream_reasoning: Yes | None = None
 
     def check(self) -> None:
         """Raise Refusal for what is known, and cannot be done."""
@@ -168,7 +173,9 @@ def completions_asked(body: Mapping[str, Any]) -> int:
 
 
 class TokenizeBody(Strict):
-    """POST /tokenize: a text, or what a chat is made of."""
+    """POST /tokenize: a text, by one of two names."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_TEXT)
 
     model: str | None = Field(None, max_length=1000)
     content: str | None = None

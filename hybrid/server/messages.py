@@ -28,14 +28,14 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     max_bytes = service.config.max_body_mb << 20
 
-    @router.post("/v1/messages", openapi_extra=takes(MessagesBody, EVENTS), response_model=None)
+    @router.post("/v1/messages", openapi_extra=takes(MessagesBody, EVENTS, service.names), response_model=None)
     async def messages(request: Request) -> Response:
         """The assistant's next message, whole or as a stream."""
         service.require_room()
         body = await read_body(request, MessagesBody, max_bytes)
         return await until_gone(request.receive, _answer(service, request, body))
 
-    @router.post("/v1/messages/count_tokens", openapi_extra=takes(CountBody), response_model=None)
+    @router.post("/v1/messages/count_tokens", openapi_extra=takes(CountBody, None, service.names), response_model=None)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt has that would be made."""
         with service.text():

@@ -11,6 +11,7 @@ from hybrid.server.bodies import checked
 from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText
 from hybrid.server.numbers import CountOrAll, Finite, Positive
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import BLOCKS
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Thinking
 from hybrid.server.turns import one_system
@@ -61,7 +62,7 @@ class CountBody(Strict):
     """POST /v1/messages/count_tokens: what makes the prompt."""
 
     model: str | None = Field(None, max_length=1000)
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES, json_schema_extra=BLOCKS)
     system: str | list[dict[str, Any]] | None = None
     tools: list[MessageTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: MessageToolChoice | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -22,6 +22,13 @@ def _not_zero(value: int) -> int:
     return value
 
 
+def _as_boolean(value: Any) -> Any:
+    """Python takes 0 for False, and so would `Literal`."""
+    if not isinstance(value, bool):
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
 WHOLE = BeforeValidator(_as_whole)  # behind the bounds of an int
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=LARGEST), WHOLE]
@@ -30,4 +37,7 @@ CountOrAll = Annotated[int, Field(ge=ALL, le=LARGEST), WHOLE]
 Limit = Annotated[
     int, Field(ge=ALL, le=LARGEST, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero), WHOLE
 ]
+NoneOfThem = Annotated[int, Field(ge=0, le=0), WHOLE]  # the one number that is taken, and the one truth value
+No = Annotated[Literal[False], BeforeValidator(_as_boolean)]
+Yes = Annotated[Literal[True], BeforeValidator(_as_boolean)]
 Seed = Annotated[int, Field(ge=-SEEDS, le=SEEDS), WHOLE]

@@ -30,22 +30,23 @@ _LATEST = ":latest"  # what clients add to a name
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
     max_bytes = service.config.max_body_mb << 20
+    names = [name + end for name in service.names for end in ("", _LATEST)]
 
-    @router.post("/api/chat", openapi_extra=takes(OllamaChatBody, LINES), response_model=None)
+    @router.post("/api/chat", openapi_extra=takes(OllamaChatBody, LINES, names), response_model=None)
     async def chat(request: Request) -> Response:
         """The assistant's next message, as lines of JSON unless `stream` is false."""
         service.require_room()
         body = await read_body(request, OllamaChatBody, max_bytes)
         return await until_gone(request.receive, _chat(service, request, body))
 
-    @router.post("/api/generate", openapi_extra=takes(OllamaGenerateBody, LINES), response_model=None)
+    @router.post("/api/generate", openapi_extra=takes(OllamaGenerateBody, LINES, names), response_model=None)
     async def generate(request: Request) -> Response:
         """The answer to a prompt, as lines of JSON unless `stream` is false."""
         service.require_room()
         body = await read_body(request, OllamaGenerateBody, max_bytes)
         return await until_gone(request.receive, _generate(service, request, body))
 
-    @router.post("/api/show", openapi_extra=takes(ShowBody), response_model=None)
+    @router.post("/api/show", openapi_extra=takes(ShowBody, None, names), response_model=None)
     async def show(request: Request) -> Response:
         """What the model is."""
         with service.text():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from hybrid.server.bodies import checked
 from hybrid.server.chat_tools import Tool
 from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody, Stops
-from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, Seed
+from hybrid.server.numbers import LARGEST, WHOLE, CountOrAll, Finite, NoneOfThem, Seed
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import CALLED_IN_ORDER, OLLAMA_FIELDS, TOP_NEEDS
 from hybrid.server.strict import Strict
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -42,7 +43,7 @@ class Options(Strict):
     repeat_last_n: CountOrAll | None = None
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
-    mirostat: Literal[0] | None = None
+    mirostat: NoneOfThem | None = None
     mirostat_eta: Any = None
     mirostat_tau: Any = None
     tfs_z: Finite | None = Field(None, ge=1, le=1)
@@ -73,6 +74,8 @@ class Options(Strict):
 
 class OllamaBody(Strict):
     """What both share."""
+
+    model_config = ConfigDict(json_schema_extra=TOP_NEEDS)
 
     model: str = Field(max_length=1000)
     options: Options | None = None
@@ -106,7 +109,7 @@ class OllamaBody(Strict):
 class OllamaChatBody(OllamaBody):
     """POST /api/chat."""
 
-    messages: list[dict[str, Any]] = Field([], max_length=MAX_MESSAGES)
+    messages: list[dict[str, Any]] = Field([], max_length=MAX_MESSAGES, json_schema_extra=CALLED_IN_ORDER)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
 
     def chat_body(self) -> ChatBody:
@@ -149,8 +152,7 @@ class Names:
 
     def message(self, given: dict[str, Any], place: str) -> dict[str, Any]:
         """Raises Refusal."""
-        known = {"role", "content", "thinking", "tool_calls", "tool_name", "tool_call_id", "name", "images"}
-        if strange := sorted(name for name in given.keys() - known if given[name] is not None):
+        if strange := sorted(name for name in given.keys() - {*OLLAMA_FIELDS} if given[name] is not None):
             raise Refusal(400, f"{place}: {strange[0][:50]!r} is unknown here")
         if given.get("images"):
             raise Refusal(400, f"{place}: this server reads text alone, no images")

@@ -27,7 +27,7 @@ _WRITTEN = ("function_call", "custom_tool_call")  # calls whose input has events
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post(RESPONSES, openapi_extra=takes(ResponsesBody, EVENTS), response_model=None)
+    @router.post(RESPONSES, openapi_extra=takes(ResponsesBody, EVENTS, service.names), response_model=None)
     async def responses(request: Request) -> Response:
         """The assistant's answer as items, whole or as a stream."""
         service.require_room()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from hybrid.server.agent_tools import AGENT_TOOLS, arguments_of
 from hybrid.server.bodies import checked
 from hybrid.server.chat_tools import ALLOWED
 from hybrid.server.custom_tools import custom_arguments
 from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops
-from hybrid.server.numbers import CountOrAll, Finite, Limit, Seed
+from hybrid.server.numbers import CountOrAll, Finite, Limit, No, NoneOfThem, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.response_tools import Offered, ResponseTool, full_name
+from hybrid.server.shapes import CALLS_NEED, ITEM_CHOICE, ITEM_TEXTS, ITEMS, NOTHING
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
@@ -30,7 +31,6 @@ _UNREAD = ("web_search_call", "additional_tools")  # the one says what another s
 _TOOL_ITEMS = ("tool_search_output", "additional_tools")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "tool_search_output")
 _CALLS = ("function_call", "custom_tool_call", *(f"{kind}_call" for kind in AGENT_TOOLS))
-_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _SAME = (
     "temperature",
     "top_p",
@@ -59,8 +59,10 @@ class ResponseStreamOptions(Strict):
 class ResponsesBody(Strict):
     """POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=CALLS_NEED)
+
     model: str | None = Field(None, max_length=1000)
-    input: str | list[dict[str, Any]] = Field(min_length=1, json_schema_extra={"minItems": 1})
+    input: str | list[dict[str, Any]] = Field(min_length=1, json_schema_extra=ITEMS)
     instructions: str | None = None
     max_output_tokens: Limit | None = None
     temperature: Finite | None = Field(None, ge=0, le=2)
@@ -73,7 +75,7 @@ class ResponsesBody(Strict):
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     stop: Stops | None = None
     tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, json_schema_extra=ITEM_CHOICE)
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextFormat | None = None
@@ -82,11 +84,11 @@ class ResponsesBody(Strict):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Include] | None = Field(None, max_length=8)
-    top_logprobs: Literal[0] | None = None
-    background: Literal[False] | None = None
-    previous_response_id: Any = None
-    conversation: Any = None
-    prompt: Any = None
+    top_logprobs: NoneOfThem | None = None
+    background: No | None = None
+    previous_response_id: Any = Field(None, json_schema_extra=NOTHING)
+    conversation: Any = Field(None, json_schema_extra=NOTHING)
+    prompt: Any = Field(None, json_schema_extra=NOTHING)
     # Of no effect on the answer, but sent by clients.
     store: Any = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -237,7 +239,7 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "refusal":
             texts.append(_string(part, "refusal", place))
-        elif kind in _TEXTS:
+        elif kind in ITEM_TEXTS:
             texts.append(_string(part, "text", place))
         else:
             raise Refusal(400, f"{place}: a part of the type {kind!r:.60} cannot be read here; text can", "input")

@@ -25,7 +25,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     max_bytes = service.config.max_body_mb << 20
 
-    @router.post("/tokenize", openapi_extra=takes(TokenizeBody), response_model=None)
+    @router.post("/tokenize", openapi_extra=takes(TokenizeBody, None, service.names), response_model=None)
     async def tokenize(request: Request) -> Response:
         """A text as token ids."""
         with service.text():
@@ -39,7 +39,7 @@ def routes(service: Service) -> APIRouter:
             found = {"tokens": tokens, "count": len(tokens), "max_model_len": llm.max_tokens}
             return JSONResponse(found)
 
-    @router.post("/detokenize", openapi_extra=takes(DetokenizeBody), response_model=None)
+    @router.post("/detokenize", openapi_extra=takes(DetokenizeBody, None, service.names), response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of token ids, without that of special tokens."""
         with service.text():
@@ -49,7 +49,7 @@ def routes(service: Service) -> APIRouter:
             text = await service.prepare(lambda: llm.decode(body.tokens), text=True)
             return JSONResponse({"content": text, "prompt": text})
 
-    @router.post("/apply-template", openapi_extra=takes(TemplateBody), response_model=None)
+    @router.post("/apply-template", openapi_extra=takes(TemplateBody, None, service.names), response_model=None)
     async def apply_template(request: Request) -> Response:
         """Messages as the prompt that the model would get."""
         with service.text():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from hybrid.server.numbers import Count, CountOrAll
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import names_alone
 from hybrid.server.strict import Strict
 
 TEMPLATE_KWARGS = (
@@ -60,7 +61,9 @@ class Thoughtful(Strict):
     thinking: bool | Thinking | None = None
     thinking_budget: CountOrAll | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    chat_template_kwargs: dict[str, bool | int | str | None] | None = None
+    chat_template_kwargs: dict[str, bool | int | Annotated[str, Field(max_length=100)] | None] | None = Field(
+        None, json_schema_extra=names_alone(TEMPLATE_KWARGS)
+    )
 
     def template_kwargs(self, reads: Callable[[str], bool]) -> dict[str, Any]:
         """reads: whether the template of the model has a variable. Raises Refusal for a name that is not allowed, for
@@ -72,8 +75,6 @@ class Thoughtful(Strict):
             allowed = ", ".join(TEMPLATE_KWARGS)
             message = f"chat_template_kwargs: {strange[0][:50]!r} is not allowed here; allowed: {allowed}"
             raise Refusal(400, message, param="chat_template_kwargs")
-        if any(isinstance(value, str) and len(value) > 100 for value in kwargs.values()):
-            raise Refusal(400, "chat_template_kwargs: a text has more than 100 characters", "chat_template_kwargs")
         if self.verbosity in ("low", "high") and not reads("verbosity"):
             message = "verbosity: the chat template of this model has none; leave it out, and ask for it in a message"
             raise Refusal(400, message, param="verbosity")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from hybrid.server.numbers import WHOLE, Finite
+from hybrid.server.numbers import WHOLE, Finite, No, Yes
 from hybrid.server.strict import Strict
 
 Zero = Annotated[Finite, Field(ge=0, le=0)]
@@ -18,13 +18,13 @@ class Usual(Strict):
 
     # Of OpenAI's, vLLM's and SGLang's clients.
     best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
-    use_beam_search: Literal[False] | None = None
+    use_beam_search: No | None = None
     length_penalty: One | None = None
-    skip_special_tokens: Literal[True] | None = None
-    no_stop_trim: Literal[False] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    continue_final_message: Literal[False] | None = None
-    add_generation_prompt: Literal[True] | None = None
+    skip_special_tokens: Yes | None = None
+    no_stop_trim: No | None = None
+    include_stop_str_in_output: No | None = None
+    continue_final_message: No | None = None
+    add_generation_prompt: Yes | None = None
     # Of llama.cpp's: samplers that are off.
     typical_p: One | None = None
     top_n_sigma: Annotated[Finite, Field(ge=-1, le=-1)] | None = None

@@ -18,8 +18,8 @@ Document = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 RARE_ROLES = ("function", "ipython", "document", "documents", "control", "observation", "model", "thinking")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names for the same; the first is the usual one
-_SAYS = ("content", "tool_calls", *REASONING_FIELDS)
-_MEDIA = ("image", "video", "audio", "file", "input_image", "input_audio", "input_file")
+SAYS = ("content", "tool_calls", *REASONING_FIELDS)
+MEDIA = ("image", "video", "audio", "file", "input_image", "input_audio", "input_file")
 
 
 class ChatOptions(TypedDict, total=False):
@@ -108,7 +108,7 @@ def _plain_message(message: Any, index: int, roles: Sequence[str]) -> dict[str, 
     plain = {name: value for name, value in plain.items() if value is not None}
     if plain.get("role") not in roles:
         raise RequestError(f"message {index} has the role {plain.get('role')!r:.80}; allowed: {', '.join(roles)}")
-    if not any(name in plain for name in _SAYS):
+    if not any(name in plain for name in SAYS):
         raise RequestError(f"message {index} says nothing: it needs a content, or tool_calls, not {message!r:.80}")
     _check_content(plain.get("content", ""), index)
     if isinstance(plain.get("tool_calls"), list):
@@ -142,5 +142,5 @@ def _check_content(content: Any, index: int) -> None:
             raise RequestError(
                 f'message {index}: a part of a content must be like {{"type": "text", "text": "..."}}, not {part!r:.80}'
             )
-        if kind.removesuffix("_url") in _MEDIA:
+        if kind.removesuffix("_url") in MEDIA:
             raise RequestError(f"message {index} has a part of the type {kind!r}; this program reads text alone")
