@@ -32,6 +32,7 @@ _COMMON: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }
+_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LATENT: dict[str, Any] = {  # latent attention of odd sizes
     **{name: value for name, value in _COMMON.items() if name != "head_dim"},
     "num_hidden_layers": 3,
@@ -330,6 +331,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
         "sliding_window": None,
     },
+    "glm4": {**_COMMON, "model_type": "glm4", "pad_token_id": None, "attention_bias": True},
+    "olmo2": {**_COMMON, "model_type": "olmo2", "pad_token_id": None, "head_dim": 16},
+    "olmo3": {
+        **{name: value for name, value in _COMMON.items() if name != "rope_theta"},
+        "model_type": "olmo3",
+        "pad_token_id": None,
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {**_YARN, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    },
+    "exaone4": {**_COMMON, "model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 20},
 }
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text

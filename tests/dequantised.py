@@ -62,7 +62,9 @@ def _outer(store: Store) -> Named:
 
 
 def _norm(store: Store, name: str, source: str) -> Named:
-    """As the checkpoint has it."""
+    """As the checkpoint has it, if it has one."""
+    if not source:
+        return
     place = store.spec.place(0, store.mix)
     yield source, store.array(name) - np.float32(place.norm_plus)
     if place.norm == "layer":

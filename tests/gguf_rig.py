@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "phi3": "phi3", "gemma4_text": "gemma4", "smollm3": "smollm3", "seed_oss": "seed_oss", "dots1": "dots1",
+    "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
 }  # fmt: skip
 
 
@@ -128,6 +129,8 @@ _NAMES = (
     (r"(.*)\.linear_attn\.conv1d\.weight", r"\1.ssm_conv1d.weight"),
     (r"(.*)\.linear_attn\.norm\.weight", r"\1.ssm_norm.weight"),
     (r"(.*)\.linear_attn\.out_proj\.weight", r"\1.ssm_out.weight"),
+    (r"(.*)\.post_self_attn_layernorm\.weight", r"\1.post_attention_norm.weight"),
+    (r"(.*)\.post_mlp_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
     (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
@@ -158,7 +161,8 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     for name, array in tensors.items():
         if gemma and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
-        if config["model_type"].startswith("gemma") and name.endswith("post_attention_layernorm.weight"):
+        post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone"))
+        if post_norm and name.endswith("post_attention_layernorm.weight"):
             found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
         elif config["model_type"] == "gemma4_text" and name.endswith("gate_up_proj"):
             found[f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight"] = array
@@ -282,8 +286,11 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     experts = next((get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
                     if get(name)), None)  # fmt: skip
     wide = get("moe_intermediate_size") or get("intermediate_size")
-    turning = get("rotary_dim") or (config.get("head_dim", 0) // 2 if family == "glm4_moe" else config.get("head_dim"))
+    turning = get("rotary_dim") or (
+        config.get("head_dim", 0) // 2 if family.startswith("glm4") else config.get("head_dim")
+    )
     turning = int(turning * config["partial_rotary_factor"]) if family == "phi3" else turning
+    slides = [kind == "sliding_attention" for kind in get("layer_types") or ()]
     found = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -308,6 +315,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_weights_norm": get("norm_topk_prob") if family == "dots1" else None,
         "leading_dense_block_count": get("first_k_dense_replace") or get("moe_layer_start_index"),
         "attention.sliding_window": get("sliding_window"),
+        "attention.sliding_window_pattern": slides if family == "olmo3" else None,
         "attention.scale": get("attention_multiplier"),
         "embedding_scale": get("embedding_multiplier"),
         "residual_scale": get("residual_multiplier"),

@@ -130,6 +130,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "glm4": ("glm4", SHARP),
+    "glm4, no biases, all of a head turns": (
+        "glm4",
+        {"attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True, **SHARP},
+    ),
+    "olmo2": ("olmo2", SHARP),
+    "olmo2, biases, a key head for each query head": (
+        "olmo2",
+        {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True, **SHARP},
+    ),
+    "olmo3, windows, yarn where there is none": ("olmo3", SHARP),
+    "olmo3, every fourth layer without a window": ("olmo3", {"layer_types": None, **SHARP}),
+    "exaone4, the fourth layer sees everything and is not turned": ("exaone4", SHARP),
+    "exaone4, no windows": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4, "tie_word_embeddings": True, **SHARP},
+    ),
     "olmoe": ("olmoe", {}),
     "olmoe, weights renormalised": (
         "olmoe",

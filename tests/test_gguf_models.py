@@ -43,6 +43,10 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     },
     "phimoe": {"rope_scaling": {**CONFIGS["phimoe"]["rope_scaling"], "long_mscale": 1.1}},
     "phi3": {"rope_scaling": {**CONFIGS["phi3"]["rope_scaling"], "short_mscale": 1.25, "long_mscale": 1.25}},
+    "olmo3": {
+        "rope_parameters": None, "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 

@@ -75,6 +75,11 @@ def norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
     return rms_norm(x - x.mean(-1, keepdim=True), weights.weight, eps) + weights.bias
 
 
+def some_norm(x: Tensor, weights: NormWeights | None, eps: float) -> Tensor:
+    """The same, or what it is given where there are no weights."""
+    return x if weights is None else norm(x, weights, eps)
+
+
 @dataclass(frozen=True)
 class RopeFrequencies:
     """frequencies: float32 [dim / 2], with the factor of cosines and sines. long, long_factor: those of sequences of

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hybrid.errors import ConfigError
 from hybrid.models.layers.feed_forward import FeedForward
@@ -180,6 +181,14 @@ def read_model(
         tied=fields.flag("tie_word_embeddings", "tie_embedding", default=defaults.tied),
         names=names or OuterNames(),
     )
+
+
+def of_rope(config: Mapping[str, Any], kind: str, default: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the rope of one kind of layer alone, or a default."""
+    rest = {name: value for name, value in config.items() if not name.startswith("rope_")}
+    both = config.get("rope_parameters")
+    own = both.get(kind) if isinstance(both, Mapping) else None
+    return {**rest, "rope_parameters": default if own is None else own}
 
 
 def read_layer_count(fields: Fields) -> int:

@@ -1,9 +1,6 @@
-"""What Gemma 3 and 4 share: the names of their norms, and ropes by the kind of a layer."""
+"""What Gemma 3 and 4 share: the names of their norms, and bounds of logits."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from hybrid.models.layers.grouped_query import GroupedQueryNames
 from hybrid.models.layers.router import FeedForwardNames
@@ -18,11 +15,3 @@ FEED_FORWARD = FeedForwardNames(
 
 def read_logit_cap(fields: Fields) -> float | None:
     return fields.number("final_logit_softcapping") if fields.has("final_logit_softcapping") else None
-
-
-def of_rope(config: Mapping[str, Any], kind: str, default: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the rope of one kind of layer alone, or a default."""
-    rest = {name: value for name, value in config.items() if not name.startswith("rope_")}
-    both = config.get("rope_parameters")
-    own = both.get(kind) if isinstance(both, Mapping) else None
-    return {**rest, "rope_parameters": default if own is None else own}

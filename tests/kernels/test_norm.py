@@ -7,6 +7,8 @@ import pytest
 from kernel_reference import FP32, Near, assert_near, rms_norm
 from rig import BF16, Rig, aligned, format_of, packed, random_bf16, row_stride, rows_of
 
+from hybrid.models.layers.products import UNNORMED_WEIGHT
+
 
 @pytest.mark.parametrize(("vocab", "hidden"), [(16, 32), (131, 90), (203, 33)])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -49,6 +51,24 @@ def test_a_norm_is_within_rounding(isa, width, rows, size) -> None:
         assert_near(exact[:, :width], expected)
         assert not output[:, width:].any() and not exact[:, width:].any()
         output[...] = 0
+
+
+@pytest.mark.parametrize("width", [16, 90, 601])
+@pytest.mark.parametrize("size", [1e-20, 1e-4, 1.0, 1e6])
+def test_rows_that_are_not_normed_are_the_same_bits(isa, width, size) -> None:
+    """Which layers put as a norm whose epsilon and weights take each other away."""
+    rows, stride = 7, row_stride(width)
+    x, found = aligned((rows, stride), np.float32), aligned((rows, stride), np.float32)
+    x[:, :width] = size * np.random.default_rng(width).standard_normal((rows, width))
+    weight = np.full(width, UNNORMED_WEIGHT, np.float32)
+    outputs = {"output": aligned((rows, stride), BF16), "output_f32": found, "output8": None, "output8_stride": 0}
+    rig = Rig(isa, 2)
+    rig.add(
+        "norm", input=x, weight=weight, width=width, input_stride=stride, output_stride=stride,
+        eps=UNNORMED_WEIGHT**2, logit_rows=False, **outputs,
+    )  # fmt: skip
+    rig.run(rows)
+    assert np.array_equal(found, x) and np.array_equal(outputs["output"], x.astype(BF16))
 
 
 @pytest.mark.parametrize("width", [16, 90, 601])

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.loader import Loader
-from hybrid.gpu.parts import GatedWeights, NormWeights, Routed, RouterWeights, gated, norm, route
+from hybrid.gpu.parts import GatedWeights, NormWeights, Routed, RouterWeights, gated, route, some_norm
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.feed_forward import FeedForward
 
 
 @dataclass(frozen=True)
 class Weights:
-    """dense: the whole feed-forward of a layer without a router, post_norm: of its result, if that is normed. shared:
-    the expert that all rows share.
+    """norm: of what is read, if that is normed. dense: the whole feed-forward of a layer without a router, post_norm:
+    of its result, if that is normed. shared: the expert that all rows share.
     """
 
-    norm: NormWeights
+    norm: NormWeights | None
     post_norm: NormWeights | None
     dense: GatedWeights | None
     shared: GatedWeights | None
@@ -29,7 +29,7 @@ class Weights:
 def load(half: FeedForward, place: Place, load: Loader) -> Weights:
     at, size = f"layers.{place.layer}.ffn", half.intermediate
     return Weights(
-        norm=load.norm(f"{at}.norm"),
+        norm=load.norm(f"{at}.norm") if half.names.norm else None,
         post_norm=load.norm(f"{at}.post_norm") if half.names.post_norm else None,
         dense=None if half.is_moe else load.biased(load.gated(f"{at}.experts", size), at, size),
         shared=load.gated(f"{at}.shared", half.shared_intermediate) if half.shared_intermediate else None,
@@ -56,14 +56,14 @@ class GatedFeedForward:
         self._half, self._eps, self._weights, self._choose = half, place.eps, weights, shared.choose
 
     def normed(self, residual: Tensor) -> Tensor:
-        return norm(residual, self._weights.norm, self._eps)
+        return some_norm(residual, self._weights.norm, self._eps)
 
     def dense(self, normed: Tensor) -> Tensor | None:
         dense, post_norm = self._weights.dense, self._weights.post_norm
         if dense is None:
             return None
         made = gated(normed.bfloat16(), dense, self._half.activation)
-        return made if post_norm is None else norm(made, post_norm, self._eps)
+        return some_norm(made, post_norm, self._eps)
 
     def route(self, normed: Tensor) -> Routed:
         half, weights = self._half, self._weights

@@ -15,7 +15,7 @@ from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import KvRings
-from hybrid.gpu.parts import NormWeights, norm, rms_norm, rotate, scaled
+from hybrid.gpu.parts import NormWeights, rms_norm, rotate, scaled, some_norm
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
@@ -43,11 +43,11 @@ class Attended:
 
 @dataclass(frozen=True)
 class Weights:
-    """q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]. post_norm: of the result, if that
-    is normed.
+    """q_norm, k_norm, biases and sinks are float32, matrices bf16 [outputs, inputs]. norm: of what is read, post_norm:
+    of the result, if these are normed.
     """
 
-    norm: NormWeights
+    norm: NormWeights | None
     post_norm: NormWeights | None
     qkv: Tensor
     out: Tensor
@@ -61,7 +61,7 @@ class Weights:
 def load(half: GroupedQueryAttention, place: Place, load: Loader) -> Weights:
     at, width, hidden = f"layers.{place.layer}.attention", half.qkv_width, place.hidden
     return Weights(
-        norm=load.norm(f"{at}.norm"),
+        norm=load.norm(f"{at}.norm") if half.names.norm else None,
         post_norm=load.norm(f"{at}.post_norm") if half.names.post_norm else None,
         qkv=load.matrix(f"{at}.qkv", width, hidden),
         out=load.matrix(f"{at}.out", hidden, half.width),
@@ -89,14 +89,14 @@ class MirroredAttention(MirroredMixer):
         self._half, self._eps, self._weights = half, place.eps, weights
         self._rope = place.ropes.index(half.rope) if half.rope else None
         sizes = (shared.sequences, half.kv_heads, shared.capacity, half.head_dim)
-        self._rings = KvRings(*sizes, device=weights.norm.weight.device)
+        self._rings = KvRings(*sizes, device=weights.qkv.device)
         states = StateShape(half.heads, half.head_dim, half.state_floats)
         super().__init__(shared, self._rings, states, half.window, half.softmax_scale, weights.sinks)
 
     def project(self, residual: Tensor, inputs: StepInputs) -> Heads:
         """Queries, keys and values. Keys and values are also sent to the threads, which store them."""
         weights, buffers, link = self._weights, self._shared.buffers, self._shared.link
-        rows = norm(residual, weights.norm, self._eps).bfloat16()
+        rows = some_norm(residual, weights.norm, self._eps).bfloat16()
         heads = self._heads(linear(rows, weights.qkv, weights.qkv_bias), inputs)
         new = torch.cat([heads.k, heads.v], 1).flatten(1)
         link.to_host(buffers.rows(NEW_KV, torch.float32, *new.shape), new)
@@ -124,7 +124,7 @@ class MirroredAttention(MirroredMixer):
         if mixed.gates is not None:
             rows = rows * torch.sigmoid(mixed.gates)
         made = scaled(linear(rows.flatten(1).bfloat16(), weights.out, weights.out_bias), half.out_scale)
-        return made if weights.post_norm is None else norm(made, weights.post_norm, self._eps)
+        return some_norm(made, weights.post_norm, self._eps)
 
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
         half, weights, gates = self._half, self._weights, None

@@ -8,8 +8,8 @@ from math import sqrt
 from typing import Any
 
 from hybrid.errors import ConfigError
-from hybrid.models.decoder import FULL, SLIDING, Defaults, read_attention, read_layer_count, read_model
-from hybrid.models.gemma import ATTENTION, FEED_FORWARD, of_rope, read_logit_cap
+from hybrid.models.decoder import FULL, SLIDING, Defaults, of_rope, read_attention, read_layer_count, read_model
+from hybrid.models.gemma import ATTENTION, FEED_FORWARD, read_logit_cap
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.layers.parallel_feed_forward import DENSE_STORED, ParallelFeedForward

@@ -45,6 +45,8 @@ from hybrid.models.layers.products import (
     norm_tensors,
     quantise,
     rows_buffers,
+    unnormed_buffers,
+    unnormed_constants,
 )
 from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.rope import RopeSpec
@@ -207,7 +209,7 @@ class FeedForward:
         return [experts.routing for experts in self._groups(mix) if experts.routing != ROUTED]
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
-        return {}
+        return {} if self.names.norm else unnormed_constants(place)
 
     def ops(self, place: Place) -> Iterator[Op]:
         yield from self.own_ops(place)
@@ -225,7 +227,7 @@ class FeedForward:
         formats = (experts.gate_up_format for experts in groups)
         prefix, apart = self.prefix(place), bool(self.names.router_norm)
         f32, clears = self.is_moe and not apart, bool(self.names.post_norm)
-        yield norm(place, "moe", f"{prefix}.norm", *formats, f32=f32, clears=clears)
+        yield norm(place, "moe", f"{prefix}.norm" * bool(self.names.norm), *formats, f32=f32, clears=clears)
         if apart:
             yield norm(place, "moe", f"{prefix}.router_norm", f32=True)
         if self.router:
@@ -295,6 +297,8 @@ class FeedForward:
             sizes |= table_buffers(name, rows, 1)
         if self.names.post_norm:
             sizes |= made_buffers(place, rows)
+        if not self.names.norm:
+            sizes |= unnormed_buffers(place)
         if self.router:
             chosen = rows * self.router.top_k
             sizes[NORMED_F32] = rows * row_stride(place.hidden) * FP32
@@ -325,7 +329,7 @@ class FeedForward:
             return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate
-        norms = hidden * (1 + (place.norm == "layer") + bool(self.names.post_norm))
+        norms = hidden * (bool(self.names.norm) + (place.norm == "layer") + bool(self.names.post_norm))
         rows = hidden + (self.router.bias + self.router.correction if self.router else 0)
         others = self.scores * rows if self.is_moe else (2 * intermediate + hidden) * self.bias
         return DeviceNeeds(

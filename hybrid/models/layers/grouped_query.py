@@ -36,6 +36,8 @@ from hybrid.models.layers.products import (
     quantise,
     rows_buffers,
     rows_name,
+    unnormed_buffers,
+    unnormed_constants,
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
@@ -58,9 +60,9 @@ STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads
 
 @dataclass(frozen=True)
 class GroupedQueryNames:
-    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`. post_norm: of
-    what attention adds to the residual stream; empty where that is not normed. qkv: of queries, keys and values, where
-    they are one matrix.
+    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`. norm, post_norm:
+    of what attention reads, and of what it adds to the residual stream; empty where that is not normed. qkv: of
+    queries, keys and values, where they are one matrix.
     """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
@@ -208,11 +210,12 @@ class GroupedQueryAttention:
             yield from rope_ops(place, self.rope)
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
-        return rope_constants(place, self.rope) if self.rope else {}
+        found = {} if self.names.norm else unnormed_constants(place)
+        return found | rope_constants(place, self.rope) if self.rope else found
 
     def ops(self, place: Place) -> Iterator[Op]:
         (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.attention", place.hidden
-        yield norm(place, PART, f"{prefix}.norm", *(matrix.format for matrix in matrices))
+        yield norm(place, PART, f"{prefix}.norm" * bool(self.names.norm), *(matrix.format for matrix in matrices))
         yield from joined_gemms(matrices, prefix, PART, "qkv", hidden, self.qkv_bias)
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
@@ -288,6 +291,8 @@ class GroupedQueryAttention:
             sizes |= rows_buffers(NORMED, place.hidden, matrix.format, rows)
         if self.names.post_norm:
             sizes |= made_buffers(place, rows)
+        if not self.names.norm:
+            sizes |= unnormed_buffers(place)
         return sizes | rope_buffers(place, self.rope, rows) if self.rope else sizes
 
     # Keys and values.
@@ -335,6 +340,7 @@ class GroupedQueryAttention:
             return None
         hidden, width = place.hidden, self.qkv_width
         norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
+        norms -= hidden * (not self.names.norm)
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
         return DeviceNeeds(
             weights=(width + self.width) * hidden * BF16 + (hidden + norms + biases) * FP32,

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
 from hybrid.formats.packed import expert_bytes, matrix_formats, packed_bytes
@@ -18,6 +21,8 @@ from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name
 from hybrid.ops import Buffer, Callback, Choice, Op, Weight
 
 RESIDUAL, NORMED, NORMED_F32 = "residual", "normed", "normed_f32"
+UNNORMED = "unnormed"  # the constant weights that leave rows as they are, see `norm`
+UNNORMED_WEIGHT = 2.0**40
 MADE = "made"  # by a half whose result is normed before it is added to the residual stream
 BF16, FP32 = 2, 4  # bytes
 
@@ -46,22 +51,35 @@ def rows_buffers(name: str, width: int, format: str, rows: int) -> dict[str, int
 def norm(
     place: Place, part: str, weight: str, *formats: str, f32: bool = False, last: bool = False, clears: bool = False
 ) -> Op:
-    """Writes rows for the products with weights of `formats` that follow. clears: whether MADE becomes zero beside."""
+    """Writes rows for the products with weights of `formats` that follow. clears: whether MADE becomes zero beside.
+
+    weight: empty of rows that are not normed. They are divided by the root of an epsilon beside which their squares are
+    nothing, and multiplied by the same: a power of two, so that no bit changes.
+    """
     arguments = {
         "input": Buffer(RESIDUAL),
-        "weight": Weight(weight),
+        "weight": Weight(weight) if weight else Buffer(UNNORMED),
         "output_f32": Buffer(NORMED_F32) if f32 else None,
         "width": place.hidden,
         "input_stride": row_stride(place.hidden),
         **norm_outputs(NORMED, place.hidden, *formats),
-        "eps": place.eps,
+        "eps": place.eps if weight else UNNORMED_WEIGHT**2,
         "logit_rows": last,
     }
     if clears:
         arguments["cleared"] = Buffer(MADE)
-    if place.norm == "layer":
+    if place.norm == "layer" and weight:
         arguments |= {"centred": True, "bias": Weight(f"{weight}_bias")}
     return Op("norm", part, arguments, (0, "rows"))
+
+
+def unnormed_constants(place: Place) -> dict[str, npt.NDArray[np.float32]]:
+    """What `norm` reads where rows are not normed."""
+    return {UNNORMED: np.full(place.hidden, UNNORMED_WEIGHT, np.float32)}
+
+
+def unnormed_buffers(place: Place) -> dict[str, int]:
+    return {UNNORMED: place.hidden * FP32}
 
 
 def norm_outputs(name: str, width: int, *formats: str) -> dict[str, Any]:
@@ -100,7 +118,9 @@ def made_buffers(place: Place, rows: int) -> dict[str, int]:
 
 
 def norm_shapes(place: Place, name: str) -> Shapes:
-    """The tensors in a checkpoint of a norm of the residual stream, whose weight has this name."""
+    """The tensors in a checkpoint of a norm of the residual stream, whose weight has this name; none without a name."""
+    if not name:
+        return
     yield name, (place.hidden,)
     if place.norm == "layer":
         yield bias_name(name), (place.hidden,)
@@ -108,6 +128,8 @@ def norm_shapes(place: Place, name: str) -> Shapes:
 
 def norm_tensors(place: Place, shard: Shard, name: str, source: str) -> Iterator[StoreTensor]:
     """The stored tensors of such a norm, as `norm` and `add_normed` read them."""
+    if not source:
+        return
     yield shard.floats(name, "norms", Stacked((source,), plus=place.norm_plus), place.hidden)
     if place.norm == "layer":
         yield shard.floats(f"{name}_bias", "norms", Stacked((source,), biases=True), place.hidden)

@@ -38,10 +38,10 @@ class Router:
 @dataclass(frozen=True)
 class FeedForwardNames:
     """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
-    whether corrections are a matrix of one row. post_norm: of what it adds to the residual stream; empty where that is
-    not normed. router_norm: of what the router alone reads; empty where that is what experts read. factor: a number by
-    which the residual stream is multiplied behind the layer; empty: none. sum_norm: of what experts and a dense
-    feed-forward beside them make together.
+    whether corrections are a matrix of one row. norm, post_norm: of what it reads, and of what it adds to the residual
+    stream; empty where that is not normed. router_norm: of what the router alone reads; empty where that is what
+    experts read. factor: a number by which the residual stream is multiplied behind the layer; empty: none. sum_norm:
+    of what experts and a dense feed-forward beside them make together.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"

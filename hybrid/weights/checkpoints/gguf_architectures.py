@@ -31,4 +31,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "smollm3": ("smollm3",),
     "seed_oss": ("seed_oss",),
     "dots1": ("dots1",),
+    "glm4": ("glm4",),
+    "olmo2": ("olmo2", "olmo3"),
+    "exaone4": ("exaone4",),
 }

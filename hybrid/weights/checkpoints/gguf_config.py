@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hybrid.errors import WeightsError
 from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES, LATENT
+from hybrid.weights.checkpoints.gguf_dense import exaone4, glm4, olmo2, phi3, seed_oss, smollm3
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
@@ -89,16 +90,6 @@ def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _qwen(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": metadata.architecture}
-
-
-def _smollm3(model: Gguf, metadata: GgufMetadata) -> Config:
-    """Every fourth layer is without rope, whatever its config.json said."""
-    return {"model_type": "smollm3", "no_rope_layer_interval": 4, "mlp_bias": has(model, "ffn_gate.bias")}
-
-
-def _seed_oss(model: Gguf, metadata: GgufMetadata) -> Config:
-    biases = {"attention_out_bias": has(model, "attn_output.bias"), "mlp_bias": has(model, "ffn_gate.bias")}
-    return {"model_type": "seed_oss", **biases}
 
 
 def _expert_width(metadata: GgufMetadata) -> int:
@@ -278,10 +269,6 @@ def _indexed(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
-def _phi3(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": "phi3", "sliding_window": metadata.size("attention.sliding_window", 0) or None}
-
-
 def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
     return {
         "model_type": "phimoe",
@@ -363,13 +350,16 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "glm-dsa": _indexed,
     "gemma3": gemma3,
     "gemma4": gemma4,
-    "phi3": _phi3,
+    "phi3": phi3,
     "phimoe": _phimoe,
     "lfm2": _lfm2,
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_5,
     "qwen35moe": _qwen3_5_moe,
-    "smollm3": _smollm3,
-    "seed_oss": _seed_oss,
+    "smollm3": smollm3,
+    "seed_oss": seed_oss,
     "dots1": _dots1,
+    "glm4": glm4,
+    "olmo2": olmo2,
+    "exaone4": exaone4,
 }

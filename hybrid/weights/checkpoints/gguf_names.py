@@ -136,7 +136,9 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
     if isinstance(mixer, ShortConv):
         return replace(mixer, names=CONVOLUTION)
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
-    return replace(mixer, names=replace(ATTENTION, post_norm=mixer.names.post_norm and _POST_ATTENTION))
+    own = mixer.names
+    names = replace(ATTENTION, norm=own.norm and ATTENTION.norm, post_norm=own.post_norm and _POST_ATTENTION)
+    return replace(mixer, names=names)
 
 
 def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
@@ -144,8 +146,8 @@ def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
         dense = replace(feed_forward.dense, names=replace(names, post_norm=f"{_LAYER}.post_ffw_norm_1.weight"))
         return replace(feed_forward, names=BESIDE_DENSE, dense=dense)
     own = feed_forward.names
-    names = replace(names, post_norm=own.post_norm and _POST_FEED_FORWARD, factor=own.factor and _FACTOR)
-    return replace(feed_forward, names=names)
+    names = replace(names, norm=own.norm and names.norm, post_norm=own.post_norm and _POST_FEED_FORWARD)
+    return replace(feed_forward, names=replace(names, factor=own.factor and _FACTOR))
 
 
 def as_published(architecture: str, name: str, values: Array) -> Array:

@@ -1,0 +1,49 @@
+"""Dense models in GGUF files of whose configuration more must be said than what all have."""
+
+from __future__ import annotations
+
+from hybrid.weights.checkpoints.gguf_fields import has, layer_count
+from hybrid.weights.checkpoints.gguf_files import Gguf
+from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_rope import Config
+
+
+def seed_oss(model: Gguf, metadata: GgufMetadata) -> Config:
+    biases = {"attention_out_bias": has(model, "attn_output.bias"), "mlp_bias": has(model, "ffn_gate.bias")}
+    return {"model_type": "seed_oss", **biases}
+
+
+def smollm3(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Every fourth layer is without rope, whatever its config.json said."""
+    return {"model_type": "smollm3", "no_rope_layer_interval": 4, "mlp_bias": has(model, "ffn_gate.bias")}
+
+
+def phi3(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "phi3", "sliding_window": metadata.size("attention.sliding_window", 0) or None}
+
+
+def glm4(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {
+        "model_type": "glm4",
+        "partial_rotary_factor": metadata.size("rope.dimension_count") / metadata.size("attention.key_length"),
+    }
+
+
+def olmo2(model: Gguf, metadata: GgufMetadata) -> Config:
+    window = metadata.size("attention.sliding_window", 0)
+    if not window:
+        return {"model_type": "olmo2"}
+    return {"model_type": "olmo3", "sliding_window": window, "layer_types": _slides(metadata)}
+
+
+def exaone4(model: Gguf, metadata: GgufMetadata) -> Config:
+    window = metadata.size("attention.sliding_window", 0) or None
+    return {"model_type": "exaone4", "sliding_window": window, "layer_types": _slides(metadata) if window else None}
+
+
+def _slides(metadata: GgufMetadata) -> list[str]:
+    """Which layers have a window: as the file says, or all but every fourth."""
+    name, count = "attention.sliding_window_pattern", layer_count(metadata)
+    every_fourth = [(layer + 1) % 4 > 0 for layer in range(count)]
+    slides = metadata.layer_flags(name, count) if metadata.has(name) else every_fourth
+    return ["sliding_attention" if one else "full_attention" for one in slides]
