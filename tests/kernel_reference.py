@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from rig import dequantised_rows, mxfp4_on_tiles
 
 from hybrid.formats import GROUPED
 
@@ -71,6 +72,13 @@ def format_product(format: str, x: np.ndarray, w: np.ndarray) -> Near:
         return product(x, w)
     within = min(k, group) if format.startswith("fp8") else 0
     return product(x, w, within + 2 * -(-k // group) + 4)
+
+
+def operand_product(isa: str, format: str, rows: np.ndarray, w: np.ndarray) -> Near:
+    """All rows of one product, as `rig.rows_of` makes them, times w [n, k], what weights of a format stand for."""
+    tiles = mxfp4_on_tiles(isa, format, len(rows))
+    x = dequantised_rows(format, rows, w.shape[1], tiles)
+    return product(x, w) if tiles else format_product(format, x, w)
 
 
 def _grouped_product(x: np.ndarray, w: np.ndarray) -> Near:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import ISAS, dequantised_rows, grouped_row_parts, int8_row_parts
+from rig import ISAS, MXFP4_TILE_ROWS, dequantised_rows, grouped_row_parts, int8_row_parts
 from typer.testing import CliRunner
 
 import cpu_kernels
@@ -211,6 +211,7 @@ def test_the_counts_are_those_of_the_kernels() -> None:
     for format, rows in tile_counts.FIRST_ROWS.items():
         file = "grouped" if format in GROUPED else {"mxfp4": "fp4", "fp8_row": "fp8"}.get(format, format)
         assert constant(f"formats/{file}.h", "tile_rows") == rows
+    assert tile_counts.FIRST_ROWS["mxfp4"] == MXFP4_TILE_ROWS
     assert constant("isa/avx512_bf16.h", "max_blocks") == tile_counts.MAX_BLOCKS
     assert constant("executor/step.h", "kScaleInputs") == tile_counts.SEGMENTS["int8"]
     assert constant("executor/step.h", "kSumInputs") == tile_counts.SEGMENTS["int4"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kv_pages import KvPages, SharedPages
-from rig import BF16, Rig, aligned, dequantised_rows, format_of, packed, random_bf16, rows_of
+from rig import BF16, Rig, aligned, dequantised_rows, format_of, mxfp4_on_tiles, packed, random_bf16, rows_of
 
 from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
@@ -171,7 +171,7 @@ def test_every_head_has_a_matrix_of_its_own(isa, format, rows) -> None:
         rig.run(rows)
         outputs.append(output.copy())
     assert outputs[0].tobytes() == outputs[1].tobytes() and (output[..., columns:] == -7).all()
-    exact = dequantised_rows(format, x, inputs).reshape(rows, heads, inputs)
+    exact = dequantised_rows(format, x, inputs, mxfp4_on_tiles(isa, format, rows)).reshape(rows, heads, inputs)
     for head, (_, matrix) in enumerate(matrices):
         wanted = exact[:, head] @ matrix.astype(np.float64).T
         bound = np.abs(exact[:, head]) @ np.abs(matrix.astype(np.float64)).T

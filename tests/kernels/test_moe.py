@@ -9,15 +9,15 @@ import pytest
 from expert_rig import Experts, Routed, Rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import FP32, Near, assert_near, format_product, gelu_tanh_times, silu_times, swiglu_clamped
-from rig import BF16, ISAS, dequantised_rows, random_bf16, rows_of
+from kernel_reference import FP32, Near, assert_near, gelu_tanh_times, operand_product, silu_times, swiglu_clamped
+from rig import BF16, ISAS, random_bf16, rows_of
 
 from hybrid.formats import FORMATS
 
 ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped, "gelu_tanh": gelu_tanh_times}
 
 
-def check(routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, gate=None) -> None:
+def check(isa, routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, gate=None) -> None:
     """Every op against the reference on what the op before it really left."""
     if ids is None:
         ids, weights = np.zeros((len(x), 1), np.int32), np.ones((len(x), 1), np.float32)
@@ -29,10 +29,10 @@ def check(routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, 
     assert np.array_equal(routed.rows, order // top_k)
     assert np.array_equal(routed.weights, weights.reshape(-1)[order])
     output = Near(np.array(onto, np.float64), np.zeros(onto.shape))
-    add_experts(output, routed, experts, x)
+    add_experts(isa, output, routed, experts, x)
     if shared is not None:
         check_shared(routed.shared, len(x), gate)
-        add_experts(output, routed.shared, shared, x)
+        add_experts(isa, output, routed.shared, shared, x)
     assert_near(routed.output, output)
 
 
@@ -44,25 +44,24 @@ def check_shared(rows: Rows, count: int, gate: np.ndarray | None) -> None:
     assert np.allclose(rows.weights, expected, rtol=1e-6 if gate is not None else 0, atol=0)
 
 
-def add_experts(output: Near, routed: Rows, experts: Experts, x: np.ndarray) -> None:
+def add_experts(isa, output: Near, routed: Rows, experts: Experts, x: np.ndarray) -> None:
     """Check the activations of a set of experts, and add what down makes of them."""
-    inputs = dequantised_rows(experts.format, rows_of(experts.format, x), experts.hidden)
-    operand = dequantised_rows(experts.format, routed.operand, experts.intermediate)
+    inputs = rows_of(experts.format, x)
     for expert in routed.active:
         part = slice(*routed.offsets[expert : expert + 2])
         rows, scale = routed.rows[part], routed.weights[part, None]
-        gate, up = (_linear(experts, which, expert, inputs[rows]) for which in (0, 1))
+        gate, up = (_linear(isa, experts, which, expert, inputs[rows]) for which in (0, 1))
         assert_near(routed.activation[part], ACTIVATIONS[experts.activation](gate, up).as_bf16())
-        down = _linear(experts, 2, expert, operand[part])
+        down = _linear(isa, experts, 2, expert, routed.operand[part])
         output.value[rows] += scale * down.value
         output.bound[rows] += np.abs(scale) * down.bound + 4 * FP32 * (
             np.abs(scale * down.value) + np.abs(output.value[rows])
         )
 
 
-def _linear(experts: Experts, which: int, expert: int, x: np.ndarray) -> Near:
-    """Gate, up or down (0, 1, 2) of one expert, with its bias."""
-    near = format_product(experts.format, x, experts.values[which][expert])
+def _linear(isa, experts: Experts, which: int, expert: int, rows: np.ndarray) -> Near:
+    """Gate, up or down (0, 1, 2) of one expert for all of its rows, with its bias."""
+    near = operand_product(isa, experts.format, rows, experts.values[which][expert])
     return near if experts.biases is None else near + experts.biases[which][expert]
 
 
@@ -76,7 +75,7 @@ def try_routing(isa, experts: Experts, ids, *, rows=None, size=1.0, threads=1, s
     onto = random.standard_normal((rows, hidden)).astype(np.float32)
     gate = (0.1 + 0.8 * random.random(rows)).astype(np.float32) if gated else None
     routed = run(isa, experts, x, ids, weights, onto, shared=shared, gate=gate, threads=threads)
-    check(routed, experts, x, ids, weights, onto, shared, gate)
+    check(isa, routed, experts, x, ids, weights, onto, shared, gate)
     return routed
 
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import assert_near, format_product, rms_norm
+from kernel_reference import assert_near, operand_product, rms_norm
 from rig import (
     BF16,
     ISAS,
     Rig,
     aligned,
-    dequantised_rows,
     empty_rows,
     format_of,
     packed,
@@ -60,17 +59,21 @@ def multiply(isa, format, x, weight, n, *, threads=1, bias=None, onto=None, inva
 
 
 def operands(format, rows, n, k, seed=0):
-    """Random x, packed weights, and the product of what both stand for."""
+    """Random x, packed weights, and what those stand for."""
     random = np.random.default_rng(seed)
     x, (weight, values) = random_bf16(random, rows, k), packed(format, random_bf16(random, n, k))
-    return x, weight, format_product(format, dequantised_rows(format, rows_of(format, x), k), values)
+    return x, weight, values
+
+
+def reference(isa, format, x, values):
+    return operand_product(isa, format, rows_of(format, x), values)
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_a_product_is_within_rounding(isa, format, n, k) -> None:
-    x, weight, expected = operands(format, max(ROWS), n, k)
+    x, weight, values = operands(format, max(ROWS), n, k)
     for rows in ROWS:
-        assert_near(multiply(isa, format, x[:rows], weight, n), expected[:rows])
+        assert_near(multiply(isa, format, x[:rows], weight, n), reference(isa, format, x[:rows], values))
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -79,10 +82,10 @@ def test_where_weights_are_fetched_to_changes_no_bit(isa, format, near) -> None:
     before = cpu_kernels.fetches_near()
     try:
         for (n, k), rows in itertools.product(SIZES, (1, 3, 6)):
-            x, weight, expected = operands(format, rows, n, k)
+            x, weight, values = operands(format, rows, n, k)
             cpu_kernels.fetches_near(near)
             found = multiply(isa, format, x, weight, n)
-            assert_near(found, expected)
+            assert_near(found, reference(isa, format, x, values))
             assert cpu_kernels.fetches_near(not near) == near
             assert np.array_equal(multiply(isa, format, x, weight, n), found)
     finally:
@@ -93,15 +96,17 @@ def test_where_weights_are_fetched_to_changes_no_bit(isa, format, near) -> None:
 @given(rows=st.integers(1, 40), n=st.integers(1, 80), k=st.integers(1, 290), threads=st.integers(1, 3))
 def test_any_size_and_number_of_threads(rows, n, k, threads) -> None:
     for format in FORMATS:
-        x, weight, expected = operands(format, rows, n, k)
+        x, weight, values = operands(format, rows, n, k)
         for isa in ISAS:
-            assert_near(multiply(isa, format, x, weight, n, threads=threads), expected)
+            found = multiply(isa, format, x, weight, n, threads=threads)
+            assert_near(found, reference(isa, format, x, values))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
 def test_a_bias_is_added_and_an_output_accumulated(isa, format, rows) -> None:
     random = np.random.default_rng(0)
-    x, weight, expected = operands(format, rows, 40, 90)
+    x, weight, values = operands(format, rows, 40, 90)
+    expected = reference(isa, format, x, values)
     bias, onto = (random.standard_normal(shape).astype(np.float32) for shape in (40, (rows, 40)))
     assert_near(multiply(isa, format, x, weight, 40, bias=bias), expected + bias)
     assert_near(multiply(isa, format, x, weight, 40, onto=onto), expected + onto)
@@ -180,5 +185,5 @@ def test_the_head_gathers_the_rows_whose_logits_are_wanted(isa, format, logit_ro
     if kind == "bf16":
         exact = rms_norm(residual[list(logit_rows), :hidden], norm_weight, eps)
         assert_near(normed[:wanted, :hidden], exact.as_bf16())
-    assert_near(logits, format_product(format, dequantised_rows(format, read[:wanted], hidden), head_values))
+    assert_near(logits, operand_product(isa, format, read[:wanted], head_values))
     assert not normed[wanted:].any() and not quantised[wanted:].any()
