@@ -284,9 +284,11 @@ def test_a_context_that_would_fit_is_told() -> None:
 
 
 def shown(config: dict[str, Any], options: FitOptions, **settings: Any) -> str:
-    """What `hybrid fit` prints of a config.json."""
+    """What `hybrid fit` prints of a config.json, with the threads and the instruction set of MACHINE."""
     spec, native = model_spec(config), native_mix(config)
-    hardware, rates = machine_of(options)
+    described, rates = machine_of(options)
+    kept = ("memory_total", "memory_available", "device_memory")
+    hardware = replace(MACHINE, **{name: getattr(described, name) for name in kept})
     fitter = fitter_of(spec, hardware, rates, EngineConfig(numa="off", **settings), options.depth)
     found = fits_of(fitter, native, options.format)
     return text(spec, hardware, rates, found, instead_of(fitter, found))
