@@ -175,7 +175,9 @@ def test_a_replica_that_dies_before_a_word_loses_no_request(path: str, stream: b
                 server.on_loop(server.replicas.kill, name)
             engine.permit(1000)
         answer = reply.result(WATCHDOG)
-        assert answer.status_code == 200 and answer.headers["x-hybrid-replica"] == name
+        names = [asked for asked, _ in server.replicas.asked]
+        told = names if stream else [name]  # a ping, where there was time for one, has told of the first
+        assert answer.status_code == 200 and answer.headers["x-hybrid-replica"] in told
         assert '"error":{' not in answer.text and "".join(re.findall(r'"(x+)"', answer.text)) >= "x" * 9
         assert server.front.figures.moved._value.get() == 1
 
