@@ -135,7 +135,8 @@ def test_every_family_runs_with_biases_and_shared_experts(tmp_path, monkeypatch,
 
 def test_verify_passes(monkeypatch) -> None:
     put(monkeypatch)
-    outcomes = verify_model(EngineConfig(**EMBEDDED), PROMPTS[:1], 6, device="cuda")
+    config = EngineConfig(**EMBEDDED, batch_invariant=True)  # a text is compared whole and token by token
+    outcomes = verify_model(config, PROMPTS[:1], 6, device="cuda")
     assert len(outcomes) >= len(POLICIES) + 8
     same = {"median_error": 0.0, "far_tokens": 0.0, "agreeing_tokens": 1.0}
     assert all(outcome.difference is None and outcome.more == same for outcome in outcomes)

@@ -218,7 +218,9 @@ def test_guesses_do_not_delay_a_prompt(always) -> None:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(threads=2, max_seq_len=512, max_batch=4, chunk_size=64, speculate=True) as opened:
+    """Its bits are those of any number of rows, with AMX too."""
+    settings = {"threads": 2, "max_seq_len": 512, "max_batch": 4, "chunk_size": 64, "batch_invariant": True}
+    with LLM(speculate=True, **settings) as opened:
         yield opened
 
 
