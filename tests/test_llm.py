@@ -439,7 +439,7 @@ def test_a_device_that_does_not_exist_is_refused() -> None:
 @pytest.fixture(scope="module")
 def embedded():
     pytest.importorskip("cpu_kernels", exc_type=ImportError)
-    with LLM(max_batch=4, chunk_size=32, max_seq_len=256) as llm:
+    with LLM(max_batch=4, chunk_size=32, max_seq_len=256, batch_invariant=True) as llm:
         yield llm
 
 
