@@ -211,10 +211,12 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
     assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
     out = tensors[names.out]
     assert (_unpacked(store, f"{prefix}out", *out.shape) == out).all()
-    _compare_norm(store, f"{prefix}norm", names.norm, exact)
-    if names.post_norm:
-        _compare_norm(store, f"{prefix}post_norm", names.post_norm, exact)
-    if attention.qk_norm == "head":
+    for part, name in (("norm", names.norm), ("post_norm", names.post_norm)):
+        if name:
+            _compare_norm(store, prefix + part, name, exact)
+        else:
+            assert prefix + part not in store.tensors
+    if attention.qk_norm != "none":
         plus = np.float32(store.spec.place(layer, store.mix).norm_plus)
         for mine, theirs in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
             assert (store.array(prefix + mine) == exact[theirs].astype("f4") + plus).all()
