@@ -21,6 +21,7 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ["HYBRID_DEVICE"] = "cpu"  # that of processes which tests start, too
 os.environ["HYBRID_SPECULATE"], os.environ["HYBRID_MAX_ITL_MS"] = "0", "0"  # steps that no clock decides
+os.environ["HYBRID_BATCH_INVARIANT"] = "1"  # with AMX too: who shares a step depends on when requests come
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is

@@ -231,7 +231,8 @@ def test_cache_flags_are_checked_and_said_to_have_no_effect(loaded, tmp_path) ->
     assert "no effect" not in invoke("--prompt", "Say.").stderr
 
 
-def test_flags_reach_the_configuration(loaded) -> None:
+def test_flags_reach_the_configuration(loaded, monkeypatch) -> None:
+    monkeypatch.delenv("HYBRID_BATCH_INVARIANT")
     invoke(
         "--prompt",
         "Say.",
