@@ -149,3 +149,54 @@ def test_roles_that_only_some_templates_know() -> None:
     assert ChatTemplate("{{ messages[0].role == 'ipython' }}").render([message]) == "True"
     with pytest.raises(RequestError, match="allowed"):
         ChatTemplate("{{ messages[0].role }}").render([message])
+
+
+RESULT = {"role": "tool", "content": "1"}
+WRITES_CALLS = "{% for c in m.tool_calls or () %}[{{ c.function.name }}]{% endfor %}"
+EACH = "{% for m in messages %}"
+# How published templates read a message that calls tools and says nothing, told by what they do with its content.
+BY_NULL = (  # as DeepSeek-R1's: calls are written only beside a null
+    EACH + "{% if m['content'] is none %}" + WRITES_CALLS + "{% else %}{{ '=' + m['content'] }}{% endif %}{% endfor %}"
+)
+BY_TRUTH = EACH + "{% if m.content %}{{ '=' + m.content }}{% endif %}" + WRITES_CALLS + "{% endfor %}"
+TEXTS_ALONE = EACH + "{{ '=' + m['content'] }}" + WRITES_CALLS + "{% endfor %}"
+PRINTS = EACH + "={{ m['content'] }}" + WRITES_CALLS + "{% endfor %}"
+LEFT_OUT = (
+    EACH + "{% if 'content' not in m %}" + WRITES_CALLS + "{% else %}{{ '=' + m['content'] }}{% endif %}{% endfor %}"
+)
+KNOWS_NO_CALLS = EACH + "{{ '=' + m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("given", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "left out"])
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        (BY_NULL, "=hi[add]=1"),
+        (BY_TRUTH, "=hi[add]=1"),
+        (TEXTS_ALONE, "=hi=[add]=1"),
+        (PRINTS, "=hi=[add]=1"),
+        (LEFT_OUT, "=hi[add]=1"),
+        (KNOWS_NO_CALLS, "=hi==1"),
+        ("{{ raise_exception('no') if messages[1:] }}=hi", None),
+    ],
+    ids=["by null", "by truth", "texts alone", "prints", "left out", "knows no calls", "refuses"],
+)
+def test_a_call_without_a_text_is_read_by_every_template(
+    source: str, prompt: str | None, given: dict[str, Any]
+) -> None:
+    messages = [USER, {"role": "assistant", "tool_calls": [CALL], **given}, RESULT]
+    if prompt is None:
+        with pytest.raises(RequestError, match="refuses these messages: no"):
+            ChatTemplate(source).render(messages)
+    else:
+        assert ChatTemplate(source).render(messages) == prompt
+
+
+@pytest.mark.parametrize("given", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "left out"])
+def test_a_template_that_reads_a_call_either_way_gets_it_as_transformers_gives_it(given: dict[str, Any]) -> None:
+    kind = "{{ 'left out' if m.content is not defined else 'null' if m.content is none else 'a text' }}"
+    source = EACH + kind + WRITES_CALLS + "{% endfor %}"
+    messages = [USER, {"role": "assistant", "tool_calls": [CALL], **given}, RESULT]
+    templates = pytest.importorskip("transformers.utils.chat_template_utils")
+    (expected,), _ = templates.render_jinja_template([messages], chat_template=source)
+    assert ChatTemplate(source).render(messages) == expected

@@ -15,6 +15,7 @@ pytest.importorskip("httpx")
 from scripted_model import Model  # noqa: E402
 from server_rig import running  # noqa: E402
 
+from hybrid import LLM  # noqa: E402
 from hybrid.text.chat_template import ChatTemplate  # noqa: E402
 
 ASKED = '"messages":[{"content":"Rain?","role":"user"}]'
@@ -31,6 +32,14 @@ BODIES = [
         "/v1/chat/completions",
         f'{{"model":"tiny","stream":false,{ASKED[:-1]},{{"content":"I look","role":"assistant","tool_calls":[{CALL}]}},'
         f'{{"content":"Wet","role":"tool","tool_call_id":"d916a6319"}}],"temperature":0.0,"tools":[{WEATHER}]}}',
+    ),
+    *(
+        (
+            "/v1/chat/completions",
+            f'{{"model":"tiny",{ASKED[:-1]},{{{content}"role":"assistant","tool_calls":[{CALL}]}},'
+            f'{{"content":"Wet","role":"tool","tool_call_id":"d916a6319"}}],"temperature":0.0,"tools":[{WEATHER}]}}',
+        )
+        for content in ('"content":null,', "")  # as the package openai sends its own reply back, and as agents do
     ),
     (
         "/v1/responses",
@@ -103,6 +112,17 @@ def test_a_request_of_a_client_is_answered(server, path: str, body: str) -> None
     assert response.status_code == 200, response.text
     assert text_of(response.json()) == "I look"
     assert server.post(path, **{**json.loads(body), "stream": True}).status_code == 200
+
+
+def test_the_embedded_model_answers_every_one_of_them() -> None:
+    with running(LLM()) as server:
+        for path, body in BODIES:
+            asked = {
+                **json.loads(body),
+                **({"max_tokens": 2} if "/api" not in path and "responses" not in path else {}),
+            }
+            reply = server.post(path, **asked)
+            assert reply.status_code == 200, reply.text
 
 
 def text_of(reply: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hybrid.errors import ConfigError, RequestError
 from hybrid.files import Reading, is_file, read_file
+from hybrid.text.call_content import with_call_contents
 from hybrid.text.messages import (
     RARE_ROLES,
     ROLES,
@@ -66,7 +67,7 @@ class ChatTemplate:
         """
         source = self.with_tools if tools is not None and self.with_tools is not None else self.source
         try:
-            plain = plain_messages(messages, _allowed_roles(source))
+            plain = with_call_contents(plain_messages(messages, _allowed_roles(source)), source, self.variables)
             variables = {
                 "add_generation_prompt": True,
                 **self.variables,

@@ -49,7 +49,8 @@ class ChatInput:
 
 
 def plain_messages(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[dict[str, Any]]:
-    """The messages as a template gets them: fields that are None are left out, reasoning has all of its names.
+    """The messages as a template gets them: fields that are None are left out, but for the content beside calls of
+    tools, and reasoning has all of its names.
 
     Raises RequestError for what is no message.
     """
@@ -105,12 +106,13 @@ def _plain_message(message: Any, index: int, roles: Sequence[str]) -> dict[str, 
     plain = plain_data(message)
     if not isinstance(plain, dict):
         raise RequestError(f"message {index} must be an object with a role and a content, not {message!r:.80}")
-    plain = {name: value for name, value in plain.items() if value is not None}
+    kept = ("content",) if plain.get("tool_calls") else ()
+    plain = {name: value for name, value in plain.items() if value is not None or name in kept}
     if plain.get("role") not in roles:
         raise RequestError(f"message {index} has the role {plain.get('role')!r:.80}; allowed: {', '.join(roles)}")
-    if not any(name in plain for name in SAYS):
+    if all(plain.get(name) is None for name in SAYS):
         raise RequestError(f"message {index} says nothing: it needs a content, or tool_calls, not {message!r:.80}")
-    _check_content(plain.get("content", ""), index)
+    _check_content(plain.get("content"), index)
     if isinstance(plain.get("tool_calls"), list):
         plain["tool_calls"] = [_call_with_object(call) for call in plain["tool_calls"]]
     reasoning = next((plain[name] for name in REASONING_FIELDS if name in plain), None)
@@ -131,8 +133,8 @@ def _call_with_object(call: Any) -> Any:
 
 
 def _check_content(content: Any, index: int) -> None:
-    """A text, or a list of parts, none of which is a picture or a sound."""
-    if isinstance(content, str):
+    """Nothing, a text, or a list of parts, none of which is a picture or a sound."""
+    if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
         raise RequestError(f"message {index}: its content must be a text or a list of parts, not {content!r:.80}")
