@@ -233,7 +233,7 @@ REFUSED = {
         {"previous_response_id": "resp_1"},
         {"background": True},
         {"tools": [{"type": "web_search"}]},
-        {"include": ["message.output_text.logprobs"]},
+        {"include": ["message.output_text"]},
         {"max_output_tokens": 0},
         {"unheard_of": 1},
         {"text": {"format": {"type": "picture"}}},

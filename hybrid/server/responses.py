@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from time import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from hybrid.core import Completion, TextDelta
 from hybrid.server.agent_tools import with_left_out
 from hybrid.server.bodies import read_body
 from hybrid.server.chat import start
@@ -19,6 +21,7 @@ from hybrid.server.replies import measured, usage_of
 from hybrid.server.responses_body import ResponsesBody
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import PING, named_event, until_gone
+from hybrid.server.text_logprobs import TextLogprobs
 
 Item = dict[str, Any]
 _WRITTEN = ("function_call", "custom_tool_call")  # calls whose input has events of its own
@@ -58,19 +61,31 @@ class _Response(Face):
         self._offered = body.offered()
         self._items: list[Item] = []
         self._open: str | None = None  # the kind of the last item, while it goes on
+        self._scored = TextLogprobs(run.service.token_texts) if body.tells_logprobs else None
+        self._told = 0  # tokens that came
+
+    def parts(self, said: Completion | TextDelta) -> Iterator[Part]:
+        first, self._told = self._told, self._told + len(said.token_ids)
+        if self._scored:
+            self._scored.push((self.completion.logprobs or [])[first : self._told])
+        return super().parts(said)
 
     def begin(self) -> bytes:
         whole = self._response("in_progress")
         return self._event("response.created", response=whole) + self._event("response.in_progress", response=whole)
 
     def add(self, part: Part) -> bytes:
+        scored = self._scored.take(part) if self._scored else []
         if part.call:
             return self._close() + self._call(part)
         events = b""
         if part.kind != self._open:
             events = self._close() + self._start(part.kind)
-        self._items[-1]["content"][0]["text"] += part.text
-        return events + self._inner(f"{_stem(part.kind)}.delta", delta=part.text, **_logprobs(part.kind))
+        content = self._items[-1]["content"][0]
+        content["text"] += part.text
+        if part.kind == "text":
+            content["logprobs"] += scored
+        return events + self._inner(f"{_stem(part.kind)}.delta", delta=part.text, **_logprobs(part.kind, scored))
 
     def end(self) -> bytes:
         events = self._close(self._status)
@@ -98,7 +113,7 @@ class _Response(Face):
         self._items.append({**item, "status": "in_progress"})
         events = self._event("response.output_item.added", output_index=self._index, item=dict(self._items[-1]))
         self._items[-1]["content"] = [part]
-        return events + self._inner("content_part.added", part=dict(part))
+        return events + self._inner("content_part.added", part=part)
 
     def _close(self, status: str = "completed") -> bytes:
         if self._open is None:
@@ -106,7 +121,7 @@ class _Response(Face):
         kind, self._open = self._open, None
         self._items[-1]["status"] = status
         part = self._items[-1]["content"][0]
-        events = self._inner(f"{_stem(kind)}.done", text=part["text"], **_logprobs(kind))
+        events = self._inner(f"{_stem(kind)}.done", text=part["text"], **_logprobs(kind, part.get("logprobs", [])))
         return events + self._inner("content_part.done", part=part) + self._item_done()
 
     def _call(self, part: Part) -> bytes:
@@ -187,7 +202,7 @@ class _Response(Face):
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "presence_penalty": body.presence_penalty or 0.0,
             "frequency_penalty": body.frequency_penalty or 0.0,
-            "top_logprobs": 0,
+            "top_logprobs": body.top_logprobs or 0,
             "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
             "text": {"format": (body.text and body.text.format) or {"type": "text"}},
             "truncation": body.truncation or "disabled",
@@ -205,8 +220,8 @@ def _stem(kind: str) -> str:
     return "reasoning_text" if kind == "reasoning" else "output_text"
 
 
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "text" else {}
+def _logprobs(kind: str, scored: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"logprobs": scored} if kind == "text" else {}
 
 
 def _new(kind: str) -> str:

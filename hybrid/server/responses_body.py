@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -10,8 +10,8 @@ from hybrid.server.agent_tools import AGENT_TOOLS, arguments_of
 from hybrid.server.bodies import checked
 from hybrid.server.chat_tools import ALLOWED
 from hybrid.server.custom_tools import custom_arguments
-from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, ChatBody, Stops
-from hybrid.server.numbers import CountOrAll, Finite, Limit, No, NoneOfThem, Seed
+from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody, Stops
+from hybrid.server.numbers import WHOLE, CountOrAll, Finite, Limit, No, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.response_tools import Offered, ResponseTool, full_name
 from hybrid.server.shapes import CALLS_NEED, ITEM_CHOICE, ITEM_TEXTS, ITEMS, NOTHING
@@ -20,13 +20,17 @@ from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
 
 Item = dict[str, Any]
+LOGPROBS = "message.output_text.logprobs"
 Include = Literal[
+    "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "web_search_call.results",
     "web_search_call.action.sources",
     "file_search_call.results",
     "code_interpreter_call.outputs",
-]  # of which there is nothing here to be told
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+]  # of all but the first there is nothing here to be told
 _UNREAD = ("web_search_call", "additional_tools")  # the one says what another server has searched, and not found
 _TOOL_ITEMS = ("tool_search_output", "additional_tools")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "tool_search_output")
@@ -84,7 +88,7 @@ class ResponsesBody(Strict):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Include] | None = Field(None, max_length=8)
-    top_logprobs: NoneOfThem | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     background: No | None = None
     previous_response_id: Any = Field(None, json_schema_extra=NOTHING)
     conversation: Any = Field(None, json_schema_extra=NOTHING)
@@ -110,6 +114,8 @@ class ResponsesBody(Strict):
                 raise Refusal(400, f"{name}: this server keeps nothing; send the whole input again", name)
         chat: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         chat |= {"messages": self._messages(), "max_tokens": self.max_output_tokens}
+        if self.tells_logprobs:
+            chat |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         offered = self.offered()
         chat["tools"] = offered.functions() or None
         chat["tool_choice"] = _choice(self.tool_choice)
@@ -123,6 +129,11 @@ class ResponsesBody(Strict):
                 format = {"type": "json_schema", "json_schema": inner}
             chat["response_format"] = format
         return checked(ChatBody, chat)
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether the reply has the probabilities of the tokens of its text."""
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
 
     def offered(self) -> Offered:
         """Raises Refusal."""
