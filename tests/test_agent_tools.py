@@ -32,7 +32,9 @@ HEADER = "x-hybrid-tools-left-out"
 
 
 def serving(*answers: str) -> Model:
-    return Model(*answers, template=ChatTemplate(SOURCE.replace("<think> ", "")), max_seq_len=900)
+    return Model(
+        *answers, template=ChatTemplate(SOURCE.replace("<think> ", "")), max_seq_len=2000, kv_token_budget=4000
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,143 @@ def test_tools_that_nobody_here_can_run_are_named_in_a_header(server: Running, m
     assert HEADER not in server.post("/v1/responses", input="Go", tools=[SHELL], max_output_tokens=1).headers
 
 
+COMMANDS = {"commands": ["ls -l", "pwd"], "timeout_ms": 900}
+CHANGE = {"type": "update_file", "path": "a", "diff": "@@\n-a\n+b"}
+REMOVAL = {"type": "delete_file", "path": "b"}
+HOSTED = {"type": "shell", "environment": {"type": "container_auto"}}
+
+
+def test_a_shell_of_commands_and_patches_are_called_as_the_client_knows_them() -> None:
+    called = call("shell", **COMMANDS) + call("apply_patch", **CHANGE) + call("apply_patch", **REMOVAL)
+    tools = [{"type": "shell", "environment": {"type": "local"}}, {"type": "apply_patch"}]
+    model = serving(called)
+    with (
+        running(model.llm) as server,
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client,
+    ):
+        whole = client.responses.create(model="tiny", input="Go", tools=tools)
+        with client.responses.stream(model="tiny", input="Go", tools=tools) as stream:
+            streamed = stream.get_final_response()
+        for reply in (whole, streamed):
+            shell, change, removal = reply.output
+            assert type(shell).__name__ == "ResponseFunctionShellToolCall" and shell.status == "completed"
+            assert (shell.action.commands, shell.action.timeout_ms) == (COMMANDS["commands"], 900)
+            assert shell.environment.type == "local"
+            assert type(change).__name__ == "ResponseApplyPatchToolCall" and change.operation.to_dict() == CHANGE
+            assert removal.operation.to_dict() == REMOVAL
+            assert [tool.to_dict() for tool in reply.tools] == tools
+        offered = model.prompts[-1].split("(u)")[0]
+        assert "shell:Runs commands" in offered and "apply_patch:Creates" in offered
+        ran = {"stdout": "a\n", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}
+        late = {"stdout": "", "stderr": "slow", "outcome": {"type": "timeout"}}
+        wrong = {"stdout": "b", "stderr": "", "outcome": {"type": "exit", "exit_code": 2}}
+        outputs = [
+            {"type": "shell_call_output", "call_id": shell.call_id, "output": [ran, late, wrong]},
+            {"type": "apply_patch_call_output", "call_id": change.call_id, "status": "completed", "output": "Changed"},
+            {"type": "apply_patch_call_output", "call_id": removal.call_id, "status": "failed"},
+        ]
+        back = [{"role": "user", "content": "Go"}, *whole.output, *outputs]
+        client.responses.create(model="tiny", input=back, tools=tools, max_output_tokens=1)
+        said = model.prompts[-1].partition("(u)")[2].replace("\\n", "\n")
+        assert f"[shell {json.dumps(COMMANDS)}]" in said and f"[apply_patch {json.dumps(REMOVAL)}]" in said
+        assert said.endswith("(t)a\nslow\n(timed out)\nb\n(exit code 2)(t)Changed(t)The patch failed..")
+
+
+@pytest.mark.parametrize("kind", ["shell", "apply_patch"])
+def test_each_can_be_demanded(client, kind: str) -> None:
+    words = {"model": "tiny", "input": "Go", "tools": [{"type": "shell"}, {"type": "apply_patch"}]}
+    (item,) = client.responses.create(**words, tool_choice={"type": kind}, max_output_tokens=400).output
+    assert item.type == f"{kind}_call"
+
+
+def test_nonsense_in_a_shell_or_a_patch_is_of_the_right_types_for_the_client() -> None:
+    for name, arguments, made in (
+        ("shell", {"commands": "ls"}, ["ls"]),
+        ("shell", {"commands": [7, "ls"], "timeout_ms": True}, ["ls"]),
+        ("shell", {}, []),
+        ("apply_patch", {"type": "move", "path": 7}, {"type": "update_file", "path": "", "diff": ""}),
+        ("apply_patch", {"type": [], "path": "a"}, {"type": "update_file", "path": "a", "diff": ""}),
+    ):
+        with running(serving(call(name, **arguments)).llm) as server:
+            (item,) = server.post("/v1/responses", input="Go", tools=[{"type": name}]).json()["output"]
+        assert (item["action"]["commands"] if name == "shell" else item["operation"]) == made
+
+
+def test_containers_and_pictures_are_left_out_and_named(server: Running, model: Model) -> None:
+    tools = [SHELL, HOSTED, {"type": "computer"}]
+    reply = server.post("/v1/responses", input="Go", tools=tools, max_output_tokens=1)
+    assert reply.headers[HEADER] == "computer, shell" and model.prompts[-1].startswith("shell:")
+    for tool, words in ((HOSTED, "run on the server"), ({"type": "computer_use_preview"}, "pictures")):
+        assert words in server.post("/v1/responses", input="Go", tools=[tool]).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "told"),
+    [
+        ({"type": "bash_20250124", "name": "bash"}, {"command": "ls"}, "bash:Runs a command"),
+        (
+            {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 100},
+            {"command": "view", "path": "/a"},
+            "str_replace_based_edit_tool:Shows and edits",
+        ),
+        ({"type": "memory_20250818", "name": "memory"}, {"command": "view", "path": "/memories"}, "memory:Keeps"),
+    ],
+    ids=["bash", "editor", "memory"],
+)
+def test_tools_that_anthropic_has_described_are_offered_as_functions(
+    tool: dict[str, Any], arguments: dict[str, Any], told: str
+) -> None:
+    anthropic, model = pytest.importorskip("anthropic"), serving(call(tool["name"], **arguments))
+    words = {"model": "tiny", "max_tokens": 300, "messages": [{"role": "user", "content": "Go"}], "tools": [tool]}
+    with (
+        running(model.llm) as server,
+        anthropic.Anthropic(base_url=server.address, api_key="any", max_retries=0) as client,
+    ):
+        whole = client.messages.create(**words)
+        with client.messages.stream(**words) as stream:
+            streamed = stream.get_final_message()
+        beta = client.beta.messages.create(**words, betas=["context-management-2025-06-27"])
+        for message in (whole, streamed, beta):
+            (used,) = message.content
+            assert (used.type, used.name, used.input) == ("tool_use", tool["name"], arguments)
+        assert told in model.prompts[-1]
+        counted = client.messages.count_tokens(model="tiny", messages=words["messages"], tools=[tool])
+        assert counted.input_tokens == whole.usage.input_tokens + whole.usage.cache_read_input_tokens
+
+
+def test_the_package_of_anthropic_runs_a_memory() -> None:
+    """Its tool runner calls what it is told to, and sends back what that has returned. It asks the server to keep the
+    conversation first, and goes on without that where it is told that this cannot be.
+    """
+    anthropic = pytest.importorskip("anthropic")
+    tools = pytest.importorskip("anthropic.lib.tools")
+    seen = []
+
+    class Memory(tools.BetaAbstractMemoryTool):
+        def view(self, command: Any) -> str:
+            seen.append(command.path)
+            return "notes"
+
+        create = str_replace = insert = delete = rename = view
+
+    template = ChatTemplate(SOURCE.replace("{{ t.function.description }}", "").replace("<think> ", ""))
+    model = Model(call("memory", command="view", path="/memories"), "Well", template=template)
+    with (
+        running(model.llm) as server,
+        anthropic.Anthropic(base_url=server.address, api_key="any", max_retries=0) as client,
+    ):
+        runner = client.beta.messages.tool_runner(
+            model="tiny", max_tokens=300, tools=[Memory()], messages=[{"role": "user", "content": "Go"}]
+        )
+        assert runner.until_done().content[0].text == "Well"
+        kept = {"type": "continue", "previous_message_id": "msg_1"}
+        words = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "Go"}]}
+        with pytest.raises(anthropic.BadRequestError, match="keeps nothing") as error:
+            client.beta.messages.create(**words, thread=kept)
+        assert error.value.body["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    assert seen == ["/memories"] and model.prompts[-1].endswith("(t)notes.")
+
+
 @pytest.mark.parametrize("mode", ["auto", "required"])
 def test_allowed_tools_of_responses(client, model: Model, mode: str) -> None:
     inner = {"type": "function", "name": "list", "namespace": "mcp__files"}
@@ -135,6 +274,11 @@ def test_a_shell_that_must_be_called_is(client) -> None:
         {"input": [{"type": "additional_tools", "tools": [{"type": []}]}]},
         {"input": [{"type": "local_shell_call_output", "output": "a"}]},
         {"input": [{"type": "local_shell_call", "action": 7}]},
+        {"input": [{"type": "shell_call_output", "call_id": "a", "output": "b"}]},
+        {"input": [{"type": "shell_call_output", "call_id": "a", "output": ["b"]}]},
+        {"input": [{"type": "shell_call", "action": {"commands": ["a"]}}]},
+        {"input": [{"type": "apply_patch_call_output", "call_id": "a", "output": 7}]},
+        {"tools": [{"type": "shell", "environment": "local"}]},
     ],
     ids=lambda value: f"{value!r:.60}",
 )

@@ -172,8 +172,15 @@ def test_a_text_to_stop_at_may_be_long_wherever_it_is_given(server: Running) -> 
             assert reply.status_code == status and (status == 200 or "stop" in reply.text), reply.text
 
 
-def test_tools_of_anthropic_without_a_schema_say_what_to_send(server: Running) -> None:
-    for kind, words in (("bash_20250124", "an input_schema"), ("web_search_20250305", "leave it out")):
+def test_tools_of_anthropic_that_no_model_is_told_of_say_why(server: Running) -> None:
+    for kind, words in (
+        ("computer_20250124", "pictures"),
+        ("computer_toolset_20260801", "pictures"),
+        ("web_search_20250305", "would run on the server"),
+        ("bash_code_execution_20250825", "would run on the server"),
+        ("bash_", "would run on the server"),
+        ("bash_٣", "would run on the server"),
+    ):
         tools = [{"type": kind, "name": "x"}]
         reply = server.post("/v1/messages", messages=ASKED, max_tokens=1, tools=tools)
-        assert reply.status_code == 400 and words in reply.json()["error"]["message"]
+        assert reply.status_code == 400 and words in reply.json()["error"]["message"], reply.text

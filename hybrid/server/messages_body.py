@@ -7,17 +7,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hybrid.server.agent_tools import why_left_out
 from hybrid.server.bodies import checked
 from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, StopText
+from hybrid.server.known_tools import known_tool
 from hybrid.server.numbers import CountOrAll, Finite, Positive
 from hybrid.server.refusals import Refusal
-from hybrid.server.shapes import BLOCKS
+from hybrid.server.shapes import BLOCKS, NOTHING
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Thinking
 from hybrid.server.turns import one_system
 
 Block = dict[str, Any]
-_HERE = ("bash_", "text_editor_", "computer_", "memory_")  # tools without a schema that run at the client
 
 
 class MessageTool(BaseModel):
@@ -32,19 +33,17 @@ class MessageTool(BaseModel):
 
     @property
     def runs_at_client(self) -> bool:
-        return self.type in (None, "custom") or self.type.startswith(_HERE)
+        return self.type in (None, "custom") or known_tool(self.type) is not None
 
     def function(self) -> dict[str, Any]:
-        """Raises Refusal for a tool that would run here, or that is not described."""
-        if self.type not in (None, "custom"):
-            kind = f"the type {self.type!r:.60}"
-            if self.type.startswith(_HERE):
-                why = "is known to Anthropic's models alone; offer it without a type, with an input_schema"
-            else:
-                why = "would run on the server, and this one runs none; leave it out"
-            raise Refusal(400, f"tools: {kind} {why}", "tools")
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+        """Raises Refusal for a tool of which no model is told."""
+        if not self.runs_at_client:
+            raise Refusal(400, f"tools: {why_left_out(str(self.type))}", "tools")
+        known = known_tool(self.type) if self.type else None
+        said = {"description": self.description, "parameters": self.input_schema}
+        if known is not None:
+            said = {"description": self.description or known.description, "parameters": dict(known.parameters)}
+        return {"type": "function", "function": {"name": self.name, **_without_nulls(said)}}
 
 
 class MessageToolChoice(Strict):
@@ -129,6 +128,7 @@ class MessagesBody(CountBody):
     stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
     mcp_servers: list[Any] | None = Field(None, max_length=0)
+    thread: Any = Field(None, json_schema_extra=NOTHING)
     # Of no effect on the answer, but sent by clients.
     metadata: Any = None
     service_tier: Any = None
@@ -137,6 +137,9 @@ class MessagesBody(CountBody):
 
     def chat_body(self) -> ChatBody:
         """Raises Refusal."""
+        if self.thread is not None:  # by this code clients know to go on without one
+            message = "thread: this server keeps nothing; send the whole conversation again"
+            raise Refusal(400, message, "thread", "thread_unsupported_request")
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         more = {"max_tokens": self.max_tokens, "stop": self.stop_sequences or None}
         return checked(ChatBody, {**self.chat(), **sampling, **more})
@@ -214,6 +217,10 @@ def _said(block: Any, place: str) -> str:
         held = source.get("data") if source["type"] == "text" else source.get("content")
         return "\n".join([*filter(None, [_title(block, place)]), _text(held, place)])
     raise Refusal(400, f"{place}: a block of the type {kind!r:.50} cannot be read here; text can", "messages")
+
+
+def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _title(block: Block, place: str) -> str | None:

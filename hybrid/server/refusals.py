@@ -59,7 +59,8 @@ class Refusal(Exception):
         if not path.startswith(ANTHROPIC):
             return self.body
         kind = _ANTHROPIC_KINDS.get(self.status) or KINDS.get(self.status, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        details = {} if self.code is None else {"details": {"error_code": self.code}}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
 
     def response(self, path: str = "") -> JSONResponse:
         headers = {"retry-after": str(self.retry)} if self.status in (429, 503) else {}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.core import ToolCall
-from hybrid.server.agent_tools import AGENT_TOOLS, LOCAL_SHELL, TOOL_SEARCH
+from hybrid.server.agent_tools import AGENT_TOOLS, SHELL, TOOL_SEARCH, why_left_out
 from hybrid.server.custom_tools import custom_function, custom_input, object_of
 from hybrid.server.refusals import Refusal
 
@@ -30,6 +30,7 @@ class NamedTool(BaseModel):
     strict: bool | None = None
     format: dict[str, Any] | None = None
     execution: Literal["server", "client"] | None = None
+    environment: dict[str, Any] | None = None
 
     @property
     def known_as(self) -> str | None:
@@ -38,16 +39,21 @@ class NamedTool(BaseModel):
 
     @property
     def runs_at_client(self) -> bool:
-        return self.type in (*_NAMED, LOCAL_SHELL) or (self.type == TOOL_SEARCH and self.execution == "client")
+        if self.type == TOOL_SEARCH:
+            return self.execution == "client"
+        if self.type == SHELL:  # others are containers of the server
+            return self.environment is None or self.environment.get("type") == "local"
+        return self.type in _NAMED or self.type in AGENT_TOOLS
 
     def told(self) -> dict[str, Any]:
         """As a reply has it."""
         if self.type == "custom":
             return self.model_dump(include={"type", "name", "description", "format"})
         if self.type in AGENT_TOOLS:
-            return self.model_dump(include={"type", "description", "parameters", "execution"}, exclude_none=True)
-        said = self.model_dump(include={"type", "name", "description", "parameters"})
-        return {**said, "strict": bool(self.strict)}
+            said = {"type", "description", "parameters", "execution", "environment"}
+            return self.model_dump(include=said, exclude_none=True)
+        function = self.model_dump(include={"type", "name", "description", "parameters"})
+        return {**function, "strict": bool(self.strict)}
 
     def function(self, name: str) -> dict[str, Any]:
         """Of a chat, by the name that the model is told."""
@@ -108,9 +114,7 @@ class Offered:
                 raise Refusal(400, f"tools: {missing}; give each a name of its own", "tools")
             self._tools[one.name] = one
         if tools and not self._tools:
-            kind = f"{tools[0].type!r:.60}"
-            message = f"tools: the type {kind} would run on the server, and this one runs none; offer functions"
-            raise Refusal(400, message, "tools")
+            raise Refusal(400, f"tools: {why_left_out(tools[0].type)}", "tools")
         for one in _flat(found):
             if one.name is not None:
                 self._tools.setdefault(one.name, one)

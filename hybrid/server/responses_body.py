@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from hybrid.server.agent_tools import AGENT_TOOLS, arguments_of
+from hybrid.server.agent_tools import AGENT_TOOLS, arguments_of, shell_output
 from hybrid.server.bodies import checked
 from hybrid.server.chat_tools import ALLOWED
 from hybrid.server.custom_tools import custom_arguments
@@ -33,7 +33,14 @@ Include = Literal[
 ]  # of all but the first there is nothing here to be told
 _UNREAD = ("web_search_call", "additional_tools")  # the one says what another server has searched, and not found
 _TOOL_ITEMS = ("tool_search_output", "additional_tools")
-_OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "tool_search_output")
+_OUTPUTS = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "local_shell_call_output",
+    "tool_search_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+)
 _CALLS = ("function_call", "custom_tool_call", *(f"{kind}_call" for kind in AGENT_TOOLS))
 _SAME = (
     "temperature",
@@ -194,7 +201,7 @@ def _add(made: list[dict[str, Any]], item: Item, place: str) -> None:
     if kind in _UNREAD or (kind in ("tool_search_call", "tool_search_output") and item.get("execution") == "server"):
         return
     if kind in _OUTPUTS:
-        output = _names_of(item, place) if kind == "tool_search_output" else _text(item.get("output"), place)
+        output = _output(kind, item, place)
         field = "call_id" if kind != "local_shell_call_output" or item.get("call_id") is not None else "id"
         made.append({"role": "tool", "tool_call_id": _string(item, field, place), "content": output})
     elif kind == "message" and item.get("role") != "assistant":
@@ -232,6 +239,20 @@ def _call(message: dict[str, Any], name: str, arguments: str, item: Item, place:
     function = {"name": name, "arguments": arguments}
     call = {"type": "function", "id": _string(item, "call_id", place), "function": function}
     message.setdefault("tool_calls", []).append(call)
+
+
+def _output(kind: str, item: Item, place: str) -> str:
+    """What a tool has returned, as the model is told of it."""
+    given = item.get("output")
+    if kind == "tool_search_output":
+        return _names_of(item, place)
+    if kind == "shell_call_output":
+        if (text := shell_output(given)) is None:
+            raise Refusal(400, f"{place}: output must be a list of objects with stdout, stderr and outcome", "input")
+        return text
+    if kind == "apply_patch_call_output" and not given:
+        return "The patch failed." if item.get("status") == "failed" else "Done."
+    return _text(given, place)
 
 
 def _names_of(item: Item, place: str) -> str:
