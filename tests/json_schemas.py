@@ -69,6 +69,7 @@ _KEYWORDS: dict[str, Any] = {
     "required": _object(lambda wanted, value: all(name in value for name in wanted)),
     "maxProperties": _object(lambda wanted, value: len(value) <= wanted),
     "items": _list(lambda wanted, value: all(fits(wanted, item) for item in value)),
+    "contains": _list(lambda wanted, value: any(fits(wanted, item) for item in value)),
     "minItems": _list(lambda wanted, value: len(value) >= wanted),
     "maxItems": _list(lambda wanted, value: len(value) <= wanted),
     "minLength": _text(lambda wanted, value: len(value) >= wanted),

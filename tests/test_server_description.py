@@ -33,7 +33,27 @@ BEYOND: list[dict[str, Any]] = [
         if {"guided_regex", "verbosity", "reasoning", "thinking"} & set(body)
     ),
 ]
-COUNT = "/v1/messages/count_tokens"
+COUNT, RESPONSES, OLLAMA = "/v1/messages/count_tokens", "/v1/responses", "/api/chat"
+
+
+def called(calls: Any) -> tuple[str, dict[str, Any]]:
+    """A chat of Ollama's with calls of tools."""
+    said = {"role": "assistant", "content": "a", "tool_calls": calls}
+    return OLLAMA, {"model": "tiny", "options": {"num_predict": 1}, "messages": [*QUESTION, said, *QUESTION]}
+
+
+def holding(*blocks: Any) -> tuple[str, dict[str, Any]]:
+    """A message of Anthropic's with blocks."""
+    return COUNT, {"messages": [{"role": "user", "content": [*blocks]}]}
+
+
+def offering(*tools: Any) -> tuple[str, dict[str, Any]]:
+    return RESPONSES, {"input": "a", "max_output_tokens": 1, "tools": [*tools]}
+
+
+TEXT, LIST = {"type": "text", "text": "a"}, {"type": "function", "name": "list"}
+FOUND = {"type": "search_result", "title": "a", "source": "b", "content": "c"}
+RETURNED = {"type": "tool_result", "tool_use_id": "a"}
 SAID = [{"role": "assistant", "content": "a"}]
 REFUSED = [
     *((COMPLETE, {"prompt": "a", "max_tokens": 1, name: value}) for name, value in FIELDS),
@@ -74,6 +94,42 @@ REFUSED = [
     ("/v1/responses", {"input": "a", "top_logprobs": False}),
     ("/v1/responses", {"input": [{"role": "user", "content": 7}]}),
     ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}]}),
+    *(
+        called(calls)
+        for calls in ({}, "a", [7], [{}], [{"function": 7}], [{"function": {}}], [{"function": {"name": 7}}])
+    ),
+    called([{"function": {"name": "a", "arguments": "{}"}}]),
+    (OLLAMA, {"model": "tiny", "messages": [{"role": "user", "content": 0}]}),
+    (OLLAMA, {"model": "tiny", "messages": [{"role": "user", "content": "a", "images": ""}]}),
+    *(
+        holding({"type": "document", "source": source})
+        for source in (
+            7,
+            {},
+            {"type": "base64", "data": "a"},
+            {"type": "text"},
+            {"type": "content", "content": [FOUND]},
+        )
+    ),
+    holding({"type": "document"}),
+    holding({"type": "document", "title": 7, "source": {"type": "text", "data": "a"}}),
+    holding({**FOUND, "content": [7]}),
+    holding({**FOUND, "content": None}),
+    *(holding({**RETURNED, "content": content}) for content in (0, TEXT, [{"type": "image"}], [RETURNED])),
+    (COUNT, {"messages": QUESTION, "system": [{"type": "image"}]}),
+    *(
+        offering(tool)
+        for tool in (
+            {"type": "web_search"},
+            {"type": "tool_search"},
+            {"type": "shell", "environment": {"type": "container_auto"}},
+            {"type": "computer"},
+            {"type": "namespace", "name": "a"},
+            {"type": "namespace", "name": "a", "tools": [{"type": "web_search"}]},
+            {"type": "function"},
+            {"type": "custom", "name": None},
+        )
+    ),
     ("/api/chat", {"model": "huge", "messages": QUESTION}),
     ("/api/show", {"model": "huge"}),
     ("/tokenize", {}),
@@ -89,6 +145,25 @@ TAKEN = [
     (COMPLETE, {"prompt": [[5], [6, 7]], "max_tokens": 1, "stop": ["x"]}),
     (COUNT, {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]}, *QUESTION]}),
     (COUNT, {"messages": QUESTION, "system": [{"type": "text", "text": "a"}]}),
+    called([{"function": {"name": "a", "arguments": {"b": 1}}}, {"id": "c", "function": {"name": "d"}}]),
+    called([]),
+    called(None),
+    (
+        OLLAMA,
+        {"model": "tiny", "options": {"num_predict": 1}, "messages": [{"role": "user", "images": [], "content": "a"}]},
+    ),
+    holding(TEXT, FOUND, {**FOUND, "content": [TEXT]}),
+    holding({"type": "document", "title": None, "source": {"type": "text", "data": "a", "media_type": "text/plain"}}),
+    holding({"type": "document", "title": "b", "source": {"type": "content", "content": [TEXT]}}),
+    holding({"type": "document", "source": {"type": "content", "content": "c"}}),
+    *(holding({**RETURNED, "content": content}) for content in (None, "a", [], [TEXT, FOUND])),
+    (COUNT, {"messages": QUESTION, "system": [FOUND]}),
+    offering(),
+    offering({"type": "web_search"}, LIST),
+    offering({"type": "shell"}, {"type": "apply_patch"}),
+    offering({"type": "shell", "environment": {"type": "local"}}),
+    offering({"type": "tool_search", "execution": "client"}),
+    offering({"type": "namespace", "name": "a", "tools": [{"type": "web_search"}, LIST]}),
     ("/api/show", {"model": "tiny:latest", "verbose": True}),
     ("/api/show", {}),
     ("/tokenize", {"prompt": "a", "content": None}),

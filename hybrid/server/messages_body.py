@@ -13,7 +13,7 @@ from hybrid.server.fields import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ChatBody, S
 from hybrid.server.known_tools import known_tool
 from hybrid.server.numbers import CountOrAll, Finite, Positive
 from hybrid.server.refusals import Refusal
-from hybrid.server.shapes import BLOCKS, NOTHING
+from hybrid.server.shapes import BLOCKS, NOTHING, SYSTEM
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Thinking
 from hybrid.server.turns import one_system
@@ -62,7 +62,7 @@ class CountBody(Strict):
 
     model: str | None = Field(None, max_length=1000)
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES, json_schema_extra=BLOCKS)
-    system: str | list[dict[str, Any]] | None = None
+    system: str | list[dict[str, Any]] | None = Field(None, json_schema_extra=SYSTEM)
     tools: list[MessageTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
@@ -160,7 +160,7 @@ def _messages(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
     made, texts = [], []
     for block in blocks:
         if block.get("type") == "tool_result" and role == "user":
-            result = _text(block.get("content") or "", place)
+            result = "" if block.get("content") is None else _text(block["content"], place)
             made.append({"role": "tool", "tool_call_id": _name(block, "tool_use_id", place), "content": result})
         else:
             texts.append(_text([block], place))
@@ -196,10 +196,18 @@ def _text(content: Any, place: str) -> str:
     """A text, or the lines of blocks that are texts."""
     if isinstance(content, str):
         return content
-    texts = []
-    for block in content if isinstance(content, list) else [content]:
-        texts.append(_said(block, place))
-    return "\n".join(texts)
+    if not isinstance(content, list):
+        raise Refusal(400, f"{place}: the content must be a text or a list of blocks", "messages")
+    return "\n".join(_said(block, place) for block in content)
+
+
+def _held(content: Any, place: str) -> str:
+    """What a document or a result of a search holds: texts alone."""
+    if isinstance(content, list) and not all(isinstance(one, dict) and one.get("type") == "text" for one in content):
+        raise Refusal(
+            400, f"{place}: a document and a search_result may hold blocks of the type 'text' alone", "messages"
+        )
+    return _text(content, place)
 
 
 def _said(block: Any, place: str) -> str:
@@ -211,11 +219,11 @@ def _said(block: Any, place: str) -> str:
         return f"Tool: {_name(block, 'tool_name', place)}"
     if kind == "search_result":
         head = [_name(block, field, place) for field in ("title", "source")]
-        return "\n".join([*head, _text(block.get("content"), place)])
+        return "\n".join([*head, _held(block.get("content"), place)])
     source = block.get("source") if kind == "document" else None
     if isinstance(source, dict) and source.get("type") in ("text", "content"):
         held = source.get("data") if source["type"] == "text" else source.get("content")
-        return "\n".join([*filter(None, [_title(block, place)]), _text(held, place)])
+        return "\n".join([*filter(None, [_title(block, place)]), _held(held, place)])
     raise Refusal(400, f"{place}: a block of the type {kind!r:.50} cannot be read here; text can", "messages")
 
 

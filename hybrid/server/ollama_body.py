@@ -154,13 +154,14 @@ class Names:
         """Raises Refusal."""
         if strange := sorted(name for name in given.keys() - {*OLLAMA_FIELDS} if given[name] is not None):
             raise Refusal(400, f"{place}: {strange[0][:50]!r} is unknown here")
-        if given.get("images"):
+        if given.get("images") not in (None, []):
             raise Refusal(400, f"{place}: this server reads text alone, no images")
-        message: dict[str, Any] = {"role": given.get("role"), "content": given.get("content") or ""}
+        content = given.get("content")
+        message: dict[str, Any] = {"role": given.get("role"), "content": "" if content is None else content}
         if given.get("thinking") is not None:
             message["reasoning_content"] = given["thinking"]
-        if given.get("tool_calls"):
-            message["tool_calls"] = self._calls(given["tool_calls"], place)
+        if calls := self._calls([] if given.get("tool_calls") is None else given["tool_calls"], place):
+            message["tool_calls"] = calls
         if given.get("role") == "tool":
             message["tool_call_id"] = given.get("tool_call_id") or _id(self._answered)
             message["name"] = given.get("tool_name") or given.get("name")

@@ -12,6 +12,7 @@ from hybrid.core import ToolCall
 from hybrid.server.agent_tools import AGENT_TOOLS, SHELL, TOOL_SEARCH, why_left_out
 from hybrid.server.custom_tools import custom_function, custom_input, object_of
 from hybrid.server.refusals import Refusal
+from hybrid.server.shapes import NAMED_TOOL
 
 _NAMED = ("function", "custom")
 
@@ -21,7 +22,7 @@ class NamedTool(BaseModel):
     change the prompt.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=NAMED_TOOL)
 
     type: str
     name: str | None = Field(None, min_length=1, max_length=256)

@@ -14,7 +14,7 @@ from hybrid.server.fields import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, Chat
 from hybrid.server.numbers import WHOLE, CountOrAll, Finite, Limit, No, Seed
 from hybrid.server.refusals import Refusal
 from hybrid.server.response_tools import Offered, ResponseTool, full_name
-from hybrid.server.shapes import CALLS_NEED, ITEM_CHOICE, ITEM_TEXTS, ITEMS, NOTHING
+from hybrid.server.shapes import CALLS_NEED, ITEM_CHOICE, ITEM_TEXTS, ITEMS, NOTHING, ONE_AT_CLIENT
 from hybrid.server.strict import Strict
 from hybrid.server.thinking import Reasoning
 from hybrid.server.turns import one_system
@@ -85,7 +85,7 @@ class ResponsesBody(Strict):
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     stop: Stops | None = None
-    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS, json_schema_extra=ONE_AT_CLIENT)
     tool_choice: str | dict[str, Any] | None = Field(None, json_schema_extra=ITEM_CHOICE)
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None

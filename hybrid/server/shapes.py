@@ -11,6 +11,8 @@ from hybrid.text.messages import MEDIA, ROLES, SAYS
 
 Schema = dict[str, Any]
 _SAID = {"not": {"type": "null"}}
+_TEXT: Schema = {"type": "string"}
+_TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 
 
 def _kinds(names: tuple[str, ...]) -> list[str]:
@@ -39,10 +41,26 @@ MESSAGE: Schema = {
     "anyOf": [{"properties": {name: _SAID}, "required": [name]} for name in SAYS],
 }
 MESSAGES: Schema = {"items": MESSAGE}
+_OLLAMA_CALL: Schema = {
+    "type": "object",
+    "properties": {
+        "function": {
+            "type": "object",
+            "properties": {"name": _TEXT, "arguments": {"type": ["object", "null"]}},
+            "required": ["name"],
+        }
+    },
+    "required": ["function"],
+}
 CALLED_IN_ORDER: Schema = {
     "items": {
         "type": "object",
-        "properties": {"role": {"enum": list(ROLES)}, "images": {"anyOf": [{"type": "null"}, {"maxItems": 0}]}},
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": {"anyOf": [_TEXT_OR_NULL, {"type": "array", "items": _PART}]},
+            "tool_calls": {"anyOf": [{"type": "null"}, {"type": "array", "items": _OLLAMA_CALL}]},
+            "images": {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]},
+        },
         "required": ["role"],
         **names_alone(OLLAMA_FIELDS),
     }
@@ -87,17 +105,43 @@ def _blocks_of(role: str, *kinds: str) -> Schema:
     }
 
 
+def _of_kind(kind: str, **fields: Schema) -> Schema:
+    """An object of that type, with the fields that it must have."""
+    return {"type": "object", "properties": {"type": {"const": kind}, **fields}, "required": ["type", *fields]}
+
+
+_HELD: Schema = {"anyOf": [_TEXT, {"type": "array", "items": _of_kind("text", text=_TEXT)}]}
+_SOURCE: Schema = {"anyOf": [_of_kind("text", data=_TEXT), _of_kind("content", content=_HELD)]}
+_READ_FIELDS: list[Schema] = [
+    _if_kind("text", text=_TEXT),
+    _if_kind("tool_reference", tool_name=_TEXT),
+    _if_kind("search_result", title=_TEXT, source=_TEXT, content=_HELD),
+    _if_kind("document", source=_SOURCE),
+    {
+        "if": {"properties": {"type": {"const": "document"}}, "required": ["type"]},
+        "then": {"properties": {"title": _TEXT_OR_NULL}},
+    },
+]
+_READ: Schema = {
+    "type": "object",
+    "properties": {"type": {"enum": list(_READ_BLOCKS)}},
+    "required": ["type"],
+    "allOf": _READ_FIELDS,
+}
+SYSTEM: Schema = {"if": {"type": "array"}, "then": {"items": _READ}}
 _BLOCK: Schema = {
     "type": "object",
-    "properties": {"type": {"type": "string"}},
+    "properties": {"type": _TEXT},
     "required": ["type"],
     "allOf": [
-        _if_kind("text", text={"type": "string"}),
-        _if_kind("thinking", thinking={"type": "string"}),
-        _if_kind("tool_use", id={"type": "string"}, name={"type": "string"}, input={"type": "object"}),
-        _if_kind("tool_result", tool_use_id={"type": "string"}),
-        _if_kind("tool_reference", tool_name={"type": "string"}),
-        _if_kind("search_result", title={"type": "string"}, source={"type": "string"}, content={}),
+        *_READ_FIELDS,
+        _if_kind("thinking", thinking=_TEXT),
+        _if_kind("tool_use", id=_TEXT, name=_TEXT, input={"type": "object"}),
+        _if_kind("tool_result", tool_use_id=_TEXT),
+        {
+            "if": {"properties": {"type": {"const": "tool_result"}}, "required": ["type"]},
+            "then": {"properties": {"content": {"anyOf": [_TEXT_OR_NULL, {"type": "array", "items": _READ}]}}},
+        },
     ],
 }
 BLOCKS: Schema = {
@@ -166,6 +210,34 @@ ITEM_CHOICE: Schema = {"if": {"type": "string"}, "then": {"enum": ["auto", "none
 CALLS_NEED: Schema = {
     "if": {"properties": {"tool_choice": {"const": "required"}}, "required": ["tool_choice"]},
     "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+}
+NAMED_TOOL: Schema = {
+    "if": {"properties": {"type": {"enum": ["function", "custom"]}}, "required": ["type"]},
+    "then": {"properties": {"name": _TEXT}, "required": ["name"]},
+}
+_AT_CLIENT: list[Schema] = [
+    {"properties": {"type": {"enum": ["function", "custom", "local_shell", "apply_patch"]}}, "required": ["type"]},
+    {
+        "properties": {"type": {"const": "tool_search"}, "execution": {"const": "client"}},
+        "required": ["type", "execution"],
+    },
+    {
+        "properties": {
+            "type": {"const": "shell"},
+            "environment": {
+                "anyOf": [{"type": "null"}, {"properties": {"type": {"const": "local"}}, "required": ["type"]}]
+            },
+        },
+        "required": ["type"],
+    },
+]
+_NAMESPACE: Schema = {
+    "properties": {"type": {"const": "namespace"}, "tools": {"type": "array", "contains": {"anyOf": _AT_CLIENT}}},
+    "required": ["type", "tools"],
+}
+ONE_AT_CLIENT: Schema = {  # unless there are none
+    "if": {"type": "array", "minItems": 1},
+    "then": {"contains": {"anyOf": [*_AT_CLIENT, _NAMESPACE]}},
 }
 TOKEN_IDS: Schema = {"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
 
