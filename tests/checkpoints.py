@@ -33,6 +33,13 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_GROWING: dict[str, Any] = {  # late queries are larger
+    **_YARN,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 _LATENT: dict[str, Any] = {  # latent attention of odd sizes
     **{name: value for name, value in _COMMON.items() if name != "head_dim"},
     "num_hidden_layers": 3,
@@ -347,6 +354,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "exaone4": {**_COMMON, "model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 20},
+    "ministral3": {**_COMMON, "model_type": "ministral3", "rope_scaling": _GROWING},
+    "mistral4": {
+        **_LATENT,
+        "model_type": "mistral4",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": 36,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": _GROWING,
+    },
 }
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text
@@ -366,12 +383,19 @@ WRAPPERS = (  # models of more than text
     ),
 )
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
-STACKED = ("gpt_oss", "granitemoe", "gemma4_text")  # families whose experts are never apart
+STACKED = ("gpt_oss", "granitemoe", "gemma4_text", "mistral4")  # families whose experts are never apart
 # Families with layers that no device computes.
 ON_HOST: tuple[str, ...] = ("gemma4_text",)
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
+
+
+def auto_model(family: str) -> Any:
+    """The class of transformers that makes its models: mistral4 is listed among models of images and text alone."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if family == "mistral4" else transformers.AutoModelForCausalLM
 
 
 def random_tensors(
@@ -467,12 +491,12 @@ def save_with_transformers(
 ) -> Any:
     """Write a random checkpoint with `save_pretrained`; returns the transformers model, in that dtype."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = {**CONFIGS[family], **changes}
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "torch_dtype": "float32"}))
+    model = auto_model(family).from_config(AutoConfig.for_model(**{**config, "torch_dtype": "float32"}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + ("norm" in name))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from checkpoints import CONFIGS, write_tensors
+from checkpoints import CONFIGS, STACKED, write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
@@ -192,7 +192,7 @@ def _feed_forward(store: Store, index: int) -> Named:
     if ffn.router and ffn.router.correction:
         correction = store.array(f"layers.{index}.ffn.router_correction")
         yield names.correction, correction[None] if names.correction_row else correction
-    if not names.experts.gate:
+    if store.spec.model_type in STACKED:
         yield from _stacked(store, index, layer)
         return
     for expert in range(ffn.experts):

@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "phi3": "phi3", "gemma4_text": "gemma4", "smollm3": "smollm3", "seed_oss": "seed_oss", "dots1": "dots1",
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
+    "ministral3": "mistral3", "mistral4": "mistral4",
 }  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[gguf_name(name)] = array
     if config["model_type"] in ("gpt_oss", "glm4_moe", "seed_oss"):
         found = {name.replace("ffn_norm", "post_attention_norm"): array for name, array in found.items()}
-    if config["model_type"] in ("llama", "mixtral", "granitemoe", "smollm3"):
+    if config["model_type"] in ("llama", "mixtral", "granitemoe", "smollm3", "ministral3"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
     if config["model_type"] == "gemma4_text":
@@ -332,7 +333,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.kv_lora_rank": rank,
             "attention.q_lora_rank": get("q_lora_rank"),
             "rope.dimension_count": turned,
-            "expert_gating_func": 1 if family == "deepseek_v2" else 2,
+            "expert_gating_func": 1 if family in ("deepseek_v2", "mistral4") else 2,
             "expert_weights_norm": family != "deepseek_v2",
             "attention.indexer.head_count": get("index_n_heads"),
             "attention.indexer.key_length": get("index_head_dim"),
@@ -356,8 +357,12 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.original_context_length": scaling.get("original_max_position_embeddings"),
             "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
             "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
-            "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"]
+            "rope.scaling.yarn_log_multiplier": (1 if family == "ministral3" else 0.1) * scaling["mscale_all_dim"]
             if "mscale_all_dim" in scaling
+            else None,
+            "attention.temperature_scale": scaling.get("llama_4_scaling_beta"),
+            "attention.temperature_length": scaling.get("original_max_position_embeddings")
+            if "llama_4_scaling_beta" in scaling
             else None,
         }
     if groups := get("linear_num_key_heads"):

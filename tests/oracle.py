@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, STACKED, is_around_one, write_tensors
+from checkpoints import CONFIGS, STACKED, auto_model, is_around_one, write_tensors
 
 from hybrid.models import model_spec
 
@@ -107,10 +107,10 @@ def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
 
 def computed_logits(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation="eager").eval()
+    model_class = auto_model(json.loads((path / "config.json").read_text())["model_type"])
+    model = model_class.from_pretrained(path, dtype=torch_dtype, attn_implementation="eager").eval()
     choose_by_length(model)
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].float().numpy()

@@ -85,6 +85,8 @@ LONG_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sinks, windows longer than the mirror": ("gpt_oss", {"num_experts_per_tok": 6, "sliding_window": 150}),
     "many heads a key": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 40}),
     "latents": ("deepseek_v3", {**all_active("deepseek_v3"), "num_attention_heads": 5, "num_key_value_heads": 5}),
+    "late queries grow": ("ministral3", {}),
+    "queries of latents grow": ("mistral4", all_active("mistral4")),
     "two ropes, windows on some layers": ("gemma3_text", {}),
 }
 

@@ -34,6 +34,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GROWING = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5, "mscale": 1.0}
 UNTRUNCATED = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 SHARP = {"initializer_range": 0.1}  # scores that differ enough for rope to matter, where nothing norms the queries
 NO_TIE = {"num_local_experts": 2, "router_jitter_noise": 0.0}  # both weigh 1: no near-tie decides
@@ -142,6 +143,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3, windows, yarn where there is none": ("olmo3", SHARP),
     "olmo3, every fourth layer without a window": ("olmo3", {"layer_types": None, **SHARP}),
+    "ministral3, late queries grow": ("ministral3", SHARP),
+    "ministral3 tied, window, default rope": (
+        "ministral3",
+        {
+            "tie_word_embeddings": True,
+            "sliding_window": 20,
+            "rope_parameters": {**GROWING, "rope_type": "default"},
+            **SHARP,
+        },
+    ),
+    "mistral4, late queries grow": ("mistral4", {"num_experts_per_tok": 8, **SHARP}),
+    "mistral4, no latent queries, halves turn": (
+        "mistral4",
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "rope_parameters": {**GROWING, "mscale_all_dim": 0.5, "partial_rotary_factor": 12 / 32},
+            **SHARP,
+        },
+    ),
     "exaone4, the fourth layer sees everything and is not turned": ("exaone4", SHARP),
     "exaone4, no windows": (
         "exaone4",
@@ -347,6 +370,14 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dty
         ("deepseek_v2, groups, latent queries", {"topk_group": 3}),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}),
         ("gpt_oss", {"rope_parameters": {**UNTRUNCATED, "truncate": True}}),
+        (
+            "ministral3 tied, window, default rope",
+            {"rope_parameters": {**GROWING, "rope_type": "default", "llama_4_scaling_beta": 0.6}},
+        ),
+        (
+            "mistral4, no latent queries, halves turn",
+            {"rope_parameters": {**GROWING, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0}},
+        ),
     ],
     ids=str,
 )
@@ -404,6 +435,20 @@ def test_logits_are_the_same_bits_alone_and_among_other_sequences(saved, opened)
     step(engine, (3, 0, tokens[:20]))
     together = step(engine, (1, 40, tokens[:1]), (2, 0, tokens), (3, 20, tokens[5:10]))
     assert np.array_equal(alone, together[1:101])
+
+
+@pytest.mark.parametrize("family", ["ministral3", "mistral4"])
+def test_queries_that_grow_are_the_same_bits_in_chunks_and_among_others(tmp_path, isa, family) -> None:
+    """Of rows of one step some are before the original context's end, some behind it."""
+    saved = oracle.save(tmp_path / "hf", family, **SHARP)
+    tokens = saved.tokens
+    with open_engine(saved.path, tmp_path / "cache", isa=isa) as engine:
+        whole = step(engine, (0, 0, tokens))
+        for size in (1, 7):
+            assert np.array_equal(whole, in_chunks(engine, tokens, size, slot=1)), size
+        step(engine, (2, 0, tokens[:40]))
+        together = step(engine, (2, 40, tokens[40:41]), (3, 0, tokens), (1, 3, tokens[3:5]))
+        assert np.array_equal(whole[40:41], together[:1]) and np.array_equal(whole, together[1:71])
 
 
 def test_a_rewound_slot_goes_on_as_if_it_had_never_gone_further(saved, opened) -> None:

@@ -342,6 +342,41 @@ def test_metadata_that_cannot_be(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "mistral4",
+            {"mistral4.attention.temperature_length": 8192},
+            "8192; it must be 16, the original",
+        ),
+        (
+            "mistral4",
+            {"mistral4.attention.temperature_length": None},
+            "8192; it must be 16, the original",
+        ),
+        ("mistral4", {"mistral4.expert_gating_func": 2}, r"expert_gating_func 2; it must be 1 \(softmax\)"),
+        ("deepseek_v3", {"deepseek2.attention.temperature_scale": 0.1}, r"it must be 1 \(softmax\)"),
+        ("mistral4", {"mistral4.attention.temperature_scale": -0.1}, "llama_4_scaling_beta is -0.1"),
+    ],
+)
+def test_growth_of_queries_that_cannot_be(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+    config, tensors = model(family)
+    metadata = {name: item for name, item in {**gguf_metadata(config), **changes}.items() if item is not None}
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(write_gguf(tmp_path / "model.gguf", metadata, gguf_tensors(config, tensors)))
+
+
+def test_queries_of_the_older_word_grow_too(tmp_path: Path) -> None:
+    """Mistral Large 3 is called deepseek2, with the lengths of its original context."""
+    config, tensors = model("mistral4")
+    found = {name.replace("mistral4.", "deepseek2."): value for name, value in gguf_metadata(config).items()}
+    del found["deepseek2.attention.temperature_length"]
+    found |= {"general.architecture": "deepseek2", "deepseek2.rope.scaling.original_context_length": 8192}
+    spec = open_checkpoint(write_gguf(tmp_path / "model.gguf", found, gguf_tensors(config, tensors))).spec
+    assert (spec.model_type, spec.layers[0].mixer.rope.growth.length) == ("mistral4", 8192)
+
+
 @pytest.mark.parametrize("kv_heads", [[2, 2], [0, 2, 0, 3], [0, 0, 0, 0], [0.0, 2.0, 0.0, 0.0], "2"])
 def test_layers_that_attend_are_those_with_heads(tmp_path: Path, kv_heads: Any) -> None:
     config, tensors = model("lfm2")

@@ -12,6 +12,7 @@ from hybrid.errors import ConfigError
 from hybrid.models import model_spec, supported_models
 from hybrid.models.layers.router import Router
 from hybrid.models.layers.short_conv import ShortConv
+from hybrid.models.rope import Growth
 from hybrid.models.spec import ModelSpec
 
 
@@ -197,6 +198,21 @@ def test_windows_are_those_of_the_family(family: str, changes: dict[str, Any], w
     assert [layer.mixer.window for layer in _spec(family, **changes).layers] == windows
 
 
+@pytest.mark.parametrize(("family", "length"), [("ministral3", 16_384), ("mistral4", 8192)])
+def test_a_rope_of_which_nothing_is_said_is_that_of_the_family(family: str, length: int) -> None:
+    """As transformers has it, whatever `rope_theta` says."""
+    rope = _spec(family, rope_scaling=None, rope_theta=5.0).layers[0].mixer.rope
+    assert (rope.kind, rope.growth) == ("yarn", Growth(0.1, length)) and rope.theta > 5
+
+
+@pytest.mark.parametrize("family", ["mistral", "ministral3", "mistral4"])
+def test_the_text_of_mistral3_is_of_one_of_several_families(family: str) -> None:
+    whole = model_spec({"model_type": "mistral3", "text_config": CONFIGS[family]})
+    assert [layer.mixer for layer in whole.layers] == [
+        layer.mixer for layer in _spec(family).inside("language_model").layers
+    ]
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -258,6 +274,12 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern is 'LLLG'"),
         ("olmo3", {"sliding_window": None}, "layer_types is .*a list of 4 of full_attention"),
         ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta is 0.1; .* absent or 0"),
+        ("mistral4", {"n_group": 2}, "n_group is 2; .* absent or 1"),
+        (
+            "mistral4",
+            {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            r"rope_scaling\.partial_rotary_factor is 0\.5; .* absent or 0\.375",
+        ),
         ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank is null; it must be a number, the size of the latents"),
         ("glm_moe_dsa", {"q_lora_rank": None}, "q_lora_rank is null"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -344,6 +344,8 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("gemm", {"format": Format.bf16, "input_stride": 127}, "input_stride is 127; what it steps over has 128"),
         ("gemm", {"columns": 65}, "output_stride is 64; what it steps over has 65"),
         ("gemm", {"columns": (1 << 28) + 1}, "columns is 268435457; it must be at most 268435456"),
+        ("qkv", {"growth": 0.1}, "growth_length is 0; queries that grow need one above 0"),
+        ("latent", {"growth": 0.1}, "growth_length is 0; queries that grow need one above 0"),
         ("qkv", {"qkv_stride": 511}, "qkv_stride is 511; what it steps over has 512"),
         ("attention", {"output_stride": 255}, "output_stride is 255; what it steps over has 256"),
         ("attention", {"kv": layout(value_offset=8192)}, r"kv\.value_offset is 8192; what it steps over has 16384"),

@@ -11,7 +11,7 @@ from oracle import recorded
 
 from hybrid.errors import ConfigError
 from hybrid.models.reading import Fields
-from hybrid.models.rope import inverse_frequencies, read_rope
+from hybrid.models.rope import Growth, inverse_frequencies, read_rope
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -92,12 +92,34 @@ def test_original_length_defaults_to_the_context_length() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
         ({"rope_scaling": {**YARN, "mscale": -1}}, "mscale is -1"),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
         ({"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "rope_parameters.llama_4_scaling_beta is 0.1"),
     ],
 )
 def test_bad_parameters_are_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _read(config)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "growth"),
+    [
+        ({**YARN, "llama_4_scaling_beta": 0.1}, Growth(0.1, YARN["original_max_position_embeddings"])),
+        ({"rope_type": "default", "llama_4_scaling_beta": 0.2, "original_max_position_embeddings": 9}, Growth(0.2, 9)),
+        ({"rope_type": "default", "llama_4_scaling_beta": 0.2}, Growth(0.2, 4096)),
+        ({**YARN, "llama_4_scaling_beta": 0}, None),
+        (YARN, None),
+    ],
+)
+def test_late_queries_grow_where_a_family_has_it(scaling: dict[str, Any], growth: Growth | None) -> None:
+    fields = Fields({"rope_parameters": scaling})
+    assert read_rope(fields, 64, theta=10000.0, max_position=4096, grows=True).growth == growth
+
+
+def test_growth_that_is_no_number_is_named() -> None:
+    fields = Fields({"rope_parameters": {**YARN, "llama_4_scaling_beta": -0.1}})
+    with pytest.raises(ConfigError, match=r"llama_4_scaling_beta is -0\.1; it must be a number above 0"):
+        read_rope(fields, 64, theta=10000.0, max_position=4096, grows=True)
 
 
 def test_a_kind_that_is_not_computed_is_refused() -> None:

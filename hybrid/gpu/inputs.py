@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid.core import Batch
 from hybrid.formats.block import round_up
 from hybrid.gpu.mirror import KvMirror, Run, extents_of, rings_of, seen_places
-from hybrid.gpu.parts import RopeFrequencies, rope_table, scaled
+from hybrid.gpu.parts import RopeFrequencies, growth, rope_table, scaled
 
 KEYS = 256  # rings are read in multiples of this, so that shapes do not change with every token
 
@@ -35,8 +35,9 @@ class Group:
 @dataclass(frozen=True)
 class StepInputs:
     """embedded: float32 [rows, hidden]. sequences, places: int64 [rows], where in the mirror keys and values go.
-    tables: cosines and sines of every rope. older: by window, whether any row sees tokens that are not mirrored. taken:
-    int32 [MoE layers, rows, top_k], experts that replace those of the routers, or None.
+    tables: cosines and sines of every rope. growths: of the queries that turn by each, see `growth`. older: by window,
+    whether any row sees tokens that are not mirrored. taken: int32 [MoE layers, rows, top_k], experts that replace
+    those of the routers, or None.
     """
 
     embedded: Tensor
@@ -44,6 +45,7 @@ class StepInputs:
     sequences: Tensor
     places: Tensor
     tables: tuple[tuple[Tensor, Tensor], ...]
+    growths: tuple[Tensor | None, ...]
     groups: tuple[Group, ...]
     older: dict[int | None, bool]
     taken: Tensor | None = None
@@ -73,6 +75,7 @@ class StepInputs:
             yield self.taken
         for table in self.tables:
             yield from table
+        yield from (growth for growth in self.growths if growth is not None)
         for group in self.groups:
             yield group.rows
             if isinstance(group.rings, Tensor):
@@ -126,6 +129,7 @@ def make_inputs(
         sequences=sequences,
         places=positions % capacity,
         tables=tuple(rope_table(positions, lengths, rope) for rope in ropes),
+        growths=tuple(growth(positions, rope) for rope in ropes),
         groups=tuple(_group(group, windows, capacity, device) for group in _together(runs)),
         older={window: any(_sees_older(run, window) for run in runs) for window in windows},
         taken=None if taken is None else torch.from_numpy(taken).to(device, copy=True),

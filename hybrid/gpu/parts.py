@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, silu
 from hybrid.gpu.products import linear
 from hybrid.models.layers.feed_forward import Activation
 from hybrid.models.layers.router import Router
-from hybrid.models.rope import RopeSpec, inverse_frequencies
+from hybrid.models.rope import Growth, RopeSpec, inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def some_norm(x: Tensor, weights: NormWeights | None, eps: float) -> Tensor:
 @dataclass(frozen=True)
 class RopeFrequencies:
     """frequencies: float32 [dim / 2], with the factor of cosines and sines. long, long_factor: those of sequences of
-    more than `long_above` tokens; None where these have no others.
+    more than `long_above` tokens; None where these have no others. growth: of queries.
     """
 
     frequencies: Tensor
@@ -91,6 +91,7 @@ class RopeFrequencies:
     long: Tensor | None
     long_factor: float
     long_above: int
+    growth: Growth | None
 
 
 def rope_frequencies(rope: RopeSpec, device: torch.device) -> RopeFrequencies:
@@ -102,6 +103,7 @@ def rope_frequencies(rope: RopeSpec, device: torch.device) -> RopeFrequencies:
         None if long is None else torch.from_numpy(long).to(device),
         long_factor,
         rope.long_above,
+        rope.growth,
     )
 
 
@@ -121,6 +123,18 @@ def rope_table(positions: Tensor, lengths: Tensor, rope: RopeFrequencies) -> tup
 def _table(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     angles = (positions[:, None].float() * frequencies).double()[:, None]
     return angles.cos().float() * factor, angles.sin().float() * factor
+
+
+def growth(positions: Tensor, rope: RopeFrequencies) -> Tensor | None:
+    """What queries at int positions [rows] are multiplied by, float32 [rows, 1, 1]; None where all are by 1."""
+    if rope.growth is None:
+        return None
+    steps = (1 + positions // rope.growth.length).double().log()
+    return (1 + rope.growth.beta * steps).float()[:, None, None]
+
+
+def grown(queries: Tensor, growth: Tensor | None) -> Tensor:
+    return queries if growth is None else queries * growth
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], rope: RopeSpec) -> Tensor:

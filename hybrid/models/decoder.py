@@ -50,6 +50,7 @@ class Defaults:
     tied: bool = False
     rope_part: float | None = None  # of the dimensions of a head; None: all, and config.json may not say otherwise
     rope_interleaved: bool = False
+    rope_grows: bool = False  # whether config.json may make late queries larger
 
 
 def read_attention(
@@ -78,6 +79,7 @@ def read_attention(
         part=defaults.rope_part,
         interleaved=defaults.rope_interleaved,
         by_length=True,
+        grows=defaults.rope_grows,
     )
     return GroupedQueryAttention(
         heads, kv_heads, dim, rope, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, window=window
@@ -189,6 +191,12 @@ def of_rope(config: Mapping[str, Any], kind: str, default: Mapping[str, Any]) ->
     both = config.get("rope_parameters")
     own = both.get(kind) if isinstance(both, Mapping) else None
     return {**rest, "rope_parameters": default if own is None else own}
+
+
+def with_rope(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with a rope, where it says nothing of one."""
+    said = any(config.get(name) is not None for name in ("rope_parameters", "rope_scaling"))
+    return {**config} if said else {**config, "rope_parameters": {**default}}
 
 
 def read_layer_count(fields: Fields) -> int:

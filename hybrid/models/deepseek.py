@@ -28,12 +28,12 @@ DENSE, SPARSE = "dense", "sparse"  # words of `mlp_layer_types`
 
 
 def read_latent_attention(
-    fields: Fields, defaults: Defaults, *, q_rank: int, nope_dim: int, value_dim: int
+    fields: Fields, defaults: Defaults, *, q_rank: int, nope_dim: int, value_dim: int, rank: int = 512
 ) -> LatentAttention:
-    """Latent attention; q_rank, nope_dim and value_dim are defaults."""
+    """Latent attention; q_rank, nope_dim, value_dim and rank are defaults."""
     heads, max_position = fields.size("num_attention_heads"), read_max_position(fields, defaults)
     fields.refuse("num_key_value_heads", neutral=heads)  # latents are shared by all heads
-    rank, turned = fields.size("kv_lora_rank", default=512), fields.size("qk_rope_head_dim", default=64)
+    rank, turned = fields.size("kv_lora_rank", default=rank), fields.size("qk_rope_head_dim", default=64)
     if turned % 2 or round_up(rank + turned, KEY_ALIGN) > MAX_KEY_DIM:
         raise ConfigError(
             f"config.json: kv_lora_rank {rank} and qk_rope_head_dim {turned} must be at most {MAX_KEY_DIM} together, "
@@ -41,7 +41,14 @@ def read_latent_attention(
         )
     nope = fields.size("qk_nope_head_dim", default=nope_dim)
     interleaved = fields.flag("rope_interleave", default=True)
-    rope = read_rope(fields, turned, theta=defaults.theta, max_position=max_position, interleaved=interleaved)
+    rope = read_rope(
+        fields,
+        turned,
+        theta=defaults.theta,
+        max_position=max_position,
+        interleaved=interleaved,
+        grows=defaults.rope_grows,
+    )
     low = fields.optional_size("q_lora_rank", default=q_rank)
     if not low:
         fields.refuse("attention_bias", neutral=False)  # which q_proj would lack

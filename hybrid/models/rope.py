@@ -15,13 +15,23 @@ from hybrid.models.reading import Fields
 
 RopeKind = Literal["default", "linear", "llama3", "yarn", "factors", "longrope", "proportional"]
 
+_GROWTH = "llama_4_scaling_beta"
 _MANY_TURNS = 1e300  # infinity has no nearest dimension
 _Array = npt.NDArray[Any]  # float32; numpy types its mixture with Python numbers as float64
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What queries are multiplied by once they are turned: 1 + beta * ln(1 + position // length)."""
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding. `parameters` are the type's own (factor, beta_fast, ...).
+    """Rotary embedding. `parameters` are the type's own (factor, beta_fast, ...). growth: of late queries, None where
+    they have none.
 
     dim: how many leading dimensions of a head rotate (partial rope: less than head_dim). interleaved: pairs
     are (2i, 2i+1) instead of (i, i + dim/2). max_position: max_position_embeddings of the checkpoint. longrope has two
@@ -34,6 +44,7 @@ class RopeSpec:
     interleaved: bool = False
     max_position: int = 0
     parameters: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
+    growth: Growth | None = None
 
     @property
     def long_above(self) -> int:
@@ -50,24 +61,25 @@ def read_rope(
     part: float | None = None,
     interleaved: bool = False,
     by_length: bool = False,
+    grows: bool = False,
 ) -> RopeSpec:
     """Rotary embedding of heads, from `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     theta: the family's default. part: the same of the part of the dimensions that turn, None where all do.
     max_position: the context length, which the types with scaling start from. by_length: whether the layer can have
-    frequencies that depend on the length of a sequence.
+    frequencies that depend on the length of a sequence. grows: whether its late queries may be larger.
     """
     scaling = fields.group("rope_scaling", "rope_parameters")
-    scaling.refuse("llama_4_scaling_beta", neutral=0)  # which makes late queries larger
+    original = _read_original(fields, scaling, max_position)
+    if not grows:
+        scaling.refuse(_GROWTH, neutral=0)
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=theta, above=1), above=1)
     allowed = tuple(kind for kind in _KINDS if by_length or kind != "longrope")
     kind = scaling.choice("rope_type", "type", default="default", allowed=allowed)
     dim = head_dim if kind == "proportional" else _read_dim(fields, scaling, head_dim, part)
     parameters: dict[str, Any] = _KINDS[kind][0](scaling)
     if kind in ("llama3", "yarn", "longrope"):
-        inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
-        outer = fields.size("original_max_position_embeddings", default=inner, maximum=10**9)
-        parameters["original_max_position"] = outer
+        parameters["original_max_position"] = original
     for name in ("short_factor", "long_factor"):
         if len(parameters.get(name, ())) not in (0, dim // 2):
             raise ConfigError(
@@ -81,7 +93,20 @@ def read_rope(
         interleaved=interleaved,
         max_position=max_position,
         parameters=tuple(parameters.items()),
+        growth=_read_growth(scaling, original),
     )
+
+
+def _read_original(fields: Fields, scaling: Fields, max_position: int) -> int:
+    """The context length before it was stretched."""
+    inner = scaling.size("original_max_position_embeddings", default=max_position, maximum=10**9)
+    return fields.size("original_max_position_embeddings", default=inner, maximum=10**9)
+
+
+def _read_growth(scaling: Fields, original: int) -> Growth | None:
+    if not scaling.has(_GROWTH) or scaling.is_zero(_GROWTH):
+        return None
+    return Growth(scaling.number(_GROWTH), original)
 
 
 def _read_dim(fields: Fields, scaling: Fields, head_dim: int, part: float | None) -> int:

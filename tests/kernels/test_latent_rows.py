@@ -58,8 +58,10 @@ def test_shared_rows_give_the_bits_of_keys_and_values_stored_apart(isa, kv_forma
     assert found.tobytes() == np.ascontiguousarray(attend(isa, apart, queries, 1, RANK + ROPE)[..., :RANK]).tobytes()
 
 
+@pytest.mark.parametrize("growth", [None, 0.3])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rows_are_normed_turned_and_stored(isa, kv_format, interleaved) -> None:
+def test_rows_are_normed_turned_and_stored(isa, kv_format, interleaved, growth) -> None:
+    """growth: of late queries, a step every 16 positions; what is stored does not grow."""
     heads, nope, rows, eps = 3, 20, 5, 1e-3
     random = np.random.default_rng(1)
     queries, latents = (aligned((rows, width), np.float32) for width in (128, 64))
@@ -74,11 +76,14 @@ def test_rows_are_normed_turned_and_stored(isa, kv_format, interleaved) -> None:
     rig.add(
         "latent", queries=queries, latents=latents, rope=rope, norm=weight, plain=plain, q=q, kv=pages.layout,
         heads=heads, nope_dim=nope, rope_dim=ROPE, rank=RANK, interleaved=interleaved, query_stride=128,
-        latent_stride=64, plain_stride=64, eps=eps,
+        latent_stride=64, plain_stride=64, eps=eps, **({"growth": growth, "growth_length": 16} if growth else {}),
     )  # fmt: skip
     places = [(1, position) for position in range(30, 30 + rows)]
     rig.step(places)
     by_head = queries[:, : heads * (nope + ROPE)].reshape(rows, heads, -1)
+    factors = np.float32([1 + (growth or 0) * np.log(1 + position // 16) for _, position in places])
+    assert len(set(factors)) == (1 if growth is None else 2)
+    by_head = by_head * factors[:, None, None]
     assert np.array_equal(plain[..., :nope], by_head[..., :nope].astype(BF16)) and not plain[..., nope:].any()
     turned = turn(by_head[..., nope:], angles[:, None], interleaved)
     assert not q[..., :RANK].any() and np.allclose(

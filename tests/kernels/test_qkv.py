@@ -132,6 +132,23 @@ def test_one_norm_may_span_all_heads_or_come_behind_rope(isa, kv_format) -> None
             assert_near(pages.keys(slot)[:, position, :dim], stored(expected[1], kv_format))
 
 
+def test_late_queries_grow_by_steps_of_a_logarithm(isa) -> None:
+    """Keys and values do not."""
+    random, heads, kv_heads, dim = np.random.default_rng(5), 3, 1, 40
+    x = random.standard_normal((len(PLACES), (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    found = []
+    for growth in ({}, {"growth": 0.3, "growth_length": 16}):
+        pages = KvPages(slots=4, heads=kv_heads, head_dim=dim, tokens=512, format="bf16")
+        found.append((run(isa, x, pages, heads, None, None, rope_dim=0, **growth), pages))
+    (plain, before), (grown, after) = found
+    factors = np.float32([1 + 0.3 * np.log(1 + position // 16) for _, position in PLACES])
+    assert factors[0] == factors[2] == 1 and len(set(factors)) == 4
+    exact = x.reshape(len(PLACES), -1, dim)[:, :heads] * factors[:, None, None]
+    assert np.array_equal(grown[..., :dim], exact.astype(BF16))
+    assert np.array_equal(plain[factors == 1], grown[factors == 1])
+    assert all(np.array_equal(before.keys(slot), after.keys(slot)) for slot in range(4))
+
+
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("shared", [False, True])
 def test_values_are_normed_and_may_be_the_keys_before_norm_and_rope(isa, kv_format, shared) -> None:

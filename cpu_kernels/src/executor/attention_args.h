@@ -45,6 +45,8 @@ struct QkvArgs {
   bool gated;            // behind each query head is its gate, of the same size, which this op steps over
   bool norm_values;      // values are normed too, without a weight
   bool keys_are_values;  // qkv has no values: they are the keys as they were before norm and rope
+  float growth;          // of queries, see growth_at(); 0: none
+  int growth_length;
 
   template <class Field>
   void fields(Field& field) {
@@ -66,6 +68,8 @@ struct QkvArgs {
     field("gated", gated, kOptional);
     field("norm_values", norm_values, kOptional);
     field("keys_are_values", keys_are_values, kOptional);
+    field("growth", growth, kOptional);
+    field("growth_length", growth_length, kOptional);
   }
 };
 
@@ -83,6 +87,8 @@ struct LatentArgs {
   bool interleaved;
   int query_stride, latent_stride, plain_stride;
   float eps;
+  float growth;  // as of QkvArgs
+  int growth_length;
 
   template <class Field>
   void fields(Field& field) {
@@ -102,6 +108,8 @@ struct LatentArgs {
     field("latent_stride", latent_stride);
     field("plain_stride", plain_stride);
     field("eps", eps);
+    field("growth", growth, kOptional);
+    field("growth_length", growth_length, kOptional);
   }
 };
 

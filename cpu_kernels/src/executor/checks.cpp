@@ -115,7 +115,15 @@ void check_layout(const KvLayout& kv, int head_dim, const std::string& place) {
           place + "kv.value_scales_offset is " + text(kv.value_scales) + "; values share the scales of keys");
 }
 
+// Of queries, as both ops that make them have it.
+template <class Args>
+void check_growth(const Args& a, const std::string& place) {
+  require(a.growth == 0 || a.growth_length > 0,
+          place + "growth_length is " + text(a.growth_length) + "; queries that grow need one above 0");
+}
+
 void check_fit(const QkvArgs& a, const std::string& place) {
+  check_growth(a, place);
   check_layout(a.kv, a.head_dim, place);
   require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
           place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
@@ -130,6 +138,7 @@ void check_fit(const GateArgs& a, const std::string& place) {
 }
 
 void check_fit(const LatentArgs& a, const std::string& place) {
+  check_growth(a, place);
   require(a.kv.shared, place + "kv.shared is false; latents are keys and values of all heads");
   require(a.rope_dim % 2 == 0, place + "rope_dim is " + text(a.rope_dim) + "; it must be even");
   check_layout(a.kv, a.rank, place);

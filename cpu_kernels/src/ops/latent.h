@@ -25,9 +25,16 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
     if (head < args.heads) {
       const float* query = args.queries + int64_t(row) * args.query_stride + int64_t(head) * query_dim;
       const int64_t at = int64_t(row) * args.heads + head;
-      to_bf16(args.plain + at * args.plain_stride, query, args.nope_dim);
+      const float grown = growth_at(args, step.positions[row]);
+      for (int i = 0; i < args.nope_dim; i += kMaxHeadDim) {
+        const int width = args.nope_dim - i < kMaxHeadDim ? args.nope_dim - i : kMaxHeadDim;
+        __builtin_memcpy(x, query + i, size_t(width) * sizeof(float));
+        multiply(x, grown, width);
+        to_bf16(args.plain + at * args.plain_stride + i, x, width);
+      }
       __builtin_memcpy(x, query + args.nope_dim, size_t(args.rope_dim) * sizeof(float));
       rotate(x, table, args.rope_dim, args.interleaved);
+      multiply(x, grown, args.rope_dim);
       to_bf16(args.q + at * args.kv.key_dim + args.rank, x, args.rope_dim);
       return;
     }

@@ -24,6 +24,17 @@ static HYBRID_INLINE void rotate(float* x, const float* table, int dim, bool int
   }
 }
 
+// What queries at a position are multiplied by: steps of a logarithm, one every growth_length positions.
+template <class Args>
+static HYBRID_INLINE float growth_at(const Args& args, int position) {
+  if (args.growth == 0) return 1;
+  return float(1 + double(args.growth) * __builtin_log(double(1 + position / args.growth_length)));
+}
+
+static HYBRID_INLINE void multiply(float* x, float factor, int width) {
+  for (int i = 0; i < width; ++i) x[i] *= factor;
+}
+
 constexpr float kMaxBf16 = 3.3895314e38f;
 
 // Whether x [dim] are numbers, in bf16 too.
@@ -60,8 +71,7 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
       if (args.rope_dim) rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
       if (weight && args.norm_last) normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
     } else if (args.norm_values) {
-      const float scale = inverse_rms(x, dim, args.eps);
-      for (int i = 0; i < dim; ++i) x[i] *= scale;
+      multiply(x, inverse_rms(x, dim, args.eps), dim);
     }
     // A key of NaN says for the value too that it is damaged. Rows that do not see the token replace its score, but
     // multiply its value, by zero: so that must be a number.
@@ -69,6 +79,7 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
       x[0] = __builtin_nanf("");
     if (!is_query && !is_key && !is_sound(x, dim)) __builtin_memset(x, 0, dim * sizeof(float));
     if (is_query) {
+      if (args.growth != 0) multiply(x, growth_at(args, position), dim);
       auto* q = args.q + (int64_t(row) * args.heads + head) * args.kv.key_dim;
       to_bf16(q, x, dim);
       __builtin_memset(q + dim, 0, (args.kv.key_dim - dim) * sizeof(*q));  // layers with other heads have written there

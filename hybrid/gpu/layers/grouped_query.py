@@ -15,7 +15,7 @@ from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import KvRings
-from hybrid.gpu.parts import NormWeights, rms_norm, rotate, scaled, some_norm
+from hybrid.gpu.parts import NormWeights, grown, rms_norm, rotate, scaled, some_norm
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
@@ -141,6 +141,8 @@ class MirroredAttention(MirroredMixer):
             q, k = (rotate(x, table, rope) for x in (q, k))
         if half.norm_last:
             q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
+        if self._rope is not None:
+            q = grown(q, inputs.growths[self._rope])
         return Heads(q, k, v, gates)
 
     def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.layers.mirrored import MirroredMixer, StateShape
 from hybrid.gpu.loader import Loader
 from hybrid.gpu.mirror import LatentRings
-from hybrid.gpu.parts import NormWeights, norm, rms_norm, rotate
+from hybrid.gpu.parts import NormWeights, grown, norm, rms_norm, rotate
 from hybrid.gpu.products import linear, product
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import NEW_KV
@@ -114,7 +114,8 @@ class MirroredLatents(MirroredMixer):
         half, weights = self._half, self._weights
         if weights.q_norm is not None and weights.q_up is not None:
             queries = linear(rms_norm(queries, weights.q_norm, LATENT_EPS).bfloat16(), weights.q_up)
-        plain, turned = queries.unflatten(1, (half.heads, -1)).split([half.nope_dim, half.rope.dim], 2)
+        heads, growth = queries.unflatten(1, (half.heads, -1)), inputs.growths[self._rope]
+        plain, turned = grown(heads, growth).split([half.nope_dim, half.rope.dim], 2)
         turned = rotate(turned, inputs.tables[self._rope], half.rope)
         return torch.cat([_of_heads(plain.bfloat16(), weights.keys), turned], 2)
 

@@ -39,7 +39,7 @@ from hybrid.models.layers.products import (
     unnormed_buffers,
     unnormed_constants,
 )
-from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.layers.rotary import growth_fields, rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
@@ -247,7 +247,7 @@ class GroupedQueryAttention:
             "norm_last": self.norm_last,
         }
         flags = {"gated": self.gated, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
-        arguments |= {name: True for name, value in flags.items() if value}
+        arguments |= {name: True for name, value in flags.items() if value} | growth_fields(self.rope)
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
     def _attend(self, place: Place, prefix: str) -> Op:

@@ -48,7 +48,7 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
-from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.layers.rotary import growth_fields, rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
@@ -256,6 +256,7 @@ class LatentAttention:
             "latent_stride": row_stride(self.low_width),
             "plain_stride": row_stride(self.nope_dim),
             "eps": LATENT_EPS,
+            **growth_fields(self.rope),
         }
         return Op("latent", PART, arguments, (self.heads + 1, "heads a row"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,12 @@ def rope_ops(place: Place, rope: RopeSpec) -> Iterator[Op]:
             "long_factor": inverse_frequencies(rope, long=True)[1],
         }
     yield Op("rope_table", "other", arguments, (0, "rows"))
+
+
+def growth_fields(rope: RopeSpec | None) -> dict[str, Any]:
+    """What an op that makes queries is told of their growth."""
+    growth = rope.growth if rope else None
+    return {"growth": growth.beta, "growth_length": growth.length} if growth else {}
 
 
 def rope_constants(place: Place, rope: RopeSpec) -> dict[str, npt.NDArray[np.float32]]:

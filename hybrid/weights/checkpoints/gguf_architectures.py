@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whose attention selects tokens
-LATENT = ("deepseek2", *INDEXED_TYPES)
+LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES)
+GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mixtral"),
     "qwen2": ("qwen2",),
@@ -17,7 +18,9 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "hunyuan-moe": ("hunyuan_v1_moe",),
     "olmoe": ("olmoe",),
     "granitemoe": ("granitemoe",),
-    "deepseek2": ("deepseek_v2", "deepseek_v3"),
+    "deepseek2": ("deepseek_v2", "deepseek_v3", "mistral4"),
+    "mistral3": ("ministral3",),
+    "mistral4": ("mistral4",),
     "deepseek32": ("deepseek_v32",),
     "glm-dsa": ("glm_moe_dsa",),
     "gemma3": ("gemma3_text",),

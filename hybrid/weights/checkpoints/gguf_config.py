@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES, LATENT
-from hybrid.weights.checkpoints.gguf_dense import exaone4, glm4, olmo2, phi3, seed_oss, smollm3
+from hybrid.weights.checkpoints.gguf_architectures import GROWING, INDEXED_TYPES, LATENT
+from hybrid.weights.checkpoints.gguf_dense import exaone4, glm4, mistral3, olmo2, phi3, seed_oss, smollm3
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
@@ -20,7 +20,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
-from hybrid.weights.checkpoints.gguf_rope import Config, latent_scaling, rope_part, rope_scaling
+from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
 _NULLS = ("q_lora_rank",)  # fields in which null says something
@@ -43,10 +43,8 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     heads, dim = metadata.size("attention.head_count"), key_length(metadata)
     if metadata.architecture not in LATENT and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
-    if metadata.number("attention.temperature_scale", 0.0):
-        raise metadata.refuse(
-            "attention.temperature_scale", metadata.number("attention.temperature_scale"), "absent or 0"
-        )
+    if metadata.architecture not in GROWING and metadata.number(TEMPERATURE, 0.0):
+        raise metadata.refuse(TEMPERATURE, metadata.number(TEMPERATURE), "absent or 0")
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
     return {
@@ -234,6 +232,7 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
     keys = metadata.size("attention.key_length_mla", metadata.size("attention.key_length", 0))
     groups = metadata.size("expert_group_count", 0) or 1
     normed = metadata.flag("expert_weights_norm", False)
+    scaling = latent_scaling(metadata, rope_scaling(model, metadata))
     found = {
         "model_type": "deepseek_v3" if sigmoid == SIGMOID else "deepseek_v2",
         "num_key_value_heads": metadata.size("attention.head_count"),
@@ -253,9 +252,12 @@ def _deepseek2(model: Gguf, metadata: GgufMetadata) -> Config:
         "norm_topk_prob": normed,
         "n_group": groups,
         "topk_group": metadata.size("expert_group_used_count", 0) or 1,
-        "rope_scaling": latent_scaling(metadata, rope_scaling(model, metadata)),
+        "rope_scaling": scaling,
         "attention_bias": False,
     }
+    if metadata.architecture == "mistral4" or metadata.number(TEMPERATURE, 0.0):
+        require_gating(metadata, SOFTMAX, SOFTMAX)
+        return {**found, "model_type": "mistral4", "rope_scaling": growing(metadata, scaling, 8192)}
     return found if sigmoid == SIGMOID else {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
 
 
@@ -346,6 +348,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
+    "mistral3": mistral3,
+    "mistral4": _deepseek2,
     "deepseek32": _indexed,
     "glm-dsa": _indexed,
     "gemma3": gemma3,

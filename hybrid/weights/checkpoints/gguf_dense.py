@@ -5,7 +5,7 @@ from __future__ import annotations
 from hybrid.weights.checkpoints.gguf_fields import has, layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
-from hybrid.weights.checkpoints.gguf_rope import Config
+from hybrid.weights.checkpoints.gguf_rope import Config, growing, rope_scaling
 
 
 def seed_oss(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -20,6 +20,14 @@ def smollm3(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def phi3(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "phi3", "sliding_window": metadata.size("attention.sliding_window", 0) or None}
+
+
+def mistral3(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Ministral 3; Mistral Small 3.1 and 3.2 are it with plain rope."""
+    scaling = rope_scaling(model, metadata)
+    if scaling and (whole := metadata.number("rope.scaling.yarn_log_multiplier", 0.0)):
+        scaling |= {"mscale": 1.0, "mscale_all_dim": whole}
+    return {"model_type": "ministral3", "rope_scaling": growing(metadata, scaling)}
 
 
 def glm4(model: Gguf, metadata: GgufMetadata) -> Config:

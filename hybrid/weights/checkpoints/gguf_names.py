@@ -26,7 +26,8 @@ from hybrid.models.tensors import GatedNames
 from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
-PERMUTED = ("llama", "granitemoe", "smollm3")  # rows of queries and keys lie as their rope turns them: pair by pair
+# Rows of queries and keys lie as their rope turns them: pair by pair.
+PERMUTED = ("llama", "granitemoe", "smollm3", "mistral3")
 _DELTA = ("qwen3next", "qwen35", "qwen35moe")
 _NORM_BEHIND = (
     "gpt-oss",

@@ -16,6 +16,7 @@ Config = dict[str, Any]
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = (
     f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long")
 )
+TEMPERATURE = "attention.temperature_scale"
 _TOO_LARGE = 1 << 20  # bytes of factors of a rope
 
 
@@ -87,3 +88,18 @@ def latent_scaling(metadata: GgufMetadata, scaling: Config | None) -> Config | N
         return scaling
     magnitude = metadata.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
     return {**scaling, "mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else scaling
+
+
+def growing(metadata: GgufMetadata, scaling: Config | None, length: int | None = None) -> Config:
+    """A rope with what makes late queries larger, if the file says so. length: after how many tokens they begin to
+    grow where it does not say that; None: after the original context.
+    """
+    scaling, beta = scaling or {"rope_type": "default"}, metadata.number(TEMPERATURE, 0.0)
+    if not beta:
+        return scaling
+    name, context = "attention.temperature_length", metadata.size("context_length")
+    original = metadata.size("rope.scaling.original_context_length", context)
+    found = metadata.size(name, length or original)
+    if found != original:
+        raise metadata.refuse(name, found, f"{original}, the original context length")
+    return {**scaling, "llama_4_scaling_beta": beta, "original_max_position_embeddings": original}
