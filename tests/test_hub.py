@@ -256,7 +256,7 @@ def test_a_gguf_file_may_be_named(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tekken.json": b"{}"}, ["org/whole: has no tokenizer.json, only tekken.json", "add the tokenizer.json"]),
+        ({"tekken.json": b"{}"}, ["org/whole/tekken.json: the tokenizer in it cannot be used", "another copy"]),
         ({"config.json": b'{"model_type": "gpt2"}'}, ["model_type 'gpt2' is not supported"]),
         (
             {

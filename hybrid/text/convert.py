@@ -1,5 +1,5 @@
 """Tokenizers of models that have no tokenizer.json: their files are converted once, by `transformers`; those in GGUF
-files, by ourselves.
+files and Mistral's own, by ourselves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hybrid.errors import ConfigError
 from hybrid.files import is_file
 from hybrid.files.gguf import is_gguf
 from hybrid.text.gguf_texts import TOKENIZER
+from hybrid.text.tekken import TEKKEN, check_tekken, tekken_tokenizer
 
 CONVERTED = TOKENIZER
-MISTRALS_OWN = "tekken.json"  # a vocabulary that nothing here reads
 EXTRA = "pip install 'hybrid-moe[convert]'"
 _PROGRAM = Path(__file__).with_name("convert_process.py")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -34,14 +34,9 @@ def needs_conversion(model_path: Path) -> bool:
 
 
 def require_readable(model_path: Path) -> None:
-    """Raise ConfigError for a model directory whose only tokenizer is Mistral's own."""
-    if is_gguf(model_path) or not is_file(model_path / MISTRALS_OWN):
-        return
-    if not is_file(model_path / CONVERTED) and not _found(model_path, _all()):
-        raise ConfigError(
-            f"{model_path}: has no {CONVERTED}, only {MISTRALS_OWN}, which is Mistral's own form and not read; add the "
-            f"{CONVERTED} of the model, or take a repository or a GGUF file that has its tokenizer"
-        )
+    """Raise ConfigError for a model directory whose only tokenizer is Mistral's own, and cannot be read."""
+    if not is_gguf(model_path) and not is_file(model_path / CONVERTED) and is_file(model_path / TEKKEN):
+        check_tekken(model_path / TEKKEN)
 
 
 def convert_tokenizer(model_path: Path) -> bytes:
@@ -49,6 +44,8 @@ def convert_tokenizer(model_path: Path) -> bytes:
 
     Raises ConfigError; one that names what to install where that is the cause.
     """
+    if is_file(model_path / TEKKEN):
+        return tekken_tokenizer(model_path / TEKKEN)
     problem = f"{model_path} has no {CONVERTED}, only {', '.join(_found(model_path, _all()))}"
     if missing := [module for module in _needed(model_path) if not _is_installed(module)]:
         raise ConfigError(
@@ -94,7 +91,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _all() -> tuple[str, ...]:
-    return _SENTENCEPIECE + _TIKTOKEN + _OTHERS
+    return (TEKKEN, *_SENTENCEPIECE, *_TIKTOKEN, *_OTHERS)
 
 
 def _found(model_path: Path, names: tuple[str, ...]) -> list[str]:

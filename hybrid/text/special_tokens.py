@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import ConfigError
-from hybrid.files import read_json_object
+from hybrid.files import is_file, read_json_object
+from hybrid.text.tekken import NAMED, TEKKEN
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -93,7 +94,8 @@ def read_special_tokens(model_path: Path) -> SpecialTokens:
     } | own
     named = {name: token for name, token in named.items() if token_text(token)}
     tokenizer_class = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    defaults = {name: text for name, text in _DEFAULTS.get(tokenizer_class, {}).items() if name not in config}
+    usual = NAMED if not tokenizer_class and is_file(model_path / TEKKEN) else _DEFAULTS.get(tokenizer_class, {})
+    defaults = {name: text for name, text in usual.items() if name not in config}
     extra = tuple(token for token in extra if token_text(token)) if isinstance(extra, list) else ()
     return SpecialTokens(named, extra, by_id, keeps, defaults)
 

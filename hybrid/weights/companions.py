@@ -18,7 +18,7 @@ from hybrid.weights.shard import SHARD
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "vocab.bpe", "sentencepiece.bpe.model", "tiktoken.model", "qwen.tiktoken",
+    "tekken.json", "vocab.bpe", "sentencepiece.bpe.model", "tiktoken.model", "qwen.tiktoken",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 

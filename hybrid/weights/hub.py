@@ -19,7 +19,8 @@ from hybrid.errors import ConfigError, WeightsError
 from hybrid.files import is_file
 from hybrid.files.gguf import SUFFIX, is_gguf
 from hybrid.models import model_spec
-from hybrid.text.convert import MISTRALS_OWN, require_readable
+from hybrid.text.convert import require_readable
+from hybrid.text.tekken import TEKKEN
 from hybrid.weights.checkpoints.files import BESIDE, has_weights, read_config
 from hybrid.weights.checkpoints.gguf_files import gguf_files, gguf_in, split_names
 from hybrid.weights.checkpoints.published import native_mix
@@ -32,7 +33,7 @@ CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OTHER_FORMS = ("*/*", "consolidated*")  # of the same weights
 TEXT = (
-    MISTRALS_OWN,
+    TEKKEN,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
