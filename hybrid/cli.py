@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from hybrid.commands.console import exit_codes, run_app
-from hybrid.errors import ConfigError
+from hybrid.commands.signals import end_at_once, ending_signals
 
 COMMANDS = {
     "run": ("hybrid.commands.run", "generate text from prompts, or chat"),
@@ -29,16 +28,26 @@ COMMANDS = {
 
 def main() -> None:
     """Each command's module has a typer application named `app`."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    with exit_codes():
-        if name in COMMANDS:
-            run_app(import_module(COMMANDS[name][0]).app, f"hybrid {name}", sys.argv[2:])
-        elif name in ("--help", "-h"):
-            print(_help())
-        elif name == "--version":
-            print(f"hybrid {import_module('hybrid').__version__}")
-        else:
-            raise ConfigError(f"there is no command {name!r}; allowed: {', '.join(COMMANDS)}")
+    with ending_signals(end_at_once):  # also while all this is imported
+        from hybrid.commands.console import run_app, starting
+
+        name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+        with starting():
+            if name in COMMANDS:
+                run_app(import_module(COMMANDS[name][0]).app, f"hybrid {name}", sys.argv[2:])
+            _show(name)
+
+
+def _show(name: str) -> None:
+    """What is no command. Raises ConfigError."""
+    from hybrid.errors import ConfigError
+
+    if name in ("--help", "-h"):
+        print(_help())
+    elif name == "--version":
+        print(f"hybrid {import_module('hybrid').__version__}")
+    else:
+        raise ConfigError(f"there is no command {name!r}; allowed: {', '.join(COMMANDS)}")
 
 
 def _help() -> str:

@@ -1,7 +1,10 @@
 """`python -m hybrid.main`: the command `hybrid run`."""
 
-from hybrid.commands.console import run_app
-from hybrid.commands.run import app
-
 if __name__ == "__main__":
-    run_app(app, "python -m hybrid.main")
+    from hybrid.commands.signals import end_at_once, ending_signals
+
+    with ending_signals(end_at_once):  # also while all this is imported
+        from hybrid.commands.console import run_app
+        from hybrid.commands.run import app
+
+        run_app(app, "python -m hybrid.main")

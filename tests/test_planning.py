@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hybrid import LLM, main
+from hybrid import LLM
+from hybrid.commands import run as main
 from hybrid.config import CacheConfig, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, WeightsError

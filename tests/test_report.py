@@ -27,7 +27,8 @@ RUN = ["--prompt", "Once upon a time", "--max-tokens", "12", "--max-seq-len", "2
 CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4"]
 PATIENCE = 600  # seconds until a test that hangs fails
 SAYING = """
-from hybrid import main
+from hybrid.commands.console import run_app
+from hybrid.commands.run import app
 from hybrid.serving.recorder import Recorder
 
 record, left = Recorder.__call__, ["a step has been done"]
@@ -38,7 +39,7 @@ def say_once(recorder, step):
         print(left.pop(), flush=True)
 
 Recorder.__call__ = say_once
-main.run_app(main.app, "run")
+run_app(app, "run")
 """
 
 

@@ -86,7 +86,8 @@ def in_a_run(place: str, *numbers: signal.Signals) -> str:
     module, owner, name = place.rsplit(".", 2)
     return f"""
 import signal, sys
-from hybrid import main
+from hybrid.commands.console import run_app
+from hybrid.commands.run import app
 import {module} as module
 
 owner = getattr(module, {owner!r})
@@ -101,7 +102,7 @@ def interrupted(*args, **kwargs):
     return result
 
 setattr(owner, {name!r}, interrupted)
-main.run_app(main.app, "run", sys.argv[1:])
+run_app(app, "run", sys.argv[1:])
 """
 
 
@@ -156,3 +157,78 @@ def test_what_cannot_be_told_changes_no_exit_code() -> None:
             result = subprocess.run(command, text=True, check=False, timeout=PATIENCE, **options)  # type: ignore[call-overload]
             assert result.returncode == 2, result
             assert result.stderr is None or (result.stderr.count("\n") == 1 and "No space left" in result.stderr)
+
+
+STARTED = """
+import signal, sys
+
+class Signal:
+    def find_spec(name, path, target=None):
+        if name == module:
+            del sys.meta_path[0]
+            signal.raise_signal(int(number))
+
+module, number, program, *flags = sys.argv[1:]
+sys.meta_path.insert(0, Signal)
+sys.argv = ["hybrid", *flags]
+if program == "hybrid.cli":
+    from hybrid.cli import main
+    main()
+else:
+    from runpy import run_module
+    run_module(program, run_name="__main__")
+"""
+SERVE, RUN = ("hybrid.serve", "--port", "0"), ("hybrid.main", "--prompt", "Once", "--max-tokens", "1")
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [
+        ("hybrid.commands.console", ("hybrid.cli", "serve", "--port", "0")),
+        ("hybrid.commands.serve", ("hybrid.cli", "serve", "--port", "0")),
+        ("typer", ("hybrid.cli", "run")),
+        ("hybrid.commands.console", RUN),
+        ("hybrid.commands.run", RUN),
+        ("typer", SERVE),
+        ("hybrid.server.log", SERVE),
+        ("fastapi", SERVE),
+        ("pydantic.main", SERVE),
+        ("hybrid.server.service", SERVE),
+        ("hybrid.serving.llm", SERVE),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_starts_ends_quietly(module: str, program: tuple[str, ...], number: int) -> None:
+    if "hybrid.serve" in program:
+        pytest.importorskip("fastapi")
+    command = [sys.executable, "-c", STARTED, module, str(int(number)), *program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_within_a_text_that_is_executed_is_an_exit_code_too() -> None:
+    """As that of a dataclass; Python would end the process by the signal."""
+    code = """
+from hybrid.commands.console import exit_codes
+with exit_codes():
+    exec("import signal; signal.raise_signal(signal.SIGINT)")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted; every file that was written is whole\n")
+
+
+def test_a_hang_up_drains_a_server() -> None:
+    pytest.importorskip("uvicorn")
+    code = (
+        "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "runpy.run_module('hybrid.serve', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "--port", "0", "--log", "none"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not any("ready at" in line for line in lines):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(PATIENCE) == 0
+        assert "the server has ended" in process.stderr.read()

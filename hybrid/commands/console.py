@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from hybrid.commands.signals import Terminated, ending_signals
+from hybrid.commands.signals import EXIT_INTERRUPTED, Handler, Terminated, end_at_once, ending_signals, raise_signal
 from hybrid.errors import HybridError
 from hybrid.printable import printable
 
 if TYPE_CHECKING:
     import typer
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+EXIT_ERROR, EXIT_BROKEN_PIPE = 2, 141
+FILES_WHOLE = "every file that was written is whole"
 _LONGEST_ERROR = 1000  # characters
 _STYLES = {"bold": "1", "dim": "2"}
 _BAR = 30  # characters
@@ -81,32 +82,42 @@ def one_line(error: object) -> str:
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process; a flag that it does not understand is one line, as any other error."""
-    import typer
+    with starting():
+        import typer
 
-    # Typer gives no name of its own to the base of its errors.
-    usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
-    try:
-        with exit_codes():
+        # Typer gives no name of its own to the base of its errors.
+        usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
+        try:
             code = app(args=arguments, prog_name=name, standalone_mode=False)
-    except usage_error as error:
-        reason = error.format_message()  # type: ignore[attr-defined]
-        say(f"error: {one_line(reason).rstrip('.')}; {name} --help lists what is allowed")
-        code = EXIT_ERROR
-    raise SystemExit(code)
+        except usage_error as error:
+            reason = error.format_message()  # type: ignore[attr-defined]
+            say(f"error: {one_line(reason).rstrip('.')}; {name} --help lists what is allowed")
+            code = EXIT_ERROR
+        raise SystemExit(code)
 
 
 @contextmanager
-def exit_codes(interrupted: str = "every file that was written is whole") -> Iterator[None]:
-    """End the process as commands do: HybridError with 2, Ctrl-C and SIGTERM with 130, a reader that left with 141."""
+def starting() -> Iterator[None]:
+    """Around a program: errors as `exit_codes` has them, and signals end it at once unless a command handles them."""
+    with exit_codes(handle=end_at_once):
+        yield
+
+
+@contextmanager
+def exit_codes(interrupted: str = FILES_WHOLE, handle: Handler = raise_signal) -> Iterator[None]:
+    """End the process as commands do: HybridError with 2, Ctrl-C and SIGTERM with 130, a reader that left with 141.
+    handle: what a signal does.
+    """
     _prepare_streams()
     try:
-        with ending_signals():
+        with ending_signals(handle):
             yield
-        sys.stdout.flush()
+            sys.stdout.flush()
     except HybridError as error:
         say(f"error: {one_line(error)}")
         raise SystemExit(EXIT_ERROR) from None
     except (KeyboardInterrupt, Terminated):
+        exec("")  # Python forgets a Ctrl-C that came while a text was executed; it would kill itself with it at the end
         say("\n" * sys.stderr.isatty() + f"interrupted; {interrupted}")  # a terminal shows ^C before it
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:

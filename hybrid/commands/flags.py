@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 import typer
 from typer.core import TyperCommand
 
-from hybrid.commands.console import exit_codes
+from hybrid.commands.console import FILES_WHOLE, exit_codes
 from hybrid.commands.environment import warn_of_unknown_variables
 from hybrid.settings import Choice, Setting, as_utf8, build, choose, named_as_given, parse_numbers, settings_of
 
@@ -52,7 +52,7 @@ def only(*names: str, **defaults: Any) -> Only:
     return Only(names, defaults)
 
 
-def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(app: typer.Typer, interrupted: str = FILES_WHOLE) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as the command of an application. interrupted: what `exit_codes` says after Ctrl-C.
 
     Each of its parameters that is a dataclass of settings becomes their flags; the others are typer's own.
@@ -64,7 +64,7 @@ def command(app: typer.Typer, *interrupted: str) -> Callable[[Callable[..., None
         settings = sorted((s for part in wanted.values() for s in part.settings), key=lambda s: order.index(s.group))
 
         def call(context: typer.Context, print_config: bool, **given: Any) -> None:
-            with exit_codes(*interrupted):
+            with exit_codes(interrupted):
                 warn_of_unknown_variables(settings)
                 choices = choose(settings, _said(context, given))
                 _require(context, choices)

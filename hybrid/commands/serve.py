@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hybrid.cluster.config import ClusterConfig
 from hybrid.commands.console import one_line
 from hybrid.commands.flags import command, new_app
+from hybrid.commands.signals import end_at_once, ending_signals
 from hybrid.config import EngineConfig, check_config
 from hybrid.errors import ConfigError
 from hybrid.server.config import ServerConfig
@@ -31,13 +32,19 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 @command(app, "the server has ended")
 def serve(config: EngineConfig, options: ServerConfig, cluster: ClusterConfig) -> None:
     """Answer over HTTP, as OpenAI's API does: any client of that API can be pointed at it."""
-    check_settings(options)
-    check_settings(cluster)
-    check_config(config)
-    cluster.check()
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ConfigError(f"hybrid serve needs {', '.join(missing)}; install them: pip install 'hybrid-moe[server]'")
-    options.all_keys()
+    with ending_signals(end_at_once):  # until it listens; what is imported does not bear exceptions
+        check_settings(options)
+        check_settings(cluster)
+        check_config(config)
+        cluster.check()
+        if missing := [name for name in NEEDED if find_spec(name) is None]:
+            install = "install them: pip install 'hybrid-moe[server]'"
+            raise ConfigError(f"hybrid serve needs {', '.join(missing)}; {install}")
+        options.all_keys()
+        _serve(config, options, cluster)
+
+
+def _serve(config: EngineConfig, options: ServerConfig, cluster: ClusterConfig) -> None:
     from hybrid.server.log import lines_to, stderr, tell
 
     names = options.names_of(config.model_path)
@@ -117,7 +124,8 @@ def _run(
                 tell(line)
 
         process = Process(app, service, load, on_ready, tell)
-        process.run([listening])
+        with ending_signals(process.handle_exit):
+            process.run([listening])
         return process
 
 

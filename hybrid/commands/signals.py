@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Handler = Callable[[int, FrameType | None], Any]
+EXIT_INTERRUPTED = 130
 
 
 class Terminated(BaseException):
@@ -20,12 +24,23 @@ def _error_of(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
+def raise_signal(number: int, frame: FrameType | None) -> None:
     raise _error_of(number)
 
 
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """End the process while a program starts: nothing is written yet, and an exception in the middle of an import may
+    come out as another one, or as none.
+    """
+    if logs := sys.modules.get("logging"):
+        logs.shutdown()  # what waits in a log is written, as long as somebody reads it
+    with suppress(Exception):  # stderr may be closed, or just be written to
+        print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr, flush=True)
+    os._exit(EXIT_INTERRUPTED)
+
+
 @contextmanager
-def ending_signals(handle: Callable[[int, FrameType | None], Any] = _raise) -> Iterator[None]:
+def ending_signals(handle: Handler = raise_signal) -> Iterator[None]:
     """Give SIGTERM, SIGHUP and Ctrl-C to a handler. What is ignored stays so: after `nohup`, and behind a shell's &."""
     if threading.current_thread() is not threading.main_thread():
         yield
