@@ -18,6 +18,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "What cannot be, with an error that says why."},
     "5XX": {"description": "What cannot be now, with an error."},
 }
+_EMBEDDINGS = "this server makes texts, and no embeddings; ask another one for them"
+_NOT_MADE = {
+    "/embeddings": _EMBEDDINGS,
+    "/embed": _EMBEDDINGS,
+    "/rerank": "this server makes texts, and no ranks; ask another one for them",
+}  # by the end of a path that clients know
 _CLIENT_GONE = 499  # as nginx writes it; nobody reads it
 
 
@@ -57,11 +63,17 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = {404: "there is no such endpoint", 405: "this endpoint takes another method"}.get(status, "not possible")
-    response = Refusal(status, message).response(request.scope["path"])
+    path = request.scope["path"]
+    message = {404: _nowhere(path), 405: "this endpoint takes another method"}.get(status, "not possible")
+    response = Refusal(status, message).response(path)
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     return response
+
+
+def _nowhere(path: str) -> str:
+    makes = next((what for name, what in _NOT_MADE.items() if path.rstrip("/").endswith(name)), None)
+    return f"there is no such endpoint; {makes or 'GET /openapi.json describes those that there are'}"
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from hybrid.server.replies import chat_logprobs, head, measured, note_usage, usa
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import EventStream, until_gone
 from hybrid.serving.async_llm import AsyncLLM
+from hybrid.serving.intake import Intake
 from hybrid.serving.request import Request as Job
 from hybrid.text.messages import ChatInput
 
@@ -61,6 +62,12 @@ async def start(service: Service, body: ChatBody) -> Run:
     """Let a chat in, whichever API it was asked by. Raises Refusal."""
     body.check()
     return await service.start(body.n or 1, partial(_requests, body, service.vocab))
+
+
+def prompt_tokens(intake: Intake, chat: ChatBody) -> list[int]:
+    """The prompt that a chat makes. Raises Refusal and RequestError."""
+    kwargs = chat.template_kwargs(intake.reads)
+    return intake.encode_chat(ChatInput(intake.fitted(chat.plain_messages()), chat.offered_tools(), None, kwargs))
 
 
 def _requests(body: ChatBody, vocab: int, llm: AsyncLLM) -> list[Job]:

@@ -94,6 +94,8 @@ def check_choice(choice: Any) -> None:
 
 def plain_choice(choice: Any) -> Any:
     """A choice as the model's side knows it: one of the words, or a function. Raises Refusal."""
+    if choice == "any":  # Mistral's word
+        return "required"
     if _kind_of(choice) == ALLOWED:
         mode = _allowed(choice).get("mode")
         if mode not in ("auto", "required"):

@@ -43,6 +43,7 @@ class Sampling(Constrained, Usual):
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     repeat_penalty: Finite | None = Field(None, ge=0.01, le=100)
     seed: Seed | None = None
+    random_seed: Seed | None = None
     stop: Stops | None = None
     stop_token_ids: list[Count] | None = Field(None, max_length=MAX_STOPS)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
@@ -51,6 +52,7 @@ class Sampling(Constrained, Usual):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N), WHOLE] | None = None
     max_tokens: CountOrAll | None = None
     priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = None
     stream: bool | None = None
@@ -63,6 +65,9 @@ class Sampling(Constrained, Usual):
 
     def params(self, vocab: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """For one completion of each prompt or conversation. Raises Refusal."""
+        if self.best_of not in (None, 1, self.n or 1):
+            raise Refusal(400, "best_of: all completions are told; give as many as n", param="best_of")
+        seed = self.random_seed if self.seed is None else self.seed
         penalty = self.repetition_penalty if self.repetition_penalty is not None else self.repeat_penalty
         return SamplingParams(
             max_tokens=max_tokens,
@@ -73,7 +78,7 @@ class Sampling(Constrained, Usual):
             repetition_penalty=1.0 if penalty is None else penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            seed=None if self.seed is None else self.seed % 2**64,
+            seed=None if seed is None else seed % 2**64,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             min_tokens=self.min_tokens or 0,

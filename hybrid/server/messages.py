@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hybrid.server.agent_tools import with_left_out
 from hybrid.server.bodies import checked, read_body
-from hybrid.server.chat import start
+from hybrid.server.chat import prompt_tokens, start
 from hybrid.server.documented import EVENTS, takes
 from hybrid.server.fields import ChatBody
 from hybrid.server.messages_body import CountBody, MessagesBody
@@ -20,8 +20,6 @@ from hybrid.server.parts import Face, Part, answer
 from hybrid.server.replies import measured, stopped_by, usage_of
 from hybrid.server.service import Run, Service
 from hybrid.server.stream import named_event, until_gone
-from hybrid.serving.intake import Intake
-from hybrid.text.messages import ChatInput
 
 
 def routes(service: Service) -> APIRouter:
@@ -42,15 +40,10 @@ def routes(service: Service) -> APIRouter:
             body = await read_body(request, CountBody, max_bytes)
             service.check_model(body.model)
             chat = checked(ChatBody, body.chat())
-            tokens = await service.prepare(partial(_tokens, service.llm.intake, chat), text=True)
+            tokens = await service.prepare(partial(prompt_tokens, service.llm.intake, chat), text=True)
             return JSONResponse({"input_tokens": len(tokens)})
 
     return router
-
-
-def _tokens(intake: Intake, chat: ChatBody) -> list[int]:
-    kwargs = chat.template_kwargs(intake.reads)
-    return intake.encode_chat(ChatInput(intake.fitted(chat.plain_messages()), chat.offered_tools(), None, kwargs))
 
 
 async def _answer(service: Service, request: Request, body: MessagesBody) -> Response:

@@ -10,6 +10,7 @@ from hybrid.errors import RequestError
 
 ANTHROPIC, OLLAMA = "/v1/messages", "/api/"  # how paths begin whose errors have another shape
 RESPONSES = "/v1/responses"  # whose errors have it in streams alone
+INPUT_TOKENS = f"{RESPONSES}/input_tokens"
 _ANTHROPIC_KINDS = {404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 KINDS = {
     401: "authentication_error",

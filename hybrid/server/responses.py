@@ -9,14 +9,15 @@ from time import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
 from hybrid.core import Completion, TextDelta
 from hybrid.server.agent_tools import with_left_out
 from hybrid.server.bodies import read_body
-from hybrid.server.chat import start
+from hybrid.server.chat import prompt_tokens, start
 from hybrid.server.documented import EVENTS, takes
 from hybrid.server.parts import Face, Part, answer
-from hybrid.server.refusals import RESPONSES, Refusal
+from hybrid.server.refusals import INPUT_TOKENS, RESPONSES, Refusal
 from hybrid.server.replies import measured, usage_of
 from hybrid.server.responses_body import ResponsesBody
 from hybrid.server.service import Run, Service
@@ -36,6 +37,16 @@ def routes(service: Service) -> APIRouter:
         service.require_room()
         body = await read_body(request, ResponsesBody, service.config.max_body_mb << 20)
         return await until_gone(request.receive, _answer(service, request, body))
+
+    @router.post(INPUT_TOKENS, openapi_extra=takes(ResponsesBody, None, service.names), response_model=None)
+    async def input_tokens(request: Request) -> Response:
+        """How many tokens the prompt has that would be made."""
+        with service.text():
+            body = await read_body(request, ResponsesBody, service.config.max_body_mb << 20)
+            service.check_model(body.model)
+            chat = body.chat_body()
+            tokens = await service.prepare(partial(prompt_tokens, service.llm.intake, chat), text=True)
+            return JSONResponse({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
     @router.get("/v1/responses/{name}", response_model=None)
     async def response(name: str) -> Response:

@@ -191,7 +191,7 @@ _ALLOWED: Schema = {
 }
 CHOICE: Schema = {
     "anyOf": [
-        {"enum": ["auto", "none", "required", None]},
+        {"enum": ["auto", "none", "required", "any", None]},
         *_CHOSEN,
         {
             "type": "object",
@@ -205,10 +205,10 @@ CHOICE: Schema = {
         },
     ]
 }
-ITEM_CHOICE: Schema = {"if": {"type": "string"}, "then": {"enum": ["auto", "none", "required"]}}
+ITEM_CHOICE: Schema = {"if": {"type": "string"}, "then": {"enum": ["auto", "none", "required", "any"]}}
 # Of whole bodies: a call that is demanded needs tools.
 CALLS_NEED: Schema = {
-    "if": {"properties": {"tool_choice": {"const": "required"}}, "required": ["tool_choice"]},
+    "if": {"properties": {"tool_choice": {"enum": ["required", "any"]}}, "required": ["tool_choice"]},
     "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
 }
 NAMED_TOOL: Schema = {

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from hybrid.server.bodies import read_body
 from hybrid.server.documented import takes
 from hybrid.server.fields import DetokenizeBody, TemplateBody, TokenizeBody
-from hybrid.server.refusals import Refusal
+from hybrid.server.refusals import INPUT_TOKENS, Refusal
 from hybrid.server.service import Service
 from hybrid.serving.async_llm import AsyncLLM
 from hybrid.serving.llm import LLM
@@ -18,7 +18,7 @@ from hybrid.text.messages import ChatInput
 from hybrid.text.token_texts import TokenTexts
 
 # Which compute nothing.
-TEXT_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens", "/api/show"}
+TEXT_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens", INPUT_TOKENS, "/api/show"}
 
 
 def routes(service: Service) -> APIRouter:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from hybrid.server.numbers import WHOLE, Finite, No, Yes
+from hybrid.server.numbers import Finite, No, Yes
 from hybrid.server.strict import Strict
 
 Zero = Annotated[Finite, Field(ge=0, le=0)]
@@ -17,7 +17,6 @@ class Usual(Strict):
     """Of chats and completions. A value that asks for something else is refused."""
 
     # Of OpenAI's, vLLM's and SGLang's clients.
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     use_beam_search: No | None = None
     length_penalty: One | None = None
     skip_special_tokens: Yes | None = None
@@ -25,6 +24,7 @@ class Usual(Strict):
     include_stop_str_in_output: No | None = None
     continue_final_message: No | None = None
     add_generation_prompt: Yes | None = None
+    safe_prompt: No | None = None
     # Of llama.cpp's: samplers that are off.
     typical_p: One | None = None
     top_n_sigma: Annotated[Finite, Field(ge=-1, le=-1)] | None = None

@@ -78,8 +78,8 @@ def answer_frame(
     strict = not chosen and any(_function(tool).get("strict") is True for tool in tools)
     if grammar is None and not chosen and not (strict and _told_apart(answers, added)):
         return None
-    if grammar is not None and chosen:
-        raise RequestError("tool_choice demands a call, and a grammar a text; give one of them")
+    if chosen:  # the grammar is that of a text, of which there is none
+        grammar = None
     frame = Frame(added)
     frame.rules.append("")  # its place is the first
     choices = []
@@ -91,7 +91,7 @@ def answer_frame(
         if form is None:
             known = f"writes calls in a way ({answers}) that no grammar here describes"
             why = known if answers.dialect else "was not made to call tools, as far as its chat template says"
-            raise RequestError(f"tool_choice: this model {why}; use 'auto' or 'none'")
+            raise RequestError(f"tool_choice: this model {why}; use 'auto' or 'none', or start with --tool-parser")
         calls = _calls(frame, form, chosen or tools, chosen is not None or strict, _several(chat))
         choices.append(calls)
         if strict and grammar is None:
