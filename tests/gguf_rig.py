@@ -25,6 +25,8 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "phi3": "phi3", "gemma4_text": "gemma4", "smollm3": "smollm3", "seed_oss": "seed_oss", "dots1": "dots1",
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
+    "lfm2_moe": "lfm2moe", "exaone_moe": "exaone-moe", "granite": "granite", "ernie4_5": "ernie4_5",
+    "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "ministral3": "mistral3", "mistral4": "mistral4",
 }  # fmt: skip
 
@@ -134,6 +136,7 @@ _NAMES = (
     (r"(.*)\.post_mlp_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
     (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
+    (r"(.*)\.expert_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
     (r"(.*)\.shared_(?:expert|experts|mlp)\.(gate|up|down)_proj\.weight", r"\1.ffn_\2_shexp.weight"),
     (r"(.*)\.experts\.(\d+)\.(gate|up|down)_proj\.weight", r"\1.ffn_\3.\2.weight"),
@@ -149,7 +152,9 @@ def gguf_name(name: str) -> str:
     for pattern, new in _NAMES:
         if re.fullmatch(pattern, name):
             found = re.sub(rf"^{pattern}$", new, name).replace("model.layers.", "blk.")
-            return re.sub(r"(blk\.\d+)\.(?:mlp|block_sparse_moe)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found)
+            return re.sub(
+                r"(blk\.\d+)\.(?:mlp|feed_forward|block_sparse_moe)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found
+            )
     raise KeyError(name)
 
 
@@ -162,7 +167,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     for name, array in tensors.items():
         if gemma and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
-        post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone"))
+        post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone4"))
         if post_norm and name.endswith("post_attention_layernorm.weight"):
             found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
         elif config["model_type"] == "gemma4_text" and name.endswith("gate_up_proj"):
@@ -177,7 +182,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[gguf_name(name)] = array
     if config["model_type"] in ("gpt_oss", "glm4_moe", "seed_oss"):
         found = {name.replace("ffn_norm", "post_attention_norm"): array for name, array in found.items()}
-    if config["model_type"] in ("llama", "mixtral", "granitemoe", "smollm3", "ministral3"):
+    if config["model_type"] in ("llama", "mixtral", "granite", "granitemoe", "smollm3", "ministral3"):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
     if config["model_type"] == "gemma4_text":
@@ -288,7 +293,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
                     if get(name)), None)  # fmt: skip
     wide = get("moe_intermediate_size") or get("intermediate_size")
     turning = get("rotary_dim") or (
-        config.get("head_dim", 0) // 2 if family.startswith("glm4") else config.get("head_dim")
+        config.get("head_dim", 0) // 2 if family.startswith("glm") else config.get("head_dim")
     )
     turning = int(turning * config["partial_rotary_factor"]) if family == "phi3" else turning
     slides = [kind == "sliding_attention" for kind in get("layer_types") or ()]
@@ -308,15 +313,17 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_used_count": next((get(n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if get(n)), None),
         "expert_feed_forward_length": wide if experts and family not in _ONE_WIDTH else None,
         "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
-        "expert_shared_count": get("n_shared_experts") or get("moe_num_shared_experts"),
-        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2", "dots1") else None,
+        "expert_shared_count": get("n_shared_experts") or get("num_shared_experts") or get("moe_num_shared_experts"),
+        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2", "dots1", "lfm2_moe", "exaone_moe") else None,
         "expert_group_count": get("n_group"),
         "expert_group_used_count": get("topk_group"),
         "expert_weights_scale": get("routed_scaling_factor"),
         "expert_weights_norm": get("norm_topk_prob") if family == "dots1" else None,
-        "leading_dense_block_count": get("first_k_dense_replace") or get("moe_layer_start_index"),
+        "leading_dense_block_count": next(
+            (get(n) for n in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") if get(n)), None
+        ),
         "attention.sliding_window": get("sliding_window"),
-        "attention.sliding_window_pattern": slides if family == "olmo3" else None,
+        "attention.sliding_window_pattern": slides if family in ("olmo3", "exaone_moe") else None,
         "attention.scale": get("attention_multiplier"),
         "embedding_scale": get("embedding_multiplier"),
         "residual_scale": get("residual_multiplier"),

@@ -143,6 +143,74 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3, windows, yarn where there is none": ("olmo3", SHARP),
     "olmo3, every fourth layer without a window": ("olmo3", {"layer_types": None, **SHARP}),
+    "lfm2_moe": ("lfm2_moe", {}),
+    "lfm2_moe untied, no corrections, not renormalised": (
+        "lfm2_moe",
+        {
+            "tie_word_embeddings": False,
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "num_dense_layers": 0,
+            "conv_bias": True,
+        },
+    ),
+    "exaone_moe": ("exaone_moe", SHARP),
+    "exaone_moe, groups": (
+        "exaone_moe",
+        {
+            "layer_types": None,
+            "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+            "n_group": 2,
+            "topk_group": 2,
+            "num_experts_per_tok": 8,
+            **SHARP,
+        },
+    ),
+    "solar_open": ("solar_open", {}),
+    "solar_open, no biases": (
+        "solar_open",
+        {"attention_bias": False, "norm_topk_prob": False, "num_experts_per_tok": 8, **SHARP},
+    ),
+    "hy_v3": ("hy_v3", SHARP),
+    "hy_v3, biases, the last layer dense": (
+        "hy_v3",
+        {
+            "attention_bias": True,
+            "mlp_layer_types": ["sparse", "sparse", "dense"],
+            "num_experts_per_tok": 8,
+            "router_scaling_factor": 1.5,
+            **SHARP,
+        },
+    ),
+    "mellum, a rope for each kind of layer": ("mellum", {"num_experts_per_tok": 8, **SHARP}),
+    "granite": ("granite", SHARP),
+    "granite tied, biases": (
+        "granite",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "residual_multiplier": 1.5,
+            "rms_norm_eps": 1e-3,
+            **SHARP,
+        },
+    ),
+    "ernie4_5": ("ernie4_5", SHARP),
+    "ernie4_5 untied, biases": ("ernie4_5", {"tie_word_embeddings": False, "use_bias": True, **SHARP}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
+    "hunyuan_v1_dense, stretched rope, biases": (
+        "hunyuan_v1_dense",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10000.0, "factor": 1.0},
+            "attention_bias": True,
+        },
+    ),
+    "glm": ("glm", SHARP),
+    "glm, no biases, all of a head turns": (
+        "glm",
+        {"attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True, **SHARP},
+    ),
     "ministral3, late queries grow": ("ministral3", SHARP),
     "ministral3 tied, window, default rope": (
         "ministral3",

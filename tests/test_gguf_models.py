@@ -47,6 +47,8 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
         "rope_parameters": None, "rope_theta": 5e5,
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     },
+    "exaone_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    "lfm2_moe": {"conv_bias": False},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 

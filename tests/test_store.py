@@ -264,7 +264,10 @@ def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict
         assert (_unpacked(store, prefix + part, *tensors[name].shape) == tensors[name]).all()
     for part, name in (("norm", names.norm), ("taps", names.taps)):
         assert (store.array(prefix + part).reshape(-1) == exact[name].astype("f4").reshape(-1)).all()
-    for part, name in (("in_bias", names.into), ("taps_bias", names.taps), ("out_bias", names.out)):
+    assert (f"{prefix}taps_bias" in store.tensors) == conv.bias
+    for part, name in (
+        (("in_bias", names.into), ("taps_bias", names.taps), ("out_bias", names.out)) if conv.bias else ()
+    ):
         bias = exact[name.replace(".weight", ".bias")].astype("f4")
         assert (store.array(prefix + part)[: len(bias)] == bias).all()
 

@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2_vl": ("lfm2", "lfm2", {}),
     "mistral3": ("mistral", "mistral", {}),
     "qwen2_5_vl": ("qwen2", "qwen2_5_vl_text", {"rope_scaling": MROPE}),
+    "qwen2_vl": ("qwen2", "qwen2_vl_text", {"rope_scaling": MROPE}),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_text", {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_text", {}),
     "qwen3_vl": ("qwen3", "qwen3_vl_text", {"rope_scaling": MROPE}),
@@ -142,7 +143,7 @@ def is_tied(wrapper: str, whole: bool | None, part: bool | None) -> bool:
 def test_where_the_whole_says_nothing_of_the_head_its_default_holds(wrapper: str) -> None:
     """As the classes of transformers have it, some of which ask the text as well."""
     default = wrapper in ("gemma3", "gemma4", "internvl", "kimi_k25", "lfm2_vl", "mistral3")
-    asks = wrapper in ("glm4v_moe", "qwen2_5_vl")
+    asks = wrapper in ("glm4v_moe", "qwen2_5_vl", "qwen2_vl")
     assert [is_tied(wrapper, None, part) for part in (None, False, True)] == [default, default, True]
     assert [is_tied(wrapper, False, part) for part in (None, False, True)] == [False, False, asks]
 

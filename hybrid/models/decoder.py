@@ -151,11 +151,17 @@ def read_sparse_layers(fields: Fields, experts: FeedForward) -> list[FeedForward
     return [experts if is_routed else plain for is_routed in routed]
 
 
-def read_first_dense(fields: Fields, experts: FeedForward, *, default: int = 1) -> list[FeedForward]:
-    """The first `first_k_dense_replace` layers are dense, the others have these experts."""
+def read_first_dense(
+    fields: Fields,
+    experts: FeedForward,
+    *,
+    default: int = 1,
+    name: str = "first_k_dense_replace",
+) -> list[FeedForward]:
+    """The first layers are dense, the others have these experts. default, name: of the field that says how many."""
     count = read_layer_count(fields)
-    dense = fields.size("first_k_dense_replace", default=default, minimum=0)
-    plain = FeedForward(fields.size("intermediate_size"))
+    dense = fields.size(name, default=default, minimum=0)
+    plain = FeedForward(fields.size("intermediate_size"), names=experts.names)
     return [plain if layer < dense else experts for layer in range(count)]
 
 

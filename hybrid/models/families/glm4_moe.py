@@ -28,11 +28,12 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     norm: QkNorm = "head" if fields.flag("use_qk_norm") else "none"
     attention = read_attention(fields, DEFAULTS, qk_norm=norm, bias=fields.flag("attention_bias"))
     attention = replace(attention, out_bias=False)
-    layers = [LayerSpec(attention, feed_forward) for feed_forward in read_first_dense(fields, _experts(fields))]
+    layers = [LayerSpec(attention, feed_forward) for feed_forward in read_first_dense(fields, read_glm_experts(fields))]
     return read_model(fields, "glm4_moe", layers, DEFAULTS)
 
 
-def _experts(fields: Fields) -> FeedForward:
+def read_glm_experts(fields: Fields) -> FeedForward:
+    """Experts chosen by corrected sigmoids, and the shared one."""
     intermediate, renormalise = fields.size("moe_intermediate_size"), fields.flag("norm_topk_prob", default=True)
     experts = read_experts(fields, intermediate, renormalise=renormalise, names=SHARED_EXPERTS)
     experts = read_grouped_sigmoid(fields, experts, scale=1.0)

@@ -28,7 +28,7 @@ NAMES = FeedForwardNames(
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(_with_alpha(config))
+    fields = Fields(with_alpha(config))
     attention = read_attention(fields, DEFAULTS, qk_norm="head", bias=fields.flag("attention_bias"))
     attention = replace(attention, norm_last=True, names=ATTENTION)
     layers = [LayerSpec(attention, _experts(fields, config, layer)) for layer in range(read_layer_count(fields))]
@@ -53,7 +53,7 @@ def _of_layer(value: Any, layer: int, name: str) -> Any:
     return value[layer]
 
 
-def _with_alpha(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_alpha(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """ "dynamic" rope with an alpha is plain rope whose base is stretched once, whatever the length."""
     fields = Fields(config)
     scaling = fields.group("rope_scaling", "rope_parameters")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybrid.models.decoder import FULL, Defaults, read_attention, read_layer_count, read_model
+from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryNames
 from hybrid.models.layers.router import FeedForwardNames
@@ -37,12 +38,17 @@ OUTER = OuterNames(final_norm="model.embedding_norm.weight")
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
+    feed_forward = FeedForward(_read_intermediate(fields), names=FEED_FORWARD)
+    layers = [LayerSpec(mixer, feed_forward) for mixer in read_mixers(fields)]
+    return read_model(fields, "lfm2", layers, DEFAULTS, OUTER)
+
+
+def read_mixers(fields: Fields) -> list[Mixer]:
+    """Of every layer a convolution or attention."""
     attention = replace(read_attention(fields, DEFAULTS, qk_norm="head"), names=ATTENTION)
     taps = fields.size("conv_L_cache", default=3, minimum=2, maximum=8)  # of what the kernel holds in registers
     conv = ShortConv(fields.size("hidden_size"), taps, fields.flag("conv_bias"))
-    feed_forward = FeedForward(_read_intermediate(fields), names=FEED_FORWARD)
-    mixers = (conv if kind == CONV else attention for kind in _read_kinds(fields))
-    return read_model(fields, "lfm2", [LayerSpec(mixer, feed_forward) for mixer in mixers], DEFAULTS, OUTER)
+    return [conv if kind == CONV else attention for kind in _read_kinds(fields)]
 
 
 def _read_kinds(fields: Fields) -> Sequence[str]:

@@ -13,9 +13,13 @@ _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_window_layers"
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
+    return read_whole(config, "qwen2_5_vl")
+
+
+def read_whole(config: Mapping[str, Any], model_type: str) -> ModelSpec:
     """Configurations as they are published have the fields of the text among those of the whole."""
     whole = config if "text_config" in config else {**config, "text_config": {**config, "model_type": None}}
-    return read_text_part(whole, "qwen2_5_vl", {"qwen2_5_vl_text": _text}, either=True)
+    return read_text_part(whole, model_type, {f"{model_type}_text": _text}, either=True)
 
 
 def _text(config: Mapping[str, Any]) -> ModelSpec:

@@ -105,7 +105,11 @@ class FeedForward:
     def fused(self) -> FeedForward:
         """A copy with the names of the router in checkpoints with fused experts."""
         names = self.names
-        return replace(self, names=replace(names, router=names.fused_router, correction=names.fused_correction))
+        shared = names.fused_shared or names.shared
+        return replace(
+            self,
+            names=replace(names, router=names.fused_router, correction=names.fused_correction, shared=shared),
+        )
 
     # Weights.
 
@@ -139,7 +143,8 @@ class FeedForward:
         else:
             yield from fused_shapes(self.origin(place), self.experts, form, self.bias)
         if self.shared_intermediate:
-            yield from gated_shapes(names.shared.of_expert(0), hidden, self.shared_intermediate, False)
+            shared = names.shared if form == "apart" else names.fused_shared or names.shared
+            yield from gated_shapes(shared.of_expert(0), hidden, self.shared_intermediate, False)
         if self.shared_gate:
             yield names.shared_gate, (1, hidden)
 

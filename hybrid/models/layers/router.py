@@ -37,11 +37,12 @@ class Router:
 
 @dataclass(frozen=True)
 class FeedForwardNames:
-    """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts. correction_row:
-    whether corrections are a matrix of one row. norm, post_norm: of what it reads, and of what it adds to the residual
-    stream; empty where that is not normed. router_norm: of what the router alone reads; empty where that is what
-    experts read. factor: a number by which the residual stream is multiplied behind the layer; empty: none. sum_norm:
-    of what experts and a dense feed-forward beside them make together.
+    """Names in a checkpoint. fused_router, fused_correction: the names of both beside fused experts; fused_shared: the
+    same of the shared expert, None if it has no others there. correction_row: whether corrections are a matrix of one
+    row. norm, post_norm: of what it reads, and of what it adds to the residual stream; empty where that is not normed.
+    router_norm: of what the router alone reads; empty where that is what experts read. factor: a number by which the
+    residual stream is multiplied behind the layer; empty: none. sum_norm: of what experts and a dense feed-forward
+    beside them make together.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -56,6 +57,7 @@ class FeedForwardNames:
         f"{_PREFIX}.experts.down_proj",
     )
     shared: GatedNames = gated_names(f"{_PREFIX}.shared_expert")
+    fused_shared: GatedNames | None = None
     shared_gate: str = f"{_PREFIX}.shared_expert_gate.weight"
     correction: str = f"{_PREFIX}.gate.e_score_correction_bias"
     fused_correction: str = f"{_PREFIX}.gate.e_score_correction_bias"

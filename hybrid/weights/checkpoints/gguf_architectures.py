@@ -7,6 +7,9 @@ LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES)
 GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mixtral"),
+    "qwen2vl": ("qwen2",),
+    "qwen3vl": ("qwen3",),
+    "qwen3vlmoe": ("qwen3_moe",),
     "qwen2": ("qwen2",),
     "qwen3": ("qwen3",),
     "qwen2moe": ("qwen2_moe",),
@@ -28,6 +31,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "phi3": ("phi3",),
     "phimoe": ("phimoe",),
     "lfm2": ("lfm2",),
+    "lfm2moe": ("lfm2_moe",),
     "qwen3next": ("qwen3_next",),
     "qwen35": ("qwen3_5_text",),
     "qwen35moe": ("qwen3_5_moe_text",),
@@ -37,4 +41,9 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "glm4": ("glm4",),
     "olmo2": ("olmo2", "olmo3"),
     "exaone4": ("exaone4",),
+    "exaone-moe": ("exaone_moe",),
+    "granite": ("granite",),
+    "ernie4_5": ("ernie4_5",),
+    "hunyuan-dense": ("hunyuan_v1_dense",),
+    "chatglm": ("glm",),
 }

@@ -6,12 +6,25 @@ from collections.abc import Callable
 
 from hybrid.errors import WeightsError
 from hybrid.weights.checkpoints.gguf_architectures import GROWING, INDEXED_TYPES, LATENT
-from hybrid.weights.checkpoints.gguf_dense import exaone4, glm4, mistral3, olmo2, phi3, seed_oss, smollm3
+from hybrid.weights.checkpoints.gguf_dense import (
+    chatglm,
+    ernie4_5,
+    exaone4,
+    glm4,
+    granite,
+    hunyuan_dense,
+    mistral3,
+    olmo2,
+    phi3,
+    seed_oss,
+    smollm3,
+)
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
     has,
     key_length,
+    kv_heads,
     layer_count,
     require_gating,
     require_weights,
@@ -19,6 +32,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
+from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
@@ -54,7 +68,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "max_position_embeddings": metadata.size("context_length"),
         "intermediate_size": metadata.size("feed_forward_length", 0) or None,
         "num_attention_heads": heads,
-        "num_key_value_heads": max(_kv_heads(metadata)),
+        "num_key_value_heads": max(kv_heads(metadata)),
         "head_dim": dim,
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10_000.0),
@@ -63,19 +77,6 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "tie_word_embeddings": HEAD not in model.tensors,
         "attention_bias": has(model, "attn_q.bias") or has(model, "attn_qkv.bias"),
     }
-
-
-def _kv_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer; in models with short convolutions 0 of those that do not attend. Gemma 4 tells it by itself."""
-    name, heads = "attention.head_count_kv", metadata.size("attention.head_count")
-    if metadata.architecture == "gemma4":
-        return [heads]
-    if metadata.architecture != "lfm2":
-        return [metadata.size(name, heads)] * max(1, layer_count(metadata))
-    found = metadata.layer_sizes(name, layer_count(metadata))
-    if len({*found} - {0}) != 1:
-        raise metadata.refuse(name, found, "one number above 0, and 0 where a layer does not attend")
-    return found
 
 
 def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -87,7 +88,8 @@ def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _qwen(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": metadata.architecture}
+    """Those with images are, of text alone, the model without."""
+    return {"model_type": metadata.architecture.removesuffix("vl")}
 
 
 def _expert_width(metadata: GgufMetadata) -> int:
@@ -146,6 +148,16 @@ def _glm4_moe(model: Gguf, metadata: GgufMetadata) -> Config:
 def _dots1(model: Gguf, metadata: GgufMetadata) -> Config:
     found = _sigmoid_experts(metadata, norm=False)
     return {"model_type": "dots1", **found, "max_window_layers": layer_count(metadata)}
+
+
+def _exaone_moe(model: Gguf, metadata: GgufMetadata) -> Config:
+    found = _sigmoid_experts(metadata, norm=True)
+    return {
+        **exaone4(model, metadata),
+        **found,
+        "model_type": "exaone_moe",
+        "num_shared_experts": found["n_shared_experts"],
+    }
 
 
 def _sigmoid_experts(metadata: GgufMetadata, *, norm: bool) -> Config:
@@ -214,13 +226,10 @@ def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
             "expert_shared_feed_forward_length", metadata.size("expert_shared_feed_forward_length"), "absent"
         )
     return {
+        **granite(model, metadata),
         "model_type": "granitemoe",
         "num_local_experts": metadata.size("expert_count"),
         "num_experts_per_tok": metadata.size("expert_used_count"),
-        "attention_multiplier": metadata.number("attention.scale", 0.0) or key_length(metadata) ** -0.5,
-        "residual_multiplier": metadata.number("residual_scale", 1.0),
-        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
-        "logits_scaling": metadata.number("logit_scale"),
     }
 
 
@@ -280,15 +289,6 @@ def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
-def _lfm2(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {
-        "model_type": "lfm2",
-        "layer_types": ["full_attention" if heads else "conv" for heads in _kv_heads(metadata)],
-        "conv_L_cache": metadata.size("shortconv.l_cache"),
-        "block_auto_adjust_ff_dim": False,
-    }
-
-
 def _qwen3_next(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "qwen3_next", **_delta(model, metadata), **_shared_experts(metadata)}
 
@@ -336,6 +336,9 @@ def _shared_experts(metadata: GgufMetadata) -> Config:
 
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "llama": _llama,
+    "qwen2vl": _qwen,
+    "qwen3vl": _qwen,
+    "qwen3vlmoe": _qwen3_moe,
     "qwen2": _qwen,
     "qwen3": _qwen,
     "qwen2moe": _qwen2_moe,
@@ -356,7 +359,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "gemma4": gemma4,
     "phi3": phi3,
     "phimoe": _phimoe,
-    "lfm2": _lfm2,
+    "lfm2": lfm2,
+    "lfm2moe": lfm2_moe,
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_5,
     "qwen35moe": _qwen3_5_moe,
@@ -366,4 +370,9 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "glm4": glm4,
     "olmo2": olmo2,
     "exaone4": exaone4,
+    "exaone-moe": _exaone_moe,
+    "granite": granite,
+    "ernie4_5": ernie4_5,
+    "hunyuan-dense": hunyuan_dense,
+    "chatglm": chatglm,
 }

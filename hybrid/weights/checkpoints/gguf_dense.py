@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid.weights.checkpoints.gguf_fields import has, layer_count
+from hybrid.weights.checkpoints.gguf_fields import has, key_length, layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config, growing, rope_scaling
@@ -35,6 +35,31 @@ def glm4(model: Gguf, metadata: GgufMetadata) -> Config:
         "model_type": "glm4",
         "partial_rotary_factor": metadata.size("rope.dimension_count") / metadata.size("attention.key_length"),
     }
+
+
+def chatglm(model: Gguf, metadata: GgufMetadata) -> Config:
+    turning = metadata.size("rope.dimension_count")
+    return {"model_type": "glm", "partial_rotary_factor": turning / key_length(metadata)}
+
+
+def granite(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {
+        "model_type": "granite",
+        "mlp_bias": has(model, "ffn_gate.bias"),
+        "attention_multiplier": metadata.number("attention.scale", 0.0) or key_length(metadata) ** -0.5,
+        "residual_multiplier": metadata.number("residual_scale", 1.0),
+        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
+        "logits_scaling": metadata.number("logit_scale"),
+    }
+
+
+def ernie4_5(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "ernie4_5", "use_bias": has(model, "attn_q.bias")}
+
+
+def hunyuan_dense(model: Gguf, metadata: GgufMetadata) -> Config:
+    """The base of rope is as the model stretches it."""
+    return {"model_type": "hunyuan_v1_dense"}
 
 
 def olmo2(model: Gguf, metadata: GgufMetadata) -> Config:

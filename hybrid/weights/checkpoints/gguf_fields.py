@@ -22,6 +22,19 @@ def key_length(metadata: GgufMetadata) -> int:
     return metadata.size("attention.key_length", shared)
 
 
+def kv_heads(metadata: GgufMetadata) -> list[int]:
+    """Of every layer; in models with short convolutions 0 of those that do not attend. Gemma 4 tells it by itself."""
+    name, heads = "attention.head_count_kv", metadata.size("attention.head_count")
+    if metadata.architecture == "gemma4":
+        return [heads]
+    if not metadata.architecture.startswith("lfm2"):
+        return [metadata.size(name, heads)] * max(1, layer_count(metadata))
+    found = metadata.layer_sizes(name, layer_count(metadata))
+    if len({*found} - {0}) != 1:
+        raise metadata.refuse(name, found, "one number above 0, and 0 where a layer does not attend")
+    return found
+
+
 def has(model: Gguf, name: str, layer: int = 0) -> bool:
     """Whether a layer has this tensor."""
     return f"blk.{layer}.{name}" in model.tensors

@@ -27,7 +27,7 @@ from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
 # Rows of queries and keys lie as their rope turns them: pair by pair.
-PERMUTED = ("llama", "granitemoe", "smollm3", "mistral3")
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")
 _DELTA = ("qwen3next", "qwen35", "qwen35moe")
 _NORM_BEHIND = (
     "gpt-oss",
@@ -42,6 +42,7 @@ _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 
 OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
 _OTHER_NAMES = {"token_embd_norm.weight": OUTER.final_norm}  # of what some files misname
+FINAL_NORMS = frozenset((OUTER.final_norm, *_OTHER_NAMES))
 _POST_ATTENTION, _POST_FEED_FORWARD = f"{_LAYER}.post_attention_norm.weight", f"{_LAYER}.post_ffw_norm.weight"
 _FACTOR = f"{_LAYER}.layer_output_scale.weight"
 CONVOLUTION = ShortConvNames(

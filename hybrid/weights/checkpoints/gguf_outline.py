@@ -17,7 +17,7 @@ from hybrid.weights.checkpoints.gguf_fields import layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf, headers_of
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import gguf_mix
-from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, OUTER
+from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, FINAL_NORMS
 from hybrid.weights.shard import Entry
 
 _TOKENS, _INTERVAL, _EVERY = "tokenizer.ggml.tokens", "full_attention_interval", 4
@@ -66,7 +66,7 @@ def _outer_stand_ins(model: Gguf) -> dict[str, Entry]:
     if EMBEDDING not in model.tensors:
         rows = _vocabulary(model, metadata)
         found[EMBEDDING] = Entry(model.path, _any_type(model), (rows, metadata.size("embedding_length")), 0, 0)
-    if HEAD not in model.tensors and OUTER.final_norm not in model.tensors:
+    if HEAD not in model.tensors and FINAL_NORMS.isdisjoint(model.tensors):
         found[HEAD] = model.tensors.get(EMBEDDING) or found[EMBEDDING]
     if metadata.has("ssm.time_step_rank"):
         every = max(1, metadata.size(_INTERVAL, _EVERY))
