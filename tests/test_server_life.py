@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,7 @@ from dummy_engine import WATCHDOG, GatedEngine  # noqa: E402
 from dummy_tokenizer import BYTES  # noqa: E402
 from server_rig import QUESTION, Running, parse_events, running, until  # noqa: E402
 
+import hybrid  # noqa: E402
 from hybrid import LLM  # noqa: E402
 from hybrid.server import health as health_module  # noqa: E402
 
@@ -298,3 +301,18 @@ def test_what_is_wrong_is_one_line() -> None:
         result = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG)
         last = result.stderr.splitlines()[-1]
         assert result.returncode == 2 and last.startswith("error: ") and said in last
+
+
+def test_a_clock_that_is_set_changes_no_duration(monkeypatch) -> None:
+    """The time of the day is told to clients and logs, and compared with that of files; nothing else reads it."""
+    told = {"server/service.py", "server/responses.py", "server/exchange.py", "server/replies.py", "server/ollama.py"}
+    told |= {"commands/store.py", "commands/bench.py", "text/template_process.py"}
+    package = Path(hybrid.__file__).parent
+    clock = re.compile(r"(?<![\w.])time\(\)|\btime\.time\(|\bdatetime\.now\(|\butcnow\(|CLOCK_REALTIME")
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if clock.search(path.read_text())}
+    assert found <= told, sorted(found - told)
+    days = iter([2e9, 1e9, *[1e9] * 9])
+    monkeypatch.setattr("hybrid.server.responses.time", lambda: next(days))
+    with running(LLM()) as server:
+        reply = server.post("/v1/responses", input="Hi", temperature=0).json()
+    assert reply["status"] == "completed" and reply["created_at"] == reply["completed_at"] == 2_000_000_000

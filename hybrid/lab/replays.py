@@ -121,7 +121,7 @@ def run(
     folder: None: the experiment's. progress: called with (what, done, total). Raises ConfigError.
     """
     folder = folder or experiment.folder
-    began = time.time()
+    began = time.monotonic()
     parts = parts_of(experiment, read_sources(experiment))
     with disk_errors(folder, ConfigError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def run(
         with cache_errors():
             rows = sweep(part.source.calls, part.settings, part.rates, workers, kept, report)
         found += _replays(part, rows)
-    about = {"replays": len(found), "replayed": new, "seconds": round(time.time() - began, 1)}
+    about = {"replays": len(found), "replayed": new, "seconds": round(time.monotonic() - began, 1)}
     write_json(folder / PROVENANCE, {**_provenance(experiment, parts), **about})
     return found
 

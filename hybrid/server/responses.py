@@ -178,7 +178,8 @@ class _Response(Face):
         usage = usage_of([self.completion])
         reasoning = self.run.service.llm.llm.encode(self.completion.reasoning, False)
         made = self._response(self._status)
-        made["completed_at"] = int(time()) if self._status == "completed" else None
+        done = max(time(), self._created)  # the clock may have been set back
+        made["completed_at"] = int(done) if self._status == "completed" else None
         made["incomplete_details"] = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         made["output"] = self._items
         made["usage"] = {
