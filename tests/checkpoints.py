@@ -456,7 +456,7 @@ WRAPPERS = (  # models of more than text
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = ("gpt_oss", "granitemoe", "gemma4_text", "mistral4")  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST: tuple[str, ...] = ("gemma4_text",)
+ON_HOST: tuple[str, ...] = ("gemma4_text", "deepseek_v32", "glm_moe_dsa")
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

@@ -133,14 +133,20 @@ class KvPages:
 
 
 class SharedPages:
-    """Zeroed pages of rows [rank + rope_dim] that are keys of all heads, and their first `rank` dimensions values."""
+    """Zeroed pages of rows [rank + rope_dim] that are keys of all heads, and their first `rank` dimensions values; and
+    of the keys [index_dim] of an indexer behind them, in bf16.
+    """
 
-    def __init__(self, slots: int, rank: int, rope_dim: int, tokens: int, format: str = "bf16") -> None:
+    def __init__(
+        self, slots: int, rank: int, rope_dim: int, tokens: int, format: str = "bf16", index_dim: int = 0
+    ) -> None:
         self.rank, self.dim, self.format = rank, rank + rope_dim, format
         self.key_dim, self.value_dim = round_up(self.dim, KEY_ALIGN), round_up(rank, BLOCK)
         self.tokens = round_up(tokens, KEY_BLOCK)
         self._size = self.tokens * self.key_dim * DTYPES[format].itemsize
-        self._pages = aligned((slots, self._size + (0 if format == "bf16" else 4 * self.tokens)), np.uint8)
+        self._end = self._size + (0 if format == "bf16" else 4 * self.tokens)
+        self.index_dim = round_up(index_dim, KEY_ALIGN)
+        self._pages = aligned((slots, self._end + self.tokens * self.index_dim * 2), np.uint8)
 
     @property
     def layout(self) -> cpu_kernels.KvLayout:
@@ -156,6 +162,8 @@ class SharedPages:
             key_scales_offset=scales,
             value_scales_offset=scales,
             shared=True,
+            index_offset=self._end if self.index_dim else 0,
+            index_dim=self.index_dim,
         )
 
     def write(self, slot: int, rows: np.ndarray) -> None:
@@ -166,7 +174,19 @@ class SharedPages:
         lines = whole.reshape(-1, BLOCK, *pair).transpose(0, 2, 1, 3)
         self._pages[slot, : self._size] = np.ascontiguousarray(lines).reshape(-1).view(np.uint8)
         if self.format != "bf16":
-            self._pages[slot, self._size :].view(np.float32)[: len(rows)] = scales
+            self._pages[slot, self._size : self._end].view(np.float32)[: len(rows)] = scales
+
+    def write_index(self, slot: int, keys: np.ndarray) -> None:
+        """Store keys [n, dim] of an indexer at positions from 0 on."""
+        whole = np.zeros((self.tokens, self.index_dim), BF16)
+        whole[: len(keys), : keys.shape[1]] = keys
+        lines = whole.reshape(-1, BLOCK, self.index_dim // 2, 2).transpose(0, 2, 1, 3)
+        self._pages[slot, self._end :] = np.ascontiguousarray(lines).reshape(-1).view(np.uint8)
+
+    def index(self, slot: int) -> np.ndarray:
+        """The keys of an indexer that are stored, [tokens, index_dim] bf16."""
+        lines = self._pages[slot, self._end :].view(BF16).reshape(-1, self.index_dim // 2, BLOCK, 2)
+        return lines.transpose(0, 2, 1, 3).reshape(self.tokens, self.index_dim)
 
     def rows(self, slot: int) -> np.ndarray:
         """What is stored, [tokens, key_dim], as float64."""
@@ -175,4 +195,4 @@ class SharedPages:
         found = stored.reshape(-1, pair[0], BLOCK, pair[1]).transpose(0, 2, 1, 3).reshape(self.tokens, self.key_dim)
         if self.format == "bf16":
             return found.astype(np.float64)
-        return found.astype(np.float64) * self._pages[slot, self._size :].view(np.float32)[:, None]
+        return found.astype(np.float64) * self._pages[slot, self._size : self._end].view(np.float32)[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rig import ISAS, Rig, aligned
-from test_op_fields import KV, OPS, ROUTING_FIELDS, SET, SHARED, STATE
+from test_op_fields import INDEXED, KV, OPS, ROUTING_FIELDS, SET, SHARED, STATE
 
 import cpu_kernels
 from cpu_kernels import Arena, Executor, ExpertSet, Format, KvLayout, Part, Routing, StateLayout, ThreadPool
@@ -92,8 +92,9 @@ class Memory:
             return [self.place() for _ in value]
         if isinstance(value, Routing):
             return Routing(**{name: self.place() for name in ROUTING_FIELDS})
-        if value is KV or value is SHARED:
-            apart = {"head_stride": 0, "value_offset": 0, "shared": True} if value is SHARED else {}
+        if value is KV or value is SHARED or value is INDEXED:
+            apart = {} if value is KV else {"head_stride": 0, "value_offset": 0, "shared": True}
+            apart |= {"index_offset": 65536, "index_dim": 32} if value is INDEXED else {}
             return KvLayout(**{**STRUCTS[KvLayout], **apart, "base": self.place()})
         return StateLayout(base=self.place(), sequence_stride=320) if value is STATE else value
 

@@ -20,6 +20,7 @@ ROUTING_FIELDS = {"offsets": PLACE, "rows": PLACE, "weights": PLACE, "active": P
 ROUTING = Routing(**ROUTING_FIELDS)
 KV = KvPages(1, 2, 64, 256).layout
 SHARED = SharedPages(1, 50, 12, 256).layout
+INDEXED = SharedPages(1, 50, 12, 256, index_dim=20).layout
 STATE = StateLayout(base=PLACE, sequence_stride=320)
 STATE_OF_MATRICES = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28))
 SET = {
@@ -60,6 +61,13 @@ OPS: dict[str, dict[str, Any]] = {
         **{"q": PLACE, "output": PLACE, "states": PLACE, "sinks": 0, "kv": KV, "heads": 4, "kv_heads": 2},
         **{"head_dim": 64, "output_stride": 256, "window": 0, "scale": 0.125},
     },
+    "index": {
+        **{"queries": PLACE, "keys": PLACE, "rope": PLACE, "norm": PLACE, "norm_bias": PLACE, "q": PLACE},
+        **{"kv": INDEXED, "heads": 3, "head_dim": 20, "rope_dim": 12, "interleaved": True, "query_stride": 64},
+        **{"key_stride": 64, "eps": 1e-6},
+    },
+    "index_scores": {"q": PLACE, "weights": PLACE, "scores": PLACE, "kv": INDEXED, "heads": 3, "selects": 16},
+    "select": {"scores": PLACE, "q": PLACE, "selected": PLACE, "selects": 16, "query_stride": 64},
     "short_conv": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "state": STATE, "width": 40, "taps": 3},
         **{"input_stride": 128, "output_stride": 64},
@@ -245,6 +253,21 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("attention", {"heads": 5}, "5 heads cannot share 2 KV heads evenly"),
         ("attention", {"heads": 514}, "257 query heads per KV head; at most 256 are supported"),
         ("attention", {"output": 0}, "output and partials are null"),
+        ("attention", {"selected": PLACE}, "selected is not null, and selects is 0"),
+        (
+            "attention",
+            {"kv": SHARED, "kv_heads": 1, "head_dim": 48, "selects": 9},
+            "selected is null, and selects is 9",
+        ),
+        ("attention", {"selected": PLACE, "selects": 9}, "keys are selected of shared ones, without a window or ends"),
+        ("index", {"kv": SHARED}, "head_dim 20 is above kv.index_dim 0"),
+        ("index", {"head_dim": 33}, "head_dim 33 is above kv.index_dim 32"),
+        ("index", {"head_dim": 19}, "head_dim is 19; it must be even"),
+        ("index", {"rope_dim": 22}, "rope_dim is 22; it must be even and at most head_dim 20"),
+        ("index", {"query_stride": 59}, "query_stride is 59; what it steps over has 60"),
+        ("index", {"key_stride": 19}, "key_stride is 19; what it steps over has 20"),
+        ("index_scores", {"kv": SHARED}, "head_dim 1 is above kv.index_dim 0"),
+        ("index_scores", {"heads": 257}, "heads 257 is above 256"),
         ("topk", {"top_k": 5}, "top_k 5 is above experts 4"),
         ("gate_up", {"shared": ExpertSet(**SET)}, "shared_output is null, and there is a shared expert"),
         ("gate_up", {"shared": ExpertSet(**SET | {"experts": 0})}, "shared.experts is null"),

@@ -124,6 +124,7 @@ CASES = {
     "keys and values in fp8": ("qwen3", {"kv_format": "fp8"}),
     "latents": ("deepseek_v3", {}),
     "latents in int8": ("deepseek_v3", {"kv_format": "int8"}),
+    "latents of which some are selected": ("deepseek_v32", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

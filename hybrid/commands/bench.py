@@ -101,7 +101,7 @@ def check_lengths(config: EngineConfig, tests: list[Test]) -> None:
     from hybrid.weights.pack import model_config
 
     path = with_local_model(config, only_config=True).model_path or EMBEDDED_MODEL
-    limit = model_spec(model_config(path)).longest
+    limit = model_spec(model_config(path)).max_position
     for test in tests:
         if test.length >= limit:
             raise ConfigError(

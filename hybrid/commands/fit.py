@@ -80,16 +80,14 @@ def fit(
 
     contents, native, notes = read_model(local_model(model, only_config=True))
     spec = model_spec(contents)
-    if options.depth >= spec.longest:
-        raise ConfigError(f"--depth {options.depth} must be below {spec.longest_text}")
+    if options.depth >= spec.max_position:
+        raise ConfigError(f"--depth {options.depth} must be below the model's {spec.max_position} positions")
     hardware, rates = machine_of(options)
     fitter = fitter_of(spec, hardware, rates, replace(config, numa="off"), options.depth)
     found = fits_of(fitter, native, options.format)
     instead = instead_of(fitter, found)
     for note in notes:
         say(note)
-    if spec.selects:
-        say(f"note: sequences have at most {spec.longest_text}")
     if options.json:
         show_json(report(spec, hardware, rates, found, instead))
     else:

@@ -75,7 +75,7 @@ def _window(config: EngineConfig, options: PerplexityOptions) -> int:
     from hybrid.weights.pack import model_config
 
     path = with_local_model(config, only_config=True).model_path or EMBEDDED_MODEL
-    limit = model_spec(model_config(path)).longest
+    limit = model_spec(model_config(path)).max_position
     window = min(WINDOW, limit) if options.window is None else options.window
     if window > limit:
         raise ConfigError(f"--window {window} is longer than the model's context of {limit} tokens; lower it")

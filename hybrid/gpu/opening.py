@@ -62,7 +62,7 @@ def _open(
         tensor = store.tensors[name]
         return view(weight(name), tensor.shape, np.uint8 if tensor.dtype == "U8" else np.float32)
 
-    spec, mix = store.spec, plan.formats
+    spec, mix = store.spec.within(plan.max_seq_len), plan.formats
     weights = load_weights(spec, mix, store.tensors, read, device)
     mirror = KvMirror(plan.sequences, plan.device.kv_tokens)
     link = Link(device)

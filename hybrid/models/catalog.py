@@ -45,11 +45,13 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "global_head_dim": 16,
 }
+_SELECTS = {"index_topk": 16}
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA4),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

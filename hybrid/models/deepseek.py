@@ -1,4 +1,4 @@
-"""What DeepSeek's models and those after them share, read from config.json: latent attention, sigmoid routers."""
+"""What DeepSeek's models and those after them share, read from config.json: latent attention, indexers, sigmoids."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from hybrid.models.decoder import (
 )
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import KEY_ALIGN
+from hybrid.models.layers.indexed import IndexedAttention
+from hybrid.models.layers.indexer import Indexer
 from hybrid.models.layers.latent import MAX_KEY_DIM, LatentAttention
 from hybrid.models.reading import Fields
 from hybrid.models.rope import RopeSpec, read_rope
@@ -25,6 +27,8 @@ from hybrid.models.spec import LayerSpec, ModelSpec
 
 V3 = Defaults(max_position=4096)
 DENSE, SPARSE = "dense", "sparse"  # words of `mlp_layer_types`
+FULL, SHARED = "full", "shared"  # words of `indexer_types`
+MAX_INDEX_HEADS = 256  # of what the kernels hold
 
 
 def read_latent_attention(
@@ -88,9 +92,14 @@ def read_indexed(
     nope_dim: int,
     value_dim: int,
     groups: tuple[int, int],
+    index_heads: int,
+    interleaved: bool,
+    shares: bool = False,
 ) -> ModelSpec:
-    """A model whose layers, in sequences of more than `index_topk` tokens, attend to those that an indexer selects: up
-    to there to all. What selects is not computed, and its tensors are not read. groups: see `read_grouped_sigmoid`.
+    """A model whose layers, in sequences of more than `index_topk` tokens, attend to those that an indexer selects.
+
+    groups: see `read_grouped_sigmoid`. index_heads: a default. interleaved: as of `Indexer`. shares: whether layers may
+    select what one before them did.
     """
     fields.refuse("rope_interleave", neutral=True)
     if fields.optional_size("q_lora_rank", default=q_rank) is None:
@@ -100,9 +109,39 @@ def read_indexed(
         )
     attention = read_latent_attention(fields, defaults, q_rank=q_rank, nope_dim=nope_dim, value_dim=value_dim)
     halves = read_named_layers(fields, read_sigmoid_experts(fields, scale=2.5, groups=groups), dense=3)
-    spec = read_model(fields, model_type, [LayerSpec(attention, half) for half in halves], defaults)
-    selects = fields.size("index_topk", default=2048, maximum=10**9)
-    return replace(spec, selects=selects if selects < spec.max_position else None)
+    indexer, selects = read_indexer(fields, attention, index_heads, interleaved)
+    own = read_own_indexers(fields, len(halves)) if shares else [True] * len(halves)
+    mixers = [IndexedAttention.of(attention, selects, indexer if has_own else None) for has_own in own]
+    layers = [LayerSpec(mixer, half) for mixer, half in zip(mixers, halves, strict=True)]
+    spec = read_model(fields, model_type, layers, defaults)
+    return spec.within(spec.max_position)
+
+
+def read_indexer(fields: Fields, attention: LatentAttention, heads: int, interleaved: bool) -> tuple[Indexer, int]:
+    """An indexer, and how many tokens it selects. heads: a default."""
+    turned, selects = attention.rope.dim, fields.size("index_topk", default=2048, maximum=10**9)
+    heads = fields.size("index_n_heads", default=heads, maximum=MAX_INDEX_HEADS)
+    dim = fields.size("index_head_dim", default=128, minimum=turned, maximum=MAX_KEY_DIM)
+    if dim % 2:
+        raise ConfigError(f"config.json: index_head_dim is {dim}; it must be even: correct it")
+    return Indexer(heads, dim, attention.q_rank, interleaved), selects
+
+
+def read_own_indexers(fields: Fields, layers: int) -> list[bool]:
+    """Of every layer, whether it has an indexer: by name, by a pattern of names or their first letters, or in turn."""
+    names = "indexer_types", "index_topk_pattern"
+    name = next((name for name in names if fields.has(name)), names[0])
+    every = fields.size("index_topk_freq", default=1, minimum=0) or 1
+    first = fields.size("index_skip_topk_offset", default=2, minimum=0)
+    in_turn = [FULL if max(layer - first + 1, 0) % every == 0 else SHARED for layer in range(layers)]
+    spelled = fields.spelled_out(name, {"F": FULL, "S": SHARED}, layers)
+    kinds = spelled.choices(name, default=in_turn, allowed=(FULL, SHARED))
+    if kinds[0] != FULL:
+        raise ConfigError(
+            f"config.json: {name} says {SHARED} of the first layer, before which none selects; it must be {FULL}: "
+            "correct it"
+        )
+    return [kind == FULL for kind in kinds]
 
 
 def read_named_layers(fields: Fields, experts: FeedForward, *, dense: int = 1) -> list[FeedForward]:

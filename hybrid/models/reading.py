@@ -81,6 +81,13 @@ class Fields:
             raise self._bad(name, value, wanted)
         return value
 
+    def spelled_out(self, name: str, letters: Mapping[str, str], count: int) -> Fields:
+        """A copy in which a list, or a word whose letters stand for its items, has no more than `count` of them."""
+        value = self._values.get(name)
+        if isinstance(value, str):
+            value = [letters.get(letter, letter) for letter in value[:count]]
+        return Fields({**self._values, name: value[:count] if isinstance(value, list) else value}, self._prefix)
+
     def choice(self, *names: str, default: str, allowed: Sequence[str]) -> str:
         name, value = self._read(names, default, "")
         if value not in allowed:

@@ -49,9 +49,8 @@ class OuterNames:
 class ModelSpec:
     """A whole model. eps, norm: of all norms, and their kind. tied: the output head is the embedding. head_bias:
     whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits. logit_cap: between
-    which and less itself a tangent keeps them, after that; None: no bounds. selects: how many tokens of a longer
-    sequence its layers attend to; which, is not computed, so that none may be longer. None: they attend to all.
-    module: that of another model which its layers are; "" if they are none.
+    which and less itself a tangent keeps them, after that; None: no bounds. module: that of another model which its
+    layers are; "" if they are none.
     """
 
     model_type: str
@@ -66,24 +65,8 @@ class ModelSpec:
     logit_cap: float | None = None
     norm: NormKind = "rms"
     head_bias: bool = False
-    selects: int | None = None
     module: str = ""
     names: OuterNames = field(default_factory=OuterNames)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that can be computed."""
-        return self.selects or self.max_position
-
-    @property
-    def longest_text(self) -> str:
-        """The same for people, and why."""
-        if not self.selects:
-            return f"the model's {self.max_position} positions"
-        return (
-            f"{self.selects} tokens: of more, {self.model_type} attends to the {self.selects} that its indexer selects "
-            "(index_topk), which is not computed"
-        )
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -158,6 +141,11 @@ class ModelSpec:
             LayerSpec(layer.mixer.inside(module), layer.feed_forward.inside(module)) for layer in self.layers
         )
         return replace(self, layers=layers, names=inside(self.names, module), module=module)
+
+    def within(self, tokens: int) -> ModelSpec:
+        """What computes the same where no sequence has more than so many tokens."""
+        layers = tuple(replace(layer, mixer=layer.mixer.within(tokens)) for layer in self.layers)
+        return replace(self, layers=layers)
 
     def with_fused_experts(self) -> ModelSpec:
         """A copy with the names of checkpoints with fused experts."""

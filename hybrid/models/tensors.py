@@ -16,7 +16,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]  # names and shapes of checkpoint
 ExpertForm = Literal["apart", "fused", "mxfp4"]
 Names = TypeVar("Names")
 # What a tensor counts as: in the plan's table of memory, and which format of a mix its matrix has.
-PARTS = ("experts", "shared", "dense", "attention", "router", "norms", "embedding", "head")
+PARTS = ("experts", "shared", "dense", "attention", "indexer", "router", "norms", "embedding", "head")
 
 
 @dataclass(frozen=True)

@@ -184,11 +184,11 @@ def make_plan(
     A plan that does not fit in memory is returned with `problem` set, so that it can still be printed.
     """
     check_config(config)
-    if config.max_seq_len and config.max_seq_len > spec.longest:
-        raise ConfigError(f"--max-seq-len {config.max_seq_len} is above {spec.longest_text}")
+    if config.max_seq_len and config.max_seq_len > spec.max_position:
+        raise ConfigError(f"--max-seq-len {config.max_seq_len} is above the model's {spec.max_position} positions")
     threads = config.threads or hardware.default_threads
     nodes = choose_nodes(hardware, config, threads)
-    wanted = config.max_seq_len or min(spec.longest, DEFAULT_SEQ_LEN)
+    wanted = config.max_seq_len or min(spec.max_position, DEFAULT_SEQ_LEN)
 
     def sized(rows: int) -> Plan:
         """With the context that is wanted, or where none was asked for with as much of it as fits."""
@@ -234,7 +234,7 @@ def _sized(
     nodes: NodeChoice,
     extents: Extents,
 ) -> Plan:
-    length = extents.tokens
+    length, spec = extents.tokens, spec.within(extents.tokens)
     tensors = {tensor.name: tensor for tensor in spec.store_tensors(mix)}
     sizes = build_buffers(spec, mix, extents) | use_buffers(spec)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"

@@ -24,8 +24,7 @@ EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_moe"
 def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
     """The plan of the configured model on this machine, from its config.json alone: no weight is read or packed.
 
-    notice: that of `resolve_device`, and called with a line if a trace routes in place of the model, and if the
-    context is shorter than the model's. Raises
+    notice: that of `resolve_device`, and called with a line if a trace routes in place of the model. Raises
     ConfigError, WeightsError or KernelError; a plan that does not fit comes back with `problem` set.
     """
     config = resolve_device(with_local_model(config, only_config=True), notice)
@@ -39,8 +38,6 @@ def plan_model(config: EngineConfig, notice: Notice | None = None) -> Plan:
         read_route_trace(config.route_trace, spec)
         if notice:
             notice(f"note: experts are those of {config.route_trace}, not of the model's routers: texts mean nothing")
-    if notice and spec.selects and config.max_seq_len is None:
-        notice(f"note: sequences have at most {spec.longest_text}")
     rates = None
     if config.chunk_size == "auto" and not (config.cached or config.step_device):
         rates = measured_rates(hardware, config.threads or hardware.default_threads)

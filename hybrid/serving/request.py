@@ -41,7 +41,8 @@ class Limits:
     def of(cls, engine: Engine) -> Limits:
         spec, tokens = engine.spec, min(engine.plan.max_seq_len, engine.plan.kv_token_budget)
         more = "shorten it or raise max_seq_len (--max-seq-len)"
-        return cls(spec.vocab, tokens, more if tokens < spec.longest else f"shorten it to {spec.longest_text}")
+        most = f"shorten it to the model's {spec.max_position} positions"
+        return cls(spec.vocab, tokens, more if tokens < spec.max_position else most)
 
     def check(self, prompt: Tokens) -> None:
         """Raise RequestError when the prompt is empty, too long or holds what is not a token."""

@@ -77,12 +77,27 @@ def test_attention_needs_scores_weights_and_two_states_of_a_tile(isa, heads, row
         assert stated("attention", isa, rows, heads=heads, kv=kv) == expected + opened
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in (*PRODUCTS, "attention")])
+def test_what_sees_selected_keys_needs_a_block_of_them_more() -> None:
+    pages = {"base": 0, "sequence_stride": 0, "head_stride": 0, "value_offset": 0, "key_dim": 96, "value_dim": 64}
+    for format, size in (("bf16", 2), ("int8", 1), ("fp8", 1)):
+        scales = {"key_scales_offset": 0, "value_scales_offset": 0}
+        kv = cpu_kernels.KvLayout(**pages, **scales, shared=True, format=format_of(format))
+        fields = {"heads": 4, "kv_heads": 1, "kv": kv}
+        gathered = stated("attention", "amx", 5, **fields, selects=20) - stated("attention", "amx", 5, **fields)
+        assert gathered == 256 * (96 * size + 4)
+
+
+def test_scores_of_an_indexer_need_those_of_its_heads() -> None:
+    for isa in BLOCKS:
+        assert stated("index_scores", isa, 1000, heads=7) == 7 * 256 * 4
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (*PRODUCTS, "attention", "index_scores")])
 def test_other_ops_need_none(op) -> None:
     assert stated(op, "amx", 1000) == 0
 
 
-@pytest.mark.parametrize("op", [*PRODUCTS, "attention"])
+@pytest.mark.parametrize("op", [*PRODUCTS, "attention", "index_scores"])
 def test_an_op_is_refused_with_less_than_it_needs(isa, op) -> None:
     def add(scratch: int) -> None:
         executor = cpu_kernels.Executor(

@@ -13,6 +13,8 @@ struct KvLayout {
   Format format;                     // bf16, int8 or fp8
   int64_t key_scales, value_scales;  // from the start of a head to float32 [tokens]; of bf16 none
   bool shared;                       // all heads have the same keys, whose first value_dim dimensions are the values
+  int64_t index_offset;              // from the start of a sequence to the keys of an indexer, bf16, of index_dim
+  int index_dim;                     // padded; 0: there is no indexer
 
   template <class Field>
   void fields(Field& field) {
@@ -26,6 +28,8 @@ struct KvLayout {
     field("key_scales_offset", key_scales, kLines);
     field("value_scales_offset", value_scales, kLines);
     field("shared", shared, kOptional);
+    field("index_offset", index_offset, Rule{true, true, 0, kLine});
+    field("index_dim", index_dim, Rule{true, true, 0, kKeyInputs});
   }
 };
 
@@ -124,7 +128,9 @@ struct AttentionArgs {
   float scale;
   const int32_t* ends;  // null, or [rows], one for all rows of a sequence: keys from there on are attended elsewhere
   float* partials;      // null, or [rows, heads, value_dim + 16]: where states are left, for others to join, not output
-  int output_head_stride;  // from the output of a head to the next; 0: head_dim
+  int output_head_stride;   // from the output of a head to the next; 0: head_dim
+  const int32_t* selected;  // null, or [rows, selects]: the keys that a row of more than `selects` sees, ascending
+  int selects;              // 0: every row sees all
 
   template <class Field>
   void fields(Field& field) {
@@ -142,6 +148,8 @@ struct AttentionArgs {
     field("ends", ends, kOptional);
     field("partials", partials, kOptional);
     field("output_head_stride", output_head_stride, kOptional);
+    field("selected", selected, kOptional);
+    field("selects", selects, kOptional);
   }
 };
 

@@ -1,8 +1,8 @@
 #include "executor/checks.h"
 
 #include <algorithm>
-#include <climits>
 
+#include "executor/require.h"
 #include "executor/scratch.h"
 #include "executor/sizes.h"
 
@@ -15,16 +15,6 @@ HYBRID_OPS(HYBRID_OP_NAME)
 #undef HYBRID_OP_NAME
 const char* op_name(const MergeArgs&) { return "merge"; }
 const char* op_name(const HostArgs&) { return "host"; }
-
-std::string text(int64_t number) { return std::to_string(number); }
-
-void require_stride(const std::string& place, const char* name, int64_t stride, int64_t needed) {
-  require(stride >= needed, place + name + " is " + text(stride) + "; what it steps over has " + text(needed));
-}
-
-void require_multiple(const std::string& place, const char* name, int64_t value, int64_t unit) {
-  require(value % unit == 0, place + name + " is " + text(value) + "; it must be a multiple of " + text(unit));
-}
 
 void check_rows(Format format, int64_t stride, int inputs, const std::string& place) {
   require_stride(place, "input_stride", stride, row_bytes(format, inputs));
@@ -161,6 +151,28 @@ void check_fit(const AttentionArgs& a, const std::string& place) {
   if (a.output_head_stride) require_stride(place, "output_head_stride", a.output_head_stride, a.head_dim);
   const int64_t apart = a.output_head_stride ? a.output_head_stride : a.head_dim;
   if (a.output) require_stride(place, "output_stride", a.output_stride, (a.heads - 1) * apart + a.head_dim);
+  require(!a.selects || (a.kv.shared && !a.window && !a.ends),
+          place + "selects is " + text(a.selects) + "; keys are selected of shared ones, without a window or ends");
+}
+
+void check_index_keys(const KvLayout& kv, int head_dim, const std::string& place) {
+  const std::string size = "kv.index_dim " + text(kv.index_dim);
+  require(kv.index_dim <= kMaxHeadDim, place + size + " is above " + text(kMaxHeadDim));
+  require(head_dim <= kv.index_dim, place + "head_dim " + text(head_dim) + " is above " + size);
+}
+
+void check_fit(const IndexArgs& a, const std::string& place) {
+  check_index_keys(a.kv, a.head_dim, place);
+  require(a.head_dim % 2 == 0, place + "head_dim is " + text(a.head_dim) + "; it must be even");
+  require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
+          place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
+  require_stride(place, "query_stride", a.query_stride, int64_t(a.heads) * a.head_dim);
+  require_stride(place, "key_stride", a.key_stride, a.head_dim);
+}
+
+void check_fit(const IndexScoresArgs& a, const std::string& place) {
+  check_index_keys(a.kv, 1, place);
+  require(a.heads <= kMaxTileRows, place + "heads " + text(a.heads) + " is above " + text(kMaxTileRows));
 }
 
 void check_fit(const TopkArgs& a, const std::string& place) {
@@ -260,15 +272,12 @@ void check_presence(const LatentArgs& a, const std::string& place) {
 
 void check_presence(const AttentionArgs& a, const std::string& place) {
   require(a.output || a.partials, place + "output and partials are null");
+  require(!a.selected == !a.selects,
+          place + "selected is " + (a.selected ? "not " : "") + "null, and selects is " + text(a.selects));
 }
 
 void check_presence(const GateUpArgs& a, const std::string& place) {
   require(a.shared_output || !a.shared.experts, place + "shared_output is null, and there is a shared expert");
-}
-
-// What must fit the extents of a step. Kernels count what threads share in an int.
-void require_countable(int64_t tasks, const std::string& place) {
-  require(tasks <= INT_MAX, place + text(tasks) + " tasks in a step are more than can be counted");
 }
 
 // Rows of keys and values, and where they have scales, lie behind each other in a head, heads in a sequence.
@@ -291,8 +300,24 @@ void check_arena(const KvLayout& kv, int kv_heads, const Limits& limits, const s
   require_stride(place, "kv.sequence_stride", kv.sequence_stride / kv_heads, kv.head_stride);
 }
 
+void check_index_arena(const KvLayout& kv, const Limits& limits, const std::string& place) {
+  check_arena(kv, 1, limits, place);
+  require_stride(place, "kv.sequence_stride", kv.sequence_stride,
+                 kv.index_offset + up(limits.positions, kBlock) * kv.index_dim * 2);
+}
+
 template <class Args>
 void check_extents_of(const Args&, const Limits&, const std::string&) {}
+
+void check_extents_of(const IndexArgs& a, const Limits& limits, const std::string& place) {
+  check_index_arena(a.kv, limits, place);
+  require_countable(int64_t(limits.rows) * (a.heads + 1), place);
+}
+
+void check_extents_of(const IndexScoresArgs& a, const Limits& limits, const std::string& place) {
+  check_index_arena(a.kv, limits, place);
+  require_countable(int64_t(limits.rows) * (limits.positions / kKeys + 1), place);
+}
 
 void check_extents_of(const QkvArgs& a, const Limits& limits, const std::string& place) {
   check_arena(a.kv, a.kv_heads, limits, place);

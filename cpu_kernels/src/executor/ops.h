@@ -5,12 +5,18 @@
 #include "executor/args.h"
 #include "executor/attention_args.h"
 #include "executor/expert_args.h"
+#include "executor/index_args.h"
 #include "executor/state_args.h"
 
 namespace hybrid {
 
 // Every instruction set has a kernel of these, called as the op is.
-#define HYBRID_KERNEL_OPS(OP) HYBRID_ROW_OPS(OP) HYBRID_ATTENTION_OPS(OP) HYBRID_STATE_OPS(OP) HYBRID_EXPERT_OPS(OP)
+#define HYBRID_KERNEL_OPS(OP) \
+  HYBRID_ROW_OPS(OP)          \
+  HYBRID_ATTENTION_OPS(OP)    \
+  HYBRID_INDEX_OPS(OP)        \
+  HYBRID_STATE_OPS(OP)        \
+  HYBRID_EXPERT_OPS(OP)
 
 // These are compiled once: executor/common_ops.h.
 #define HYBRID_COMMON_OPS(OP)   \

@@ -61,10 +61,20 @@ constexpr int kTurnedBytes = (kKeys / 2 + 1) * kLine;
 // Values that a key block shares with its keys.
 static inline int64_t turned_bytes(const KvLayout& kv) { return int64_t(kv.value_dim) / kBlock * kTurnedBytes; }
 
+// All values of a key block that shares them with its keys, and these as bf16.
+static inline int64_t shared_bytes(const KvLayout& kv) {
+  return turned_bytes(kv) + (kv.format == Format::bf16 ? 0 : int64_t(kKeys) * kv.key_dim * 2);
+}
+
 // Blocks of keys, or of values, as bf16; where both are shared, all values of a key block and all its keys.
 static inline int64_t opened_bytes(const ProductSizes& sizes, const KvLayout& kv) {
-  if (kv.shared) return turned_bytes(kv) + (kv.format == Format::bf16 ? 0 : int64_t(kKeys) * kv.key_dim * 2);
+  if (kv.shared) return shared_bytes(kv);
   return kv.format == Format::bf16 ? 0 : sizes.max_blocks * max_bytes(kv.key_dim, kKeys) / 2 * kLine;
+}
+
+// Of keys that a row selected, which are brought together as one key block: they and their scales.
+static inline int64_t gathered_bytes(const KvLayout& kv) {
+  return int64_t(kKeys) * kv.key_dim * (kv.format == Format::bf16 ? 2 : 1) + kKeys * int64_t(sizeof(float));
 }
 
 // What a thread needs for an op in a step of at most `rows` rows, whatever its number of rows and whether tiles are
@@ -88,7 +98,11 @@ static inline int64_t scratch_bytes(const DownArgs& args, const ProductSizes& si
 static inline int64_t scratch_bytes(const AttentionArgs& args, const ProductSizes& sizes, int rows) {
   const int group = args.heads / args.kv_heads, tile_rows = attention_tile_rows(group);
   const int together = group * (rows < tile_rows ? rows : tile_rows);
-  return attention_offsets(together, args.kv.value_dim).opened + opened_bytes(sizes, args.kv);
+  const int64_t gathered = args.selects ? gathered_bytes(args.kv) : 0;
+  return attention_offsets(together, args.kv.value_dim).opened + opened_bytes(sizes, args.kv) + gathered;
+}
+static inline int64_t scratch_bytes(const IndexScoresArgs& args, const ProductSizes&, int) {
+  return int64_t(args.heads) * kKeys * sizeof(float);
 }
 
 }  // namespace hybrid

@@ -5,7 +5,7 @@
 // arithmetic either way, so a token's result does not depend on how its prompt was cut or on the number of threads.
 #pragma once
 
-#include "ops/qkv.h"
+#include "ops/gather.h"
 #include "ops/turned_product.h"
 
 namespace hybrid {
@@ -33,8 +33,14 @@ static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int hea
     store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), min(kBlock, head_dim - i));
 }
 
-// One past the last key that row `row` of a tile may see here.
+// Whether row `row` of a tile sees but the keys that it selected.
+static HYBRID_INLINE bool selects(const AttentionArgs& args, const AttentionTile& tile, int row) {
+  return args.selected && tile.position + row >= args.selects;
+}
+
+// One past the last key that row `row` of a tile may see here; of those that it selected, how many.
 static HYBRID_INLINE int end_of(const AttentionArgs& args, const AttentionTile& tile, int row) {
+  if (selects(args, tile, row)) return args.selects;
   const int end = tile.position + row + 1;
   return args.ends ? min(end, args.ends[tile.row]) : end;
 }
@@ -229,10 +235,11 @@ static HYBRID_INLINE void leave(const AttentionArgs& args, int row, int head, co
   into[dim + 1] = 0.0f;
 }
 
-// All visible blocks of a tile, joined as they come; `next` is what this thread does afterwards.
-template <class Kv, bool shared>
-static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionArgs& args, Place at, const Place& next,
-                                      char* scratch) {
+// All blocks of a tile from `at` on, joined as they come. attend(place, next, scratch, seen) does one as attend_block()
+// does; `next` is what this thread does afterwards.
+template <class Attend>
+static HYBRID_INLINE void join_blocks(const AttentionArgs& args, Place at, const Place& next, char* scratch,
+                                      Attend attend) {
   const AttentionTile& tile = *at.tile;
   const int group = args.heads / args.kv_heads, rows = tile.rows * group, dim = args.kv.value_dim;
   const AttentionScratch s = carve(scratch, rows, dim);
@@ -240,7 +247,7 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
   const int blocks = (end_of(args, tile, tile.rows - 1) + kKeys - 1) / kKeys;
   for (; at.block < blocks; ++at.block) {
     const Place after = at.block + 1 < blocks ? Place{at.tile, at.kv_head, at.block + 1} : next;
-    attend_block<Kv, shared>(tiles, args, at, after, s, seen);
+    attend(at, after, s, seen);
     for (int i = 0; i < rows; ++i) {
       if (!seen[i]) continue;
       float* joined = s.joined + i * s.state_stride;
@@ -255,6 +262,38 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
   for (int i = 0; i < rows; ++i) {
     const float* state = started[i] ? s.joined + i * s.state_stride : nullptr;
     leave(args, tile.row + i / group, at.kv_head * group + i % group, state);
+  }
+}
+
+// attend_block() of the keys that the row of a tile selected.
+template <class Kv>
+static HYBRID_INLINE void attend_selected(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
+                                          const AttentionScratch& s, bool* seen) {
+  Gathered found;
+  gather<Kv>(args, *at.tile, at.block, s.opened + shared_bytes(args.kv), found);
+  const Place place{&found.tile, at.kv_head, 0};
+  attend_block<Kv, true>(tiles, found.args, place, place, s, seen);
+}
+
+// Rows of a tile that see all keys before them together, others one by one.
+template <class Kv, bool shared>
+static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
+                                      const Place& next, char* scratch) {
+  AttentionTile part = *at.tile;
+  while (part.rows > 0 && selects(args, part, part.rows - 1)) --part.rows;
+  if (part.rows > 0) {
+    const auto attend = [&](const Place& place, const Place& after, const AttentionScratch& s, bool* seen) {
+      attend_block<Kv, shared>(tiles, args, place, after, s, seen);
+    };
+    join_blocks(args, {&part, at.kv_head, at.block}, next, scratch, attend);
+  }
+  if constexpr (shared) {
+    const int last = at.tile->row + at.tile->rows;
+    for (part.row += part.rows, part.position += part.rows, part.rows = 1; part.row < last; ++part.row, ++part.position)
+      join_blocks(args, {&part, at.kv_head, 0}, next, scratch,
+                  [&](const Place& place, const Place&, const AttentionScratch& s, bool* seen) {
+                    attend_selected<Kv>(tiles, args, place, s, seen);
+                  });
   }
 }
 
@@ -274,6 +313,9 @@ static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionA
   s.current = partial(args, *at.tile, at.kv_head * group, at.block);
   s.state_stride = (at.tile->position + kKeys) / kKeys * (dim + kBlock);
   bool seen[kMaxTileRows];
+  if constexpr (shared) {
+    if (selects(args, *at.tile, 0)) return attend_selected<Kv>(tiles, args, at, s, seen);
+  }
   attend_block<Kv, shared>(tiles, args, at, next, s, seen);
 }
 

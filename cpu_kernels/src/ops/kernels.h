@@ -9,6 +9,7 @@
 #include "ops/gated_delta.h"
 #include "ops/gemm.h"
 #include "ops/grouped_product.h"
+#include "ops/index.h"
 #include "ops/join.h"
 #include "ops/latent.h"
 #include "ops/moe.h"

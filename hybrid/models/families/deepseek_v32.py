@@ -1,7 +1,6 @@
 """DeepSeek-V3.2: DeepSeek-V3, which selects what it attends to in sequences of more than `index_topk` tokens.
 
-Selecting is not computed, so that no sequence is longer; the tensors of the indexers that would do it are not read, as
-those of layers that predict further tokens.
+Every layer has an indexer that selects; what turns of its queries and keys does so by halves, not pair by pair.
 """
 
 from __future__ import annotations
@@ -18,5 +17,7 @@ DEFAULTS = Defaults(max_position=163_840)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config)
-    return read_indexed(fields, "deepseek_v32", DEFAULTS, q_rank=1536, nope_dim=128, value_dim=128, groups=(8, 4))
+    return read_indexed(
+        Fields(config), "deepseek_v32", DEFAULTS,
+        q_rank=1536, nope_dim=128, value_dim=128, groups=(8, 4), index_heads=64, interleaved=False,
+    )  # fmt: skip

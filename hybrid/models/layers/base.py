@@ -173,5 +173,8 @@ class Half(Protocol):
 class Mixer(Half, Protocol):
     """The half that looks at other tokens."""
 
+    def within(self, tokens: int) -> Mixer:
+        """What computes the same, and no more than is needed, where no sequence has more than so many tokens."""
+
     def state(self, tokens: int, kv_format: str) -> StateLayout:
         """Layout of the state of one sequence of `tokens` tokens."""

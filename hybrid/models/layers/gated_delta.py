@@ -102,6 +102,9 @@ class GatedDeltaNet:
     def rope(self) -> RopeSpec | None:
         return None
 
+    def within(self, tokens: int) -> Self:
+        return self
+
     # Weights.
 
     def inside(self, module: str) -> Self:

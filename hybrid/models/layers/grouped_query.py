@@ -148,6 +148,9 @@ class GroupedQueryAttention:
         """Floats of a row's partial softmaxes."""
         return self.heads * (self.value_dim + STATE_EXTRA)
 
+    def within(self, tokens: int) -> Self:
+        return self
+
     # Weights.
 
     def inside(self, module: str) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from hybrid.models.layers.grouped_query import (
     STATES,
     ops_for_older,
 )
+from hybrid.models.layers.latent_names import LatentFormats, LatentNames
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -62,30 +63,6 @@ LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the o
 MAX_TOGETHER = 32  # heads that pass over a block of keys together; more would leave threads without work
 MAX_KEY_DIM = 1024  # of what the kernels hold
 PER_HEAD_FORMATS = ("bf16", "int8", "int4")  # which any matrix can be packed to
-
-
-@dataclass(frozen=True)
-class LatentNames:
-    """Names in a checkpoint. Biases take the name of their weight with `.weight` replaced by `.bias`."""
-
-    norm: str = "model.layers.{layer}.input_layernorm.weight"
-    q: str = "model.layers.{layer}.self_attn.q_proj.weight"
-    q_down: str = "model.layers.{layer}.self_attn.q_a_proj.weight"
-    q_norm: str = "model.layers.{layer}.self_attn.q_a_layernorm.weight"
-    q_up: str = "model.layers.{layer}.self_attn.q_b_proj.weight"
-    kv_down: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
-    kv_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
-    kv_up: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
-    out: str = "model.layers.{layer}.self_attn.o_proj.weight"
-
-
-class LatentFormats(NamedTuple):
-    """low: of the first projection, for queries and for keys and values. q_up: empty where queries have no latents."""
-
-    low: tuple[str, str]
-    q_up: str
-    heads: str
-    out: str
 
 
 @dataclass(frozen=True)
@@ -141,6 +118,9 @@ class LatentAttention:
     def together(self) -> int:
         """How many heads pass over a block of keys at a time: all have the same."""
         return next(size for size in range(min(self.heads, MAX_TOGETHER), 0, -1) if self.heads % size == 0)
+
+    def within(self, tokens: int) -> LatentAttention:
+        return self
 
     # Weights.
 
@@ -208,10 +188,10 @@ class LatentAttention:
 
     def ops(self, place: Place) -> Iterator[Op]:
         formats, prefix, hidden = self._formats(place.mix), f"layers.{place.layer}.attention", place.hidden
-        yield norm(place, PART, f"{prefix}.norm", *formats.low)
+        yield self._norm_rows(place, *formats.low)
         yield from joined_gemms(self._low(place), prefix, PART, LOW, hidden, self.bias)
         if self.q_rank:
-            yield self._norm_queries(prefix, formats.q_up)
+            yield self._norm_queries(place, formats.q_up)
             stride, up = row_stride(self.query_width), f"{prefix}.q_up"
             yield gemm(PART, formats.q_up, LOW_QUERIES, up, QUERIES, self.query_width, self.q_rank, stride)
         yield self._divide(place, prefix)
@@ -224,14 +204,17 @@ class LatentAttention:
             bias=self.bias, accumulate=True,
         )  # fmt: skip
 
-    def _norm_queries(self, prefix: str, format: str) -> Op:
+    def _norm_rows(self, place: Place, *formats: str, f32: bool = False) -> Op:
+        return norm(place, PART, f"layers.{place.layer}.attention.norm", *formats, f32=f32)
+
+    def _norm_queries(self, place: Place, *formats: str) -> Op:
         arguments = {
             "input": Buffer(LOW),
-            "weight": Weight(f"{prefix}.q_norm"),
+            "weight": Weight(f"layers.{place.layer}.attention.q_norm"),
             "output_f32": None,
             "width": self.q_rank,
             "input_stride": row_stride(self.low_width),
-            **norm_outputs(LOW_QUERIES, self.q_rank, format),
+            **norm_outputs(LOW_QUERIES, self.q_rank, *formats),
             "eps": LATENT_EPS,
             "logit_rows": False,
         }
@@ -365,7 +348,7 @@ class LatentAttention:
         """Floats of a row's partial softmaxes."""
         return self.heads * (self.mixed_dim + STATE_EXTRA)
 
-    def device_needs(self, place: Place) -> DeviceNeeds:
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
         hidden, of_heads = place.hidden, self.heads * self.rank * (self.nope_dim + self.value_dim)
         matrices = (self.low_width + self.width) * hidden + self.query_width * self.q_rank + of_heads
         norms = hidden * (1 + (place.norm == "layer")) + self.rank + self.q_rank

@@ -66,6 +66,9 @@ class ShortConv:
     def rope(self) -> RopeSpec | None:
         return None
 
+    def within(self, tokens: int) -> Self:
+        return self
+
     # Weights.
 
     def inside(self, module: str) -> Self:

@@ -277,7 +277,22 @@ def _indexed(model: Gguf, metadata: GgufMetadata) -> Config:
         **_deepseek2(model, metadata),
         "model_type": INDEXED_TYPES[metadata.architecture],
         "index_topk": metadata.size("attention.indexer.top_k"),
+        "index_n_heads": metadata.size("attention.indexer.head_count"),
+        "index_head_dim": metadata.size("attention.indexer.key_length"),
+        **_shared_indexers(model, metadata),
     }
+
+
+def _shared_indexers(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Layers without an indexer of their own have no tensors of one. Where none has, none selects: then sequences are
+    as short as need be.
+    """
+    layers = range(min(layer_count(metadata), len(model.tensors)))
+    own = [has(model, "indexer.attn_k.weight", layer) for layer in layers]
+    if any(own):
+        return {"indexer_types": ["full" if its else "shared" for its in own]}
+    selects = metadata.size("attention.indexer.top_k")
+    return {"max_position_embeddings": min(selects, metadata.size("context_length"))}
 
 
 def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:

@@ -17,7 +17,10 @@ from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
-from hybrid.models.layers.latent import LatentAttention, LatentNames
+from hybrid.models.layers.indexed import IndexedAttention
+from hybrid.models.layers.indexer import IndexerNames
+from hybrid.models.layers.latent import LatentAttention
+from hybrid.models.layers.latent_names import LatentNames
 from hybrid.models.layers.parallel_feed_forward import ParallelFeedForward
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
@@ -71,6 +74,12 @@ LATENT = LatentNames(
     kv_norm=f"{_LAYER}.attn_kv_a_norm.weight",
     kv_up=f"{_LAYER}.attn_kv_b.weight",
     out=f"{_LAYER}.attn_output.weight",
+)
+INDEXER = IndexerNames(
+    q=f"{_LAYER}.indexer.attn_q_b.weight",
+    k=f"{_LAYER}.indexer.attn_k.weight",
+    k_norm=f"{_LAYER}.indexer.k_norm.weight",
+    weights=f"{_LAYER}.indexer.proj.weight",
 )
 # Betas and decays are by key head in files of qwen3next alone.
 DELTA = GatedDeltaNames(
@@ -133,6 +142,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
     if isinstance(mixer, GatedDeltaNet):
         by_key_head = f"{_LAYER}.ssm_ba.weight" if architecture == "qwen3next" else ""
         return replace(mixer, names=replace(DELTA, grouped_decays=by_key_head))
+    if isinstance(mixer, IndexedAttention) and mixer.indexer:
+        mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
     if isinstance(mixer, ShortConv):
