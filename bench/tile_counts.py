@@ -1,10 +1,11 @@
 """What AMX would issue for a product, on paper: tiles loaded, multiplied and stored, and bytes moved.
 
-It counts what cpu_kernels/src/ops/tiles.h does, instruction by instruction, for a matrix of `columns` by `inputs`. The
-share of the issue limit compares it with a core that multiplies whole tiles without a pause, at the published figures
-of Sapphire Rapids: a product every 16 cycles, whose sums are ready after 52; two lines of 64 bytes a cycle from the
-first-level cache, 48 bytes a cycle from the second, where the left operand lies; one line stored a cycle. What AVX-512
-does between them, opening stored lines and merging segments, comes on top: docs/kernels.md.
+It counts what cpu_kernels/src/ops/tile_passes.h does, instruction by instruction, for a matrix of `columns` by
+`inputs`. The share of the issue limit compares it with a core that multiplies whole tiles without a pause, at the
+published figures of Sapphire Rapids: a product every 16 cycles, whose sums are ready after 52; two lines of 64 bytes a
+cycle from the first-level cache, where a strip of rows lies, 48 bytes a cycle from the second, where the weights are;
+one line stored a cycle. What AVX-512 does between them, opening stored lines and merging segments, comes on top:
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -64,20 +65,13 @@ def count(format: str, rows: int, columns: int, inputs: int) -> Counts:
     if format not in FIRST_ROWS or rows < FIRST_ROWS[format]:
         return counts
     padded = round_up(inputs, K_ALIGN)
-    for width, times in _groups(-(-columns // BLOCK)).items():
-        for first in range(0, rows, 2 * TILE_ROWS):
-            if rows - first <= TILE_ROWS:
-                _pass(counts, format, 1, width, padded, times)
-            else:
-                narrow = min(width, 2)
-                _pass(counts, format, 2, narrow, padded, times * width // narrow)
+    blocks = -(-columns // BLOCK)
+    for first in range(0, rows, 2 * TILE_ROWS):
+        high = 1 if rows - first <= TILE_ROWS else 2
+        width = MAX_BLOCKS // high  # as many blocks as there are tiles for their sums, then one by one
+        _pass(counts, format, high, width, padded, blocks // width)
+        _pass(counts, format, high, 1, padded, blocks % width)
     return counts
-
-
-def _groups(blocks: int) -> dict[int, int]:
-    """How often so many blocks are multiplied together: as many as possible, then pairs, then a last one."""
-    rest = blocks % MAX_BLOCKS
-    return {MAX_BLOCKS: blocks // MAX_BLOCKS, 2: rest // 2, 1: rest % 2}
 
 
 def _pass(counts: Counts, format: str, high: int, width: int, inputs: int, times: int) -> None:
@@ -85,8 +79,8 @@ def _pass(counts: Counts, format: str, high: int, width: int, inputs: int, times
     lines, chained = min(16, SEGMENTS.get(format, PANEL_INPUTS) // 4), format not in SEGMENTS
     step = lines * (4 if FORMATS[format].integer else 2)  # inputs of a product
     steps = -(-inputs // step)
-    counts.load(times * steps * width, lines)
-    counts.load(times * steps * high, TILE_ROWS, FAR_LINE * (lines / 16))
+    counts.load(times * steps * width, lines, FAR_LINE)
+    counts.load(times * steps * high, TILE_ROWS, NEAR_LINE * (lines / 16))
     counts.products += times * steps * high * width
     counts.multiplying += times * steps * max(high * width * PRODUCT_CYCLES, LATENCY)  # every sum waits for its last
     panels = -(-inputs // PANEL_INPUTS)

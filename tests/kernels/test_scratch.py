@@ -15,7 +15,7 @@ from test_op_fields import OPS
 
 import cpu_kernels
 from cpu_kernels import ExpertSet
-from hybrid.formats import FORMATS, GROUPED
+from hybrid.formats import GROUPED
 
 BLOCKS = {"portable": 2, "avx2": 2, "avx512": 2, "avx512_bf16": 4, "amx": 4}  # that are multiplied together
 OPENED = (
@@ -36,21 +36,33 @@ def stated(op: str, isa: str, rows: int, **changes: Any) -> int:
     return int(cpu_kernels.scratch_bytes(op, isa, rows, **OPS[op] | nowhere | strides | changes))
 
 
-def product(isa: str, format: str, rows: int, inputs: int, copied: int) -> int:
-    """Sums, panels, and where there are tiles whole ones of rows, with copies of some."""
-    blocks, tiles = BLOCKS[isa], isa == "amx"
-    total = (-(-rows // 16) * 16 if tiles else rows) * blocks * 64 + (blocks * 8192 if format in OPENED else 0)
-    return total + (copied * (inputs * (1 if FORMATS[format].integer else 2) + 64) if tiles else 0)
+# Inputs and bytes of a strip, 32 rows as tiles multiply them: 512 bytes of each row, or 256; and of whole numbers three
+# terms of each row for every scale that it has. nvfp4 is not multiplied by tiles.
+STRIPS = (
+    dict.fromkeys(("bf16", "fp8", "fp8_row", "mxfp4"), (256, 32 * 512 + 64))
+    | {"int8": (512, 32 * (512 + 2 * 12)), "int4": (256, 32 * (256 + 12))}
+    | dict.fromkeys(GROUPED, (256, 32 * (256 + 16 * 12)))
+)
+
+
+def product(isa: str, format: str, rows: int, inputs: int = 192) -> int:
+    """Sums and panels; where there are tiles, of 16 blocks and of whole tiles of up to 512 rows, and their copies."""
+    panel = 8192 if format in OPENED else 0
+    plain = BLOCKS[isa] * (rows * 64 + panel)
+    if isa != "amx" or format not in STRIPS:
+        return plain
+    band, (width, strip) = min(512, rows), STRIPS[format]
+    return max(plain, 16 * (-(-band // 16) * 16 * 64 + panel) + -(-band // 32) * -(-inputs // width) * strip)
 
 
 @pytest.mark.parametrize("isa", BLOCKS)
-@pytest.mark.parametrize("rows", [1, 7, 16, 17, 513])
-def test_products_need_sums_panels_and_copies(isa, format, rows) -> None:
-    whole = -(-rows // 16) * 16
-    for op, copied in (("gemm", 16), ("gate_up", whole), ("down", 16)):
-        expected = product(isa, format, rows, 192, copied)
-        assert stated(op, isa, rows, format=format_of(format), inputs=192) == expected
-        assert stated(op, isa, rows, format=format_of(format), inputs=192, node=1) == expected
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 513, 4096])
+@pytest.mark.parametrize("inputs", [192, 640])
+def test_products_need_sums_panels_and_copies(isa, format, rows, inputs) -> None:
+    for op in ("gemm", "gate_up", "down"):
+        expected = product(isa, format, rows, inputs)
+        assert stated(op, isa, rows, format=format_of(format), inputs=inputs) == expected
+        assert stated(op, isa, rows, format=format_of(format), inputs=inputs, node=1) == expected
 
 
 @pytest.mark.parametrize("isa", BLOCKS)
@@ -58,9 +70,8 @@ def test_products_need_sums_panels_and_copies(isa, format, rows) -> None:
 def test_a_shared_expert_may_need_more(isa, op) -> None:
     fields = {name: OPS[op][name] for name in ("routing", "bias", "blocks")} | STRIDES
     shared = ExpertSet(**fields, input=0, experts=0, format=format_of("fp8"), inputs=640)
-    copied = 64 if op == "gate_up" else 16
-    assert stated(op, isa, 60, inputs=64) < product(isa, "fp8", 60, 640, copied)
-    assert stated(op, isa, 60, inputs=64, shared=shared) == product(isa, "fp8", 60, 640, copied)
+    assert stated(op, isa, 60, inputs=64) < product(isa, "fp8", 60, 640)
+    assert stated(op, isa, 60, inputs=64, shared=shared) == product(isa, "fp8", 60, 640)
 
 
 @pytest.mark.parametrize("isa", BLOCKS)

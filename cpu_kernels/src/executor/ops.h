@@ -29,11 +29,17 @@ template <class Args>
 using Kernel = void (*)(const Args&, const Step&, const Work&);
 
 // What the scratch of products depends on.
+// Where 32 rows over some inputs lie in the order of tiles: ops/tile_strip.h.
+struct StripSize {
+  int64_t bytes;
+  int inputs;
+};
+
 struct ProductSizes {
   int max_blocks;  // that are multiplied together
   bool has_tiles;
-  bool opened[kFormats];      // whether stored lines are operands as they are
-  int step_inputs[kFormats];  // inputs in four bytes of an activation row
+  bool opened[kFormats];       // whether stored lines are operands as they are
+  StripSize strips[kFormats];  // of those that tiles multiply
 };
 
 // The kernels of one instruction set.

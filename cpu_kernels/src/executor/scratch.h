@@ -15,23 +15,21 @@ static inline int64_t sums_bytes(int rows, int blocks) { return int64_t(rows) * 
 
 static inline int whole_tiles(int rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-// From one copied row to the next: a line further apart than they are long, so that they do not compete for one set of
-// the cache.
-static inline int64_t copy_stride(int64_t row_bytes) { return row_bytes + kLine; }
-
-// Of product() in ops/product.h: sums, a panel of opened blocks unless stored lines are operands as they are, and for
-// tiles copies of rows. scattered: the rows do not lie at equal distances, so all may have to be copied; else only
-// those that do not fill a tile.
-static inline int64_t product_bytes(const ProductSizes& sizes, Format format, int rows, int inputs, bool scattered) {
-  const int64_t opened = sizes.opened[int(format)] ? 0 : int64_t(sizes.max_blocks) * kPanelBytes;
-  if (!sizes.has_tiles) return sums_bytes(rows, sizes.max_blocks) + opened;
-  const int64_t copies = scattered ? whole_tiles(rows) : kTileRows;
-  const int64_t row_bytes = int64_t(inputs) / sizes.step_inputs[int(format)] * 4;
-  return sums_bytes(whole_tiles(rows), sizes.max_blocks) + opened + copies * copy_stride(row_bytes);
+// Of product() in ops/product.h: sums, and a panel of opened blocks unless stored lines are operands as they are. Tiles
+// take more blocks together, and no more than a band of rows, which they copy.
+static inline int64_t product_bytes(const ProductSizes& sizes, Format format, int rows, int inputs) {
+  const int64_t panel = sizes.opened[int(format)] ? 0 : kPanelBytes;
+  const int64_t in_registers = sums_bytes(rows, sizes.max_blocks) + sizes.max_blocks * panel;
+  const StripSize& strip = sizes.strips[int(format)];
+  if (!strip.bytes) return in_registers;
+  const int band = rows < kBandRows ? rows : kBandRows;
+  const int64_t strips = int64_t(band + kStripRows - 1) / kStripRows * ((inputs + strip.inputs - 1) / strip.inputs);
+  const int64_t in_tiles = sums_bytes(whole_tiles(band), kGroupBlocks) + kGroupBlocks * panel + strips * strip.bytes;
+  return max_bytes(in_registers, in_tiles);
 }
 
-static inline int64_t product_bytes(const ProductSizes& sizes, const ExpertSet& set, int rows, bool scattered) {
-  return product_bytes(sizes, set.format, rows, set.inputs, scattered);
+static inline int64_t product_bytes(const ProductSizes& sizes, const ExpertSet& set, int rows) {
+  return set.inputs ? product_bytes(sizes, set.format, rows, set.inputs) : 0;  // else there is none
 }
 
 // Rows of the step in one attention tile at most. group: query heads per KV head.
@@ -84,16 +82,16 @@ static inline int64_t scratch_bytes(const Args&, const ProductSizes&, int) {
   return 0;
 }
 static inline int64_t scratch_bytes(const GemmArgs& args, const ProductSizes& sizes, int rows) {
-  return product_bytes(sizes, args.format, rows, args.inputs, false);
+  return product_bytes(sizes, args.format, rows, args.inputs);
 }
 static inline int64_t scratch_bytes(const HeadGemmArgs& args, const ProductSizes& sizes, int rows) {
-  return product_bytes(sizes, args.format, rows, args.inputs, false);
+  return product_bytes(sizes, args.format, rows, args.inputs);
 }
 static inline int64_t scratch_bytes(const GateUpArgs& args, const ProductSizes& sizes, int rows) {
-  return max_bytes(product_bytes(sizes, args.routed, rows, true), product_bytes(sizes, args.shared, rows, true));
+  return max_bytes(product_bytes(sizes, args.routed, rows), product_bytes(sizes, args.shared, rows));
 }
 static inline int64_t scratch_bytes(const DownArgs& args, const ProductSizes& sizes, int rows) {
-  return max_bytes(product_bytes(sizes, args.routed, rows, false), product_bytes(sizes, args.shared, rows, false));
+  return max_bytes(product_bytes(sizes, args.routed, rows), product_bytes(sizes, args.shared, rows));
 }
 static inline int64_t scratch_bytes(const AttentionArgs& args, const ProductSizes& sizes, int rows) {
   const int group = args.heads / args.kv_heads, tile_rows = attention_tile_rows(group);

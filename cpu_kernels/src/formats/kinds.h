@@ -17,6 +17,7 @@ struct FloatKind {
   static constexpr bool wide = false;           // fp4 codes, multiplied by wide rows: formats/fp4.h
   static constexpr bool tiled = true;           // whether matrix tiles multiply it
   static constexpr bool opened_groups = false;  // codes in groups after they were opened
+  static constexpr bool has_signs = true;       // no offset to be taken back
   static constexpr int step_inputs = 2;
   static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
   static constexpr int scaled_lines = 0;  // stored lines behind each line of scales; 0: all scales are in front
@@ -48,13 +49,16 @@ struct IntegerKind {
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
   static HYBRID_INLINE Isa::Quad value(const char* row) { return Isa::load_quad(row); }
   static HYBRID_INLINE Sum start(const char* row, int inputs, int first) {
+    return Isa::set_int(start_sum(row, inputs, first));
+  }
+  static HYBRID_INLINE int start_sum(const char* row, int inputs, int first) {
     const int32_t* sums = reinterpret_cast<const int32_t*>(row + inputs) + first / kSumInputs;
     int sum = sums[0];
     for (int i = 1; i < min(group, inputs - first) / kSumInputs; ++i) {
       sum += sums[i];
       __asm__("" : "+r"(sum));  // so few are faster added one by one than as a vector
     }
-    return Isa::set_int(-offset * sum);
+    return -offset * sum;
   }
   static HYBRID_INLINE float row_scale(const char* row, int inputs, int first) {
     return reinterpret_cast<const float*>(row + inputs + inputs / kSumInputs * 4)[first / kScaleInputs];

@@ -5,8 +5,10 @@ namespace hybrid::HYBRID_ISA {
 using Isa = Amx;
 }
 
-#include "ops/kernels.h"
 #include "ops/small_tiles.h"
+#include "ops/tile_product.h"
+// What plans need is known of tiles by now.
+#include "ops/kernels.h"
 
 namespace hybrid {
 extern const KernelTable kernels_amx;

@@ -115,7 +115,7 @@ static HYBRID_INLINE void fp4_product(const Rows& left, int rows, const char* ma
     const char* const first = matrix + block * Format::layout.block_bytes(inputs);
     fetch_near ? fp4_rows<Format, Near>(left, rows, first, inputs, nb.value, sums)
                : fp4_rows<Format, Far>(left, rows, first, inputs, nb.value, sums);
-    epilogue(sums, rows, block, nb.value);
+    epilogue(Sums{sums, nb.value * kBlock, kBlock}, Range{0, rows}, block, nb.value);
   });
 }
 

@@ -13,12 +13,12 @@ static HYBRID_KERNEL void gemm_rows(Format format, const GemmArgs& args, const S
   float* const output = head ? step.logits + args.first_column : args.output;
   const Rows input{args.input, args.input_stride, nullptr};
   const Tiles<Format> tiles(format, step, rows);
-  const auto finish = [&](const float* sums, int count, int block, int blocks) {
-    for (int row = 0; row < count; ++row) {
-      for (int j = 0; j < blocks; ++j, sums += kBlock) {
+  const auto finish = [&](const Sums& sums, Range some_rows, int block, int blocks) {
+    for (int row = some_rows.first; row < some_rows.last; ++row) {
+      for (int j = 0; j < blocks; ++j) {
         const int column = (block + j) * kBlock, some = min(kBlock, args.columns - column);
         float* out = output + int64_t(row) * args.output_stride + column;
-        F32 value = Isa::load(sums);
+        F32 value = sums.at(row - some_rows.first, j);
         if (args.bias) value = Isa::add(value, load_some(args.bias + column, some));
         value = Isa::mul(value, Isa::set(args.scale));
         if (args.accumulate) value = Isa::add(value, load_some(out, some));
@@ -43,11 +43,11 @@ static HYBRID_KERNEL void head_gemm_rows(Format format, const HeadGemmArgs& args
     const int head = task / runs, first = task % runs * kRunBlocks;
     const Rows input{args.input + head * args.input_head_stride, args.input_stride, nullptr};
     bf16* const output = args.output + int64_t(head) * args.output_head_stride;
-    const auto finish = [&](const float* sums, int count, int block, int together) {
-      for (int row = 0; row < count; ++row) {
-        for (int j = 0; j < together; ++j, sums += kBlock) {
+    const auto finish = [&](const Sums& sums, Range some_rows, int block, int together) {
+      for (int row = some_rows.first; row < some_rows.last; ++row) {
+        for (int j = 0; j < together; ++j) {
           const int column = (block + j) * kBlock;
-          store_some_bf16(output + int64_t(row) * args.output_stride + column, Isa::load(sums),
+          store_some_bf16(output + int64_t(row) * args.output_stride + column, sums.at(row - some_rows.first, j),
                           min(kBlock, args.columns - column));
         }
       }

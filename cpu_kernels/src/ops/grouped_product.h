@@ -158,7 +158,7 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
     } else if constexpr (Isa::group_rows > 0) {
       fetch_near ? stream_few<Near, NB>(left, rows, w, sums) : stream_few<Far, NB>(left, rows, w, sums);
     }
-    epilogue(sums, rows, block, NB);
+    epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
   });
 }
 

@@ -28,8 +28,9 @@ static constexpr ProductSizes product_sizes() {
   ProductSizes sizes{Isa::max_blocks, Isa::has_tiles, {}, {}};
   for (int i = 0; i < kFormats; ++i) {
     with_format(hybrid::Format(i), [&](auto format) {
-      sizes.opened[i] = format.opened;
-      sizes.step_inputs[i] = format.step_inputs;
+      using Format = decltype(format);
+      sizes.opened[i] = Format::opened;
+      if constexpr (Isa::has_tiles && Format::tiled) sizes.strips[i] = strip_size<Format>();
     });
   }
   return sizes;

@@ -35,11 +35,11 @@ static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const Exper
   const int begin = set.routing.offsets[expert], rows = set.routing.offsets[expert + 1] - begin;
   const Rows input{set.input, set.input_stride, set.routing.rows + begin};
   const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * 2 * kBlock : nullptr;
-  const auto finish = [&](const float* sums, int count, int block, int pair_blocks) {
-    for (int row = 0; row < count; ++row) {
+  const auto finish = [&](const Sums& sums, Range some_rows, int block, int pair_blocks) {
+    for (int row = some_rows.first; row < some_rows.last; ++row) {
       bf16* out = to.rows + int64_t(begin + row) * to.stride + block / 2 * kBlock;
-      for (int j = 0; j < pair_blocks; j += 2, sums += 2 * kBlock, out += kBlock) {
-        F32 gate = Isa::load(sums), up = Isa::load(sums + kBlock);
+      for (int j = 0; j < pair_blocks; j += 2, out += kBlock) {
+        F32 gate = sums.at(row - some_rows.first, j), up = sums.at(row - some_rows.first, j + 1);
         if (bias) {
           gate = Isa::add(gate, Isa::load(bias + (block + j) * kBlock));
           up = Isa::add(up, Isa::load(bias + (block + j + 1) * kBlock));
@@ -85,12 +85,13 @@ static HYBRID_KERNEL void down_expert(const Tiles<Format>& tiles, const ExpertSe
   const int begin = routing.offsets[expert], rows = routing.offsets[expert + 1] - begin;
   const Rows input{set.input + begin * set.input_stride, set.input_stride, nullptr};
   const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * kBlock : nullptr;
-  const auto add = [&](const float* sums, int count, int block, int group) {
-    for (int sorted = begin; sorted < begin + count; ++sorted) {
+  const auto add = [&](const Sums& sums, Range some_rows, int block, int group) {
+    for (int row = some_rows.first; row < some_rows.last; ++row) {
+      const int sorted = begin + row;
       const F32 weight = Isa::set(routing.weights[sorted]);
       float* out = args.output + int64_t(routing.rows[sorted]) * args.output_stride + block * kBlock;
-      for (int j = 0; j < group; ++j, out += kBlock, sums += kBlock) {
-        F32 value = Isa::load(sums);
+      for (int j = 0; j < group; ++j, out += kBlock) {
+        F32 value = sums.at(row - some_rows.first, j);
         if (bias) value = Isa::add(value, Isa::load(bias + (block + j) * kBlock));
         Isa::store(out, Isa::fma(weight, value, Isa::load(out)));
       }

@@ -24,6 +24,14 @@ struct Lines {
   int first;
 };
 
+// Finished sums of some rows and some adjacent blocks.
+struct Sums {
+  const float* data;
+  int64_t row_stride, block_stride;  // floats
+
+  HYBRID_INLINE F32 at(int row, int block) const { return Isa::load(data + row * row_stride + block * block_stride); }
+};
+
 constexpr int kRunBlocks = 4;  // threads share columns in multiples of this, the widest group of any Isa
 
 template <int MR, class Function>
@@ -82,6 +90,12 @@ struct Blocks {
     return header + (Format::scaled_lines ? kLine : header_bytes) + lines_bytes<Format>(i);
   }
   HYBRID_INLINE Lines from(int i) const { return {line(i), stride, kLine, header, i}; }
+  // Those from the block on that lies `count` behind the first.
+  HYBRID_INLINE Blocks behind(int count) const {
+    Blocks some = *this;
+    some.header += count * stride;
+    return some;
+  }
 };
 
 }  // namespace HYBRID_ISA

@@ -314,7 +314,7 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
     if (!Format::opened) panel.operands = {opened, kPanelBytes, kLine, nullptr, first};
     pass_rows<Format, NB>(left, rows, w, panel, sums);
   }
-  epilogue(sums, rows, block, NB);
+  epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
 }
 
 // Defined in ops/grouped_product.h.
@@ -327,14 +327,15 @@ template <class Format, class Epilogue>
 static void fp4_product(const Rows& left, int rows, const char* matrix, int inputs, Range blocks, char* scratch,
                         Epilogue epilogue);
 
-// product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. The finished sums
-// [rows][count][16] of `count` blocks from `block` on go to epilogue(sums, rows, block, count).
+// product[r, c] for rows [0, rows) and the given blocks of the matrix of `inputs` inputs. Finished sums go to
+// epilogue(sums, some_rows, block, count): those of `count` blocks from `block` on, from row some_rows.first on.
 // scratch: see product_bytes() in executor/scratch.h.
 template <class Format, class Epilogue>
 static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, int rows, const char* matrix,
                                   int inputs, Range blocks, char* scratch, Epilogue epilogue) {
   if constexpr (Isa::has_tiles && Format::tiled) {
-    if (tiles.multiply(rows)) return tile_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
+    if (tiles.multiply(rows))
+      return tile_product(tiles.format, tiles.copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
   }
   if constexpr (Format::grouped) {
     group_product(tiles.format, left, rows, matrix, inputs, blocks, scratch, epilogue);
@@ -352,7 +353,7 @@ static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, 
         constexpr int MR = decltype(mr)::value;
         fetch_near ? stream<Format, Near, MR, NB>(at, w, sums) : stream<Format, Far, MR, NB>(at, w, sums);
       });
-      epilogue(sums, rows, block, NB);
+      epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
     });
   }
 }

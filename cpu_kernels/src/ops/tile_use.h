@@ -9,14 +9,29 @@ namespace HYBRID_ISA {
 struct Rows;
 struct Lines;
 
-// Defined in ops/tiles.h, and small_tile_product in ops/small_tiles.h.
+// Which rows a thread's scratch holds copies of, as tiles multiply them.
+struct Copied {
+  const char* base = nullptr;
+  const int32_t* index = nullptr;
+  int count = 0;
+
+  template <class Rows>
+  HYBRID_INLINE bool are(const Rows& rows, int some) const {
+    return base == rows.base && index == rows.index && count == some;
+  }
+};
+
+// Defined in ops/tiles.h, strip_size in ops/tile_strip.h, tile_product in ops/tile_product.h, and small_tile_product in
+// ops/small_tiles.h.
 template <class Format>
 static void load_tiles(const Format& format);
 template <class Format>
 static void release_tiles();
+template <class Format>
+static constexpr StripSize strip_size();
 template <class Format, class Epilogue>
-static void tile_product(const Format& format, const Rows& left, int rows, const char* matrix, int inputs, Range blocks,
-                         char* scratch, Epilogue epilogue);
+static void tile_product(const Format& format, Copied& copied, const Rows& left, int rows, const char* matrix,
+                         int inputs, Range blocks, char* scratch, Epilogue epilogue);
 template <class RowAt, class Epilogue>
 static void small_tile_product(RowAt row_at, int rows, const Lines& w, int count, int blocks, const char* next,
                                Epilogue epilogue);
@@ -46,6 +61,7 @@ class Tiles {
   HYBRID_INLINE bool multiply(int rows) const { return ready_ && rows >= from_; }
 
   const Format format;
+  mutable Copied copied;  // products of an op by turns share them: its rows do not change meanwhile
 
  private:
   static constexpr bool tiled = Isa::has_tiles && Format::tiled;

@@ -1,6 +1,4 @@
-// Products of many rows on matrix tiles: 32 rows by two blocks at a time, or 16 rows by up to four.
-//
-// Sums of a segment are those of the other kernels: integers exactly, so that these formats give the same bits.
+// Matrix tiles: what they multiply of a format, and products of 32 rows by two blocks, or of 16 rows by up to four.
 #pragma once
 
 #include "ops/grouped_product.h"
@@ -10,7 +8,6 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 constexpr int kLeft = 4, kRight = 6;  // the first tiles of the operands
-constexpr int kParts = 4;             // segments that wait to be merged: sums are loaded and stored once for all
 
 // int4 as it is multiplied: signed bytes, which leave no offset to be taken back from every segment.
 struct SignedInt4 : Int4 {
@@ -18,7 +15,6 @@ struct SignedInt4 : Int4 {
   static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) {
     Isa::store_signed_nibbles(out, line, step);
   }
-  static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::set_int(0); }
 };
 
 // mxfp4 as bf16 pairs, scaled, which is exact.
@@ -84,33 +80,6 @@ struct TileRows {
   int64_t stride;
 };
 
-// The left operand by 16 rows. Rows that do not lie at equal distances, and those of a last tile that they do not
-// fill, are copied.
-class LeftTiles {
- public:
-  template <class RowAt>
-  HYBRID_INLINE LeftTiles(RowAt row_at, int rows, int bytes, char* copies)
-      : data_(row_at(0)), stride_(rows > 1 ? row_at(1) - data_ : 0), copies_(copies), copy_stride_(copy_stride(bytes)) {
-    int even = 1;
-    while (even < rows && row_at(even) == data_ + even * stride_) ++even;
-    in_place_ = even / kTileRows * kTileRows;
-    int row = in_place_;
-    for (; row < rows; ++row, copies += copy_stride_) __builtin_memcpy(copies, row_at(row), size_t(bytes));
-    for (; row % kTileRows; ++row, copies += copy_stride_) __builtin_memset(copies, 0, size_t(bytes));
-  }
-  HYBRID_INLINE TileRows at(int row) const {
-    if (row < in_place_) return {data_ + row * stride_, stride_};
-    return {copies_ + (row - in_place_) * copy_stride_, copy_stride_};
-  }
-
- private:
-  const char* data_;
-  int64_t stride_;
-  const char* copies_;
-  int64_t copy_stride_;
-  int in_place_;
-};
-
 // Of every tile product's lines, those laid out alike at `next` of which one pass fetches its share.
 struct Fetch {
   const char* next;
@@ -154,221 +123,16 @@ static HYBRID_INLINE void multiply_tiles(const TileRows (&left)[TM], int64_t ski
   }
 }
 
-template <int TM, int TN>
+template <int count>
 static HYBRID_INLINE void clear_tiles() {
-  repeat<TM * TN>([](auto c) __attribute__((always_inline)) { Isa::clear_tile<c.value>(); });
+  repeat<count>([](auto c) __attribute__((always_inline)) { Isa::clear_tile<c.value>(); });
 }
 
 // Sums [TM * 16][stride] bytes, TN blocks in a row.
 template <int TM, int TN>
-static HYBRID_INLINE void load_tile_sums(const char* from, int64_t stride) {
-  repeat<TM * TN>([&](auto c) __attribute__((always_inline)) {
-    Isa::load_tile<c.value>(from + c.value / TN * kTileRows * stride + c.value % TN * kLine, stride);
-  });
-}
-
-template <int TM, int TN>
 static HYBRID_INLINE void store_tile_sums(char* to, int64_t stride) {
   repeat<TM * TN>([&](auto c) __attribute__((always_inline)) {
     Isa::store_tile<c.value>(to + c.value / TN * kTileRows * stride + c.value % TN * kLine, stride);
-  });
-}
-
-// A product of many rows while it is made, and the panel at hand: stored lines [first, last).
-template <class Format>
-struct TileProduct {
-  const Rows& rows;
-  int count;
-  const LeftTiles& left;
-  const Blocks<Format>& w;
-  int width;  // blocks that are multiplied together
-  float* sums;
-  Lines operands;
-  int last;
-  const char* next;
-
-  HYBRID_INLINE float* sums_of(int row, int j) const { return sums + (int64_t(row) * width + j) * kBlock; }
-};
-
-// Segments of one panel before they are merged: int32 or fp32 sums [TM * 16][TN][16] of each; and of integers the sums
-// of those merged before, which wait for the scale of the rows.
-template <int TM, int TN>
-struct Parts {
-  alignas(64) int32_t sums[kParts][TM * kTileRows][TN][kBlock];
-  float scaled[TM * kTileRows][TN][kBlock];
-};
-
-template <class Format, class Sum>
-static HYBRID_INLINE F32 widened(const int32_t* part, Sum start) {
-  if constexpr (Format::integer)
-    return Format::widen(Isa::load_int(part) + start);
-  else
-    return Isa::load(reinterpret_cast<const float*>(part));
-}
-
-// Adds `count` segments, the first from stored line `line` on, to the sums of up to TM * 16 rows from `row` on and of
-// TN blocks from `first` on: the operations of accumulate() in ops/product.h in their order.
-template <class Format, int TM, int TN>
-static HYBRID_INLINE void merge_parts(const TileProduct<Format>& p, int row, int first, int line, int count,
-                                      Parts<TM, TN>& parts) {
-  constexpr bool waits = Format::integer && !Format::opened_groups;  // for the scale of the rows
-  const char* const header = p.w.header + first * p.w.stride;
-  F32 scale[TN][kParts], minimum[TN][kParts], row_scale[kParts], row_sum[kParts];
-  for (int s = 0; s < count; ++s) {
-    for (int j = 0; j < TN; ++j) {
-      scale[j][s] = Format::group_scale(header + j * p.w.stride, line + s * Format::segment);
-      if constexpr (Format::opened_groups)
-        minimum[j][s] = Format::group_minimum(header + j * p.w.stride, line + s * Format::segment);
-    }
-  }
-  const int rows = min(TM * kTileRows, p.count - row), input = line * Format::line_inputs;
-  const bool begins = line == p.operands.first, ends = line + count * Format::segment >= p.last;
-  for (int r = 0; r < rows; ++r) {
-    const char* const values = p.rows.at(row + r);
-    const auto start = Format::start(values, p.w.inputs, input);  // where it is not zero there is one segment
-    if constexpr (Format::opened_groups) {
-      for (int s = 0; s < count; ++s) {
-        const RowGroup group = Format::row_group(values, p.w.inputs, line + s * Format::segment);
-        row_scale[s] = Isa::set(group.scale);
-        row_sum[s] = Isa::set(group.sum);
-      }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < TN; ++j) {
-      float *const at = p.sums_of(row + r, first + j), *const scaled = parts.scaled[r][j];
-      const F32 before = p.operands.first || !(waits || begins) ? Isa::load(at) : Isa::zero();
-      F32 sum = !waits ? before : begins ? Isa::zero() : Isa::load(scaled);
-      for (int s = 0; s < count; ++s) {
-        const F32 part = widened<Format>(parts.sums[s][r][j], start);
-        if constexpr (Format::opened_groups)
-          sum = Format::merge(sum, part, {scale[j][s], minimum[j][s]}, row_scale[s], row_sum[s]);
-        else
-          sum = Isa::fma(part, scale[j][s], sum);
-      }
-      if (!ends) {
-        Isa::store(waits ? scaled : at, sum);
-        continue;
-      }
-      if constexpr (waits) sum = Isa::fma(sum, Isa::set(Format::row_scale(values, p.w.inputs, input)), before);
-      Isa::store(at, p.last == p.w.lines ? Format::finish(sum, header + j * p.w.stride) : sum);
-    }
-  }
-}
-
-// Up to TM * 16 rows from `row` on and TN blocks from `first` on over the panel.
-template <class Format, int TM, int TN>
-static HYBRID_KERNEL void tile_pass(const TileProduct<Format>& p, int row, int first, Fetch fetch) {
-  static_assert(kPanelInputs == kScaleInputs, "rows of a panel have one scale");
-  constexpr int step_lines = kTileLines<Format> / Format::steps;  // stored lines of a tile product
-  TileRows left[TM];
-  for (int i = 0; i < TM; ++i) left[i] = p.left.at(row + i * kTileRows);
-  Lines w = p.operands;
-  w.data += first * w.block_stride;
-  fetch.next += first * w.block_stride;
-  const auto run = [&](int line, int end) __attribute__((always_inline)) {
-    const int steps = (end - line) / step_lines;
-    multiply_tiles<Format, TN>(left, 4 * Format::steps * int64_t(line), w, steps, fetch);
-    w.data += steps * kTileLines<Format> * w.line_stride;
-    fetch.next += steps * kTileLines<Format> * w.line_stride;
-  };
-  if constexpr (Format::chained) {
-    char* const sums = reinterpret_cast<char*>(p.sums_of(row, first));
-    if (w.first)
-      load_tile_sums<TM, TN>(sums, p.width * kLine);
-    else
-      clear_tiles<TM, TN>();
-    run(w.first, p.last);
-    store_tile_sums<TM, TN>(sums, p.width * kLine);
-  } else {
-    Parts<TM, TN> parts;
-    for (int line = w.first; line < p.last;) {
-      const int begin = line;
-      int count = 0;
-      for (; count < kParts && line < p.last; ++count) {
-        const int end = segment_end<Format>(line, p.last);
-        clear_tiles<TM, TN>();
-        run(line, end);
-        store_tile_sums<TM, TN>(reinterpret_cast<char*>(parts.sums[count]), TN * kLine);
-        line = end;
-      }
-      merge_parts(p, row, first, begin, count, parts);
-    }
-  }
-}
-
-// Calls function(Int<TM>, Int<TN>, row, first block, pass) for all rows and NB blocks; `pass` counts the tiles of rows.
-template <int NB, class Function>
-static HYBRID_INLINE void for_tiles(int rows, Function function) {
-  constexpr int two = NB < 2 ? NB : 2;
-  for (int row = 0, pass = 0; row < rows; row += 2 * kTileRows, ++pass) {
-    if (rows - row <= kTileRows) {
-      function(Int<1>{}, Int<NB>{}, row, 0, pass);
-    } else {
-      for (int j = 0; j < NB; j += two) function(Int<2>{}, Int<two>{}, row, j, pass);
-    }
-  }
-}
-
-static HYBRID_INLINE int tile_passes(int rows) { return (rows + 2 * kTileRows - 1) / (2 * kTileRows); }
-
-// All rows over NB blocks and one panel; `some`: what the first pass of several fetches meanwhile, if any.
-template <class Format, int NB>
-static HYBRID_INLINE void tile_panel(const TileProduct<Format>& p, const char* opened) {
-  for_tiles<NB>(p.count, [&](auto tm, auto tn, int row, int j, int pass) __attribute__((always_inline)) {
-    const Fetch none{opened, 0, 0}, some = share_fetch(p.next, pass, tile_passes(p.count));
-    tile_pass<Format, tm.value, tn.value>(p, row, j, Format::opened ? some : none);
-  });
-}
-
-// All rows over NB blocks, panel by panel.
-template <class Format, int NB>
-static HYBRID_KERNEL void tile_panels(const Rows& rows, int count, const LeftTiles& left, const Blocks<Format>& w,
-                                      float* sums, char* opened) {
-  constexpr int lines = kPanelInputs / Format::line_inputs;
-  for (int first = 0; first < w.lines; first += lines) {
-    const int last = min(w.lines, first + lines);
-    const char* next = last == w.lines ? w.line(0) + NB * w.stride : w.line(last);
-    if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
-    TileProduct<Format> p{rows, count, left, w, NB, sums, w.from(first), last, next};
-    if (!Format::opened) p.operands = {opened, kPanelBytes, kLine, nullptr, first};
-    tile_panel<Format, NB>(p, opened);
-  }
-}
-
-// The same of codes in groups.
-template <int group, int NB>
-static HYBRID_KERNEL void tile_group_panels(const Rows& rows, int count, const LeftTiles& left, const GroupBlocks& w,
-                                            float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened, w.inputs);
-  for (int first = 0; first < w.inputs; first += kPanelInputs) {
-    const int last = min(w.inputs, first + kPanelInputs);
-    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
-    const Lines operands{opened, kPanelBytes, kLine, nullptr, first / 4};
-    tile_panel<OpenedGroups<group>, NB>({rows, count, left, opened_w, NB, sums, operands, last / 4, opened}, opened);
-  }
-}
-
-// As product(). Scratch: sums of whole tiles of rows, opened panels, and copies of rows.
-template <class Stored, class Epilogue>
-static HYBRID_INLINE void tile_product(const Stored& format, const Rows& left, int rows, const char* matrix, int inputs,
-                                       Range blocks, char* scratch, Epilogue epilogue) {
-  float* const sums = reinterpret_cast<float*>(scratch);
-  char* const opened = scratch + sums_bytes(whole_tiles(rows), Isa::max_blocks);
-  char* const copies = opened + (Stored::opened ? 0 : Isa::max_blocks * kPanelBytes);
-  const auto row_at = [&](int row) { return left.at(row); };
-  const LeftTiles tiles(row_at, rows, inputs / Stored::step_inputs * 4, copies);
-  for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
-    if constexpr (Stored::grouped) {
-      const GroupBlocks w(format.layout, matrix, inputs, block);
-      if (w.layout.group() == 16)
-        tile_group_panels<16, nb.value>(left, rows, tiles, w, sums, opened);
-      else
-        tile_group_panels<32, nb.value>(left, rows, tiles, w, sums, opened);
-    } else {
-      const Blocks<Tiled<Stored>> w(matrix, inputs, block);
-      tile_panels<Tiled<Stored>, nb.value>(left, rows, tiles, w, sums, opened);
-    }
-    epilogue(sums, rows, block, nb.value);
   });
 }
 
@@ -379,7 +143,7 @@ static double multiply_in_tiles(int64_t rounds) {
   const TileRows left[2] = {{rows[0][0], kLine}, {rows[1][0], kLine}};
   const Lines w{lines[0][0], kTileRows * kLine, kLine, nullptr, 0};
   load_tiles(Format{});
-  clear_tiles<2, 2>();
+  clear_tiles<4>();
   for (int64_t i = 0; i < rounds; ++i) multiply_tiles<Format, 2>(left, 0, w, 1, Fetch{w.data, 0, 0});
   store_tile_sums<2, 2>(sums[0][0], 2 * kLine);
   release_tiles<Format>();

@@ -1,0 +1,341 @@
+// Up to 32 rows over some blocks of a panel, which is one pass of tiles. Passes overlap: a tile of sums is stored when
+// the next pass needs it, and segments are merged between the products of those behind them. While tiles multiply,
+// vectors add or multiply one line a cycle, and one line is stored, so that merging is free where a segment is long.
+//
+// Sums of a segment are those of the other kernels: integers exactly, so that these formats give the same bits.
+#pragma once
+
+#include "ops/tile_strip.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Lines of some blocks that are asked for between products: what the next panel reads from memory. Four blocks by
+// turns, because four streams are read faster than one.
+struct BlocksAhead {
+  static constexpr int kStreams = 4;
+  const char* at;
+  int64_t stride;  // from block to block
+  int lines;       // of each block
+  int line, left;  // the next of four, and how many are left
+  int each;        // after every step of products
+
+  // The lines from the `done`-th on.
+  static HYBRID_INLINE BlocksAhead from(const char* at, int64_t stride, int lines, int done, int left, int each) {
+    const int whole = max(1, lines), line = done % whole;
+    return {at + done / whole * kStreams * stride + int64_t(line) * kLine, stride, lines, line, left, each};
+  }
+  HYBRID_INLINE void fetch() {
+    for (int k = 0; k < each && left > 0; ++k, --left) {
+      for (int j = 0; j < kStreams; ++j) __builtin_prefetch(at + j * stride, 0, 2);
+      at += kLine;
+      if (++line < lines) continue;
+      line = 0;
+      at += kStreams * stride - int64_t(lines) * kLine;
+    }
+  }
+};
+
+// The same of the next strip.
+struct StripAhead {
+  const char* at;
+  int left, each;
+
+  HYBRID_INLINE void fetch() {
+    for (int k = 0; k < each && left > 0; ++k, --left, at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+struct Ahead {
+  BlocksAhead blocks;
+  StripAhead strip;
+
+  HYBRID_INLINE void fetch() {
+    blocks.fetch();
+    strip.fetch();
+  }
+};
+
+// Some blocks over stored lines [operands.first, last), and their sums [block][row][16].
+template <class Format>
+struct TilePanel {
+  Blocks<Format> w;
+  Lines operands;
+  int last;
+  float* sums;
+  int64_t sums_stride;  // floats from block to block
+
+  HYBRID_INLINE float* sums_of(int row, int block) const { return sums + block * sums_stride + int64_t(row) * kBlock; }
+  HYBRID_INLINE bool begins() const { return operands.first == 0; }
+  HYBRID_INLINE bool ends() const { return last == w.lines; }
+  HYBRID_INLINE const char* line(int block, int line) const {
+    return operands.data + block * operands.block_stride +
+           (line - operands.first) * Format::steps * operands.line_stride;
+  }
+};
+
+// The smallest power of two of which `parts` are no less than `whole`.
+static constexpr int even_share(int whole, int parts) {
+  int each = 1;
+  while (each * parts < whole) each *= 2;
+  return each;
+}
+
+// One tile of every block and 16 rows. before(c) precedes the product that adds to tile c, after() follows each.
+template <class Format, int TM, int TN, class Before, class After>
+static HYBRID_INLINE void multiply_step(const char* left, const char* line, const Lines& w, Before before,
+                                        After after) {
+  repeat<TM>([&](auto i) __attribute__((always_inline)) {
+    Isa::load_tile<kLeft + i.value>(left + i.value * Strip<Format>::distance, kTileRowBytes<Format>);
+    repeat<TN>([&](auto j) __attribute__((always_inline)) {
+      constexpr int right = kRight + j.value % 2, sum = i.value * TN + j.value;
+      if constexpr (i.value == 0) Isa::load_tile<right>(line + j.value * w.block_stride, w.line_stride);
+      before(Int<sum>{});
+      multiply_tile<Format, sum, kLeft + i.value, right>();
+      after();
+    });
+  });
+}
+
+// Passes of formats whose sums are one chain over all inputs: tiles of sums are loaded and stored.
+template <class Format, int TM, int TN>
+class ChainPasses {
+ public:
+  HYBRID_INLINE ChainPasses(const TilePanel<Format>& panel, const Strip<Format>& strip, int row)
+      : panel_(panel), strip_(strip), row_(row) {}
+
+  HYBRID_INLINE void pass(int block, Ahead& ahead) {
+    float* const sums = panel_.sums_of(row_, block);
+    const char* line = panel_.line(block, panel_.operands.first);
+    const int tiles = (panel_.last - panel_.operands.first) * Format::steps / kTileLines<Format>;
+    step(0, line, [&](auto c) __attribute__((always_inline)) {
+      if (unstored_) store(c);
+      begin(c, sums);
+    });
+    ahead.fetch();
+    for (int tile = 1; tile < tiles; ++tile) {
+      line += kTileLines<Format> * panel_.operands.line_stride;
+      step(tile, line, [](auto) {});
+      ahead.fetch();
+    }
+    unstored_ = sums;
+  }
+  HYBRID_INLINE void finish() {
+    if (unstored_) repeat<TM * TN>([&](auto c) __attribute__((always_inline)) { store(c); });
+  }
+
+ private:
+  template <class Before>
+  HYBRID_INLINE void step(int tile, const char* line, Before before) {
+    multiply_step<Format, TM, TN>(strip_.tile(tile), line, panel_.operands, before, []() {});
+  }
+  template <class Tile>
+  HYBRID_INLINE float* place(float* sums, Tile) const {
+    return sums + Tile::value % TN * panel_.sums_stride + Tile::value / TN * kTileRows * kBlock;
+  }
+  template <class Tile>
+  HYBRID_INLINE void store(Tile c) {
+    Isa::store_tile<Tile::value>(place(unstored_, c), kLine);
+  }
+  template <class Tile>
+  HYBRID_INLINE void begin(Tile c, float* sums) {
+    if (panel_.begins())
+      Isa::clear_tile<Tile::value>();
+    else
+      Isa::load_tile<Tile::value>(place(sums, c), kLine);
+  }
+
+  const TilePanel<Format>& panel_;
+  const Strip<Format>& strip_;
+  const int row_;
+  float* unstored_ = nullptr;
+};
+
+// Passes of formats whose segments have scales: the sums of each, its part, are stored, and merged while the next are
+// multiplied.
+template <class Format, int TM, int TN>
+class SegmentPasses {
+ public:
+  HYBRID_INLINE SegmentPasses(const TilePanel<Format>& panel, const Strip<Format>& strip, int row)
+      : panel_(panel), strip_(strip), row_(row) {
+    merging_.row = kRows;
+  }
+
+  HYBRID_INLINE void pass(int block, Ahead& ahead) {
+    for (int line = panel_.operands.first; line < panel_.last;) line = multiply_segments(block, line, ahead);
+  }
+  HYBRID_INLINE void finish() {
+    if (!unstored_) return;
+    repeat<kTiles>([&](auto c) __attribute__((always_inline)) { store(c); });
+    merge_rest();
+  }
+
+ private:
+  static constexpr int kTiles = TM * TN, kRows = TM * kTileRows;
+  static constexpr int kSteps = Format::segment * Format::steps / kTileLines<Format>;  // products of a whole segment
+  // Segments that are merged at once. Those of 32 inputs or 16 come in pairs: inputs are a multiple of 64.
+  static constexpr int kTogether = kSteps >= 4 ? 1 : 2;
+  // Rows that are merged after each product, but for those that store the tiles of the last segment.
+  static constexpr int kEach = even_share(kRows, (kTogether * kSteps - 1) * kTiles);
+  static constexpr bool kWaits = Format::integer && !Format::opened_groups;  // sums of 256 inputs, for the row's scale
+  static constexpr bool kWhole = kTermLines<Format> == Format::segment;      // which are one segment
+
+  using Part = int32_t[kRows][TN][kBlock];  // or fp32
+  using Waiting = float[TN][kBlock];
+
+  // Segments whose parts are to be merged, from row `row` on.
+  struct Merging {
+    const Part* parts;
+    float* sums;  // of the first row and block
+    int64_t sums_stride;
+    const char* header;
+    int64_t stride;  // from block to block
+    int term, row;
+    bool begins, ends;      // the sums that wait for the scale of a row
+    bool stored, finishes;  // whether there are sums to be added to; whether they are the last
+    F32 scale[TN][kTogether], minimum[TN][kTogether];
+  };
+
+  // Some segments, while those before them are merged. Returns the stored line that they end at.
+  HYBRID_INLINE int multiply_segments(int block, int line, Ahead& ahead) {
+    Part* const parts = parts_[turn_];
+    turn_ ^= 1;
+    const int begin = line;
+    for (int k = 0; k < kTogether; ++k) {
+      const int end = segment_end<Format>(line, panel_.last);
+      multiply_segment(block, line, end, k == 0, ahead);
+      unstored_ = &parts[k];
+      line = end;
+    }
+    merge_rest();
+    merge_next(parts, block, begin, line);
+    return line;
+  }
+
+  HYBRID_INLINE void multiply_segment(int block, int line, int end, bool first, Ahead& ahead) {
+    const auto merge = [&]() __attribute__((always_inline)) { merge_some(merging_, strip_, waiting_); };
+    const auto begin = [&](auto c) __attribute__((always_inline)) {
+      if (unstored_) store(c);
+      Isa::clear_tile<decltype(c)::value>();
+    };
+    const char* at = panel_.line(block, line);
+    int tile = (line - panel_.operands.first) * Format::steps / kTileLines<Format>;
+    const int last = (end - panel_.operands.first) * Format::steps / kTileLines<Format>;
+    if (first)
+      step(tile, at, begin, []() {});
+    else
+      step(tile, at, begin, merge);
+    ahead.fetch();
+    while (++tile < last) {
+      at += kTileLines<Format> * panel_.operands.line_stride;
+      step(tile, at, [](auto) {}, merge);
+      ahead.fetch();
+    }
+  }
+
+  template <class Before, class After>
+  HYBRID_INLINE void step(int tile, const char* at, Before before, After after) {
+    multiply_step<Format, TM, TN>(strip_.tile(tile), at, panel_.operands, before, after);
+  }
+  template <class Tile>
+  HYBRID_INLINE void store(Tile) {
+    Isa::store_tile<Tile::value>((*unstored_)[Tile::value / TN * kTileRows][Tile::value % TN], TN * kLine);
+  }
+
+  // The segments of stored lines [line, end) are the next to be merged.
+  HYBRID_INLINE void merge_next(const Part* parts, int block, int line, int end) {
+    Merging& m = merging_;
+    m.parts = parts;
+    m.sums = panel_.sums_of(row_, block);
+    m.sums_stride = panel_.sums_stride;
+    m.header = panel_.w.header + block * panel_.w.stride;
+    m.stride = panel_.w.stride;
+    m.term = (line - panel_.operands.first) / kTermLines<Format>;
+    m.row = 0;
+    m.begins = line % kTermLines<Format> == 0;
+    m.ends = end % kTermLines<Format> == 0 || end == panel_.last;
+    m.stored = line >= (kWaits ? kTermLines<Format> : 1);
+    m.finishes = end == panel_.w.lines;
+    for (int j = 0; j < TN; ++j) {
+      for (int k = 0; k < kTogether; ++k) {
+        const char* const header = m.header + j * panel_.w.stride;
+        m.scale[j][k] = Format::group_scale(header, line + k * Format::segment);
+        if constexpr (Format::opened_groups)
+          m.minimum[j][k] = Format::group_minimum(header, line + k * Format::segment);
+      }
+    }
+  }
+
+  HYBRID_INLINE void merge_rest() {
+    while (merging_.row < kRows) merge_some(merging_, strip_, waiting_);
+  }
+
+  // A call of its own: inlined behind every product it would not fit into the instruction cache.
+  static HYBRID_KERNEL void merge_some(Merging& m, const Strip<Format>& strip, Waiting* waiting) {
+    if (m.row >= kRows) return;
+    if constexpr (!kWaits || kWhole)
+      merge_rows<true, true>(m, strip, waiting);
+    else if (m.begins)
+      m.ends ? merge_rows<true, true>(m, strip, waiting) : merge_rows<true, false>(m, strip, waiting);
+    else
+      m.ends ? merge_rows<false, true>(m, strip, waiting) : merge_rows<false, false>(m, strip, waiting);
+    m.row += kEach;
+  }
+
+  // kEach rows: the operations of accumulate() in ops/product.h in their order. Rows that are none have sums, too.
+  template <bool begins, bool ends>
+  static HYBRID_INLINE void merge_rows(const Merging& m, const Strip<Format>& strip, Waiting* waiting) {
+    const int term = m.term;
+    const int64_t stride = m.sums_stride;
+    F32 scale[TN][kTogether];
+#pragma GCC unroll 4
+    for (int j = 0; j < TN; ++j)
+#pragma GCC unroll 2
+      for (int k = 0; k < kTogether; ++k) scale[j][k] = m.scale[j][k];
+    float* sums = m.sums + m.row * kBlock;
+    for (int row = m.row; row < m.row + kEach; ++row, sums += kBlock) {
+#pragma GCC unroll 4
+      for (int j = 0; j < TN; ++j) {
+        float* const at = sums + j * stride;
+        const F32 before = ends && m.stored ? Isa::load(at) : Isa::zero();
+        F32 sum = !kWaits ? before : begins ? Isa::zero() : Isa::load(waiting[row][j]);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTogether; ++k) {
+          const F32 part = widened(m.parts[k][row][j], strip, term, row);
+          if constexpr (Format::opened_groups)
+            sum = Format::merge(sum, part, {scale[j][k], m.minimum[j][k]}, Isa::set(strip.terms.scales[term + k][row]),
+                                Isa::set(strip.terms.sums[term + k][row]));
+          else
+            sum = Isa::fma(part, scale[j][k], sum);
+        }
+        if constexpr (kWaits && ends) sum = Isa::fma(sum, Isa::set(strip.terms.scales[term][row]), before);
+        if (ends && m.finishes) sum = Format::finish(sum, m.header + j * m.stride);
+        Isa::store(ends ? at : waiting[row][j], sum);
+      }
+    }
+  }
+
+  static HYBRID_INLINE F32 widened(const int32_t* part, const Strip<Format>& strip, int term, int row) {
+    if constexpr (kStarts<Format>)
+      return Isa::to_f32(Isa::load_int(part) + Isa::set_int(strip.terms.starts[term][row]));
+    else if constexpr (Format::integer)
+      return Isa::to_f32(Isa::load_int(part));
+    else
+      return Isa::load(reinterpret_cast<const float*>(part));
+  }
+
+  const TilePanel<Format>& panel_;
+  const Strip<Format>& strip_;
+  const int row_;
+  int turn_ = 0;
+  Part* unstored_ = nullptr;
+  Merging merging_;
+  alignas(kLine) Part parts_[2][kTogether];
+  Waiting waiting_[kRows];
+};
+
+template <class Format, int TM, int TN>
+using Passes = typename Either<Format::chained, ChainPasses<Format, TM, TN>, SegmentPasses<Format, TM, TN>>::Type;
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

@@ -1,0 +1,218 @@
+// Products on matrix tiles. Blocks of a group take turns over a strip of rows that the first-level cache holds; their
+// panel is in the second, and while it is multiplied the next one is read from memory. So a core reads weights once for
+// a band of rows, and rows once for a group of blocks.
+#pragma once
+
+#include "ops/tile_passes.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+constexpr int kFewRows = 96;  // up to so many memory decides, and panels of fewer blocks begin sooner: measured
+
+// Stored bytes of some blocks that a panel needs: `bytes` from `at` on, and as many `stride` behind for each further.
+struct Stored {
+  const char* at;
+  int64_t stride;
+  int lines;
+
+  HYBRID_INLINE void fetch(int blocks) const {
+    for (int j = 0; j < blocks; ++j)
+      for (int i = 0; i < lines; ++i) __builtin_prefetch(at + j * stride + int64_t(i) * kLine, 0, 2);
+  }
+};
+
+// The blocks of a group as tiles multiply them; operands() opens a panel if stored lines are none.
+template <class Format>
+struct TileBlocks {
+  using Multiplied = Format;
+  static constexpr bool fetches = !Format::opened;                      // the next panel while this one is opened
+  static constexpr int kScales = Format::scaled_lines > 0 ? kLine : 0;  // bytes before the first line of a panel
+  Blocks<Format> w;
+  char* opened;
+
+  HYBRID_INLINE TileBlocks(const Format&, const char* matrix, int inputs, int block, char* opened)
+      : w(matrix, inputs, block), opened(opened) {}
+  HYBRID_INLINE const Blocks<Format>& multiplied() const { return w; }
+  // What inputs [first, last) of blocks from the `skipped`-th on need.
+  HYBRID_INLINE Stored stored(int skipped, int first, int last) const {
+    const char* const from = w.line(first / Format::line_inputs) - kScales;
+    const char* const to = w.line(last / Format::line_inputs) - kScales;
+    return {from + skipped * w.stride, w.stride, int((to - from) / kLine)};
+  }
+  HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored& next) const {
+    const int line = first / Format::line_inputs;
+    if constexpr (Format::opened) {
+      return w.from(line);
+    } else {
+      for_block_groups({0, blocks}, [&](auto nb, int j) __attribute__((always_inline)) {
+        const Blocks<Format> some = w.behind(j);
+        open_panel<Format, nb.value>(some, line, last / Format::line_inputs, next.at + kScales + j * next.stride,
+                                     opened + j * kPanelBytes);
+      });
+      return {opened, kPanelBytes, kLine, nullptr, line};
+    }
+  }
+};
+
+// The same of codes in groups, whose scales are opened beside their lines.
+template <int group>
+struct TileGroups {
+  using Multiplied = OpenedGroups<group>;
+  static constexpr bool fetches = false;
+  GroupBlocks w;
+  Blocks<Multiplied> opened_w;
+  char* opened;
+
+  HYBRID_INLINE TileGroups(const Grouped& format, const char* matrix, int inputs, int block, char* opened)
+      : w(format.layout, matrix, inputs, block), opened_w(opened_blocks<group>(opened, inputs)), opened(opened) {}
+  HYBRID_INLINE const Blocks<Multiplied>& multiplied() const { return opened_w; }
+  HYBRID_INLINE Stored stored(int skipped, int first, int last) const {
+    return {w.part(first) + skipped * w.stride, w.stride, int((w.part(last) - w.part(first)) / kLine)};
+  }
+  HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored&) const {
+    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, blocks, first, last, opened); });
+    return {opened, kPanelBytes, kLine, nullptr, first / Multiplied::line_inputs};
+  }
+};
+
+// One strip of rows from `row` of the sums on: some blocks, by TN.
+template <class Format, int TM, int TN>
+static HYBRID_KERNEL void strip_passes(const TilePanel<Format>& panel, const Strip<Format>& strip, int row,
+                                       Range blocks, Ahead& ahead) {
+  Passes<Format, TM, TN> passes(panel, strip, row);
+  for (int block = blocks.first; block < blocks.last; block += TN) passes.pass(block, ahead);
+  passes.finish();
+}
+
+// Calls function(Int<TM>, Int<TN>, blocks) for strips of 32 or of 16 rows, with all sums that tiles hold, then fewer.
+template <class Function>
+static HYBRID_INLINE void for_shapes(int rows, int blocks, Function function) {
+  int done = 0;
+  const auto run = [&](auto tm, auto tn) __attribute__((always_inline)) {
+    const int last = done + (blocks - done) / decltype(tn)::value * decltype(tn)::value;
+    if (last > done) function(tm, tn, Range{done, last});
+    done = last;
+  };
+  if (rows > kTileRows) {
+    run(Int<2>{}, Int<2>{});
+    run(Int<2>{}, Int<1>{});
+  } else {
+    run(Int<1>{}, Int<4>{});
+    run(Int<1>{}, Int<1>{});
+  }
+}
+
+// A band of rows over one panel of some blocks, and what is fetched meanwhile: of the next panel.
+template <class Format>
+struct BandPasses {
+  const TilePanel<Format>& panel;
+  const Strips<Format>& strips;
+  int rows, blocks;
+  const Stored& next;
+  int index, next_index;  // of the panel
+
+  // Strip by strip.
+  HYBRID_INLINE void run() const {
+    for (int strip = 0; strip < strips.count; ++strip) {
+      const int row = strip * kStripRows, count = min(kStripRows, rows - row);
+      Ahead ahead = fetch_from(strip, row, count);
+      for_shapes(count, blocks, [&](auto tm, auto tn, Range some) __attribute__((always_inline)) {
+        strip_passes<Format, tm.value, tn.value>(panel, strips.at(index, strip), row, some, ahead);
+      });
+    }
+  }
+
+ private:
+  HYBRID_INLINE int share_of(int rows_before) const {  // of the lines to be fetched
+    constexpr int four = BlocksAhead::kStreams;
+    return int(int64_t(next.lines) * ((blocks + four - 1) / four) * rows_before / rows);
+  }
+  HYBRID_INLINE Ahead fetch_from(int strip, int row, int count) const {
+    const int tiles = (panel.last - panel.operands.first) * Format::steps / kTileLines<Format>;
+    const int steps = tiles * blocks / (count > kTileRows ? 2 : 4);  // of products, about
+    const int fetched = share_of(row), lines = share_of(row + count) - fetched;
+    const bool same = row + count < rows;
+    const Strip<Format>& after = same ? strips.at(index, strip + 1) : strips.at(next_index, 0);
+    const int strip_lines = rows > kFewRows ? int(sizeof(Strip<Format>) / kLine) : 0;
+    return {BlocksAhead::from(next.at, next.stride, next.lines, fetched, lines, (lines + steps) / (steps + 1)),
+            {reinterpret_cast<const char*>(&after), strip_lines, (strip_lines + steps) / (steps + 1)}};
+  }
+};
+
+template <class Format>
+static HYBRID_KERNEL void run_band(const BandPasses<Format>& passes) {
+  passes.run();
+}
+
+// A band of rows over up to kGroupBlocks blocks, panel by panel. behind: blocks that come next.
+template <class Group, class Format, class Epilogue>
+static HYBRID_INLINE void group_passes(const Group& group, const Strips<Format>& strips, Range band, int blocks,
+                                       int behind, float* sums, Epilogue epilogue) {
+  constexpr int width = kTilePanelInputs<Format>;
+  const Blocks<Format>& w = group.multiplied();
+  const int rows = band.last - band.first;
+  const int64_t stride = int64_t(whole_tiles(rows)) * kBlock;
+  for (int first = 0, index = 0; first < w.inputs; first += width, ++index) {
+    const int last = min(w.inputs, first + width);
+    const bool more = last < w.inputs;
+    Stored next = group.stored(more ? 0 : blocks, more ? last : 0, min(w.inputs, more ? last + width : width));
+    const Lines operands = group.operands(blocks, first, last, next);
+    if (Group::fetches || !(more || behind)) next.lines = 0;
+    const TilePanel<Format> panel{w, operands, last / Format::line_inputs, sums, stride};
+    run_band<Format>({panel, strips, rows, blocks, next, index, more ? index + 1 : 0});
+  }
+  epilogue(Sums{sums, kBlock, stride}, band, blocks);
+}
+
+// A band of rows over all blocks, group by group.
+template <class Group, class Format, class Epilogue>
+static HYBRID_INLINE void band_groups(const Format& format, const Strips<typename Group::Multiplied>& strips,
+                                      Range band, const char* matrix, int inputs, Range blocks, float* sums,
+                                      char* opened, Epilogue epilogue) {
+  const int width = band.last - band.first > kFewRows ? kGroupBlocks : kGroupBlocks / 2;
+  for (int block = blocks.first; block < blocks.last; block += width) {
+    const int some = min(width, blocks.last - block);
+    const Group group(format, matrix, inputs, block, opened);
+    if (block == blocks.first)
+      group.stored(0, 0, min(inputs, kTilePanelInputs<typename Group::Multiplied>)).fetch(some);
+    const auto finish = [&](const Sums& found, Range rows, int count)
+                            __attribute__((always_inline)) { epilogue(found, rows, block, count); };
+    group_passes(group, strips, band, some, blocks.last - block - some, sums, finish);
+  }
+}
+
+// All rows, band by band; what was copied of them for other blocks serves again if it is all of them.
+template <class Group, class Format, class Epilogue>
+static HYBRID_INLINE void tile_bands(const Format& format, Copied& copied, const Rows& rows, int count,
+                                     const char* matrix, int inputs, Range blocks, char* scratch, Epilogue epilogue) {
+  using Multiplied = typename Group::Multiplied;
+  char* const opened = scratch + sums_bytes(whole_tiles(min(count, kBandRows)), kGroupBlocks);
+  char* const copies = opened + (Multiplied::opened ? 0 : kGroupBlocks * kPanelBytes);
+  const bool known = count <= kBandRows && copied.are(rows, count);
+  for (int row = 0; row < count; row += kBandRows) {
+    const Range band{row, min(count, row + kBandRows)};
+    const Strips<Multiplied> strips{reinterpret_cast<Strip<Multiplied>*>(copies),
+                                    (band.last - band.first + kStripRows - 1) / kStripRows};
+    if (!known) fill_strips(strips, rows, band, inputs);
+    band_groups<Group>(format, strips, band, matrix, inputs, blocks, reinterpret_cast<float*>(scratch), opened,
+                       epilogue);
+  }
+  copied = {rows.base, rows.index, count};
+}
+
+// As product().
+template <class Format, class Epilogue>
+static HYBRID_INLINE void tile_product(const Format& format, Copied& copied, const Rows& left, int rows,
+                                       const char* matrix, int inputs, Range blocks, char* scratch, Epilogue epilogue) {
+  using Group = TileBlocks<Tiled<Format>>;
+  if constexpr (!Format::grouped)
+    tile_bands<Group>(Tiled<Format>{}, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
+  else if (format.layout.group() == 16)
+    tile_bands<TileGroups<16>>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
+  else
+    tile_bands<TileGroups<32>>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid
