@@ -28,13 +28,13 @@ namespace hybrid {
 template <class Args>
 using Kernel = void (*)(const Args&, const Step&, const Work&);
 
-// What the scratch of products depends on.
-// Where 32 rows over some inputs lie in the order of tiles: ops/tile_strip.h.
+// 32 rows over some inputs in the order of tiles: ops/tile_strip.h.
 struct StripSize {
   int64_t bytes;
   int inputs;
 };
 
+// What the scratch of products depends on.
 struct ProductSizes {
   int max_blocks;  // that are multiplied together
   bool has_tiles;
