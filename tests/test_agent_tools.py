@@ -18,6 +18,7 @@ from scripted_model import Model  # noqa: E402
 from server_rig import Running, running  # noqa: E402
 from test_server_tools import FOLDER, SEARCH, SHELL, SOURCE, call  # noqa: E402
 
+from hybrid.server.known_tools import known_tool  # noqa: E402
 from hybrid.text.chat_template import ChatTemplate  # noqa: E402
 
 LOCAL = {"type": "local_shell"}
@@ -207,6 +208,14 @@ def test_tools_that_anthropic_has_described_are_offered_as_functions(
         assert told in model.prompts[-1]
         counted = client.messages.count_tokens(model="tiny", messages=words["messages"], tools=[tool])
         assert counted.input_tokens == whole.usage.input_tokens + whole.usage.cache_read_input_tokens
+
+
+@pytest.mark.parametrize(("version", "inserted"), [("20250124", "new_str"), ("20250728", "insert_text")])
+def test_editors_insert_the_argument_that_anthropics_models_give(version: str, inserted: str) -> None:
+    """The later ones: what its API answers, anthropics/anthropic-sdk-python issue 1155."""
+    editor = known_tool(f"text_editor_{version}")
+    assert editor and f"insert puts {inserted} behind" in editor.description
+    assert ("insert_text" in editor.parameters["properties"]) == (inserted == "insert_text")
 
 
 def test_the_package_of_anthropic_runs_a_memory() -> None:

@@ -41,31 +41,25 @@ def _object(required: list[str], **properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _editor(*more: str) -> KnownTool:
+def _editor(inserts: str, *more: str) -> KnownTool:
+    """inserts: the argument whose text insert puts behind a line."""
+    arguments = dict.fromkeys(("path", "file_text", "old_str", "new_str", inserts), _TEXT)
     commands = ["view", "create", "str_replace", "insert", *more]
     return KnownTool(
         "Shows and edits text files of the user: view shows a file, or what a folder holds; create writes file_text; "
-        "str_replace puts new_str in the place of old_str, which must be there once; insert puts it behind a line.",
-        _object(
-            ["command", "path"],
-            command={"enum": commands},
-            path=_TEXT,
-            file_text=_TEXT,
-            old_str=_TEXT,
-            new_str=_TEXT,
-            insert_line=_NUMBER,
-            view_range=_RANGE,
-        ),
+        "str_replace puts new_str in the place of old_str, which must be there once; "
+        f"insert puts {inserts} behind a line.",
+        _object(["command", "path"], command={"enum": commands}, **arguments, insert_line=_NUMBER, view_range=_RANGE),
     )
 
 
-_EDITOR_WITH_UNDO = _editor("undo_edit")
+_EDITOR_WITH_UNDO = _editor("new_str", "undo_edit")
 _KNOWN: Mapping[str, KnownTool] = {
     "bash": KnownTool(
         "Runs a command in a shell of the user that stays open, and returns what it prints.",
         _object([], command=_TEXT, restart={"type": "boolean", "description": "Begins a new shell; without a command"}),
     ),
-    "text_editor": _editor(),
+    "text_editor": _editor("insert_text"),
     "memory": KnownTool(
         "Keeps files between conversations, under /memories: view shows a file, or what a folder holds; create writes "
         "file_text; str_replace puts new_str in the place of old_str; insert puts insert_text behind a line; delete; "
