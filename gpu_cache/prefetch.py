@@ -35,6 +35,7 @@ PERFECT = "perfect"  # in a replay alone, which knows what comes
 class Prefetch:
     """Interface of a rule that learns while it runs: it names experts before it has seen them called.
 
+    A rule has `learn` and `choose`, and may then be taught by other calls first, or `follow` alone, which does both.
     depth: how many lookups ahead it looks; after the last layer comes the first one of the next step. This one names
     nothing.
     """
@@ -53,6 +54,14 @@ class Prefetch:
 
         Called after every lookup of a layer, and of whatever came before nothing is told. `experts` is the table's.
         """
+        self.learn(layer, experts)
+        return self.choose(layer, experts)
+
+    def learn(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer calls these experts."""
+
+    def choose(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        """What `follow` answers, after whatever was learnt; changes nothing."""
         return ()
 
 
@@ -65,8 +74,10 @@ class Frequency(Prefetch):
         super().__init__(geometry, depth)
         self._calls = np.zeros((self.layers, self.experts))
 
-    def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+    def learn(self, layer: int, experts: Sequence[int]) -> None:
         self._calls[layer, list(experts)] += 1
+
+    def choose(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
         return most(self._calls[self.ahead(layer)], len(experts))
 
 
@@ -85,18 +96,22 @@ class Transition(Prefetch):
         self._calls = np.zeros(self.layers * self.experts)
         self._before = deque[tuple[int, list[int]]]()  # lookups that wait: the layer ahead, and the called keys
 
-    def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        called = list(experts)
-        keys = [layer * self.experts + expert for expert in called]
+    def learn(self, layer: int, experts: Sequence[int]) -> None:
         if len(self._before) == self.depth:
             following, before = self._before.popleft()
             if following == layer:
-                self._learn(before, called)
-        self._before.append((self.ahead(layer), keys))
-        shares = [row / self._calls[key] for key in keys if (row := self._followed.get(key)) is not None]
-        return most(np.sum(shares, axis=0), len(called)) if shares else ()
+                self._count(before, list(experts))
+        self._before.append((self.ahead(layer), self._keys(layer, experts)))
 
-    def _learn(self, keys: list[int], called: list[int]) -> None:
+    def choose(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        found = ((key, self._followed.get(key)) for key in self._keys(layer, experts))
+        shares = [row / self._calls[key] for key, row in found if row is not None]
+        return most(np.sum(shares, axis=0), len(experts)) if shares else ()
+
+    def _keys(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return [layer * self.experts + expert for expert in experts]
+
+    def _count(self, keys: list[int], called: list[int]) -> None:
         self._calls[keys] += 1
         for key in keys:
             row = self._followed.get(key)
@@ -203,8 +218,10 @@ def learnt_rule(name: str, geometry: Geometry) -> Prefetch | None:
 
 def guarded_prefetch(kind: type[Prefetch], geometry: Geometry, depth: int = 1) -> Prefetch:
     """A rule whose errors and wrong answers are a CacheError with file, line and rule."""
-    if kind.follow is Prefetch.follow:
-        raise CacheError(f"{place_of(kind)}: {kind.__name__} has no follow; a rule says which experts are copied early")
+    if kind.follow is Prefetch.follow and kind.choose is Prefetch.choose:
+        raise CacheError(
+            f"{place_of(kind)}: {kind.__name__} has no choose and no follow; a rule says which experts are copied early"
+        )
     if kind.ahead is not Prefetch.ahead:
         raise CacheError(
             f"{place_of(kind.ahead)}: {kind.__name__} has an ahead of its own; which layer a rule names experts of is "
@@ -216,9 +233,15 @@ def guarded_prefetch(kind: type[Prefetch], geometry: Geometry, depth: int = 1) -
             f"{place_of(kind)}: {kind.__name__} has no depth, or another one; "
             "its __init__ calls super().__init__(geometry, depth), and what that sets stays"
         )
-    guard(rule, ["follow"])
-    check_answers(rule, "follow", partial(_experts_of, geometry.experts))
+    guard(rule, ["learn", "choose", "follow"])
+    for name in ("choose", "follow"):
+        check_answers(rule, name, partial(_experts_of, geometry.experts))
     return rule
+
+
+def can_be_taught(rule: Prefetch) -> bool:
+    """Whether a rule, made by `learnt_rule`, learns apart from choosing."""
+    return type(rule).follow is Prefetch.follow
 
 
 def _shape(geometry: Geometry) -> tuple[int, int]:

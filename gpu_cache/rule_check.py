@@ -98,7 +98,7 @@ def check_admission(kind: type[Admission]) -> list[str]:
 def check_prefetch(kind: type[Prefetch]) -> list[str]:
     for geometry, depth in product(GEOMETRIES[:2], DEPTHS):  # a rule sees the layers and experts alone
         where = f"{geometry.nblocks} x {geometry.nways}, depth {depth}"
-        _compare(kind, "follow", where, partial(_copy_ahead, kind, geometry, depth))
+        _compare(kind, _chooses(kind), where, partial(_copy_ahead, kind, geometry, depth))
     return list(PREFETCH_RULES)
 
 
@@ -135,6 +135,12 @@ def _admit(kind: type[Admission], geometry: Geometry, spoil: bool) -> Said:
 def _copy_ahead(kind: type[Prefetch], geometry: Geometry, depth: int, spoil: bool) -> Said:
     said: Said = []
     rule = guarded_prefetch(kind, geometry, depth)
-    watch(rule, "follow", spoil, said)
+    if kind.learn is not Prefetch.learn:
+        watch(rule, "learn", spoil)
+    watch(rule, _chooses(kind), spoil, said)
     drive(Table(geometry), rule=rule)
     return said
+
+
+def _chooses(kind: type[Prefetch]) -> str:
+    return "choose" if kind.follow is Prefetch.follow else "follow"

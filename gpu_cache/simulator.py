@@ -29,6 +29,7 @@ from gpu_cache.prefetch import (
 from gpu_cache.prompt_copies import replay_prompt_copies
 from gpu_cache.quota_bound import prefetch_bound, quota_bound
 from gpu_cache.table import Fill, Table
+from gpu_cache.teaching import check_taught, teach
 from gpu_cache.trace import Calls, Ints
 
 SCHEDULES: Mapping[str, Callable[[Calls, Geometry, int | None], Schedule]] = {
@@ -70,7 +71,9 @@ class Setting:
             _named(calls)
         policy = next(iter(POLICIES)) if policy in SCHEDULES else policy
         Table(self.geometry(calls), policy, self.admission, self.quota, self.seed, costs)
-        learnt_rule(prefetch, self.geometry(calls))
+        rule = learnt_rule(prefetch, self.geometry(calls))
+        if rule is not None and calls.teacher is not None:
+            check_taught(rule)
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,15 @@ def _replay_table(calls: Calls, setting: Setting, costs: Costs | None) -> Result
 
 
 class Ahead:
-    """Copies ahead of calls, and what becomes of them. copied: their number; used: those that were hit."""
+    """Copies ahead of calls, and what becomes of them. copied: their number; used: those that were hit.
 
-    def __init__(self, rule: Prefetch) -> None:
+    learns: whether the rule goes on learning.
+    """
+
+    def __init__(self, rule: Prefetch, learns: bool = True) -> None:
         self.copied = self.used = 0
         self._rule = rule
+        self._choose = rule.follow if learns else rule.choose
         self._waiting: set[int] = set()  # keys that were copied ahead and not called since
 
     def copy(self, table: Table, layer: int, experts: Sequence[int], hits: Sequence[tuple[int, int]]) -> list[Fill]:
@@ -151,7 +158,7 @@ class Ahead:
         used = self._waiting.intersection([base + expert for expert, _ in hits])
         self._waiting -= used
         self.used += len(used)
-        named = self._rule.follow(layer, experts)
+        named = self._choose(layer, experts)
         fills = table.prefetch(self._rule.ahead(layer), named)
         self._waiting.update(fill.key for fill in fills)
         self.copied += len(fills)
@@ -170,6 +177,9 @@ def _make_prefetch(name: str, calls: Calls, geometry: Geometry) -> Ahead | None:
         rule = NextGate(geometry, iter(_named(calls)))
     else:
         rule = learnt_rule(name, geometry)
+        if rule is not None and calls.teacher is not None:
+            teach(rule, calls.teacher)
+            return Ahead(rule, learns=False)
     return None if rule is None else Ahead(rule)
 
 

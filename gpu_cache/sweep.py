@@ -28,7 +28,7 @@ Row = dict[str, Any]
 Report = Callable[[int, int], None]
 
 _COLUMNS = ("step", "sequence", "layer", "start", "expert", "score")
-_NAMED = "named"  # the folder of `Calls.named`
+_NAMED, _TEACHER = "named", "teacher"  # folders of other calls of `Calls`
 _calls: Calls  # of a worker process
 
 
@@ -84,7 +84,8 @@ def _source(setting: Setting) -> str:
 def describe_trace(calls: Calls) -> Row:
     """What results depend on of a trace."""
     shape = {"layers": calls.layers, "experts": calls.experts, "steps": calls.steps, "calls": calls.total}
-    return {"digest": calls.digest(), **shape}
+    teacher = {} if calls.teacher is None else {"teacher": describe_trace(calls.teacher)}
+    return {"digest": calls.digest(), **shape, **teacher}
 
 
 def provenance(version: str) -> Row:
@@ -158,15 +159,17 @@ def _completed(futures: dict[Future[Row], str]) -> Iterator[tuple[str, Row]]:
 def _save(calls: Calls, folder: Path) -> None:
     for column in _COLUMNS:
         np.save(folder / f"{column}.npy", getattr(calls, column))
-    if calls.named is not None:
-        (folder / _NAMED).mkdir()
-        _save(calls.named, folder / _NAMED)
+    for name, more in ((_NAMED, calls.named), (_TEACHER, calls.teacher)):
+        if more is not None:
+            (folder / name).mkdir()
+            _save(more, folder / name)
 
 
 def _load(folder: Path, layers: int, experts: int) -> Calls:
     columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
     named = _load(folder / _NAMED, layers, experts + 1) if (folder / _NAMED).is_dir() else None
-    return Calls(**columns, layers=layers, experts=experts, named=named)
+    teacher = _load(folder / _TEACHER, layers, experts) if (folder / _TEACHER).is_dir() else None
+    return Calls(**columns, layers=layers, experts=experts, named=named, teacher=teacher)
 
 
 def _open(folder: str, layers: int, experts: int) -> None:

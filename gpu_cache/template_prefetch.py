@@ -25,15 +25,24 @@ class MyRule(Prefetch):
         self._followed: dict[int, list[int]] = {}  # of a key, layer * experts + expert: what was called after it
         self._waiting = deque[tuple[int, list[int]]]()  # the layer ahead of a lookup, and its keys
 
-    def follow(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        """A layer calls these experts; name those that the layer `self.ahead(layer)` should have, the surest first.
+    def learn(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer calls these experts. Called after every lookup, and of calls that teach the rule before a replay.
 
-        Called after every lookup. What it is given is the table's: read it, do not keep or change it.
+        What it is given is the table's: read it, do not keep or change it.
         """
-        keys = [layer * self.experts + expert for expert in experts]
         if len(self._waiting) == self.depth:
             ahead, before = self._waiting.popleft()
             if ahead == layer:  # no layer was left out in between
                 self._followed.update((key, list(experts)) for key in before)
-        self._waiting.append((self.ahead(layer), keys))
+        self._waiting.append((self.ahead(layer), self._keys(layer, experts)))
+
+    def choose(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        """Of a layer that calls these experts: those that the layer `self.ahead(layer)` should have, the surest first.
+
+        Called after `learn`, and alone where other calls have taught the rule. It changes nothing.
+        """
+        keys = self._keys(layer, experts)
         return list(dict.fromkeys(expert for key in keys for expert in self._followed.get(key, ())))
+
+    def _keys(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return [layer * self.experts + expert for expert in experts]

@@ -60,6 +60,7 @@ class Calls:
     expert[start[g] : start[g + 1]] and the same part of score, which holds the largest gate score among the tokens that
     asked. Iterating gives (step, layer, experts, scores). named: the same groups, of the experts that the next layer's
     router names early, where the trace says so; those that are none of the model mean that no router was asked.
+    teacher: calls that rules of prefetch learn from instead of these.
     """
 
     step: Ints
@@ -71,6 +72,7 @@ class Calls:
     layers: int
     experts: int
     named: Calls | None = None
+    teacher: Calls | None = None
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -149,6 +151,8 @@ class Calls:
             name.update(np.ascontiguousarray(column).data)
         if self.named is not None:
             name.update(self.named.digest().encode())
+        if self.teacher is not None:
+            name.update(f"taught by {self.teacher.digest()}".encode())
         return name.hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ from gpu_cache import template_prefetch
 from gpu_cache.costs import Machine, predict, work_of
 from gpu_cache.coverage import coverage
 from gpu_cache.simulator import Setting, replay
+from gpu_cache.teaching import taught_by_first
 from gpu_cache.trace import calls
 from hybrid import lab
 from hybrid.commands.experiment import app
@@ -219,6 +220,18 @@ def test_a_bound_is_of_one_seed_of_every_trace(file: Path) -> None:
     assert found.bound == sum(result.upper_bound or 0 for result in results) and found.regret >= 0
 
 
+def test_prefetches_learn_from_the_first_steps(file: Path) -> None:
+    caches = '[[caches]]\nnways = [2]\npolicies = ["LRU"]\nprefetch = ["none", "transition"]\n'
+    file.write_text(TEXT.split("[[caches]]")[0].replace("expert_mb = 100", "train_fraction = 0.25") + caches)
+    lab.run(experiment := lab.load(file))
+    found = {one.name: one for one in lab.outcomes(experiment)}
+    for name, prefetch in (("LRU", "none"), ("LRU, transition prefetch", "transition")):
+        setting = Setting(4, 2, prefetch=prefetch)
+        results = [replay(taught_by_first(calls(trace), 0.25), setting) for trace in TRACES]
+        assert [row["steps"] for row in found[name].rows] == [45, 45]
+        assert [row["hits"] for row in found[name].rows] == [int(result.hits.sum()) for result in results]
+
+
 @pytest.mark.parametrize(("share", "ways"), [(0.15, 9), (0.3, 18), (0.35, 21), (0.6, 36), (0.7, 42), (0.95, 57)])
 def test_shares_of_experts_are_exact(share: float, ways: int) -> None:
     assert ways_of(share, 24, calls(random_trace(1, steps=1, layers=24, experts=60))) == ways
@@ -258,6 +271,11 @@ WRONG = [
     (TEXT, "models = [1]", "two.toml: [[models]] 1 is 1; it must be a table"),
     (TEXT, "", "two.toml has no [[models]]; give at least one"),
     ("expert_mb = 100", "", "break-even admission needs costs"),
+    (
+        "expert_mb = 100",
+        "train_fraction = 1.5",
+        "two.toml: [[models]] made up, train_fraction: the first 1.5 of 60 steps",
+    ),
     (
         "[[caches]]",
         ALIKE + "[[caches]]",

@@ -207,6 +207,22 @@ def test_traces_of_different_models_are_not_averaged(trace: Path, tmp_path: Path
     assert CliRunner().invoke(app, []).exit_code == 2
 
 
+def test_prefetches_learn_from_the_first_steps_or_from_another_trace(trace: Path, tmp_path: Path) -> None:
+    caches = ("--nblocks", "4", "--nways", "4", "--policy", "LRU", "--prefetch", "none,transition", "--output", "json")
+    whole, parts = read_trace(trace, None, None, "--trace"), []
+    for name, chosen in (("first", whole.step < 15), ("others", whole.step >= 15)):
+        parts.append(tmp_path / f"{name}.csv")
+        columns = {column: getattr(whole, column)[chosen] for column in COLUMNS}
+        write_trace(parts[-1], replace(whole, **columns))
+    split = json.loads(simulate(trace, *caches, "--train-fraction", "0.25"))
+    apart = json.loads(simulate(parts[1], *caches, "--train", str(parts[0])))
+    alone = json.loads(simulate(parts[1], *caches))
+    for row in (*split["results"], *apart["results"], *alone["results"]):
+        del row["trace"]
+    assert split["results"] == apart["results"] != alone["results"]
+    assert split["provenance"]["trace"]["teacher"]["steps"] == 15
+
+
 def test_a_trace_may_come_from_a_pipe(trace: Path) -> None:
     out, into = os.pipe()
     writer = threading.Thread(target=lambda: (os.write(into, trace.read_bytes()), os.close(into)))
@@ -281,6 +297,10 @@ def test_few_ways_are_warned_of(trace: Path) -> None:
         (["--layers", "-5"], ["--layers", "-5"]),
         (["--results", "/missing/results"], ["--results", "/missing"]),
         (["--convert", "trace.txt"], [".csv or .parquet"]),
+        (["--train-fraction", "1"], ["the first 1 of 60 steps", "below 1"]),
+        (["--train-fraction", "0.5", "--train", "other.csv"], ["--train and --train-fraction", "one of them"]),
+        (["--train", "/missing/trace.csv"], ["--train", "/missing/trace.csv"]),
+        (["--curve", "--train-fraction", "0.5"], ["--train-fraction", "--curve"]),
         (["--profile", "/missing/bench.json", *RATES[:4], *RATES[6:]], ["--profile", "/missing"]),
     ],
     ids=lambda value: " ".join(value),

@@ -31,7 +31,7 @@ OUTPUTS = ("table", "csv", "json")
 POLICY = "LRU,LFU,Belady,bypass-Belady"
 NO_CURVE = (
     *("nways", "admission", "prefetch", "quota", "copy_delay", "pcie_gbps", "device_gbps", "cpu_gbps", "expert_mb"),
-    *("other_ms", "layer_ms", "profile", "results", "libcachesim", "convert"),
+    *("other_ms", "layer_ms", "profile", "results", "libcachesim", "convert", "train", "train_fraction"),
 )
 PROFILES = Reading(64 << 20, "make it with `hybrid bench --output json > FILE`", prefix="--profile")
 
@@ -68,6 +68,12 @@ class SimulateOptions:
     quota: str = setting("none", "Copies in a step at most; none for no limit.", metavar="LIST", group="caches")
     copy_delay: str = setting("0", "Lookups that a copy takes beyond the next one.", metavar="LIST", group="caches")
     curve: bool = setting(False, "Hits of every number of ways, from one pass for each policy.", group="caches")
+    train: Path | None = setting(
+        None, "A trace that prefetches learn from, instead of those replayed.", metavar="PATH", group="traces"
+    )
+    train_fraction: float | None = setting(
+        None, "Share of the steps that prefetches learn from; the others are replayed.", group="traces"
+    )
     layers: int | None = setting(
         None, "MoE layers of the model.", shown="what the trace has", minimum=1, group="traces"
     )
@@ -127,15 +133,30 @@ def curve_all(options: SimulateOptions) -> dict[str, Any]:
 
 def replay_all(options: SimulateOptions) -> dict[str, Any]:
     """What `run` makes of the traces, caches and rates of these options. Raises ConfigError and CacheError."""
-    from gpu_cache.trace import calls
-
     machine = make_machine(options)
     kept = KeptResults(options.results, "--results")
-    grouped = {name: calls(trace) for name, trace in read_traces(options).items()}
+    grouped = read_calls(options)
     settings = make_settings(next(iter(grouped.values())), options)
     warn_of_few_ways(grouped.values(), settings)
     warn_of_few_named(grouped, settings)
     return run(grouped, settings, machine, options.workers or len(os.sched_getaffinity(0)), kept)
+
+
+def read_calls(options: SimulateOptions) -> dict[str, Calls]:
+    """Of every trace, by its path, with what teaches prefetches. Raises ConfigError and CacheError."""
+    from gpu_cache.teaching import taught_by, taught_by_first
+    from gpu_cache.trace import calls
+
+    if options.train is not None and options.train_fraction is not None:
+        raise ConfigError("--train and --train-fraction both say what prefetches learn from; give one of them")
+    grouped = {name: calls(trace) for name, trace in read_traces(options).items()}
+    if options.train_fraction is not None:
+        return {name: taught_by_first(each, options.train_fraction) for name, each in grouped.items()}
+    if options.train is None:
+        return grouped
+    layers, experts = next((each.layers, each.experts) for each in grouped.values())
+    teacher = calls(read_trace(options.train.expanduser(), layers, experts, "--train"))
+    return {name: taught_by(each, teacher) for name, each in grouped.items()}
 
 
 def read_traces(options: SimulateOptions) -> dict[str, Trace]:

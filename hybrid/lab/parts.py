@@ -13,7 +13,8 @@ LAYERS = "layers"  # as nblocks: an index for each layer
 class Model:
     """A model and traces of it. traces: paths, from the folder of the experiment; layers, experts: None: what occurs.
 
-    expert_mb: MB of an expert, which copies and speeds need.
+    expert_mb: MB of an expert, which copies and speeds need. train_fraction: share of the steps of every trace that
+    prefetches learn from, while the others are replayed.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Model:
     layers: int | None = None
     experts: int | None = None
     expert_mb: float | None = None
+    train_fraction: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from gpu_cache.admission import Admission, SecondTouch
 from gpu_cache.costs import Machine
 from gpu_cache.simulator import Setting
 from gpu_cache.sweep import describe_trace, provenance, result_name, sweep
+from gpu_cache.teaching import taught_by_first
 from gpu_cache.trace import Calls, Trace, calls
 from hybrid import __version__
 from hybrid.errors import ConfigError, cache_errors
@@ -93,8 +94,14 @@ def read_sources(experiment: Experiment) -> list[Source]:
             raise ConfigError(
                 f"{where} they have {text}; if they are of one model, give it the keys layers and experts"
             )
-        found += [Source(model, file, trace, calls(trace)) for file, trace in traces]
+        with cache_errors(f"{experiment.path}: [[models]] {model.name}, train_fraction:"):
+            found += [Source(model, file, trace, _calls(model, trace)) for file, trace in traces]
     return found
+
+
+def _calls(model: Model, trace: Trace) -> Calls:
+    every = calls(trace)
+    return every if model.train_fraction is None else taught_by_first(every, model.train_fraction)
 
 
 def parts_of(experiment: Experiment, sources: list[Source]) -> list[Part]:

@@ -138,7 +138,7 @@ WRONG_RULES = [
         4,
         "the second time (4 x 4); the same",
     ),
-    (AHEAD + "    pass\n", 2, "A has no follow"),
+    (AHEAD + "    pass\n", 2, "A has no choose and no follow"),
     (
         AHEAD + "    def ahead(self, layer):\n        return 0\n" + method("follow", "return []"),
         3,
@@ -288,5 +288,5 @@ def test_a_prefetch_of_a_file(tmp_path) -> None:
     ):
         with pytest.raises(CacheError, match=text):
             Setting(4, 4, prefetch=wrong).check(TRACE)
-    with pytest.raises(CacheError, match="line 2: A has no follow"):  # before anything is replayed
+    with pytest.raises(CacheError, match="line 2: A has no choose and no follow"):  # before anything is replayed
         Setting(4, 4, prefetch=written(tmp_path, AHEAD + "    pass\n", "none.py")).check(TRACE)
