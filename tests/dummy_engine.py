@@ -68,7 +68,7 @@ class DummyEngine:
     experts = routes = device_step = None
 
     def __init__(self, vocab: int = 300, fail=None, next_token=None, peak: float = 4.0, **plan) -> None:
-        self.spec = SimpleNamespace(vocab=vocab, length_phase=lambda length: 0, longest=1 << 20)
+        self.spec = SimpleNamespace(vocab=vocab, length_phase=lambda length: 0, max_position=1 << 20)
         self._peak = peak
         self.plan = DummyPlan(**plan)
         self.steps: list[Batch] = []
