@@ -199,6 +199,7 @@ POSTS = {
     "/v1/messages": {"model": "tiny", "messages": ASKED, "max_tokens": 1},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": ASKED},
     "/v1/responses": {"input": "a"},
+    "/v1/responses/input_tokens": {"input": "a"},
     "/api/chat": {"model": "tiny", "messages": ASKED},
     "/api/generate": {"model": "tiny", "prompt": "a"},
     "/api/show": {"model": "tiny"},
