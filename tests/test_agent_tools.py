@@ -218,6 +218,11 @@ def test_editors_insert_the_argument_that_anthropics_models_give(version: str, i
     assert ("insert_text" in editor.parameters["properties"]) == (inserted == "insert_text")
 
 
+@pytest.mark.parametrize("version", ["", "9" * 5000, "²", "-1", "2025\n"])
+def test_what_is_no_version_makes_no_tool(version: str) -> None:
+    assert known_tool(f"text_editor_{version}") is None
+
+
 def test_the_package_of_anthropic_runs_a_memory() -> None:
     """Its tool runner calls what it is told to, and sends back what that has returned. It asks the server to keep the
     conversation first, and goes on without that where it is told that this cannot be.

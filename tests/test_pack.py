@@ -20,6 +20,8 @@ from checkpoints import (
 
 from hybrid.errors import CapacityError, HybridError, WeightsError
 from hybrid.formats.mix import MIXES
+from hybrid.models.layers.indexed import IndexedAttention
+from hybrid.models.layers.latent import LatentAttention
 from hybrid.weights import pack as packing
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store, pack
@@ -162,6 +164,26 @@ def test_a_finished_store_is_left_alone_and_another_is_not_overwritten(tmp_path:
     assert Store.open(store).spec == first.spec
     assert pack(other, store, force=True)
     assert Store.open(store, check=True).spec == other.spec
+
+
+def test_a_store_with_the_tensors_of_another_version_is_packed_again(tmp_path: Path, monkeypatch) -> None:
+    """In the cache and by itself; what has stayed the same is kept."""
+    source, lines = write_checkpoint(tmp_path / "hf", "deepseek_v32"), list[str]()
+    checkpoint, store = Checkpoint.open(source), tmp_path / "store"
+    with monkeypatch.context() as older:
+        older.setattr(IndexedAttention, "store_tensors", LatentAttention.store_tensors)
+        pack(checkpoint, store)
+        cached = cached_store(source, tmp_path / "cache").path
+    for path in (store, cached):
+        with pytest.raises(WeightsError, match="the manifest lists other tensors than its model has"):
+            Store.open(path)
+    inode = (store / "outer.safetensors").stat().st_ino
+    assert pack(checkpoint, store) and not pack(checkpoint, store)
+    assert (store / "outer.safetensors").stat().st_ino == inode
+    with Store.open(store, check=True) as new, cached_store(source, tmp_path / "cache", notice=lines.append) as again:
+        assert again.path == cached and again.content == new.content
+        assert any(".indexer." in name for name in again.tensors)
+    assert len(lines) == 1 and f"{cached} has other tensors than this version needs: packing {source} into" in lines[0]
 
 
 def test_files_of_others_are_never_touched(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ TOKEN = {"rank": 0, "token_str": "<unk>"}
         ({"special_tokens": [TOKEN, TOKEN]}, "special token {'rank': 0, .* or its rank that of another"),
         ({"special_tokens": [{"rank": 0}]}, "special token {'rank': 0} is none"),
         ({"special_tokens": [TOKEN, {**TOKEN, "rank": 1}]}, "it has 288 different tokens"),
-        ({"special_tokens": {"rank": 0}}, "special token 'rank' is none"),
+        ({"special_tokens": {"rank": 0}}, "special_tokens is {'rank': 0}, it must be a list"),
+        ({"special_tokens": 24}, "special_tokens is 24, it must be a list"),
     ],
 )
 def test_files_that_are_none_are_refused_before_anything_is_packed(tmp_path: Path, changes: Any, message: str) -> None:

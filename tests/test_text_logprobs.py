@@ -93,9 +93,9 @@ def test_they_are_those_of_the_chat() -> None:
     assert told == expected
 
 
-def found(*steps: str | Part) -> list[str]:
+def found(*steps: str | Part, whole: bool = False) -> list[str]:
     """The texts of the tokens of each part; a text comes as its bytes."""
-    finder, told = TextLogprobs(TokenTexts(BYTES)), []
+    finder, told = TextLogprobs(TokenTexts(BYTES), whole), []
     for step in steps:
         if isinstance(step, str):
             finder.push([TokenLogprob(token, -1.0) for token in BYTES.encode(step)])
@@ -114,3 +114,28 @@ def test_parts_are_found_among_marks_and_what_is_held_back() -> None:
     called = Part("call", "{}", ToolCall("a", "{}", "1"))
     assert found("a{}b", Part("text", "a"), called, Part("text", "b")) == ["a", "{}", "b"]
     assert found(Part("text", "a")) == [""]
+
+
+def test_a_part_of_a_whole_reply_is_not_found_in_those_behind_it() -> None:
+    called = Part("call", '{"x":"Hi"}', ToolCall("a", '{"x":"Hi"}', "1"))
+    told = found('Hi<tool_call>{"x":"Hi"}', Part("text", "Hi"), called, whole=True)
+    assert told == ["Hi", '{"x":"Hi"}']
+    assert found("<think>Hi</think>\n\nHi", Part("reasoning", "Hi"), Part("text", "Hi"), whole=True) == ["Hi", "Hi"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_was_thought_before_has_its_probabilities(stream: bool) -> None:
+    model = Model("<think>Hi</think>\n\nHi", template=ChatTemplate(SOURCE), max_seq_len=900)
+    with (
+        running(model.llm) as server,
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client,
+    ):
+        asked = {**PROMPT, "include": [INCLUDE]}
+        if stream:
+            with client.responses.stream(**asked) as events:
+                events.until_done()
+                reply = events.get_final_response()
+        else:
+            reply = client.responses.create(**asked)
+    thought, said = reply.output
+    assert (thought.type, written(said.content[0].logprobs)) == ("reasoning", "Hi")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ _RANGE = {
     "maxItems": 2,
     "description": "Of view: the first and the last line, from 1 on; -1 is the end",
 }
+_VERSION = re.compile("[0-9]{1,16}")
 _LAST_WITH_UNDO = 20250124  # the last version of text editors that take an edit back
 
 
@@ -30,7 +32,7 @@ def known_tool(kind: str) -> KnownTool | None:
     pictures.
     """
     name, _, version = kind.rpartition("_")
-    if not (version.isascii() and version.isdecimal()):
+    if not _VERSION.fullmatch(version):
         return None
     if name == "text_editor" and int(version) <= _LAST_WITH_UNDO:
         return _EDITOR_WITH_UNDO

@@ -72,7 +72,7 @@ class _Response(Face):
         self._offered = body.offered()
         self._items: list[Item] = []
         self._open: str | None = None  # the kind of the last item, while it goes on
-        self._scored = TextLogprobs(run.service.token_texts) if body.tells_logprobs else None
+        self._scored = TextLogprobs(run.service.token_texts, not body.stream) if body.tells_logprobs else None
         self._told = 0  # tokens that came
 
     def parts(self, said: Completion | TextDelta) -> Iterator[Part]:

@@ -13,11 +13,11 @@ from hybrid.text.token_texts import TokenTexts
 
 class TextLogprobs:
     """Finds the tokens of each part among those that have come, in order. What is between parts is of none: marks, and
-    the end.
+    the end. whole: whether all tokens come before the first part, not each part's before it.
     """
 
-    def __init__(self, texts: TokenTexts) -> None:
-        self._texts = texts
+    def __init__(self, texts: TokenTexts, whole: bool = False) -> None:
+        self._texts, self._whole = texts, whole
         self._bytes = b""  # of tokens that no part has had yet
         self._ends: list[int] = []  # where each of them ends in these bytes
         self._tokens: list[TokenLogprob] = []  # what is known of each
@@ -43,10 +43,17 @@ class TextLogprobs:
 
     def _found(self, part: Part) -> tuple[int, int]:
         """Where its bytes are. All of them, where it is written otherwise than its tokens are, as broken characters."""
-        # What begins behind marks may be a piece of them, and what goes on may come again in what is held back.
-        find = self._bytes.find if part.kind == self._kind else self._bytes.rfind
-        self._kind = part.kind
+        goes_on, self._kind = part.kind == self._kind, part.kind
         for text in (part.text.encode(), part.text.strip().encode()):
-            if (place := find(text)) >= 0:
+            if (place := self._place(text, goes_on)) >= 0:
                 return place, place + len(text)
         return 0, len(self._bytes)
+
+    def _place(self, text: bytes, goes_on: bool) -> int:
+        """Where a text begins, -1 if it is nowhere. What begins behind marks may be a piece of them, and what goes on
+        may come again in what is held back; a whole part may come again in those behind it.
+        """
+        if goes_on or not self._whole:
+            return self._bytes.find(text) if goes_on else self._bytes.rfind(text)
+        places = [place for place in (0, *self._ends) if self._bytes.startswith(text, place)]
+        return places[0] if places else self._bytes.find(text)

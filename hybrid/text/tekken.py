@@ -86,6 +86,8 @@ def _special_texts(content: Mapping[str, Any], count: int, path: Path) -> list[s
     """Of all special tokens, by id; those that are not told have a number for a text."""
     given = content.get("special_tokens")
     told: dict[int, str] = dict(enumerate(_OLDER)) if given is None else {}
+    if not isinstance(given, list | None):
+        raise _refuse(path, f"special_tokens is {given!r:.40}, it must be a list")
     for token in given or ():
         index, text = (token.get("rank"), token.get("token_str")) if isinstance(token, dict) else (None, None)
         if type(index) is not int or not isinstance(text, str) or not text or index in told:

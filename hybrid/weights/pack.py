@@ -30,7 +30,7 @@ from hybrid.weights.kept import note_use
 from hybrid.weights.manifest import MANIFEST, UNFINISHED, Manifest
 from hybrid.weights.shard import checksum, gap, make_header, read_header
 from hybrid.weights.source import source_fingerprint, source_place
-from hybrid.weights.store import Store, is_store, read_manifest, shard_file
+from hybrid.weights.store import Store, is_outdated, is_store, read_manifest, shard_file
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 Notice = Callable[[str], None]
@@ -47,7 +47,8 @@ def pack(
     force: bool = False,
     notice: Notice | None = None,
 ) -> bool:
-    """Write the store of `checkpoint` to the directory `output`; False when it already holds exactly that.
+    """Write the store of `checkpoint` to the directory `output`; False when it already holds exactly that. One that
+    another version of the program packed with other tensors is packed again.
 
     mix: the formats; None takes those in which the checkpoint is published.
     An interrupted run leaves no store that loads; the next one keeps the shards that were finished. `check`
@@ -85,7 +86,8 @@ def cached_store(
     if has_weights(path) and not may_read_weights(path) and (found := _store_of_place(path, cache_dir, config, mix)):
         return Store.open(found, check)
     target = _cached_path(path, cache_dir, mix)
-    if is_store(target):
+    outdated = is_store(target) and is_outdated(target)
+    if is_store(target) and not outdated:
         with suppress(WeightsError, CapacityError):  # the cache may be read-only: the model has the originals
             copy_companions(path, target, lambda line: None)
         note_use(target, path)
@@ -93,7 +95,8 @@ def cached_store(
     checkpoint = open_checkpoint(path)
     _require_writable(target.parent)
     if notice:
-        notice(f"packing {path} into {target}; this is done once, later starts map it")
+        why = f"{target} has other tensors than this version needs: " * outdated
+        notice(f"{why}packing {path} into {target}; this is done once, later starts map it")
     pack(checkpoint, target, mix, progress, check, notice=notice)
     return Store.open(target, check)
 
@@ -214,13 +217,16 @@ class _Packer:
 
     def run(self, force: bool) -> bool:
         if is_store(self._output) and not force:
-            if self._matches(self._output / MANIFEST):
+            if not self._matches(self._output / MANIFEST):
+                raise WeightsError(
+                    f"{self._output}: already holds another store; replace it with --force or give another directory"
+                )
+            if not is_outdated(self._output):
                 copy_companions(self._source, self._output, self._notice)
                 (self._output / UNFINISHED).unlink(missing_ok=True)
                 return False
-            raise WeightsError(
-                f"{self._output}: already holds another store; replace it with --force or give another directory"
-            )
+            with disk_errors(self._output):  # shards that have the tensors of this version are kept
+                (self._output / MANIFEST).replace(self._output / UNFINISHED)
         self._resume()
         self._check_space()
         self._discard_old()

@@ -7,6 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -172,6 +173,15 @@ class Store:
 
 def is_store(path: Path) -> bool:
     return is_file(path / MANIFEST)
+
+
+def is_outdated(path: Path) -> bool:
+    """Whether a store has other tensors than its model has now, because another version of the program packed it."""
+    with suppress(WeightsError):  # opening it says why
+        manifest = read_manifest(path)
+        wanted = model_spec(manifest.config).store_tensors(manifest.mix)
+        return set(manifest.tensors) != {tensor.name for tensor in wanted}
+    return False
 
 
 def shard_file(shard: str) -> str:
