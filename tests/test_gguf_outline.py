@@ -102,6 +102,25 @@ def test_the_first_file_shows_what_the_others_hold(tmp_path: Path, family: str) 
         assert outline.native == (None if family in ALONE else whole.native)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_layers_that_are_not_here_have_indexers(tmp_path: Path, family: str) -> None:
+    """Unless those that are have none."""
+    metadata, tensors = tensors_of(family)
+    metadata["tokenizer.ggml.tokens"] = ["a"] * 131
+    two = [name for name in tensors if name.startswith(("blk.0.", "blk.1."))]
+    second = family == "deepseek_v32"
+    for first, wanted in (([], [True, True, True]), (two, [True, second, True])):
+        here, other = splits(tmp_path, metadata, tensors, first)
+        other.unlink()
+        spec = model_spec(outline_gguf(here).config)
+        assert [bool(layer.mixer.indexer) for layer in spec.layers] == wanted  # type: ignore[attr-defined]
+        assert spec.max_position == 256
+    none = {name: tensor for name, tensor in tensors.items() if ".indexer." not in name}
+    here, other = splits(tmp_path, metadata, none, [name for name in two if name in none])
+    other.unlink()
+    assert model_spec(outline_gguf(here).config).max_position == 200
+
+
 def test_a_part_of_a_layer_and_types_by_layer(tmp_path: Path) -> None:
     """Layers that are not here have the formats of those that are; the second layer is the odd one."""
     metadata, tensors = blocks_of("mixtral")

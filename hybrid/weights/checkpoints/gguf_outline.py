@@ -12,12 +12,13 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import in_layer
 from hybrid.weights.checkpoints.gguf import GgufCheckpoint
+from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES
 from hybrid.weights.checkpoints.gguf_config import EMBEDDING, HEAD
 from hybrid.weights.checkpoints.gguf_fields import layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf, headers_of
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import gguf_mix
-from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, FINAL_NORMS
+from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, FINAL_NORMS, INDEXER, LATENT
 from hybrid.weights.shard import Entry
 
 _TOKENS, _INTERVAL, _EVERY = "tokenizer.ggml.tokens", "full_attention_interval", 4
@@ -60,7 +61,8 @@ def outline_gguf(path: Path) -> Outline:
 
 def _outer_stand_ins(model: Gguf) -> dict[str, Entry]:
     """What a config.json is told from beside the metadata, where it is in another file: the vocabulary, a head of its
-    own, and which layers do not attend. A file that has the final norm has the head beside it, if there is one.
+    own, which layers do not attend, and which have an indexer. A file that has the final norm has the head beside it,
+    if there is one.
     """
     metadata, found = GgufMetadata(model), {}
     if EMBEDDING not in model.tensors:
@@ -77,7 +79,22 @@ def _outer_stand_ins(model: Gguf) -> dict[str, Entry]:
             for layer in layers
             if in_layer(ATTENTION, layer).q not in model.tensors
         }
+    if metadata.architecture in INDEXED_TYPES:
+        found |= _indexer_stand_ins(model, metadata)
     return {name: entry for name, entry in found.items() if name not in model.tensors}
+
+
+def _indexer_stand_ins(model: Gguf, metadata: GgufMetadata) -> dict[str, Entry]:
+    """Of layers that are in other files: each has an indexer, unless all that are here have none."""
+    layers = range(layer_count(metadata))
+    keys = [in_layer(INDEXER, layer).k for layer in layers]
+    away = [in_layer(LATENT, layer).norm not in model.tensors for layer in layers]
+    if not all(away) and model.tensors.keys().isdisjoint(keys):
+        return {}
+    shape = (metadata.size("attention.indexer.key_length"), metadata.size("embedding_length"))
+    unseen = Entry(model.path, _any_type(model), shape, 0, 0)
+    entry = next((model.tensors[key] for key in keys if key in model.tensors), unseen)
+    return {key: entry for key, is_away in zip(keys, away, strict=True) if is_away}
 
 
 def _any_type(model: Gguf) -> str:
