@@ -177,6 +177,18 @@ def test_up_to_as_many_tokens_as_are_selected_bits_are_those_of_attention_to_all
     assert some == least and more - some == indexers * 32 * 2  # keys of the indexers, padded, in bf16
 
 
+@pytest.mark.parametrize("numa", ["off", "2"])
+def test_indexers_that_do_not_run_are_not_copied(tmp_path: Path, numa: str) -> None:
+    """A copy of the weights is what the plan counts, and what aligns its parts."""
+    path, copied = write_checkpoint(tmp_path / "hf", "deepseek_v32", index_topk=16), []
+    for longest in (16, 256):
+        with open_engine(path, tmp_path / "cache", load="copy", numa=numa, max_seq_len=longest) as engine:
+            assert np.isfinite(step(engine, (0, 0, np.arange(16)))[0]).all()
+            copied.append(sum(node.bytes for node in engine.memory.nodes))
+            indexers = engine.plan.weight_bytes.get("indexer", 0)
+    assert copied[1] - copied[0] >= indexers > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_device_computes_as_many_tokens_as_are_selected(family: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "hf", family)

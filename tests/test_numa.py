@@ -503,4 +503,4 @@ def test_a_copy_that_cannot_be_had_is_refused_with_its_size(saved, monkeypatch) 
     with cached_store(saved, saved.parent / "cache") as store:
         monkeypatch.setattr("hybrid.weights.copied.cpu_kernels.Arena", refuse)
         with pytest.raises(CapacityError, match=r"\d GB for a copy of the weights cannot be allocated"):
-            CopiedWeights(store, {}, (-1,), 1)
+            CopiedWeights(store, store.tensors.values(), {}, (-1,), 1)

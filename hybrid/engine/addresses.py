@@ -107,6 +107,7 @@ def _load(store: Store, plan: Plan, progress: Progress | None) -> Store | Copied
     if plan.load == "map":
         store.verify_in_background()
         return store
-    copied = CopiedWeights(store, plan.parts, plan.node_ids, plan.threads, progress)
+    needed = store.spec.within(plan.max_seq_len).store_tensors(store.mix)  # the others are in no plan
+    copied = CopiedWeights(store, needed, plan.parts, plan.node_ids, plan.threads, progress)
     store.close()
     return copied

@@ -19,22 +19,23 @@ Places = dict[tuple[str, int], tuple[int, int]]  # (tensor, node): (offset in th
 
 
 class CopiedWeights:
-    """The tensors of a store in an arena for each node. What is not split is whole on the first node."""
+    """Tensors of a store in an arena for each node. What is not split is whole on the first node."""
 
     def __init__(
         self,
         store: Store,
+        tensors: Iterable[StoreTensor],
         parts: Parts,
         node_ids: tuple[int, ...],
         threads: int,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Copy everything with `threads` threads; the store may be closed afterwards.
+        """Copy tensors of a store with `threads` threads; it may be closed afterwards.
 
         node_ids: the system's numbers of the nodes, -1 for none. progress: called with (what, done, total).
         Raises CapacityError.
         """
-        self._places, sizes = lay_out(store.tensors.values(), parts, len(node_ids))
+        self._places, sizes = lay_out(tensors, parts, len(node_ids))
         try:
             self.arenas = [cpu_kernels.Arena(size, True, id) for size, id in zip(sizes, node_ids, strict=True)]
         except MemoryError:
