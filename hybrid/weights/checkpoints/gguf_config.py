@@ -285,13 +285,12 @@ def _indexed(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _shared_indexers(model: Gguf, metadata: GgufMetadata) -> Config:
     """Layers without an indexer of their own have no tensors of one. Where none has, none selects: then sequences are
-    as short as need be. Of layers that are in a file that is not here each is taken to have one.
+    as short as need be.
     """
     layers = range(min(layer_count(metadata), len(model.tensors)))
     own = [has(model, "indexer.attn_k.weight", layer) for layer in layers]
     if any(own):
-        elsewhere = [not has(model, "attn_norm.weight", layer) for layer in layers]
-        return {"indexer_types": ["full" if any(its) else "shared" for its in zip(own, elsewhere, strict=True)]}
+        return {"indexer_types": ["full" if its else "shared" for its in own]}
     selects = metadata.size("attention.indexer.top_k")
     return {"max_position_embeddings": min(selects, metadata.size("context_length"))}
 
