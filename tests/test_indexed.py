@@ -259,6 +259,14 @@ def test_layers_that_share_are_told_as_transformers_tells_them(changes: dict[str
     assert "".join("FS"[not layer.mixer.indexer] for layer in spec.layers) == wanted  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("said", [None, False, True])
+def test_config_json_may_say_how_an_indexer_turns(family: str, said: bool | None) -> None:
+    spec = model_spec({**CONFIGS[family], "indexer_rope_interleave": said})
+    wanted = family == "glm_moe_dsa" if said is None else said
+    assert spec.layers[0].mixer.indexer.interleaved == wanted  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [

@@ -98,7 +98,7 @@ def read_indexed(
 ) -> ModelSpec:
     """A model whose layers, in sequences of more than `index_topk` tokens, attend to those that an indexer selects.
 
-    groups: see `read_grouped_sigmoid`. index_heads: a default. interleaved: as of `Indexer`. shares: whether layers may
+    groups: see `read_grouped_sigmoid`. index_heads, interleaved: defaults of the indexer. shares: whether layers may
     select what one before them did.
     """
     fields.refuse("rope_interleave", neutral=True)
@@ -118,12 +118,13 @@ def read_indexed(
 
 
 def read_indexer(fields: Fields, attention: LatentAttention, heads: int, interleaved: bool) -> tuple[Indexer, int]:
-    """An indexer, and how many tokens it selects. heads: a default."""
+    """An indexer, and how many tokens it selects. heads, interleaved: defaults."""
     turned, selects = attention.rope.dim, fields.size("index_topk", default=2048, maximum=10**9)
     heads = fields.size("index_n_heads", default=heads, maximum=MAX_INDEX_HEADS)
     dim = fields.size("index_head_dim", default=128, minimum=turned, maximum=MAX_KEY_DIM)
     if dim % 2:
         raise ConfigError(f"config.json: index_head_dim is {dim}; it must be even: correct it")
+    interleaved = fields.flag("indexer_rope_interleave", default=interleaved)
     return Indexer(heads, dim, attention.q_rank, interleaved), selects
 
 
