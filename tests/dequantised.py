@@ -11,6 +11,7 @@ from checkpoints import CONFIGS, STACKED, write_tensors
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.models.layers.gated_delta import GatedDeltaNet
+from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
@@ -126,6 +127,18 @@ def _latent(store: Store, index: int) -> Named:
         yield _bias(names.out), store.array(f"{prefix}.out_bias")[: spec.hidden]
 
 
+def _indexed(store: Store, index: int) -> Named:
+    yield from _latent(store, index)
+    if not (indexer := store.spec.layers[index].mixer.indexer):
+        return
+    prefix, names = f"layers.{index}.indexer", in_layer(indexer.names, index)
+    yield names.q, _matrix(store, f"{prefix}.q", indexer.width, indexer.q_rank)
+    yield names.k, _matrix(store, f"{prefix}.k", indexer.head_dim, store.spec.hidden)
+    yield names.k_norm, store.array(f"{prefix}.norm")
+    yield _bias(names.k_norm), store.array(f"{prefix}.norm_bias")
+    yield names.weights, store.array(f"{prefix}.weights")
+
+
 def delta_tensors(store: Store, index: int) -> Named:
     """Of a layer of the gated delta rule."""
     spec, prefix, delta = store.spec, f"layers.{index}.delta", store.spec.layers[index].mixer
@@ -162,7 +175,7 @@ def per_head(store: Store, name: str, heads: int, n: int, k: int) -> np.ndarray:
     return np.stack([format.unpack(blocks, n, k) for blocks in store.array(name).reshape(heads, -1)])
 
 
-_MIXERS = {ShortConv: _conv, LatentAttention: _latent, GatedDeltaNet: delta_tensors}
+_MIXERS = {ShortConv: _conv, LatentAttention: _latent, IndexedAttention: _indexed, GatedDeltaNet: delta_tensors}
 
 
 def _feed_forward(store: Store, index: int) -> Named:

@@ -123,14 +123,14 @@ def test_pages_of_the_kernel_tests_lie_as_planned(format) -> None:
         ("avx2", 100, {"kv_format": "int8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
         ("avx512", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
         ("avx512_bf16", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 4 * 16 * 256 * 2),
-        # sums of 2 or 4 blocks, panels of 256 inputs for formats that are opened, copied rows of 96 inputs for tiles
+        # sums of 2 or 4 blocks, panels of 256 inputs for formats that are opened
         ("avx2", 4000, {}, 4000 * 2 * 64),
         ("avx512_bf16", 4000, {}, 4000 * 4 * 64),
         ("avx512_bf16", 4000, {"weight_format": "fp8"}, 4000 * 4 * 64 + 4 * 8192),
-        ("amx", 4001, {}, 4016 * 4 * 64 + 4016 * (2 * 128 + 64)),
-        ("amx", 4001, {"weight_format": "int8"}, 4016 * 4 * 64 + 4016 * (128 + 64)),
-        ("amx", 4001, {"weight_format": "int4"}, 4016 * 4 * 64 + 4 * 8192 + 4016 * (128 + 64)),
-        ("amx", 4001, {"weight_format": "int8,head=bf16"}, 4016 * 4 * 64 + 4016 * (128 + 64)),
+        # tiles have more where rows are few; sums of 4 blocks of all rows are more than those of 16 of 512 and copies
+        ("amx", 500, {}, 512 * 16 * 64 + 16 * (32 * 512 + 64)),
+        ("amx", 4001, {}, 4001 * 4 * 64),
+        ("amx", 4001, {"weight_format": "int4"}, 4001 * 4 * 64 + 4 * 8192),
     ],
 )
 def test_scratch_is_what_the_op_needs_that_needs_most(isa, rows, choices, expected) -> None:

@@ -183,7 +183,7 @@ def test_rows_are_written_before_they_are_read(name, text) -> None:
         "router": ("logits",),
     }
     outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
-    outputs |= {"latent": ("plain", "q")}
+    outputs |= {"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)}
     outputs["topk"] += ("shared_weights",)
     written: set[str] = set()
     for op in program(SPECS[name], mix_of(text))[1]:

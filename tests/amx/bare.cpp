@@ -32,6 +32,19 @@ int memcmp(const void* a, const void* b, size_t count) {
   return 0;
 }
 
+// What kernels call of the mathematical library: m 2^e with m near 1 is 2 atanh((m - 1) / (m + 1)) + e log 2.
+double log(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int exponent = int(bits >> 52) - 1023;
+  bits = (bits & 0xfffffffffffff) | 0x3ff0000000000000;
+  memcpy(&x, &bits, sizeof x);
+  const double z = (x - 1) / (x + 1);
+  double sum = 0, power = z;
+  for (int i = 1; i < 60; i += 2, power *= z * z) sum += power / i;
+  return 2 * sum + exponent * 0.69314718055994530942;
+}
+
 extern const char exception_entries[];
 [[noreturn]] void start_program();
 [[noreturn]] void report_exception(long vector, const long* frame);
