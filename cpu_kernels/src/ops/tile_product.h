@@ -10,7 +10,8 @@ namespace HYBRID_ISA {
 
 constexpr int kFewRows = 96;  // up to so many memory decides, and panels of fewer blocks begin sooner: measured
 
-// Stored bytes of some blocks that a panel needs: `bytes` from `at` on, and as many `stride` behind for each further.
+// Stored bytes of some blocks that a panel needs: `lines` lines from `at` on, and as many `stride` bytes behind for
+// each further block.
 struct Stored {
   const char* at;
   int64_t stride;
