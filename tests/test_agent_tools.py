@@ -151,7 +151,7 @@ def test_a_shell_of_commands_and_patches_are_called_as_the_client_knows_them() -
 @pytest.mark.parametrize("kind", ["shell", "apply_patch"])
 def test_each_can_be_demanded(client, kind: str) -> None:
     words = {"model": "tiny", "input": "Go", "tools": [{"type": "shell"}, {"type": "apply_patch"}]}
-    (item,) = client.responses.create(**words, tool_choice={"type": kind}, max_output_tokens=400).output
+    (item,) = client.responses.create(**words, tool_choice={"type": kind}, max_output_tokens=400, temperature=0).output
     assert item.type == f"{kind}_call"
 
 
@@ -268,7 +268,7 @@ def test_allowed_tools_of_responses(client, model: Model, mode: str) -> None:
 
 
 def test_a_shell_that_must_be_called_is(client) -> None:
-    words = {"model": "tiny", "input": "Go", "tools": [FINDER, LOCAL], "max_output_tokens": 400}
+    words = {"model": "tiny", "input": "Go", "tools": [FINDER, LOCAL], "max_output_tokens": 400, "temperature": 0}
     (item,) = client.responses.create(**words, tool_choice={"type": "local_shell"}).output
     assert item.type == "local_shell_call"
 
