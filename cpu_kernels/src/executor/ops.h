@@ -36,8 +36,7 @@ struct StripSize {
 
 // What the scratch of products depends on.
 struct ProductSizes {
-  int max_blocks;  // that are multiplied together
-  bool has_tiles;
+  int max_blocks;              // that are multiplied together
   bool opened[kFormats];       // whether stored lines are operands as they are
   StripSize strips[kFormats];  // of those that tiles multiply
 };

@@ -25,7 +25,7 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 static constexpr ProductSizes product_sizes() {
-  ProductSizes sizes{Isa::max_blocks, Isa::has_tiles, {}, {}};
+  ProductSizes sizes{Isa::max_blocks, {}, {}};
   for (int i = 0; i < kFormats; ++i) {
     with_format(hybrid::Format(i), [&](auto format) {
       using Format = decltype(format);

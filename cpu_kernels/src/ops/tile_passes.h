@@ -67,7 +67,6 @@ struct TilePanel {
 
   HYBRID_INLINE float* sums_of(int row, int block) const { return sums + block * sums_stride + int64_t(row) * kBlock; }
   HYBRID_INLINE bool begins() const { return operands.first == 0; }
-  HYBRID_INLINE bool ends() const { return last == w.lines; }
   HYBRID_INLINE const char* line(int block, int line) const {
     return operands.data + block * operands.block_stride +
            (line - operands.first) * Format::steps * operands.line_stride;
