@@ -57,12 +57,13 @@ def next_ranks(calls: Calls) -> array[int]:
     """
     keys, starts, total = calls.key.tolist(), calls.start.tolist(), calls.total
     following = list(range(total, total + calls.layers * calls.experts))
-    ranks = array("q", bytes(8 * total))
+    next_of, ranks = following.__getitem__, array("q", bytes(8 * total))
     for end, start in pairwise(reversed(starts)):
-        for call in range(start, end):
-            ranks[call] = following[keys[call]]
-        for rank, call in enumerate(sorted(range(start, end), key=ranks.__getitem__), start):
-            following[keys[call]] = rank
+        called = keys[start:end]
+        ranks[start:end] = array("q", map(next_of, called))
+        called.sort(key=next_of)
+        for rank, key in enumerate(called, start):
+            following[key] = rank
     return ranks
 
 
@@ -92,75 +93,59 @@ def _future(calls: Calls) -> _Future:
     return _FUTURES[calls]
 
 
-class _Sets:
-    """The experts of each index in a heap of (minus rank of the next call): the top is the furthest future.
-
-    An expert that is hit gets a new entry. Its old one stays; it is of the past, hence smaller than those of all
-    that may be evicted, and reaches the top only when nothing may be.
-    """
-
-    def __init__(self, calls: Calls, geometry: Geometry) -> None:
-        self.ranks, self.owners = _future(calls)
-        self.index_of = geometry.indexes().tolist()
-        self.resident = bytearray(len(self.index_of))
-        self.free = [geometry.nways] * geometry.nblocks
-        self.heaps: list[list[int]] = [[] for _ in self.free]
-        self.largest = _ENTRIES_PER_SLOT * geometry.nways + 64
-
-    def make_room(self, index: int, now: int, nearer_than: int) -> int | None:
-        """1 if the furthest expert of an index left, 0 if a slot was free, None if there is no room.
-
-        now: the first rank that is not past; nearer_than: only an expert with a larger rank may leave.
-        """
-        if self.free[index]:
-            self.free[index] -= 1
-            return 0
-        heap = self.heaps[index]
-        if not heap or -heap[0] < now or -heap[0] <= nearer_than:
-            return None
-        self.resident[self.owners[-heappop(heap)]] = 0
-        return 1
-
-    def put(self, calls: list[tuple[int, int]], now: int) -> None:
-        """Enter what was called, (rank, key) each, or give it a new entry."""
-        resident, heaps, index_of, largest = self.resident, self.heaps, self.index_of, self.largest
-        for rank, key in calls:
-            resident[key] = 1
-            heap = heaps[index_of[key]]
-            heappush(heap, -rank)
-            if len(heap) > largest:
-                heap[:] = [entry for entry in heap if -entry >= now]
-                heapify(heap)
-
-
 def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -> Schedule:
-    sets = _Sets(calls, geometry)
-    ranks, resident, index_of = sets.ranks, sets.resident, sets.index_of
+    """Of each index a heap of minus the ranks of next calls: the top is the furthest future.
+
+    An expert that is hit gets a new entry, after all victims of its group are chosen. Its old one stays; it is of the
+    past, hence nearer than those of all that may leave, and reaches the top only when nothing may.
+    """
+    ranks, owners = _future(calls)
+    index_of = geometry.indexes().tolist()
+    resident = bytearray(len(index_of))
+    free, most = [geometry.nways] * geometry.nblocks, _ENTRIES_PER_SLOT * geometry.nways + 64
+    heaps: list[list[int]] = [[] for _ in free]
     never = calls.total if bypass else calls.total + len(index_of)
     fills, evictions = ([0] * calls.layers for _ in range(2))
     counts: list[int] = []
     first, current, left = 0, -1, -1
-    for step, layer, experts, _ in calls:
-        if step != current:
-            current, left = step, -1 if quota is None else quota
-        base, end = layer * calls.experts, first + len(experts)
-        group = [(ranks[first + i], base + expert) for i, expert in enumerate(experts)]
-        kept = [call for call in group if resident[call[1]]]
-        counts.append(len(kept))
-        if len(kept) < len(group):
-            missed = [call for call in group if not resident[call[1]]]
-            for rank, key in sorted(missed) if bypass else missed:
+    for steps, layers, ends, keys, _, _ in calls.in_lists():
+        begin, futures = 0, ranks[first : first + len(keys)].tolist()
+        for step, layer, end in zip(steps, layers, ends, strict=True):
+            if step != current:
+                current, left = step, -1 if quota is None else quota
+            kept, missed, past = [], [], first + end
+            for call in zip(futures[begin:end], keys[begin:end], strict=True):
+                (kept if resident[call[1]] else missed).append(call)
+            begin = end
+            counts.append(len(kept))
+            if bypass and len(missed) > 1:
+                missed.sort()
+            for call in missed:
+                rank, key = call
                 index = index_of[key]
                 if index < 0 or not left or rank >= never:
                     continue
-                evicted = sets.make_room(index, end, rank if bypass else -1)
-                if evicted is not None:
-                    evictions[layer] += evicted
-                    fills[layer] += 1
-                    left -= 1
-                    kept.append((rank, key))
-        sets.put(kept, end)
-        first = end
+                if free[index]:
+                    free[index] -= 1
+                else:
+                    heap = heaps[index]
+                    furthest = -heap[0] if heap else -1
+                    if furthest < past or (bypass and furthest <= rank):
+                        continue
+                    resident[owners[furthest]] = 0
+                    heappop(heap)
+                    evictions[layer] += 1
+                resident[key] = 1
+                fills[layer] += 1
+                left -= 1
+                kept.append(call)
+            for rank, key in kept:
+                heap = heaps[index_of[key]]
+                heappush(heap, -rank)
+                if len(heap) > most:
+                    heap[:] = [entry for entry in heap if -entry >= past]
+                    heapify(heap)
+        first += len(keys)
     found = np.array(counts)
     return Schedule(calls.by_layer(found), np.array(fills), np.array(evictions), found)
 

@@ -14,6 +14,7 @@ from gpu_cache.policies.base import Policy
 LEARNING_RATE = 0.45
 ENTRIES_PER_SLOT = 4  # a heap is cleaned when it has more
 DISCOUNT = 0.005  # of a regret that comes as many misses after the eviction as an index has ways
+_KEPT = 1 << 12  # factors by which trust changes, of regrets so many misses late
 
 
 class _Index:
@@ -21,6 +22,8 @@ class _Index:
     which those of a time before are brought up to date, or dropped, where they are the least.
     regrets: by recency and by frequency, the misses at which keys were evicted so. trust: in recency, 0 to 1.
     """
+
+    __slots__ = ("by_calls", "misses", "recent", "regrets", "trust")
 
     def __init__(self) -> None:
         self.recent: OrderedDict[int, None] = OrderedDict()
@@ -44,6 +47,7 @@ class LeCar(Policy):
         super().__init__(geometry, seed)
         self._random = Random(seed).random
         self._indexes = [_Index() for _ in range(geometry.nblocks)]
+        self._recent = [state.recent for state in self._indexes]
         self._now = 0  # calls
         self._calls = [0] * geometry.slots
         self._last = [0] * geometry.slots  # call
@@ -51,16 +55,17 @@ class LeCar(Policy):
         self._most_entries = ENTRIES_PER_SLOT * geometry.nways + 64
         self._key_of = [0] * geometry.slots
         self._discount = DISCOUNT ** (1 / geometry.nways)
+        self._factors = [self._factor(late) for late in range(min(_KEPT, 8 * geometry.nways))]
 
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        indexes, nways, calls, last, now = self._indexes, self.nways, self._calls, self._last, self._now
+        recent, nways, calls, last, now = self._recent, self.nways, self._calls, self._last, self._now
         for slot in slots:
-            now += 1
-            indexes[slot // nways].recent.move_to_end(slot)
+            recent[slot // nways].move_to_end(slot)
             calls[slot] += 1
             last[slot] = now
+            now += 1
         self._now = now
 
     def on_fill(self, slot: int, key: int) -> None:
@@ -68,69 +73,77 @@ class LeCar(Policy):
         state.recent[slot] = None
         self._enter(state, slot, key)
 
-    def _enter(self, state: _Index, slot: int, key: int) -> None:
-        """An expert is new in a slot."""
-        state.misses += 1
-        for rule, regrets in enumerate(state.regrets):
-            if key in regrets:
-                self._learn(state, rule, regrets.pop(key))
-        self._now += 1
-        self._calls[slot], self._last[slot], self._key_of[slot] = 1, self._now, key
-        entry = self._entry[slot] = (1, self._now, slot)
-        heappush(state.by_calls, entry)
-        if len(state.by_calls) > self._most_entries:
-            state.by_calls[:] = [entry for entry in state.by_calls if entry is self._entry[entry[2]]]
-            heapify(state.by_calls)
-
     def on_evict(self, slot: int, key: int) -> None:
-        state = self._indexes[slot // self.nways]
-        del state.recent[slot]
+        del self._recent[slot // self.nways][slot]
         self._entry[slot] = None
 
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         state = self._indexes[index]
-        rule = int(self._random() >= state.trust)
-        slot = self._least_called(state.by_calls, blocked) if rule else _first(state.recent, blocked)
-        if slot is None:
-            return None
-        regrets = state.regrets[rule]
+        recent = state.recent
+        if self._random() < state.trust:
+            regrets = state.regrets[0]
+            for slot in recent:
+                if slot not in blocked:
+                    break
+            else:
+                return None
+        else:
+            regrets = state.regrets[1]
+            least = self._least_called(state.by_calls, blocked)
+            if least is None:
+                return None
+            slot = least
         regrets[self._key_of[slot]] = state.misses
         if len(regrets) > self.nways:
             regrets.popitem(last=False)
-        state.recent.move_to_end(slot)
+        recent.move_to_end(slot)
         self._enter(state, slot, key)
         return slot
+
+    def _enter(self, state: _Index, slot: int, key: int) -> None:
+        """An expert is new in a slot."""
+        misses = state.misses = state.misses + 1
+        by_recency, by_calls = state.regrets
+        if key in by_recency:
+            late = misses - by_recency.pop(key)
+            trust, other = state.trust, self._factors[late] if late < len(self._factors) else self._factor(late)
+            state.trust = trust / (trust + (1 - trust) * other)
+        elif key in by_calls:
+            late = misses - by_calls.pop(key)
+            other = self._factors[late] if late < len(self._factors) else self._factor(late)
+            trust = state.trust * other
+            state.trust = trust / (trust + (1 - state.trust))
+        now = self._now
+        self._now, self._calls[slot], self._last[slot], self._key_of[slot] = now + 1, 1, now, key
+        entry = self._entry[slot]
+        if entry is None or entry[0] > 1:  # else the one that it has is not above that of a new expert
+            entry = self._entry[slot] = (1, now, slot)
+            heap = state.by_calls
+            heappush(heap, entry)
+            if len(heap) > self._most_entries:
+                heap[:] = [entry for entry in heap if entry is self._entry[entry[2]]]
+                heapify(heap)
 
     def _least_called(self, heap: list[tuple[int, int, int]], blocked: Collection[int]) -> int | None:
         """Of those that were called equally often the one called longest ago."""
         entries, calls, last, passed, found = self._entry, self._calls, self._last, [], None
-        while heap and found is None:
+        while heap:
             entry = heap[0]
             slot = entry[2]
             if entries[slot] is not entry:
                 heappop(heap)
             elif entry[1] != last[slot]:
-                entry = entries[slot] = (calls[slot], last[slot], slot)
+                entries[slot] = entry = (calls[slot], last[slot], slot)
                 heapreplace(heap, entry)
             elif slot in blocked:
                 passed.append(heappop(heap))
             else:
                 found = slot
+                break
         for entry in passed:
             heappush(heap, entry)
         return found
 
-    def _learn(self, state: _Index, rule: int, evicted: int) -> None:
-        """A miss is copied: trust the rule less that evicted it, so many misses ago."""
-        other = exp(LEARNING_RATE * self._discount ** (state.misses - evicted))
-        recent, often = (
-            (state.trust, (1 - state.trust) * other) if rule == 0 else (state.trust * other, 1 - state.trust)
-        )
-        state.trust = recent / (recent + often)
-
-
-def _first(slots: OrderedDict[int, None], blocked: Collection[int]) -> int | None:
-    for slot in slots:
-        if slot not in blocked:
-            return slot
-    return None
+    def _factor(self, late: int) -> float:
+        """By which the trust in the other rule grows when a miss is copied that came so many misses after it left."""
+        return exp(LEARNING_RATE * self._discount**late)
