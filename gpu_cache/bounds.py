@@ -113,7 +113,7 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
         for step, layer, end in zip(steps, layers, ends, strict=True):
             if step != current:
                 current, left = step, -1 if quota is None else quota
-            kept, missed, past = [], [], first + end
+            kept, missed, past = list[tuple[int, int]](), list[tuple[int, int]](), first + end
             for call in zip(futures[begin:end], keys[begin:end], strict=True):
                 (kept if resident[call[1]] else missed).append(call)
             begin = end

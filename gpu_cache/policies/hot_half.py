@@ -126,8 +126,8 @@ class HotHalf(DecayedPolicy):
         return cold
 
     def _parted(self, slots: range, count: int) -> list[int]:
-        heat = np.frombuffer(self._heat)[slots.start : slots.stop]
-        last = np.frombuffer(self._last, np.int64)[slots.start : slots.stop]
+        heat = np.asarray(self._heat[slots.start : slots.stop])
+        last = np.asarray(self._last[slots.start : slots.stop])
         limit = np.partition(heat, count - 1)[count - 1]
         colder, equal = np.flatnonzero(heat < limit), np.flatnonzero(heat == limit)
         cold = np.concatenate([colder, equal[np.argsort(last[equal])][: count - len(colder)]])

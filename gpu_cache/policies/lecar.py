@@ -80,19 +80,15 @@ class LeCar(Policy):
     def replace(self, index: int, key: int, blocked: Collection[int]) -> int | None:
         state = self._indexes[index]
         recent = state.recent
-        if self._random() < state.trust:
-            regrets = state.regrets[0]
-            for slot in recent:
-                if slot not in blocked:
-                    break
-            else:
-                return None
+        by_calls = self._random() >= state.trust
+        for slot in recent:
+            if slot not in blocked:
+                break
         else:
-            regrets = state.regrets[1]
-            least = self._least_called(state.by_calls, blocked)
-            if least is None:
-                return None
-            slot = least
+            return None
+        regrets = state.regrets[by_calls]
+        if by_calls and self._calls[slot] > 1:  # else it is the victim of both rules: nothing was called less often
+            slot = self._least_called(state.by_calls, blocked)
         regrets[self._key_of[slot]] = state.misses
         if len(regrets) > self.nways:
             regrets.popitem(last=False)
@@ -124,10 +120,10 @@ class LeCar(Policy):
                 heap[:] = [entry for entry in heap if entry is self._entry[entry[2]]]
                 heapify(heap)
 
-    def _least_called(self, heap: list[tuple[int, int, int]], blocked: Collection[int]) -> int | None:
-        """Of those that were called equally often the one called longest ago."""
-        entries, calls, last, passed, found = self._entry, self._calls, self._last, [], None
-        while heap:
+    def _least_called(self, heap: list[tuple[int, int, int]], blocked: Collection[int]) -> int:
+        """Of those that were called equally often the one called longest ago. There is one that is not blocked."""
+        entries, calls, last, passed = self._entry, self._calls, self._last, []
+        while True:
             entry = heap[0]
             slot = entry[2]
             if entries[slot] is not entry:
@@ -138,11 +134,10 @@ class LeCar(Policy):
             elif slot in blocked:
                 passed.append(heappop(heap))
             else:
-                found = slot
                 break
         for entry in passed:
             heappush(heap, entry)
-        return found
+        return slot
 
     def _factor(self, late: int) -> float:
         """By which the trust in the other rule grows when a miss is copied that came so many misses after it left."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from gpu_cache.geometry import Geometry
 from gpu_cache.policies.least import LeastPolicy
 
+_BEFORE = 1 << 60  # more calls than there ever are
+
 
 class Lru2(LeastPolicy):
     """O'Neil, O'Neil and Weikum, The LRU-K page replacement algorithm for database disk buffering, SIGMOD 1993.
@@ -20,14 +22,18 @@ class Lru2(LeastPolicy):
     def __init__(self, geometry: Geometry, seed: int = 0) -> None:
         super().__init__(geometry, seed)
         self._experts, self._now = geometry.experts, 0  # calls
-        # of each key the last call but one and the last, 0 where there was none
-        self._value: list[tuple[int, int]] = [(0, 0)] * (geometry.layers * geometry.experts)
+        keys = geometry.layers * geometry.experts
+        # of each key the last call but one; where there was none the last one, and so before all others
+        self._value = [-_BEFORE] * keys
+        self._last = [0] * keys  # call, from 1
 
     def on_lookup(
         self, layer: int, experts: Sequence[int], scores: Sequence[float] | None, slots: Sequence[int]
     ) -> None:
-        times, base, now = self._value, layer * self._experts, self._now
+        value, last, base, now = self._value, self._last, layer * self._experts, self._now
         for expert in experts:
             now += 1
-            times[base + expert] = (times[base + expert][1], now)
+            key = base + expert
+            value[key] = last[key] or now - _BEFORE
+            last[key] = now
         self._now = now

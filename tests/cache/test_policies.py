@@ -10,7 +10,7 @@ import pytest
 
 from gpu_cache.clock import CopyClock
 from gpu_cache.geometry import Geometry
-from gpu_cache.policies import POLICIES, make_policy
+from gpu_cache.policies import POLICIES, hot_half, make_policy
 from gpu_cache.policies.classed import CLASSES
 from gpu_cache.table import Table
 
@@ -188,6 +188,26 @@ def test_hot_half_spares_what_is_called_most() -> None:
     assert evicted("hot-half", 4, calls) == [2, 3, 4]  # 0 and 1 are pinned, though they were called longest ago
     # 4, 5 and 6 have a call each, less than 0 and 1. With one way there is nothing to pin.
     assert evicted("hot-half", 1, [0, 0, 1, 2]) == [0, 1]
+
+
+@pytest.mark.parametrize("geometry", [Geometry(1, 40, 6, 16), Geometry(3, 8, 6, 16)], ids=str)
+def test_hot_half_pins_the_same_in_indexes_that_are_too_large_to_be_sorted(monkeypatch, geometry: Geometry) -> None:
+    def victims() -> list[int | None]:
+        table, left = Table(geometry, "hot-half"), []
+        for number, (layer, experts, scores) in enumerate(golden_calls()):
+            if layer == 0:
+                table.begin_step(number)
+            table.lookup(layer, experts, scores)
+            for fill in table.admit():
+                left.append(fill.evicted)
+                table.publish(fill.slot)
+            table.release()
+        return left
+
+    by_sorting = victims()
+    monkeypatch.setattr(hot_half, "_SORTED", 0)
+    assert victims() == by_sorting
+    assert len(by_sorting) > 1000
 
 
 def test_lecar_learns_which_rule_is_right() -> None:
