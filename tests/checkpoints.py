@@ -412,6 +412,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "laguna": {
+        **{name: value for name, value in _COMMON.items() if name != "rope_theta"},
+        "model_type": "laguna",
+        "num_hidden_layers": 3,
+        "num_attention_heads_per_layer": [6, 4, 8],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 20,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "moe_routed_scaling_factor": 1.5,
+        "rope_parameters": {
+            "full_attention": {**_YARN, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+    },
+    "afmoe": {
+        **_COMMON,
+        "model_type": "afmoe",
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+        "sliding_window": 20,
+        "global_attn_every_n_layers": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "moe_intermediate_size": 40,
+        "route_scale": 1.5,
+        "mup_enabled": True,
+    },
     "granite": {
         **_COMMON,
         "model_type": "granite",
@@ -456,7 +487,7 @@ WRAPPERS = (  # models of more than text
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = ("gpt_oss", "granitemoe", "gemma4_text", "mistral4")  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST: tuple[str, ...] = ("gemma4_text", "deepseek_v32", "glm_moe_dsa")
+ON_HOST: tuple[str, ...] = ("afmoe", "gemma4_text", "deepseek_v32", "glm_moe_dsa")
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

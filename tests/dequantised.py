@@ -80,6 +80,8 @@ def _attention(store: Store, index: int) -> Named:
     if names.post_norm:
         yield from _norm(store, f"{prefix}.post_norm", names.post_norm)
     parts, sizes = [names.q, names.k, names.v], [attention.query_width, attention.kv_width, attention.kv_width]
+    if attention.gate_width:
+        parts, sizes = [*parts, names.gate], [*sizes, attention.gate_width]
     if names.qkv:
         parts, sizes = [names.qkv], [attention.qkv_width]
     yield from _side_by_side(store, f"{prefix}.qkv", dict(zip(parts, sizes, strict=True)), attention.qkv_bias)

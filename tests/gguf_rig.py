@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
     "lfm2_moe": "lfm2moe", "exaone_moe": "exaone-moe", "granite": "granite", "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
-    "ministral3": "mistral3", "mistral4": "mistral4",
+    "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
 }  # fmt: skip
 
 
@@ -115,6 +115,10 @@ _NAMES = (
     (r"(.*)\.self_attn\.indexer\.wk\.weight", r"\1.indexer.attn_k.weight"),
     (r"(.*)\.self_attn\.indexer\.k_norm\.(\w+)", r"\1.indexer.k_norm.\2"),
     (r"(.*)\.self_attn\.indexer\.weights_proj\.weight", r"\1.indexer.proj.weight"),
+    (r"(.*)\.self_attn\.(?:g|gate)_proj\.weight", r"\1.attn_gate.weight"),
+    (r"(.*)\.pre_mlp_layernorm\.weight", r"\1.ffn_norm.weight"),
+    (r"(.*)\.mlp\.router\.gate\.weight", r"\1.ffn_gate_inp.weight"),
+    (r"(.*)\.experts\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
     (r"(.*)\.self_attn\.q_([ab])_proj\.weight", r"\1.attn_q_\2.weight"),
     (r"(.*)\.self_attn\.q_a_layernorm\.weight", r"\1.attn_q_a_norm.weight"),
@@ -171,7 +175,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     for name, array in tensors.items():
         if gemma and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
-        post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone4"))
+        post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone4", "afmoe"))
         if post_norm and name.endswith("post_attention_layernorm.weight"):
             found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
         elif config["model_type"] == "gemma4_text" and name.endswith("gate_up_proj"):
@@ -287,6 +291,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
 
+_SIGMOID = ("glm4_moe", "minimax_m2", "dots1", "lfm2_moe", "exaone_moe", "laguna")
 _ONE_WIDTH = ("mixtral", "olmoe", "granitemoe", "phimoe")  # that of experts is that of all feed-forwards
 
 
@@ -318,10 +323,12 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_feed_forward_length": wide if experts and family not in _ONE_WIDTH else None,
         "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
         "expert_shared_count": get("n_shared_experts") or get("num_shared_experts") or get("moe_num_shared_experts"),
-        "expert_gating_func": 2 if family in ("glm4_moe", "minimax_m2", "dots1", "lfm2_moe", "exaone_moe") else None,
+        "expert_gating_func": 2 if family in _SIGMOID else None,
         "expert_group_count": get("n_group"),
         "expert_group_used_count": get("topk_group"),
-        "expert_weights_scale": get("routed_scaling_factor"),
+        "expert_weights_scale": next(
+            (get(n) for n in ("routed_scaling_factor", "route_scale", "moe_routed_scaling_factor") if get(n)), None
+        ),
         "expert_weights_norm": get("norm_topk_prob") if family == "dots1" else None,
         "leading_dense_block_count": next(
             (get(n) for n in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") if get(n)), None
@@ -388,9 +395,28 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if family == "gemma4_text":
         found |= _gemma4(config)
+    if family == "laguna":
+        found |= _laguna(config, slides)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
+
+
+def _laguna(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
+    """Layers have own numbers of heads, and those that slide another rope."""
+    full, sliding = (config["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    return {
+        "attention.head_count": config["num_attention_heads_per_layer"],
+        "attention.sliding_window_pattern": slides,
+        "leading_dense_block_count": 1,
+        "rope.freq_base": full["rope_theta"],
+        "rope.freq_base_swa": sliding["rope_theta"],
+        "rope.dimension_count": int(config["head_dim"] * full["partial_rotary_factor"]),
+        "rope.dimension_count_swa": int(config["head_dim"] * sliding["partial_rotary_factor"]),
+        "rope.scaling.type": full["rope_type"],
+        "rope.scaling.factor": full["factor"],
+        "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+    }
 
 
 def _gemma4(config: Mapping[str, Any]) -> dict[str, Any]:

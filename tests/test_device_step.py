@@ -88,6 +88,11 @@ LONG_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "late queries grow": ("ministral3", {}),
     "queries of latents grow": ("mistral4", all_active("mistral4")),
     "two ropes, windows on some layers": ("gemma3_text", {}),
+    "own numbers of heads, softplus of a gate for each": ("laguna", all_active("laguna")),
+    "softplus of a gate for each value, bounded scores of routers": (
+        "laguna",
+        {**all_active("laguna"), "gating": "per-element", "moe_router_logit_softcapping": 0.3},
+    ),
 }
 
 

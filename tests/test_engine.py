@@ -184,6 +184,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mellum, a rope for each kind of layer": ("mellum", {"num_experts_per_tok": 8, **SHARP}),
+    "laguna": ("laguna", SHARP),
+    "laguna, gates by element, bounded scores": (
+        "laguna",
+        {
+            "gating": "per-element",
+            "moe_router_logit_softcapping": 0.3,
+            "num_attention_heads_per_layer": None,
+            "rope_parameters": None,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "moe_routed_scaling_factor": 2.5,
+            **SHARP,
+        },
+    ),
+    "afmoe": ("afmoe", SHARP),
+    "afmoe tied, no multiplier": (
+        "afmoe",
+        {
+            "mup_enabled": False,
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "num_dense_layers": 0,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            **SHARP,
+        },
+    ),
     "granite": ("granite", SHARP),
     "granite tied, biases": (
         "granite",

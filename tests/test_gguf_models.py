@@ -49,6 +49,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     },
     "exaone_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
     "lfm2_moe": {"conv_bias": False},
+    "afmoe": {"global_attn_every_n_layers": 4},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 
@@ -461,3 +462,19 @@ def test_glm_4_7_flash_is_deepseek_v3_in_a_file(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", {**said, "deepseek2.nextn_predict_layers": 1}, found | more)
     assert open_checkpoint(file).spec.model_type == "deepseek_v3"
     assert same_stores(packed(file), packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors)))
+
+
+def test_a_laguna_file_may_tell_of_windows_in_turn_and_of_gates_for_each_value(tmp_path: Path) -> None:
+    """Of each four layers the first is without a window, or of as many as the file says."""
+    config = {**CONFIGS["laguna"], "gating": "per-element", "num_hidden_layers": 6}
+    config |= {"num_attention_heads_per_layer": [4] * 6, "layer_types": None, "mlp_layer_types": None}
+    tensors = random_tensors(config)
+    metadata = gguf_metadata({**config, "layer_types": ["full_attention"] * 6})
+    name = "laguna.attention.sliding_window_pattern"
+    for pattern, wanted in ((None, [None, 20, 20, 20, None, 20]), (3, [None, 20, 20, None, 20, 20])):
+        told = {key: item for key, item in {**metadata, name: pattern}.items() if item is not None}
+        path = write_gguf(tmp_path / f"{pattern}.gguf", told, gguf_tensors(config, tensors))
+        mixers = [layer.mixer for layer in open_checkpoint(path).spec.layers]
+        assert [mixer.window for mixer in mixers] == wanted  # type: ignore[attr-defined]
+        assert [mixer.gate_width for mixer in mixers] == [4 * 24] * 6  # type: ignore[attr-defined]
+        assert [mixer.rope.dim for mixer in mixers] == [24 if one else 12 for one in wanted]  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ WIDE = {
 
 
 ODD_LAST = ("qwen3_5_moe_text",)  # whose last layer is none that a published model would have there
-ALONE = ("qwen3_next", "qwen3_5_text", "dots1")  # whose last layer is the only one of its kind
+ALONE = ("qwen3_next", "qwen3_5_text", "dots1", "laguna")  # whose last layer is the only one of its kind
 
 
 def tensors_of(family: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -387,6 +387,8 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("gate", {"stride": 95}, "stride is 95; what it steps over has 96"),
         ("gate", {"gate_head_stride": 23}, "gate_head_stride is 23; what it steps over has 24"),
         ("gate", {"gate_stride": 167}, "gate_stride is 167; what it steps over has 168"),
+        ("gate", {"per_head": True, "gate_head_stride": 0}, "gate_head_stride is 0; what it steps over has 1"),
+        ("gate", {"per_head": True, "gate_stride": 144}, "gate_stride is 144; what it steps over has 145"),
         ("qkv", {"gated": True, "qkv_stride": 767}, "qkv_stride is 767; what it steps over has 768"),
         ("router", {"input_stride": 63}, "input_stride is 63; what it steps over has 64"),
         ("gate_up", {"expert_stride": 8128}, "expert_stride is 8128; what it steps over has 8192"),

@@ -179,7 +179,13 @@ def route(rows: Tensor, weights: RouterWeights, router: Router, shared_gate: boo
     """rows float32 [rows, hidden]."""
     scores = torch.nn.functional.linear(rows, weights.weight, weights.bias)
     shared = torch.sigmoid(scores[:, -1]) if shared_gate else None
-    return Routed(*choose(scores[:, :-1] if shared_gate else scores, router, weights.correction), shared)
+    logits = capped(scores[:, :-1] if shared_gate else scores, router.logit_cap)
+    return Routed(*choose(logits, router, weights.correction), shared)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """Between -cap and cap; as they are where it is 0. What is infinite becomes NaN, no number."""
+    return torch.tanh(logits / cap) * cap + logits * 0 if cap else logits
 
 
 def chooser(device: torch.device) -> Choose:

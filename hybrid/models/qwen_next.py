@@ -10,6 +10,7 @@ from hybrid.models.decoder import FULL, Defaults, read_attention, read_experts, 
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
+from hybrid.models.layers.head_gate import HeadGate
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 
@@ -24,7 +25,7 @@ def read_mixers(fields: Fields, defaults: Defaults, names: GatedDeltaNames) -> l
     """Of every layer: every `full_attention_interval`-th attends, if `layer_types` does not say it."""
     fields.refuse("attn_output_gate", neutral=True)
     attention = read_attention(fields, defaults, qk_norm="head", bias=fields.flag("attention_bias"))
-    gated, delta = replace(attention, gated=True), _read_delta(fields, names)
+    gated, delta = replace(attention, gate=HeadGate()), _read_delta(fields, names)
     interval = fields.size("full_attention_interval", default=4)
     default = [LINEAR if (layer + 1) % interval else FULL for layer in range(read_layer_count(fields))]
     kinds = fields.choices("layer_types", default=default, allowed=(FULL, LINEAR))

@@ -196,8 +196,9 @@ def test_a_convolution_with_silu(isa, width, taps) -> None:
     assert run([1, 4, 6]).tobytes() == found.tobytes()
 
 
+@pytest.mark.parametrize("function", ["sigmoid", "softplus"])
 @pytest.mark.parametrize(("heads", "dim"), [(3, 24), (1, 1), (4, 64)])
-def test_a_gate_weighs_what_attention_made(isa, heads, dim) -> None:
+def test_a_gate_weighs_what_attention_made(isa, heads, dim, function) -> None:
     random, rows = np.random.default_rng(dim), 5
     values = aligned((rows, row_stride(heads * dim)), BF16)
     values[:, : heads * dim] = random.standard_normal((rows, heads * dim))
@@ -207,10 +208,34 @@ def test_a_gate_weighs_what_attention_made(isa, heads, dim) -> None:
     rig = Rig(isa, 2)
     rig.add(
         "gate", values=values, gates=gates.ctypes.data + dim * 4, heads=heads, head_dim=dim, stride=values.shape[1],
-        gate_stride=gates.shape[1], gate_head_stride=2 * dim,
+        gate_stride=gates.shape[1], gate_head_stride=2 * dim, softplus=function == "softplus",
     )  # fmt: skip
     rig.run(rows)
-    wanted = (before / (1 + np.exp(-weights))).reshape(rows, -1)
+    wanted = (before * GATES[function](weights)).reshape(rows, -1)
     found = values[:, : heads * dim].astype(np.float64)
     assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
     assert not values[:, heads * dim :].any()
+
+
+GATES = {"sigmoid": lambda x: 1 / (1 + np.exp(-x)), "softplus": lambda x: np.log1p(np.exp(x))}
+
+
+@pytest.mark.parametrize("function", GATES)
+def test_a_gate_of_a_head_weighs_all_its_values(isa, function) -> None:
+    random, rows, heads, dim = np.random.default_rng(3), 5, 3, 24
+    values = aligned((rows, row_stride(heads * dim)), BF16)
+    values[:, : heads * dim] = random.standard_normal((rows, heads * dim))
+    before = values[:, : heads * dim].astype(np.float64).reshape(rows, heads, dim)
+    gates = placed(3 * random.standard_normal((rows, 7)).astype(np.float32))
+    gates[2, 4] = np.inf
+    rig = Rig(isa, 2)
+    rig.add(
+        "gate", values=values, gates=gates.ctypes.data + 3 * 4, heads=heads, head_dim=dim, stride=values.shape[1],
+        gate_stride=7, gate_head_stride=1, per_head=True, softplus=function == "softplus",
+    )  # fmt: skip
+    rig.run(rows)
+    found = values[:, : heads * dim].astype(np.float64).reshape(rows, heads, dim)
+    assert np.isnan(found[2, 1]).all()
+    gates[2, 4] = before[2, 1] = found[2, 1] = 0
+    wanted = before * GATES[function](gates[:, 3:6, None].astype(np.float64))
+    assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()

@@ -88,6 +88,19 @@ def test_the_largest_are_chosen_and_weighed(isa, experts, top_k, scale) -> None:
         assert_near(weights, relative(scale * expected, logits))
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
+def test_scores_are_kept_within_bounds_first_of_all(isa, scoring) -> None:
+    logits = np.random.default_rng(4).normal(0, 5, (9, 21)).astype(np.float32)
+    gate = aligned(9, np.float32)
+    plain = choose(isa, 2 * np.tanh(logits[:, :20].astype(np.float64) / 2), 3, scoring=scoring)
+    ids, weights = choose(isa, logits, 3, scoring=scoring, logit_cap=2.0, gate=gate)
+    assert np.array_equal(ids, plain[0])
+    assert np.allclose(weights, plain[1], rtol=64 * FP32, atol=0)
+    assert np.allclose(gate, 1 / (1 + np.exp(-logits[:, 20])), rtol=64 * FP32, atol=0)
+    logits[4, 7] = np.inf
+    assert np.isnan(choose(isa, logits, 3, scoring=scoring, logit_cap=2.0, gate=gate)[1][4]).all()
+
+
 def test_weights_of_an_expert_are_multiplied_by_its_own_scale(isa) -> None:
     random = np.random.default_rng(2)
     logits, scales = random.standard_normal((9, 10)).astype(np.float32), random.uniform(0.2, 3, 10).astype(np.float32)

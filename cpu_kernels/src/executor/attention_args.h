@@ -153,12 +153,13 @@ struct AttentionArgs {
   }
 };
 
-// What attention made, times the sigmoid of a gate for each value.
+// What attention made, times the sigmoid of a gate for each value; or its softplus, or one gate a head.
 struct GateArgs {
   bf16* values;        // [rows, stride], changed in place
   const float* gates;  // [rows, gate_stride]
   int heads, head_dim, stride, gate_stride;
   int gate_head_stride;  // from the gates of a head to the next
+  bool softplus, per_head;
 
   template <class Field>
   void fields(Field& field) {
@@ -169,6 +170,8 @@ struct GateArgs {
     field("stride", stride);
     field("gate_stride", gate_stride);
     field("gate_head_stride", gate_head_stride);
+    field("softplus", softplus, kOptional);
+    field("per_head", per_head, kOptional);
   }
 };
 

@@ -47,8 +47,9 @@ inline void check_fit(const QkvArgs& a, const std::string& place) {
 
 inline void check_fit(const GateArgs& a, const std::string& place) {
   require_stride(place, "stride", a.stride, int64_t(a.heads) * a.head_dim);
-  require_stride(place, "gate_head_stride", a.gate_head_stride, a.head_dim);
-  require_stride(place, "gate_stride", a.gate_stride, (a.heads - 1) * int64_t(a.gate_head_stride) + a.head_dim);
+  const int own = a.per_head ? 1 : a.head_dim;
+  require_stride(place, "gate_head_stride", a.gate_head_stride, own);
+  require_stride(place, "gate_stride", a.gate_stride, (a.heads - 1) * int64_t(a.gate_head_stride) + own);
 }
 
 inline void check_fit(const LatentArgs& a, const std::string& place) {

@@ -38,6 +38,7 @@ struct TopkArgs {
   int groups, top_groups;   // 0: none; else equal groups of experts, and how many of them are chosen among
   float jitter = 0.0f;  // of sparsemixer: how far from the largest logit, relative to their size, half of "close" is
   const float* expert_scales;  // null, or [experts]: weights of an expert are multiplied by its own, last of all
+  float logit_cap;             // 0: none; else logits of experts are kept between it and less itself, first of all
 
   template <class Field>
   void fields(Field& field) {
@@ -55,6 +56,7 @@ struct TopkArgs {
     field("top_groups", top_groups, kOptional);
     field("jitter", jitter, kOptional);
     field("expert_scales", expert_scales, kOptional);
+    field("logit_cap", logit_cap, kOptional);
   }
 };
 

@@ -98,6 +98,21 @@ static HYBRID_INLINE F32 gelu_tanh(F32 x) {
 // What a bound made of x, or NaN if x is none or infinite: damage must not become a number on its way to the logits.
 static HYBRID_INLINE F32 unless_damaged(F32 bounded, F32 x) { return Isa::fma(x, Isa::zero(), bounded); }
 
+// x between -cap and cap: cap tanh(x / cap), where tanh(z) is 2 sigmoid(2 z) - 1.
+static HYBRID_INLINE F32 capped(F32 x, float cap) {
+  const F32 doubled = times_sigmoid(Isa::set(2.0f), Isa::mul(x, Isa::set(2.0f / cap)));
+  return unless_damaged(Isa::mul(Isa::sub(doubled, Isa::set(1.0f)), Isa::set(cap)), x);
+}
+
+// log(1 + e^x): max(x, 0) + log(1 + t) with t = e^-|x|, by the series of 2 atanh(t / (2 + t)).
+static HYBRID_INLINE F32 softplus(F32 x) {
+  const F32 t = exponential(Isa::sub(Isa::zero(), Isa::max(x, Isa::sub(Isa::zero(), x))));
+  const F32 s = Isa::div(t, Isa::add(Isa::set(2.0f), t)), square = Isa::mul(s, s);
+  F32 p = Isa::set(1.0f / 15);
+  for (float odd = 13; odd >= 1; odd -= 2) p = Isa::fma(p, square, Isa::set(1.0f / odd));
+  return Isa::fma(Isa::add(s, s), p, Isa::max(Isa::zero(), x));
+}
+
 // Lanes [0, count) of x go to p; count <= 16.
 static HYBRID_INLINE void store_some(float* p, F32 x, int count) {
   if (count == kBlock) return Isa::store(p, x);

@@ -1,4 +1,4 @@
-// What attention made, times the sigmoid of a gate for each value.
+// What attention made, times the sigmoid or softplus of a gate, for each value or each head.
 #pragma once
 
 #include "ops/common.h"
@@ -13,6 +13,10 @@ static HYBRID_INLINE F32 load_some_bf16(const bf16* p, int count) {
   return Isa::from_bf16(reinterpret_cast<const char*>(count == kBlock ? p : lanes));
 }
 
+static HYBRID_INLINE F32 gated(F32 x, F32 gate, bool is_softplus) {
+  return unless_damaged(is_softplus ? Isa::mul(x, softplus(gate)) : times_sigmoid(x, gate), gate);
+}
+
 static void gate(const GateArgs& args, const Step& step, const Work& work) {
   for_each(step.rows * args.heads, 4, work, [&](int task) {
     const int row = task / args.heads, head = task % args.heads;
@@ -20,8 +24,8 @@ static void gate(const GateArgs& args, const Step& step, const Work& work) {
     const float* gates = args.gates + int64_t(row) * args.gate_stride + int64_t(head) * args.gate_head_stride;
     for (int i = 0; i < args.head_dim; i += kBlock) {
       const int count = min(kBlock, args.head_dim - i);
-      const F32 g = load_some(gates + i, count);
-      store_some_bf16(x + i, unless_damaged(times_sigmoid(load_some_bf16(x + i, count), g), g), count);
+      const F32 g = args.per_head ? Isa::set(*gates) : load_some(gates + i, count);
+      store_some_bf16(x + i, gated(load_some_bf16(x + i, count), g, args.softplus), count);
     }
   });
 }

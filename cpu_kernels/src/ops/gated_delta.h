@@ -38,15 +38,6 @@ struct DeltaTokens {
   alignas(64) float by_queries[kDeltaTokens][kDeltaBlocks * kBlock];  // S^T q
 };
 
-// log(1 + e^x): max(x, 0) + log(1 + t) with t = e^-|x|, by the series of 2 atanh(t / (2 + t)).
-static HYBRID_INLINE F32 softplus(F32 x) {
-  const F32 t = exponential(Isa::sub(Isa::zero(), Isa::max(x, Isa::sub(Isa::zero(), x))));
-  const F32 s = Isa::div(t, Isa::add(Isa::set(2.0f), t)), square = Isa::mul(s, s);
-  F32 p = Isa::set(1.0f / 15);
-  for (float odd = 13; odd >= 1; odd -= 2) p = Isa::fma(p, square, Isa::set(1.0f / odd));
-  return Isa::fma(Isa::add(s, s), p, Isa::max(Isa::zero(), x));
-}
-
 static HYBRID_INLINE float dot(const float* a, const float* b, int width) {
   F32 sum = Isa::zero();
   for (int i = 0; i < width; i += kBlock) {

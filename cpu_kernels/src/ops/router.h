@@ -138,6 +138,13 @@ static HYBRID_INLINE float sparse_share(const float* left, int best, int count, 
   return 1.0f / Isa::sum(total);
 }
 
+static HYBRID_INLINE void cap_all(float* x, int count, float cap) {
+  for (int i = 0; i < count; i += kBlock) {
+    const int some = min(kBlock, count - i);
+    store_some(x + i, capped(load_some(x + i, some), cap), some);
+  }
+}
+
 // Scores, then top-k, or top-k then a softmax over those; the logits are the op's to overwrite.
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
   const int stride = args.experts + (args.shared_weights ? 1 : 0);
@@ -152,6 +159,7 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
       choose_nothing(ids, weights, args.top_k);
       return;
     }
+    if (args.logit_cap > 0) cap_all(scores, args.experts, args.logit_cap);
     if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
     for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
     if (args.groups) keep_best_groups(args, scores);

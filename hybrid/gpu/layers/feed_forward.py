@@ -76,5 +76,5 @@ class GatedFeedForward:
 
     def shared(self, normed: Tensor, routed: Routed) -> Tensor:
         assert self._weights.shared is not None
-        made, weight = gated(normed.bfloat16(), self._weights.shared, "silu"), routed.shared
+        made, weight = gated(normed.bfloat16(), self._weights.shared, self._half.activation), routed.shared
         return made if weight is None else made * weight[:, None]

@@ -24,7 +24,7 @@ from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
 @dataclass(frozen=True)
 class Heads:
     """float32 [rows, heads, head_dim]: queries, keys and values, normed and turned; gates of the result, if it has
-    them.
+    them, or one for all values of a head.
     """
 
     q: Tensor
@@ -122,18 +122,22 @@ class MirroredAttention(MirroredMixer):
     def output(self, mixed: Attended, inputs: StepInputs) -> Tensor:
         half, weights, rows = self._half, self._weights, self._finished(mixed.made, inputs)
         if mixed.gates is not None:
-            rows = rows * torch.sigmoid(mixed.gates)
+            rows = rows * self._multipliers(mixed.gates)
         made = scaled(linear(rows.flatten(1).bfloat16(), weights.out, weights.out_bias), half.out_scale)
         return some_norm(made, weights.post_norm, self._eps)
 
+    def _multipliers(self, gates: Tensor) -> Tensor:
+        softplus = self._half.gate is not None and self._half.gate.function == "softplus"
+        return torch.nn.functional.softplus(gates) if softplus else torch.sigmoid(gates)
+
     def _heads(self, qkv: Tensor, inputs: StepInputs) -> Heads:
         half, weights, gates = self._half, self._weights, None
-        q, k, v = qkv.split([half.query_width, half.kv_width, half.kv_width], 1)
+        q, k, v, apart = qkv.split([half.query_width, half.kv_width, half.kv_width, half.gate_width], 1)
         q, k, v = (
             x.unflatten(1, (heads, -1)) for x, heads in ((q, half.heads), (k, half.kv_heads), (v, half.kv_heads))
         )
-        if half.gated:
-            q, gates = q.chunk(2, 2)
+        if half.gate is not None:
+            q, gates = (q, apart.unflatten(1, (half.heads, -1))) if half.gate.apart else q.chunk(2, 2)
         if not half.norm_last:
             q, k = self._normed(q, weights.q_norm), self._normed(k, weights.k_norm)
         if half.rope is not None and self._rope is not None:

@@ -270,6 +270,8 @@ class FeedForward:
         }
         if router.kind == "sparsemixer":
             choose["jitter"] = router.jitter
+        if router.logit_cap:
+            choose["logit_cap"] = router.logit_cap
         if router.expert_scales:
             choose["expert_scales"] = Weight(f"{self.prefix(place)}.expert_scales")
         yield Op("topk", "moe", choose, (0, "rows"))

@@ -19,6 +19,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.head_gate import HeadGate
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -75,16 +76,16 @@ class GroupedQueryNames:
     sinks: str = "model.layers.{layer}.self_attn.sinks"
     post_norm: str = ""
     qkv: str = ""
+    gate: str = "model.layers.{layer}.self_attn.g_proj.weight"
 
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
     """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
     that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
-    come after rope. out_scale: of what is added to the residual stream. gated: behind each query head of its projection
-    is a gate of the same size, whose sigmoid multiplies what the head attended to. value_norm: whether values have a
-    norm, per head and without a weight. keys_are_values: there is no projection of values, which are the keys before
-    norm and rope.
+    come after rope. out_scale: of what is added to the residual stream. gate: of what heads attended to. value_norm:
+    whether values have a norm, per head and without a weight. keys_are_values: there is no projection of values, which
+    are the keys before norm and rope.
     """
 
     heads: int
@@ -99,7 +100,7 @@ class GroupedQueryAttention:
     scale: float | None = None
     norm_last: bool = False
     out_scale: float = 1.0
-    gated: bool = False
+    gate: HeadGate | None = None
     value_norm: bool = False
     keys_are_values: bool = False
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
@@ -116,13 +117,18 @@ class GroupedQueryAttention:
 
     @property
     def qkv_width(self) -> int:
-        """Rows of the fused projection: all query heads with their gates, then key heads, then value heads."""
-        return self.query_width + self.kv_width * (1 if self.keys_are_values else 2)
+        """Rows of the fused projection: all query heads with gates among them, key heads, value heads, other gates."""
+        return self.query_width + self.kv_width * (1 if self.keys_are_values else 2) + self.gate_width
 
     @property
     def query_width(self) -> int:
         """Rows of the projection of queries."""
-        return self.width * (2 if self.gated else 1)
+        return self.width * (2 if self.gate and not self.gate.apart else 1)
+
+    @property
+    def gate_width(self) -> int:
+        """Rows of the projection of gates; 0 where queries have them among theirs, or there are none."""
+        return self.gate.rows(self.heads, self.head_dim) if self.gate and self.gate.apart else 0
 
     @property
     def norm_widths(self) -> tuple[int, int]:
@@ -160,6 +166,7 @@ class GroupedQueryAttention:
         if names.qkv:
             return [Piece("qkv", (names.qkv,), self.qkv_width)]
         widths = {"q": self.query_width, "k": self.kv_width, "v": 0 if self.keys_are_values else self.kv_width}
+        widths["gate"] = self.gate_width
         return [Piece(name, (getattr(names, name),), width) for name, width in widths.items() if width]
 
     def _projections(self, place: Place) -> tuple[list[Joined], str]:
@@ -222,8 +229,8 @@ class GroupedQueryAttention:
         yield from joined_gemms(matrices, prefix, PART, "qkv", hidden, self.qkv_bias)
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
-        if self.gated:
-            yield self._gate()
+        if self.gate:
+            yield self.gate.op(PART, self.heads, self.head_dim, self.qkv_width)
         yield from quantise(PART, "attended", self.width, out)
         normed = bool(self.names.post_norm)
         yield gemm(
@@ -249,7 +256,8 @@ class GroupedQueryAttention:
             "norm_whole": self.qk_norm == "whole",
             "norm_last": self.norm_last,
         }
-        flags = {"gated": self.gated, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
+        steps_over = bool(self.gate and not self.gate.apart)
+        flags = {"gated": steps_over, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
         arguments |= {name: True for name, value in flags.items() if value} | growth_fields(self.rope)
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
@@ -265,18 +273,6 @@ class GroupedQueryAttention:
         }
         split = (self.kv_heads, "KV heads a tile and key block")
         return Op("attention", PART, self._shape(place) | arguments, split)
-
-    def _gate(self) -> Op:
-        arguments = {
-            "values": Buffer(rows_name("attended", self.width)),
-            "gates": Buffer("qkv", self.head_dim * FP32),
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "stride": row_stride(self.width),
-            "gate_stride": row_stride(self.qkv_width),
-            "gate_head_stride": 2 * self.head_dim,
-        }
-        return Op("gate", PART, arguments, (self.heads, "heads a row"))
 
     def _shape(self, place: Place) -> dict[str, Any]:
         shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}

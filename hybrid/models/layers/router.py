@@ -20,7 +20,8 @@ class Router:
     correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
     many in each; only those of the best `top_groups` groups are chosen among: those of the largest probabilities, or of
     the two sigmoids that are largest together. expert_scales: whether the weight of each expert is multiplied by a
-    number of its own, last of all.
+    number of its own, last of all. logit_cap: between which and less itself a tangent keeps scores, first of all; 0: no
+    bounds.
     """
 
     top_k: int
@@ -33,6 +34,7 @@ class Router:
     top_groups: int = 1
     jitter: float = 0.0
     expert_scales: bool = False
+    logit_cap: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -46,4 +46,6 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "ernie4_5": ("ernie4_5",),
     "hunyuan-dense": ("hunyuan_v1_dense",),
     "chatglm": ("glm",),
+    "afmoe": ("afmoe",),
+    "laguna": ("laguna",),
 }

@@ -26,11 +26,13 @@ from hybrid.weights.checkpoints.gguf_fields import (
     key_length,
     kv_heads,
     layer_count,
+    query_heads,
     require_gating,
     require_weights,
     routed,
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
+from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
@@ -54,7 +56,7 @@ def gguf_config(model: Gguf) -> Config:
 
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
-    heads, dim = metadata.size("attention.head_count"), key_length(metadata)
+    heads, dim = query_heads(metadata)[0], key_length(metadata)
     if metadata.architecture not in LATENT and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if metadata.architecture not in GROWING and metadata.number(TEMPERATURE, 0.0):
@@ -390,4 +392,6 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "ernie4_5": ernie4_5,
     "hunyuan-dense": hunyuan_dense,
     "chatglm": chatglm,
+    "afmoe": afmoe,
+    "laguna": laguna,
 }

@@ -16,15 +16,21 @@ def layer_count(metadata: GgufMetadata) -> int:
     return metadata.size("block_count", maximum=MAX_LAYERS) - metadata.size("nextn_predict_layers", 0)
 
 
+def query_heads(metadata: GgufMetadata) -> list[int]:
+    """Of every layer; of all models but Laguna, as many in each."""
+    name, count = "attention.head_count", max(1, layer_count(metadata))
+    return metadata.layer_sizes(name, count) if metadata.architecture == "laguna" else [metadata.size(name)] * count
+
+
 def key_length(metadata: GgufMetadata) -> int:
     """Dimensions of a key, by default a head's part of the hidden size."""
-    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
+    shared = metadata.size("embedding_length") // max(1, query_heads(metadata)[0])
     return metadata.size("attention.key_length", shared)
 
 
 def kv_heads(metadata: GgufMetadata) -> list[int]:
     """Of every layer; in models with short convolutions 0 of those that do not attend. Gemma 4 tells it by itself."""
-    name, heads = "attention.head_count_kv", metadata.size("attention.head_count")
+    name, heads = "attention.head_count_kv", query_heads(metadata)[0]
     if metadata.architecture == "gemma4":
         return [heads]
     if not metadata.architecture.startswith("lfm2"):

@@ -50,6 +50,9 @@ class GgufMetadata:
     def text(self, name: str, default: str) -> str:
         return str(self._read(self._key(name), default, "a text", lambda value: type(value) is str))
 
+    def is_list(self, name: str) -> bool:
+        return isinstance(self._model.metadata.get(self._key(name)), list)
+
     def has(self, name: str) -> bool:
         return self._key(name) in self._model.metadata
 

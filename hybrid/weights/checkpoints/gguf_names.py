@@ -63,6 +63,7 @@ ATTENTION = GroupedQueryNames(
     q_norm=f"{_LAYER}.attn_q_norm.weight",
     k_norm=f"{_LAYER}.attn_k_norm.weight",
     sinks=f"{_LAYER}.attn_sinks.weight",
+    gate=f"{_LAYER}.attn_gate.weight",
 )
 LATENT = LatentNames(
     norm=f"{_LAYER}.attn_norm.weight",

@@ -1,0 +1,81 @@
+"""Models with gates on heads in GGUF files: Trinity and Laguna."""
+
+from __future__ import annotations
+
+from hybrid.models.decoder import FULL, SLIDING
+from hybrid.weights.checkpoints.gguf_fields import (
+    SIGMOID,
+    key_length,
+    layer_count,
+    query_heads,
+    require_gating,
+    require_weights,
+    routed,
+)
+from hybrid.weights.checkpoints.gguf_files import Gguf
+from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_rope import Config, rope_scaling
+
+_EVERY = 4  # so many layers have one without a window
+_PATTERN = "attention.sliding_window_pattern"
+
+
+def afmoe(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Embeddings are always multiplied; of each four layers the last sees everything."""
+    return {
+        "model_type": "afmoe",
+        **_experts(metadata, "route_scale"),
+        "num_shared_experts": metadata.size("expert_shared_count"),
+        "num_dense_layers": metadata.size("leading_dense_block_count"),
+        "sliding_window": metadata.size("attention.sliding_window"),
+        "layer_types": _kinds(metadata, _EVERY - 1),
+        "mup_enabled": True,
+    }
+
+
+def laguna(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Of each four layers the first sees everything. How many gates a head has, the tensor tells that makes them."""
+    window, heads, dim = metadata.size("attention.sliding_window", 0), query_heads(metadata), key_length(metadata)
+    turning, base = metadata.size("rope.dimension_count", dim), metadata.number("rope.freq_base", 10_000.0)
+    sliding = metadata.size("rope.dimension_count_swa", turning)
+    gates = model.tensors.get("blk.0.attn_gate.weight")
+    by_element = gates is not None and gates.shape[:1] == (heads[0] * dim,)
+    return {
+        "model_type": "laguna",
+        **_experts(metadata, "moe_routed_scaling_factor"),
+        "num_attention_heads_per_layer": heads,
+        "shared_expert_intermediate_size": metadata.size("expert_shared_feed_forward_length"),
+        "first_k_dense_replace": metadata.size("leading_dense_block_count"),
+        "sliding_window": window or None,
+        "layer_types": _kinds(metadata, 0) if window else None,
+        "gating": "per-element" if by_element else "per-head",
+        "rope_scaling": None,
+        "partial_rotary_factor": None,
+        "rope_parameters": {
+            FULL: _rope(rope_scaling(model, metadata), base, turning / dim),
+            SLIDING: _rope(None, metadata.number("rope.freq_base_swa", base), sliding / dim),
+        },
+    }
+
+
+def _experts(metadata: GgufMetadata, scale: str) -> Config:
+    """scale: the name of the field for that of their weights."""
+    require_gating(metadata, SIGMOID, SIGMOID)
+    found = metadata.number("expert_weights_scale", 0.0) or 1.0
+    require_weights(metadata, norm=True, scale=found)
+    return {**routed(metadata), "moe_intermediate_size": metadata.size("expert_feed_forward_length"), scale: found}
+
+
+def _kinds(metadata: GgufMetadata, without: int) -> list[str]:
+    """Of every layer: as the file says, or in turn. without: which of those in a turn has no window."""
+    count = layer_count(metadata)
+    if metadata.has(_PATTERN) and metadata.is_list(_PATTERN):
+        slides = metadata.layer_flags(_PATTERN, count)
+    else:
+        every = max(1, metadata.size(_PATTERN, _EVERY))
+        slides = [layer % every != min(without, every - 1) for layer in range(count)]
+    return [SLIDING if one else FULL for one in slides]
+
+
+def _rope(scaling: Config | None, theta: float, part: float) -> Config:
+    return {**(scaling or {"rope_type": "default"}), "rope_theta": theta, "partial_rotary_factor": part}
