@@ -26,7 +26,7 @@ from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import Calls, Trace, make_trace
 from hybrid.commands.console import exit_codes
 from hybrid.errors import ConfigError, cache_errors
-from hybrid.trace_files import write_trace
+from hybrid.files.traces import write_trace
 
 PCIE_GBPS, DEVICE_GBPS = 25.0, 1008.0  # PCIe 4.0 x16 as it is reached; GDDR6X of the RTX 4090
 LAYERS, TOP_K, BYTES_PER_WEIGHT = 32, 2, 2

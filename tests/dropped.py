@@ -46,7 +46,7 @@ def count(server: Running) -> Counter[str]:
     until(lambda: not (service._taken or service._runs or service._attempts or state.connections or state.tasks))
     llm = service.llm.llm
     llm.forget()
-    scheduler = llm._loop._worker.scheduler
+    scheduler = llm.loop._worker.scheduler
     found = Counter(
         {
             "sequences": llm.run(lambda: len(scheduler.kept_lengths) + scheduler.running_tokens + scheduler.has_work),

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from hybrid.commands import run as main
 from hybrid.core import StepTimes
+from hybrid.files.traces import read_trace
 from hybrid.machine.meters import Meters, Reading, TemperatureMeter
 from hybrid.serving.recorder import Recorder
 from hybrid.serving.scheduler import StepRecord
-from hybrid.trace_files import read_trace
 
 RUN = ["--prompt", "Once upon a time", "--max-tokens", "6", "--max-seq-len", "256", "--ignore-eos", "--hide-resp"]
 CACHE = ["--device", "simulated", "--cache-nblocks", "14", "--cache-nways", "4", "--cache-mapping", "prefix"]

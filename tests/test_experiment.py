@@ -21,11 +21,11 @@ from gpu_cache.trace import calls
 from hybrid import lab
 from hybrid.commands.experiment import app
 from hybrid.errors import ConfigError
+from hybrid.files.traces import write_trace
 from hybrid.lab.claims import OF_CACHES, OF_TRACES, Finding
 from hybrid.lab.grid import ways_of
 from hybrid.lab.parts import FIGURES, Claim
 from hybrid.lab.verdict import Verdict
-from hybrid.trace_files import write_trace
 
 pytest.importorskip("matplotlib")
 

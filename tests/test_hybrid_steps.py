@@ -27,7 +27,7 @@ from gpu_cache.trace import calls
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.errors import ConfigError, HybridError, StepCancelled
-from hybrid.trace_files import open_trace, read_trace
+from hybrid.files.traces import open_trace, read_trace
 
 EMBEDDED = {"max_batch": 8, "chunk_size": 128, "threads": 2, "max_seq_len": 256}
 FAMILIES = ("qwen3_moe", "qwen2_moe", "gpt_oss", "mixtral", "deepseek_v2", "deepseek_v3")

@@ -17,7 +17,7 @@ ORDER = (
     ("printable",),
     ("core", "errors", "ops"),
     ("files", "formats", "settings"),
-    ("config", "models", "text", "trace_files"),
+    ("config", "models", "text"),
     ("machine",),
     ("weights",),
     ("plan",),
@@ -30,7 +30,7 @@ ORDER = (
     ("cli", "main", "serve"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-MAX_ROOMS = 25
+MAX_ROOMS = 24
 KNOWS_NOTHING_OF = {"cpu_kernels": ("hybrid", "gpu_cache"), "gpu_cache": ("hybrid", "cpu_kernels")}
 WITH_TORCH = ("hybrid/gpu", "hybrid/machine/gpu.py", "gpu_cache/kernels", "gpu_cache/devices/torch_streams.py")
 FILES = sorted(path for package in ("hybrid", *KNOWS_NOTHING_OF) for path in ROOT.glob(f"{package}/**/*.py"))

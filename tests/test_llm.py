@@ -35,7 +35,7 @@ def make(engine: DummyEngine | None = None, **parts) -> LLM:
 
 
 def busy(llm: LLM) -> bool:
-    return llm.run(lambda: llm._loop._worker.scheduler.has_work)
+    return llm.run(lambda: llm.loop._worker.scheduler.has_work)
 
 
 def test_one_text_or_one_token_list_is_one_prompt() -> None:

@@ -25,7 +25,7 @@ def test_requests_join_the_steps_of_those_that_run(llm: LLM, engine: GatedEngine
     first = callers.submit(tokens, llm, [1])
     assert engine.rows() == 1
     second = callers.submit(tokens, llm, [2, 3])
-    while llm._loop._worker.commands.empty():  # until it has been handed in
+    while llm.loop._worker.commands.empty():  # until it has been handed in
         pass
     engine.permit(99)
     assert [engine.rows() for _ in range(3)] == [3, 2, 2]
@@ -78,7 +78,7 @@ def joined(callers, llm: LLM, engine: GatedEngine, prompt: list[int]):
     engine.rows()
     engine.rows()  # that of the first alone
     other = callers.submit(tokens, llm, prompt)
-    while llm._loop._worker.commands.empty():
+    while llm.loop._worker.commands.empty():
         pass
     engine.permit(1)
     assert engine.rows() == 1 + len(prompt)
@@ -213,13 +213,13 @@ def test_the_collector_may_come_inside_a_sink(llm: LLM, engine: GatedEngine, cal
     engine.permit(1)
     next(gone)
     OnCollection(gone.close)
-    request = llm._intake.request([2, 3], FOUR)
+    request = llm.intake.request([2, 3], FOUR)
     answers: SimpleQueue = SimpleQueue()
     request.sink = lambda delta: (gc.collect(), answers.put(delta))
     del gone
-    llm._loop.submit([request])
+    llm.loop.submit([request])
     engine.permit(99)
-    assert [llm._loop.wait(answers).token_ids[0] for _ in range(4)] == reference_tokens([2, 3], 4)
+    assert [llm.loop.wait(answers).token_ids[0] for _ in range(4)] == reference_tokens([2, 3], 4)
     settle(llm)
     assert not engine.sequences
 
@@ -262,7 +262,7 @@ def test_waiters_get_an_error_when_the_model_is_closed(llm: LLM, engine: GatedEn
         waiting = callers.submit(tokens, llm, [2])
         scoring = callers.submit(llm.logits, [3])
         calling = callers.submit(llm.run, list)
-        while llm._loop._worker.commands.qsize() < 3:
+        while llm.loop._worker.commands.qsize() < 3:
             pass
         llm.close()
         for waiter in (running, waiting, scoring):
@@ -302,7 +302,7 @@ def test_a_failed_step_is_the_error_of_its_requests_alone(engine: GatedEngine, c
         running = callers.submit(tokens, llm, [1])
         engine.rows()
         waiting = callers.submit(tokens, llm, [2])
-        while llm._loop._worker.commands.empty():
+        while llm.loop._worker.commands.empty():
             pass
         engine.let_fail(error)
         engine.permit(4)
@@ -410,7 +410,7 @@ def test_scores_go_between_steps_and_leave_when_they_are_not_wanted(llm: LLM, en
     running = callers.submit(tokens, llm, [1])
     engine.rows()
     scoring = callers.submit(llm.logits, list(range(20)))
-    while llm._loop._worker.commands.empty():
+    while llm.loop._worker.commands.empty():
         pass
     engine.permit(1)
     assert engine.rows() == 8  # its first chunk
@@ -442,8 +442,8 @@ def test_tokens_are_those_of_one_thread(callers) -> None:
 def test_a_loop_takes_jobs_that_were_dropped_before() -> None:
     engine = DummyEngine()
     with LLM.from_engine(engine) as llm:
-        loop: Loop = llm._loop
-        request = llm._intake.request([1], FOUR)
+        loop: Loop = llm.loop
+        request = llm.intake.request([1], FOUR)
         answers: SimpleQueue = SimpleQueue()
         request.sink = answers.put
         loop.drop([request])

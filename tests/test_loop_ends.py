@@ -27,7 +27,7 @@ def test_a_model_that_nobody_holds_is_collected_with_its_thread() -> None:
     assert tokens(llm, [1]) == reference_tokens([1], 4)
     llm.observe(None)
     llm.run(partial(getattr, llm, "engine"))  # the thread must not keep what it was told last
-    thread, gone = llm._loop._worker.thread, [weakref.ref(llm), weakref.ref(engine)]
+    thread, gone = llm.loop._worker.thread, [weakref.ref(llm), weakref.ref(engine)]
     gc.disable()
     try:
         del llm, engine
@@ -82,7 +82,7 @@ def test_ctrl_c_does_not_wait_for_the_steps_of_others(llm: LLM, engine: GatedEng
     engine.rows()
 
     def joint_step() -> None:
-        while llm._loop._worker.commands.empty():
+        while llm.loop._worker.commands.empty():
             pass
         engine.permit(1)
         engine.rows()
@@ -117,7 +117,7 @@ def test_a_child_that_inherits_a_model_says_so_and_waits_for_nothing(llm: LLM, e
     engine.permit(1)
     next(stream)
     settle_steps(engine, 2)
-    with llm._loop._worker.stepper._lock:  # somebody was about to cancel
+    with llm.loop._worker.stepper._lock:  # somebody was about to cancel
         uses = (
             lambda: llm.generate([1]), lambda: llm.generate([]), lambda: next(stream), lambda: llm.stream([1]),
             lambda: llm.logits([1]), lambda: llm.observe(None), lambda: llm.run(list),
@@ -154,7 +154,7 @@ def test_ctrl_c_does_not_keep_the_end_from_waiting_for_the_thread(engine: GatedE
         return called
 
     llm = LLM.from_engine(engine)
-    worker = llm._loop._worker
+    worker = llm.loop._worker
     threading.Thread(target=tokens, args=(llm, [1]), daemon=True).start()  # it never gets an answer
     engine.rows()
     monkeypatch.setattr(loops, "_running", {worker})

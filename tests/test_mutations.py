@@ -26,9 +26,9 @@ from hybrid.commands.plot_data import layers_of_policies, read_hits, read_result
 from hybrid.commands.prompts import read_prompts
 from hybrid.engine.experts.warm_start import read_warm, write_warm
 from hybrid.errors import HybridError
+from hybrid.files.traces import open_trace_file, read_trace, write_trace
 from hybrid.lab.kept_results import KeptResults
 from hybrid.machine.profile import cached_profile
-from hybrid.trace_files import open_trace_file, read_trace, write_trace
 
 ROOT = Path(__file__).parent.parent
 FORMATS_OF_TRACES = [known.name for known in FORMATS if known.write and known.name not in ("csv", "parquet")]

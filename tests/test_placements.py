@@ -16,7 +16,7 @@ import placements  # noqa: E402
 
 from gpu_cache.trace import make_trace  # noqa: E402
 from hybrid.commands.timeline import LANES, Span, Timeline, busy_seconds  # noqa: E402
-from hybrid.trace_files import write_trace  # noqa: E402
+from hybrid.files.traces import write_trace  # noqa: E402
 
 
 def test_all_ways_choose_the_same_tokens_and_none_has_more_slots(tmp_path, capsys) -> None:

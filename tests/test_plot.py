@@ -16,9 +16,9 @@ from gpu_cache.reuse import measure_reuse
 from gpu_cache.trace import make_trace
 from hybrid.commands import plot, simulate
 from hybrid.commands.plot_data import read_hits, read_results, read_times
+from hybrid.files.traces import write_trace
 from hybrid.lab.figures import STYLE, binned, hit_rate_figure
 from hybrid.lab.kept_results import KeptResults
-from hybrid.trace_files import write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
 HITS = """step,layer,calls,hits,loading,misses,evictions

@@ -238,6 +238,6 @@ def test_what_opens_a_message_is_what_a_template_writes_most_often() -> None:
     assert choose_openings(template, specials, {**specials, "<tool_call>": 9}, hermes) == Openings(2, 9)
     assert choose_openings("<|eot|> once", specials, specials, hermes) == Openings(None, None)
     with LLM() as llm:
-        request = llm._intake.chat_request(ChatInput([{"role": "user", "content": "a"}]), None)
+        request = llm.intake.chat_request(ChatInput([{"role": "user", "content": "a"}]), None)
         opening = llm.tokenizer.token_id("<|im_start|>")
         assert request.openings.message == opening and np.count_nonzero(request.prompt == opening) == 2

@@ -79,6 +79,6 @@ def test_the_loop_looks_while_there_are_no_requests(monkeypatch) -> None:
     with LLM(kv_idle_release=0.0) as llm:
         llm.chat([{"role": "user", "content": "A story of a king and a horse."}], keep=True)
         end = monotonic() + WATCHDOG
-        while llm.kept_lengths() or llm.prefix_report().bytes:
+        while llm.loop.kept_lengths() or llm.loop.prefix_report().bytes:
             assert monotonic() < end
             sleep(0.01)

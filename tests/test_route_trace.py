@@ -28,12 +28,12 @@ from hybrid.commands import run as commands
 from hybrid.config import CacheConfig, EngineConfig  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.errors import ConfigError, KernelError  # noqa: E402
+from hybrid.files.traces import open_trace, read_trace, write_trace  # noqa: E402
 from hybrid.models import model_spec  # noqa: E402
 from hybrid.models.layers.feed_forward import TAKE  # noqa: E402
 from hybrid.plan.resolve import EMBEDDED_MODEL, plan_model  # noqa: E402
 from hybrid.plan.route_trace import read_route_trace  # noqa: E402
 from hybrid.plan.text import plan_text
-from hybrid.trace_files import open_trace, read_trace, write_trace  # noqa: E402
 from hybrid.weights.pack import model_config  # noqa: E402
 
 EMBEDDED: dict[str, Any] = {"threads": 2, "max_batch": 4, "chunk_size": 64, "max_seq_len": 256}

@@ -54,7 +54,7 @@ def test_prompts_that_are_kept_beyond_the_sequences() -> None:
         assert 0 < kept["bytes"] < kept["limit"] and kept["hits"] == kept["evicted"] == 0
         assert (used["total_tokens"] - 1) // 16 * 16 == kept["tokens"] > 32
         llm = server.service.llm.llm
-        llm.run(llm._loop._worker.scheduler._admission._give_up_oldest)
+        llm.run(llm.loop._worker.scheduler._admission._give_up_oldest)
         again = server.post("/v1/chat/completions", messages=question, max_tokens=3).json()["usage"]
         assert again["prompt_tokens_details"]["cached_tokens"] == (used["prompt_tokens"] - 1) // 16 * 16
         assert server.http.get("/cache").json()["prefixes"]["hits"] == 1

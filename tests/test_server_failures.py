@@ -21,6 +21,7 @@ from hybrid.core import Batch, StepResult  # noqa: E402
 from hybrid.engine.engine import Engine  # noqa: E402
 from hybrid.errors import CapacityError, KernelError  # noqa: E402
 from hybrid.server import health  # noqa: E402
+from hybrid.serving.loop import Loop
 
 COMPLETE = "/v1/completions"
 
@@ -84,7 +85,7 @@ def test_one_step_that_fails_leaves_the_engine_as_it_is() -> None:
 def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatch, body) -> None:
     stuck, over = threading.Event(), threading.Event()
     first = llm_of(lambda batch: over.wait(WATCHDOG))
-    monkeypatch.setattr(LLM, "step_seconds", lambda llm: 1e9 * (llm is first and stuck.is_set()))
+    monkeypatch.setattr(Loop, "step_seconds", lambda loop: 1e9 * (loop is first.loop and stuck.is_set()))
     with running(first, again=[llm_of()]) as server:
         answers: list[int] = []
         asking = [threading.Thread(target=lambda: answers.append(ask(server, **body))) for _ in range(3)]
@@ -122,23 +123,23 @@ def test_an_engine_that_is_left_behind_leaves_its_prefix_folder_to_the_next(monk
 
     first = opened()
     monkeypatch.setattr(Engine, "forward", hanging)
-    monkeypatch.setattr(LLM, "step_seconds", lambda llm: 1e9 * (llm is first and stuck.is_set()))
+    monkeypatch.setattr(Loop, "step_seconds", lambda loop: 1e9 * (loop is first.loop and stuck.is_set()))
     with running(first, again=(opened() for _ in range(1))) as server:
         assert cached() == 0
-        first.run(first._loop._worker.scheduler._admission.pool._files.flush)
+        first.run(first.loop._worker.scheduler._admission.pool._files.flush)
         stuck.set()
         assert ask(server) == 500
         until(lambda: healthy(server))
         assert server.service.abandoned and reopened(server) and cached() > 0
         over.set()
-        until(lambda: not first._loop._worker.thread.is_alive())
+        until(lambda: not first.loop._worker.thread.is_alive())
         assert cached() > 0
 
 
 def test_a_step_that_is_slow_but_ends_is_no_reason_to_open_anew(monkeypatch) -> None:
     late, over = threading.Event(), threading.Event()
     monkeypatch.setattr(health, "_PROBE_SECONDS", 1)
-    monkeypatch.setattr(LLM, "step_seconds", lambda llm: 1e9 * late.is_set())
+    monkeypatch.setattr(Loop, "step_seconds", lambda loop: 1e9 * late.is_set())
     with running(llm_of(lambda batch: over.wait(WATCHDOG))) as server:
         answers: list[int] = []
         asking = threading.Thread(target=lambda: answers.append(ask(server)))
@@ -157,15 +158,15 @@ def test_a_step_that_is_slow_but_ends_is_no_reason_to_open_anew(monkeypatch) -> 
 def test_how_long_a_step_takes_is_known() -> None:
     begun, over = threading.Event(), threading.Event()
     llm = llm_of(lambda batch: (begun.set(), over.wait(WATCHDOG)))
-    assert llm.step_seconds() == 0
+    assert llm.loop.step_seconds() == 0
     computing = threading.Thread(target=lambda: llm.generate([[1]]))
     computing.start()
     begun.wait(WATCHDOG)
-    first = llm.step_seconds()
-    assert 0 < first < llm.step_seconds()
+    first = llm.loop.step_seconds()
+    assert 0 < first < llm.loop.step_seconds()
     over.set()
     computing.join(WATCHDOG)
-    assert llm.step_seconds() == 0
+    assert llm.loop.step_seconds() == 0
     llm.close()
 
 

@@ -23,7 +23,7 @@ from gpu_cache import simulator
 from gpu_cache.source import digest_of_modules
 from gpu_cache.trace import COLUMNS
 from hybrid.commands.simulate import app
-from hybrid.trace_files import read_trace, write_trace
+from hybrid.files.traces import read_trace, write_trace
 
 RATES = ("--pcie-gbps", "25", "--device-gbps", "1000", "--cpu-gbps", "100", "--expert-mb", "100")
 

@@ -18,7 +18,7 @@ from gpu_cache.trace import make_trace
 from gpu_cache.traces import FORMATS
 from hybrid.commands import simulate
 from hybrid.commands.trace import app
-from hybrid.trace_files import read_trace, write_trace
+from hybrid.files.traces import read_trace, write_trace
 
 OTHERS = Path(__file__).parent / "traces" / "others"
 ROUTE, FINGERPRINT = OTHERS / "bigmoeonedge.route.csv", OTHERS / "fingerprint_examples.json"

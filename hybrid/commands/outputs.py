@@ -142,7 +142,7 @@ def check_outputs(wanted: Wanted) -> None:
             columns = TIMES_COLUMNS
         check_output(f"--{flag}", path, csv_kind(columns))
     if wanted.trace:
-        from hybrid.trace_files import check_trace_output
+        from hybrid.files.traces import check_trace_output
 
         check_trace_output("--trace", wanted.trace)
     if wanted.cache_save:

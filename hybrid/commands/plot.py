@@ -103,7 +103,7 @@ def _results_of_trace(source: Path) -> str:
     """The results of a trace, replayed in eighths of its experts; "" for a file that is none, and for pipes."""
     from hybrid.commands.simulate import SimulateOptions, replay_all
     from hybrid.errors import cache_errors
-    from hybrid.trace_files import is_trace, read_trace
+    from hybrid.files.traces import is_trace, read_trace
 
     if not is_trace(source):
         return ""
@@ -161,8 +161,8 @@ def _layers_over_steps(wanted: Wanted, text: str) -> Callable[[], Figure]:
 def reuse(wanted: Wanted) -> Callable[[], Figure]:
     from gpu_cache.reuse import measure_reuse
     from hybrid.errors import cache_errors
+    from hybrid.files.traces import read_trace
     from hybrid.lab.figures import reuse_figure
-    from hybrid.trace_files import read_trace
 
     with cache_errors():
         trace = read_trace(wanted.source)
@@ -189,7 +189,7 @@ def _curves_of_trace(source: Path) -> str:
     """Of all policies that have a curve; "" for a file that is no trace, and for pipes."""
     from hybrid.commands.simulate import SimulateOptions, curve_all
     from hybrid.errors import cache_errors
-    from hybrid.trace_files import is_trace
+    from hybrid.files.traces import is_trace
 
     if not is_trace(source):
         return ""

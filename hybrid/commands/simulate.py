@@ -16,9 +16,9 @@ from hybrid.commands.simulate_curve import curve_policies, curves_to_table, run_
 from hybrid.commands.simulate_output import to_csv, to_json, to_table
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.files import FileKind, Reading, check_output, read_json_object
+from hybrid.files.traces import check_trace_output, kind_of_format, read_trace, write_trace
 from hybrid.lab.kept_results import KeptResults
 from hybrid.settings import check_settings, setting
-from hybrid.trace_files import check_trace_output, kind_of_format, read_trace, write_trace
 
 if TYPE_CHECKING:
     from gpu_cache.costs import Machine

@@ -18,7 +18,7 @@ from hybrid.commands.flags import command, new_app
 from hybrid.commands.tables import markdown
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.files import check_output
-from hybrid.trace_files import Opened, format_by_suffix, kind_of_format, open_trace_file, write_trace
+from hybrid.files.traces import Opened, format_by_suffix, kind_of_format, open_trace_file, write_trace
 
 if TYPE_CHECKING:
     from gpu_cache.traces.base import TraceFormat

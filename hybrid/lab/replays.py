@@ -20,11 +20,11 @@ from gpu_cache.trace import Calls, Trace, calls
 from hybrid import __version__
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.files import disk_errors, read_json_object, write_json
+from hybrid.files.traces import read_trace
 from hybrid.lab.experiment import Experiment
 from hybrid.lab.kept_results import KeptResults
 from hybrid.lab.parts import Model
 from hybrid.machine.hardware import probe
-from hybrid.trace_files import read_trace
 
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]

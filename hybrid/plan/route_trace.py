@@ -61,7 +61,7 @@ def read_route_trace(path: Path, spec: ModelSpec) -> RouteTrace:
 @lru_cache(maxsize=1)
 def _read(path: Path, mark: Any, layers: int, top_k: int, experts: int) -> RouteTrace:
     """mark: part of the key of the kept reading, which changes when the file does."""
-    from hybrid.trace_files import read_trace
+    from hybrid.files.traces import read_trace
 
     with cache_errors("--route-trace"):
         trace = read_trace(path, flag="--route-trace")

@@ -74,13 +74,13 @@ class Activity:
 
 def _seen(llm: LLM) -> dict[str, Any]:
     """On the engine's thread, between steps."""
-    engine, kept, pool = llm.engine, llm.kept_lengths(), llm.prefix_report()
+    engine, kept, pool = llm.engine, llm.loop.kept_lengths(), llm.loop.prefix_report()
     use, experts = engine.expert_use(), engine.experts
     return {
         "layers": list(engine.spec.moe_layers),
         "use": [] if use is None else use.tolist(),
         "resident": experts.table.resident() if experts and experts.placing else None,
-        "running_tokens": llm.running_tokens(),
+        "running_tokens": llm.loop.running_tokens(),
         "kept_tokens": sum(kept),
         "kept": len(kept),
         "pool_tokens": pool.tokens,

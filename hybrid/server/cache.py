@@ -37,7 +37,7 @@ def _state(llm: LLM) -> dict[str, Any]:
     """On the engine's thread, between steps."""
     engine = llm.engine
     experts = _experts(engine.experts)
-    lengths, pool = llm.kept_lengths(), llm.prefix_report()
+    lengths, pool = llm.loop.kept_lengths(), llm.loop.prefix_report()
     kept = {"sequences": len(lengths), "tokens": sum(lengths), "lengths": lengths}
     kept |= {"limit_sequences": engine.plan.sequences, "limit_tokens": engine.plan.kv_token_budget}
     reason = _reason(llm) if experts is None else None

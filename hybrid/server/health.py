@@ -58,7 +58,7 @@ class Health:
 
     @property
     def _stuck(self) -> bool:
-        return self._service.llm.llm.step_seconds() > self._service.config.step_seconds
+        return self._service.llm.llm.loop.step_seconds() > self._service.config.step_seconds
 
     async def _watch_steps(self) -> None:
         while not self._stuck:
@@ -121,5 +121,5 @@ def close_in_time(llm: LLM) -> bool:
     thread.join(_CLOSE_SECONDS)
     ended = not thread.is_alive()
     if not ended:
-        llm.abandon()  # which ends that thread
+        llm.loop.abandon()  # which ends that thread
     return ended

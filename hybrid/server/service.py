@@ -65,7 +65,7 @@ class Service:
         self.health.reopen, self.health.on_lost = reopen, on_lost
 
     def _prefixes(self) -> PoolReport | None:
-        return self._llm.llm.prefix_report() if self._llm else None
+        return self._llm.llm.loop.prefix_report() if self._llm else None
 
     @property
     def ready(self) -> bool:

@@ -33,7 +33,7 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._intake, self._loop = llm._intake, llm._loop
+        self._intake, self._loop = llm.intake, llm.loop
 
     async def __aenter__(self) -> AsyncLLM:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -22,7 +23,6 @@ from hybrid.serving.arguments import Arguments, configure, named_as_arguments, s
 from hybrid.serving.intake import Intake, Params, Prompt, check_callback, is_many
 from hybrid.serving.loop import Loop
 from hybrid.serving.perplexity import Perplexity, nats_of
-from hybrid.serving.pool import PoolReport
 from hybrid.serving.request import Limits, LogprobScore, Request, Score
 from hybrid.serving.scheduler import StepRecord
 from hybrid.serving.stream import Stream
@@ -39,6 +39,16 @@ from hybrid.weights.hub import with_local_model
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What a model directory says of texts: tokenizer, ends, chat template, and how answers are written."""
+
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    template: ChatTemplate | None
+    answers: AnswerFormat | None = None
+
+
 class LLM:
     """A loaded model. A context manager; `close` gives its memory back.
 
@@ -46,9 +56,9 @@ class LLM:
     `AsyncLLM` shares it with asyncio. The arguments are the fields of `EngineConfig`; the environment
     (`HYBRID_THREADS` for `threads`) has those that are not given. progress: called with (what, done, total) while
     loading. notice: called with one line that is worth telling. Raises the errors of `hybrid.errors`.
-    """
 
-    _name = "a model"
+    loop: the engine's thread, and what it tells of itself. intake: makes requests of what is asked.
+    """
 
     @signed_by(Arguments)
     def __init__(
@@ -59,7 +69,7 @@ class LLM:
     ) -> None:
         config, choices = configure(given)
         with named_as_arguments(), named_as_given(choices):
-            self._open(config, progress, notice)
+            self._begin(*_open(config, progress, notice))
 
     @classmethod
     def from_config(
@@ -70,7 +80,7 @@ class LLM:
     ) -> LLM:
         """The same from a whole configuration. Errors name flags, as the commands do."""
         llm = cls.__new__(cls)
-        llm._open(config, progress, notice)
+        llm._begin(*_open(config, progress, notice))
         return llm
 
     @classmethod
@@ -83,44 +93,19 @@ class LLM:
     ) -> LLM:
         """An LLM around an engine that is open already; closing the one closes the other."""
         llm = cls.__new__(cls)
-        llm._assemble(engine, tokenizer, eos_ids, template)
+        llm._begin("a model", engine, Texts(tokenizer, eos_ids, template))
         return llm
 
-    def _open(
-        self,
-        config: EngineConfig,
-        progress: Callable[[str, int, int], None] | None,
-        notice: Callable[[str], None] | None,
-    ) -> None:
-        check_config(config)
-        config = with_local_model(config, progress)
-        path = config.model_path or EMBEDDED_MODEL
-        # Files that have to be converted are known only once there is a store; all others are wrong before it is made.
-        texts = None if needs_conversion(path) else _read_texts(path, config, None, notice)
-        self._name = path.absolute().name if config.model_path else "the embedded model"
-        engine = Engine.open(config, progress, notice)
-        try:
-            self._assemble(engine, *(texts or _read_texts(path, config, engine.store.path, notice)))
-        except BaseException:
-            engine.close()
-            raise
-
-    def _assemble(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer | None,
-        eos_ids: frozenset[int],
-        template: ChatTemplate | None,
-        answers: AnswerFormat | None = None,
-    ) -> None:
+    def _begin(self, name: str, engine: Engine, texts: Texts) -> None:
+        self._name = name
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.tokenizer = texts.tokenizer
         self._limits = Limits.of(engine)
-        self._intake = Intake(self._limits, tokenizer, eos_ids, template, answers)
-        self._loop = Loop(engine)
+        self.intake = Intake(self._limits, texts.tokenizer, texts.eos_ids, texts.template, texts.answers)
+        self.loop = Loop(engine)
 
     def __repr__(self) -> str:
-        plan, state = self.engine.plan, "closed" if self._loop.closed else "open"
+        plan, state = self.engine.plan, "closed" if self.loop.closed else "open"
         return (
             f"<LLM {self._name!r}, {plan.isa} on {plan.threads} thread{'s' * (plan.threads != 1)}, "
             f"{plan.sequences} sequences of up to {plan.max_seq_len} tokens, {state}>"
@@ -132,23 +117,17 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.close()
+        self.loop.close()
         if error is None:
-            self._loop.raise_observer_error()
+            self.loop.raise_observer_error()
 
     def close(self) -> None:
         """Free the memory; who still waits for an answer gets a RequestError. A second call does nothing.
 
         Raises what an observer raised, if one did.
         """
-        self._loop.close()
-        self._loop.raise_observer_error()
-
-    def abandon(self) -> None:
-        """Of a model whose `close` does not end: leave to another one what only one can have, `prefix_dir`. Its step
-        keeps its thread and memory.
-        """
-        self._loop.abandon()
+        self.loop.close()
+        self.loop.raise_observer_error()
 
     @property
     def max_tokens(self) -> int:
@@ -157,7 +136,7 @@ class LLM:
 
     def describe(self) -> str:
         """One line: the model, its context, its formats, how its answers are written."""
-        weights, answers = self.engine.plan.format_text, self._intake.answers
+        weights, answers = self.engine.plan.format_text, self.intake.answers
         return f"{self._name}: {weights}; context {self.max_tokens} tokens; answers {answers}"
 
     def observe(self, on_step: Callable[[StepRecord], None] | None) -> None:
@@ -167,11 +146,11 @@ class LLM:
         raises the error, or `close`.
         """
         check_callback("on_step", on_step)
-        self._loop.observe(on_step)
+        self.loop.observe(on_step)
 
     def run(self, call: Callable[[], T]) -> T:
         """Call something between two steps, on the engine's thread; returns what it returns."""
-        return self._loop.run(call)
+        return self.loop.run(call)
 
     def generate(
         self,
@@ -185,29 +164,13 @@ class LLM:
         called with (finished, total). Whatever it raises ends this call alone, as does Ctrl-C.
         """
         check_callback("progress", progress)
-        self._loop.require_open()
-        return self._complete(self._intake.requests(prompts, params), progress)
-
-    def _complete(
-        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
-    ) -> list[Completion]:
-        answers: SimpleQueue[Any] = SimpleQueue()
-        for request in requests:
-            request.sink = last_only(answers.put)
-        try:
-            self._loop.submit(requests)
-            for finished in range(1, len(requests) + 1):
-                self._loop.wait(answers)
-                if progress:
-                    progress(finished, len(requests))
-        finally:
-            self._loop.cancel(requests)
-        return [request.completion for request in requests]
+        self.loop.require_open()
+        return _complete(self.loop, self.intake.requests(prompts, params), progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """The completion of one prompt, piece by piece. Closing the iterator cancels it."""
-        self._loop.require_open()
-        return Stream(self._loop, self._intake.request(prompt, params))
+        self.loop.require_open()
+        return Stream(self.loop, self.intake.request(prompt, params))
 
     @overload
     def chat(
@@ -248,9 +211,9 @@ class LLM:
         `ChatTemplate.render` says what they are.
         """
         chat = ChatInput(messages, **options)
-        self._loop.require_open()
+        self.loop.require_open()
         check_callback("progress", progress)
-        completions = self._complete(self._intake.chat_requests(chat, params, keep), progress)
+        completions = _complete(self.loop, self.intake.chat_requests(chat, params, keep), progress)
         return completions if is_many(chat) else completions[0]
 
     def stream_chat(
@@ -263,51 +226,35 @@ class LLM:
     ) -> Stream:
         """The answer of one conversation, piece by piece."""
         chat = ChatInput(messages, **options)
-        self._loop.require_open()
-        return Stream(self._loop, self._intake.chat_request(chat, params, keep=keep))
+        self.loop.require_open()
+        return Stream(self.loop, self.intake.chat_request(chat, params, keep=keep))
 
     def forget(self) -> None:
         """Free the keys and values that chats have kept."""
-        self._loop.forget()
-
-    def kept_lengths(self) -> list[int]:
-        """Tokens of each conversation whose keys and values chats have kept, least recently used first."""
-        return self._loop.kept_lengths()
-
-    def prefix_report(self) -> PoolReport:
-        """What is kept of prompts beyond the sequences, and how often it was used."""
-        return self._loop.prefix_report()
-
-    def step_seconds(self) -> float:
-        """How long the running step of the engine has taken; 0 if none runs. Any thread may ask, and never waits."""
-        return self._loop.step_seconds()
-
-    def running_tokens(self) -> int:
-        """Tokens of the running requests whose keys and values are computed."""
-        return self._loop.running_tokens()
+        self.loop.forget()
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special_tokens: with those that the tokenizer adds, such as one that begins it."""
-        return [int(token) for token in self._intake.encode(text, special_tokens)]
+        return [int(token) for token in self.intake.encode(text, special_tokens)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without that of special tokens."""
-        return self._intake.decode(token_ids)
+        return self.intake.decode(token_ids)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits at every position: float32 [len(token_ids), vocab]."""
-        self._loop.require_open()
-        score = self._intake.logits_score(token_ids)
-        self._compute(score)
+        self.loop.require_open()
+        score = self.intake.logits_score(token_ids)
+        _compute(self.loop, score)
         return score.result
 
     def score(self, prompt: Prompt, top: int = 0) -> list[TokenLogprob | None]:
         """How likely each token of a prompt is after those before it; None for the first. top: how many of the
         likeliest tokens are told beside each.
         """
-        self._loop.require_open()
-        score = self._intake.logprob_score(prompt, top)
-        self._compute(score)
+        self.loop.require_open()
+        score = self.intake.logprob_score(prompt, top)
+        _compute(self.loop, score)
         return score.result
 
     def perplexity(
@@ -325,28 +272,16 @@ class LLM:
         all windows).
         """
         check_callback("progress", progress)
-        self._loop.require_open()
-        tokens, windows, size = self._intake.windows(text, window, stride)
+        self.loop.require_open()
+        tokens, windows, size = self.intake.windows(text, window, stride)
         nats = 0.0
         for done, part in enumerate(windows, start=1):
             score = LogprobScore(tokens[part.first : part.last])
-            self._compute(score)
+            _compute(self.loop, score)
             nats += nats_of(part, score.result)
             if progress:
                 progress(done, len(windows))
         return Perplexity(len(tokens) - 1, len(windows), windows.window, windows.stride, nats, size)
-
-    def _compute(self, score: Score) -> None:
-        """Wait until it has its result."""
-        if score.finished:
-            return
-        answers: SimpleQueue[Any] = SimpleQueue()
-        score.sink = answers.put
-        try:
-            self._loop.submit([score])
-            self._loop.wait(answers)
-        finally:
-            self._loop.cancel([score])
 
     def record_trace(
         self, path: str | Path, notice: Callable[[str], None] | None = None
@@ -357,7 +292,7 @@ class LLM:
         Steps go on when the file cannot be written on: notice is told in one line, or without one the end of the block
         raises CapacityError. Raises ConfigError for a place where nothing can be written.
         """
-        return record_trace(self._loop, self.engine, Path(path), notice)
+        return record_trace(self.loop, self.engine, Path(path), notice)
 
     def encode_chat(
         self,
@@ -365,7 +300,7 @@ class LLM:
         **options: Unpack[ChatOptions],
     ) -> list[int]:
         """Messages as the token ids of a prompt, by the model's chat template."""
-        return self._intake.encode_chat(ChatInput(messages, **options))
+        return self.intake.encode_chat(ChatInput(messages, **options))
 
 
 def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -378,10 +313,59 @@ def last_only(put: Callable[[Any], None]) -> Callable[[Any], None]:
     return sink
 
 
+def _complete(
+    loop: Loop, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+) -> list[Completion]:
+    answers: SimpleQueue[Any] = SimpleQueue()
+    for request in requests:
+        request.sink = last_only(answers.put)
+    try:
+        loop.submit(requests)
+        for finished in range(1, len(requests) + 1):
+            loop.wait(answers)
+            if progress:
+                progress(finished, len(requests))
+    finally:
+        loop.cancel(requests)
+    return [request.completion for request in requests]
+
+
+def _compute(loop: Loop, score: Score) -> None:
+    """Wait until it has its result."""
+    if score.finished:
+        return
+    answers: SimpleQueue[Any] = SimpleQueue()
+    score.sink = answers.put
+    try:
+        loop.submit([score])
+        loop.wait(answers)
+    finally:
+        loop.cancel([score])
+
+
+def _open(
+    config: EngineConfig,
+    progress: Callable[[str, int, int], None] | None,
+    notice: Callable[[str], None] | None,
+) -> tuple[str, Engine, Texts]:
+    """The name of a model, its engine, and what it says of texts."""
+    check_config(config)
+    config = with_local_model(config, progress)
+    path = config.model_path or EMBEDDED_MODEL
+    # Files that have to be converted are known only once there is a store; all others are wrong before it is made.
+    texts = None if needs_conversion(path) else _read_texts(path, config, None, notice)
+    engine = Engine.open(config, progress, notice)
+    try:
+        name = path.absolute().name if config.model_path else "the embedded model"
+        return name, engine, texts or _read_texts(path, config, engine.store.path, notice)
+    except BaseException:
+        engine.close()
+        raise
+
+
 def _read_texts(
     path: Path, config: EngineConfig, store_path: Path | None = None, notice: Callable[[str], None] | None = None
-) -> tuple[Tokenizer | None, frozenset[int], ChatTemplate | None, AnswerFormat]:
-    """What a model directory says of texts: tokenizer, ends, chat template, and how answers are written."""
+) -> Texts:
     if store_path and is_gguf(path):
         if not is_file(store_path / CONVERTED):
             text_files(path)  # says what is wrong with them
@@ -389,4 +373,4 @@ def _read_texts(
     tokenizer, template = load_tokenizer(path, store_path, notice), load_template(path)
     source, tokens = template.sources if template else "", tokenizer.added if tokenizer else ()
     answers = choose_format(source, tokens, config.reasoning_parser, config.tool_parser)
-    return tokenizer, read_eos_ids(path, tokenizer), template, answers
+    return Texts(tokenizer, read_eos_ids(path, tokenizer), template, answers)

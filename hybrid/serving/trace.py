@@ -16,7 +16,7 @@ from hybrid.serving.loop import Loop
 @contextmanager
 def record_trace(loop: Loop, engine: Engine, path: Path, notice: Callable[[str], None] | None) -> Iterator[None]:
     """See `LLM.record_trace`."""
-    from hybrid.trace_files import check_trace_output, open_trace
+    from hybrid.files.traces import check_trace_output, open_trace
 
     path, lines = path.expanduser(), SimpleQueue[str]()
     routes = loop.run(lambda: engine.routes)

@@ -9,7 +9,7 @@ import pytest
 from gpu_cache.policies import POLICIES
 from gpu_cache.simulator import Setting, replay
 from gpu_cache.trace import Calls, calls
-from hybrid.trace_files import read_trace
+from hybrid.files.traces import read_trace
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("stories", "chat", "code")

@@ -57,7 +57,7 @@ REAL = Path(__file__).parent.parent / "traces" / "real"
 @pytest.mark.parametrize("policy", ["LRU", "bypass-Belady"])
 def test_curves_of_a_real_prompt_and_its_answer(policy: str) -> None:
     pytest.importorskip("pyarrow")
-    from hybrid.trace_files import read_trace
+    from hybrid.files.traces import read_trace
 
     trace = calls(read_trace(REAL / "gpt-oss-120b.parquet"))
     found = curve(trace, policy, trace.layers).hits

@@ -11,7 +11,7 @@ pytest.importorskip("pyarrow")
 from gpu_cache.intervals import blocks_of  # noqa: E402
 from gpu_cache.simulator import Setting, replay  # noqa: E402
 from gpu_cache.trace import Calls, calls  # noqa: E402
-from hybrid.trace_files import read_trace  # noqa: E402
+from hybrid.files.traces import read_trace  # noqa: E402
 
 FOLDER = Path(__file__).parent.parent / "traces" / "real"
 SHAPES = {  # layers, experts, steps, calls, blocks

@@ -18,7 +18,7 @@ from gpu_cache.trace import COLUMNS, NEXT_EXPERT, Trace, calls, make_trace
 from gpu_cache.traces import known_format, read
 from gpu_cache.traces.base import Sizes
 from hybrid.errors import ConfigError
-from hybrid.trace_files import open_trace, read_trace, write_trace
+from hybrid.files.traces import open_trace, read_trace, write_trace
 
 HEADER = ",".join(COLUMNS)
 
