@@ -43,7 +43,7 @@ OTHERS = ("asyncio.events.TimerHandle", "hybrid.serving.step_seconds._Mean")
 def count(server: Running) -> Counter[str]:
     """What there is by its name, once nothing runs and what is kept of prompts is forgotten."""
     service, state = server.service, server.process.server_state
-    until(lambda: not (service._taken or service._runs or service._attempts or state.connections or state.tasks))
+    until(lambda: not (service.taken or service._runs or service._attempts or state.connections or state.tasks))
     llm = service.llm.llm
     llm.forget()
     scheduler = llm.loop._worker.scheduler

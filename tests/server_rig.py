@@ -53,7 +53,7 @@ class Running:
     def idle(self) -> bool:
         """Whether nothing runs, waits or is kept by mistake."""
         scheduler = self.service.llm.llm.loop._worker.scheduler
-        return not (self.service._taken or self.service._runs) and not self.service.llm.llm.run(
+        return not (self.service.taken or self.service._runs) and not self.service.llm.llm.run(
             lambda: scheduler.has_work
         )
 

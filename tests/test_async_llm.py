@@ -49,7 +49,7 @@ async def begun(engine: GatedEngine) -> int:
 
 
 async def handed_in(llm: AsyncLLM) -> None:
-    while llm.loop._worker.commands.empty():
+    while llm._loop._worker.commands.empty():
         await asyncio.sleep(0)
 
 

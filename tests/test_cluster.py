@@ -299,7 +299,7 @@ def test_tokens_of_a_key_are_counted_wherever_they_were_computed_and_also_of_who
         assert {name for name, _ in server.replicas.asked} == {"a", "b"}
         assert [ask("two", prompt=prompt, max_tokens=1).status_code for prompt in "ab"] == [200, 200]
         for replica in server.replicas.there.values():
-            server.on_loop(replica.service._quotas.charge, "key 1", 20)  # of who left
+            server.on_loop(replica.service.admission.quotas.charge, "key 1", 20)  # of who left
         assert [ask("two", prompt=prompt).status_code for prompt in ("a", "b", "c")] == [200, 200, 429]
 
 
@@ -316,7 +316,7 @@ def test_who_leaves_early_is_charged_at_once_for_what_was_computed(monkeypatch, 
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + body)
             until(lambda: server.front._quotas.total("") >= 100)
-            assert server.replicas.there["a"].service._taken == 1, "it has not ended"
+            assert server.replicas.there["a"].service.taken == 1, "it has not ended"
         until(lambda: not server.front._tasks)
         assert server.post(COMPLETE, prompt="c").status_code == 429 and len(server.replicas.asked) == 1
         engine.permit(1000)
@@ -340,7 +340,7 @@ def test_where_no_key_is_demanded_a_question_that_costs_nothing_settles_no_debt(
         engine.permit(1000)
         assert server.http.get("/v1/models").status_code == 200
         assert server.post(COMPLETE, prompt="c", max_tokens=1).status_code == 200
-        server.on_loop(server.replicas.there["a"].service._quotas.charge, "", 1000)  # of who left
+        server.on_loop(server.replicas.there["a"].service.admission.quotas.charge, "", 1000)  # of who left
         assert server.http.get("/v1/models").status_code == 200
         asked = [server.http.post(COMPLETE, json={"prompt": text, "max_tokens": 1}) for text in "ab"]
         assert [reply.status_code for reply in asked] == [200, 429]
@@ -418,7 +418,7 @@ def test_a_client_that_leaves_ends_its_request_where_it_runs() -> None:
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
                 connection.sendall(head + body)
                 engine.rows()
-            until(lambda: not server.front._tasks and server.replicas.there["a"].service._taken == 0)
+            until(lambda: not server.front._tasks and server.replicas.there["a"].service.taken == 0)
 
 
 def test_draining_ends_what_takes_too_long_by_an_error() -> None:

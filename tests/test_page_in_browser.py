@@ -110,10 +110,10 @@ def test_escape_stops_and_frees_the_place(page, server) -> None:
     page.get_by_label("Message", exact=True).fill("Go on")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Stop").wait_for()
-    until(lambda: server.service._taken == 1)
+    until(lambda: server.service.taken == 1)
     page.keyboard.press("Escape")
     assert answer(page).locator(".stats").inner_text() == "stopped"
-    until(lambda: server.service._taken == 0)
+    until(lambda: server.service.taken == 0)
     over.set()
     step.join()
 
@@ -158,7 +158,7 @@ def test_an_answer_that_was_stopped_before_it_began_has_its_question_asked_with_
     begun.wait()
     page.get_by_label("Message", exact=True).fill("First")
     page.keyboard.press("Enter")
-    until(lambda: server.service._taken == 1)
+    until(lambda: server.service.taken == 1)
     page.keyboard.press("Escape")
     answer(page)
     over.set()

@@ -91,7 +91,7 @@ def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatc
         asking = [threading.Thread(target=lambda: answers.append(ask(server, **body))) for _ in range(3)]
         for thread in asking:
             thread.start()
-        until(lambda: server.service._taken == 3)
+        until(lambda: server.service.taken == 3)
         stuck.set()
         for thread in asking:
             thread.join(WATCHDOG)
@@ -144,7 +144,7 @@ def test_a_step_that_is_slow_but_ends_is_no_reason_to_open_anew(monkeypatch) -> 
         answers: list[int] = []
         asking = threading.Thread(target=lambda: answers.append(ask(server)))
         asking.start()
-        until(lambda: server.service._taken == 1)
+        until(lambda: server.service.taken == 1)
         late.set()
         until(lambda: server.service.health.failing)
         late.clear()
@@ -203,7 +203,7 @@ def test_draining_does_not_wait_for_a_step_that_never_ends() -> None:
     answers: list[int] = []
     asking = threading.Thread(target=lambda: answers.append(ask(server)))
     asking.start()
-    until(lambda: server.service._taken == 1)
+    until(lambda: server.service.taken == 1)
     server.process.end()
     asking.join(WATCHDOG)
     assert answers == [503] and server.ended()

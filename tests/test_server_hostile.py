@@ -30,6 +30,7 @@ from test_server_limits import raw  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
 from hybrid.server import bodies, connections  # noqa: E402
+from hybrid.server.admission import Admission  # noqa: E402
 from hybrid.server.service import Service  # noqa: E402
 from hybrid.text import rendering  # noqa: E402
 from hybrid.text.chat_template import ChatTemplate  # noqa: E402
@@ -187,7 +188,7 @@ def test_a_template_that_never_ends_fails_its_request_and_stops_nobody(monkeypat
         said = [{"role": "user", "content": "loop"}]
         thread = threading.Thread(target=lambda: answers.append(server.post(CHAT, messages=said).status_code))
         thread.start()
-        until(lambda: server.service._taken == 1)
+        until(lambda: server.service.taken == 1)
         assert server.post(COMPLETE, prompt="a.", max_tokens=2).status_code == 200 and not answers
         thread.join(WATCHDOG)
         assert answers == [400] and server.post(CHAT, messages=ASKED).status_code == 200
@@ -219,8 +220,8 @@ def test_no_answer_has_the_text_of_an_exception(monkeypatch, capfd) -> None:
     with running(Model("abc").llm) as server:
         paths = set(server.http.get("/openapi.json").json()["paths"])
         with monkeypatch.context() as patched:
-            for name in ("check_model", "running"):
-                patched.setattr(Service, name, fail)
+            patched.setattr(Service, "check_model", fail)
+            patched.setattr(Admission, "running", fail)
             for name in ("names", "llm"):
                 patched.setattr(Service, name, property(fail), raising=False)
             replies = [server.post(path, **body) for path, body in POSTS.items()]

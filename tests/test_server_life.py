@@ -57,7 +57,7 @@ def test_a_client_that_leaves_ends_its_step_and_frees_its_sequence() -> None:
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
                 connection.sendall(head + body)
                 engine.rows()  # its step waits, and would for ever
-            until(lambda: server.service._taken == 0)
+            until(lambda: server.service.taken == 0)
             assert server.idle and not engine.sequences
 
 
@@ -69,9 +69,9 @@ def test_a_client_that_reads_nothing_is_cut_off_and_stops_nobody() -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
             connection.sendall(head + body)
-            until(lambda: server.service._taken == 8)
+            until(lambda: server.service.taken == 8)
             assert server.post(COMPLETE, prompt="Once", max_tokens=2).status_code == 200
-            until(lambda: server.service._taken == 0)
+            until(lambda: server.service.taken == 0)
         assert server.idle
 
 
@@ -136,7 +136,7 @@ def test_draining_ends_what_takes_too_long_by_an_error() -> None:
     stream, events = in_thread(lambda: server.events(COMPLETE, prompt="a", max_tokens=50))
     whole, replies = in_thread(lambda: server.post(COMPLETE, prompt="a", max_tokens=50))
     engine.rows()
-    until(lambda: server.service._taken == 2)
+    until(lambda: server.service.taken == 2)
     server.process.end()
     stream.join(WATCHDOG)
     whole.join(WATCHDOG)

@@ -120,7 +120,7 @@ def test_a_key_has_its_limits_and_others_are_not_held_up() -> None:
         )
         queue.ask("other", key="b")
         engine.permit(9)
-        until(lambda: len(queue.order) == 3 and not server.service._taken)
+        until(lambda: len(queue.order) == 3 and not server.service.taken)
         late = server.http.post(COMPLETE, content=b"not looked at", headers={"authorization": "Bearer a"})
         assert late.status_code == 429 and 1 <= int(late.headers["retry-after"]) <= 60
         ok = server.http.post(COMPLETE, json={"prompt": [1], "max_tokens": 1}, headers={"authorization": "Bearer b"})
@@ -152,18 +152,18 @@ def test_texts_alone_are_no_completions_and_have_limits_of_their_own(monkeypatch
         queue.ask("runs")
         engine.rows()
         queue.ask("waits", key="b")
-        until(lambda: server.service._taken == 2)
+        until(lambda: server.service.taken == 2)
         assert ask("a").status_code == ask("c").status_code == 200, "the queue of completions is full"
         monkeypatch.setattr(Service, "prepare", slowly)
         with ThreadPoolExecutor(2) as clients:
             asked = [clients.submit(ask, key) for key in ("a", "b")]
-            until(lambda: server.service._texts == 2)
+            until(lambda: server.service.admission.texts == 2)
             refused = [ask(key) for key in ("a", "c")]
             assert [reply.status_code for reply in refused] == [429, 503]
             assert all(reply.headers["retry-after"] == "1" for reply in refused)
             over.set()
             assert [reply.result().status_code for reply in asked] == [200, 200]
-        until(lambda: server.service._texts == 0)
+        until(lambda: server.service.admission.texts == 0)
         queue.finish()
 
 

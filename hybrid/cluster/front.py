@@ -64,13 +64,10 @@ class Front:
     def watch(self, reopen: Callable[[], Any], on_lost: Callable[[BaseException], None]) -> None:
         """Replicas are watched where they run."""
 
-    def running(self) -> int:
+    @property
+    def taken(self) -> int:
         """Requests that are not answered to their end, wherever they are."""
         return len(self._tasks)
-
-    def waiting(self) -> int:
-        """None: replicas know who waits."""
-        return 0
 
     @property
     def replicas(self) -> Replicas:

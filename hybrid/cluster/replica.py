@@ -59,7 +59,7 @@ class Replica:
                 if wanted:
                     yield Said(messages, total)
                     messages, told = [], total
-            yield Ended(messages, exchange.tokens, self.service.charged_total(asked.client))
+            yield Ended(messages, exchange.tokens, self.service.admission.quotas.total(asked.client))
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -69,7 +69,7 @@ class Replica:
         if monotonic() - self._counted >= _COUNT_SECONDS:
             self.service.charge_running()
             self._counted = monotonic()
-        return self.service.charged_total(client)
+        return self.service.admission.quotas.total(client)
 
     async def whole(self, asked: Asked) -> list[Message]:
         """All of an answer that is not long and costs no client anything."""
@@ -82,7 +82,11 @@ class Replica:
     async def state(self) -> dict[str, Any]:
         """What it does now."""
         service = self.service
-        counts = {"ready": service.ready, "running": service.running(), "waiting": service.waiting()}
+        counts = {
+            "ready": service.ready,
+            "running": service.admission.running(),
+            "waiting": service.admission.waiting(),
+        }
         return {**counts, "machine": platform.node(), "pid": os.getpid()}
 
     async def metrics(self) -> str:

@@ -51,8 +51,8 @@ class Activity:
         metrics = service.metrics
         return {
             "queue": {
-                "running": service.running(),
-                "waiting": service.waiting(),
+                "running": service.admission.running(),
+                "waiting": service.admission.waiting(),
                 "sequences": plan.sequences,
                 "limit": service.config.max_queue,
             },

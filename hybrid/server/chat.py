@@ -32,7 +32,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody, EVENTS, service.names), response_model=None)
     async def chat_completions(request: Request) -> Response:
         """The assistant's answer to a conversation, whole or as a stream."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, ChatBody, service.config.max_body_mb << 20)
         return await until_gone(request.receive, _answer(service, request, body))
 

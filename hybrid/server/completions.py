@@ -32,7 +32,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=takes(CompletionBody, EVENTS, service.names), response_model=None)
     async def completions(request: Request) -> Response:
         """Prompts continued, whole or as a stream."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, CompletionBody, service.config.max_body_mb << 20)
         return await until_gone(request.receive, _answer(service, request, body))
 
@@ -94,7 +94,7 @@ async def _echoes(service: Service, run: Run, body: CompletionBody) -> dict[int,
         logprobs = None
         if body.logprobs is not None:
             scores = await service.attempt(partial(score, tokens, body.logprobs))
-            service.charge(len(tokens))
+            service.admission.charge(len(tokens))
             logprobs = completion_logprobs(service.token_texts, tokens, scores)
         found[completion.index] = _Echo(text, logprobs)
     return found

@@ -29,14 +29,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/messages", openapi_extra=takes(MessagesBody, EVENTS, service.names), response_model=None)
     async def messages(request: Request) -> Response:
         """The assistant's next message, whole or as a stream."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, MessagesBody, max_bytes)
         return await until_gone(request.receive, _answer(service, request, body))
 
     @router.post("/v1/messages/count_tokens", openapi_extra=takes(CountBody, None, service.names), response_model=None)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt has that would be made."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, CountBody, max_bytes)
             service.check_model(body.model)
             chat = checked(ChatBody, body.chat())

@@ -35,21 +35,21 @@ def routes(service: Service) -> APIRouter:
     @router.post("/api/chat", openapi_extra=takes(OllamaChatBody, LINES, names), response_model=None)
     async def chat(request: Request) -> Response:
         """The assistant's next message, as lines of JSON unless `stream` is false."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, OllamaChatBody, max_bytes)
         return await until_gone(request.receive, _chat(service, request, body))
 
     @router.post("/api/generate", openapi_extra=takes(OllamaGenerateBody, LINES, names), response_model=None)
     async def generate(request: Request) -> Response:
         """The answer to a prompt, as lines of JSON unless `stream` is false."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, OllamaGenerateBody, max_bytes)
         return await until_gone(request.receive, _generate(service, request, body))
 
     @router.post("/api/show", openapi_extra=takes(ShowBody, None, names), response_model=None)
     async def show(request: Request) -> Response:
         """What the model is."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, ShowBody, max_bytes)
             _check_model(service, body.model or body.name)
             return JSONResponse(_shown(service))

@@ -64,11 +64,9 @@ class Served(Protocol[Loaded]):
     def watch(self, reopen: Callable[[], Any], on_lost: Callable[[BaseException], None]) -> None:
         """reopen: loads it anew, on another thread. on_lost: is called where that has failed."""
 
-    def running(self) -> int:
-        """What is computed now."""
-
-    def waiting(self) -> int:
-        """What waits to be."""
+    @property
+    def taken(self) -> int:
+        """Completions that run or wait."""
 
     async def drain(self, seconds: float) -> None:
         """Take nothing more; wait for what runs, and after so long end it by an error."""
@@ -134,7 +132,7 @@ class Process(uvicorn.Server, Generic[T]):
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
-        if count := self.service.running() + self.service.waiting():
+        if count := self.service.taken:
             left, seconds = f"{count} completion{'s' * (count != 1)}", self.service.config.drain_seconds
             self._notice(f"waiting up to {seconds:g} s for {left} to end; a second signal ends them at once")
         self._drain = asyncio.ensure_future(self._drain_then_exit())

@@ -35,7 +35,7 @@ async def prompt_logprobs(service: Service, tokens: list[int], body: PromptScore
     if body.prompt_logprobs is None:
         return {}
     scores = await service.attempt(partial(score, tokens, body.prompt_logprobs))
-    service.charge(len(tokens))
+    service.admission.charge(len(tokens))
     told = [None if one is None else _told(service.token_texts, one) for one in scores]
     return {"prompt_logprobs": told}
 

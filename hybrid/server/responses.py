@@ -34,14 +34,14 @@ def routes(service: Service) -> APIRouter:
     @router.post(RESPONSES, openapi_extra=takes(ResponsesBody, EVENTS, service.names), response_model=None)
     async def responses(request: Request) -> Response:
         """The assistant's answer as items, whole or as a stream."""
-        service.require_room()
+        service.admission.require_room()
         body = await read_body(request, ResponsesBody, service.config.max_body_mb << 20)
         return await until_gone(request.receive, _answer(service, request, body))
 
     @router.post(INPUT_TOKENS, openapi_extra=takes(ResponsesBody, None, service.names), response_model=None)
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt has that would be made."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, ResponsesBody, service.config.max_body_mb << 20)
             service.check_model(body.model)
             chat = body.chat_body()

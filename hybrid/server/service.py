@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from time import time
 from typing import Any, TypeVar
 
 from hybrid.errors import RequestError
 from hybrid.plan.text import summary_text
+from hybrid.server.admission import Admission
 from hybrid.server.clients import CLIENT, URGENT
 from hybrid.server.config import ServerConfig
 from hybrid.server.failures import log_failure
 from hybrid.server.health import Health, close_in_time
 from hybrid.server.metrics import Metrics
-from hybrid.server.quotas import Quotas
 from hybrid.server.refusals import Refusal, internal
 from hybrid.server.telemetry import Telemetry
 from hybrid.serving.async_llm import AsyncLLM
@@ -41,16 +41,14 @@ class Service:
         self.abandoned = False  # an engine could not be closed
         self.health = Health(self)
         self._llm: AsyncLLM | None = None
-        self._taken = 0  # completions that were let in
-        self._texts = 0  # and requests for texts alone
-        self._quotas = Quotas(config)
         self._runs: set[Run] = set()
         self._attempts: dict[asyncio.Task[Any], Refusal | None] = {}  # with how they were ended
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._workers = ThreadPoolExecutor(2, "hybrid-texts")
         self._text_worker = ThreadPoolExecutor(1, "hybrid-texts-alone")  # no completion waits for what it does
-        self.metrics = Metrics(self.running, self.waiting, lambda: self.ready, self._prefixes)
+        self.metrics = Metrics(
+            lambda: self.admission.running(), lambda: self.admission.waiting(), lambda: self.ready, self._prefixes
+        )
+        self.admission = Admission(config, self.metrics, lambda: self.places, self._require_open)
         self.token_texts = TokenTexts(None)
 
     def opened(self, llm: LLM) -> None:
@@ -82,6 +80,17 @@ class Service:
             raise Refusal(503, "the model is being loaded; try again later", code="loading")
         return self._llm
 
+    @property
+    def taken(self) -> int:
+        """Completions that run or wait."""
+        return self.admission.taken
+
+    def _require_open(self) -> None:
+        """Raise Refusal where nothing is taken."""
+        if self.draining:
+            raise Refusal(503, "the server is shutting down", code="shutting_down")
+        _ = self.llm
+
     def described(self) -> list[str]:
         """The plan and the model, for people."""
         llm = self.llm.llm
@@ -96,47 +105,6 @@ class Service:
     def places(self) -> int:
         """Sequences that are computed at once."""
         return self._llm.llm.engine.plan.sequences if self._llm else 0
-
-    def running(self) -> int:
-        return min(self._taken, self.places)
-
-    def waiting(self) -> int:
-        return self._taken - self.running()
-
-    def require_room(self, count: int = 1) -> None:
-        """Raise Refusal where so many completions more are not taken."""
-        self._require(partial(self._quotas.require, CLIENT.get(), count))
-        if self._taken + count > self.places + self.config.max_queue:
-            self.metrics.refused.inc()
-            raise Refusal(503, f"{self._taken} completions run or wait; try again later", code="queue_full")
-
-    def _require(self, within: Callable[[], None]) -> None:
-        """Raise Refusal where nothing is taken, or not from this client."""
-        if self.draining:
-            raise Refusal(503, "the server is shutting down", code="shutting_down")
-        try:
-            within()
-        except Refusal:
-            self.metrics.limited.inc()
-            raise
-        _ = self.llm  # raises while there is none
-
-    @contextmanager
-    def text(self) -> Iterator[None]:
-        """While a request is answered that wants texts or tokens and no completion, from before it is read on. It is
-        counted apart. Raises Refusal where it is not taken.
-        """
-        client = CLIENT.get()
-        self._require(partial(self._quotas.require_text, client))
-        if self._texts >= self.places + self.config.max_queue:
-            self.metrics.refused.inc()
-            raise Refusal(503, f"{self._texts} texts are looked at; try again later", code="queue_full")
-        self._texts += 1
-        try:
-            with self._quotas.text(client):
-                yield
-        finally:
-            self._texts -= 1
 
     def check_model(self, name: str | None) -> str:
         """The name that a reply has. Raises Refusal for a model that is not here."""
@@ -159,9 +127,9 @@ class Service:
 
     async def start(self, count: int, make: Callable[[AsyncLLM], list[Request]]) -> Run:
         """Let in so many completions, whose requests `make` makes on another thread. Raises Refusal."""
-        self.require_room(count)
+        self.admission.require_room(count)
         client = CLIENT.get()
-        self._take(client, count)
+        self.admission.take(client, count)
         try:
             requests = await self.prepare(partial(make, self.llm))
             if not URGENT.get() and any(request.priority < 0 for request in requests):
@@ -169,7 +137,7 @@ class Service:
                 raise Refusal(403, message, param="priority")
             return Run(self, requests, count, client)
         except BaseException:
-            self._take(client, -count)
+            self.admission.take(client, -count)
             raise
 
     async def attempt(self, make: Callable[[AsyncLLM], Awaitable[T]]) -> T:
@@ -187,24 +155,10 @@ class Service:
         finally:
             del self._attempts[task]
 
-    def charge(self, tokens: int) -> None:
-        """The client of this request got so many tokens beside those of its completions."""
-        self._quotas.charge(CLIENT.get(), tokens)
-
     def charge_running(self) -> None:
         """Count what was computed so far of what runs."""
         for run in self._runs:
-            self._charge(run)
-
-    def charged_total(self, client: str) -> int:
-        """Tokens that were counted for a client since the start."""
-        return self._quotas.total(client)
-
-    def _charge(self, run: Run) -> None:
-        """Count what was computed for its client since this was done last."""
-        computed = sum(map(_computed_tokens, run.requests))
-        self._quotas.charge(run.client, computed - run.charged)
-        run.charged = computed
+            run.charge()
 
     def refuse(self, error: BaseException) -> Refusal:
         """What the client of a request is told that ended with an error. Not being able to compute is remembered."""
@@ -240,18 +194,13 @@ class Service:
         if not close_in_time(llm):
             self.abandoned = True
 
-    def _take(self, client: str, count: int) -> None:
-        self._taken += count
-        self._quotas.take(client, count)
-        self._idle.clear() if self._taken else self._idle.set()
-
     def enter(self, run: Run) -> None:
         self._runs.add(run)
 
     def leave(self, run: Run) -> None:
         self._runs.discard(run)
-        self._take(run.client, -run.count)
-        self._charge(run)
+        self.admission.take(run.client, -run.count)
+        run.charge()
         self.metrics.on_end([request.completion for request in run.requests])
 
     async def drain(self, seconds: float) -> None:
@@ -259,11 +208,11 @@ class Service:
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._idle.wait()
+                await self.admission.idle.wait()
         self._end_all(lambda: Refusal(503, "the server is shutting down", code="shutting_down"))
         with suppress(TimeoutError):
             async with asyncio.timeout(5):
-                await self._idle.wait()
+                await self.admission.idle.wait()
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -276,21 +225,13 @@ class Service:
             self.telemetry.close()
 
 
-def _computed_tokens(request: Request) -> int:
-    """Of its prompt and of its answer, whatever way it ended."""
-    usage = request.completion.usage
-    return max(0, min(request.reached, usage.prompt_tokens) - usage.cached_tokens) + usage.completion_tokens
-
-
 class Run:
-    """Completions that one client waits for. `close` ends what has not finished, and must be called once. charged:
-    tokens that were counted for the client.
-    """
+    """Completions that one client waits for. `close` ends what has not finished, and must be called once."""
 
     def __init__(self, service: Service, requests: list[Request], count: int, client: str) -> None:
         """Raises Refusal."""
         self.requests, self.count, self.service, self.client = requests, count, service, client
-        self.charged = 0
+        self._charged = 0  # tokens that were counted for the client
         metrics = service.metrics
         for request in requests:
             request.client = client
@@ -326,8 +267,20 @@ class Run:
         hits, misses = metrics.expert_hits - self._experts[0], metrics.expert_misses - self._experts[1]
         return {"hits": hits, "misses": misses} if self.service.llm.llm.engine.experts else None
 
+    def charge(self) -> None:
+        """Count what was computed for its client since this was done last."""
+        computed = sum(map(_computed_tokens, self.requests))
+        self.service.admission.quotas.charge(self.client, computed - self._charged)
+        self._charged = computed
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._together.close()
             self.service.leave(self)
+
+
+def _computed_tokens(request: Request) -> int:
+    """Of its prompt and of its answer, whatever way it ended."""
+    usage = request.completion.usage
+    return max(0, min(request.reached, usage.prompt_tokens) - usage.cached_tokens) + usage.completion_tokens

@@ -71,7 +71,11 @@ def _state(service: Service) -> Response:
         status = "loading"
     elif service.health.failing:
         status = "a step of the engine has failed"
-    facts: dict[str, Any] = {"status": status, "running": service.running(), "waiting": service.waiting()}
+    facts: dict[str, Any] = {
+        "status": status,
+        "running": service.admission.running(),
+        "waiting": service.admission.waiting(),
+    }
     if service.loading and service.progress:
         what, done, total = service.progress
         facts["progress"] = {"what": what, "done": done, "total": total}

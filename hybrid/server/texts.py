@@ -28,7 +28,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize", openapi_extra=takes(TokenizeBody, None, service.names), response_model=None)
     async def tokenize(request: Request) -> Response:
         """A text as token ids."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, TokenizeBody, max_bytes)
             service.check_model(body.model)
             text = body.content if body.prompt is None else body.prompt
@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/detokenize", openapi_extra=takes(DetokenizeBody, None, service.names), response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of token ids, without that of special tokens."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, DetokenizeBody, max_bytes)
             service.check_model(body.model)
             llm = service.llm.llm
@@ -52,7 +52,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/apply-template", openapi_extra=takes(TemplateBody, None, service.names), response_model=None)
     async def apply_template(request: Request) -> Response:
         """Messages as the prompt that the model would get."""
-        with service.text():
+        with service.admission.text():
             body = await read_body(request, TemplateBody, max_bytes)
             service.check_model(body.model)
             llm = service.llm
