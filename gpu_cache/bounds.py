@@ -1,4 +1,4 @@
-"""What no policy can beat, and what a placement that never changes gives; `docs/cache.md` has the proofs."""
+"""What no policy can beat, and what a placement that never changes gives; `docs/cache_bounds.md` has the proofs."""
 
 from __future__ import annotations
 
@@ -107,13 +107,15 @@ def _replay(calls: Calls, geometry: Geometry, quota: int | None, bypass: bool) -
     never = calls.total if bypass else calls.total + len(index_of)
     fills, evictions = ([0] * calls.layers for _ in range(2))
     counts: list[int] = []
+    kept: list[tuple[int, int]]  # (rank, key) each
+    missed: list[tuple[int, int]]
     first, current, left = 0, -1, -1
     for steps, layers, ends, keys, _, _ in calls.in_lists():
         begin, futures = 0, ranks[first : first + len(keys)].tolist()
         for step, layer, end in zip(steps, layers, ends, strict=True):
             if step != current:
                 current, left = step, -1 if quota is None else quota
-            kept, missed, past = list[tuple[int, int]](), list[tuple[int, int]](), first + end
+            kept, missed, past = [], [], first + end
             for call in zip(futures[begin:end], keys[begin:end], strict=True):
                 (kept if resident[call[1]] else missed).append(call)
             begin = end

@@ -25,7 +25,7 @@ Flags = NDArray[np.bool_]
 def quota_bound(calls: Calls, geometry: Geometry, quota: int) -> int:
     """Hits that no policy and no admission exceed with `quota` copies a step, from an empty cache.
 
-    The Lagrangian dual of a linear program (`docs/cache.md`) made smaller by subgradient steps. Its value at any
+    The Lagrangian dual of a linear program (`docs/cache_bounds.md`) made smaller by subgradient steps. Its value at any
     prices is a bound, so stopping early costs sharpness, never truth.
     """
     if quota == 0:

@@ -229,7 +229,8 @@ class Table:
 
         kept: ready slots that must not be evicted.
         """
-        where, key_of, index_of, blocked, fills = self._where, self._key_of, self._index_of, self._blocked, list[Fill]()
+        where, key_of, index_of, blocked = self._where, self._key_of, self._index_of, self._blocked
+        fills: list[Fill] = []
         free, replace, base, left, evictions = self._free, self._replace, layer * self._experts, self._left, 0
         blocked.update(kept)
         for expert in experts:

@@ -202,7 +202,7 @@ def test_traces_of_different_models_are_not_averaged(trace: Path, tmp_path: Path
     assert result.exit_code == 2 and "4, 3 layers" in result.stderr and "--layers 4" in result.stderr
     both = ("--trace", str(other), "--layers", "4", "--policy", "LRU")
     assert "2 traces" in simulate(trace, *both)
-    result = CliRunner().invoke(app, ["--trace", str(trace), *both, "--convert", str(tmp_path / "c.csv")])
+    result = CliRunner().invoke(app, ["--trace", str(trace), *both[:4], "--convert", str(tmp_path / "c.csv")])
     assert result.exit_code == 2 and "one --trace" in result.stderr
     assert CliRunner().invoke(app, []).exit_code == 2
 
@@ -297,6 +297,8 @@ def test_few_ways_are_warned_of(trace: Path) -> None:
         (["--layers", "-5"], ["--layers", "-5"]),
         (["--results", "/missing/results"], ["--results", "/missing"]),
         (["--convert", "trace.txt"], [".csv or .parquet"]),
+        (["--convert", "copy.csv", "--train", "other.csv"], ["--convert writes", "drop it, or --train"]),
+        (["--libcachesim", "c.csv", "--nways", "2", "--policy", "LRU"], ["--libcachesim", "or --policy, --nways"]),
         (["--train-fraction", "1"], ["the first 1 of 60 steps", "below 1"]),
         (["--train-fraction", "0.5", "--train", "other.csv"], ["--train and --train-fraction", "one of them"]),
         (["--train", "/missing/trace.csv"], ["--train", "/missing/trace.csv"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
@@ -32,6 +32,10 @@ POLICY = "LRU,LFU,Belady,bypass-Belady"
 NO_CURVE = (
     *("nways", "admission", "prefetch", "quota", "copy_delay", "pcie_gbps", "device_gbps", "cpu_gbps", "expert_mb"),
     *("other_ms", "layer_ms", "profile", "results", "libcachesim", "convert", "train", "train_fraction"),
+)
+OF_REPLAYS = (
+    *("nblocks", "policy", "mapping", "nways", "admission", "prefetch", "quota", "copy_delay", "pcie_gbps"),
+    *("device_gbps", "cpu_gbps", "expert_mb", "other_ms", "layer_ms", "profile", "results", "train", "train_fraction"),
 )
 PROFILES = Reading(64 << 20, "make it with `hybrid bench --output json > FILE`", prefix="--profile")
 
@@ -110,16 +114,24 @@ def simulate(options: SimulateOptions) -> None:
         check_output("--libcachesim", options.libcachesim, _libcachesim_kind())
         check_trace_output("--convert", options.convert)
         if options.libcachesim is not None or options.convert is not None:
+            if wrong := given(options, OF_REPLAYS):
+                flag = "--convert" if options.libcachesim is None else "--libcachesim"
+                raise ConfigError(f"{flag} writes the whole trace and replays nothing: drop it, or {', '.join(wrong)}")
             return _convert(read_traces(options), options.libcachesim, options.convert)
         show(FORMATS[options.output](replay_all(options)))
+
+
+def given(options: SimulateOptions, names: Sequence[str]) -> list[str]:
+    """The flags of those settings that are not what they are by default."""
+    usual = {field.name: field.default for field in fields(SimulateOptions)}
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != usual[name]]
 
 
 def curve_all(options: SimulateOptions) -> dict[str, Any]:
     """What `run_curves` makes of the traces and caches of these options. Raises ConfigError and CacheError."""
     from gpu_cache.trace import calls
 
-    usual = {field.name: field.default for field in fields(SimulateOptions)}
-    if wrong := [f"--{name.replace('_', '-')}" for name in NO_CURVE if getattr(options, name) != usual[name]]:
+    if wrong := given(options, NO_CURVE):
         raise ConfigError(
             "--curve has the hits of every number of ways, of copies after every miss, at once and without a limit: "
             f"drop {', '.join(wrong)}, or drop --curve"

@@ -1,4 +1,4 @@
-"""Golden numbers of every policy on the traces in tests/traces/: those of the table in docs/cache.md."""
+"""Golden numbers of every policy on the traces in tests/traces/: those of the table in docs/cache_results.md."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_policy_has_a_row() -> None:
 
 
 def test_the_table_of_the_docs_has_these_numbers(traces) -> None:
-    text = (ROOT / "docs" / "cache.md").read_text()
+    text = (ROOT / "docs" / "cache_results.md").read_text()
     for policy, hits in HITS.items():
         rates = [f"{hit / trace.total:.1%}" for hit, trace in zip(hits, traces, strict=True)]
         assert f"| `{policy}` | {' | '.join(rates)} |" in text

@@ -1,4 +1,4 @@
-"""Routes of real models: what their authors published, and the numbers of docs/cache.md."""
+"""Routes of real models: what their authors published, and the numbers of docs/cache_results.md."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def streaming_pays(hits: Sequence[int], misses: Sequence[int], copies: int, cost
     """hits, misses: rows of each expert in a slot, and of each other expert. copies: issued by admission in this layer.
 
     Without streaming, device and threads run in parallel. With it, each copy overlaps the previous expert's compute;
-    the first copy overlaps nothing. Formula: `docs/cache.md`.
+    the first copy overlaps nothing. Formula: `docs/cache_engine.md`.
     """
     device = costs.start * bool(hits) + _seconds(hits, costs.device, costs.device_row)
     threads = _seconds(misses, costs.cpu, costs.cpu_row)
