@@ -109,6 +109,8 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "short_conv": "whole",
     "silu_conv": "whole",
     "gated_delta": "whole",
+    "state_space": "whole",
+    "group_norm": "whole",
     "router": "whole",
     "topk": "whole",
     "group": "whole",

@@ -310,6 +310,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.0625,
     },
+    "granitemoehybrid": {  # state spaces of odd sizes
+        **_COMMON,
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 56,
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 20,
+        "mamba_d_head": 24,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.0625,
+    },
     "qwen3_next": {**_DELTA, **_DELTA_EXPERTS, "model_type": "qwen3_next", "mlp_only_layers": [1]},
     "qwen3_5_moe_text": {
         **_DELTA,
@@ -485,9 +503,15 @@ WRAPPERS = (  # models of more than text
     ),
 )
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
-STACKED = ("gpt_oss", "granitemoe", "gemma4_text", "mistral4")  # families whose experts are never apart
+STACKED = (
+    "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "gemma4_text",
+    "mistral4",
+)  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST: tuple[str, ...] = ("afmoe", "gemma4_text", "deepseek_v32", "glm_moe_dsa")
+ON_HOST: tuple[str, ...] = ("afmoe", "gemma4_text", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid")
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

@@ -13,6 +13,7 @@ from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.latent import LatentAttention
+from hybrid.models.layers.mamba2 import Mamba2
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
 from hybrid.models.tensors import in_layer
@@ -177,7 +178,28 @@ def per_head(store: Store, name: str, heads: int, n: int, k: int) -> np.ndarray:
     return np.stack([format.unpack(blocks, n, k) for blocks in store.array(name).reshape(heads, -1)])
 
 
-_MIXERS = {ShortConv: _conv, LatentAttention: _latent, IndexedAttention: _indexed, GatedDeltaNet: delta_tensors}
+def mamba_tensors(store: Store, index: int) -> Named:
+    """Of a layer of Mamba-2."""
+    spec, prefix, mamba = store.spec, f"layers.{index}.mamba", store.spec.layers[index].mixer
+    names = in_layer(mamba.names, index)
+    yield from _norm(store, f"{prefix}.norm", names.norm)
+    convolved, gates = np.split(_matrix(store, f"{prefix}.in", mamba.width, spec.hidden), [mamba.channels])
+    yield names.into, np.concatenate([gates, convolved, store.array(f"{prefix}.steps")])
+    yield names.taps, store.array(f"{prefix}.taps").reshape(-1, 1, mamba.taps)
+    if mamba.conv_bias:
+        yield _bias(names.taps), store.array(f"{prefix}.taps_bias")
+    for part in ("step_bias", "decay_rate", "skip", "group_norm"):
+        yield getattr(names, part), store.array(f"{prefix}.{part}")
+    yield names.out, _matrix(store, f"{prefix}.out", spec.hidden, mamba.inner)
+
+
+_MIXERS = {
+    ShortConv: _conv,
+    LatentAttention: _latent,
+    IndexedAttention: _indexed,
+    GatedDeltaNet: delta_tensors,
+    Mamba2: mamba_tensors,
+}
 
 
 def _feed_forward(store: Store, index: int) -> Named:
@@ -200,8 +222,12 @@ def _feed_forward(store: Store, index: int) -> Named:
     if ffn.shared_gate:
         yield names.shared_gate, scores[ffn.experts :]
     if ffn.shared_intermediate:
-        parts = names.shared.of_expert(0)
-        yield from zip(parts, _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate), strict=True)
+        gate, up, down = _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate)
+        if names.shared.gate:
+            yield from zip(names.shared.of_expert(0), (gate, up, down), strict=True)
+        else:
+            yield names.shared.fused_gate_up, np.concatenate([gate, up])
+            yield names.shared.fused_down, down
     if ffn.router and ffn.router.bias:
         yield _bias(router), store.array(f"layers.{index}.ffn.router_bias")
     if ffn.router and ffn.router.correction:

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
     "lfm2_moe": "lfm2moe", "exaone_moe": "exaone-moe", "granite": "granite", "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
+    "granitemoehybrid": "granitehybrid",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
 }  # fmt: skip
 
@@ -140,6 +141,13 @@ _NAMES = (
     (r"(.*)\.linear_attn\.conv1d\.weight", r"\1.ssm_conv1d.weight"),
     (r"(.*)\.linear_attn\.norm\.weight", r"\1.ssm_norm.weight"),
     (r"(.*)\.linear_attn\.out_proj\.weight", r"\1.ssm_out.weight"),
+    (r"(.*)\.mamba\.in_proj\.weight", r"\1.ssm_in.weight"),
+    (r"(.*)\.mamba\.conv1d\.(\w+)", r"\1.ssm_conv1d.\2"),
+    (r"(.*)\.mamba\.dt_bias", r"\1.ssm_dt.bias"),
+    (r"(.*)\.mamba\.A_log", r"\1.ssm_a"),
+    (r"(.*)\.mamba\.D", r"\1.ssm_d"),
+    (r"(.*)\.mamba\.norm\.weight", r"\1.ssm_norm.weight"),
+    (r"(.*)\.mamba\.out_proj\.weight", r"\1.ssm_out.weight"),
     (r"(.*)\.post_self_attn_layernorm\.weight", r"\1.post_attention_norm.weight"),
     (r"(.*)\.post_mlp_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
@@ -180,6 +188,8 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[f"blk.{name.split('.')[2]}.post_attention_norm.weight"] = array
         elif config["model_type"] == "gemma4_text" and name.endswith("gate_up_proj"):
             found[f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight"] = array
+        elif "shared_mlp" in name and name.endswith("_linear.weight"):
+            found |= _shared_mlp(config, name, array)
         elif name.endswith(("gate_up_proj", "input_linear.weight", "gate_up_proj_bias")):
             found |= _halves(config["model_type"], name, array)
         elif name.endswith(("experts.down_proj", "output_linear.weight", "down_proj_bias")):
@@ -190,7 +200,15 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[gguf_name(name)] = array
     if config["model_type"] in ("gpt_oss", "glm4_moe", "seed_oss"):
         found = {name.replace("ffn_norm", "post_attention_norm"): array for name, array in found.items()}
-    if config["model_type"] in ("llama", "mixtral", "granite", "granitemoe", "smollm3", "ministral3"):
+    if config["model_type"] in (
+        "llama",
+        "mixtral",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "smollm3",
+        "ministral3",
+    ):
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         found = {name: _permuted(array, heads.get(name.split(".")[-2], 0)) for name, array in found.items()}
     if config["model_type"] == "gemma4_text":
@@ -202,6 +220,8 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[f"rope_factors_{which}.weight"] = np.array(config["rope_scaling"][f"{which}_factor"], np.float32)
     if "linear_num_key_heads" in config:
         found = _delta(config, found)
+    if "mamba_n_heads" in config:
+        found = _mamba(config, found)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
@@ -235,6 +255,26 @@ def _delta(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
         else:
             found[name] = array
     return found
+
+
+def _mamba(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rates of decay as such; what is one for each head as a column; norms by groups."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if name.endswith("ssm_a"):
+            array = -np.exp(array.astype(np.float32))
+        if name.endswith("ssm_norm.weight"):
+            array = array.reshape(config["mamba_n_groups"], -1).astype(np.float32)
+        found[name] = array
+    return found
+
+
+def _shared_mlp(config: Mapping[str, Any], name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """What all rows share in Granite 4: beside experts, or alone."""
+    layer, ending = name.split(".")[2], "_shexp" * bool(config["num_local_experts"])
+    parts = ("down",) if "output_linear" in name else ("gate", "up")
+    halves = np.split(array, len(parts))
+    return {f"blk.{layer}.ffn_{part}{ending}.weight": half for part, half in zip(parts, halves, strict=True)}
 
 
 def _in_turn(rows: np.ndarray, groups: int, config: Mapping[str, Any]) -> np.ndarray:
@@ -292,7 +332,13 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
 
 
 _SIGMOID = ("glm4_moe", "minimax_m2", "dots1", "lfm2_moe", "exaone_moe", "laguna")
-_ONE_WIDTH = ("mixtral", "olmoe", "granitemoe", "phimoe")  # that of experts is that of all feed-forwards
+_ONE_WIDTH = (
+    "mixtral",
+    "olmoe",
+    "granitemoe",
+    "granitemoehybrid",
+    "phimoe",
+)  # that of experts is that of all feed-forwards
 
 
 def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,7 +367,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_count": experts,
         "expert_used_count": next((get(n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if get(n)), None),
         "expert_feed_forward_length": wide if experts and family not in _ONE_WIDTH else None,
-        "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
+        "expert_shared_feed_forward_length": get("shared_expert_intermediate_size") or get("shared_intermediate_size"),
         "expert_shared_count": get("n_shared_experts") or get("num_shared_experts") or get("moe_num_shared_experts"),
         "expert_gating_func": 2 if family in _SIGMOID else None,
         "expert_group_count": get("n_group"),
@@ -360,7 +406,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     if layer_types := get("layer_types"):
         kv_heads = config["num_key_value_heads"]
         found |= {
-            "attention.head_count_kv": [0 if kind == "conv" else kv_heads for kind in layer_types],
+            "attention.head_count_kv": [0 if kind in ("conv", "mamba") else kv_heads for kind in layer_types],
             "shortconv.l_cache": get("conv_L_cache"),
         }
     if (scaling := get("rope_scaling")) and scaling["rope_type"] == "longrope":
@@ -392,6 +438,15 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "ssm.group_count": groups,
             "ssm.time_step_rank": values,
             "ssm.inner_size": values * config["linear_value_head_dim"],
+        }
+    if heads := get("mamba_n_heads"):
+        found |= {
+            "ssm.conv_kernel": get("mamba_d_conv", 4),
+            "ssm.state_size": config["mamba_d_state"],
+            "ssm.group_count": config["mamba_n_groups"],
+            "ssm.time_step_rank": heads,
+            "ssm.inner_size": heads * config["mamba_d_head"],
+            "rope.scaling.finetuned": False,
         }
     if family == "gemma4_text":
         found |= _gemma4(config)

@@ -82,7 +82,7 @@ def test_rows_of_int8_activations(mix, tmp_path) -> None:
     assert made[1].tobytes() == clean[1].tobytes() and not np.isfinite(made[0][2:]).any()
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid"])
 def test_a_state_is_sound_again_once_its_sequence_is_released(tmp_path, family) -> None:
     config = {**CONFIGS[family], "tie_word_embeddings": False}
     tensors = random_tensors(config)

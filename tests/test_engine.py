@@ -423,6 +423,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
         },
     ),
+    "granitemoehybrid": ("granitemoehybrid", {"num_experts_per_tok": 6, **SHARP}),  # of 6 experts
+    "granitemoehybrid tied, dense, steps within limits": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "tie_word_embeddings": True,
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": False,
+            "mamba_d_conv": 3,
+            "mamba_d_head": "auto",
+            "time_step_limit": [0.5, 0.7],
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+            "rms_norm_eps": 1e-3,
+            **SHARP,
+        },
+    ),
+    "granitemoehybrid, every layer attends": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+            "num_experts_per_tok": 6,
+            **SHARP,
+        },
+    ),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {"num_experts_per_tok": 8}),
     "qwen3_5_text": ("qwen3_5_text", {}),
     "lfm2 tied, biases": ("lfm2", {}),

@@ -90,6 +90,21 @@ def test_a_model_is_the_same_from_either_file(tmp_path: Path, family: str) -> No
         assert same_stores(ours, theirs)
 
 
+@pytest.mark.parametrize("experts", [6, 0])
+def test_granite_4_may_attend_in_every_layer(tmp_path: Path, experts: int) -> None:
+    """Its files have the word of Granite 3: with experts, beside which there is what all rows share, or dense."""
+    changes = {"layer_types": ["attention"] * 3, "position_embedding_type": "rope", "num_local_experts": experts}
+    config = {**CONFIGS["granitemoehybrid"], **changes, "intermediate_size": 56}
+    word, tensors = "granitemoe" if experts else "granite", random_tensors(config)
+    metadata = {name.replace("granitehybrid.", f"{word}."): item for name, item in gguf_metadata(config).items()}
+    path = tmp_path / "model.gguf"
+    heads = {f"{word}.attention.head_count_kv": config["num_key_value_heads"], "general.architecture": word}
+    ours = packed(write_gguf(path, {**metadata, **heads}, gguf_tensors(config, tensors)))
+    theirs = packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors))
+    with ours, theirs:
+        assert same_stores(ours, theirs)
+
+
 QUANTISED = {
     "attn_q": "Q4_0", "attn_k": "Q4_0", "attn_v": "Q5_0", "attn_output": "Q4_0", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
     "ffn_down": "Q6_K", "ffn_gate_exps": "Q4_K", "ffn_up_exps": "Q4_K", "ffn_down_exps": "Q3_K", "output": "Q6_K",

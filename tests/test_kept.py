@@ -221,6 +221,7 @@ CASES = {
     "keys and values in fp8": ("qwen3", {"kv_format": "fp8"}),
     "recurrent": ("lfm2", {}),
     "recurrent, gated delta rule": ("qwen3_next", {}),
+    "recurrent, state spaces": ("granitemoehybrid", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

@@ -171,6 +171,7 @@ CASES = {
     "longrope": ("phi3", {}),
     "short convolutions": ("lfm2", {}),
     "gated delta rule": ("qwen3_next", {}),
+    "state spaces": ("granitemoehybrid", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 
@@ -211,7 +212,7 @@ def test_the_memory_for_prefixes_is_half_of_what_is_left_or_what_is_said() -> No
         plan_of(prefix_memory_gb=9000.0)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "granitemoehybrid"])
 def test_a_turn_put_anew_has_the_bits_of_what_is_computed(tmp_path, family: str) -> None:
     random = np.random.default_rng(8)
     system, first, second = ([10, *random.integers(12, 131, count).tolist()] for count in (60, 30, 25))

@@ -22,7 +22,7 @@ from checkpoints import (
     save_with_transformers,
     write_checkpoint,
 )
-from dequantised import delta_tensors, per_head
+from dequantised import delta_tensors, mamba_tensors, per_head
 from safetensors import safe_open
 
 from hybrid.errors import WeightsError
@@ -32,6 +32,7 @@ from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.latent import LatentAttention
+from hybrid.models.layers.mamba2 import Mamba2
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.tensors import bias_name, in_layer
 from hybrid.weights.checkpoints.huggingface import Checkpoint
@@ -204,6 +205,8 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
         return _compare_latent(store, layer, tensors, exact)
     if isinstance(store.spec.layers[layer].mixer, GatedDeltaNet):
         return _compare_delta(store, layer, tensors, exact)
+    if isinstance(store.spec.layers[layer].mixer, Mamba2):
+        return _compare_mamba(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     apart = (names.qkv,) if names.qkv else (names.q, names.k, names.v)[: 2 if attention.keys_are_values else 3]
@@ -255,6 +258,19 @@ def _compare_delta(store: Store, layer: int, tensors: dict[str, Any], exact: dic
     for name, values in found.items():
         wanted = tensors[name] if name in packed else exact[name].astype("f4")
         assert values.shape == wanted.shape and (values == wanted).all(), name
+
+
+def _compare_mamba(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    mamba = store.spec.layers[layer].mixer
+    names, found = in_layer(mamba.names, layer), dict(mamba_tensors(store, layer))
+    assert len(found) == 9
+    _compare_norm(store, f"layers.{layer}.mamba.norm", names.norm, exact)
+    gates_and_convolved = slice(mamba.width)
+    assert (found[names.into][gates_and_convolved] == tensors[names.into][gates_and_convolved]).all()
+    assert (found[names.into][mamba.width :] == exact[names.into][mamba.width :].astype("f4")).all()
+    assert (found[names.out] == tensors[names.out]).all()
+    for name in found.keys() - {names.norm, names.into, names.out}:
+        assert found[name].shape == exact[name].shape and (found[name] == exact[name].astype("f4")).all(), name
 
 
 def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:

@@ -46,12 +46,19 @@ _GEMMA4 = {
     "global_head_dim": 16,
 }
 _SELECTS = {"index_topk": 16}
+_GRANITE4 = {
+    "layer_types": ["mamba", "attention"],
+    "num_local_experts": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+}
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA4),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
+    "granitemoehybrid": _GRANITE4,
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

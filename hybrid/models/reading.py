@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 _LARGEST = 1e12
+_INFINITE = {"__float__": "Infinity"}
 
 
 class Fields:
@@ -73,6 +75,17 @@ class Fields:
             raise self._bad(name, value, allowed)
         return [float(item) for item in value]
 
+    def interval(self, name: str, *, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers from 0 on, the larger last. That may be infinite, also as `transformers` 5 writes it."""
+        allowed = "two numbers from 0 on, the larger last"
+        name, value = self._read((name,), list(default), allowed)
+        ends = [math.inf if end == _INFINITE else end for end in value] if isinstance(value, list) else []
+        if len(ends) != 2 or not all(type(end) in (int, float) for end in ends):
+            raise self._bad(name, value, allowed)
+        if not 0 <= ends[0] <= min(ends[1], _LARGEST):
+            raise self._bad(name, value, allowed)
+        return float(ends[0]), float(ends[1])
+
     def choices(self, name: str, *, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
         """A list as long as `default` of `allowed` words."""
         wanted = f"a list of {len(default)} of {', '.join(allowed)}"
@@ -103,6 +116,10 @@ class Fields:
 
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def says(self, name: str, word: str) -> bool:
+        """Whether it is this word."""
+        return bool(self._values.get(name) == word)
 
     def is_null(self, name: str) -> bool:
         """Whether it says null, which is not the same as missing where a family has a number of its own."""

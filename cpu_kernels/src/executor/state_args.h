@@ -50,6 +50,7 @@ struct SiluConvArgs {
   const float* weight;  // [width, taps], the newest token last
   StateLayout state;    // of each sequence float32 [taps - 1, width]: what its last tokens brought, the newest last
   int width, taps, stride;
+  const float* bias;  // null, or [width]
 
   template <class Field>
   void fields(Field& field) {
@@ -59,6 +60,7 @@ struct SiluConvArgs {
     field("width", width, kPositive);
     field("taps", taps, kPositive);
     field("stride", stride);
+    field("bias", bias, kOptional);
   }
 };
 
@@ -122,10 +124,65 @@ struct GatedDeltaArgs {
   }
 };
 
+// The state space of Mamba-2: every head has a matrix S that each token multiplies by a decay, exp(-rate dt), and to
+// which it adds dt x B^T. What comes out, S C + skip x, is gated by silu(z), and replaces x. dt is softplus of a step
+// and its bias, kept within bounds; several adjacent heads share the B and C of a group.
+struct StateSpaceArgs {
+  float* values;       // [rows, stride]: x of all heads, B and then C of all groups, z of all heads
+  const float* steps;  // [rows, step_stride]: one for each head
+  const float* bias;   // [heads], of steps
+  const float* rate;   // [heads], its logarithm
+  const float* skip;   // [heads]
+  StateLayout state;   // of each sequence, of each head: see DeltaOffsets, with B for keys and dt x for values
+  int heads, groups, head_dim, state_dim, stride, step_stride;
+  float smallest, largest;  // bounds of dt
+
+  template <class Field>
+  void fields(Field& field) {
+    field("values", values);
+    field("steps", steps);
+    field("bias", bias);
+    field("rate", rate);
+    field("skip", skip);
+    field("state", state);
+    field("heads", heads, kPositive);
+    field("groups", groups, kPositive);
+    field("head_dim", head_dim, kPositive);
+    field("state_dim", state_dim, kPositive);
+    field("stride", stride);
+    field("step_stride", step_stride);
+    field("smallest", smallest);
+    field("largest", largest);
+  }
+};
+
+// RMSNorm of each of several adjacent groups of a row.
+struct GroupNormArgs {
+  const float* input;   // [rows, input_stride]
+  const float* weight;  // [width]
+  bf16* output;         // [rows, output_stride]
+  int width, groups, input_stride, output_stride;
+  float eps;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("input", input);
+    field("weight", weight);
+    field("output", output);
+    field("width", width, kPositive);
+    field("groups", groups, kPositive);
+    field("input_stride", input_stride);
+    field("output_stride", output_stride);
+    field("eps", eps);
+  }
+};
+
 // As HYBRID_ROW_OPS.
-#define HYBRID_STATE_OPS(OP)    \
-  OP(short_conv, ShortConvArgs) \
-  OP(silu_conv, SiluConvArgs)   \
-  OP(gated_delta, GatedDeltaArgs)
+#define HYBRID_STATE_OPS(OP)      \
+  OP(short_conv, ShortConvArgs)   \
+  OP(silu_conv, SiluConvArgs)     \
+  OP(gated_delta, GatedDeltaArgs) \
+  OP(state_space, StateSpaceArgs) \
+  OP(group_norm, GroupNormArgs)
 
 }  // namespace hybrid

@@ -35,4 +35,22 @@ inline void check_fit(const GatedDeltaArgs& a, const std::string& place) {
                  delta_state_bytes(a.value_heads, a.key_dim, a.value_dim));
 }
 
+inline void check_fit(const StateSpaceArgs& a, const std::string& place) {
+  require(a.heads % a.groups == 0, place + text(a.heads) + " heads cannot share " + text(a.groups) + " groups evenly");
+  for (const auto& [name, dim] : {std::pair{"head_dim ", a.head_dim}, std::pair{"state_dim ", a.state_dim}})
+    require(dim <= kMaxDeltaDim, place + name + text(dim) + " is above " + text(kMaxDeltaDim));
+  const int64_t inner = int64_t(a.heads) * a.head_dim, shared = int64_t(a.groups) * a.state_dim;
+  require_stride(place, "stride", a.stride, 2 * (inner + shared));
+  require_stride(place, "step_stride", a.step_stride, a.heads);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride,
+                 delta_state_bytes(a.heads, a.state_dim, a.head_dim));
+}
+
+inline void check_fit(const GroupNormArgs& a, const std::string& place) {
+  require(a.width % a.groups == 0,
+          place + "a width of " + text(a.width) + " is not " + text(a.groups) + " groups of one size");
+  require_stride(place, "input_stride", a.input_stride, a.width);
+  require_stride(place, "output_stride", a.output_stride, a.width);
+}
+
 }  // namespace hybrid

@@ -144,7 +144,8 @@ static HYBRID_INLINE void correct(const GatedDeltaArgs& args, const float* input
 }
 
 // Writes all tokens into one block of the matrix.
-static HYBRID_INLINE void write(float* matrix, const float* decays, const float* values, const DeltaTokens& t) {
+template <class Tokens>
+static HYBRID_INLINE void write(float* matrix, const float* decays, const float* values, const Tokens& t) {
   F32 u[kDeltaTokens];
   for (int c = 0; c < kDeltaTokens; ++c) u[c] = Isa::mul(Isa::set(decays[1 + c]), Isa::load(values + c * t.padded));
   const F32 decay = Isa::set(decays[0]);

@@ -20,6 +20,7 @@
 #include "ops/router.h"
 #include "ops/short_conv.h"
 #include "ops/soft_cap.h"
+#include "ops/state_space.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {

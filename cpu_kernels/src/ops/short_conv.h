@@ -58,7 +58,7 @@ static void silu_conv(const SiluConvArgs& args, const Step& step, const Work& wo
     const int channel = block * kBlock, count = min(kBlock, args.width - channel);
     const auto at = [&](int row) { return args.values + int64_t(row) * args.stride + channel; };
     convolve(
-        args, nullptr, step, channel, count, [&](int row) { return load_some(at(row), count); },
+        args, args.bias, step, channel, count, [&](int row) { return load_some(at(row), count); },
         [&](int row, F32 sum) { store_some(at(row), silu(sum), count); });
   });
 }

@@ -144,7 +144,7 @@ class FeedForward:
             yield from fused_shapes(self.origin(place), self.experts, form, self.bias)
         if self.shared_intermediate:
             shared = names.shared if form == "apart" else names.fused_shared or names.shared
-            yield from gated_shapes(shared.of_expert(0), hidden, self.shared_intermediate, False)
+            yield from dense_shapes(shared, hidden, self.shared_intermediate, False)
         if self.shared_gate:
             yield names.shared_gate, (1, hidden)
 

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_kinds, gguf_mix
 from hybrid.weights.checkpoints.gguf_names import (
+    GROUP_NORM,
     apart,
     as_published,
     joined_kv,
@@ -102,7 +104,6 @@ class GgufCheckpoint(Checkpoint):
 
     heads: Mapping[str, int] = field(default_factory=dict)
     blocks: int = 0
-    architecture: str = ""
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
@@ -121,7 +122,7 @@ class GgufCheckpoint(Checkpoint):
         _check_vocabulary(model, config["vocab_size"])
         heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
         mix = gguf_mix(spec, entries)
-        return cls(model.path, config, spec, mix, entries, "apart", heads, blocks, architecture)
+        return cls(model.path, config, spec, mix, entries, "apart", heads, blocks)
 
     def rows(self, name: str, start: int, count: int, step: int = 1) -> Source:
         """`count` rows of a tensor seen as [-1, columns], from row `start` on."""
@@ -148,7 +149,7 @@ class GgufCheckpoint(Checkpoint):
         if name in self.heads and len(entry.shape) == 1:
             column = replace(entry, shape=(*entry.shape, 1))
             return GgufSource(name, column, 0, entry.shape[0], heads=self.heads[name]).floats(0, entry.shape[0])[:, 0]
-        return as_published(self.architecture, name, super().read(name))
+        return as_published(name, super().read(name))
 
     def notes(self, mix: FormatMix) -> list[str]:
         """What is opened to bf16 because no format holds it, where no other was asked for."""
@@ -222,10 +223,11 @@ def _config_and_spec(model: Gguf) -> tuple[dict[str, Any], ModelSpec]:
 
 
 def _shaped(spec: ModelSpec, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """With the dimensions of size 1 that a spec asks for, which GGUF files leave out."""
+    """With the dimensions of size 1 that a spec asks for, which GGUF files leave out; weights of groups as one row."""
     for name, shape in spec.checkpoint_shapes("apart"):
         entry = entries.get(name)
-        if entry and entry.shape != shape and _long(entry.shape) == _long(shape):
+        flat = name.endswith(GROUP_NORM) and entry and prod(entry.shape) == prod(shape)
+        if entry and entry.shape != shape and (flat or _long(entry.shape) == _long(shape)):
             entries[name] = replace(entry, shape=shape)
     return entries
 

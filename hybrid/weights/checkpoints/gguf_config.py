@@ -35,6 +35,7 @@ from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
+from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
@@ -222,11 +223,9 @@ def _olmoe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 
 def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SOFTMAX, SOFTMAX)
     if metadata.size("expert_shared_feed_forward_length", 0):
-        raise metadata.refuse(
-            "expert_shared_feed_forward_length", metadata.size("expert_shared_feed_forward_length"), "absent"
-        )
+        return granite_experts(model, metadata)
+    require_gating(metadata, SOFTMAX, SOFTMAX)
     return {
         **granite(model, metadata),
         "model_type": "granitemoe",
@@ -389,6 +388,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "exaone4": exaone4,
     "exaone-moe": _exaone_moe,
     "granite": granite,
+    "granitehybrid": granite_hybrid,
     "ernie4_5": ernie4_5,
     "hunyuan-dense": hunyuan_dense,
     "chatglm": chatglm,

@@ -8,6 +8,7 @@ from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
 
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+MIXED = ("lfm2", "lfm2moe", "granitehybrid")  # whose layers do not all attend
 _GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
 
 
@@ -29,11 +30,11 @@ def key_length(metadata: GgufMetadata) -> int:
 
 
 def kv_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer; in models with short convolutions 0 of those that do not attend. Gemma 4 tells it by itself."""
+    """Of every layer, 0 of those that do not attend in models of several mixers. Gemma 4 tells it by itself."""
     name, heads = "attention.head_count_kv", query_heads(metadata)[0]
     if metadata.architecture == "gemma4":
         return [heads]
-    if not metadata.architecture.startswith("lfm2"):
+    if metadata.architecture not in MIXED:
         return [metadata.size(name, heads)] * max(1, layer_count(metadata))
     found = metadata.layer_sizes(name, layer_count(metadata))
     if len({*found} - {0}) != 1:

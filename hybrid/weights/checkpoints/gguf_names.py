@@ -21,6 +21,7 @@ from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.indexer import IndexerNames
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.latent_names import LatentNames
+from hybrid.models.layers.mamba2 import Mamba2, Mamba2Names
 from hybrid.models.layers.parallel_feed_forward import ParallelFeedForward
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
@@ -30,13 +31,13 @@ from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
 # Rows of queries and keys lie as their rope turns them: pair by pair.
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")
-_DELTA = ("qwen3next", "qwen35", "qwen35moe")
+PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "mistral3")
+DELTAS = ("qwen3next", "qwen35", "qwen35moe")
 _NORM_BEHIND = (
     "gpt-oss",
     "glm4moe",
     "seed_oss",
-    *_DELTA,
+    *DELTAS,
 )  # the norm before the feed-forward is named after the attention
 _LAYER = "blk.{layer}"
 _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
@@ -45,6 +46,7 @@ _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 
 OUTER = OuterNames("token_embd.weight", "output_norm.weight", "output.weight")
 _OTHER_NAMES = {"token_embd_norm.weight": OUTER.final_norm}  # of what some files misname
+GROUP_NORM = ".ssm_norm.weight"  # how the names of weights end that files have by groups
 FINAL_NORMS = frozenset((OUTER.final_norm, *_OTHER_NAMES))
 _POST_ATTENTION, _POST_FEED_FORWARD = f"{_LAYER}.post_attention_norm.weight", f"{_LAYER}.post_ffw_norm.weight"
 _FACTOR = f"{_LAYER}.layer_output_scale.weight"
@@ -97,6 +99,16 @@ DELTA = GatedDeltaNames(
     head_norm=f"{_LAYER}.ssm_norm.weight",
     out=f"{_LAYER}.ssm_out.weight",
 )
+MAMBA = Mamba2Names(
+    norm=f"{_LAYER}.attn_norm.weight",
+    into=f"{_LAYER}.ssm_in.weight",
+    taps=f"{_LAYER}.ssm_conv1d.weight",
+    step_bias=f"{_LAYER}.ssm_dt.bias",
+    decay_rate=f"{_LAYER}.ssm_a",
+    skip=f"{_LAYER}.ssm_d",
+    group_norm=f"{_LAYER}.ssm_norm.weight",
+    out=f"{_LAYER}.ssm_out.weight",
+)
 
 
 def _gated(ending: str) -> GatedNames:
@@ -147,6 +159,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
+    if isinstance(mixer, Mamba2):
+        return replace(mixer, names=MAMBA)
     if isinstance(mixer, ShortConv):
         return replace(mixer, names=CONVOLUTION)
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
@@ -164,9 +178,9 @@ def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
     return replace(feed_forward, names=replace(names, factor=own.factor and _FACTOR))
 
 
-def as_published(architecture: str, name: str, values: Array) -> Array:
+def as_published(name: str, values: Array) -> Array:
     """A tensor of floats as its checkpoint had it: the logarithms of rates of decay."""
-    if architecture in _DELTA and name.endswith(".ssm_a"):
+    if name.endswith(".ssm_a"):
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not negative is refused as not finite
             return np.log(-values)
     return values

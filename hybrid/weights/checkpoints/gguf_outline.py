@@ -18,7 +18,7 @@ from hybrid.weights.checkpoints.gguf_fields import layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf, headers_of
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import gguf_mix
-from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, FINAL_NORMS, INDEXER, LATENT
+from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, DELTAS, FINAL_NORMS, INDEXER, LATENT
 from hybrid.weights.shard import Entry
 
 _TOKENS, _INTERVAL, _EVERY = "tokenizer.ggml.tokens", "full_attention_interval", 4
@@ -70,7 +70,7 @@ def _outer_stand_ins(model: Gguf) -> dict[str, Entry]:
         found[EMBEDDING] = Entry(model.path, _any_type(model), (rows, metadata.size("embedding_length")), 0, 0)
     if HEAD not in model.tensors and FINAL_NORMS.isdisjoint(model.tensors):
         found[HEAD] = model.tensors.get(EMBEDDING) or found[EMBEDDING]
-    if metadata.has("ssm.time_step_rank"):
+    if metadata.architecture in DELTAS:
         every = max(1, metadata.size(_INTERVAL, _EVERY))
         rate = Entry(model.path, "F32", (metadata.size("ssm.time_step_rank"),), 0, 0)
         layers = [layer for layer in range(layer_count(metadata)) if (layer + 1) % every]

@@ -1,0 +1,149 @@
+// The state space of Mamba-2. As in the gated delta rule, a matrix is read by every token, but written only when
+// kDeltaTokens tokens have come; until then their B, and dt x, are kept beside it. With S the matrix as it was last
+// written, D its decay since then and d_c that since token c came, token t finds
+//   y_t = D S C_t + sum over c <= t of d_c (B_c . C_t) dt_c x_c + skip x_t,
+// and with the last token S becomes D S + sum over c of d_c dt_c x_c B_c^T. Which tokens belong together depends on
+// their positions alone, and every sum has one order: so it makes no difference how a sequence is cut into steps.
+#pragma once
+
+#include "ops/gated_delta.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+// Tokens of one head that are written together: `old` of earlier steps, whose B are in the state, and `count` from
+// `row` on.
+struct SpaceTokens {
+  int row, old, count;
+  int key_dim, padded;  // dimensions of B; those of x in whole blocks
+  bool complete;
+  float dt[kBlock];
+  float decay[kDeltaTokens];                                     // of the matrix, when each new token comes
+  const float* key[kDeltaTokens];                                // B of all tokens
+  const float* query[kDeltaTokens];                              // C of new tokens
+  float scores[kDeltaTokens][kDeltaTokens];                      // d_c (B_c . C_t), [new token][token]
+  alignas(64) float found[kDeltaTokens][kDeltaBlocks * kBlock];  // S C of some blocks of x
+};
+
+static HYBRID_INLINE void read_tokens(const StateSpaceArgs& args, int head, const DeltaState& state, SpaceTokens& t) {
+  const int dim = args.state_dim, inner = args.heads * args.head_dim, group = head / (args.heads / args.groups);
+  float steps[kBlock] = {}, decays[kBlock];
+  for (int c = 0; c < t.old; ++c) t.key[c] = state.keys + c * dim;
+  for (int r = 0; r < t.count; ++r) {
+    const float* b = args.values + int64_t(t.row + r) * args.stride + inner + group * dim;
+    t.key[t.old + r] = b;
+    t.query[r] = b + args.groups * dim;
+    steps[r] = args.steps[int64_t(t.row + r) * args.step_stride + head];
+  }
+  const F32 step = Isa::add(Isa::load(steps), Isa::set(args.bias[head]));
+  const F32 within = min(Isa::max(softplus(step), Isa::set(args.smallest)), Isa::set(args.largest));
+  const F32 dt = unless_damaged(within, step), rate = exponential(Isa::set(args.rate[head]));
+  Isa::store(t.dt, dt);
+  Isa::store(decays, unless_damaged(exponential(Isa::sub(Isa::zero(), Isa::mul(rate, dt))), step));
+  if (!t.old) state.decays[0] = 1.0f;
+  for (int r = 0; r < t.count; ++r) {
+    const int token = t.old + r;
+    for (int c = 0; c <= token; ++c) state.decays[c] *= decays[r];
+    state.decays[1 + token] = 1.0f;
+    t.decay[r] = state.decays[0];
+    for (int c = 0; c <= token; ++c) t.scores[r][c] = state.decays[1 + c] * dot(t.key[c], t.query[r], dim);
+  }
+}
+
+// What `rows` new tokens find in `blocks` blocks of the matrix.
+template <int rows, int blocks>
+static HYBRID_INLINE void find(const float* matrix, int first, SpaceTokens& t) {
+  F32 sums[rows][blocks];
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < blocks; ++j) sums[r][j] = Isa::zero();
+  for (int i = 0; i < t.key_dim; ++i) {
+    F32 s[blocks];
+    for (int j = 0; j < blocks; ++j) s[j] = Isa::load(matrix + (int64_t(j) * t.key_dim + i) * kBlock);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const F32 c = Isa::set(t.query[first + r][i]);
+      for (int j = 0; j < blocks; ++j) sums[r][j] = Isa::fma(c, s[j], sums[r][j]);
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < blocks; ++j) Isa::store(t.found[first + r] + j * kBlock, sums[r][j]);
+}
+
+template <int blocks>
+static HYBRID_INLINE void find_all(const float* matrix, SpaceTokens& t) {
+  int first = 0;
+  for (; first + kDeltaRows <= t.count; first += kDeltaRows) find<kDeltaRows, blocks>(matrix, first, t);
+  for (; first < t.count; ++first) find<1, blocks>(matrix, first, t);
+}
+
+// What comes out of up to 16 dimensions of x, which it replaces; dt x of new tokens goes to `values` in the state.
+static HYBRID_INLINE void write_rows(const StateSpaceArgs& args, int head, int block, float* values, SpaceTokens& t) {
+  const int at = block * kBlock, count = min(kBlock, args.head_dim - at);
+  const int gates = args.heads * args.head_dim + 2 * args.groups * args.state_dim;
+  const F32 skip = Isa::set(args.skip[head]);
+  for (int r = 0; r < t.count; ++r) {
+    const int token = t.old + r;
+    float* x = args.values + int64_t(t.row + r) * args.stride + head * args.head_dim + at;
+    const F32 value = load_some(x, count), u = Isa::mul(Isa::set(t.dt[r]), value);
+    F32 out = Isa::mul(Isa::set(t.decay[r]), Isa::load(t.found[r] + block % kDeltaBlocks * kBlock));
+    for (int c = 0; c < token; ++c) out = Isa::fma(Isa::set(t.scores[r][c]), Isa::load(values + c * t.padded), out);
+    Isa::store(values + token * t.padded, u);
+    out = Isa::fma(skip, value, Isa::fma(Isa::set(t.scores[r][token]), u, out));
+    store_some(x, Isa::mul(out, silu(load_some(x + gates, count))), count);
+  }
+}
+
+static HYBRID_KERNEL void space_tokens(const StateSpaceArgs& args, int head, const DeltaState& state, SpaceTokens& t) {
+  read_tokens(args, head, state, t);
+  const int blocks = t.padded / kBlock;
+  for (int first = 0; first < blocks; first += kDeltaBlocks) {
+    float* matrix = state.matrix + int64_t(first) * t.key_dim * kBlock;
+    const bool both = first + kDeltaBlocks <= blocks;
+    both ? find_all<kDeltaBlocks>(matrix, t) : find_all<1>(matrix, t);
+    for (int block = first; block < (both ? first + kDeltaBlocks : blocks); ++block) {
+      const int at = block * kBlock;
+      write_rows(args, head, block, state.values + at, t);
+      if (t.complete) write(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
+    }
+  }
+  if (t.complete) return;
+  for (int c = t.old; c < t.old + t.count; ++c)
+    __builtin_memcpy(state.keys + c * t.key_dim, t.key[c], t.key_dim * sizeof(float));
+}
+
+static void state_space(const StateSpaceArgs& args, const Step& step, const Work& work) {
+  const DeltaOffsets at = delta_offsets(args.state_dim, args.head_dim);
+  SpaceTokens t;
+  t.key_dim = args.state_dim;
+  t.padded = (args.head_dim + kBlock - 1) / kBlock * kBlock;
+  for_each(args.heads, 1, work, [&](int head) {
+    for (int row = 0; row < step.rows; row += t.count) {
+      const int sequence = step.sequences[row];
+      float* matrix = reinterpret_cast<float*>(args.state.base + sequence * args.state.sequence_stride) + head * at.end;
+      t.row = row;
+      t.old = step.positions[row] % kDeltaTokens;
+      t.count = 1;
+      while (t.old + t.count < kDeltaTokens && row + t.count < step.rows && step.sequences[row + t.count] == sequence)
+        ++t.count;
+      t.complete = t.old + t.count == kDeltaTokens;
+      space_tokens(args, head, {matrix, matrix + at.keys, matrix + at.values, matrix + at.decays}, t);
+    }
+  });
+}
+
+static void group_norm(const GroupNormArgs& args, const Step& step, const Work& work) {
+  const int size = args.width / args.groups;
+  for_each(step.rows * args.groups, 1, work, [&](int item) {
+    const int row = item / args.groups, first = item % args.groups * size;
+    const float *x = args.input + int64_t(row) * args.input_stride + first, *weight = args.weight + first;
+    bf16* out = args.output + int64_t(row) * args.output_stride + first;
+    const F32 scale = Isa::set(inverse_rms(x, size, args.eps));
+    for (int i = 0; i < size; i += kBlock) {
+      const int count = min(kBlock, size - i);
+      store_some_bf16(out + i, Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(weight + i, count)), count);
+    }
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid
