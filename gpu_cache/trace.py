@@ -240,6 +240,8 @@ def read_trace(file: BinaryIO, name: str, layers: int | None = None, experts: in
 
 def _read_csv(file: BinaryIO, begin: bytes, name: str) -> dict[str, Any]:
     first = begin if b"\n" in begin else begin + file.readline(_LONGEST_LINE)
+    if not first:
+        raise CacheError(f"{name}: is empty; record it again, or give another file")
     header = [column.strip() for column in first.decode("utf-8-sig", "replace").split(",")]
     _check_columns(name, header)
     columns = _columns_of(header)

@@ -114,7 +114,7 @@ def test_the_digest_names_the_calls() -> None:
     [
         (HEADER, ["no rows"]),
         (f"{HEADER}\n", ["no rows"]),
-        ("", ["no column step, sequence"]),
+        ("", ["is empty"]),
         ("step,layer,expert\n0,0,0\n", ["no column sequence, position, rank, score"]),
         (f"{HEADER}\n1,0,0,0,0,1,1\n0,0,0,0,0,1,1\n", ["row 2", "unsorted step 0"]),
         (f"{HEADER}\n0,0,0,0,0,8,1\n", ["row 1", "unknown expert 8", "0 to 7"]),
