@@ -108,6 +108,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "rope_theta": 1e7, "rope_scaling": None,
         "attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
     },
+    "kimi-linear-48b-a3b": {
+        **_COMMON, "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": 163840,
+        "hidden_size": 2304, "intermediate_size": 9216, "moe_intermediate_size": 1024, "num_hidden_layers": 27,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts": 256,
+        "num_experts_per_token": 8, "num_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.446,
+        "linear_attn_config": {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4},
+        "rms_norm_eps": 1e-5, "model_max_length": 1048576, "tie_word_embeddings": False,
+        "bos_token_id": 163584, "eos_token_id": 163586,
+    },
     "glm-4.5-air": {
         **_COMMON, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 151552,
         "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 46,
@@ -176,6 +186,17 @@ SLICES: dict[str, dict[str, Any]] = {
     "qwen3-next-80b-a3b": {"num_hidden_layers": 4, "num_experts": 128},
     "glm-4.5-air": {"num_hidden_layers": 3, "n_routed_experts": 64},
     "qwen3.5-35b-a3b": {"num_hidden_layers": 4, "num_experts": 128},
+    "kimi-linear-48b-a3b": {
+        "num_hidden_layers": 4,
+        "num_experts": 64,
+        "linear_attn_config": {
+            "full_attn_layers": [4],
+            "kda_layers": [1, 2, 3],
+            "head_dim": 128,
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+    },
     "phi-3.5-moe": {"num_hidden_layers": 2},
 }
 SLICE_VOCABULARY = 16384

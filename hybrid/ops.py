@@ -109,6 +109,7 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "short_conv": "whole",
     "silu_conv": "whole",
     "gated_delta": "whole",
+    "kimi_delta": "whole",
     "state_space": "whole",
     "group_norm": "whole",
     "router": "whole",

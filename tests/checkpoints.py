@@ -66,6 +66,14 @@ _DELTA_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 40,
     "shared_expert_intermediate_size": 56,
 }
+_KIMI_DELTA: dict[str, Any] = {  # Kimi Delta Attention of odd sizes, beside latent attention
+    **{name: value for name, value in _LATENT.items() if name != "rope_theta"},
+    "num_hidden_layers": 4,
+    "pad_token_id": None,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
     "qwen2": {**_COMMON, "model_type": "qwen2"},
@@ -483,6 +491,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "rope_scaling": _GROWING,
     },
+    "kimi_linear": {
+        **{name: value for name, value in _KIMI_DELTA.items() if name != "layer_types"},
+        "model_type": "kimi_linear",
+        "linear_attn_config": {
+            "full_attn_layers": [2],
+            "kda_layers": [1, 3, 4],
+            "head_dim": 20,
+            "num_heads": 3,
+            "short_conv_kernel_size": 4,
+        },
+        "routed_scaling_factor": 1.5,
+        "moe_renormalize": True,
+    },
+    "bailing_hybrid": {
+        **_KIMI_DELTA,
+        "model_type": "bailing_hybrid",
+        "head_dim": 20,
+        "short_conv_kernel_size": 3,
+        "rope_theta": 5e4,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
 }
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text
@@ -511,7 +542,15 @@ STACKED = (
     "mistral4",
 )  # families whose experts are never apart
 # Families with layers that no device computes.
-ON_HOST: tuple[str, ...] = ("afmoe", "gemma4_text", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid")
+ON_HOST: tuple[str, ...] = (
+    "afmoe",
+    "gemma4_text",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "bailing_hybrid",
+    "granitemoehybrid",
+)
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}

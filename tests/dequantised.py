@@ -11,7 +11,9 @@ from checkpoints import CONFIGS, STACKED, write_tensors
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
 from hybrid.models.layers.gated_delta import GatedDeltaNet
+from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.indexed import IndexedAttention
+from hybrid.models.layers.kimi_delta import KimiDeltaAttention
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.mamba2 import Mamba2
 from hybrid.models.layers.short_conv import ShortConv
@@ -130,6 +132,12 @@ def _latent(store: Store, index: int) -> Named:
         yield _bias(names.out), store.array(f"{prefix}.out_bias")[: spec.hidden]
 
 
+def _gated_latent(store: Store, index: int) -> Named:
+    yield from _latent(store, index)
+    gates = store.spec.layers[index].mixer.gates.replace("{layer}", str(index))
+    yield gates, store.array(f"layers.{index}.attention.gates")
+
+
 def _indexed(store: Store, index: int) -> Named:
     yield from _latent(store, index)
     if not (indexer := store.spec.layers[index].mixer.indexer):
@@ -166,6 +174,25 @@ def delta_tensors(store: Store, index: int) -> Named:
     yield names.out, _matrix(store, f"{prefix}.out", hidden, values)
 
 
+def kimi_tensors(store: Store, index: int) -> Named:
+    """Of a layer of Kimi Delta Attention."""
+    prefix, delta = f"layers.{index}.delta", store.spec.layers[index].mixer
+    names, width = in_layer(delta.names, index), delta.width
+    low = (names.decays_down, names.gates_down) if delta.rank else (names.decays, names.gates)
+    yield names.norm, store.array(f"{prefix}.norm")
+    rows = dict.fromkeys((names.q, names.k, names.v), width) | dict.fromkeys(low, delta.low)
+    yield from _side_by_side(store, f"{prefix}.in", rows)
+    if delta.rank:
+        yield names.decays, _matrix(store, f"{prefix}.decays", width, delta.rank)
+        yield names.gates, _matrix(store, f"{prefix}.gates", width, delta.rank)
+    yield from zip(names.taps, np.split(store.array(f"{prefix}.taps").reshape(-1, 1, delta.taps), 3), strict=True)
+    yield names.betas, store.array(f"{prefix}.betas")
+    yield names.decay_rate, store.array(f"{prefix}.decay_rate").reshape(delta.rates)
+    yield names.decay_bias, store.array(f"{prefix}.decay_bias")
+    yield names.head_norm, store.array(f"{prefix}.head_norm")
+    yield names.out, _matrix(store, f"{prefix}.out", store.spec.hidden, width)
+
+
 def _by_key_head(parts: list[np.ndarray], heads: int) -> np.ndarray:
     """The rows of all parts that belong to the first key head, then those of the next."""
     hidden = parts[0].shape[-1]
@@ -199,6 +226,8 @@ _MIXERS = {
     IndexedAttention: _indexed,
     GatedDeltaNet: delta_tensors,
     Mamba2: mamba_tensors,
+    GatedLatentAttention: _gated_latent,
+    KimiDeltaAttention: kimi_tensors,
 }
 
 

@@ -28,6 +28,7 @@ class Experts:
     down: np.ndarray
     biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     activation: str = "silu"
+    bound: float = 0.0
 
     @classmethod
     def make(
@@ -214,6 +215,7 @@ def _add_gate_up(rig: Rig, parts: list[Part]) -> None:
     arguments = _sets(rig, [part.gate_up() for part in parts])
     for prefix, part in zip(("", "shared_"), parts, strict=False):
         arguments |= {f"{prefix}output": part.activation, f"{prefix}output_stride": part.activation.shape[1]}
+        arguments[f"{prefix}bound"] = part.experts.bound
     activation = getattr(cpu_kernels.Activation, parts[0].experts.activation)
     rig.add("gate_up", **arguments, activation=activation)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoehybrid": "granitehybrid",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
+    "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3",
 }  # fmt: skip
 
 
@@ -120,6 +121,13 @@ _NAMES = (
     (r"(.*)\.pre_mlp_layernorm\.weight", r"\1.ffn_norm.weight"),
     (r"(.*)\.mlp\.router\.gate\.weight", r"\1.ffn_gate_inp.weight"),
     (r"(.*)\.experts\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
+    (r"(.*)\.self_attn\.([qkv])_conv1d\.weight", r"\1.ssm_conv1d_\2.weight"),
+    (r"(.*)\.self_attn\.([fg])_([ab])_proj\.weight", r"\1.ssm_\2_\3.weight"),
+    (r"(.*)\.self_attn\.f_proj\.weight", r"\1.ssm_f_a.weight"),
+    (r"(.*)\.self_attn\.b_proj\.weight", r"\1.ssm_beta.weight"),
+    (r"(.*)\.self_attn\.A_log", r"\1.ssm_a"),
+    (r"(.*)\.self_attn\.dt_bias", r"\1.ssm_dt.bias"),
+    (r"(.*)\.self_attn\.o_norm\.weight", r"\1.ssm_norm.weight"),
     (r"(.*)\.self_attn\.([qkv])_proj\.(\w+)", r"\1.attn_\2.\3"),
     (r"(.*)\.self_attn\.q_([ab])_proj\.weight", r"\1.attn_q_\2.weight"),
     (r"(.*)\.self_attn\.q_a_layernorm\.weight", r"\1.attn_q_a_norm.weight"),
@@ -179,6 +187,8 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     one dimension and routers as float32.
     """
     found: dict[str, np.ndarray] = {}
+    if config["model_type"] == "bailing_hybrid":
+        tensors = dict(_bailing(tensors))
     gemma = config["model_type"] == "gemma3_text"
     for name, array in tensors.items():
         if gemma and name.endswith("norm.weight"):
@@ -224,7 +234,20 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
         found = _mamba(config, found)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
+    if config["model_type"] in ("kimi_linear", "bailing_hybrid"):
+        sign = -1 if config["model_type"] == "kimi_linear" else 1
+        rates = {name: sign * np.exp(array.astype(np.float32)) for name, array in found.items() if "ssm_a" in name}
+        found |= rates
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
+
+
+def _bailing(tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Mixers under the names of others; gates of channels and gates of heads have one name in checkpoints."""
+    for name, array in tensors.items():
+        name = name.replace(".attention.", ".self_attn.").replace(".dense.", ".o_proj.")
+        name = name.replace("word_embeddings", "embed_tokens")
+        channels = name.replace("g_proj.weight", "A_log").replace("self_attn", "attention") in tensors
+        yield name.replace("g_proj", "g_a_proj" if channels else "gate_proj"), array
 
 
 def _delta(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -452,6 +475,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _gemma4(config)
     if family == "laguna":
         found |= _laguna(config, slides)
+    if family in ("kimi_linear", "bailing_hybrid"):
+        found |= _kimi_delta(config)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
@@ -471,6 +496,25 @@ def _laguna(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
         "rope.scaling.type": full["rope_type"],
         "rope.scaling.factor": full["factor"],
         "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+    }
+
+
+def _kimi_delta(config: Mapping[str, Any]) -> dict[str, Any]:
+    linear = config.get("linear_attn_config", {})
+    numbered = range(1, config["num_hidden_layers"] + 1)
+    default = [number in linear["full_attn_layers"] for number in numbered] if linear else []
+    full = [kind == "full_attention" for kind in config.get("layer_types", ())] or default
+    found = {
+        "attention.head_count_kv": [int(attends) for attends in full],
+        "ssm.conv_kernel": linear.get("short_conv_kernel_size") or config["short_conv_kernel_size"],
+        "kda.head_dim": linear.get("head_dim") or config["head_dim"],
+    }
+    if config["model_type"] == "kimi_linear":
+        return found
+    return found | {
+        "kda.safe_gate": config.get("kda_safe_gate", True),
+        "kda.gate_lower_bound": config.get("kda_lower_bound", -5.0),
+        "expert_weights_norm": True,
     }
 
 

@@ -52,6 +52,8 @@ def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtyp
     pytest.importorskip("torch")
     if fused and family in ("granitemoe", "granitemoehybrid"):
         pytest.skip("it is published stacked, under names of its own")
+    if family in ("kimi_linear", "bailing_hybrid"):
+        pytest.skip("transformers does not give back the names that it is published with")
     model = save_with_transformers(tmp_path, family, dtype=dtype, max_shard_size="100KB", fused=fused)
     checkpoint = _open(tmp_path)
     assert (tmp_path / INDEX).is_file()

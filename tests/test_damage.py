@@ -62,7 +62,7 @@ def test_a_damaged_token_is_that_of_its_sequence(family, kv_format, kind, tmp_pa
     config = {**CONFIGS[family], "tie_word_embeddings": False}
     tensors = random_tensors(config)
     write_tensors(tmp_path / "clean", config, tensors)
-    name = next(name for name in tensors if "embed_tokens" in name)
+    name = next(name for name in tensors if "embed_tokens" in name or "word_embeddings" in name)
     tensors[name][4, 7] = KINDS[kind]
     write_tensors(tmp_path / "planted", config, tensors)
     clean, made = (logits(tmp_path / which, tmp_path / "packed", kv_format=kv_format) for which in ("clean", "planted"))
@@ -82,7 +82,7 @@ def test_rows_of_int8_activations(mix, tmp_path) -> None:
     assert made[1].tobytes() == clean[1].tobytes() and not np.isfinite(made[0][2:]).any()
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "kimi_linear"])
 def test_a_state_is_sound_again_once_its_sequence_is_released(tmp_path, family) -> None:
     config = {**CONFIGS[family], "tie_word_embeddings": False}
     tensors = random_tensors(config)

@@ -409,6 +409,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "kimi_linear": ("kimi_linear", {"num_experts_per_tok": 8}),  # of 8 experts: no near-tie decides
+    "kimi_linear, latent queries, every fifth layer attends": (
+        "kimi_linear",
+        {
+            "num_experts_per_tok": 8,
+            "q_lora_rank": 36,
+            "num_hidden_layers": 5,
+            "linear_attn_config": {"head_dim": 40, "num_heads": 2, "short_conv_kernel_size": 5},
+        },
+    ),
+    "bailing_hybrid": ("bailing_hybrid", {"num_experts_per_tok": 8, "topk_group": 2}),
+    "bailing_hybrid, unbounded decays, latent queries, groups of layers": (
+        "bailing_hybrid",
+        {
+            "num_experts_per_tok": 8,
+            "topk_group": 2,
+            "kda_safe_gate": False,
+            "q_lora_rank": 36,
+            "layer_types": None,
+            "layer_group_size": 2,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
+    ),
     "qwen3_next": ("qwen3_next", {"num_experts_per_tok": 8}),  # of 8 experts: no near-tie decides
     "qwen3_next tied, longer keys, not renormalised": (
         "qwen3_next",
@@ -483,6 +507,7 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dty
         ("qwen2_moe tied, windows", {"norm_topk_prob": False}),
         ("gpt_oss", {"sliding_window": 21}),
         ("deepseek_v3", {"rope_interleave": False}),
+        ("bailing_hybrid", {"kda_lower_bound": -4.0}),
         (
             "deepseek_v3, halves turn, one group",
             {"rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 0.5}},

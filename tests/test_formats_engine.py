@@ -37,6 +37,10 @@ SHARP = {"initializer_range": 0.1}  # what layers add outweighs the embedding, s
 # As many dimensions as published models have: of few, a key is at right angles to a query by chance, so that a norm
 # makes the rounding of what is found as large as what else is found. In transformers too, whose inputs are rounded.
 KEYS = {"linear_key_head_dim": 124}
+KIMI_KEYS = {
+    "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "head_dim": 124}},
+    "bailing_hybrid": {"head_dim": 124},
+}
 FLOAT, INTEGER = 0.006, 0.025
 KV_ERRORS = {"bf16": 0.0, "int8": 0.006, "fp8": 0.027}  # of a stored value; e4m3: half of 2^-3, spread evenly
 
@@ -82,7 +86,7 @@ class Reference:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Reference]:
     @functools.cache
     def saved(family: str) -> Oracle:
-        keys = {name: size for name, size in KEYS.items() if name in CONFIGS[family]}
+        keys = {name: size for name, size in KEYS.items() if name in CONFIGS[family]} | KIMI_KEYS.get(family, {})
         return oracle.save(tmp_path_factory.mktemp(family) / "hf", family, **SHARP, **all_active(family), **keys)
 
     @functools.cache

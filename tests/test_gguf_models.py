@@ -50,6 +50,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "exaone_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
     "lfm2_moe": {"conv_bias": False},
     "afmoe": {"global_attn_every_n_layers": 4},
+    "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 

@@ -222,6 +222,7 @@ CASES = {
     "recurrent": ("lfm2", {}),
     "recurrent, gated delta rule": ("qwen3_next", {}),
     "recurrent, state spaces": ("granitemoehybrid", {}),
+    "recurrent, Kimi Delta Attention": ("kimi_linear", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

@@ -219,6 +219,8 @@ PLAIN = {
     "taps": ("lfm2", "model.layers.0.conv.conv.weight"),
     "bias of taps": ("lfm2", "model.layers.0.conv.conv.bias"),
     "decays": ("qwen3_next", "model.layers.0.linear_attn.in_proj_ba.weight"),
+    "decays of channels": ("kimi_linear", "model.layers.0.self_attn.dt_bias"),
+    "gates of heads": ("bailing_hybrid", "model.layers.1.attention.g_proj.weight"),
     "rate of decays": ("qwen3_5_moe_text", "model.layers.1.linear_attn.A_log"),
 }
 

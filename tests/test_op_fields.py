@@ -22,6 +22,7 @@ KV = KvPages(1, 2, 64, 256).layout
 SHARED = SharedPages(1, 50, 12, 256).layout
 INDEXED = SharedPages(1, 50, 12, 256, index_dim=20).layout
 STATE = StateLayout(base=PLACE, sequence_stride=320)
+STATE_OF_CHANNELS = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28, by_channel=True))
 STATE_OF_MATRICES = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28))
 SET = {
     **{"format": Format.bf16, "input": PLACE, "input_stride": 128, "routing": ROUTING, "experts": PLACE, "bias": 0},
@@ -86,6 +87,12 @@ OPS: dict[str, dict[str, Any]] = {
     "group_norm": {
         **{"input": PLACE, "weight": PLACE, "output": PLACE, "width": 112, "groups": 2, "input_stride": 320},
         **{"output_stride": 128, "eps": 1e-6},
+    },
+    "kimi_delta": {
+        **{"input": PLACE, "decays": PLACE, "betas": PLACE, "gates": PLACE, "decay_rate": PLACE, "decay_bias": PLACE},
+        **{"norm": PLACE, "output": PLACE, "state": STATE_OF_CHANNELS, "heads": 4, "key_dim": 20, "value_dim": 28},
+        **{"input_stride": 320, "decay_stride": 128, "beta_stride": 4, "gate_stride": 128, "output_stride": 128},
+        "eps": 1e-6,
     },
     "gate": {
         **{"values": PLACE, "gates": PLACE, "heads": 4, "head_dim": 24, "stride": 128, "gate_stride": 192},
@@ -179,7 +186,7 @@ NULLABLE = {
     *(("gemm", name) for name in ("bias", "output")),
     *(("qkv", name) for name in ("q_norm", "k_norm")),
     *(("attention", "sinks"), ("short_conv", "bias"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
-    *(("gate_up", "bias"), ("down", "bias")),
+    *(("gate_up", "bias"), ("down", "bias"), ("latent", "rope")),
 }
 ADDRESSES = [(op, field) for op, field in EVERY_FIELD if OPS[op][field] == PLACE or (op, field) in NULLABLE]
 
@@ -227,6 +234,9 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("state_space", {"head_dim": 257}, "head_dim 257 is above 256"),
         ("state_space", {"state_dim": 257}, "state_dim 257 is above 256"),
         ("group_norm", {"groups": 3}, "a width of 112 is not 3 groups of one size"),
+        ("kimi_delta", {"key_dim": 257}, "key_dim 257 is above 256"),
+        ("kimi_delta", {"value_dim": 257}, "value_dim 257 is above 256"),
+        ("kimi_delta", {"lower_bound": 0.5}, r"lower_bound is 0\.50*; it must be at most 0"),
         ("qkv", {"gated": True, "norm_whole": True, "qkv_stride": 768}, "gated and norm_whole exclude each other"),
         ("rope_table", {"factor": float("nan")}, "factor is -?nan"),
         ("norm", {"eps": float("inf")}, "eps is inf"),
@@ -256,10 +266,9 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("latent", {"kv": KV}, "kv.shared is false"),
         ("latent", {"rank": 53}, "rank 53 and rope_dim 12 are above kv.key_dim 64"),
         ("latent", {"rope_dim": 11}, "rope_dim is 11; it must be even"),
-        ("latent", {"norm": 0}, "norm is null, and the other is not"),
-        ("latent", {"rope": 0}, "rope is null, and the other is not"),
-        ("latent", {"rope": 0, "norm": 0}, "queries, plain, q, norm or rope is null, and there are 3 heads"),
-        ("latent", {"plain": 0}, "queries, plain, q, norm or rope is null, and there are 3 heads"),
+        ("latent", {"norm": 0}, "norm is null, and rope is not"),
+        ("latent", {"rope": 0, "norm": 0}, "queries, plain, q or norm is null, and there are 3 heads"),
+        ("latent", {"plain": 0}, "queries, plain, q or norm is null, and there are 3 heads"),
         ("latent", {"query_stride": 95}, "query_stride is 95; what it steps over has 96"),
         ("attention", {"output_head_stride": 63}, "output_head_stride is 63; what it steps over has 64"),
         ("attention", {"output_head_stride": 80}, "output_stride is 256; what it steps over has 304"),
@@ -282,6 +291,8 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("index_scores", {"kv": SHARED}, "head_dim 1 is above kv.index_dim 0"),
         ("index_scores", {"heads": 257}, "heads 257 is above 256"),
         ("topk", {"top_k": 5}, "top_k 5 is above experts 4"),
+        ("gate_up", {"bound": -1.0}, r"bound is -1\.0+; it must be 0, or above it with silu"),
+        ("gate_up", {"shared_bound": 2.0, "activation": Activation.gelu_tanh}, r"shared_bound is 2\.0+; it must be 0"),
         ("gate_up", {"shared": ExpertSet(**SET)}, "shared_output is null, and there is a shared expert"),
         ("gate_up", {"shared": ExpertSet(**SET | {"experts": 0})}, "shared.experts is null"),
         ("down", {"shared": ExpertSet(**SET | {"input": 0})}, "shared.input is null"),
@@ -402,6 +413,13 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("state_space", {"state": STATE}, r"state\.sequence_stride is 320; what it steps over has"),
         ("group_norm", {"input_stride": 111}, "input_stride is 111; what it steps over has 112"),
         ("group_norm", {"output_stride": 111}, "output_stride is 111; what it steps over has 112"),
+        ("kimi_delta", {"input_stride": 271}, "input_stride is 271; what it steps over has 272"),
+        ("kimi_delta", {"decay_stride": 79}, "decay_stride is 79; what it steps over has 80"),
+        ("kimi_delta", {"beta_stride": 3}, "beta_stride is 3; what it steps over has 4"),
+        ("kimi_delta", {"gate_stride": 111}, "gate_stride is 111; what it steps over has 112"),
+        ("kimi_delta", {"output_stride": 111}, "output_stride is 111; what it steps over has 112"),
+        ("kimi_delta", {"state": STATE_OF_MATRICES}, r"state\.sequence_stride is \d+; what it steps over has"),
+        ("gate", {"gate_head_stride": 1}, "gate_head_stride is 1; what it steps over has 24"),
         ("gate", {"stride": 95}, "stride is 95; what it steps over has 96"),
         ("gate", {"gate_head_stride": 23}, "gate_head_stride is 23; what it steps over has 24"),
         ("gate", {"gate_stride": 167}, "gate_stride is 167; what it steps over has 168"),

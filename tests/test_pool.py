@@ -172,6 +172,7 @@ CASES = {
     "short convolutions": ("lfm2", {}),
     "gated delta rule": ("qwen3_next", {}),
     "state spaces": ("granitemoehybrid", {}),
+    "Kimi Delta Attention": ("bailing_hybrid", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 
@@ -212,7 +213,7 @@ def test_the_memory_for_prefixes_is_half_of_what_is_left_or_what_is_said() -> No
         plan_of(prefix_memory_gb=9000.0)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear"])
 def test_a_turn_put_anew_has_the_bits_of_what_is_computed(tmp_path, family: str) -> None:
     random = np.random.default_rng(8)
     system, first, second = ([10, *random.integers(12, 131, count).tolist()] for count in (60, 30, 25))

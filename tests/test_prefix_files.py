@@ -331,13 +331,14 @@ for first in range(100000):
     files.close()
 
 
-RECURRENT = ("lfm2", "qwen3_next", "granitemoehybrid")
+RECURRENT = ("lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear")
 CASES = {
     "mixtral": ("mixtral", {}),
     "keys and values in int8": ("mixtral", {"kv_format": "int8"}),
     "short convolutions": ("lfm2", {}),
     "gated delta rule": ("qwen3_next", {}),
     "state spaces": ("granitemoehybrid", {}),
+    "Kimi Delta Attention": ("kimi_linear", {}),
 }
 
 

@@ -22,7 +22,7 @@ from checkpoints import (
     save_with_transformers,
     write_checkpoint,
 )
-from dequantised import delta_tensors, mamba_tensors, per_head
+from dequantised import delta_tensors, kimi_tensors, mamba_tensors, per_head
 from safetensors import safe_open
 
 from hybrid.errors import WeightsError
@@ -31,6 +31,8 @@ from hybrid.formats import packed as layout
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
 from hybrid.models.layers.gated_delta import GatedDeltaNet
+from hybrid.models.layers.gated_latent import GatedLatentAttention
+from hybrid.models.layers.kimi_delta import KimiDeltaAttention
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.mamba2 import Mamba2
 from hybrid.models.layers.short_conv import ShortConv
@@ -207,6 +209,8 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
         return _compare_delta(store, layer, tensors, exact)
     if isinstance(store.spec.layers[layer].mixer, Mamba2):
         return _compare_mamba(store, layer, tensors, exact)
+    if isinstance(store.spec.layers[layer].mixer, KimiDeltaAttention):
+        return _compare_kimi_delta(store, layer, tensors, exact)
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     apart = (names.qkv,) if names.qkv else (names.q, names.k, names.v)[: 2 if attention.keys_are_values else 3]
@@ -243,6 +247,8 @@ def _compare_latent(store: Store, layer: int, tensors: dict[str, Any], exact: di
     assert (keys == up[:, : latent.nope_dim].transpose(0, 2, 1)).all()
     assert (per_head(store, f"{prefix}values", heads, latent.value_dim, rank) == up[:, latent.nope_dim :]).all()
     norms = {"norm": names.norm, "kv_norm": names.kv_norm} | ({"q_norm": names.q_norm} if latent.q_rank else {})
+    if isinstance(latent, GatedLatentAttention):
+        norms["gates"] = latent.gates.replace("{layer}", str(layer))
     for part, name in norms.items():
         assert (store.array(prefix + part) == exact[name].astype("f4")).all()
 
@@ -271,6 +277,16 @@ def _compare_mamba(store: Store, layer: int, tensors: dict[str, Any], exact: dic
     assert (found[names.out] == tensors[names.out]).all()
     for name in found.keys() - {names.norm, names.into, names.out}:
         assert found[name].shape == exact[name].shape and (found[name] == exact[name].astype("f4")).all(), name
+
+
+def _compare_kimi_delta(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    delta, found = store.spec.layers[layer].mixer, dict(kimi_tensors(store, layer))
+    names = in_layer(delta.names, layer)
+    packed = {names.q, names.k, names.v, names.decays, names.gates, names.decays_down, names.gates_down, names.out}
+    assert len(found) == (16 if delta.rank else 14)
+    for name, values in found.items():
+        wanted = tensors[name] if name in packed else exact[name].astype("f4")
+        assert values.shape == wanted.shape and (values == wanted).all(), name
 
 
 def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA4),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
     "granitemoehybrid": _GRANITE4,
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), _DELTA),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

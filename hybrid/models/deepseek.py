@@ -32,9 +32,16 @@ MAX_INDEX_HEADS = 256  # of what the kernels hold
 
 
 def read_latent_attention(
-    fields: Fields, defaults: Defaults, *, q_rank: int, nope_dim: int, value_dim: int, rank: int = 512
+    fields: Fields,
+    defaults: Defaults,
+    *,
+    q_rank: int | None,
+    nope_dim: int,
+    value_dim: int,
+    rank: int = 512,
+    turns: bool = True,
 ) -> LatentAttention:
-    """Latent attention; q_rank, nope_dim, value_dim and rank are defaults."""
+    """Latent attention; q_rank, nope_dim, value_dim and rank are defaults. turns: whether there is rope."""
     heads, max_position = fields.size("num_attention_heads"), read_max_position(fields, defaults)
     fields.refuse("num_key_value_heads", neutral=heads)  # latents are shared by all heads
     rank, turned = fields.size("kv_lora_rank", default=rank), fields.size("qk_rope_head_dim", default=64)
@@ -44,15 +51,7 @@ def read_latent_attention(
             "and the latter even: correct them"
         )
     nope = fields.size("qk_nope_head_dim", default=nope_dim)
-    interleaved = fields.flag("rope_interleave", default=True)
-    rope = read_rope(
-        fields,
-        turned,
-        theta=defaults.theta,
-        max_position=max_position,
-        interleaved=interleaved,
-        grows=defaults.rope_grows,
-    )
+    rope = _read_rope(fields, defaults, turned, max_position) if turns else None
     low = fields.optional_size("q_lora_rank", default=q_rank)
     if not low:
         fields.refuse("attention_bias", neutral=False)  # which q_proj would lack
@@ -63,9 +62,15 @@ def read_latent_attention(
         nope,
         fields.size("v_head_dim", default=value_dim),
         rope,
-        (nope + turned) ** -0.5 * _magnitude(rope) ** 2,
+        (nope + turned) ** -0.5 * (_magnitude(rope) ** 2 if rope else 1.0),
         bias=fields.flag("attention_bias"),
+        unturned=0 if turns else turned,
     )
+
+
+def _read_rope(fields: Fields, defaults: Defaults, dim: int, max_position: int) -> RopeSpec:
+    interleaved, grows = fields.flag("rope_interleave", default=True), defaults.rope_grows
+    return read_rope(fields, dim, theta=defaults.theta, max_position=max_position, interleaved=interleaved, grows=grows)
 
 
 def _magnitude(rope: RopeSpec) -> float:
@@ -119,7 +124,7 @@ def read_indexed(
 
 def read_indexer(fields: Fields, attention: LatentAttention, heads: int, interleaved: bool) -> tuple[Indexer, int]:
     """An indexer, and how many tokens it selects. heads, interleaved: defaults."""
-    turned, selects = attention.rope.dim, fields.size("index_topk", default=2048, maximum=10**9)
+    turned, selects = attention.shared_dim, fields.size("index_topk", default=2048, maximum=10**9)
     heads = fields.size("index_n_heads", default=heads, maximum=MAX_INDEX_HEADS)
     dim = fields.size("index_head_dim", default=128, minimum=turned, maximum=MAX_KEY_DIM)
     if dim % 2:

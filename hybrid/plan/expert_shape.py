@@ -32,6 +32,8 @@ def expert_shape(spec: ModelSpec, tensors: dict[str, StoreTensor]) -> ExpertShap
     """Raises ConfigError for a model without experts, or with experts of several sizes."""
     if not spec.moe_layers:
         raise ConfigError(f"model_type {spec.model_type!r} has no experts to cache; use --device cpu")
+    if any(spec.layers[index].feed_forward.bound for index in spec.moe_layers):
+        raise ConfigError("the layers bound what experts make, which no cache knows of; use --device cpu")
     shapes = {_layer_shape(spec, index, tensors) for index in spec.moe_layers}
     if len(shapes) > 1:
         raise ConfigError("the layers have experts of several sizes, which one cache cannot hold; use --device cpu")

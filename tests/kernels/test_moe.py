@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -137,6 +138,35 @@ def test_clamping_has_the_values_of_its_definition(isa) -> None:
     g, u = np.minimum(gates, 7).reshape(-1), np.clip(ups, -7, 7).reshape(-1)
     expected = (g / (1 + np.exp(-1.702 * g)) * (u + 1)).astype(np.float32)
     assert np.allclose(routed.activation[0].astype(np.float32), expected, rtol=1.01 * 2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize(("bound", "other"), [(4.0, 0.0), (0.0, 7.0), (4.0, 7.0)])
+def test_bounds_have_the_values_of_their_definition(isa, bound, other) -> None:
+    """Of experts and of the shared one; gates and ups given by the biases alone."""
+    gates, ups = np.meshgrid([-40.0, -7, -1, 0, 1, 4, 4.5, 7.5, 40], [-40.0, -7, -4, 0, 3.5, 4, 7, 40])
+    experts, shared = (
+        replace(Experts.make("bf16", 1, 16, gates.size, bias=True), bound=each) for each in (bound, other)
+    )
+    for part in (experts, shared):
+        part.biases[0][0], part.biases[1][0] = gates.reshape(-1), ups.reshape(-1)
+    onto = np.zeros((1, 16), np.float32)
+    routed = run(isa, experts, np.zeros((1, 16), BF16), None, None, onto, shared=shared)
+    for found, limit in ((routed.activation, bound), (routed.shared.activation, other)):
+        g, u = (gates / (1 + np.exp(-gates))).reshape(-1), ups.reshape(-1)
+        if limit:
+            g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
+        assert np.allclose(found[0].astype(np.float32), g * u, rtol=1.01 * 2.0**-8, atol=1e-20)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bounds_make_no_numbers_of_damage(isa, which, value) -> None:
+    experts = replace(Experts.make("bf16", 1, 16, 16, bias=True), bound=4.0)
+    experts.biases[0][0], experts.biases[1][0] = 1, 1
+    experts.biases[which][0, 3] = value
+    routed = run(isa, experts, np.zeros((1, 16), BF16), None, None, np.zeros((1, 16), np.float32))
+    finite = np.isfinite(routed.activation[0].astype(np.float32))
+    assert not finite[3] and finite[np.arange(16) != 3].all()
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -194,13 +194,14 @@ NB_MODULE(_ext, m) {
   m.attr("MAX_DELTA_DIM") = kMaxDeltaDim;
   m.def(
       "delta_state_bytes",
-      [](int value_heads, int key_dim, int value_dim) {
+      [](int value_heads, int key_dim, int value_dim, bool by_channel) {
         require(value_heads >= 1 && key_dim >= 1 && value_dim >= 1 && value_heads <= kLargest && key_dim <= kLargest &&
                     value_dim <= kLargest,
                 "delta_state_bytes: sizes must be at least 1 and at most " + std::to_string(kLargest));
-        return delta_state_bytes(value_heads, key_dim, value_dim);
+        return delta_state_bytes(value_heads, key_dim, value_dim, by_channel);
       },
-      "value_heads"_a, "key_dim"_a, "value_dim"_a, "Bytes of the state of a sequence in the gated delta rule.");
+      "value_heads"_a, "key_dim"_a, "value_dim"_a, "by_channel"_a = false,
+      "Bytes of the state of a sequence in the delta rule. by_channel: whether channels of keys decay by themselves.");
 
   nb::enum_<Part>(m, "Part")
       .value("attention", Part::attention)

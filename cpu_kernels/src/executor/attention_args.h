@@ -82,7 +82,7 @@ struct QkvArgs {
 struct LatentArgs {
   const float* queries;  // [rows, query_stride]: of each head nope_dim plain dimensions, then rope_dim that turn
   const float* latents;  // [rows, latent_stride]: rank dimensions that are normed, then rope_dim that turn
-  const float* rope;     // [rows, rope_dim]; null where norm is
+  const float* rope;     // [rows, rope_dim]; null where norm is, and where nothing turns
   const float* norm;     // [rank]; null: rows come normed and turned, without heads, and are only stored
   bf16* plain;           // [rows, heads, plain_stride]: what the matrices of heads turn into the first `rank` of q
   bf16* q;               // [rows, heads, key_dim]: only those behind the first `rank` are written

@@ -111,9 +111,9 @@ inline void check_presence(const QkvArgs& a, const std::string& place) {
 }
 
 inline void check_presence(const LatentArgs& a, const std::string& place) {
-  require(!a.norm == !a.rope, place + (a.norm ? "rope" : "norm") + " is null, and the other is not");
-  require(!a.heads || (a.rope && a.queries && a.plain && a.q),
-          place + "queries, plain, q, norm or rope is null, and there are " + text(a.heads) + " heads");
+  require(a.norm || !a.rope, place + "norm is null, and rope is not");
+  require(!a.heads || (a.norm && a.queries && a.plain && a.q),
+          place + "queries, plain, q or norm is null, and there are " + text(a.heads) + " heads");
 }
 
 inline void check_presence(const AttentionArgs& a, const std::string& place) {

@@ -108,6 +108,9 @@ void check_set(const ExpertSet& set, int matrices, const std::string& place) {
 }
 
 void check_fit(const GateUpArgs& a, const std::string& place) {
+  for (const auto& [name, bound] : {std::pair{"bound", a.bound}, std::pair{"shared_bound", a.shared_bound}})
+    require(bound == 0 || (bound > 0 && a.activation == Activation::silu),
+            place + name + " is " + std::to_string(bound) + "; it must be 0, or above it with silu");
   check_set(a.routed, 2, place);
   require_stride(place, "output_stride", a.output_stride, int64_t(a.routed.blocks) * kBlock);
   if (!a.shared.blocks) return;

@@ -128,6 +128,7 @@ struct GateUpArgs {
   bf16* shared_output;       // [rows, shared_output_stride]
   int output_stride, shared_output_stride;
   Activation activation;
+  float bound, shared_bound;  // 0: none; else what silu makes of gates is at most it, and up within it; silu alone
 
   template <class Field>
   void fields(Field& field) {
@@ -138,6 +139,8 @@ struct GateUpArgs {
     field("shared", shared, kOptional);
     field("shared_output", shared_output, kOptional);
     field("shared_output_stride", shared_output_stride, kOptional);
+    field("bound", bound, kOptional);
+    field("shared_bound", shared_bound, kOptional);
   }
 };
 

@@ -69,23 +69,25 @@ constexpr int kMaxDeltaDim = 256;  // dimensions of its keys and of its values
 
 // Where things are in the state of a value head of the delta rule, in floats. The matrix is at its start: of each 16
 // values [key_dim, 16]. Of the tokens that are not yet written into it there are keys [kDeltaTokens, key_dim], values
-// [kDeltaTokens, whole blocks] and decays [1 + kDeltaTokens]: of the matrix and of each of them, since they came.
+// [kDeltaTokens, whole blocks] and decays [1 + kDeltaTokens]: of the matrix and of each of them, since they came. Where
+// channels decay by themselves there are decays [key_dim] of the matrix.
 struct DeltaOffsets {
   int64_t keys, values, decays, end;
 };
 
-static inline DeltaOffsets delta_offsets(int key_dim, int value_dim) {
+static inline DeltaOffsets delta_offsets(int key_dim, int value_dim, int decays = 1 + kDeltaTokens) {
   const int64_t padded = (int64_t(value_dim) + kBlock - 1) / kBlock * kBlock;
   DeltaOffsets at{};
   at.keys = padded * key_dim;
   at.values = at.keys + (int64_t(kDeltaTokens) * key_dim + kBlock - 1) / kBlock * kBlock;
   at.decays = at.values + kDeltaTokens * padded;
-  at.end = at.decays + (1 + kDeltaTokens + kBlock - 1) / kBlock * kBlock;
+  at.end = at.decays + (int64_t(decays) + kBlock - 1) / kBlock * kBlock;
   return at;
 }
 
-static inline int64_t delta_state_bytes(int value_heads, int key_dim, int value_dim) {
-  return value_heads * delta_offsets(key_dim, value_dim).end * int64_t(sizeof(float));
+static inline int64_t delta_state_bytes(int value_heads, int key_dim, int value_dim, bool by_channel) {
+  const int decays = by_channel ? key_dim : 1 + kDeltaTokens;
+  return value_heads * delta_offsets(key_dim, value_dim, decays).end * int64_t(sizeof(float));
 }
 
 // The gated delta rule: every value head has a matrix S that each token multiplies by a decay and then corrects, so
@@ -121,6 +123,46 @@ struct GatedDeltaArgs {
     field("output_stride", output_stride);
     field("eps", eps);
     field("in_turn", in_turn, kOptional);
+  }
+};
+
+// Kimi Delta Attention: the same with a decay for each channel of keys, keys and queries of every head, and what a
+// query finds weighed by the sigmoid of a gate.
+struct KimiDeltaArgs {
+  const float* input;       // [rows, input_stride]: queries, keys and values of all heads
+  const float* decays;      // [rows, decay_stride]: of each channel of each head what makes its decay
+  const float* betas;       // [rows, beta_stride]: of each head what makes beta
+  const float* gates;       // [rows, gate_stride]: of each value
+  const float* decay_rate;  // [heads], its logarithm
+  const float* decay_bias;  // [heads, key_dim]
+  const float* norm;        // [value_dim]
+  bf16* output;             // [rows, output_stride]
+  StateLayout state;        // of each sequence, of each head: see DeltaOffsets
+  int heads, key_dim, value_dim, input_stride, decay_stride, beta_stride, gate_stride, output_stride;
+  float eps;
+  float lower_bound;  // of logarithms of decays, which then are made by a sigmoid; 0: none, and softplus makes them
+
+  template <class Field>
+  void fields(Field& field) {
+    field("input", input);
+    field("decays", decays);
+    field("betas", betas);
+    field("gates", gates);
+    field("decay_rate", decay_rate);
+    field("decay_bias", decay_bias);
+    field("norm", norm);
+    field("output", output);
+    field("state", state);
+    field("heads", heads, kPositive);
+    field("key_dim", key_dim, kPositive);
+    field("value_dim", value_dim, kPositive);
+    field("input_stride", input_stride);
+    field("decay_stride", decay_stride);
+    field("beta_stride", beta_stride);
+    field("gate_stride", gate_stride);
+    field("output_stride", output_stride);
+    field("eps", eps);
+    field("lower_bound", lower_bound, kOptional);
   }
 };
 
@@ -182,6 +224,7 @@ struct GroupNormArgs {
   OP(short_conv, ShortConvArgs)   \
   OP(silu_conv, SiluConvArgs)     \
   OP(gated_delta, GatedDeltaArgs) \
+  OP(kimi_delta, KimiDeltaArgs)   \
   OP(state_space, StateSpaceArgs) \
   OP(group_norm, GroupNormArgs)
 

@@ -11,6 +11,7 @@
 #include "ops/grouped_product.h"
 #include "ops/index.h"
 #include "ops/join.h"
+#include "ops/kimi_delta.h"
 #include "ops/latent.h"
 #include "ops/moe.h"
 #include "ops/norm.h"

@@ -33,7 +33,7 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
         to_bf16(args.plain + at * args.plain_stride + i, x, width);
       }
       __builtin_memcpy(x, query + args.nope_dim, size_t(args.rope_dim) * sizeof(float));
-      rotate(x, table, args.rope_dim, args.interleaved);
+      if (table) rotate(x, table, args.rope_dim, args.interleaved);
       multiply(x, grown, args.rope_dim);
       to_bf16(args.q + at * args.kv.key_dim + args.rank, x, args.rope_dim);
       return;
@@ -41,7 +41,7 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
     __builtin_memcpy(x, args.latents + int64_t(row) * args.latent_stride, size_t(dim) * sizeof(float));
     if (args.norm) {
       normalise(x, inverse_rms(x, args.rank, args.eps), args.norm, args.rank);
-      rotate(x + args.rank, table, args.rope_dim, args.interleaved);
+      if (table) rotate(x + args.rank, table, args.rope_dim, args.interleaved);
     }
     make_sound(x, args.rank, dim);
     store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, dim);

@@ -16,7 +16,14 @@ static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
   return Isa::mul(swish, Isa::add(u, Isa::set(1.0f)));
 }
 
-static HYBRID_INLINE F32 activate(Activation kind, F32 gate, F32 up) {
+// Ling 3.0, in its last layers: silu of the gate at most the bound, up within it.
+static HYBRID_INLINE F32 silu_bounded(F32 gate, F32 up, F32 bound) {
+  const F32 g = unless_damaged(min(silu(gate), bound), gate);
+  return Isa::mul(g, unless_damaged(Isa::max(min(up, bound), Isa::sub(Isa::zero(), bound)), up));
+}
+
+static HYBRID_INLINE F32 activate(Activation kind, float bound, F32 gate, F32 up) {
+  if (bound > 0) return silu_bounded(gate, up, Isa::set(bound));
   if (kind == Activation::gelu_tanh) return Isa::mul(gelu_tanh(gate), up);
   return kind == Activation::silu ? Isa::mul(silu(gate), up) : swiglu_clamped(gate, up);
 }
@@ -26,6 +33,7 @@ struct Activations {
   bf16* rows;
   int stride;
   Activation kind;
+  float bound;
 };
 
 // Blocks [first, last) of one expert's gate and up, for the rows that go to it.
@@ -44,7 +52,7 @@ static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const Exper
           gate = Isa::add(gate, Isa::load(bias + (block + j) * kBlock));
           up = Isa::add(up, Isa::load(bias + (block + j + 1) * kBlock));
         }
-        Isa::store_bf16(out, activate(to.kind, gate, up));
+        Isa::store_bf16(out, activate(to.kind, to.bound, gate, up));
       }
     }
   };
@@ -69,10 +77,10 @@ static HYBRID_KERNEL void gate_up_set(Format format, const ExpertSet& set, const
 
 // A thread that finds no more blocks of the routed experts goes on with the shared one.
 static void gate_up(const GateUpArgs& args, const Step& step, const Work& work) {
-  const Activations routed{args.output, args.output_stride, args.activation};
+  const Activations routed{args.output, args.output_stride, args.activation, args.bound};
   with_format(args.routed.format, [&](auto format) { gate_up_set(format, args.routed, routed, 0, step, work); });
   if (!args.shared.experts) return;
-  const Activations shared{args.shared_output, args.shared_output_stride, args.activation};
+  const Activations shared{args.shared_output, args.shared_output_stride, args.activation, args.shared_bound};
   const int before = *args.routed.routing.count * args.routed.blocks;
   with_format(args.shared.format, [&](auto format) { gate_up_set(format, args.shared, shared, before, step, work); });
 }

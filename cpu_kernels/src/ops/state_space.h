@@ -6,7 +6,7 @@
 // their positions alone, and every sum has one order: so it makes no difference how a sequence is cut into steps.
 #pragma once
 
-#include "ops/gated_delta.h"
+#include "ops/delta.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -103,7 +103,7 @@ static HYBRID_KERNEL void space_tokens(const StateSpaceArgs& args, int head, con
     for (int block = first; block < (both ? first + kDeltaBlocks : blocks); ++block) {
       const int at = block * kBlock;
       write_rows(args, head, block, state.values + at, t);
-      if (t.complete) write(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
+      if (t.complete) write<false>(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
     }
   }
   if (t.complete) return;

@@ -73,7 +73,8 @@ class MirroredLatents(MirroredMixer):
 
     def __init__(self, half: LatentAttention, place: Place, weights: Weights, shared: Shared) -> None:
         self._half, self._eps, self._weights = half, place.eps, weights
-        self._rope = place.ropes.index(half.rope)
+        assert half.rope, "no device computes latent attention without rope"
+        self._rope, self._turning = place.ropes.index(half.rope), half.rope
         sizes = (shared.sequences, shared.capacity, half.row_dim, half.rank)
         self._rings = LatentRings(*sizes, device=weights.low.device)
         super().__init__(shared, self._rings, StateShape(half.heads, half.rank, half.state_floats), None, half.scale)
@@ -106,8 +107,8 @@ class MirroredLatents(MirroredMixer):
         return linear(made, weights.out, weights.out_bias)
 
     def _rows(self, latents: Tensor, inputs: StepInputs) -> Tensor:
-        low, turned = latents.split([self._half.rank, self._half.rope.dim], 1)
-        turned = rotate(turned[:, None], inputs.tables[self._rope], self._half.rope)[:, 0]
+        low, turned = latents.split([self._half.rank, self._half.shared_dim], 1)
+        turned = rotate(turned[:, None], inputs.tables[self._rope], self._turning)[:, 0]
         return torch.cat([rms_norm(low, self._weights.kv_norm, LATENT_EPS), turned], 1)
 
     def _queries(self, queries: Tensor, inputs: StepInputs) -> Tensor:
@@ -115,8 +116,8 @@ class MirroredLatents(MirroredMixer):
         if weights.q_norm is not None and weights.q_up is not None:
             queries = linear(rms_norm(queries, weights.q_norm, LATENT_EPS).bfloat16(), weights.q_up)
         heads, growth = queries.unflatten(1, (half.heads, -1)), inputs.growths[self._rope]
-        plain, turned = grown(heads, growth).split([half.nope_dim, half.rope.dim], 2)
-        turned = rotate(turned, inputs.tables[self._rope], half.rope)
+        plain, turned = grown(heads, growth).split([half.nope_dim, half.shared_dim], 2)
+        turned = rotate(turned, inputs.tables[self._rope], self._turning)
         return torch.cat([_of_heads(plain.bfloat16(), weights.keys), turned], 2)
 
 

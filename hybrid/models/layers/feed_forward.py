@@ -77,6 +77,8 @@ STORED = "ffn"  # how the names of its tensors begin, where a layer has one feed
 class FeedForward:
     """Dense when experts == 0: `intermediate` is the layer's own, without a router. shared_intermediate 0: no shared
     expert. shared_gate: whether a gate weighs it for every row. stored: how the names of its tensors in a store begin.
+    bound, shared_bound: of experts, and of the shared one, with silu: what it makes of a gate is at most that, and up
+    within it; 0: none.
     """
 
     intermediate: int
@@ -88,6 +90,8 @@ class FeedForward:
     shared_gate: bool = False
     names: FeedForwardNames = field(default_factory=FeedForwardNames)
     stored: str = STORED
+    bound: float = 0.0
+    shared_bound: float = 0.0
 
     @property
     def is_moe(self) -> bool:
@@ -284,6 +288,8 @@ class FeedForward:
         if len(groups) > 1:
             arguments["shared"] = ExpertSet(sets[1])
             arguments |= {f"shared_{name}": value for name, value in activation_rows(groups[1]).items()}
+        bounds = {"bound": self.bound, "shared_bound": self.shared_bound}
+        arguments |= {name: bound for name, bound in bounds.items() if bound}
         return Op("gate_up", part, arguments, (sets[0]["blocks"], "column blocks an active expert"))
 
     def _down(self, place: Place, part: str, groups: list[Experts]) -> Op:
@@ -330,9 +336,10 @@ class FeedForward:
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device knows gelu of experts or a norm of their sum, a router's own norm, or a factor of the layer."""
+        """No device knows gelu of experts, their bounds or a norm of their sum, a router's own norm, or a factor."""
         own_norms = self.names.post_norm or self.names.router_norm
-        if self.names.factor or self.is_moe and (own_norms or self.activation == "gelu_tanh"):
+        bounded = self.bound or self.shared_bound
+        if self.names.factor or self.is_moe and (own_norms or bounded or self.activation == "gelu_tanh"):
             return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate

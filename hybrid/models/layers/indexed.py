@@ -15,7 +15,6 @@ from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, S
 from hybrid.models.layers.indexer import SELECTED, Indexer
 from hybrid.models.layers.latent import LOW_QUERIES, LatentAttention
 from hybrid.models.layers.products import FP32
-from hybrid.models.layers.rotary import rope_name
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
 from hybrid.ops import Buffer, Op
 
@@ -73,7 +72,7 @@ class IndexedAttention(LatentAttention):
         """The indexer works behind attention's own projections, and selects before attention looks at keys."""
         for op in super().ops(place):
             if op.kind == "latent" and self.indexer:
-                yield from self.indexer.ops(place, Buffer(rope_name(place, self.rope)), self.rope.dim, LOW_QUERIES)
+                yield from self.indexer.ops(place, op.arguments["rope"], self.shared_dim, LOW_QUERIES)
             if op.kind == "attention":
                 if self.indexer:
                     yield from self.indexer.select(place, self.selects, op.arguments["q"], self.heads * self.key_dim)

@@ -69,7 +69,8 @@ PER_HEAD_FORMATS = ("bf16", "int8", "int4")  # which any matrix can be packed to
 class LatentAttention:
     """rank: of the latents of keys and values. q_rank: of those of queries, 0 if these are projected at once.
     nope_dim, value_dim: of each head's keys without what turns, and values; as many dimensions turn as `rope` has.
-    scale: of the scores. bias: of the projections to latents, and of the output.
+    scale: of the scores. bias: of the projections to latents, and of the output. unturned: without rope, as many
+    dimensions of keys as all heads share beside the latents, where else they turn.
     """
 
     heads: int
@@ -77,15 +78,21 @@ class LatentAttention:
     q_rank: int
     nope_dim: int
     value_dim: int
-    rope: RopeSpec
+    rope: RopeSpec | None
     scale: float
     bias: bool = False
     names: LatentNames = field(default_factory=LatentNames)
+    unturned: int = 0
+
+    @property
+    def shared_dim(self) -> int:
+        """Dimensions of keys that turn, or that are in their place."""
+        return self.rope.dim if self.rope else self.unturned
 
     @property
     def row_dim(self) -> int:
         """Dimensions of a token's row."""
-        return self.rank + self.rope.dim
+        return self.rank + self.shared_dim
 
     @property
     def key_dim(self) -> int:
@@ -103,7 +110,7 @@ class LatentAttention:
 
     @property
     def query_width(self) -> int:
-        return self.heads * (self.nope_dim + self.rope.dim)
+        return self.heads * (self.nope_dim + self.shared_dim)
 
     @property
     def low_parts(self) -> tuple[int, int]:
@@ -181,10 +188,11 @@ class LatentAttention:
     # A step.
 
     def first_ops(self, place: Place) -> Iterator[Op]:
-        yield from rope_ops(place, self.rope)
+        if self.rope:
+            yield from rope_ops(place, self.rope)
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
-        return rope_constants(place, self.rope)
+        return rope_constants(place, self.rope) if self.rope else {}
 
     def ops(self, place: Place) -> Iterator[Op]:
         formats, prefix, hidden = self._formats(place.mix), f"layers.{place.layer}.attention", place.hidden
@@ -225,16 +233,16 @@ class LatentAttention:
         arguments = {
             "queries": Buffer(QUERIES if self.q_rank else LOW),
             "latents": Buffer(LOW, self.low_parts[0] * FP32),
-            "rope": Buffer(rope_name(place, self.rope)),
+            "rope": Buffer(rope_name(place, self.rope)) if self.rope else None,
             "norm": Weight(f"{prefix}.kv_norm"),
             "plain": Buffer(rows_name(PLAIN, self.nope_dim)),
             "q": Buffer(rows_name(ABSORBED, self.key_dim)),
             "kv": State(place.layer),
             "heads": self.heads,
             "nope_dim": self.nope_dim,
-            "rope_dim": self.rope.dim,
+            "rope_dim": self.shared_dim,
             "rank": self.rank,
-            "interleaved": self.rope.interleaved,
+            "interleaved": bool(self.rope and self.rope.interleaved),
             "query_stride": row_stride(self.query_width if self.q_rank else self.low_width),
             "latent_stride": row_stride(self.low_width),
             "plain_stride": row_stride(self.nope_dim),
@@ -295,7 +303,7 @@ class LatentAttention:
             **rows_buffers(PLAIN, self.nope_dim, of_heads, rows * self.heads),
             **rows_buffers(MIXED, self.rank, of_heads, rows * self.heads),
             **rows_buffers(ATTENDED, self.width, formats.out, rows),
-            **rope_buffers(place, self.rope, rows),
+            **(rope_buffers(place, self.rope, rows) if self.rope else {}),
         }
         for format in formats.low:
             sizes |= rows_buffers(NORMED, place.hidden, format, rows)
@@ -349,6 +357,8 @@ class LatentAttention:
         return self.heads * (self.mixed_dim + STATE_EXTRA)
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
+        if not self.rope:
+            return None
         hidden, of_heads = place.hidden, self.heads * self.rank * (self.nope_dim + self.value_dim)
         matrices = (self.low_width + self.width) * hidden + self.query_width * self.q_rank + of_heads
         norms = hidden * (1 + (place.norm == "layer")) + self.rank + self.q_rank

@@ -21,7 +21,7 @@ from hybrid.weights.split import Parts, column_parts, down_part_offset, expert_p
 PARTIAL = "partial"  # the buffer of a node's sums, laid out as the residual stream; zero between two steps
 # Of gate_up and down. An op that does more, such as a second set of experts in the same pass, stays whole.
 _EXPERT_ARGUMENTS = {
-    *("format", "routing", "experts", "expert_stride", "bias", "blocks", "activation"),
+    *("format", "routing", "experts", "expert_stride", "bias", "blocks", "activation", "bound"),
     *("input", "inputs", "input_stride", "output", "output_stride"),
 }
 

@@ -149,7 +149,7 @@ class GgufCheckpoint(Checkpoint):
         if name in self.heads and len(entry.shape) == 1:
             column = replace(entry, shape=(*entry.shape, 1))
             return GgufSource(name, column, 0, entry.shape[0], heads=self.heads[name]).floats(0, entry.shape[0])[:, 0]
-        return as_published(name, super().read(name))
+        return as_published(self.config["model_type"], name, super().read(name))
 
     def notes(self, mix: FormatMix) -> list[str]:
         """What is opened to bf16 because no format holds it, where no other was asked for."""

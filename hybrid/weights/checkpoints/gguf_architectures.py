@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whose attention selects tokens
-LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES)
+KIMI_DELTA = ("kimi-linear", "bailingmoe3")  # with Kimi Delta Attention
+LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES, *KIMI_DELTA)
 GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mixtral"),
@@ -35,6 +36,8 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "qwen3next": ("qwen3_next",),
     "qwen35": ("qwen3_5_text",),
     "qwen35moe": ("qwen3_5_moe_text",),
+    "kimi-linear": ("kimi_linear",),
+    "bailingmoe3": ("bailing_hybrid",),
     "smollm3": ("smollm3",),
     "seed_oss": ("seed_oss",),
     "dots1": ("dots1",),

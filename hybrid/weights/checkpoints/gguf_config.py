@@ -34,6 +34,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
+from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
@@ -380,6 +381,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_5,
     "qwen35moe": _qwen3_5_moe,
+    "kimi-linear": kimi_linear,
+    "bailingmoe3": bailingmoe3,
     "smollm3": smollm3,
     "seed_oss": seed_oss,
     "dots1": _dots1,

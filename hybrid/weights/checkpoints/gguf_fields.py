@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from hybrid.models.decoder import MAX_LAYERS
+from hybrid.weights.checkpoints.gguf_architectures import KIMI_DELTA
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
 
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
-MIXED = ("lfm2", "lfm2moe", "granitehybrid")  # whose layers do not all attend
+MIXED = ("lfm2", "lfm2moe", "granitehybrid", *KIMI_DELTA)  # whose layers do not all attend
 _GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
 
 
@@ -36,7 +37,7 @@ def kv_heads(metadata: GgufMetadata) -> list[int]:
         return [heads]
     if metadata.architecture not in MIXED:
         return [metadata.size(name, heads)] * max(1, layer_count(metadata))
-    found = metadata.layer_sizes(name, layer_count(metadata))
+    found = metadata.layer_sizes(name, metadata.size("block_count", maximum=MAX_LAYERS))[: layer_count(metadata)]
     if len({*found} - {0}) != 1:
         raise metadata.refuse(name, found, "one number above 0, and 0 where a layer does not attend")
     return found

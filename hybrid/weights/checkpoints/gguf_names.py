@@ -16,9 +16,11 @@ from hybrid.formats.block import Array
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
+from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
 from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.indexer import IndexerNames
+from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.latent_names import LatentNames
 from hybrid.models.layers.mamba2 import Mamba2, Mamba2Names
@@ -84,6 +86,26 @@ INDEXER = IndexerNames(
     k_norm=f"{_LAYER}.indexer.k_norm.weight",
     weights=f"{_LAYER}.indexer.proj.weight",
 )
+# The projections of decays and of gates are called after their latents where there are none.
+KIMI_DELTA = KimiDeltaNames(
+    norm=f"{_LAYER}.attn_norm.weight",
+    q=f"{_LAYER}.attn_q.weight",
+    k=f"{_LAYER}.attn_k.weight",
+    v=f"{_LAYER}.attn_v.weight",
+    q_taps=f"{_LAYER}.ssm_conv1d_q.weight",
+    k_taps=f"{_LAYER}.ssm_conv1d_k.weight",
+    v_taps=f"{_LAYER}.ssm_conv1d_v.weight",
+    decays_down=f"{_LAYER}.ssm_f_a.weight",
+    decays=f"{_LAYER}.ssm_f_b.weight",
+    gates_down=f"{_LAYER}.ssm_g_a.weight",
+    gates=f"{_LAYER}.ssm_g_b.weight",
+    betas=f"{_LAYER}.ssm_beta.weight",
+    decay_rate=f"{_LAYER}.ssm_a",
+    decay_bias=f"{_LAYER}.ssm_dt.bias",
+    head_norm=f"{_LAYER}.ssm_norm.weight",
+    out=f"{_LAYER}.attn_output.weight",
+)
+_FULL_RANK = replace(KIMI_DELTA, decays=KIMI_DELTA.decays_down, gates=KIMI_DELTA.gates_down)
 # Betas and decays are by key head in files of qwen3next alone.
 DELTA = GatedDeltaNames(
     norm=f"{_LAYER}.attn_norm.weight",
@@ -155,6 +177,10 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
     if isinstance(mixer, GatedDeltaNet):
         by_key_head = f"{_LAYER}.ssm_ba.weight" if architecture == "qwen3next" else ""
         return replace(mixer, names=replace(DELTA, grouped_decays=by_key_head))
+    if isinstance(mixer, KimiDeltaAttention):
+        return replace(mixer, names=KIMI_DELTA if mixer.rank else _FULL_RANK)
+    if isinstance(mixer, GatedLatentAttention):
+        mixer = replace(mixer, gates=f"{_LAYER}.attn_gate.weight")
     if isinstance(mixer, IndexedAttention) and mixer.indexer:
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
     if isinstance(mixer, LatentAttention):
@@ -178,11 +204,11 @@ def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
     return replace(feed_forward, names=replace(names, factor=own.factor and _FACTOR))
 
 
-def as_published(name: str, values: Array) -> Array:
+def as_published(model_type: str, name: str, values: Array) -> Array:
     """A tensor of floats as its checkpoint had it: the logarithms of rates of decay."""
     if name.endswith(".ssm_a"):
-        with np.errstate(divide="ignore", invalid="ignore"):  # what is not negative is refused as not finite
-            return np.log(-values)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not a rate is refused as not finite
+            return np.log(values if model_type == "bailing_hybrid" else -values)
     return values
 
 

@@ -1,0 +1,199 @@
+// The delta rule, whatever decays a matrix. A matrix is read by every token, but written only when kDeltaTokens tokens
+// have come: until then their keys, and the corrections that they are worth, are kept beside it. With S the matrix as
+// it was last written, D its decay since then and d_c that since token c came, token t finds
+//   u_t = beta_t (v_t - S^T D k_t - sum over c < t of (d_c k_c . k_t) u_c),
+//   o_t = S^T D q_t + sum over c <= t of (d_c k_c . q_t) u_c,
+// and with the last token S becomes D S + sum over c of d_c k_c u_c^T. Which tokens belong together depends on their
+// positions alone, and every sum has one order: so it makes no difference how a sequence is cut into steps.
+// D and d_c are numbers (gated_delta.h), or one for each channel of keys (kimi_delta.h).
+#pragma once
+
+#include "ops/norm.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+constexpr int kDeltaBlocks = 2;  // blocks of values that stay in L1 while tokens pass over them
+constexpr int kDeltaRows = Isa::max_rows * Isa::max_blocks < 16 ? 2 : 4;  // tokens whose sums stay in registers
+constexpr float kKeyEps = 1e-6f;                                          // of the norms of keys and queries
+
+// The state of a value head of one sequence. decays: of the matrix and of each token; or of each channel of the matrix,
+// and then keys are kept as they have decayed.
+struct DeltaState {
+  float *matrix, *keys, *values, *decays;
+};
+
+// Tokens that are written together: `old` of earlier steps, whose keys are in the state, and `count` from `row` on.
+struct DeltaTokens {
+  int row, old, count;
+  int key_dim, padded;  // padded: values in whole blocks
+  bool complete;
+  float beta[kBlock];
+  float decay[kDeltaTokens];                                          // of what the matrix answers, of each new token
+  float* key[kDeltaTokens];                                           // of all tokens
+  float on_keys[kDeltaTokens][kDeltaTokens];                          // d_c k_c . k_t, [new token][token]
+  float on_queries[kDeltaTokens][kDeltaTokens];                       // d_c k_c . q_t
+  alignas(64) float kept[kDeltaTokens * kMaxDeltaDim];                // keys of new tokens, if they decay by channel
+  alignas(64) float keys[kDeltaTokens * kMaxDeltaDim];                // by which new tokens multiply the matrix
+  alignas(64) float queries[kDeltaTokens * kMaxDeltaDim];             //
+  alignas(64) float output[kDeltaTokens * kMaxDeltaDim];              //
+  alignas(64) float by_keys[kDeltaTokens][kDeltaBlocks * kBlock];     // S^T k of some blocks of values
+  alignas(64) float by_queries[kDeltaTokens][kDeltaBlocks * kBlock];  // S^T q
+};
+
+static HYBRID_INLINE float dot(const float* a, const float* b, int width) {
+  F32 sum = Isa::zero();
+  for (int i = 0; i < width; i += kBlock) {
+    const int count = min(kBlock, width - i);
+    sum = Isa::fma(load_some(a + i, count), load_some(b + i, count), sum);
+  }
+  return Isa::sum(sum);
+}
+
+// x / sqrt(sum(x^2) + eps) * scale. NaN where the squares overflow.
+static HYBRID_INLINE void norm_key(const float* x, float* out, int dim, float scale) {
+  const float sum = sum_of_squares(x, dim);
+  const F32 factor = Isa::set(scale / __builtin_sqrtf(sum + kKeyEps) + 0.0f * sum);
+  for (int i = 0; i < dim; i += kBlock) {
+    const int count = min(kBlock, dim - i);
+    store_some(out + i, Isa::mul(load_some(x + i, count), factor), count);
+  }
+}
+
+// What `rows` new tokens find in `blocks` blocks of the matrix.
+template <int rows, int blocks>
+static HYBRID_INLINE void find(const float* matrix, int first, DeltaTokens& t) {
+  const int dim = t.key_dim;
+  const float *k = t.keys + first * dim, *q = t.queries + first * dim;
+  F32 by_keys[rows][blocks], by_queries[rows][blocks];
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < blocks; ++j) by_keys[r][j] = by_queries[r][j] = Isa::zero();
+  for (int i = 0; i < dim; ++i) {
+    F32 s[blocks];
+    for (int j = 0; j < blocks; ++j) s[j] = Isa::load(matrix + (int64_t(j) * dim + i) * kBlock);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const F32 key = Isa::set(k[r * dim + i]), query = Isa::set(q[r * dim + i]);
+      for (int j = 0; j < blocks; ++j) {
+        by_keys[r][j] = Isa::fma(key, s[j], by_keys[r][j]);
+        by_queries[r][j] = Isa::fma(query, s[j], by_queries[r][j]);
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int j = 0; j < blocks; ++j) {
+      Isa::store(t.by_keys[first + r] + j * kBlock, by_keys[r][j]);
+      Isa::store(t.by_queries[first + r] + j * kBlock, by_queries[r][j]);
+    }
+  }
+}
+
+template <int blocks>
+static HYBRID_INLINE void find_all(const float* matrix, DeltaTokens& t) {
+  int first = 0;
+  for (; first + kDeltaRows <= t.count; first += kDeltaRows) find<kDeltaRows, blocks>(matrix, first, t);
+  for (; first < t.count; ++first) find<1, blocks>(matrix, first, t);
+}
+
+// The corrections u_t of 16 values, at `values` in the state, and what queries find. input: values of the first token.
+static HYBRID_INLINE void correct(const float* input, int stride, int block, int count, float* values, DeltaTokens& t) {
+  for (int r = 0; r < t.count; ++r) {
+    const int token = t.old + r, at = block % kDeltaBlocks * kBlock;
+    F32 known = Isa::mul(Isa::set(t.decay[r]), Isa::load(t.by_keys[r] + at));
+    F32 out = Isa::mul(Isa::set(t.decay[r]), Isa::load(t.by_queries[r] + at));
+    for (int c = 0; c < token; ++c) {
+      const F32 u = Isa::load(values + c * t.padded);
+      known = Isa::fma(Isa::set(t.on_keys[r][c]), u, known);
+      out = Isa::fma(Isa::set(t.on_queries[r][c]), u, out);
+    }
+    const F32 v = load_some(input + int64_t(r) * stride, count);
+    const F32 u = Isa::mul(Isa::set(t.beta[r]), Isa::sub(v, known));
+    Isa::store(values + token * t.padded, u);
+    Isa::store(t.output + r * t.padded + block * kBlock, Isa::fma(Isa::set(t.on_queries[r][token]), u, out));
+  }
+}
+
+// Writes all tokens into one block of the matrix.
+template <bool by_channel, class Tokens>
+static HYBRID_INLINE void write(float* matrix, const float* decays, const float* values, const Tokens& t) {
+  F32 u[kDeltaTokens];
+  for (int c = 0; c < kDeltaTokens; ++c) {
+    u[c] = Isa::load(values + c * t.padded);
+    if (!by_channel) u[c] = Isa::mul(Isa::set(decays[1 + c]), u[c]);
+  }
+  for (int i = 0; i < t.key_dim; ++i) {
+    F32 s = Isa::mul(Isa::set(decays[by_channel ? i : 0]), Isa::load(matrix + i * kBlock));
+#pragma GCC unroll 8
+    for (int c = 0; c < kDeltaTokens; ++c) s = Isa::fma(Isa::set(t.key[c][i]), u[c], s);
+    Isa::store(matrix + i * kBlock, s);
+  }
+}
+
+// What new tokens find and correct, once they have been read. input: values of the first of them, `dim` each.
+template <bool by_channel>
+static HYBRID_KERNEL void delta_tokens(const float* input, int stride, int dim, const DeltaState& state,
+                                       DeltaTokens& t) {
+  const int blocks = t.padded / kBlock;
+  for (int first = 0; first < blocks; first += kDeltaBlocks) {
+    float* matrix = state.matrix + int64_t(first) * t.key_dim * kBlock;
+    const bool both = first + kDeltaBlocks <= blocks;
+    both ? find_all<kDeltaBlocks>(matrix, t) : find_all<1>(matrix, t);
+    for (int block = first; block < (both ? first + kDeltaBlocks : blocks); ++block) {
+      const int at = block * kBlock;
+      correct(input + at, stride, block, min(kBlock, dim - at), state.values + at, t);
+      if (t.complete) write<by_channel>(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
+    }
+  }
+  for (int c = t.old; !t.complete && c < t.old + t.count; ++c)
+    __builtin_memcpy(state.keys + c * t.key_dim, t.key[c], t.key_dim * sizeof(float));
+}
+
+// What new tokens found, normed and weighed: weigh(y, z) by the gates z. gates: of the first token.
+template <class Args, class Weigh>
+static HYBRID_INLINE void write_rows(const Args& args, int head, const float* gates, int stride, const DeltaTokens& t,
+                                     Weigh weigh) {
+  const int dim = args.value_dim;
+  for (int r = 0; r < t.count; ++r) {
+    const float *x = t.output + r * t.padded, *z = gates + int64_t(r) * stride;
+    bf16* out = args.output + int64_t(t.row + r) * args.output_stride + head * dim;
+    const F32 scale = Isa::set(inverse_rms(x, dim, args.eps));
+    for (int i = 0; i < dim; i += kBlock) {
+      const int count = min(kBlock, dim - i);
+      const F32 y = Isa::mul(Isa::mul(load_some(x + i, count), scale), load_some(args.norm + i, count));
+      store_some_bf16(out + i, weigh(y, load_some(z + i, count)), count);
+    }
+  }
+}
+
+// All rows of all heads. read(head, state, t) fills what tokens are read for; values: where those of the first head are
+// in a row of the input; gates: those of the first head of the first row.
+template <bool by_channel, class Args, class Read, class Weigh>
+static HYBRID_INLINE void delta_rule(const Args& args, int heads, const DeltaOffsets& at, int values,
+                                     const float* gates, int gate_stride, const Step& step, const Work& work, Read read,
+                                     Weigh weigh) {
+  DeltaTokens t;
+  t.key_dim = args.key_dim;
+  t.padded = (args.value_dim + kBlock - 1) / kBlock * kBlock;
+  for_each(heads, 1, work, [&](int head) {
+    for (int row = 0; row < step.rows; row += t.count) {
+      const int sequence = step.sequences[row];
+      float* matrix = reinterpret_cast<float*>(args.state.base + sequence * args.state.sequence_stride) + head * at.end;
+      t.row = row;
+      t.old = step.positions[row] % kDeltaTokens;
+      t.count = 1;
+      while (t.old + t.count < kDeltaTokens && row + t.count < step.rows && step.sequences[row + t.count] == sequence)
+        ++t.count;
+      t.complete = t.old + t.count == kDeltaTokens;
+      const DeltaState state{matrix, matrix + at.keys, matrix + at.values, matrix + at.decays};
+      for (int c = 0; c < t.old; ++c) t.key[c] = state.keys + c * t.key_dim;
+      read(head, state, t);
+      const int first = head * args.value_dim;
+      const float* input = args.input + int64_t(row) * args.input_stride + values + first;
+      delta_tokens<by_channel>(input, args.input_stride, args.value_dim, state, t);
+      write_rows(args, head, gates + int64_t(row) * gate_stride + first, gate_stride, t, weigh);
+    }
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid
