@@ -93,6 +93,8 @@ class Op:
 # dimension of experts; whole: all threads share it, as they do on one node.
 KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "embed": "whole",
+    "collapse": "whole",
+    "expand": "whole",
     "rope_table": "whole",
     "norm": "whole",
     "quantise": "intermediate",
@@ -105,6 +107,12 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "index": "whole",
     "index_scores": "whole",
     "select": "whole",
+    "turn": "whole",
+    "unturn": "whole",
+    "compress": "whole",
+    "keep": "whole",
+    "entry_scores": "whole",
+    "see": "whole",
     "gate": "whole",
     "short_conv": "whole",
     "silu_conv": "whole",

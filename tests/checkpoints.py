@@ -514,6 +514,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 1.5,
     },
+    "deepseek_v4": {  # of every kind of layer one, and entries of 16 tokens in place of 128
+        "model_type": "deepseek_v4",
+        "vocab_size": 131,
+        "hidden_size": 96,
+        "moe_intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "q_lora_rank": 36,
+        "partial_rotary_factor": 0.1875,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        "sliding_window": 20,
+        "o_groups": 2,
+        "o_lora_rank": 32,
+        "index_n_heads": 3,
+        "index_head_dim": 24,
+        "index_topk": 7,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.1875},
+            "compress": {**_YARN, "rope_theta": 160000.0, "partial_rotary_factor": 0.1875, "attention_factor": 1.0},
+        },
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    },
 }
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text
@@ -541,17 +578,20 @@ STACKED = (
     "gemma4_text",
     "mistral4",
 )  # families whose experts are never apart
+APART = ("deepseek_v4",)  # families whose experts are always apart
 # Families with layers that no device computes.
 ON_HOST: tuple[str, ...] = (
     "afmoe",
     "gemma4_text",
     "deepseek_v32",
+    "deepseek_v4",
     "glm_moe_dsa",
     "kimi_linear",
     "bailing_hybrid",
     "granitemoehybrid",
 )
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
+STREAM_SCALES = ("hc_attn_scale", "hc_ffn_scale", "hc_scale")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
@@ -568,9 +608,11 @@ def random_tensors(
 ) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint by name: matrices of spread 0.1, norms around 1."""
     random = np.random.default_rng(seed)
-    stacked = fused or config["model_type"] in STACKED
+    stacked = (fused and config["model_type"] not in APART) or config["model_type"] in STACKED
     return {
-        name: _random(random, name, shape).astype(DTYPES[dtype])
+        name: table_of_experts(random, shape, config["n_routed_experts"])
+        if name.endswith("tid2eid")
+        else _random(random, name, shape).astype(DTYPES[dtype])
         for name, shape in model_spec(config).checkpoint_shapes("fused" if stacked else "apart")
     }
 
@@ -602,7 +644,12 @@ def _random(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> n
 
 def is_around_one(name: str) -> bool:
     """Whether a tensor multiplies: norms and the scales of Gemma 4."""
-    return "norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale"))
+    return "norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale", *STREAM_SCALES))
+
+
+def table_of_experts(random: np.random.Generator, shape: tuple[int, ...], experts: int) -> np.ndarray:
+    """Of every token some different experts, int64 [vocab, top_k]."""
+    return random.permuted(np.tile(np.arange(experts), (shape[0], 1)), axis=1)[:, : shape[1]].copy()
 
 
 def write_tensors(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1) -> Path:

@@ -23,7 +23,8 @@ from hybrid.weights.pack import model_config
 from hybrid.weights.store import Store
 
 Named = Iterator[tuple[str, np.ndarray]]
-WRITTEN = [family for family in CONFIGS if family != "gemma4_text"]  # families whose tensors are known here
+# Families whose tensors are known here.
+WRITTEN = [family for family in CONFIGS if family not in ("gemma4_text", "deepseek_v4")]
 
 
 def write_dequantised(path: Path, store: Store) -> Path:

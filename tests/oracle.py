@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, STACKED, auto_model, is_around_one, write_tensors
+from checkpoints import CONFIGS, STACKED, auto_model, is_around_one, table_of_experts, write_tensors
 
 from hybrid.models import model_spec
 
@@ -73,7 +73,9 @@ def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length:
     random, spread = np.random.default_rng(seed), config.get("initializer_range", 0.02)
     form = "fused" if family in STACKED else "apart"
     tensors = {
-        name: _initial(random, name, shape, spread).astype(DTYPES[dtype])
+        name: table_of_experts(random, shape, config["n_routed_experts"])
+        if name.endswith("tid2eid")
+        else _initial(random, name, shape, spread).astype(DTYPES[dtype])
         for name, shape in model_spec(config).checkpoint_shapes(form)
     }
     write_tensors(path, config, tensors)
@@ -90,8 +92,10 @@ def _initial(random: np.random.Generator, name: str, shape: tuple[int, ...], spr
         return 1 + 0.1 * values
     if name.endswith("bias"):
         return 0.1 * values
-    if name.endswith("sinks"):
+    if name.endswith(("sinks", "attn_sink")):
         return 2 * values
+    if name.endswith(("_base", "ape")):
+        return 0.5 * values
     if name.endswith("A_log"):
         return values - 2
     if name.endswith("conv1d.weight"):

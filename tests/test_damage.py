@@ -21,6 +21,10 @@ from hybrid.weights.pack import cached_store
 
 # Of models that select tokens, all but two rows of a sequence do.
 CONFIGS = {family: config | ({"index_topk": 2} if "index_topk" in config else {}) for family, config in ALL.items()}
+CONFIGS["deepseek_v4"] |= {  # so that they do of entries
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 2},
+    "index_topk": 1,
+}
 FAMILIES = list(CONFIGS)
 KINDS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 TOKENS = {0: [3, 1, 4, 1, 5, 9], 1: [2, 6, 5, 3]}  # by sequence
@@ -82,7 +86,9 @@ def test_rows_of_int8_activations(mix, tmp_path) -> None:
     assert made[1].tobytes() == clean[1].tobytes() and not np.isfinite(made[0][2:]).any()
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family", ["lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "kimi_linear", "deepseek_v4"]
+)
 def test_a_state_is_sound_again_once_its_sequence_is_released(tmp_path, family) -> None:
     config = {**CONFIGS[family], "tie_word_embeddings": False}
     tensors = random_tensors(config)

@@ -373,6 +373,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "deepseek_v4": ("deepseek_v4", {"index_topk": 64}),  # no near-tie of entries decides
+    "deepseek_v4, entries are selected, layers and words of the older style": (
+        "deepseek_v4",
+        {
+            **{"layer_types": None, "mlp_layer_types": None, "compress_ratios": [4, 0, 4, 0], "num_hash_layers": 2},
+            **{"index_topk": 16, "index_n_heads": 32, "num_experts_per_tok": 8, "hc_mult": 3},
+        },
+    ),
     "gemma3_text": ("gemma3_text", SHARP),
     "gemma3_text untied, biases": (
         "gemma3_text",

@@ -223,6 +223,7 @@ CASES = {
     "recurrent, gated delta rule": ("qwen3_next", {}),
     "recurrent, state spaces": ("granitemoehybrid", {}),
     "recurrent, Kimi Delta Attention": ("kimi_linear", {}),
+    "compressed tokens": ("deepseek_v4", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

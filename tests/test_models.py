@@ -41,7 +41,7 @@ def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
 def test_config_of_transformers_5_gives_the_same_spec(family: str) -> None:
     """transformers reads the old style and writes the new one."""
     rewritten = as_transformers_has_it(CONFIGS[family])
-    if family not in ("kimi_linear", "bailing_hybrid"):  # one has no rope, one a field of its own for the base
+    if family not in ("kimi_linear", "bailing_hybrid", "deepseek_v4"):  # fields of their own for the base, or no rope
         assert "rope_parameters" in rewritten and "rope_theta" not in rewritten
     assert model_spec(rewritten) == model_spec(CONFIGS[family])
 
@@ -238,7 +238,8 @@ def test_the_text_of_mistral3_is_of_one_of_several_families(family: str) -> None
         ({"vocab_size": None}, "vocab_size is missing"),
         (
             {"num_attention_heads": 5},
-            "num_attention_heads 5 is not a multiple of num_key_value_heads [26]|num_key_value_heads is 6.*or 5",
+            "num_attention_heads 5 is not a multiple of num_key_value_heads [26]|num_key_value_heads is 6.*or 5"
+            "|o_groups 2 of 5 heads",
         ),
         ({"head_dim": 23, "qk_rope_head_dim": 23}, "odd|even"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),

@@ -21,6 +21,12 @@ ROUTING = Routing(**ROUTING_FIELDS)
 KV = KvPages(1, 2, 64, 256).layout
 SHARED = SharedPages(1, 50, 12, 256).layout
 INDEXED = SharedPages(1, 50, 12, 256, index_dim=20).layout
+ENTRIES_FIELDS: dict[str, Any] = {  # of 4 tokens an entry of 64 dimensions, and a key of an indexer of 32
+    **{"base": PLACE, "sequence_stride": 53248, "head_stride": 0, "value_offset": 0, "key_dim": 64, "value_dim": 64},
+    **{"format": Format.bf16, "key_scales_offset": 0, "value_scales_offset": 0, "shared": True},
+    **{"entry_offset": 32768, "entry_bytes": 128, "index_offset": 40960, "index_dim": 32, "tail_offset": 45056},
+}
+ENTRIES = KvLayout(**ENTRIES_FIELDS)
 STATE = StateLayout(base=PLACE, sequence_stride=320)
 STATE_OF_CHANNELS = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28, by_channel=True))
 STATE_OF_MATRICES = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28))
@@ -69,6 +75,46 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "index_scores": {"q": PLACE, "weights": PLACE, "scores": PLACE, "kv": INDEXED, "heads": 3, "selects": 16},
     "select": {"scores": PLACE, "q": PLACE, "selected": PLACE, "selects": 16, "query_stride": 64},
+    "turn": {
+        **{
+            "queries": PLACE,
+            "keys": 0,
+            "rope": PLACE,
+            "norm": 0,
+            "q": PLACE,
+            "kv": ENTRIES,
+            "heads": 3,
+            "head_dim": 60,
+        },
+        **{"padded_dim": 64, "rope_dim": 12, "interleaved": True, "normed": True, "query_stride": 192},
+        **{"key_stride": 64, "eps": 1e-6},
+    },
+    "unturn": {
+        **{"values": PLACE, "rope": PLACE, "heads": 3, "head_dim": 60, "rope_dim": 12, "interleaved": True},
+        **{"stride": 180},
+    },
+    "compress": {
+        **{"made": PLACE, "bias": PLACE, "norm": PLACE, "rope": PLACE, "kv": ENTRIES, "indexes": False, "dim": 60},
+        **{"rope_dim": 12, "rate": 4, "overlaps": True, "interleaved": True, "first_value": 0, "first_gate": 120},
+        **{"width": 256, "eps": 1e-6},
+    },
+    "keep": {"made": PLACE, "kv": ENTRIES, "tokens": 8, "width": 256},
+    "entry_scores": {
+        **{"q": PLACE, "weights": PLACE, "scores": PLACE, "kv": ENTRIES, "heads": 3, "rate": 4, "selects": 16},
+    },
+    "see": {
+        **{"scores": 0, "q": 0, "seen": PLACE, "counts": PLACE, "window": 20, "stride": 84, "query_stride": 192},
+        **{"rate": 4, "selects": 0},
+    },
+    "collapse": {
+        **{"streams": PLACE, "products": PLACE, "base": PLACE, "scale": PLACE, "output": PLACE, "weights": PLACE},
+        **{"cleared": PLACE, "count": 4, "width": 40, "stream_stride": 192, "output_stride": 64, "rounds": 20},
+        **{"eps": 1e-6, "floor": 1e-6},
+    },
+    "expand": {
+        **{"input": PLACE, "weights": PLACE, "streams": PLACE, "count": 4, "width": 40, "input_stride": 64},
+        **{"stream_stride": 192},
+    },
     "short_conv": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "state": STATE, "width": 40, "taps": 3},
         **{"input_stride": 128, "output_stride": 64},
@@ -187,6 +233,7 @@ NULLABLE = {
     *(("qkv", name) for name in ("q_norm", "k_norm")),
     *(("attention", "sinks"), ("short_conv", "bias"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
     *(("gate_up", "bias"), ("down", "bias"), ("latent", "rope")),
+    *(("collapse", "weights"), ("collapse", "cleared"), ("expand", "weights")),
 }
 ADDRESSES = [(op, field) for op, field in EVERY_FIELD if OPS[op][field] == PLACE or (op, field) in NULLABLE]
 
@@ -226,6 +273,29 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("rope_table", {"long_frequencies": PLACE}, "lengths is null, and there are long_frequencies"),
         ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
         ("short_conv", {"taps": 9}, "taps 9 is above 8"),
+        ("collapse", {"count": 9}, "count 9 is above 8"),
+        ("collapse", {"stream_stride": 159}, "stream_stride is 159; what it steps over has 160"),
+        ("expand", {"count": 9}, "count 9 is above 8"),
+        ("expand", {"input_stride": 39}, "input_stride is 39; what it steps over has 40"),
+        ("turn", {"rope_dim": 13}, "rope_dim is 13; it must be even and at most the 60 of a head"),
+        ("turn", {"padded_dim": 59}, "padded_dim is 59; what it steps over has 60"),
+        ("turn", {"query_stride": 179}, "query_stride is 179; what it steps over has 180"),
+        ("turn", {"keys": PLACE}, "norm is null, and the other is not"),
+        ("turn", {"keys": PLACE, "norm": PLACE, "key_stride": 59}, "key_stride is 59; what it steps over has 60"),
+        ("unturn", {"stride": 179}, "stride is 179; what it steps over has 180"),
+        ("compress", {"dim": 65}, "padded_dim is 64; what it steps over has 65"),
+        ("compress", {"rate": 129}, "an entry of 258 tokens; at most 256 are supported"),
+        ("compress", {"first_gate": 137}, "width is 256; what it steps over has 257"),
+        ("compress", {"indexes": True}, "padded_dim is 32; what it steps over has 60"),
+        ("keep", {"tokens": 9}, "kv.sequence_stride is 53248; what it steps over has 54272"),
+        ("entry_scores", {"kv": SHARED}, "kv.index_dim is 0; it must be from 1 to 1024"),
+        ("entry_scores", {"heads": 257}, "heads 257 is above 256"),
+        ("see", {"window": 129}, "window 129 is above 128"),
+        ("see", {"rate": 1}, "rate is 1; an entry stands for several tokens"),
+        ("see", {"stride": 19}, "stride is 19; what it steps over has 20"),
+        ("see", {"stride": 83}, "stride is 83; what it steps over has 84"),
+        ("see", {"selects": 7}, "scores, q and selects are all there or none is"),
+        ("attention", {"counts": PLACE}, "selected is null, and counts are not"),
         ("silu_conv", {"taps": 9}, "taps 9 is above 8"),
         ("gated_delta", {"key_heads": 3}, "4 value heads cannot share 3 key heads evenly"),
         ("gated_delta", {"key_dim": 257}, "key_dim 257 is above 256"),

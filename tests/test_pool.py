@@ -173,6 +173,8 @@ CASES = {
     "gated delta rule": ("qwen3_next", {}),
     "state spaces": ("granitemoehybrid", {}),
     "Kimi Delta Attention": ("bailing_hybrid", {}),
+    "compressed tokens": ("deepseek_v4", {}),
+    "compressed tokens in int8": ("deepseek_v4", {"kv_format": "int8"}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 
@@ -213,7 +215,7 @@ def test_the_memory_for_prefixes_is_half_of_what_is_left_or_what_is_said() -> No
         plan_of(prefix_memory_gb=9000.0)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear", "deepseek_v4"])
 def test_a_turn_put_anew_has_the_bits_of_what_is_computed(tmp_path, family: str) -> None:
     random = np.random.default_rng(8)
     system, first, second = ([10, *random.integers(12, 131, count).tolist()] for count in (60, 30, 25))

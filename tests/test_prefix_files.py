@@ -331,7 +331,7 @@ for first in range(100000):
     files.close()
 
 
-RECURRENT = ("lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear")
+RECURRENT = ("lfm2", "qwen3_next", "granitemoehybrid", "kimi_linear", "deepseek_v4")
 CASES = {
     "mixtral": ("mixtral", {}),
     "keys and values in int8": ("mixtral", {"kv_format": "int8"}),
@@ -339,6 +339,7 @@ CASES = {
     "gated delta rule": ("qwen3_next", {}),
     "state spaces": ("granitemoehybrid", {}),
     "Kimi Delta Attention": ("kimi_linear", {}),
+    "compressed tokens": ("deepseek_v4", {}),
 }
 
 

@@ -184,6 +184,8 @@ def test_rows_are_written_before_they_are_read(name, text) -> None:
     }
     outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
     outputs |= {"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)}
+    outputs |= {"turn": ("q",), "entry_scores": ("scores",), "see": ("seen", "counts")}
+    outputs |= {"collapse": ("output", "weights", "cleared"), "expand": ("streams",)}
     outputs["topk"] += ("shared_weights",)
     written: set[str] = set()
     for op in program(SPECS[name], mix_of(text))[1]:

@@ -31,9 +31,9 @@ class KvArena:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._fixed = [
-            (offset, layer.nbytes)
-            for offset, layer in zip(plan.kv.offsets, plan.kv.layers, strict=True)
-            if not layer.token_bytes
+            (start + offset, size)
+            for start, layer in zip(plan.kv.offsets, plan.kv.layers, strict=True)
+            for offset, size in (layer.fixed if layer.token_bytes else ((0, layer.nbytes),))
         ]
         self._runs = list(_token_runs(plan.kv))
         self._widths = [width for _, width in self._runs]

@@ -52,6 +52,7 @@ _GRANITE4 = {
     "mamba_n_heads": 8,
     "mamba_d_state": 16,
 }
+_V4 = {"num_key_value_heads": 1, "head_dim": 32, "o_groups": 2, "o_lora_rank": 16, "index_head_dim": 32}
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
@@ -60,6 +61,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
     "granitemoehybrid": _GRANITE4,
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), _DELTA),
+    "deepseek_v4": _V4,
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

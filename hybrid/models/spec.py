@@ -11,6 +11,7 @@ from hybrid.models.layers.base import Half, Mixer, NormKind, Place
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.products import norm_shapes, norm_tensors
 from hybrid.models.rope import RopeSpec
+from hybrid.models.streams import Streams
 from hybrid.models.tensors import (
     ExpertForm,
     GatedNames,
@@ -50,7 +51,7 @@ class ModelSpec:
     """A whole model. eps, norm: of all norms, and their kind. tied: the output head is the embedding. head_bias:
     whether the logits have one. embedding_scale: of a token's embedding. logit_scale: of the logits. logit_cap: between
     which and less itself a tangent keeps them, after that; None: no bounds. module: that of another model which its
-    layers are; "" if they are none.
+    layers are; "" if they are none. streams: those that the residual stream is made of, None where it is one.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class ModelSpec:
     head_bias: bool = False
     module: str = ""
     names: OuterNames = field(default_factory=OuterNames)
+    streams: Streams | None = None
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -102,7 +104,8 @@ class ModelSpec:
         return "embedding" if self.shares_head(mix) else "head"
 
     def place(self, layer: int, mix: FormatMix) -> Place:
-        return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes, self.norm)
+        streamed = self.streams is not None
+        return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes, self.norm, streamed)
 
     def halves(self, mix: FormatMix) -> Iterator[tuple[Place, Half]]:
         """The halves of all layers, in the order of a step."""
@@ -129,6 +132,8 @@ class ModelSpec:
         for place, half in self.halves(FormatMix.uniform("bf16")):
             of_layer = form if isinstance(form, str) else form.get(place.layer, "apart")
             yield from half.checkpoint_shapes(place, of_layer)
+        if self.streams:
+            yield from self.streams.checkpoint_shapes(self.hidden, len(self.layers))
         yield from norm_shapes(self.place(0, FormatMix.uniform("bf16")), self.names.final_norm)
         if not self.tied:
             yield self.names.head, (self.vocab, self.hidden)
@@ -158,6 +163,8 @@ class ModelSpec:
         embedding = Stacked((names.embedding,))
         yield shard.matrix("embedding", "embedding", embedding, "bf16", self.vocab, self.hidden)
         yield from norm_tensors(self.place(0, mix), shard, "final_norm", names.final_norm)
+        if self.streams:
+            yield from self.streams.store_tensors(self.hidden, len(self.layers))
         if not self.shares_head(mix):
             head = embedding if self.tied else Stacked((names.head,))
             yield shard.matrix("head", "head", head, mix.head, self.vocab, self.hidden)

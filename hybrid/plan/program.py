@@ -21,6 +21,8 @@ def build_buffers(spec: ModelSpec, mix: FormatMix, extents: Extents) -> dict[str
     """
     outer = {RESIDUAL: extents.rows * row_stride(spec.hidden) * FP32}
     head = rows_buffers(NORMED, spec.hidden, mix.head, extents.rows)
+    if spec.streams:
+        outer |= spec.streams.buffers(spec.hidden, extents.rows)
     return largest([outer, head, *(half.buffers(place, extents) for place, half in spec.halves(mix))])
 
 
@@ -35,17 +37,22 @@ def largest(sizes: Iterable[dict[str, int]]) -> dict[str, int]:
 def build_ops(spec: ModelSpec, mix: FormatMix) -> list[Op]:
     """Every op of a step, in order."""
     ops = [_embed(spec)]
+    if spec.streams:
+        ops.append(spec.streams.begin(spec.place(0, mix)))
     for place, half in spec.halves(mix):
         ops += (op for op in half.first_ops(place) if op not in ops)
     for index, layer in enumerate(spec.layers):
         place = spec.place(index, mix)
-        ops += _half(place, layer.mixer, "mixer")
-        ops += _half(place, layer.feed_forward, "feed_forward")
+        ops += _half(spec, place, layer.mixer, "mixer")
+        ops += _half(spec, place, layer.feed_forward, "feed_forward")
     return [*ops, *_head(spec, mix)]
 
 
-def _half(place: Place, half: Half, name: Literal["mixer", "feed_forward"]) -> Iterator[Op]:
-    return (replace(op, layer=place.layer, half=name) for op in half.ops(place))
+def _half(spec: ModelSpec, place: Place, half: Half, name: Literal["mixer", "feed_forward"]) -> Iterator[Op]:
+    ops = half.ops(place)
+    if spec.streams:
+        ops = spec.streams.around(place, name, ops)
+    return (replace(op, layer=place.layer, half=name) for op in ops)
 
 
 def _embed(spec: ModelSpec) -> Op:
@@ -61,6 +68,8 @@ def _embed(spec: ModelSpec) -> Op:
 
 
 def _head(spec: ModelSpec, mix: FormatMix) -> Iterator[Op]:
+    if spec.streams:
+        yield from spec.streams.end(spec.place(0, mix))
     yield norm(spec.place(0, mix), "head", "final_norm", mix.head, last=True)
     yield gemm(
         "head", mix.head, NORMED, spec.head_weight(mix), None, spec.vocab, spec.hidden, spec.vocab,

@@ -33,5 +33,7 @@ def part_costs(
     load = Load(sequences, sequences * rows, sequences * (depth + rows), pairs, kv_format)
     if logit_rows:
         yield (mix.head,), product_cost(mix.head, spec.vocab, spec.hidden, logit_rows)
+    if spec.streams:
+        yield ("bf16",), spec.streams.cost(spec.hidden, len(spec.layers), load.rows)
     for place, half in spec.halves(mix):
         yield half.formats(place.mix), half.cost(place, load)

@@ -23,7 +23,8 @@ def open_model(workshop: Workshop, name: str, format: str = "auto", **choices: A
     for each other on a machine that is shared.
     """
     length = 512 if len(prompts_of(name)[-1]) > 90 else 256
-    length = min(length, CONFIGS.get(name, {}).get("index_topk", length))
+    if name != "deepseek_v4":  # which selects of entries
+        length = min(length, CONFIGS.get(name, {}).get("index_topk", length))
     fixed = {**SIZES, "device": "cpu", "numa": "off", "max_seq_len": length}
     return LLM(
         workshop.checkpoint(name),

@@ -231,12 +231,14 @@ NB_MODULE(_ext, m) {
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
       .value("swiglu_clamped", Activation::swiglu_clamped)
+      .value("silu_clamped", Activation::silu_clamped)
       .value("gelu_tanh", Activation::gelu_tanh);
   nb::enum_<Scoring>(m, "Scoring")
       .value("softmax", Scoring::softmax)
       .value("topk_softmax", Scoring::topk_softmax)
       .value("sigmoid", Scoring::sigmoid)
-      .value("sparsemixer", Scoring::sparsemixer);
+      .value("sparsemixer", Scoring::sparsemixer)
+      .value("root_softplus", Scoring::root_softplus);
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int, std::vector<std::vector<int>>, int>(), "threads"_a, "cpus"_a, "nodes"_a = 1)

@@ -33,6 +33,7 @@ struct RopeTableArgs {
   const int32_t* lengths;         // [rows], of the sequence of each row; null without long_frequencies
   int long_above;
   float long_factor = 1.0f;
+  int every = 1;  // angles are those of the last position that is a multiple of it
 
   template <class Field>
   void fields(Field& field) {
@@ -44,6 +45,7 @@ struct RopeTableArgs {
     field("lengths", lengths, kOptional);
     field("long_above", long_above, kOptional);
     field("long_factor", long_factor, kOptional);
+    field("every", every, Rule{true, true, 1, 1});
   }
 };
 

@@ -9,12 +9,15 @@ namespace hybrid {
 struct KvLayout {
   char* base;  // of this layer
   int64_t sequence_stride, head_stride, value_offset;
-  int key_dim, value_dim;            // padded
-  Format format;                     // bf16, int8 or fp8
-  int64_t key_scales, value_scales;  // from the start of a head to float32 [tokens]; of bf16 none
-  bool shared;                       // all heads have the same keys, whose first value_dim dimensions are the values
-  int64_t index_offset;              // from the start of a sequence to the keys of an indexer, bf16, of index_dim
-  int index_dim;                     // padded; 0: there is no indexer
+  int key_dim, value_dim;             // padded
+  Format format;                      // bf16, int8 or fp8
+  int64_t key_scales, value_scales;   // from the start of a head to float32 [tokens]; of bf16 none
+  bool shared;                        // all heads have the same keys, whose first value_dim dimensions are the values
+  int64_t index_offset;               // from the start of a sequence to the keys of an indexer, bf16, of index_dim
+  int index_dim;                      // padded; 0: there is no indexer
+  int64_t entry_offset, entry_bytes;  // from the start of a sequence to entries, and from one to the next: key_dim
+                                      // codes of a key that stands for several tokens, and its scale; 0: there are none
+  int64_t tail_offset;                // from the start of a sequence to what its last tokens bring to entries, float32
 
   template <class Field>
   void fields(Field& field) {
@@ -30,6 +33,9 @@ struct KvLayout {
     field("shared", shared, kOptional);
     field("index_offset", index_offset, Rule{true, true, 0, kLine});
     field("index_dim", index_dim, Rule{true, true, 0, kKeyInputs});
+    field("entry_offset", entry_offset, Rule{true, true, 0, kLine});
+    field("entry_bytes", entry_bytes, Rule{true, true, 0, kLine});
+    field("tail_offset", tail_offset, Rule{true, true, 0, kLine});
   }
 };
 
@@ -131,6 +137,8 @@ struct AttentionArgs {
   int output_head_stride;   // from the output of a head to the next; 0: head_dim
   const int32_t* selected;  // null, or [rows, selects]: the keys that a row of more than `selects` sees, ascending
   int selects;              // 0: every row sees all
+  const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position; those
+                            // below 0 are then complements of numbers of entries
 
   template <class Field>
   void fields(Field& field) {
@@ -150,6 +158,7 @@ struct AttentionArgs {
     field("output_head_stride", output_head_stride, kOptional);
     field("selected", selected, kOptional);
     field("selects", selects, kOptional);
+    field("counts", counts, kOptional);
   }
 };
 

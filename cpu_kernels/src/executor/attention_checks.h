@@ -120,6 +120,7 @@ inline void check_presence(const AttentionArgs& a, const std::string& place) {
   require(a.output || a.partials, place + "output and partials are null");
   require(!a.selected == !a.selects,
           place + "selected is " + (a.selected ? "not " : "") + "null, and selects is " + text(a.selects));
+  require(a.selected || !a.counts, place + "selected is null, and counts are not");
 }
 
 // Rows of keys and values, and where they have scales, lie behind each other in a head, heads in a sequence.

@@ -1,6 +1,7 @@
 #include "executor/checks.h"
 
 #include "executor/attention_checks.h"
+#include "executor/entry_checks.h"
 #include "executor/require.h"
 #include "executor/scratch.h"
 #include "executor/sizes.h"

@@ -19,8 +19,9 @@ void rope_table(const RopeTableArgs& args, const Step& step, const Work& work) {
     const bool is_long = args.long_frequencies && args.lengths[row] > args.long_above;
     const float* frequencies = is_long ? args.long_frequencies : args.inverse_frequencies;
     const float factor = is_long ? args.long_factor : args.factor;
+    const int position = step.positions[row] / args.every * args.every;
     for (int i = 0; i < half; ++i) {
-      const float angle = float(step.positions[row]) * frequencies[i];
+      const float angle = float(position) * frequencies[i];
       out[i] = float(std::cos(double(angle))) * factor;
       out[half + i] = float(std::sin(double(angle))) * factor;
     }

@@ -39,6 +39,7 @@ struct TopkArgs {
   float jitter = 0.0f;  // of sparsemixer: how far from the largest logit, relative to their size, half of "close" is
   const float* expert_scales;  // null, or [experts]: weights of an expert are multiplied by its own, last of all
   float logit_cap;             // 0: none; else logits of experts are kept between it and less itself, first of all
+  const float* by_token;       // null, or [vocab, top_k]: the experts of every token, which logits only weigh
 
   template <class Field>
   void fields(Field& field) {
@@ -57,6 +58,7 @@ struct TopkArgs {
     field("jitter", jitter, kOptional);
     field("expert_scales", expert_scales, kOptional);
     field("logit_cap", logit_cap, kOptional);
+    field("by_token", by_token, kOptional);
   }
 };
 

@@ -4,9 +4,11 @@
 
 #include "executor/args.h"
 #include "executor/attention_args.h"
+#include "executor/entry_args.h"
 #include "executor/expert_args.h"
 #include "executor/index_args.h"
 #include "executor/state_args.h"
+#include "executor/streams_args.h"
 
 namespace hybrid {
 
@@ -15,7 +17,9 @@ namespace hybrid {
   HYBRID_ROW_OPS(OP)          \
   HYBRID_ATTENTION_OPS(OP)    \
   HYBRID_INDEX_OPS(OP)        \
+  HYBRID_ENTRY_OPS(OP)        \
   HYBRID_STATE_OPS(OP)        \
+  HYBRID_STREAM_OPS(OP)       \
   HYBRID_EXPERT_OPS(OP)
 
 // These are compiled once: executor/common_ops.h.

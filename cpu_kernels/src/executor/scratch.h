@@ -102,5 +102,9 @@ static inline int64_t scratch_bytes(const AttentionArgs& args, const ProductSize
 static inline int64_t scratch_bytes(const IndexScoresArgs& args, const ProductSizes&, int) {
   return int64_t(args.heads) * kKeys * sizeof(float);
 }
+static inline int64_t scratch_bytes(const EntryScoresArgs& args, const ProductSizes&, int) {
+  return int64_t(kKeys) * args.kv.index_dim * 2 +
+         int64_t(args.heads) * kKeys * sizeof(float);  // entries, and their products
+}
 
 }  // namespace hybrid

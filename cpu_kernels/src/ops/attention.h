@@ -35,12 +35,12 @@ static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int hea
 
 // Whether row `row` of a tile sees but the keys that it selected.
 static HYBRID_INLINE bool selects(const AttentionArgs& args, const AttentionTile& tile, int row) {
-  return args.selected && tile.position + row >= args.selects;
+  return args.selected && (args.counts || tile.position + row >= args.selects);
 }
 
 // One past the last key that row `row` of a tile may see here; of those that it selected, how many.
 static HYBRID_INLINE int end_of(const AttentionArgs& args, const AttentionTile& tile, int row) {
-  if (selects(args, tile, row)) return args.selects;
+  if (selects(args, tile, row)) return args.counts ? args.counts[tile.row + row] : args.selects;
   const int end = tile.position + row + 1;
   return args.ends ? min(end, args.ends[tile.row]) : end;
 }

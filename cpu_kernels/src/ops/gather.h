@@ -17,9 +17,11 @@ template <class Kv>
 static HYBRID_KERNEL void gather(const AttentionArgs& args, const AttentionTile& tile, int block, char* scratch,
                                  Gathered& into) {
   const int32_t* positions = args.selected + int64_t(tile.row) * args.selects + block * kKeys;
-  const int count = min(kKeys, args.selects - block * kKeys), words = token_bytes<Kv>(args.kv.key_dim) / Kv::key_step;
+  const int all = args.counts ? args.counts[tile.row] : args.selects, count = min(kKeys, all - block * kKeys);
+  const int words = token_bytes<Kv>(args.kv.key_dim) / Kv::key_step;
+  const char* const entries = kv_head(args.kv, tile.sequence, 0) + args.kv.entry_offset;
   into.args = args;
-  into.args.selected = nullptr;
+  into.args.selected = into.args.counts = nullptr;
   KvLayout& kv = into.args.kv;
   kv.base = scratch;
   kv.sequence_stride = 0;
@@ -28,11 +30,18 @@ static HYBRID_KERNEL void gather(const AttentionArgs& args, const AttentionTile&
   if (count % kBlock)
     __builtin_memset(key_at<Kv>(kv, 0, 0, count / kBlock * kBlock), 0, size_t(token_bytes<Kv>(kv.key_dim)) * kBlock);
   for (int i = 0; i < count; ++i) {
-    const char* from = key_at<Kv>(args.kv, tile.sequence, 0, positions[i]);
+    const bool is_entry = positions[i] < 0;
+    const char* from =
+        is_entry ? entries + ~positions[i] * args.kv.entry_bytes : key_at<Kv>(args.kv, tile.sequence, 0, positions[i]);
+    const int apart = is_entry ? Kv::key_step : kBlock * Kv::key_step;
     char* to = key_at<Kv>(kv, 0, 0, i);
     for (int word = 0; word < words; ++word)
-      __builtin_memcpy(to + word * kBlock * Kv::key_step, from + word * kBlock * Kv::key_step, Kv::key_step);
-    if constexpr (Kv::scaled) *key_scale(kv, 0, 0, i) = *key_scale(args.kv, tile.sequence, 0, positions[i]);
+      __builtin_memcpy(to + word * kBlock * Kv::key_step, from + word * apart, Kv::key_step);
+    if constexpr (Kv::scaled) {
+      const char* scale = is_entry ? from + token_bytes<Kv>(args.kv.key_dim)
+                                   : reinterpret_cast<char*>(key_scale(args.kv, tile.sequence, 0, positions[i]));
+      __builtin_memcpy(key_scale(kv, 0, 0, i), scale, sizeof(float));
+    }
   }
 }
 

@@ -49,26 +49,31 @@ static HYBRID_INLINE int score_blocks(const Step& step) {
   return longest / kKeys + 1;
 }
 
-// Scores [kKeys] of one row and key block. The heads are added one after the other, so a score does not depend on what
-// else is computed.
-static HYBRID_KERNEL void score_block(const Tiles<Bf16>& tiles, const IndexScoresArgs& args, const KvLayout& kv,
-                                      const Step& step, int row, int block, char* scratch, float* scores) {
-  const int key0 = block * kKeys, used = (min(kKeys, step.positions[row] + 1 - key0) + kBlock - 1) / kBlock;
-  const bf16* q = args.q + int64_t(row) * args.heads * kv.key_dim;
-  const auto query = [&](int head) { return q + int64_t(head) * kv.key_dim; };
+// Scores of one row for the first `used` blocks of `keys`. q: [heads, dim]. The heads are added one after the other, so
+// a score does not depend on what else is computed. after: what is fetched meanwhile. scratch: [heads, kKeys] floats.
+static HYBRID_KERNEL void score_keys(const Tiles<Bf16>& tiles, const bf16* q, const float* weights, int heads, int dim,
+                                     const char* keys, int used, const char* after, char* scratch, float* scores) {
+  const auto query = [&](int head) { return q + int64_t(head) * dim; };
   auto* const products = reinterpret_cast<float*>(scratch);  // [heads, kKeys]
   const auto keep = [&](F32 acc, int head, int column) { Isa::store(products + head * kKeys + column * kBlock, acc); };
-  const char* const keys = key_at<KvBf16>(kv, step.sequences[row], 0, key0);
-  const int64_t block_bytes = token_bytes<KvBf16>(kv.key_dim) * kBlock;
-  small_product<KvBf16>(tiles, query, args.heads, {keys, block_bytes, kLine, nullptr, 0}, kv.key_dim / 2, used,
-                        keys + kKeys / kBlock * block_bytes, nullptr, keep);
-  const float* weights = args.weights + int64_t(row) * args.heads;
+  const int64_t block_bytes = token_bytes<KvBf16>(dim) * kBlock;
+  small_product<KvBf16>(tiles, query, heads, {keys, block_bytes, kLine, nullptr, 0}, dim / 2, used, after, nullptr,
+                        keep);
   for (int i = 0; i < used * kBlock; i += kBlock) {
     F32 total = Isa::zero();
-    for (int head = 0; head < args.heads; ++head)
+    for (int head = 0; head < heads; ++head)
       total = Isa::fma(Isa::set(weights[head]), Isa::max(Isa::zero(), Isa::load(products + head * kKeys + i)), total);
     Isa::store(scores + i, total);
   }
+}
+
+// Scores [kKeys] of one row and key block.
+static HYBRID_INLINE void score_block(const Tiles<Bf16>& tiles, const IndexScoresArgs& args, const KvLayout& kv,
+                                      const Step& step, int row, int block, char* scratch, float* scores) {
+  const int key0 = block * kKeys, used = (min(kKeys, step.positions[row] + 1 - key0) + kBlock - 1) / kBlock;
+  const char* const keys = key_at<KvBf16>(kv, step.sequences[row], 0, key0);
+  score_keys(tiles, args.q + int64_t(row) * args.heads * kv.key_dim, args.weights + int64_t(row) * args.heads,
+             args.heads, kv.key_dim, keys, used, keys + token_bytes<KvBf16>(kv.key_dim) * kKeys, scratch, scores);
 }
 
 static void index_scores(const IndexScoresArgs& args, const Step& step, const Work& work) {

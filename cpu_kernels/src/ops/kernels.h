@@ -4,6 +4,7 @@
 #include "ops/attention.h"
 #include "ops/combine.h"
 #include "ops/embedding.h"
+#include "ops/entries.h"
 #include "ops/fp4_product.h"
 #include "ops/gate.h"
 #include "ops/gated_delta.h"
@@ -22,6 +23,8 @@
 #include "ops/short_conv.h"
 #include "ops/soft_cap.h"
 #include "ops/state_space.h"
+#include "ops/streams.h"
+#include "ops/turn.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {

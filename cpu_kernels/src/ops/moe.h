@@ -16,6 +16,13 @@ static HYBRID_INLINE F32 swiglu_clamped(F32 gate, F32 up) {
   return Isa::mul(swish, Isa::add(u, Isa::set(1.0f)));
 }
 
+// Of DeepSeek-V4: gate at most 10, up within 10; silu(gate) * up.
+static HYBRID_INLINE F32 silu_clamped(F32 gate, F32 up) {
+  const F32 limit = Isa::set(10.0f);
+  const F32 g = unless_damaged(min(gate, limit), gate);
+  return Isa::mul(silu(g), unless_damaged(Isa::max(min(up, limit), Isa::set(-10.0f)), up));
+}
+
 // Ling 3.0, in its last layers: silu of the gate at most the bound, up within it.
 static HYBRID_INLINE F32 silu_bounded(F32 gate, F32 up, F32 bound) {
   const F32 g = unless_damaged(min(silu(gate), bound), gate);
@@ -25,6 +32,7 @@ static HYBRID_INLINE F32 silu_bounded(F32 gate, F32 up, F32 bound) {
 static HYBRID_INLINE F32 activate(Activation kind, float bound, F32 gate, F32 up) {
   if (bound > 0) return silu_bounded(gate, up, Isa::set(bound));
   if (kind == Activation::gelu_tanh) return Isa::mul(gelu_tanh(gate), up);
+  if (kind == Activation::silu_clamped) return silu_clamped(gate, up);
   return kind == Activation::silu ? Isa::mul(silu(gate), up) : swiglu_clamped(gate, up);
 }
 

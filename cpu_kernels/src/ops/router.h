@@ -72,8 +72,23 @@ static HYBRID_INLINE void softmax_all(float* x, int count) {
 
 static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)) + 0.0f * x; }
 
+// The root of ln(1 + e^x).
+static HYBRID_INLINE float root_softplus(float x) {
+  return __builtin_sqrtf(x > 20.0f ? x : __builtin_log1pf(exponential(x)));
+}
+
 static HYBRID_INLINE bool is_finite(const float* x, int count) {
   return __builtin_isfinite(largest_magnitude(x, count));
+}
+
+// The experts of a token, or false if one is none that there is.
+static HYBRID_INLINE bool experts_of(const TopkArgs& args, int token, int32_t* ids) {
+  const float* known = args.by_token + int64_t(token) * args.top_k;
+  for (int i = 0; i < args.top_k; ++i) {
+    if (!(known[i] >= 0.0f && known[i] < float(args.experts))) return false;
+    ids[i] = int32_t(known[i]);
+  }
+  return true;
 }
 
 // What a row gets whose scores are NaN or infinite, of which none is the largest: some experts, so that ids stay in
@@ -149,7 +164,7 @@ static HYBRID_INLINE void cap_all(float* x, int count, float cap) {
 static void topk(const TopkArgs& args, const Step& step, const Work& work) {
   const int stride = args.experts + (args.shared_weights ? 1 : 0);
   const bool after = args.scoring == Scoring::topk_softmax, sigmoids = args.scoring == Scoring::sigmoid;
-  const bool sparse = args.scoring == Scoring::sparsemixer;
+  const bool sparse = args.scoring == Scoring::sparsemixer, roots = args.scoring == Scoring::root_softplus;
   for_each(step.rows, 1, work, [&](int row) {
     float* scores = const_cast<float*>(args.logits) + int64_t(row) * stride;
     if (args.shared_weights) args.shared_weights[row] = sigmoid(scores[args.experts]);
@@ -162,12 +177,14 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     if (args.logit_cap > 0) cap_all(scores, args.experts, args.logit_cap);
     if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
     for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
+    for (int i = 0; roots && i < args.experts; ++i) scores[i] = root_softplus(scores[i]);
     if (args.groups) keep_best_groups(args, scores);
-    float total = sigmoids ? 1e-20f : 0.0f;  // all of them may have vanished
+    if (args.by_token && !experts_of(args, step.tokens[row], ids)) return choose_nothing(ids, weights, args.top_k);
+    float total = sigmoids || roots ? 1e-20f : 0.0f;  // all of them may have vanished
     for (int i = 0; i < args.top_k; ++i) {
-      ids[i] = best_expert(scores, args.correction, args.experts);
+      if (!args.by_token) ids[i] = best_expert(scores, args.correction, args.experts);
       total += weights[i] = sparse ? sparse_share(scores, ids[i], args.experts, 2.0f * args.jitter) : scores[ids[i]];
-      scores[ids[i]] = -__builtin_inff();
+      if (!args.by_token) scores[ids[i]] = -__builtin_inff();
     }
     if (after) softmax_all(weights, args.top_k);
     const float scale = args.renormalise && !after && !sparse ? args.scale / total : args.scale;

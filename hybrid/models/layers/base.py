@@ -29,7 +29,7 @@ class Place:
     """What a half needs to know of the model around it.
 
     layer: its number. hidden: width of the residual stream. eps: of the norms. ropes: of the whole model, a table each.
-    norm: the kind of its norms.
+    norm: the kind of its norms. streamed: whether its residual stream is several streams.
     """
 
     layer: int
@@ -38,6 +38,7 @@ class Place:
     mix: FormatMix
     ropes: tuple[RopeSpec, ...] = ()
     norm: NormKind = "rms"
+    streamed: bool = False
 
     @property
     def norm_plus(self) -> float:
@@ -60,8 +61,8 @@ class StateLayout:
 
     nbytes: in all. token_bytes: per token, 0 if the state does not grow. binding: the class of `cpu_kernels` that
     describes it to the kernels, constructed from `base`, `sequence_stride` and `fields`. runs: (offset, bytes) of its
-    parts that grow, each contiguous and of as many bytes for every token. repeatable: whether a failed step may be run
-    again on it.
+    parts that grow, each contiguous and of as many bytes for every token. fixed: the same of those beside them that do
+    not. repeatable: whether a failed step may be run again on it.
     """
 
     nbytes: int
@@ -70,6 +71,7 @@ class StateLayout:
     fields: Mapping[str, Any]
     runs: tuple[tuple[int, int], ...] = ()
     repeatable: bool = True
+    fixed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ from hybrid.models.tensors import (
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
-Activation = Literal["silu", "swiglu_clamped", "gelu_tanh"]
+Activation = Literal["silu", "swiglu_clamped", "silu_clamped", "gelu_tanh"]
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
 TAKE = "take"  # the kind of the callback that replaces what a router chose
 STORED = "ffn"  # how the names of its tensors begin, where a layer has one feed-forward
@@ -141,6 +141,8 @@ class FeedForward:
         if self.router and self.router.correction:
             correction = names.correction if form == "apart" else names.fused_correction
             yield correction, ((1, self.experts) if names.correction_row else (self.experts,))
+        if self.router and self.router.by_token:
+            yield names.by_token, (self.router.by_token, self.router.top_k)
         if form == "apart":
             for expert in range(self.experts):
                 yield from gated_shapes(names.experts.of_expert(expert), hidden, self.intermediate, self.bias)
@@ -188,6 +190,9 @@ class FeedForward:
             yield shard.floats("router_bias", "router", Stacked((names.router,), biases=True), self.scores)
         if router.correction:
             yield shard.floats("router_correction", "router", Stacked((names.correction,)), self.experts)
+        if router.by_token:
+            table = Stacked((names.by_token,))
+            yield shard.floats("router_by_token", "router", table, router.by_token, router.top_k)
         if router.expert_scales:
             yield shard.floats("expert_scales", "router", Stacked((names.expert_scales,)), self.experts)
 
@@ -276,6 +281,8 @@ class FeedForward:
             choose["jitter"] = router.jitter
         if router.logit_cap:
             choose["logit_cap"] = router.logit_cap
+        if router.by_token:
+            choose["by_token"] = Weight(f"{weight}_by_token")
         if router.expert_scales:
             choose["expert_scales"] = Weight(f"{self.prefix(place)}.expert_scales")
         yield Op("topk", "moe", choose, (0, "rows"))

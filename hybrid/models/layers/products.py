@@ -21,6 +21,7 @@ from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name
 from hybrid.ops import Buffer, Callback, Choice, Op, Weight
 
 RESIDUAL, NORMED, NORMED_F32 = "residual", "normed", "normed_f32"
+COLLAPSED = "collapsed"  # what halves read in place of RESIDUAL where that is several streams
 UNNORMED = "unnormed"  # the constant weights that leave rows as they are, see `norm`
 UNNORMED_WEIGHT = 2.0**40
 MADE = "made"  # by a half whose result is normed before it is added to the residual stream
@@ -57,7 +58,7 @@ def norm(
     nothing, and multiplied by the same: a power of two, so that no bit changes.
     """
     arguments = {
-        "input": Buffer(RESIDUAL),
+        "input": Buffer(COLLAPSED if place.streamed else RESIDUAL),
         "weight": Weight(weight) if weight else Buffer(UNNORMED),
         "output_f32": Buffer(NORMED_F32) if f32 else None,
         "width": place.hidden,

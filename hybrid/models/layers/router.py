@@ -7,7 +7,7 @@ from typing import Literal
 
 from hybrid.models.tensors import GatedNames, gated_names
 
-RouterKind = Literal["softmax", "topk_softmax", "sigmoid", "sparsemixer"]
+RouterKind = Literal["softmax", "topk_softmax", "sigmoid", "sparsemixer", "root_softplus"]
 _PREFIX = "model.layers.{layer}.mlp"
 
 
@@ -16,12 +16,13 @@ class Router:
     """How a row chooses experts. softmax: over all experts, then top_k of them. topk_softmax: over the top_k alone.
     sigmoid: of each score, then top_k of them. sparsemixer: one after the other the largest score, which
     weighs its share in a softmax over those left that are closer to it than 2 * `jitter`, relative to their size.
+    root_softplus: the root of ln(1 + e^score) of each, then top_k of them.
 
     correction: whether a number for each expert is added to its score for the choice alone. groups: of experts, as
     many in each; only those of the best `top_groups` groups are chosen among: those of the largest probabilities, or of
     the two sigmoids that are largest together. expert_scales: whether the weight of each expert is multiplied by a
     number of its own, last of all. logit_cap: between which and less itself a tangent keeps scores, first of all; 0: no
-    bounds.
+    bounds. by_token: 0, or the rows of a table that says which experts every token has; scores only weigh them.
     """
 
     top_k: int
@@ -35,6 +36,7 @@ class Router:
     jitter: float = 0.0
     expert_scales: bool = False
     logit_cap: float = 0.0
+    by_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FeedForwardNames:
     row. norm, post_norm: of what it reads, and of what it adds to the residual stream; empty where that is not normed.
     router_norm: of what the router alone reads; empty where that is what experts read. factor: a number by which the
     residual stream is multiplied behind the layer; empty: none. sum_norm: of what experts and a dense feed-forward
-    beside them make together.
+    beside them make together. by_token: of the table of the experts of tokens.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -69,3 +71,4 @@ class FeedForwardNames:
     expert_scales: str = ""
     factor: str = ""
     sum_norm: str = ""
+    by_token: str = ""

@@ -21,6 +21,12 @@ BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "q
 _LONGEST_NAME = 255  # that a file system allows
 # Where text models lie in models of more than text, and where transformers 5 places them.
 _OTHER_PLACES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+# As DeepSeek publishes DeepSeek-V4, beside layers of which the names begin with their number.
+_PLAIN = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")},
+}
 _WITHOUT_MODULE = re.compile(r"model\.(?=(embed_tokens|layers|norm)\.)")  # as Qwen2.5-VL is published
 
 
@@ -116,7 +122,7 @@ def own_name(name: str, module: str) -> str:
     for theirs, ours in _OTHER_PLACES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name
+    return f"model.{name}" if name.startswith("layers.") else _PLAIN.get(name, name)
 
 
 def _tensors(path: Path) -> dict[str, Entry]:

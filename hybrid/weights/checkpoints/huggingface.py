@@ -25,7 +25,9 @@ from hybrid.weights.checkpoints.files import find_tensors, may_read_weights, qua
 from hybrid.weights.checkpoints.matrices import (
     FLOATS,
     FP8_DTYPE,
+    INTEGERS,
     MXFP4_DTYPE,
+    TABLES,
     Fp8Source,
     Mxfp4Source,
     Source,
@@ -91,7 +93,7 @@ class Checkpoint:
             return entry.source(name, start, count, step)
         if entry.dtype == FP8_DTYPE and len(entry.shape) > 1:
             return Fp8Source(name, entry, start, count, step, scales=self._scales(name))
-        _require_dtype(name, entry, tuple(FLOATS))
+        _require_dtype(name, entry, _dtypes(name))
         return Source(name, entry, start, count, step)
 
     def gated(self, origin: Gated, expert: int) -> tuple[Source, Source, Source]:
@@ -170,7 +172,7 @@ class Checkpoint:
                 continue
             quantised = entry.dtype == FP8_DTYPE and len(shape) > 1
             blocks = blocked and name.endswith(("_blocks", "_scales"))
-            _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*FLOATS, *[FP8_DTYPE] * quantised))
+            _require_dtype(name, entry, (MXFP4_DTYPE,) if blocks else (*_dtypes(name), *[FP8_DTYPE] * quantised))
             _require_shape(name, entry, shape)
             if quantised:
                 scales, squares = self._scales(name), (*shape[:-2], *(-(-size // SQUARE) for size in shape[-2:]))
@@ -292,6 +294,11 @@ def _layer_form(names: GatedNames, entries: Mapping[str, Entry]) -> ExpertForm |
     if names.fused_gate_up in entries:
         return "fused"
     return "apart" if names.of_expert(0)[0] in entries else None
+
+
+def _dtypes(name: str) -> tuple[str, ...]:
+    """Those that the values of a tensor may have which is not quantised."""
+    return tuple(INTEGERS if name.endswith(TABLES) else FLOATS)
 
 
 def _require_dtype(name: str, entry: Entry, allowed: tuple[str, ...]) -> None:

@@ -18,6 +18,8 @@ from hybrid.formats.block import BLOCK, GROUP, Array, Bytes, Floats
 from hybrid.weights.shard import Entry, read_bytes
 
 FLOATS: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+INTEGERS: dict[str, npt.DTypeLike] = {"I32": np.int32, "I64": np.int64}  # of tables of small numbers
+TABLES = (".tid2eid",)  # what their names end with
 _LARGEST_SCALE = np.finfo(np.float32).max / np.float32(fp8_format.LARGEST)
 FP8_DTYPE, MXFP4_DTYPE = "F8_E4M3", "U8"
 
@@ -52,8 +54,9 @@ class Source:
 
     def floats(self, start: int, stop: int) -> Array:
         """Rows [stop - start, columns], in the dtype of the checkpoint, or dequantised as float32."""
-        dtype = np.dtype(FLOATS[self.entry.dtype])
-        return self._read(self.columns * dtype.itemsize, start, stop).view(dtype)
+        dtype = np.dtype((FLOATS | INTEGERS)[self.entry.dtype])
+        values = self._read(self.columns * dtype.itemsize, start, stop).view(dtype)
+        return values.astype(np.float32) if self.entry.dtype in INTEGERS else values
 
     def blocks(self, start: int, stop: int) -> Bytes:
         """The same rows packed in the published format without quantising them again; start is a multiple of 16."""

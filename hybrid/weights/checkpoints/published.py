@@ -15,6 +15,7 @@ from hybrid.weights.checkpoints.files import quantisation_of
 from hybrid.weights.checkpoints.left_out import believed_mix, left_out, left_out_names
 from hybrid.weights.checkpoints.matrices import FP8_DTYPE
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
+from hybrid.weights.checkpoints.schemes.deepseek import DeepSeekScheme
 from hybrid.weights.checkpoints.schemes.methods import WORDS, read_scheme
 from hybrid.weights.shard import Entry
 
@@ -37,6 +38,8 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
     if scheme := read_scheme(config):
         mix = FormatMix.uniform(scheme.format)
         mix = mix if fields.get("lm_head") is True else mix.with_parts({"head": "bf16"})
+        if isinstance(scheme, DeepSeekScheme):
+            mix = mix.with_parts({"experts": scheme.experts})
     elif fields.get("quant_method") == "mxfp4":
         mix = MIXES["mxfp4"]
     elif fields.get("quant_method") == "fp8" and fields.get("weight_block_size") == SQUARE_SIZE:

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.weights.checkpoints.files import quantisation_of
-from hybrid.weights.checkpoints.schemes import auto_round, awq, compressed_tensors, float8, gptq, modelopt, quark
+from hybrid.weights.checkpoints.schemes import (
+    auto_round,
+    awq,
+    compressed_tensors,
+    deepseek,
+    float8,
+    gptq,
+    modelopt,
+    quark,
+)
 from hybrid.weights.checkpoints.schemes.base import Scheme
 from hybrid.weights.shard import Entry
 
@@ -29,6 +38,8 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     quantisation = quantisation_of(config)
     if not isinstance(quantisation, Mapping):
         return None
+    if scheme := deepseek.read_scheme(config, quantisation):
+        return scheme
     method = _METHODS.get(str(quantisation.get("quant_method")))
     return method.read_scheme(quantisation) if method else None
 

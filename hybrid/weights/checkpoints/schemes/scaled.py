@@ -50,11 +50,13 @@ class ScaledScheme:
             ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
             if ending and numbers.dtype in ((E4M3, INT, E2M1) if ending == ".weight" else (E2M1,)):
                 module = name.removesuffix(ending)
-                yield f"{module}.weight", _matrix(module, numbers, entries, self.symmetric)
+                yield f"{module}.weight", scaled_matrix(module, numbers, entries, self.symmetric)
 
 
-def _matrix(module: str, numbers: Entry, entries: Mapping[str, Entry], symmetric: bool) -> ScaledEntry:
-    """Raises `WeightsError` for parts that are missing or do not fit each other."""
+def scaled_matrix(module: str, numbers: Entry, entries: Mapping[str, Entry], symmetric: bool = True) -> ScaledEntry:
+    """The matrix of a module, whose parts are among `entries`. Raises `WeightsError` for parts that are missing or do
+    not fit each other.
+    """
     for part in _REFUSED:
         if f"{module}.{part}" in entries:
             raise WeightsError(
@@ -128,7 +130,7 @@ def _kind(
     if twice:
         exact = (numbers, scales, each) == (E2M1, E4M3, (1, nvfp4_format.GROUP))
         return words, ("nvfp4",) if exact else ()
-    if numbers == E4M3 and scales in FLOATS and each in ((_SQUARE, _SQUARE), shape):
+    if numbers == E4M3 and scales in (*FLOATS, *_POWERS) and each in ((_SQUARE, _SQUARE), shape):
         holds.append("fp8")
     if numbers == E4M3 and scales in FLOATS and each == (1, shape[1]):
         holds.append("fp8_row")

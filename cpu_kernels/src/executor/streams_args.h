@@ -1,0 +1,72 @@
+// What the ops work on of a residual stream that is several streams (hyper-connections): each half of a layer reads a
+// weighted sum of them, and its result is spread over a mixture of them.
+#pragma once
+
+#include "executor/rule.h"
+#include "executor/step.h"
+
+namespace hybrid {
+
+constexpr int kMaxStreams = 8;
+
+// The sum of the streams that a half reads, and the weights by which its result is spread. Each weight is made of a
+// product with all streams, divided by the root of their mean square, times a scale, plus a base. Those of the sum,
+// `pre`, are sigmoids, `post` are twice those. `comb` is a softmax of each of its rows; then its columns and its rows
+// are made to sum to 1 in turn, columns first and last.
+struct CollapseArgs {
+  const float* streams;   // [rows, stream_stride]: `count` streams of `width` floats
+  const float* products;  // [rows, (2 + count) * count]: for pre, post and comb; if weights are null [rows, count]
+  const float* base;      // one for each product of a row
+  const float* scale;     // of pre, post and comb; if weights are null of pre alone
+  float* output;          // [rows, output_stride]
+  float* weights;         // null, or [rows, (1 + count) * count]: post and comb
+  float* cleared;         // null, or rows as those of output that become zero, for what follows to add to
+  int count, width, stream_stride, output_stride;
+  int rounds;   // in which columns are made to sum to 1
+  float eps;    // of the root
+  float floor;  // what is added to pre, to comb and to each of its sums
+
+  template <class Field>
+  void fields(Field& field) {
+    field("streams", streams);
+    field("products", products);
+    field("base", base);
+    field("scale", scale);
+    field("output", output);
+    field("weights", weights, kNullable);
+    field("cleared", cleared, kNullable);
+    field("count", count, kPositive);
+    field("width", width, kPositive);
+    field("stream_stride", stream_stride);
+    field("output_stride", output_stride);
+    field("rounds", rounds, kPositive);
+    field("eps", eps);
+    field("floor", floor);
+  }
+};
+
+// Stream k becomes post[k] * input + sum over j of comb[j, k] * stream j; without weights, the input.
+struct ExpandArgs {
+  const float* input;    // [rows, input_stride]
+  const float* weights;  // null, or as those of CollapseArgs
+  float* streams;        // as those of CollapseArgs
+  int count, width, input_stride, stream_stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("input", input);
+    field("weights", weights, kNullable);
+    field("streams", streams);
+    field("count", count, kPositive);
+    field("width", width, kPositive);
+    field("input_stride", input_stride);
+    field("stream_stride", stream_stride);
+  }
+};
+
+// As HYBRID_ROW_OPS.
+#define HYBRID_STREAM_OPS(OP) \
+  OP(collapse, CollapseArgs)  \
+  OP(expand, ExpandArgs)
+
+}  // namespace hybrid

@@ -1,0 +1,86 @@
+// A residual stream that is several: the sum of them that a half of a layer reads, and what it makes, spread over them.
+#pragma once
+
+#include "ops/norm.h"
+#include "ops/router.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+constexpr int kExpandBlocks = 16;  // blocks of a row that a thread takes at a time
+
+// Makes every column (step 1) or row (step `count`) of a matrix [count, count] sum to 1; across: to the next element.
+static HYBRID_INLINE void sum_to_one(float* x, int count, int step, int across, float floor) {
+  for (int i = 0; i < count; ++i) {
+    float total = 0.0f;
+    for (int j = 0; j < count; ++j) total += x[i * step + j * across];
+    const float factor = 1.0f / (total + floor);
+    for (int j = 0; j < count; ++j) x[i * step + j * across] *= factor;
+  }
+}
+
+// Logits [count, count] to what mixes streams, in place.
+static HYBRID_INLINE void balance(float* x, int count, int rounds, float floor) {
+  for (int i = 0; i < count; ++i) {
+    softmax_all(x + i * count, count);
+    for (int j = 0; j < count; ++j) x[i * count + j] += floor;
+  }
+  sum_to_one(x, count, 1, count, floor);
+  for (int round = 1; round < rounds; ++round) {
+    sum_to_one(x, count, count, 1, floor);
+    sum_to_one(x, count, 1, count, floor);
+  }
+}
+
+static void collapse(const CollapseArgs& args, const Step& step, const Work& work) {
+  const int count = args.count, width = args.width, made = args.weights ? (2 + count) * count : count;
+  for_each(step.rows, 1, work, [&](int row) {
+    const float* streams = args.streams + int64_t(row) * args.stream_stride;
+    const float* products = args.products + int64_t(row) * made;
+    const float scale = inverse_rms(streams, count * width, args.eps);
+    const auto logit = [&](int i, int of) { return products[i] * scale * args.scale[of] + args.base[i]; };
+    float pre[kMaxStreams];
+    for (int i = 0; i < count; ++i) pre[i] = sigmoid(logit(i, 0)) + args.floor;
+    if (args.weights) {
+      float* post = args.weights + int64_t(row) * (1 + count) * count;
+      for (int i = 0; i < count; ++i) post[i] = 2.0f * sigmoid(logit(count + i, 1));
+      for (int i = 0; i < count * count; ++i) post[count + i] = logit(2 * count + i, 2);
+      balance(post + count, count, args.rounds, args.floor);
+    }
+    const int64_t at = int64_t(row) * args.output_stride;
+    for (int i = 0; i < width; i += kBlock) {
+      const int some = min(kBlock, width - i);
+      F32 sum = Isa::zero();
+      for (int k = 0; k < count; ++k)
+        sum = Isa::fma(Isa::set(pre[k]), load_some(streams + int64_t(k) * width + i, some), sum);
+      store_some(args.output + at + i, sum, some);
+      if (args.cleared) store_some(args.cleared + at + i, Isa::zero(), some);
+    }
+  });
+}
+
+// Up to 16 columns of one row.
+static HYBRID_INLINE void expand_columns(const ExpandArgs& args, int row, int column, int some) {
+  const int count = args.count;
+  float* streams = args.streams + int64_t(row) * args.stream_stride + column;
+  const F32 made = load_some(args.input + int64_t(row) * args.input_stride + column, some);
+  F32 old[kMaxStreams];
+  for (int k = 0; args.weights && k < count; ++k) old[k] = load_some(streams + int64_t(k) * args.width, some);
+  const float* post = args.weights ? args.weights + int64_t(row) * (1 + count) * count : nullptr;
+  for (int k = 0; k < count; ++k) {
+    F32 sum = post ? Isa::mul(Isa::set(post[k]), made) : made;
+    for (int j = 0; post && j < count; ++j) sum = Isa::fma(Isa::set(post[(1 + j) * count + k]), old[j], sum);
+    store_some(streams + int64_t(k) * args.width, sum, some);
+  }
+}
+
+static void expand(const ExpandArgs& args, const Step& step, const Work& work) {
+  const int blocks = (args.width + kBlock - 1) / kBlock;
+  for_each(step.rows * blocks, kExpandBlocks, work, [&](int i) {
+    const int column = i % blocks * kBlock;
+    expand_columns(args, i / blocks, column, min(kBlock, args.width - column));
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid

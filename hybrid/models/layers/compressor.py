@@ -1,0 +1,118 @@
+"""The compressor: of every `rate` tokens of a sequence it makes one entry, which attention sees as it does a token.
+
+An entry is in each dimension a mean of what its tokens bring, weighted by a softmax over their gates; normed, and
+turned as the first token of its window. With `overlaps` a token brings two sets of dimensions, for the entry of the
+next window and for that of its own. Which entries there are, and what they are, depends on positions alone: what the
+tokens of unfinished windows bring is kept with the sequence, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+from hybrid.formats import FORMATS
+from hybrid.formats.mix import FormatMix
+from hybrid.formats.packed import matrix_formats
+from hybrid.models.layers.base import Place
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.rope import RopeSpec
+from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
+from hybrid.ops import Buffer, Op, State, Weight
+
+BROUGHT = "brought"  # buffer: what the tokens of a step bring to entries, fp32
+STORED = "indexer"  # what its tensors count as
+
+
+@dataclass(frozen=True)
+class CompressorNames:
+    """Names in a checkpoint. bias: what is added to gates, by the place of a token in its window."""
+
+    values: str
+    gates: str
+    bias: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """rate: tokens of a window. dim: of an entry. stored: the name of its tensors in a store."""
+
+    rate: int
+    dim: int
+    overlaps: bool
+    names: CompressorNames
+    stored: str = "compressor"
+
+    @property
+    def sets(self) -> int:
+        """Of dimensions that a token brings."""
+        return 2 if self.overlaps else 1
+
+    @property
+    def width(self) -> int:
+        """What a token brings of values; as much of gates."""
+        return self.sets * self.dim
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are kept with a sequence."""
+        return self.sets * self.rate
+
+    def inside(self, module: str) -> Self:
+        return replace(self, names=inside(self.names, module))
+
+    def checkpoint_shapes(self, place: Place) -> Shapes:
+        names = in_layer(self.names, place.layer)
+        yield names.values, (self.width, place.hidden)
+        yield names.gates, (self.width, place.hidden)
+        yield names.bias, (self.rate, self.width)
+        yield names.norm, (self.dim,)
+
+    def sources(self, layer: int) -> tuple[str, str]:
+        """The matrices that make values and gates."""
+        names = in_layer(self.names, layer)
+        return names.values, names.gates
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        """All but these matrices."""
+        names = in_layer(self.names, place.layer)
+        yield shard.floats(f"{self.stored}.bias", STORED, Stacked((names.bias,)), self.rate, self.width)
+        yield shard.floats(f"{self.stored}.norm", "norms", Stacked((names.norm,)), self.dim)
+
+    def compress(self, place: Place, rope: Buffer, turned: RopeSpec, first: int, width: int, indexes: bool) -> Op:
+        """The op that makes entries. rope: the table of the angles of windows. turned: of the last dimensions. first:
+        where in BROUGHT, whose rows have `width` floats, its values begin. indexes: whether entries are keys of an
+        indexer.
+        """
+        prefix = f"layers.{place.layer}.{self.stored}"
+        arguments = {
+            "made": Buffer(BROUGHT),
+            "bias": Weight(f"{prefix}.bias"),
+            "norm": Weight(f"{prefix}.norm"),
+            "rope": rope,
+            "kv": State(place.layer),
+            "indexes": indexes,
+            "dim": self.dim,
+            "rope_dim": turned.dim,
+            "rate": self.rate,
+            "overlaps": self.overlaps,
+            "interleaved": turned.interleaved,
+            "first_value": first,
+            "first_gate": first + self.width,
+            "width": width,
+            "eps": place.eps,
+        }
+        return Op("compress", PART, arguments, (0, "rows"))
+
+
+def compressor_format(mix: FormatMix) -> str:
+    """Of the matrices of compressors and of an indexer's queries: with 8 bits where attention has fewer. bf16 where
+    that is in floats, as it is published, and beside several formats.
+    """
+    names = set(matrix_formats(mix.attention, 1 + mix.attention.count("/")))
+    name = names.pop()
+    if names or name in ("bf16", "fp8", "fp8_row") or FORMATS[name].rows == "wide":
+        return "bf16"
+    return "q8_0" if FORMATS[name].rows == "grouped" else "int8"

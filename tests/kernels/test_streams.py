@@ -1,0 +1,92 @@
+"""Several streams in place of one residual stream: what a half reads of them, and what they become by its result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rig import Rig, aligned, placed, row_stride
+
+EPS, FLOOR = 1e-3, 1e-2
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def balanced(logits: np.ndarray, rounds: int) -> np.ndarray:
+    """Softmax of rows, then columns and rows to sums of 1 in turn."""
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    x = e / e.sum(-1, keepdims=True) + FLOOR
+    x = x / (x.sum(-2, keepdims=True) + FLOOR)
+    for _ in range(rounds - 1):
+        x = x / (x.sum(-1, keepdims=True) + FLOOR)
+        x = x / (x.sum(-2, keepdims=True) + FLOOR)
+    return x
+
+
+@pytest.mark.parametrize(("count", "width", "rounds"), [(4, 40, 20), (2, 33, 1), (8, 16, 3)])
+def test_a_half_reads_a_sum_and_weights_are_made_for_its_result(isa, count, width, rounds) -> None:
+    random, rows, made = np.random.default_rng(width), 5, (2 + count) * count
+    streams = aligned((rows, row_stride(count * width)), np.float32)
+    streams[:, : count * width] = random.normal(0, 2, (rows, count * width))
+    products, base = (placed(random.normal(0, 2, shape).astype(np.float32)) for shape in ((rows, made), made))
+    scale = placed(np.array([0.7, 1.3, 0.5], np.float32))
+    output, cleared = (aligned((rows, row_stride(width)), np.float32, fill=np.nan) for _ in range(2))
+    weights = aligned((rows, (1 + count) * count), np.float32)
+    rig = Rig(isa, 2, rows=rows)
+    rig.add(
+        "collapse", streams=streams, products=products, base=base, scale=scale, output=output, weights=weights,
+        cleared=cleared, count=count, width=width, stream_stride=streams.shape[1], output_stride=output.shape[1],
+        rounds=rounds, eps=EPS, floor=FLOOR,
+    )  # fmt: skip
+    rig.step([(0, row) for row in range(rows)])
+    x = streams[:, : count * width].astype(np.float64)
+    logits = products / np.sqrt((x**2).mean(1, keepdims=True) + EPS)
+    logits = logits * np.repeat(scale, [count, count, count**2]) + base
+    pre, post, comb = np.split(logits, [count, 2 * count], axis=1)
+    wanted = ((sigmoid(pre) + FLOOR)[..., None] * x.reshape(rows, count, width)).sum(1)
+    assert np.allclose(output[:, :width], wanted, rtol=1e-4, atol=1e-4) and not cleared[:, :width].any()
+    assert np.allclose(weights[:, :count], 2 * sigmoid(post), rtol=1e-4)
+    mixture = balanced(comb.reshape(rows, count, count), rounds)
+    assert np.allclose(weights[:, count:], mixture.reshape(rows, -1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_reads_a_sum_alone(isa) -> None:
+    random, rows, count, width = np.random.default_rng(1), 3, 4, 20
+    streams = aligned((rows, row_stride(count * width)), np.float32)
+    streams[:, : count * width] = random.normal(0, 2, (rows, count * width))
+    products, base = (placed(random.normal(0, 2, shape).astype(np.float32)) for shape in ((rows, count), count))
+    scale, output = placed(np.array([0.7], np.float32)), aligned((rows, row_stride(width)), np.float32)
+    rig = Rig(isa, 1, rows=rows)
+    rig.add(
+        "collapse", streams=streams, products=products, base=base, scale=scale, output=output, weights=0, cleared=0,
+        count=count, width=width, stream_stride=streams.shape[1], output_stride=output.shape[1], rounds=1, eps=EPS,
+        floor=FLOOR,
+    )  # fmt: skip
+    rig.step([(0, row) for row in range(rows)])
+    x = streams[:, : count * width].astype(np.float64)
+    pre = sigmoid(products / np.sqrt((x**2).mean(1, keepdims=True) + EPS) * 0.7 + base) + FLOOR
+    assert np.allclose(output[:, :width], (pre[..., None] * x.reshape(rows, count, width)).sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "width"), [(4, 40), (2, 33), (8, 300)])
+def test_a_result_is_spread_over_a_mixture(isa, count, width) -> None:
+    random, rows = np.random.default_rng(width), 5
+    made = aligned((rows, row_stride(width)), np.float32)
+    made[:, :width] = random.normal(0, 1, (rows, width))
+    streams = aligned((rows, row_stride(count * width)), np.float32)
+    weights = placed(random.uniform(0, 1, (rows, (1 + count) * count)).astype(np.float32))
+    fields = {"count": count, "width": width, "input_stride": made.shape[1], "stream_stride": streams.shape[1]}
+    rig = Rig(isa, 2, rows=rows)
+    rig.add("expand", input=made, weights=0, streams=streams, **fields)  # the embedding, into every stream
+    rig.step([(0, row) for row in range(rows)])
+    found = streams[:, : count * width].reshape(rows, count, width)
+    assert (found == made[:, None, :width]).all()
+    found[:] = old = random.normal(0, 1, found.shape).astype(np.float32)
+    streams[:, : count * width] = found.reshape(rows, -1)
+    rig = Rig(isa, 2, rows=rows)
+    rig.add("expand", input=made, weights=weights, streams=streams, **fields)
+    rig.step([(0, row) for row in range(rows)])
+    post, comb = weights[:, :count], weights[:, count:].reshape(rows, count, count)
+    wanted = post[..., None] * made[:, None, :width] + np.einsum("rjk,rjd->rkd", comb, old)
+    assert np.allclose(streams[:, : count * width], wanted.reshape(rows, -1), rtol=1e-4, atol=1e-5)
