@@ -218,6 +218,7 @@ def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dic
     prefix, attention = f"layers.{layer}.attention.", store.spec.layers[layer].mixer
     names = in_layer(attention.names, layer)
     apart = (names.qkv,) if names.qkv else (names.q, names.k, names.v)[: 2 if attention.keys_are_values else 3]
+    apart += (names.gate,) if attention.gate_width else ()
     stacked = np.concatenate([tensors[name] for name in apart])
     assert (_unpacked(store, f"{prefix}qkv", *stacked.shape) == stacked).all()
     out = tensors[names.out]
