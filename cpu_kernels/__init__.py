@@ -26,11 +26,13 @@ from cpu_kernels._ext import (
 )
 
 KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
+INDEX_BLOCK: int = _ext.INDEX_BLOCK  # keys that an indexer of blocks selects together
 MAX_DELTA_DIM: int = _ext.MAX_DELTA_DIM  # dimensions of keys and values in the gated delta rule
 MAX_NODES: int = _ext.MAX_NODES  # memory nodes that an executor can join
 TILE_ROWS: int = _ext.TILE_ROWS  # query rows times heads of one attention tile
 
 __all__ = [
+    "INDEX_BLOCK",
     "KEY_BLOCK",
     "MAX_DELTA_DIM",
     "MAX_NODES",

@@ -113,6 +113,8 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "keep": "whole",
     "entry_scores": "whole",
     "see": "whole",
+    "block_scores": "whole",
+    "select_blocks": "whole",
     "gate": "whole",
     "short_conv": "whole",
     "silu_conv": "whole",

@@ -438,6 +438,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "minimax_m3_vl_text": {
+        **_COMMON,
+        "model_type": "minimax_m3_vl_text",
+        "num_hidden_layers": 3,
+        "rotary_dim": 12,
+        "partial_rotary_factor": 0.5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "dense_intermediate_size": 88,
+        "shared_intermediate_size": 56,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 20,
+        "index_topk_blocks": 1,
+    },
     "laguna": {
         **{name: value for name, value in _COMMON.items() if name != "rope_theta"},
         "model_type": "laguna",
@@ -561,6 +577,7 @@ WRAPPERS = (  # models of more than text
         "internvl",
         "kimi_k25",
         "lfm2_vl",
+        "minimax_m3_vl",
         "mistral3",
         "qwen2_5_vl",
         "qwen2_vl",
@@ -589,6 +606,7 @@ ON_HOST: tuple[str, ...] = (
     "kimi_linear",
     "bailing_hybrid",
     "granitemoehybrid",
+    "minimax_m3_vl_text",
 )
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 STREAM_SCALES = ("hc_attn_scale", "hc_ffn_scale", "hc_scale")
@@ -600,7 +618,20 @@ def auto_model(family: str) -> Any:
     """The class of transformers that makes its models: mistral4 is listed among models of images and text alone."""
     import transformers
 
+    if family == "minimax_m3_vl_text":
+        read_as_published()
     return transformers.AutoModelForImageTextToText if family == "mistral4" else transformers.AutoModelForCausalLM
+
+
+def read_as_published() -> None:
+    """Have transformers read MiniMax-M3's text alone with the names that it knows of the whole."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    of_whole = get_checkpoint_conversion_mapping("minimax_m3_vl")
+    register_checkpoint_conversion_mapping("minimax_m3_vl_text", of_whole, overwrite=True)
 
 
 def random_tensors(

@@ -10,6 +10,7 @@ from checkpoints import CONFIGS, STACKED, write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
+from hybrid.models.layers.block_selected import BlockSelectedAttention
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.indexed import IndexedAttention
@@ -221,7 +222,18 @@ def mamba_tensors(store: Store, index: int) -> Named:
     yield names.out, _matrix(store, f"{prefix}.out", spec.hidden, mamba.inner)
 
 
+def _block_selected(store: Store, index: int) -> Named:
+    yield from _attention(store, index)
+    indexer, prefix = store.spec.layers[index].mixer.indexer, f"layers.{index}.indexer"
+    names, plus = in_layer(indexer.names, index), np.float32(store.spec.place(index, store.mix).norm_plus)
+    yield names.q, _matrix(store, f"{prefix}.q", indexer.width, store.spec.hidden)
+    yield names.k, _matrix(store, f"{prefix}.k", indexer.head_dim, store.spec.hidden)
+    yield names.q_norm, store.array(f"{prefix}.q_norm") - plus
+    yield names.k_norm, store.array(f"{prefix}.norm") - plus
+
+
 _MIXERS = {
+    BlockSelectedAttention: _block_selected,
     ShortConv: _conv,
     LatentAttention: _latent,
     IndexedAttention: _indexed,

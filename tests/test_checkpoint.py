@@ -54,6 +54,8 @@ def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtyp
     pytest.importorskip("torch")
     if fused and family in ("granitemoe", "granitemoehybrid"):
         pytest.skip("it is published stacked, under names of its own")
+    if fused and family == "minimax_m3_vl_text":
+        pytest.skip("it is published with names that transformers has not")
     if family in ("kimi_linear", "bailing_hybrid"):
         pytest.skip("transformers does not give back the names that it is published with")
     if fused and family in APART:

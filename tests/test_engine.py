@@ -184,6 +184,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mellum, a rope for each kind of layer": ("mellum", {"num_experts_per_tok": 8, **SHARP}),
+    "minimax_m3_vl_text": ("minimax_m3_vl_text", SHARP),
+    "minimax_m3_vl_text, all attend to all": (
+        "minimax_m3_vl_text",
+        {
+            "layer_types": None,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": True,
+            **SHARP,
+        },
+    ),
     "laguna": ("laguna", SHARP),
     "laguna, gates by element, bounded scores": (
         "laguna",

@@ -22,6 +22,7 @@ from steps import greedy, in_chunks, open_engine, step
 from hybrid.formats import FORMATS, GROUPED
 from hybrid.formats.mix import MIXES, FormatMix
 from hybrid.models import model_spec
+from hybrid.models.layers.block_selected import BlockSelectedAttention
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.pack import cached_store
@@ -51,9 +52,12 @@ def bound(spec: ModelSpec, mix: FormatMix, kv_format: str = "bf16") -> float:
         parts += [format for half in layer.halves for format in half.formats(mix)]
     errors = [INTEGER if FORMATS[part].integer else FLOAT for part in parts]
     # What a half adds has its full size in every layer. The delta rule multiplies what comes from the halves before by
-    # itself, as keys, queries, values and gates, and norms it: in transformers rounded inputs cost as much there.
+    # itself, as keys, queries, values and gates, and norms it: in transformers rounded inputs cost as much there. Norms
+    # less 1 double queries and keys of MiniMax-M3 here: its scores, and their rounding, are four times as large.
     normed = 1.3 if getattr(spec.layers[0].mixer.names, "post_norm", "") else 1.0
-    multiplied = 1.25 if any(isinstance(layer.mixer, GatedDeltaNet) for layer in spec.layers) else 1.0
+    multiplied = (
+        1.25 if any(isinstance(layer.mixer, GatedDeltaNet | BlockSelectedAttention) for layer in spec.layers) else 1.0
+    )
     return normed * multiplied * float(np.sqrt(np.square(errors).sum() + len(spec.layers) * KV_ERRORS[kv_format] ** 2))
 
 

@@ -115,6 +115,10 @@ OPS: dict[str, dict[str, Any]] = {
         **{"input": PLACE, "weights": PLACE, "streams": PLACE, "count": 4, "width": 40, "input_stride": 64},
         **{"stream_stride": 192},
     },
+    "block_scores": {"q": PLACE, "scores": PLACE, "kv": INDEXED, "heads": 3, "selects": 16},
+    "select_blocks": {
+        **{"scores": PLACE, "q": PLACE, "selected": PLACE, "heads": 3, "selects": 16, "query_stride": 64},
+    },
     "short_conv": {
         **{"input": PLACE, "weight": PLACE, "bias": 0, "output": PLACE, "state": STATE, "width": 40, "taps": 3},
         **{"input_stride": 128, "output_stride": 64},
@@ -231,7 +235,14 @@ NULLABLE = {
     *(("norm", name) for name in ("output", "output_f32", "output8")),
     *(("gemm", name) for name in ("bias", "output")),
     *(("qkv", name) for name in ("q_norm", "k_norm")),
-    *(("attention", "sinks"), ("short_conv", "bias"), ("router", "bias"), ("group", "ids"), ("group", "weights")),
+    *(
+        ("attention", "sinks"),
+        ("short_conv", "bias"),
+        ("router", "bias"),
+        ("index", "norm_bias"),
+        ("group", "ids"),
+        ("group", "weights"),
+    ),
     *(("gate_up", "bias"), ("down", "bias"), ("latent", "rope")),
     *(("collapse", "weights"), ("collapse", "cleared"), ("expand", "weights")),
 }
@@ -358,6 +369,15 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("index", {"rope_dim": 22}, "rope_dim is 22; it must be even and at most head_dim 20"),
         ("index", {"query_stride": 59}, "query_stride is 59; what it steps over has 60"),
         ("index", {"key_stride": 19}, "key_stride is 19; what it steps over has 20"),
+        ("attention", {"blocks": PLACE}, "blocks is not null, and block_count is 0"),
+        ("attention", {"block_count": 9}, "blocks is null, and block_count is 9"),
+        (
+            "attention",
+            {"blocks": PLACE, "block_count": 9, "window": 5},
+            "blocks are selected of keys that are not shared, without a window or ends",
+        ),
+        ("block_scores", {"kv": SHARED}, "head_dim 1 is above kv.index_dim 0"),
+        ("block_scores", {"heads": 257}, "heads 257 is above 256"),
         ("index_scores", {"kv": SHARED}, "head_dim 1 is above kv.index_dim 0"),
         ("index_scores", {"heads": 257}, "heads 257 is above 256"),
         ("topk", {"top_k": 5}, "top_k 5 is above experts 4"),

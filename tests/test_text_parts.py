@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "internvl": ("qwen3_moe", "qwen3_moe", {}),
     "kimi_k25": ("deepseek_v3", "kimi_k2", {}),
     "lfm2_vl": ("lfm2", "lfm2", {}),
+    "minimax_m3_vl": ("minimax_m3_vl_text", "minimax_m3_vl_text", {}),
     "mistral3": ("mistral", "mistral", {}),
     "qwen2_5_vl": ("qwen2", "qwen2_5_vl_text", {"rope_scaling": MROPE}),
     "qwen2_vl": ("qwen2", "qwen2_vl_text", {"rope_scaling": MROPE}),

@@ -53,10 +53,16 @@ _GRANITE4 = {
     "mamba_d_state": 16,
 }
 _V4 = {"num_key_value_heads": 1, "head_dim": 32, "o_groups": 2, "o_lora_rank": 16, "index_head_dim": 32}
+_BLOCKS = {
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+    "index_head_dim": 16,
+    "index_topk_blocks": 1,
+}
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    **dict.fromkeys(("minimax_m3_vl", "minimax_m3_vl_text"), _BLOCKS),
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA4),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
     "granitemoehybrid": _GRANITE4,

@@ -101,15 +101,18 @@ def test_what_sees_selected_keys_needs_a_block_of_them_more() -> None:
 def test_scores_of_an_indexer_need_those_of_its_heads() -> None:
     for isa in BLOCKS:
         assert stated("index_scores", isa, 1000, heads=7) == 7 * 256 * 4
+        assert stated("block_scores", isa, 1000, heads=7) == 7 * 256 * 4
         assert stated("entry_scores", isa, 1000, heads=7) == 7 * 256 * 4 + 256 * 32 * 2  # and a block of entries
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in (*PRODUCTS, "attention", "index_scores", "entry_scores")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in (*PRODUCTS, "attention", "index_scores", "entry_scores", "block_scores")]
+)
 def test_other_ops_need_none(op) -> None:
     assert stated(op, "amx", 1000) == 0
 
 
-@pytest.mark.parametrize("op", [*PRODUCTS, "attention", "index_scores", "entry_scores"])
+@pytest.mark.parametrize("op", [*PRODUCTS, "attention", "index_scores", "entry_scores", "block_scores"])
 def test_an_op_is_refused_with_less_than_it_needs(isa, op) -> None:
     def add(scratch: int) -> None:
         executor = cpu_kernels.Executor(

@@ -189,6 +189,7 @@ NB_MODULE(_ext, m) {
 
   // What a planner must know to size buffers.
   m.attr("KEY_BLOCK") = kKeys;
+  m.attr("INDEX_BLOCK") = kIndexBlock;
   m.attr("TILE_ROWS") = kAttentionRows;
   m.attr("MAX_NODES") = kMaxNodes;
   m.attr("MAX_DELTA_DIM") = kMaxDeltaDim;

@@ -139,6 +139,8 @@ struct AttentionArgs {
   int selects;              // 0: every row sees all
   const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position; those
                             // below 0 are then complements of numbers of entries
+  const int32_t* blocks;    // null, or [rows, kv_heads, block_count]: of a row that sees more blocks of keys, which
+  int block_count;
 
   template <class Field>
   void fields(Field& field) {
@@ -159,6 +161,8 @@ struct AttentionArgs {
     field("selected", selected, kOptional);
     field("selects", selects, kOptional);
     field("counts", counts, kOptional);
+    field("blocks", blocks, kOptional);
+    field("block_count", block_count, kOptional);
   }
 };
 

@@ -66,6 +66,12 @@ inline void check_fit(const LatentArgs& a, const std::string& place) {
   require_stride(place, "plain_stride", a.plain_stride, a.nope_dim);
 }
 
+inline void check_blocks(const AttentionArgs& a, const std::string& place) {
+  require(!a.block_count || !(a.kv.shared || a.window || a.ends),
+          place + "block_count is " + text(a.block_count) +
+              "; blocks are selected of keys that are not shared, without a window or ends");
+}
+
 inline void check_fit(const AttentionArgs& a, const std::string& place) {
   check_layout(a.kv, a.head_dim, place);
   const int group = a.heads / a.kv_heads;
@@ -78,6 +84,7 @@ inline void check_fit(const AttentionArgs& a, const std::string& place) {
   if (a.output) require_stride(place, "output_stride", a.output_stride, (a.heads - 1) * apart + a.head_dim);
   require(!a.selects || (a.kv.shared && !a.window && !a.ends),
           place + "selects is " + text(a.selects) + "; keys are selected of shared ones, without a window or ends");
+  check_blocks(a, place);
 }
 
 inline void check_index_keys(const KvLayout& kv, int head_dim, const std::string& place) {
@@ -96,6 +103,11 @@ inline void check_fit(const IndexArgs& a, const std::string& place) {
 }
 
 inline void check_fit(const IndexScoresArgs& a, const std::string& place) {
+  check_index_keys(a.kv, 1, place);
+  require(a.heads <= kMaxTileRows, place + "heads " + text(a.heads) + " is above " + text(kMaxTileRows));
+}
+
+inline void check_fit(const BlockScoresArgs& a, const std::string& place) {
   check_index_keys(a.kv, 1, place);
   require(a.heads <= kMaxTileRows, place + "heads " + text(a.heads) + " is above " + text(kMaxTileRows));
 }
@@ -121,6 +133,8 @@ inline void check_presence(const AttentionArgs& a, const std::string& place) {
   require(!a.selected == !a.selects,
           place + "selected is " + (a.selected ? "not " : "") + "null, and selects is " + text(a.selects));
   require(a.selected || !a.counts, place + "selected is null, and counts are not");
+  require(!a.blocks == !a.block_count,
+          place + "blocks is " + (a.blocks ? "not " : "") + "null, and block_count is " + text(a.block_count));
 }
 
 // Rows of keys and values, and where they have scales, lie behind each other in a head, heads in a sequence.
@@ -155,6 +169,11 @@ inline void check_extents_of(const IndexArgs& a, const Limits& limits, const std
 }
 
 inline void check_extents_of(const IndexScoresArgs& a, const Limits& limits, const std::string& place) {
+  check_index_arena(a.kv, limits, place);
+  require_countable(int64_t(limits.rows) * (limits.positions / kKeys + 1), place);
+}
+
+inline void check_extents_of(const BlockScoresArgs& a, const Limits& limits, const std::string& place) {
   check_index_arena(a.kv, limits, place);
   require_countable(int64_t(limits.rows) * (limits.positions / kKeys + 1), place);
 }

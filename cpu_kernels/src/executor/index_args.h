@@ -5,19 +5,21 @@
 
 namespace hybrid {
 
-// Behind the indexer's projections: keys are normed, both are turned, a key goes into the arena.
+// Behind the indexer's projections: keys are normed, and queries if they have a norm; both are turned, a key goes into
+// the arena.
 struct IndexArgs {
   const float* queries;    // [rows, query_stride]: of each head head_dim dimensions, of which the first rope_dim turn
   const float* keys;       // [rows, key_stride]: the same of the one key of all heads
   const float* rope;       // [rows, rope_dim]
   const float* norm;       // [head_dim]
-  const float* norm_bias;  // [head_dim]
+  const float* norm_bias;  // [head_dim]; null: the norm has no mean and no bias
   bf16* q;                 // [rows, heads, kv.index_dim]
   KvLayout kv;
   int heads, head_dim, rope_dim;
   bool interleaved;
   int query_stride, key_stride;
   float eps;
+  const float* query_norm;  // null, or [head_dim]: of each head, without a mean
 
   template <class Field>
   void fields(Field& field) {
@@ -25,7 +27,7 @@ struct IndexArgs {
     field("keys", keys);
     field("rope", rope);
     field("norm", norm);
-    field("norm_bias", norm_bias);
+    field("norm_bias", norm_bias, kNullable);
     field("q", q);
     field("kv", kv);
     field("heads", heads, kPositive);
@@ -35,6 +37,7 @@ struct IndexArgs {
     field("query_stride", query_stride);
     field("key_stride", key_stride);
     field("eps", eps);
+    field("query_norm", query_norm, kOptional);
   }
 };
 

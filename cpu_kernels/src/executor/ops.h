@@ -4,6 +4,7 @@
 
 #include "executor/args.h"
 #include "executor/attention_args.h"
+#include "executor/block_index_args.h"
 #include "executor/entry_args.h"
 #include "executor/expert_args.h"
 #include "executor/index_args.h"
@@ -17,6 +18,7 @@ namespace hybrid {
   HYBRID_ROW_OPS(OP)          \
   HYBRID_ATTENTION_OPS(OP)    \
   HYBRID_INDEX_OPS(OP)        \
+  HYBRID_BLOCK_INDEX_OPS(OP)  \
   HYBRID_ENTRY_OPS(OP)        \
   HYBRID_STATE_OPS(OP)        \
   HYBRID_STREAM_OPS(OP)       \

@@ -106,5 +106,8 @@ static inline int64_t scratch_bytes(const EntryScoresArgs& args, const ProductSi
   return int64_t(kKeys) * args.kv.index_dim * 2 +
          int64_t(args.heads) * kKeys * sizeof(float);  // entries, and their products
 }
+static inline int64_t scratch_bytes(const BlockScoresArgs& args, const ProductSizes&, int) {
+  return int64_t(args.heads) * kKeys * sizeof(float);
+}
 
 }  // namespace hybrid

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ops/gather.h"
+#include "ops/seen.h"
 #include "ops/turned_product.h"
 
 namespace hybrid {
@@ -31,29 +32,6 @@ static HYBRID_INLINE void finish(bf16* out, const float* state, int dim, int hea
   const F32 scale = Isa::set(factor);
   for (int i = 0; i < head_dim; i += kBlock)
     store_some_bf16(out + i, Isa::mul(Isa::load(state + i), scale), min(kBlock, head_dim - i));
-}
-
-// Whether row `row` of a tile sees but the keys that it selected.
-static HYBRID_INLINE bool selects(const AttentionArgs& args, const AttentionTile& tile, int row) {
-  return args.selected && (args.counts || tile.position + row >= args.selects);
-}
-
-// One past the last key that row `row` of a tile may see here; of those that it selected, how many.
-static HYBRID_INLINE int end_of(const AttentionArgs& args, const AttentionTile& tile, int row) {
-  if (selects(args, tile, row)) return args.counts ? args.counts[tile.row + row] : args.selects;
-  const int end = tile.position + row + 1;
-  return args.ends ? min(end, args.ends[tile.row]) : end;
-}
-
-// The keys of block `block` that row `row` of a tile sees, counted from the block's first.
-static HYBRID_INLINE Range visible(const AttentionArgs& args, const AttentionTile& tile, int row, int block) {
-  const int first = args.window ? max(0, tile.position + row - args.window + 1 - block * kKeys) : 0;
-  return {min(first, kKeys), min(end_of(args, tile, row) - block * kKeys, kKeys)};
-}
-
-// The first key block of which the query at `position` sees anything.
-static HYBRID_INLINE int first_block(const AttentionArgs& args, int position) {
-  return args.window ? max(0, position - args.window + 1) / kKeys : 0;
 }
 
 struct AttentionScratch {
@@ -210,7 +188,8 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
     small_product<Kv>(tiles, query, rows, keys.keys, keys.key_lines, used / kBlock, keys.after_keys, s.opened, keep);
   for (int i = 0; i < rows; ++i)
     seen[i] = softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
-                      s.current + i * s.state_stride, kv.value_dim, visible(args, tile, i / group, at.block), used);
+                      s.current + i * s.state_stride, kv.value_dim,
+                      visible(args, tile, i / group, at.kv_head, at.block), used);
   small_product<Values>(
       tiles, [&](int i) { return s.weights + i * kKeys; }, rows, keys.values, keys.value_lines, kv.value_dim / kBlock,
       keys.after_values, s.opened,
@@ -245,9 +224,10 @@ static HYBRID_INLINE void join_blocks(const AttentionArgs& args, Place at, const
   const AttentionScratch s = carve(scratch, rows, dim);
   bool started[kMaxTileRows] = {}, seen[kMaxTileRows];
   const int blocks = (end_of(args, tile, tile.rows - 1) + kKeys - 1) / kKeys;
-  for (; at.block < blocks; ++at.block) {
-    const Place after = at.block + 1 < blocks ? Place{at.tile, at.kv_head, at.block + 1} : next;
-    attend(at, after, s, seen);
+  const auto from = [&](int block) { return next_seen(args, tile, at.kv_head, block, blocks); };
+  for (int after = 0; (at.block = from(at.block)) < blocks; at.block = after) {
+    after = from(at.block + 1);
+    attend(at, after < blocks ? Place{at.tile, at.kv_head, after} : next, s, seen);
     for (int i = 0; i < rows; ++i) {
       if (!seen[i]) continue;
       float* joined = s.joined + i * s.state_stride;
@@ -309,6 +289,7 @@ static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionA
                                       const Place& next, char* scratch) {
   const int group = args.heads / args.kv_heads, dim = args.kv.value_dim;
   if (at.block < first_block(args, at.tile->position) || at.block * kKeys >= end_of(args, *at.tile, 0)) return;
+  if (!halves(args, *at.tile, 0, at.kv_head, at.block)) return;
   AttentionScratch s = carve(scratch, group, dim);
   s.current = partial(args, *at.tile, at.kv_head * group, at.block);
   s.state_stride = (at.tile->position + kKeys) / kKeys * (dim + kBlock);
@@ -363,8 +344,11 @@ static void merge(const MergeArgs& merged, const Step& step, const Work& work) {
     while (found < wanted) found += step.tiles[++index].split;
     const AttentionTile& tile = step.tiles[index];
     const int first = first_block(args, tile.position), end = end_of(args, tile, 0);
-    float* state = first * kKeys < end ? partial(args, tile, head, first) : nullptr;
-    for (int block = first + 1; block * kKeys < end; ++block) join_states(state, partial(args, tile, head, block), dim);
+    const int blocks = (end + kKeys - 1) / kKeys, kv_head = head / (args.heads / args.kv_heads);
+    const auto from = [&](int block) { return next_seen(args, tile, kv_head, block, blocks); };
+    int block = from(first);
+    float* state = block < blocks ? partial(args, tile, head, block) : nullptr;
+    while ((block = from(block + 1)) < blocks) join_states(state, partial(args, tile, head, block), dim);
     leave(args, tile.row, head, state);
   });
 }

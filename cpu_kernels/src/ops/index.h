@@ -29,9 +29,11 @@ static void index(const IndexArgs& args, const Step& step, const Work& work) {
     const float* from = is_key ? args.keys + int64_t(row) * args.key_stride
                                : args.queries + int64_t(row) * args.query_stride + int64_t(head) * dim;
     __builtin_memcpy(x, from, size_t(dim) * sizeof(float));
-    if (is_key) {
+    if (is_key && args.norm_bias) {
       const float centre = mean(x, dim), scale = inverse_rms(x, dim, args.eps, centre);
       for (int i = 0; i < dim; ++i) x[i] = (x[i] - centre) * scale * args.norm[i] + args.norm_bias[i];
+    } else if (const float* norm = is_key ? args.norm : args.query_norm) {
+      normalise(x, inverse_rms(x, dim, args.eps), norm, dim);
     }
     rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
     mark_unsound(x, dim);
@@ -49,16 +51,33 @@ static HYBRID_INLINE int score_blocks(const Step& step) {
   return longest / kKeys + 1;
 }
 
-// Scores of one row for the first `used` blocks of `keys`. q: [heads, dim]. The heads are added one after the other, so
-// a score does not depend on what else is computed. after: what is fetched meanwhile. scratch: [heads, kKeys] floats.
-static HYBRID_KERNEL void score_keys(const Tiles<Bf16>& tiles, const bf16* q, const float* weights, int heads, int dim,
-                                     const char* keys, int used, const char* after, char* scratch, float* scores) {
+// Queries of all heads of one row, [heads, dim], times the first `used` blocks of `keys`: [heads, kKeys], in scratch.
+// after: what is fetched meanwhile.
+static HYBRID_KERNEL const float* index_products(const Tiles<Bf16>& tiles, const bf16* q, int heads, int dim,
+                                                 const char* keys, int used, const char* after, char* scratch) {
   const auto query = [&](int head) { return q + int64_t(head) * dim; };
-  auto* const products = reinterpret_cast<float*>(scratch);  // [heads, kKeys]
+  auto* const products = reinterpret_cast<float*>(scratch);
   const auto keep = [&](F32 acc, int head, int column) { Isa::store(products + head * kKeys + column * kBlock, acc); };
   const int64_t block_bytes = token_bytes<KvBf16>(dim) * kBlock;
   small_product<KvBf16>(tiles, query, heads, {keys, block_bytes, kLine, nullptr, 0}, dim / 2, used, after, nullptr,
                         keep);
+  return products;
+}
+
+// The same products of the keys of a key block that a row sees.
+static HYBRID_INLINE const float* block_products(const Tiles<Bf16>& tiles, const bf16* q, int heads, const KvLayout& kv,
+                                                 const Step& step, int row, int block, char* scratch) {
+  const int key0 = block * kKeys, used = (min(kKeys, step.positions[row] + 1 - key0) + kBlock - 1) / kBlock;
+  const char* const keys = key_at<KvBf16>(kv, step.sequences[row], 0, key0);
+  return index_products(tiles, q + int64_t(row) * heads * kv.key_dim, heads, kv.key_dim, keys, used,
+                        keys + token_bytes<KvBf16>(kv.key_dim) * kKeys, scratch);
+}
+
+// Scores of one row for the first `used` blocks of `keys`. q: [heads, dim]. The heads are added one after the other, so
+// a score does not depend on what else is computed. after: what is fetched meanwhile. scratch: [heads, kKeys] floats.
+static HYBRID_INLINE void score_keys(const Tiles<Bf16>& tiles, const bf16* q, const float* weights, int heads, int dim,
+                                     const char* keys, int used, const char* after, char* scratch, float* scores) {
+  const float* products = index_products(tiles, q, heads, dim, keys, used, after, scratch);
   for (int i = 0; i < used * kBlock; i += kBlock) {
     F32 total = Isa::zero();
     for (int head = 0; head < heads; ++head)
@@ -116,6 +135,9 @@ static HYBRID_INLINE void select_largest(const float* scores, int count, int wan
   }
 }
 
+// Queries of a row whose scores are no numbers: none either.
+static HYBRID_INLINE void spoil(bf16* q, int stride) { __builtin_memset(q, 0xff, size_t(stride) * sizeof(bf16)); }
+
 static void select(const SelectArgs& args, const Step& step, const Work& work) {
   const int64_t stride = int64_t(score_blocks(step)) * kKeys;
   for_each(step.rows, 1, work, [&](int row) {
@@ -126,7 +148,7 @@ static void select(const SelectArgs& args, const Step& step, const Work& work) {
     if (__builtin_isfinite(largest_magnitude(scores, count)))
       return select_largest(scores, count, args.selects, positions);
     for (int i = 0; i < args.selects; ++i) positions[i] = i;
-    __builtin_memset(args.q + int64_t(row) * args.query_stride, 0xff, size_t(args.query_stride) * sizeof(bf16));
+    spoil(args.q + int64_t(row) * args.query_stride, args.query_stride);
   });
 }
 

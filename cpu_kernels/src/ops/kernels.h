@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/attention.h"
+#include "ops/block_index.h"
 #include "ops/combine.h"
 #include "ops/embedding.h"
 #include "ops/entries.h"

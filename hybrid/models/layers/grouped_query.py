@@ -175,6 +175,10 @@ class GroupedQueryAttention:
         *formats, out = matrix_formats(place.mix.attention, len(pieces) + 1)
         return joined("qkv", pieces, formats), out
 
+    def _read_formats(self, place: Place) -> tuple[str, ...]:
+        """Of the matrices that the normed rows are multiplied with."""
+        return tuple(matrix.format for matrix in self._projections(place)[0])
+
     def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
         names, hidden = in_layer(self.names, place.layer), place.hidden
         yield from norm_shapes(place, names.norm)
@@ -225,7 +229,7 @@ class GroupedQueryAttention:
 
     def ops(self, place: Place) -> Iterator[Op]:
         (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.attention", place.hidden
-        yield norm(place, PART, f"{prefix}.norm" * bool(self.names.norm), *(matrix.format for matrix in matrices))
+        yield norm(place, PART, f"{prefix}.norm" * bool(self.names.norm), *self._read_formats(place))
         yield from joined_gemms(matrices, prefix, PART, "qkv", hidden, self.qkv_bias)
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)

@@ -42,6 +42,19 @@ KEY_EPS = 1e-6  # of the norm of keys, whatever config.json says of the others
 STORED = "indexer"  # what its tensors count as
 
 
+def index_format(mix: FormatMix) -> str:
+    """Of the matrices of an indexer: that of attention, or what is like it with 8 bits where that has fewer: a score
+    that is a little wrong may select another token. bf16 beside several formats.
+    """
+    names = set(matrix_formats(mix.attention, 1 + mix.attention.count("/")))
+    name = names.pop()
+    if names or FORMATS[name].rows == "wide":
+        return "bf16"
+    if FORMATS[name].rows == "grouped":
+        return "q8_0"
+    return "int8" if name == "int4" else name
+
+
 @dataclass(frozen=True)
 class IndexerNames:
     """Names in a checkpoint. The norm has a bias."""
@@ -101,16 +114,7 @@ class Indexer:
         yield shard.floats("indexer.weights", STORED, Stacked((names.weights,)), self.heads, place.hidden)
 
     def format(self, mix: FormatMix) -> str:
-        """Of both matrices: that of attention, or what is like it with 8 bits where that has fewer: a score that is a
-        little wrong may select another token. bf16 beside several formats.
-        """
-        names = set(matrix_formats(mix.attention, 1 + mix.attention.count("/")))
-        name = names.pop()
-        if names or FORMATS[name].rows == "wide":
-            return "bf16"
-        if FORMATS[name].rows == "grouped":
-            return "q8_0"
-        return "int8" if name == "int4" else name
+        return index_format(mix)
 
     # A step.
 

@@ -1,0 +1,99 @@
+"""Grouped-query attention to selected blocks: in long sequences a KV head of a row sees those that an indexer chooses.
+
+Up to there it is grouped-query attention, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from hybrid.formats.mix import FormatMix
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.block_indexer import BlockIndexer
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
+from hybrid.models.layers.indexer import SELECTED
+from hybrid.models.layers.rotary import rope_name
+from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
+from hybrid.ops import Buffer, Op
+
+
+@dataclass(frozen=True)
+class BlockSelectedAttention(GroupedQueryAttention):
+    """It has a rope, and no window."""
+
+    indexer: BlockIndexer = field(kw_only=True)
+
+    @classmethod
+    def of(cls, attention: GroupedQueryAttention, indexer: BlockIndexer) -> Self:
+        """Grouped-query attention whose rows select."""
+        own: dict[str, Any] = {own.name: getattr(attention, own.name) for own in fields(attention)}
+        return cls(**own, indexer=indexer)
+
+    def within(self, tokens: int) -> GroupedQueryAttention:  # type: ignore[override]
+        """Without an indexer where no sequence is so long that rows select."""
+        if tokens > self.indexer.tokens:
+            return self
+        return GroupedQueryAttention(**{own.name: getattr(self, own.name) for own in fields(GroupedQueryAttention)})
+
+    # Weights.
+
+    def inside(self, module: str) -> Self:
+        return replace(super().inside(module), indexer=self.indexer.inside(module))
+
+    def checkpoint_shapes(self, place: Place, form: ExpertForm) -> Shapes:
+        yield from super().checkpoint_shapes(place, form)
+        yield from self.indexer.checkpoint_shapes(place)
+
+    def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
+        yield from super().store_tensors(place, shard)
+        yield from self.indexer.store_tensors(place, shard)
+
+    def formats(self, mix: FormatMix) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*super().formats(mix), self.indexer.format(mix))))
+
+    # A step.
+
+    def _read_formats(self, place: Place) -> tuple[str, ...]:
+        return (*super()._read_formats(place), self.indexer.format(place.mix))
+
+    def ops(self, place: Place) -> Iterator[Op]:
+        """The indexer works behind attention's own projections, and selects before attention looks at keys."""
+        assert self.rope is not None
+        rope = Buffer(rope_name(place, self.rope))
+        for op in super().ops(place):
+            if op.kind == "qkv":
+                yield from self.indexer.ops(place, rope, self.rope.dim, self.rope.interleaved)
+            if op.kind == "attention":
+                yield from self.indexer.select(place, op.arguments["q"], self.heads * self.key_dim)
+                chosen = {"blocks": Buffer(SELECTED), "block_count": self.indexer.selects}
+                op = replace(op, arguments=op.arguments | chosen)
+            yield op
+
+    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+        return super().buffers(place, extents) | self.indexer.buffers(place, extents)
+
+    def state(self, tokens: int, kv_format: str) -> StateLayout:
+        """Keys of the indexer lie behind those of all heads and their values."""
+        rows, size = super().state(tokens, kv_format), tokens * self.indexer.key_bytes
+        return replace(
+            rows,
+            nbytes=rows.nbytes + size,
+            token_bytes=rows.token_bytes + self.indexer.key_bytes,
+            fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": self.indexer.key_dim},
+            runs=(*rows.runs, (rows.nbytes, size)),
+        )
+
+    def cost(self, place: Place, load: Load) -> Cost:
+        seen = load.rows * self.indexer.tokens
+        short = replace(load, tokens=min(load.tokens, seen), pairs=min(load.pairs, float(seen)))
+        return super().cost(place, short) + self.indexer.cost(place, load)
+
+    # On a device: none selects. Where no sequence is long enough for that, `within` is what it computes.
+
+    def device_needs(self, place: Place) -> DeviceNeeds | None:
+        return None
+
+    def device_ops(self, ops: Sequence[Op]) -> Iterator[Op]:
+        raise ValueError("a device does not know what becomes of attention to selected blocks")
