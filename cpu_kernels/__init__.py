@@ -15,6 +15,7 @@ from cpu_kernels._ext import (
     StateLayout,
     ThreadPool,
     available_isas,
+    conv_state_bytes,
     delta_state_bytes,
     fetches_near,
     missing_features,
@@ -29,6 +30,7 @@ KEY_BLOCK: int = _ext.KEY_BLOCK  # keys of one partial softmax
 INDEX_BLOCK: int = _ext.INDEX_BLOCK  # keys that an indexer of blocks selects together
 MAX_DELTA_DIM: int = _ext.MAX_DELTA_DIM  # dimensions of keys and values in the gated delta rule
 MAX_NODES: int = _ext.MAX_NODES  # memory nodes that an executor can join
+RUN_TOKENS: int = _ext.RUN_TOKENS  # of a run, within which a recurrent state can go back
 TILE_ROWS: int = _ext.TILE_ROWS  # query rows times heads of one attention tile
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "KEY_BLOCK",
     "MAX_DELTA_DIM",
     "MAX_NODES",
+    "RUN_TOKENS",
     "TILE_ROWS",
     "Activation",
     "Arena",
@@ -50,6 +53,7 @@ __all__ = [
     "StateLayout",
     "ThreadPool",
     "available_isas",
+    "conv_state_bytes",
     "delta_state_bytes",
     "fetches_near",
     "missing_features",

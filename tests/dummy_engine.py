@@ -13,6 +13,8 @@ from hybrid.errors import StepCancelled
 from hybrid.formats.block import BLOCK
 from hybrid.machine.memory import MemoryGrant
 
+RUN = 8  # tokens of a run, where a state is recurrent
+
 
 @dataclass(frozen=True)
 class DummyPlan:
@@ -34,7 +36,8 @@ class DummyPlan:
 
     @property
     def kv(self):
-        return SimpleNamespace(repeatable=self.repeatable, token_bytes=1, fixed_bytes=0 if self.repeatable else 16)
+        run, fixed = (None, 0) if self.repeatable else (RUN, 16)
+        return SimpleNamespace(repeatable=self.repeatable, run=run, token_bytes=1, fixed_bytes=fixed)
 
     @property
     def state_bytes(self) -> int:
@@ -134,7 +137,8 @@ class DummyEngine:
     def _write(self, token: int, sequence: int, position: int) -> np.ndarray:
         tokens = self.sequences.setdefault(int(sequence), [])
         assert position <= len(tokens), "a row must follow the tokens that its sequence holds"
-        assert position == len(tokens) or self.plan.repeatable, "a recurrent state cannot be rewound"
+        first = (len(tokens) - 1) // RUN * RUN  # of the run of the newest token
+        assert self.plan.repeatable or first < position, "a recurrent state goes back within a run"
         del tokens[position:]
         tokens.append(int(token))
         logits = np.sin(np.arange(self.spec.vocab, dtype=np.float32) * (1 + sum(tokens) % 17))

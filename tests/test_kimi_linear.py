@@ -14,6 +14,7 @@ from steps import in_chunks, open_engine, step
 
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
+from hybrid.formats.block import round_up
 from hybrid.models import model_spec
 from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention
@@ -214,10 +215,10 @@ def test_what_the_families_do_not_compute_is_refused(family, changes, message) -
 
 
 def test_a_plan_knows_the_state() -> None:
-    """Of one head: its matrix, eight keys and values, a decay for each channel; the convolution of three tokens."""
+    """Of one head: its matrix, of a run keys, values, and a decay for each channel; the convolution of three tokens."""
     (delta,) = {layer.mixer for layer in model_spec(CONFIGS["bailing_hybrid"]).layers} - {
         model_spec(CONFIGS["bailing_hybrid"]).layers[1].mixer
     }
-    of_head = 32 * 20 + 160 + 8 * 32 + 32
-    assert delta.state(100, "bf16").nbytes == 4 * (6 * of_head + 2 * 3 * 6 * 20)
+    of_head = 32 * 20 + 160 + 8 * 32 + 8 * 20
+    assert delta.state(100, "bf16").nbytes == 4 * 6 * of_head + round_up(4 * (2 + 7) * 3 * 6 * 20, 64)
     assert EngineConfig().kv_format  # states are fp32, whatever it is

@@ -27,7 +27,7 @@ ENTRIES_FIELDS: dict[str, Any] = {  # of 4 tokens an entry of 64 dimensions, and
     **{"entry_offset": 32768, "entry_bytes": 128, "index_offset": 40960, "index_dim": 32, "tail_offset": 45056},
 }
 ENTRIES = KvLayout(**ENTRIES_FIELDS)
-STATE = StateLayout(base=PLACE, sequence_stride=320)
+STATE = StateLayout(base=PLACE, sequence_stride=1472)
 STATE_OF_CHANNELS = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28, by_channel=True))
 STATE_OF_MATRICES = StateLayout(base=PLACE, sequence_stride=cpu_kernels.delta_state_bytes(4, 20, 28))
 SET = {
@@ -95,7 +95,15 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "compress": {
         **{"made": PLACE, "bias": PLACE, "norm": PLACE, "rope": PLACE, "kv": ENTRIES, "indexes": False, "dim": 60},
-        **{"rope_dim": 12, "rate": 4, "overlaps": True, "interleaved": True, "first_value": 0, "first_gate": 120},
+        **{
+            "rope_dim": 12,
+            "rate": 4,
+            "overlaps": True,
+            "interleaved": True,
+            "first_value": 0,
+            "first_gate": 120,
+            "tokens": 8,
+        },
         **{"width": 256, "eps": 1e-6},
     },
     "keep": {"made": PLACE, "kv": ENTRIES, "tokens": 8, "width": 256},
@@ -296,6 +304,7 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("unturn", {"stride": 179}, "stride is 179; what it steps over has 180"),
         ("compress", {"dim": 65}, "padded_dim is 64; what it steps over has 65"),
         ("compress", {"rate": 129}, "an entry of 258 tokens; at most 256 are supported"),
+        ("compress", {"tokens": 7}, "tokens is 7; an entry is made of 8"),
         ("compress", {"first_gate": 137}, "width is 256; what it steps over has 257"),
         ("compress", {"indexes": True}, "padded_dim is 32; what it steps over has 60"),
         ("keep", {"tokens": 9}, "kv.sequence_stride is 53248; what it steps over has 54272"),
@@ -491,16 +500,16 @@ def test_layouts_of_keys_and_values_are_checked() -> None:
         ("qkv", {"kv": layout(head_stride=51136)}, r"kv\.head_stride is 51136; what it steps over has 51200"),
         ("qkv", {"kv": layout(sequence_stride=65536)}, r"kv\.sequence_stride is 32768; .* has 65536"),
         ("short_conv", {"input_stride": 119}, "input_stride is 119; what it steps over has 120"),
-        ("short_conv", {"taps": 4}, r"state\.sequence_stride is 320; what it steps over has 480"),
+        ("short_conv", {"taps": 4}, r"state\.sequence_stride is 1472; what it steps over has 1600"),
         ("silu_conv", {"stride": 39}, "stride is 39; what it steps over has 40"),
-        ("silu_conv", {"taps": 4}, r"state\.sequence_stride is 320; what it steps over has 480"),
+        ("silu_conv", {"taps": 4}, r"state\.sequence_stride is 1472; what it steps over has 1600"),
         ("gated_delta", {"input_stride": 303}, "input_stride is 303; what it steps over has 304"),
         ("gated_delta", {"decay_stride": 7}, "decay_stride is 7; what it steps over has 8"),
         ("gated_delta", {"output_stride": 111}, "output_stride is 111; what it steps over has 112"),
-        ("gated_delta", {"state": STATE}, r"state\.sequence_stride is 320; what it steps over has"),
+        ("gated_delta", {"state": STATE}, r"state\.sequence_stride is 1472; what it steps over has"),
         ("state_space", {"stride": 303}, "stride is 303; what it steps over has 304"),
         ("state_space", {"step_stride": 3}, "step_stride is 3; what it steps over has 4"),
-        ("state_space", {"state": STATE}, r"state\.sequence_stride is 320; what it steps over has"),
+        ("state_space", {"state": STATE}, r"state\.sequence_stride is 1472; what it steps over has"),
         ("group_norm", {"input_stride": 111}, "input_stride is 111; what it steps over has 112"),
         ("group_norm", {"output_stride": 111}, "output_stride is 111; what it steps over has 112"),
         ("kimi_delta", {"input_stride": 271}, "input_stride is 271; what it steps over has 272"),

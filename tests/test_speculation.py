@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import CONFIGS, write_checkpoint
 from dummy_engine import DummyEngine, reference_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.core import Grammar, SamplingParams
+from hybrid.core import Completion, Grammar, SamplingParams
+from hybrid.models import model_spec
+from hybrid.plan.kv_layout import lay_out_kv
 from hybrid.serving import speculation
 from hybrid.serving.guesses import NGRAM, Guesses, PromptLookup
 from hybrid.serving.llm import LLM
@@ -168,14 +172,15 @@ def request(prompt: list[int], count: int, wrong: set[int] = frozenset(), eos: f
     counts=st.lists(st.integers(1, 20), min_size=6, max_size=6),
     wrong=st.lists(st.sets(st.integers(0, 20)), min_size=6, max_size=6),
     max_rows=st.integers(4, 20),
+    repeatable=st.booleans(),
 )
-def test_tokens_are_those_without_guesses(prompts, counts, wrong, max_rows) -> None:
+def test_tokens_are_those_without_guesses(prompts, counts, wrong, max_rows, repeatable) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "worth_guessing", lambda seconds, drafts, rows, room: room // max(1, len(drafts)))
         patch.setattr(StepSeconds, "known", True)
         patch.setattr("hybrid.serving.request.Guesses", Always)
         requests = [request(*some) for some in zip(prompts, counts, wrong, strict=False)]
-        engine = DummyEngine(max_rows=max_rows)
+        engine = DummyEngine(max_rows=max_rows, repeatable=repeatable)
         records = run(engine, requests)
     for made, prompt, count in zip(requests, prompts, counts, strict=False):
         assert made.completion.token_ids == reference_tokens(prompt, count)
@@ -201,9 +206,15 @@ def test_a_guess_that_ends_the_text_ends_it(always) -> None:
     assert made.completion.token_ids == tokens_after[:5] and made.completion.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("plan", [{"speculate": False}, {"repeatable": False}])
-def test_there_are_no_guesses_where_there_may_be_none(always, plan) -> None:
-    engine = DummyEngine(**plan)
+def test_guesses_end_where_a_recurrent_state_could_not_go_back(always) -> None:
+    engine = DummyEngine(repeatable=False, max_rows=30)
+    run(engine, [request([1, 2, 3], 20, wrong={8})])
+    steps = [(int(batch.positions[0]), len(batch.token_ids)) for batch in engine.steps]
+    assert steps == [(0, 3), (3, 5), (8, 8), (11, 5), (16, 6)]
+
+
+def test_there_are_no_guesses_if_there_are_to_be_none(always) -> None:
+    engine = DummyEngine(speculate=False)
     run(engine, [request([1, 2, 3], 9)])
     assert [len(batch.token_ids) for batch in engine.steps] == [3] + [1] * 8
 
@@ -216,12 +227,50 @@ def test_guesses_do_not_delay_a_prompt(always) -> None:
     assert [len(batch.logit_rows) for batch in engine.steps[1:3]] == [1, 1]
 
 
+LAYOUTS = {family: lay_out_kv(model_spec(config), 64, "bf16") for family, config in CONFIGS.items()}
+RECURRENT = [family for family, layout in LAYOUTS.items() if not layout.repeatable]
+SETTINGS = {"threads": 2, "max_seq_len": 256, "max_batch": 4, "chunk_size": 64, "batch_invariant": True}
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     """Its bits are those of any number of rows, with AMX too."""
-    settings = {"threads": 2, "max_seq_len": 512, "max_batch": 4, "chunk_size": 64, "batch_invariant": True}
-    with LLM(speculate=True, **settings) as opened:
+    with LLM(speculate=True, **SETTINGS) as opened:
         yield opened
+
+
+@dataclass
+class Both:
+    """Answers without guesses and with them, and the steps of the latter."""
+
+    plain: list[Completion]
+    guessed: list[Completion]
+    records: list[StepRecord]
+
+    def sum(self, name: str) -> int:
+        return sum(getattr(record, name) for record in self.records)
+
+
+def in_both_ways(llm: LLM, prompts: list[Any], params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> Both:
+    """Every fifth guess is wrong."""
+    monkeypatch.setattr(speculation, "COUNTS", (0,))
+    both = Both(llm.generate(prompts, params), [], [])
+    monkeypatch.setattr(speculation, "COUNTS", (1, 2, 4, 8))
+
+    def draft(_: PromptLookup, tokens: np.ndarray, count: int) -> list[int]:
+        texts = [made.prompt_token_ids + made.token_ids for made in both.plain]
+        text = next(text for text in texts if text[: len(tokens)] == tokens.tolist())
+        following = range(len(tokens), min(len(text), len(tokens) + count))
+        return [5 if place % 5 == 0 else text[place] for place in following]
+
+    monkeypatch.setattr(PromptLookup, "draft", draft)
+    llm.observe(both.records.append)
+    both.guessed = llm.generate(prompts, params)
+    llm.observe(None)
+    for mine, its in zip(both.guessed, both.plain, strict=True):
+        assert (mine.token_ids, mine.text, mine.logprobs) == (its.token_ids, its.text, its.logprobs)
+        assert mine.finish_reason == its.finish_reason
+    return both
 
 
 PARAMS: dict[str, dict[str, Any]] = {
@@ -236,28 +285,19 @@ PARAMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", PARAMS)
 def test_answers_of_a_model_are_those_without_guesses(llm, monkeypatch, always, case) -> None:
-    """Every fifth guess is wrong."""
     if case == "grammar":
         pytest.importorskip("llguidance")
     params = SamplingParams(**{"max_tokens": 40, **PARAMS[case]})
-    prompts = ["Lily had a red ball. Tom had", "Once upon a time", "One day"]
-    monkeypatch.setattr(speculation, "COUNTS", (0,))
-    plain = llm.generate(prompts, params)
-    monkeypatch.setattr(speculation, "COUNTS", (1, 2, 4, 8))
+    both = in_both_ways(llm, ["Lily had a red ball. Tom had", "Once upon a time", "One day"], params, monkeypatch)
+    assert both.sum("guessed") > both.sum("right") > 10 and len(both.records) < 40
 
-    def draft(_: PromptLookup, tokens: np.ndarray, count: int) -> list[int]:
-        texts = [made.prompt_token_ids + made.token_ids for made in plain]
-        text = next(text for text in texts if text[: len(tokens)] == tokens.tolist())
-        following = range(len(tokens), min(len(text), len(tokens) + count))
-        return [5 if place % 5 == 0 else text[place] for place in following]
 
-    monkeypatch.setattr(PromptLookup, "draft", draft)
-    records: list[StepRecord] = []
-    llm.observe(records.append)
-    guessed = llm.generate(prompts, params)
-    llm.observe(None)
-    for mine, its in zip(guessed, plain, strict=True):
-        assert (mine.token_ids, mine.text, mine.logprobs) == (its.token_ids, its.text, its.logprobs)
-        assert mine.finish_reason == its.finish_reason
-    right, count = (sum(getattr(record, name) for record in records) for name in ("right", "guessed"))
-    assert count > right > 10 and len(records) < 40
+@pytest.mark.parametrize("family", RECURRENT)
+def test_answers_of_a_recurrent_model_are_those_without_guesses(tmp_path, monkeypatch, always, family) -> None:
+    """Prompts end at different places of a run."""
+    path = write_checkpoint(tmp_path / "hf", family)
+    random = np.random.default_rng(3)
+    prompts = [random.integers(10, 100, count).tolist() for count in (1, 14, 23)]
+    with LLM(path, cache_dir=tmp_path / "cache", speculate=True, **SETTINGS) as llm:
+        both = in_both_ways(llm, prompts, SamplingParams(max_tokens=60, logprobs=2, ignore_eos=True), monkeypatch)
+    assert both.sum("guessed") > both.sum("right") > 40 and len(both.records) < 60

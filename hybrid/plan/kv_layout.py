@@ -39,7 +39,12 @@ class KvPlan:
     @property
     def repeatable(self) -> bool:
         """Whether a step that failed may be run again: whether it then writes what it would have written."""
-        return all(layer.repeatable for layer in self.layers)
+        return self.run is None
+
+    @property
+    def run(self) -> int | None:
+        """The tokens of a run, within which alone a sequence can go back (`StateLayout`); None: anywhere."""
+        return min((layer.run for layer in self.layers if layer.run), default=None)
 
     def bound(self, layer: int, base: int = 0, offset: int = 0) -> Any:
         """Where the kernels find the state of a layer, of the class of `cpu_kernels` that its mixer names.

@@ -208,8 +208,8 @@ class Request(Job):
 
     def guess(self, count: int) -> list[int]:
         """At most `count` tokens that may follow, and fit with one more."""
-        room = self.limit - self.length - 1
-        return self.guesses.draft(self.known, min(count, room)) if room > 0 else []
+        count = min(count, self.limit - self.length - 1)
+        return self.guesses.draft(self.known, count) if count > 0 else []
 
     def place(self, guesses: Sequence[int]) -> None:
         """Have the next step compute guesses, too."""
@@ -218,14 +218,15 @@ class Request(Job):
 
     def take(self, logits: npt.NDArray[np.float32]) -> None:
         """Append the next token, chosen from the first row, and as long as that is what was guessed the next one, from
-        the row of the guess.
+        the row of the guess. No further than to what opens a call, before which a recurrent state is saved.
         """
         assert self.sampler is not None
         guesses, self.guessed = self.tokens[self.length : self.length + self.guessed].tolist(), 0
         right = 0
         for row in logits:
             self.accept(*self.sampler.choose(row, self.known))
-            if self.finished or right == len(guesses) or self.tokens[self.length - 1] != guesses[right]:
+            true = right < len(guesses) and self.tokens[self.length - 1] == guesses[right]
+            if self.finished or self.opens_call or not true:
                 break
             right += 1
         self.computed += right

@@ -26,13 +26,15 @@ MARGIN = 1.05  # by how much guesses must promise more tokens a second: measurem
 class Speculation:
     """Decides for every step of a scheduler which guesses it computes.
 
-    There are none where a state cannot be rewound, and where it matters what is computed: with routes that are recorded
-    or told, and with an expert cache, whose steps are to be those of its simulator.
+    A recurrent state goes back to tokens of a run alone (`StateLayout`), so that guesses end where a run does. There
+    are none where it matters what is computed: with routes that are recorded or told, and with an expert cache, whose
+    steps are to be those of its simulator.
     """
 
     def __init__(self, engine: Engine) -> None:
         plan, self._engine = engine.plan, engine
-        self._wanted = plan.speculate and plan.kv.repeatable and plan.cache is None
+        self._wanted = plan.speculate and plan.cache is None
+        self._run = plan.kv.run
         self._phase = engine.spec.length_phase
         self._seconds = StepSeconds(engine.step_bytes)
 
@@ -42,7 +44,7 @@ class Speculation:
         if not self._wanted or not self._seconds.known or (routes and routes.matter):
             return
         requests = [job for job in running if isinstance(job, Request) and self._may_guess(job)]
-        made = [(request, request.guess(COUNTS[-1])) for request in requests]
+        made = [(request, request.guess(self._most(request))) for request in requests]
         made = [(request, guesses) for request, guesses in made if guesses]
         if not made:
             return
@@ -57,6 +59,10 @@ class Speculation:
     def tell(self, rows: int, seconds: float) -> None:
         """A step of so many rows, none of a prompt, took so long."""
         self._seconds.tell(rows, seconds)
+
+    def _most(self, request: Request) -> int:
+        """Guesses behind the known token, which `computed` others come before."""
+        return COUNTS[-1] if self._run is None else min(COUNTS[-1], self._run - 1 - request.computed % self._run)
 
     def _may_guess(self, request: Request) -> bool:
         """Tokens behind a step's must have the keys that its own have."""

@@ -26,13 +26,14 @@ class State:
     """Of some sequences: keys of tokens, then entries and keys of an indexer, then what the last tokens brought."""
 
     def __init__(self, sequences: int, rate: int, sets: int, width: int, format: str = "bf16") -> None:
-        self.rate, self.tokens, self.width, self.format = rate, sets * rate, width, format
+        self.rate, self.width, self.format = rate, width, format
+        self.tokens = sets * rate + cpu_kernels.RUN_TOKENS - 1
         size = 2 if format == "bf16" else 1
         self.rows, self.entry_bytes = TOKENS * 32 * size, 64
         self.scales = self.rows + TOKENS * 4 * (format != "bf16")
         self.index = self.scales + TOKENS // rate * 64
         self.tail = self.index + TOKENS // rate * 64
-        self.pages = aligned((sequences, self.tail + self.tokens * width * 4), np.uint8)
+        self.pages = aligned((sequences, self.tail + -(-self.tokens * width * 4 // 64) * 64), np.uint8)
 
     @property
     def layout(self) -> cpu_kernels.KvLayout:
@@ -77,7 +78,7 @@ class Compressor:
         rig.add(
             "compress", made=made, bias=self.bias, norm=self.norm, rope=rope, kv=state.layout, indexes=indexes, dim=DIM,
             rope_dim=ROPE, rate=self.rate, overlaps=self.sets == 2, interleaved=True, first_value=8,
-            first_gate=8 + self.sets * DIM, width=self.width, eps=EPS,
+            first_gate=8 + self.sets * DIM, width=self.width, tokens=state.tokens, eps=EPS,
         )  # fmt: skip
         rig.add("keep", made=made, kv=state.layout, tokens=state.tokens, width=self.width)
         rig.step(places)

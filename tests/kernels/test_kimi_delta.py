@@ -99,6 +99,18 @@ def test_a_sequence_is_what_the_definition_says(isa, sizes, bound) -> None:
     assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("turn", range(9, 16))
+def test_a_sequence_goes_back_within_a_run(isa, turn) -> None:
+    """Tokens up to the end of a run, then others from one of its places on."""
+    heads = Heads(isa, *SIZES[0])
+    rows, wrong = heads.rows(30), heads.rows(30, seed=1)
+    whole = Heads(isa, *SIZES[0]).run(rows, of_sequence(1, 0, 30))
+    heads.run({name: x[:turn] for name, x in rows.items()}, of_sequence(1, 0, turn))
+    heads.run({name: x[turn:16] for name, x in wrong.items()}, of_sequence(1, turn, 16 - turn))
+    found = heads.run({name: x[turn:] for name, x in rows.items()}, of_sequence(1, turn, 30 - turn))
+    assert found.tobytes() == whole[turn:].tobytes()
+
+
 @pytest.mark.parametrize("cuts", [[1] * 30, [5, 25], [8, 16, 6], [3, 1, 9, 2, 15]])
 def test_chunks_and_company_change_no_bit(isa, cuts) -> None:
     """A prompt in chunks, beside two sequences that decode, on other numbers of threads."""

@@ -366,8 +366,8 @@ def test_combine_and_what_it_leaves(isa, kind) -> None:
 def test_short_convolution(isa, kind) -> None:
     """The state keeps damage for as long as tokens see it."""
     width, taps = 20, 3
-    states = aligned((2, 192), np.uint8)
-    layout = cpu_kernels.StateLayout(base=states.ctypes.data, sequence_stride=192)
+    states = aligned((2, 768), np.uint8)
+    layout = cpu_kernels.StateLayout(base=states.ctypes.data, sequence_stride=768)
     weight = placed(np.random.default_rng(0).standard_normal((width, taps)).astype(np.float32))
     places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)]
 

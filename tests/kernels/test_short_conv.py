@@ -12,14 +12,14 @@ SEQUENCES = 3
 
 
 class Layer:
-    """Random weights [width, taps] and a state for every sequence, float32 [taps - 1, width]."""
+    """Random weights [width, taps] and a state for every sequence."""
 
     def __init__(self, isa: str, width: int, taps: int, bias: bool = True, threads: int = 1) -> None:
         random = np.random.default_rng(width * taps)
         self.isa, self.width, self.taps, self.threads = isa, width, taps, threads
         self.weight = placed(random.standard_normal((width, taps)).astype(np.float32))
         self.bias = placed(random.standard_normal(width).astype(np.float32)) if bias else None
-        self.size = -(-(taps - 1) * width * 4 // 64) * 64
+        self.size = -(-cpu_kernels.conv_state_bytes(width, min(taps, 8)) // 64) * 64
         self.states = aligned((SEQUENCES, self.size), np.uint8)
 
     def run(self, rows: np.ndarray, places: list[tuple[int, int]]) -> np.ndarray:
@@ -74,13 +74,23 @@ def test_chunks_and_company_change_no_bit(isa, cuts) -> None:
     assert (np.concatenate(found).view(np.uint16) == whole.view(np.uint16)).all()
 
 
-def test_the_state_is_what_the_last_tokens_brought(isa) -> None:
-    layer, rows = Layer(isa, 20, 3), random_rows(5, 20)
-    layer.run(rows, [(2, position) for position in range(5)])
-    b, _, x = np.split(rows, 3, axis=1)
-    kept = layer.states[2].view(np.float32)[:40].reshape(2, 20)
-    assert (kept == (b * x)[-2:]).all()
+@pytest.mark.parametrize("taps", [2, 3, 8])
+@pytest.mark.parametrize("turn", range(9, 16))
+def test_a_sequence_goes_back_within_a_run(isa, taps, turn) -> None:
+    """Tokens up to the end of a run, then others from one of its places on."""
+    rows, layer = random_rows(24, 20), Layer(isa, 20, taps)
+    whole = Layer(isa, 20, taps).run(rows, [(2, position) for position in range(24)])
+    layer.run(np.concatenate([rows[:turn], rows[: 16 - turn]]), [(2, position) for position in range(16)])
+    found = layer.run(rows[turn:], [(2, position) for position in range(turn, 24)])
+    assert found.tobytes() == whole[turn:].tobytes()
     assert not layer.states[:2].any()
+
+
+def test_sizes_of_a_state_that_cannot_be_are_refused() -> None:
+    assert cpu_kernels.conv_state_bytes(5, 3) == 4 * 5 * (3 - 1 + cpu_kernels.RUN_TOKENS - 1)
+    for width, taps in [(0, 1), (1, 0), (1, 9), (1 << 31 - 1, 1)]:
+        with pytest.raises(ValueError, match="conv_state_bytes: width must be from 1 to .*, taps from 1 to 8"):
+            cpu_kernels.conv_state_bytes(width, taps)
 
 
 def test_more_taps_than_the_kernel_holds_are_refused() -> None:

@@ -111,6 +111,18 @@ def test_chunks_and_company_change_no_bit(isa, cuts) -> None:
     assert np.concatenate(found).tobytes() == whole.tobytes()
 
 
+@pytest.mark.parametrize("turn", range(9, 16))
+def test_a_sequence_goes_back_within_a_run(isa, turn) -> None:
+    """Tokens up to the end of a run, then others from one of its places on."""
+    heads = Heads(isa, *SIZES[0])
+    rows, wrong = heads.rows(30), heads.rows(30, seed=1)
+    whole = Heads(isa, *SIZES[0]).run(rows, of_sequence(1, 0, 30))
+    heads.run((rows[0][:turn], rows[1][:turn]), of_sequence(1, 0, turn))
+    heads.run((wrong[0][turn:16], wrong[1][turn:16]), of_sequence(1, turn, 16 - turn))
+    found = heads.run((rows[0][turn:], rows[1][turn:]), of_sequence(1, turn, 30 - turn))
+    assert found.tobytes() == whole[turn:].tobytes()
+
+
 def test_strong_decays_and_large_numbers_stay_exact(isa) -> None:
     """Of tokens that are forgotten at once, or never, and of large ones."""
     heads = Heads(isa, *SIZES[0])
@@ -151,7 +163,7 @@ def test_a_convolution_with_a_bias_and_silu(isa, width, taps) -> None:
     rows = random.standard_normal((11, width)).astype(np.float32)
     values = aligned((11, row_stride(width)), np.float32)
     values[:, :width] = rows
-    size = -(-(taps - 1) * width * 4 // 64) * 64
+    size = -(-cpu_kernels.conv_state_bytes(width, taps) // 64) * 64
     states = aligned((1, size), np.uint8)
     rig = Rig(isa, 2, sequences=1)
     rig.add(

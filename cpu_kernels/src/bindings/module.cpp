@@ -193,6 +193,16 @@ NB_MODULE(_ext, m) {
   m.attr("TILE_ROWS") = kAttentionRows;
   m.attr("MAX_NODES") = kMaxNodes;
   m.attr("MAX_DELTA_DIM") = kMaxDeltaDim;
+  m.attr("RUN_TOKENS") = kRunTokens;
+  m.def(
+      "conv_state_bytes",
+      [](int width, int taps) {
+        require(width >= 1 && width <= kLargest && taps >= 1 && taps <= kMaxTaps,
+                "conv_state_bytes: width must be from 1 to " + std::to_string(kLargest) + ", taps from 1 to " +
+                    std::to_string(kMaxTaps));
+        return conv_state_bytes(width, taps);
+      },
+      "width"_a, "taps"_a, "Bytes of the state of a sequence in a short convolution.");
   m.def(
       "delta_state_bytes",
       [](int value_heads, int key_dim, int value_dim, bool by_channel) {

@@ -75,6 +75,7 @@ struct CompressArgs {
   int dim, rope_dim, rate;
   bool overlaps, interleaved;
   int first_value, first_gate, width;
+  int tokens;  // that are kept
   float eps;
 
   template <class Field>
@@ -93,6 +94,7 @@ struct CompressArgs {
     field("first_value", first_value);
     field("first_gate", first_gate);
     field("width", width);
+    field("tokens", tokens);
     field("eps", eps);
   }
 };

@@ -56,7 +56,9 @@ inline void check_fit(const CompressArgs& a, const std::string& place) {
   if (!a.indexes)
     require_stride(place, "kv.entry_bytes", a.kv.entry_bytes,
                    a.kv.format == Format::bf16 ? int64_t(padded) * 2 : int64_t(padded) + 4);
-  require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, a.kv.tail_offset + sets * a.rate * a.width * 4);
+  require(a.tokens >= sets * a.rate,
+          place + "tokens is " + text(a.tokens) + "; an entry is made of " + text(sets * a.rate));
+  require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, a.kv.tail_offset + int64_t(a.tokens) * a.width * 4);
 }
 
 inline void check_fit(const KeepArgs& a, const std::string& place) {

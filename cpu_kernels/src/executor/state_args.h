@@ -18,7 +18,19 @@ struct StateLayout {
   }
 };
 
+// Tokens of a run, the first at a multiple of their number. A state holds what it was when the run of its newest token
+// began, and what those of the run have brought: so a sequence may go back to any token of that run but the first, as
+// if what came after it never had.
+constexpr int kRunTokens = 8;
 constexpr int kMaxTaps = 8;
+
+// Tokens whose inputs a convolution keeps, each at its position modulo their number: those that the first token of a
+// run sees, and the run.
+static inline int kept_tokens(int taps) { return taps - 1 + kRunTokens - 1; }
+
+static inline int64_t conv_state_bytes(int width, int taps) {
+  return int64_t(kept_tokens(taps)) * width * int64_t(sizeof(float));
+}
 
 // A causal convolution over the tokens of a sequence, each channel by itself, between two gates:
 // out = c * sum over j of weight[j] * (b * x)[j tokens before the newest of `taps`].
@@ -27,7 +39,7 @@ struct ShortConvArgs {
   const float* weight;  // [width, taps], the newest token last
   const float* bias;    // null, or [width]
   bf16* output;
-  StateLayout state;  // of each sequence float32 [taps - 1, width]: b * x of its last tokens, the newest last
+  StateLayout state;  // of each sequence float32 [kept_tokens, width]: b * x of its last tokens
   int width, taps, input_stride, output_stride;
 
   template <class Field>
@@ -48,7 +60,7 @@ struct ShortConvArgs {
 struct SiluConvArgs {
   float* values;        // [rows, stride], the first `width` of each row
   const float* weight;  // [width, taps], the newest token last
-  StateLayout state;    // of each sequence float32 [taps - 1, width]: what its last tokens brought, the newest last
+  StateLayout state;    // of each sequence float32 [kept_tokens, width]: what its last tokens brought
   int width, taps, stride;
   const float* bias;  // null, or [width]
 
@@ -64,30 +76,28 @@ struct SiluConvArgs {
   }
 };
 
-constexpr int kDeltaTokens = 8;    // adjacent tokens that are written into a matrix of the delta rule together
-constexpr int kMaxDeltaDim = 256;  // dimensions of its keys and of its values
+constexpr int kMaxDeltaDim = 256;  // dimensions of keys and of values in the delta rule
 
 // Where things are in the state of a value head of the delta rule, in floats. The matrix is at its start: of each 16
-// values [key_dim, 16]. Of the tokens that are not yet written into it there are keys [kDeltaTokens, key_dim], values
-// [kDeltaTokens, whole blocks] and decays [1 + kDeltaTokens]: of the matrix and of each of them, since they came. Where
-// channels decay by themselves there are decays [key_dim] of the matrix.
+// values [key_dim, 16]. Of the tokens of a run, which is not yet written into it, there are keys [kRunTokens, key_dim],
+// values [kRunTokens, whole blocks] and by what each made all before it decay: [kRunTokens], or where channels decay by
+// themselves [kRunTokens, key_dim].
 struct DeltaOffsets {
   int64_t keys, values, decays, end;
 };
 
-static inline DeltaOffsets delta_offsets(int key_dim, int value_dim, int decays = 1 + kDeltaTokens) {
+static inline DeltaOffsets delta_offsets(int key_dim, int value_dim, bool by_channel) {
   const int64_t padded = (int64_t(value_dim) + kBlock - 1) / kBlock * kBlock;
   DeltaOffsets at{};
   at.keys = padded * key_dim;
-  at.values = at.keys + (int64_t(kDeltaTokens) * key_dim + kBlock - 1) / kBlock * kBlock;
-  at.decays = at.values + kDeltaTokens * padded;
-  at.end = at.decays + (int64_t(decays) + kBlock - 1) / kBlock * kBlock;
+  at.values = at.keys + (int64_t(kRunTokens) * key_dim + kBlock - 1) / kBlock * kBlock;
+  at.decays = at.values + kRunTokens * padded;
+  at.end = at.decays + (int64_t(kRunTokens) * (by_channel ? key_dim : 1) + kBlock - 1) / kBlock * kBlock;
   return at;
 }
 
 static inline int64_t delta_state_bytes(int value_heads, int key_dim, int value_dim, bool by_channel) {
-  const int decays = by_channel ? key_dim : 1 + kDeltaTokens;
-  return value_heads * delta_offsets(key_dim, value_dim, decays).end * int64_t(sizeof(float));
+  return value_heads * delta_offsets(key_dim, value_dim, by_channel).end * int64_t(sizeof(float));
 }
 
 // The gated delta rule: every value head has a matrix S that each token multiplies by a decay and then corrects, so

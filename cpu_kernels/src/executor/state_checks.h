@@ -13,13 +13,13 @@ inline void check_fit(const ShortConvArgs& a, const std::string& place) {
   require(a.taps <= kMaxTaps, place + "taps " + text(a.taps) + " is above " + text(kMaxTaps));
   require_stride(place, "input_stride", a.input_stride, 3 * int64_t(a.width));
   require_stride(place, "output_stride", a.output_stride, a.width);
-  require_stride(place, "state.sequence_stride", a.state.sequence_stride, (a.taps - 1) * int64_t(a.width) * 4);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride, conv_state_bytes(a.width, a.taps));
 }
 
 inline void check_fit(const SiluConvArgs& a, const std::string& place) {
   require(a.taps <= kMaxTaps, place + "taps " + text(a.taps) + " is above " + text(kMaxTaps));
   require_stride(place, "stride", a.stride, a.width);
-  require_stride(place, "state.sequence_stride", a.state.sequence_stride, (a.taps - 1) * int64_t(a.width) * 4);
+  require_stride(place, "state.sequence_stride", a.state.sequence_stride, conv_state_bytes(a.width, a.taps));
 }
 
 inline void check_fit(const GatedDeltaArgs& a, const std::string& place) {

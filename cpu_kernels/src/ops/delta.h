@@ -1,11 +1,13 @@
-// The delta rule, whatever decays a matrix. A matrix is read by every token, but written only when kDeltaTokens tokens
-// have come: until then their keys, and the corrections that they are worth, are kept beside it. With S the matrix as
-// it was last written, D its decay since then and d_c that since token c came, token t finds
+// The delta rule, whatever decays a matrix. A matrix is read by every token, but takes a run of kRunTokens tokens at
+// once, when the first token behind them comes: until then their keys, and the corrections that they are worth, are
+// kept beside it. With S the matrix without the run, D its decay since then and d_c that since token c came, token t
+// finds
 //   u_t = beta_t (v_t - S^T D k_t - sum over c < t of (d_c k_c . k_t) u_c),
 //   o_t = S^T D q_t + sum over c <= t of (d_c k_c . q_t) u_c,
-// and with the last token S becomes D S + sum over c of d_c k_c u_c^T. Which tokens belong together depends on their
-// positions alone, and every sum has one order: so it makes no difference how a sequence is cut into steps.
-// D and d_c are numbers (gated_delta.h), or one for each channel of keys (kimi_delta.h).
+// and S becomes D S + sum over c of d_c k_c u_c^T. Which tokens are a run depends on their positions alone, and every
+// sum has one order: so it makes no difference how a sequence is cut into steps. What is kept of a token does not
+// depend on those behind it: so a sequence may go back within a run. D and d_c are numbers (gated_delta.h), or one for
+// each channel of keys (kimi_delta.h).
 #pragma once
 
 #include "ops/norm.h"
@@ -17,28 +19,38 @@ constexpr int kDeltaBlocks = 2;  // blocks of values that stay in L1 while token
 constexpr int kDeltaRows = Isa::max_rows * Isa::max_blocks < 16 ? 2 : 4;  // tokens whose sums stay in registers
 constexpr float kKeyEps = 1e-6f;                                          // of the norms of keys and queries
 
-// The state of a value head of one sequence. decays: of the matrix and of each token; or of each channel of the matrix,
-// and then keys are kept as they have decayed.
+// The state of a value head of one sequence, see DeltaOffsets.
 struct DeltaState {
   float *matrix, *keys, *values, *decays;
 };
 
-// Tokens that are written together: `old` of earlier steps, whose keys are in the state, and `count` from `row` on.
-struct DeltaTokens {
+// What a matrix takes of a run: its keys and decays, of the matrix and then of each token. Where channels decay by
+// themselves decays are those of the matrix, and keys have decayed.
+struct DeltaRun {
+  const float* key[kRunTokens];
+  alignas(64) float decays[kMaxDeltaDim];
+  alignas(64) float keys[kRunTokens * kMaxDeltaDim];  // where `key` points, if that is not elsewhere
+};
+
+// Tokens of a run: `old` of earlier steps, whose keys are in the state, and `count` from `row` on.
+struct RunTokens {
   int row, old, count;
   int key_dim, padded;  // padded: values in whole blocks
-  bool complete;
+  bool begins;          // a run, with tokens before it in the state, which the matrix takes first
+  bool followed;        // by tokens of the next run: the matrix takes it at once
+  DeltaRun run, last;   // last: that before it, if it begins
+};
+
+struct DeltaTokens : RunTokens {
   float beta[kBlock];
-  float decay[kDeltaTokens];                                          // of what the matrix answers, of each new token
-  float* key[kDeltaTokens];                                           // of all tokens
-  float on_keys[kDeltaTokens][kDeltaTokens];                          // d_c k_c . k_t, [new token][token]
-  float on_queries[kDeltaTokens][kDeltaTokens];                       // d_c k_c . q_t
-  alignas(64) float kept[kDeltaTokens * kMaxDeltaDim];                // keys of new tokens, if they decay by channel
-  alignas(64) float keys[kDeltaTokens * kMaxDeltaDim];                // by which new tokens multiply the matrix
-  alignas(64) float queries[kDeltaTokens * kMaxDeltaDim];             //
-  alignas(64) float output[kDeltaTokens * kMaxDeltaDim];              //
-  alignas(64) float by_keys[kDeltaTokens][kDeltaBlocks * kBlock];     // S^T k of some blocks of values
-  alignas(64) float by_queries[kDeltaTokens][kDeltaBlocks * kBlock];  // S^T q
+  float decay[kRunTokens];                                          // of what the matrix answers, of each new token
+  float on_keys[kRunTokens][kRunTokens];                            // d_c k_c . k_t, [new token][token]
+  float on_queries[kRunTokens][kRunTokens];                         // d_c k_c . q_t
+  alignas(64) float keys[kRunTokens * kMaxDeltaDim];                // by which new tokens multiply the matrix
+  alignas(64) float queries[kRunTokens * kMaxDeltaDim];             //
+  alignas(64) float output[kRunTokens * kMaxDeltaDim];              //
+  alignas(64) float by_keys[kRunTokens][kDeltaBlocks * kBlock];     // S^T k of some blocks of values
+  alignas(64) float by_queries[kRunTokens][kDeltaBlocks * kBlock];  // S^T q
 };
 
 static HYBRID_INLINE float dot(const float* a, const float* b, int width) {
@@ -113,19 +125,62 @@ static HYBRID_INLINE void correct(const float* input, int stride, int block, int
   }
 }
 
-// Writes all tokens into one block of the matrix.
-template <bool by_channel, class Tokens>
-static HYBRID_INLINE void write(float* matrix, const float* decays, const float* values, const Tokens& t) {
-  F32 u[kDeltaTokens];
-  for (int c = 0; c < kDeltaTokens; ++c) {
-    u[c] = Isa::load(values + c * t.padded);
-    if (!by_channel) u[c] = Isa::mul(Isa::set(decays[1 + c]), u[c]);
+// One block of the matrix takes a run, whose values are these.
+template <bool by_channel>
+static HYBRID_INLINE void take(float* matrix, const DeltaRun& run, const float* values, int key_dim, int padded) {
+  F32 u[kRunTokens];
+  for (int c = 0; c < kRunTokens; ++c) {
+    u[c] = Isa::load(values + c * padded);
+    if (!by_channel) u[c] = Isa::mul(Isa::set(run.decays[1 + c]), u[c]);
   }
-  for (int i = 0; i < t.key_dim; ++i) {
-    F32 s = Isa::mul(Isa::set(decays[by_channel ? i : 0]), Isa::load(matrix + i * kBlock));
+  for (int i = 0; i < key_dim; ++i) {
+    F32 s = Isa::mul(Isa::set(run.decays[by_channel ? i : 0]), Isa::load(matrix + i * kBlock));
 #pragma GCC unroll 8
-    for (int c = 0; c < kDeltaTokens; ++c) s = Isa::fma(Isa::set(t.key[c][i]), u[c], s);
+    for (int c = 0; c < kRunTokens; ++c) s = Isa::fma(Isa::set(run.key[c][i]), u[c], s);
     Isa::store(matrix + i * kBlock, s);
+  }
+}
+
+// Of the matrix and of each of a run's first `count` tokens, which make all before them decay by `each`.
+static HYBRID_INLINE void decay_all(const float* each, int count, DeltaRun& run) {
+  run.decays[0] = 1.0f;
+  for (int token = 0; token < count; ++token) {
+    for (int c = 0; c <= token; ++c) run.decays[c] *= each[token];
+    run.decays[1 + token] = 1.0f;
+  }
+}
+
+// What a matrix of one decay takes: the run before, if this one begins, and keys of tokens of earlier steps.
+static HYBRID_INLINE void read_kept(const DeltaState& state, RunTokens& t) {
+  if (t.begins) {
+    decay_all(state.decays, kRunTokens, t.last);
+    __builtin_memcpy(t.last.keys, state.keys, kRunTokens * t.key_dim * sizeof(float));
+  }
+  for (int c = 0; t.begins && c < kRunTokens; ++c) t.last.key[c] = t.last.keys + c * t.key_dim;
+  for (int c = 0; c < t.old; ++c) t.run.key[c] = state.keys + c * t.key_dim;
+}
+
+// Keeps new tokens, once their keys are known.
+static HYBRID_INLINE void keep(const float* decays, const DeltaState& state, const RunTokens& t) {
+  __builtin_memcpy(state.decays + t.old, decays, t.count * sizeof(float));
+  for (int c = t.old; !t.followed && c < t.old + t.count; ++c)
+    __builtin_memcpy(state.keys + c * t.key_dim, t.run.key[c], t.key_dim * sizeof(float));
+}
+
+// What new tokens find in all blocks of a matrix, which takes what it has to; correct(block) makes their values.
+template <bool by_channel, class Tokens, class Correct>
+static HYBRID_INLINE void pass_over(const DeltaState& state, Tokens& t, Correct correct) {
+  const int blocks = t.padded / kBlock;
+  const auto matrix = [&](int block) { return state.matrix + int64_t(block) * t.key_dim * kBlock; };
+  for (int first = 0; first < blocks; first += kDeltaBlocks) {
+    const int end = min(first + kDeltaBlocks, blocks);
+    for (int block = first; t.begins && block < end; ++block)
+      take<by_channel>(matrix(block), t.last, state.values + block * kBlock, t.key_dim, t.padded);
+    end - first == kDeltaBlocks ? find_all<kDeltaBlocks>(matrix(first), t) : find_all<1>(matrix(first), t);
+    for (int block = first; block < end; ++block) {
+      correct(block);
+      if (t.followed) take<by_channel>(matrix(block), t.run, state.values + block * kBlock, t.key_dim, t.padded);
+    }
   }
 }
 
@@ -133,19 +188,10 @@ static HYBRID_INLINE void write(float* matrix, const float* decays, const float*
 template <bool by_channel>
 static HYBRID_KERNEL void delta_tokens(const float* input, int stride, int dim, const DeltaState& state,
                                        DeltaTokens& t) {
-  const int blocks = t.padded / kBlock;
-  for (int first = 0; first < blocks; first += kDeltaBlocks) {
-    float* matrix = state.matrix + int64_t(first) * t.key_dim * kBlock;
-    const bool both = first + kDeltaBlocks <= blocks;
-    both ? find_all<kDeltaBlocks>(matrix, t) : find_all<1>(matrix, t);
-    for (int block = first; block < (both ? first + kDeltaBlocks : blocks); ++block) {
-      const int at = block * kBlock;
-      correct(input + at, stride, block, min(kBlock, dim - at), state.values + at, t);
-      if (t.complete) write<by_channel>(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
-    }
-  }
-  for (int c = t.old; !t.complete && c < t.old + t.count; ++c)
-    __builtin_memcpy(state.keys + c * t.key_dim, t.key[c], t.key_dim * sizeof(float));
+  pass_over<by_channel>(state, t, [&](int block) {
+    const int at = block * kBlock;
+    correct(input + at, stride, block, min(kBlock, dim - at), state.values + at, t);
+  });
 }
 
 // What new tokens found, normed and weighed: weigh(y, z) by the gates z. gates: of the first token.
@@ -165,33 +211,43 @@ static HYBRID_INLINE void write_rows(const Args& args, int head, const float* ga
   }
 }
 
-// All rows of all heads. read(head, state, t) fills what tokens are read for; values: where those of the first head are
-// in a row of the input; gates: those of the first head of the first row.
-template <bool by_channel, class Args, class Read, class Weigh>
-static HYBRID_INLINE void delta_rule(const Args& args, int heads, const DeltaOffsets& at, int values,
-                                     const float* gates, int gate_stride, const Step& step, const Work& work, Read read,
-                                     Weigh weigh) {
-  DeltaTokens t;
-  t.key_dim = args.key_dim;
-  t.padded = (args.value_dim + kBlock - 1) / kBlock * kBlock;
+// All runs of all heads: compute(head, state) what `t` says.
+template <class Args, class Tokens, class Compute>
+static HYBRID_INLINE void for_runs(const Args& args, int heads, const DeltaOffsets& at, const Step& step,
+                                   const Work& work, Tokens& t, Compute compute) {
   for_each(heads, 1, work, [&](int head) {
     for (int row = 0; row < step.rows; row += t.count) {
       const int sequence = step.sequences[row];
+      const auto is_same = [&](int other) {
+        return other >= 0 && other < step.rows && step.sequences[other] == sequence;
+      };
       float* matrix = reinterpret_cast<float*>(args.state.base + sequence * args.state.sequence_stride) + head * at.end;
       t.row = row;
-      t.old = step.positions[row] % kDeltaTokens;
+      t.old = step.positions[row] % kRunTokens;
       t.count = 1;
-      while (t.old + t.count < kDeltaTokens && row + t.count < step.rows && step.sequences[row + t.count] == sequence)
-        ++t.count;
-      t.complete = t.old + t.count == kDeltaTokens;
-      const DeltaState state{matrix, matrix + at.keys, matrix + at.values, matrix + at.decays};
-      for (int c = 0; c < t.old; ++c) t.key[c] = state.keys + c * t.key_dim;
-      read(head, state, t);
-      const int first = head * args.value_dim;
-      const float* input = args.input + int64_t(row) * args.input_stride + values + first;
-      delta_tokens<by_channel>(input, args.input_stride, args.value_dim, state, t);
-      write_rows(args, head, gates + int64_t(row) * gate_stride + first, gate_stride, t, weigh);
+      while (t.old + t.count < kRunTokens && is_same(row + t.count)) ++t.count;
+      t.begins = !t.old && step.positions[row] && !is_same(row - 1);
+      t.followed = is_same(row + t.count);
+      compute(head, DeltaState{matrix, matrix + at.keys, matrix + at.values, matrix + at.decays});
     }
+  });
+}
+
+// All rows of all heads. read(head, state, t) keeps new tokens in the state and fills what tokens are read for; values:
+// where those of the first head are in a row of the input; gates: those of the first head of the first row.
+template <bool by_channel, class Args, class Read, class Weigh>
+static HYBRID_INLINE void delta_rule(const Args& args, int heads, int values, const float* gates, int gate_stride,
+                                     const Step& step, const Work& work, Read read, Weigh weigh) {
+  DeltaTokens t;
+  t.key_dim = args.key_dim;
+  t.padded = (args.value_dim + kBlock - 1) / kBlock * kBlock;
+  const DeltaOffsets at = delta_offsets(args.key_dim, args.value_dim, by_channel);
+  for_runs(args, heads, at, step, work, t, [&](int head, const DeltaState& state) {
+    read(head, state, t);
+    const int first = head * args.value_dim;
+    const float* input = args.input + int64_t(t.row) * args.input_stride + values + first;
+    delta_tokens<by_channel>(input, args.input_stride, args.value_dim, state, t);
+    write_rows(args, head, gates + int64_t(t.row) * gate_stride + first, gate_stride, t, weigh);
   });
 }
 

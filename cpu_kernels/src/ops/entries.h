@@ -23,7 +23,7 @@ static HYBRID_INLINE float* tail_of(const KvLayout& kv, int sequence) {
 static HYBRID_INLINE const float* row_before(const CompressArgs& args, const Step& step, int row, int back) {
   const int before = row - back, sequence = step.sequences[row];
   if (before >= 0 && step.sequences[before] == sequence) return args.made + int64_t(before) * args.width;
-  const int kept = (step.positions[row] - back) % (args.rate * (args.overlaps ? 2 : 1));
+  const int kept = (step.positions[row] - back) % args.tokens;
   return tail_of(args.kv, sequence) + int64_t(kept) * args.width;
 }
 

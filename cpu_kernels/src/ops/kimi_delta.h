@@ -28,31 +28,45 @@ static HYBRID_INLINE void channel_decays(const KimiDeltaArgs& args, int row, int
   }
 }
 
-// Keys that are kept decay with every token that comes. The matrix does so when it is written: until then, new keys and
-// queries bear its decay.
+// A token, as it is kept, comes to a run, whose keys and the matrix decay by it.
+static HYBRID_INLINE void add_token(const float* key, const float* decays, int token, int dim, DeltaRun& run) {
+  for (int i = 0; !token && i < dim; ++i) run.decays[i] = 1.0f;
+  multiply_by(run.decays, decays, dim);
+  for (int c = 0; c < token; ++c) multiply_by(run.keys + c * dim, decays, dim);
+  __builtin_memcpy(run.keys + token * dim, key, dim * sizeof(float));
+  run.key[token] = run.keys + token * dim;
+}
+
+static HYBRID_INLINE void add_kept(const DeltaState& state, int count, int dim, DeltaRun& run) {
+  for (int token = 0; token < count; ++token)
+    add_token(state.keys + token * dim, state.decays + token * dim, token, dim, run);
+}
+
+// The matrix decays when it takes the run: until then, new keys and queries bear its decay.
 static HYBRID_KERNEL void read_tokens(const KimiDeltaArgs& args, int head, const DeltaState& state, DeltaTokens& t) {
   const int dim = args.key_dim;
   const float scale = 1.0f / __builtin_sqrtf(float(dim));
-  alignas(64) float query[kMaxDeltaDim], decays[kMaxDeltaDim];
+  alignas(64) float query[kMaxDeltaDim];
   float in_beta[kBlock] = {};
-  for (int i = 0; !t.old && i < dim; ++i) state.decays[i] = 1.0f;
+  if (t.begins) add_kept(state, kRunTokens, dim, t.last);
+  add_kept(state, t.old, dim, t.run);
   for (int r = 0; r < t.count; ++r) {
     const int row = t.row + r, token = t.old + r;
     const float* x = args.input + int64_t(row) * args.input_stride + head * dim;
-    float *key = t.key[token] = t.kept + r * dim, *on_matrix = t.keys + r * dim, *of_matrix = t.queries + r * dim;
+    float *key = state.keys + token * dim, *decays = state.decays + token * dim;
+    float *on_matrix = t.keys + r * dim, *of_matrix = t.queries + r * dim;
     norm_key(x, query, dim, scale);
     norm_key(x + args.heads * dim, key, dim, 1.0f);
     channel_decays(args, row, head, decays);
-    multiply_by(state.decays, decays, dim);
-    for (int c = 0; c < token; ++c) multiply_by(t.key[c], decays, dim);
+    add_token(key, decays, token, dim, t.run);
     for (int c = 0; c <= token; ++c) {
-      t.on_keys[r][c] = dot(t.key[c], key, dim);
-      t.on_queries[r][c] = dot(t.key[c], query, dim);
+      t.on_keys[r][c] = dot(t.run.key[c], key, dim);
+      t.on_queries[r][c] = dot(t.run.key[c], query, dim);
     }
     __builtin_memcpy(on_matrix, key, dim * sizeof(float));
     __builtin_memcpy(of_matrix, query, dim * sizeof(float));
-    multiply_by(on_matrix, state.decays, dim);
-    multiply_by(of_matrix, state.decays, dim);
+    multiply_by(on_matrix, t.run.decays, dim);
+    multiply_by(of_matrix, t.run.decays, dim);
     t.decay[r] = 1.0f;
     in_beta[r] = args.betas[int64_t(row) * args.beta_stride + head];
   }
@@ -62,8 +76,7 @@ static HYBRID_KERNEL void read_tokens(const KimiDeltaArgs& args, int head, const
 
 static void kimi_delta(const KimiDeltaArgs& args, const Step& step, const Work& work) {
   delta_rule<true>(
-      args, args.heads, delta_offsets(args.key_dim, args.value_dim, args.key_dim), 2 * args.heads * args.key_dim,
-      args.gates, args.gate_stride, step, work,
+      args, args.heads, 2 * args.heads * args.key_dim, args.gates, args.gate_stride, step, work,
       [&](int head, const DeltaState& state, DeltaTokens& t) { read_tokens(args, head, state, t); },
       [](F32 y, F32 z) { return unless_damaged(times_sigmoid(y, z), z); });
 }

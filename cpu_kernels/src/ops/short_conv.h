@@ -12,7 +12,7 @@ namespace HYBRID_ISA {
 template <class Args, class Read, class Write>
 static HYBRID_INLINE void convolve(const Args& args, const float* biases, const Step& step, int channel, int count,
                                    Read read, Write write) {
-  const int taps = args.taps, width = args.width;
+  const int taps = args.taps, width = args.width, all = kept_tokens(taps);
   F32 weights[kMaxTaps];
   for (int tap = 0; tap < taps; ++tap) {
     float lanes[kBlock] = {};
@@ -21,16 +21,15 @@ static HYBRID_INLINE void convolve(const Args& args, const float* biases, const 
   }
   const F32 bias = biases ? load_some(biases + channel, count) : Isa::zero();
   for (int row = 0; row < step.rows; ++row) {
-    char* place = args.state.base + step.sequences[row] * args.state.sequence_stride;
-    float* state = reinterpret_cast<float*>(place) + channel;
-    F32 newest = read(row);
+    char* const base = args.state.base + step.sequences[row] * args.state.sequence_stride;
+    float* const state = reinterpret_cast<float*>(base) + channel;
+    const F32 newest = read(row);
     F32 sum = Isa::fma(weights[taps - 1], newest, bias);
+    int place = step.positions[row] % all;
+    store_some(state + int64_t(place) * width, newest, count);
     for (int tap = taps - 2; tap >= 0; --tap) {
-      float* kept = state + int64_t(tap) * width;
-      const F32 older = load_some(kept, count);
-      sum = Isa::fma(weights[tap], older, sum);
-      store_some(kept, newest, count);
-      newest = older;
+      place = (place ? place : all) - 1;
+      sum = Isa::fma(weights[tap], load_some(state + int64_t(place) * width, count), sum);
     }
     write(row, sum);
   }

@@ -1,9 +1,8 @@
-// The state space of Mamba-2. As in the gated delta rule, a matrix is read by every token, but written only when
-// kDeltaTokens tokens have come; until then their B, and dt x, are kept beside it. With S the matrix as it was last
-// written, D its decay since then and d_c that since token c came, token t finds
+// The state space of Mamba-2. As in the delta rule (delta.h), a matrix is read by every token and takes runs, whose B
+// and dt x are kept beside it. With S the matrix without the run, D its decay since then and d_c that since token c
+// came, token t finds
 //   y_t = D S C_t + sum over c <= t of d_c (B_c . C_t) dt_c x_c + skip x_t,
-// and with the last token S becomes D S + sum over c of d_c dt_c x_c B_c^T. Which tokens belong together depends on
-// their positions alone, and every sum has one order: so it makes no difference how a sequence is cut into steps.
+// and S becomes D S + sum over c of d_c dt_c x_c B_c^T.
 #pragma once
 
 #include "ops/delta.h"
@@ -11,27 +10,21 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Tokens of one head that are written together: `old` of earlier steps, whose B are in the state, and `count` from
-// `row` on.
-struct SpaceTokens {
-  int row, old, count;
-  int key_dim, padded;  // dimensions of B; those of x in whole blocks
-  bool complete;
+struct SpaceTokens : RunTokens {  // keys: B; values: dt x
   float dt[kBlock];
-  float decay[kDeltaTokens];                                     // of the matrix, when each new token comes
-  const float* key[kDeltaTokens];                                // B of all tokens
-  const float* query[kDeltaTokens];                              // C of new tokens
-  float scores[kDeltaTokens][kDeltaTokens];                      // d_c (B_c . C_t), [new token][token]
-  alignas(64) float found[kDeltaTokens][kDeltaBlocks * kBlock];  // S C of some blocks of x
+  float decay[kRunTokens];                                     // of the matrix, when each new token comes
+  const float* query[kRunTokens];                              // C of new tokens
+  float scores[kRunTokens][kRunTokens];                        // d_c (B_c . C_t), [new token][token]
+  alignas(64) float found[kRunTokens][kDeltaBlocks * kBlock];  // S C of some blocks of x
 };
 
 static HYBRID_INLINE void read_tokens(const StateSpaceArgs& args, int head, const DeltaState& state, SpaceTokens& t) {
   const int dim = args.state_dim, inner = args.heads * args.head_dim, group = head / (args.heads / args.groups);
   float steps[kBlock] = {}, decays[kBlock];
-  for (int c = 0; c < t.old; ++c) t.key[c] = state.keys + c * dim;
+  read_kept(state, t);
   for (int r = 0; r < t.count; ++r) {
     const float* b = args.values + int64_t(t.row + r) * args.stride + inner + group * dim;
-    t.key[t.old + r] = b;
+    t.run.key[t.old + r] = b;
     t.query[r] = b + args.groups * dim;
     steps[r] = args.steps[int64_t(t.row + r) * args.step_stride + head];
   }
@@ -40,13 +33,12 @@ static HYBRID_INLINE void read_tokens(const StateSpaceArgs& args, int head, cons
   const F32 dt = unless_damaged(within, step), rate = exponential(Isa::set(args.rate[head]));
   Isa::store(t.dt, dt);
   Isa::store(decays, unless_damaged(exponential(Isa::sub(Isa::zero(), Isa::mul(rate, dt))), step));
-  if (!t.old) state.decays[0] = 1.0f;
+  keep(decays, state, t);
   for (int r = 0; r < t.count; ++r) {
     const int token = t.old + r;
-    for (int c = 0; c <= token; ++c) state.decays[c] *= decays[r];
-    state.decays[1 + token] = 1.0f;
-    t.decay[r] = state.decays[0];
-    for (int c = 0; c <= token; ++c) t.scores[r][c] = state.decays[1 + c] * dot(t.key[c], t.query[r], dim);
+    decay_all(state.decays, token + 1, t.run);
+    t.decay[r] = t.run.decays[0];
+    for (int c = 0; c <= token; ++c) t.scores[r][c] = t.run.decays[1 + c] * dot(t.run.key[c], t.query[r], dim);
   }
 }
 
@@ -95,40 +87,15 @@ static HYBRID_INLINE void write_rows(const StateSpaceArgs& args, int head, int b
 
 static HYBRID_KERNEL void space_tokens(const StateSpaceArgs& args, int head, const DeltaState& state, SpaceTokens& t) {
   read_tokens(args, head, state, t);
-  const int blocks = t.padded / kBlock;
-  for (int first = 0; first < blocks; first += kDeltaBlocks) {
-    float* matrix = state.matrix + int64_t(first) * t.key_dim * kBlock;
-    const bool both = first + kDeltaBlocks <= blocks;
-    both ? find_all<kDeltaBlocks>(matrix, t) : find_all<1>(matrix, t);
-    for (int block = first; block < (both ? first + kDeltaBlocks : blocks); ++block) {
-      const int at = block * kBlock;
-      write_rows(args, head, block, state.values + at, t);
-      if (t.complete) write<false>(state.matrix + int64_t(at) * t.key_dim, state.decays, state.values + at, t);
-    }
-  }
-  if (t.complete) return;
-  for (int c = t.old; c < t.old + t.count; ++c)
-    __builtin_memcpy(state.keys + c * t.key_dim, t.key[c], t.key_dim * sizeof(float));
+  pass_over<false>(state, t, [&](int block) { write_rows(args, head, block, state.values + block * kBlock, t); });
 }
 
 static void state_space(const StateSpaceArgs& args, const Step& step, const Work& work) {
-  const DeltaOffsets at = delta_offsets(args.state_dim, args.head_dim);
   SpaceTokens t;
   t.key_dim = args.state_dim;
   t.padded = (args.head_dim + kBlock - 1) / kBlock * kBlock;
-  for_each(args.heads, 1, work, [&](int head) {
-    for (int row = 0; row < step.rows; row += t.count) {
-      const int sequence = step.sequences[row];
-      float* matrix = reinterpret_cast<float*>(args.state.base + sequence * args.state.sequence_stride) + head * at.end;
-      t.row = row;
-      t.old = step.positions[row] % kDeltaTokens;
-      t.count = 1;
-      while (t.old + t.count < kDeltaTokens && row + t.count < step.rows && step.sequences[row + t.count] == sequence)
-        ++t.count;
-      t.complete = t.old + t.count == kDeltaTokens;
-      space_tokens(args, head, {matrix, matrix + at.keys, matrix + at.values, matrix + at.decays}, t);
-    }
-  });
+  for_runs(args, args.heads, delta_offsets(args.state_dim, args.head_dim, false), step, work, t,
+           [&](int head, const DeltaState& state) { space_tokens(args, head, state, t); });
 }
 
 static void group_norm(const GroupNormArgs& args, const Step& step, const Work& work) {

@@ -62,7 +62,8 @@ class StateLayout:
     nbytes: in all. token_bytes: per token, 0 if the state does not grow. binding: the class of `cpu_kernels` that
     describes it to the kernels, constructed from `base`, `sequence_stride` and `fields`. runs: (offset, bytes) of its
     parts that grow, each contiguous and of as many bytes for every token. fixed: the same of those beside them that do
-    not. repeatable: whether a failed step may be run again on it.
+    not. run: of a state that changes, the tokens of a run: a sequence goes back to those of the run that its newest
+    token is in, and to no earlier one; None: to any.
     """
 
     nbytes: int
@@ -70,7 +71,7 @@ class StateLayout:
     binding: str
     fields: Mapping[str, Any]
     runs: tuple[tuple[int, int], ...] = ()
-    repeatable: bool = True
+    run: int | None = None
     fixed: tuple[tuple[int, int], ...] = ()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cpu_kernels import RUN_TOKENS
 from hybrid.formats.block import round_up
 from hybrid.models.layers.base import StateLayout
 from hybrid.models.layers.grouped_query import SCALE
@@ -47,7 +48,8 @@ class KeyState:
 
     def with_entries(self, tokens: int, kv_format: str, rate: int, index_dim: int, kept: int) -> StateLayout:
         """And of an entry for every `rate` tokens, keys [index_dim] of an indexer, 0 if there is none, and `kept` bytes
-        of the last tokens. A step that failed has changed these, so it cannot be run again.
+        of the last tokens, which make a sequence go back within a run alone, so that a step that failed cannot be run
+        again.
         """
         keys = self.layout(tokens, kv_format)
         entry_bytes = round_up(self.token_bytes(kv_format), max(LINE, rate))  # of which every token has whole bytes
@@ -60,10 +62,10 @@ class KeyState:
             runs = (*runs, (index, of_index))
         return replace(
             keys,
-            nbytes=tail + kept,
+            nbytes=tail + round_up(kept, LINE),
             token_bytes=tail // tokens,
             fields={**keys.fields, **places},
             runs=runs,
-            repeatable=False,
+            run=RUN_TOKENS,
             fixed=((tail, kept),),
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+from cpu_kernels import RUN_TOKENS
 from hybrid.formats import FORMATS
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
@@ -57,8 +58,8 @@ class Compressor:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are kept with a sequence."""
-        return self.sets * self.rate
+        """How many are kept with a sequence: those that the first token of a run sees, and the run."""
+        return self.sets * self.rate + RUN_TOKENS - 1
 
     def inside(self, module: str) -> Self:
         return replace(self, names=inside(self.names, module))
@@ -101,6 +102,7 @@ class Compressor:
             "interleaved": turned.interleaved,
             "first_value": first,
             "first_gate": first + self.width,
+            "tokens": self.tokens,
             "width": width,
             "eps": place.eps,
         }

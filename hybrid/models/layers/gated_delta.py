@@ -1,7 +1,7 @@
 """Gated DeltaNet: every value head has a matrix that each token corrects, so that its key finds its value there.
 
 The state of a sequence is of one size: the matrices of all value heads with the tokens that are not yet written into
-them, as `cpu_kernels` lays them out, then what the short convolution keeps, float32 [taps - 1, channels].
+them, then what the short convolution keeps, as `cpu_kernels` lays them out.
 """
 
 from __future__ import annotations
@@ -252,9 +252,9 @@ class GatedDeltaNet:
         return int(cpu_kernels.delta_state_bytes(self.value_heads, self.key_dim, self.value_dim))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """A step that failed has changed it, so it cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up((self.taps - 1) * self.channels * FP32, LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
+        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""
@@ -263,7 +263,7 @@ class GatedDeltaNet:
         for matrix in projections:
             total += product_cost(matrix.format, matrix.rows, hidden, rows)
         matrices = self.value_heads * self.key_dim * self.value_dim
-        floats = matrices + 2 * (self.taps - 1) * self.channels
+        floats = matrices + self.taps * self.channels
         read = Cost(float(FP32 * (scores * hidden + load.sequences * floats)))
         return (
             total + read + Cost(0.0, rows * (6.0 * matrices + 2.0 * scores * hidden + 2.0 * self.channels * self.taps))

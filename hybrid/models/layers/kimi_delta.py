@@ -1,8 +1,8 @@
 """Kimi Delta Attention (KDA): the delta rule of Gated DeltaNet with a decay for each channel of keys.
 
 Every head has a matrix that each token corrects, so that its key finds its value there. The state of a sequence is of
-one size: the matrices of all heads with the tokens that are not yet written into them, as `cpu_kernels` lays them out,
-then what the short convolution keeps, float32 [taps - 1, channels].
+one size: the matrices of all heads with the tokens that are not yet written into them, then what the short convolution
+keeps, both as `cpu_kernels` lays them out.
 """
 
 from __future__ import annotations
@@ -294,9 +294,9 @@ class KimiDeltaAttention:
         return int(cpu_kernels.delta_state_bytes(self.heads, self.head_dim, self.head_dim, by_channel=True))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """A step that failed has changed it, so it cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up((self.taps - 1) * self.channels * FP32, LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
+        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""
@@ -307,7 +307,7 @@ class KimiDeltaAttention:
         for format in formats.raised:
             total += product_cost(format, self.width, self.rank, rows)
         matrices = self.width * self.head_dim
-        floats = matrices + 2 * (self.taps - 1) * self.channels
+        floats = matrices + self.taps * self.channels
         read = Cost(float(FP32 * (self.heads * hidden + load.sequences * floats)))
         multiplied = 6.0 * matrices + 2.0 * self.heads * hidden + 2.0 * self.channels * self.taps
         return total + read + Cost(0.0, rows * multiplied)

@@ -1,7 +1,7 @@
 """Mamba-2: every head has a matrix that each token multiplies by a decay and adds to; heads share what they read by.
 
-The state of a sequence is of one size: the matrices of all heads with the tokens that are not yet written into them, as
-`cpu_kernels` lays them out, then what the short convolution keeps, float32 [taps - 1, channels].
+The state of a sequence is of one size: the matrices of all heads with the tokens that are not yet written into them,
+then what the short convolution keeps, both as `cpu_kernels` lays them out.
 """
 
 from __future__ import annotations
@@ -244,16 +244,16 @@ class Mamba2:
         return int(cpu_kernels.delta_state_bytes(self.heads, self.state_dim, self.head_dim))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """A step that failed has changed it, so it cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up((self.taps - 1) * self.channels * FP32, LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
+        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices twice: by its C, and dt x by its B."""
         (into, out), hidden, rows = self.formats_of(place.mix), place.hidden, load.rows
         projections = product_cost(into, self.width, hidden, rows) + product_cost(out, hidden, self.inner, rows)
         matrices, scores = self.inner * self.state_dim, self.heads * hidden
-        floats = matrices + 2 * (self.taps - 1) * self.channels
+        floats = matrices + self.taps * self.channels
         read = Cost(float(FP32 * (scores + load.sequences * floats)))
         return projections + read + Cost(0.0, rows * (4.0 * matrices + 2.0 * scores + 2.0 * self.channels * self.taps))
 

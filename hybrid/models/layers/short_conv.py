@@ -1,6 +1,6 @@
 """A gated short convolution: every channel mixes what the last few tokens brought, between two gates.
 
-Its state is of one size, however long a sequence is: float32 [taps - 1, width], the newest token last.
+Its state is of one size, however long a sequence is: what its last tokens brought, as `cpu_kernels` lays it out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+import cpu_kernels
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
@@ -140,15 +141,15 @@ class ShortConv:
         }
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """A step that failed has shifted it, so it cannot be run again."""
-        nbytes = round_up((self.taps - 1) * self.width * FP32, LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, repeatable=False)
+        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
+        nbytes = round_up(cpu_kernels.conv_state_bytes(self.width, self.taps), LINE)
+        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
 
     def cost(self, place: Place, load: Load) -> Cost:
         into, out = self.formats(place.mix)
         projections = product_cost(into, 3 * self.width, place.hidden, load.rows)
         projections += product_cost(out, place.hidden, self.width, load.rows)
-        state = 2.0 * load.sequences * (self.taps - 1) * self.width * FP32
+        state = 1.0 * load.sequences * self.taps * self.width * FP32
         return projections + Cost(state, 2.0 * load.rows * self.width * (self.taps + 2))
 
     # A step on a device, which projects; the threads convolve, and so the state has one home.
