@@ -336,6 +336,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.0625,
     },
+    "nemotron_h": {  # layers of one half each
+        **{name: value for name, value in _COMMON.items() if name not in ("rope_theta", "rms_norm_eps")},
+        "model_type": "nemotron_h",
+        "num_hidden_layers": 5,
+        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp"],
+        "layer_norm_epsilon": 1e-6,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 28,
+        "n_groups": 2,
+        "ssm_state_size": 20,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "moe_shared_expert_intermediate_size": 56,
+        "routed_scaling_factor": 2.5,
+        "n_group": 2,
+        "topk_group": 1,
+    },
     "qwen3_next": {**_DELTA, **_DELTA_EXPERTS, "model_type": "qwen3_next", "mlp_only_layers": [1]},
     "qwen3_5_moe_text": {
         **_DELTA,
@@ -607,6 +625,7 @@ ON_HOST: tuple[str, ...] = (
     "bailing_hybrid",
     "granitemoehybrid",
     "minimax_m3_vl_text",
+    "nemotron_h",
 )
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 STREAM_SCALES = ("hc_attn_scale", "hc_ffn_scale", "hc_scale")

@@ -10,6 +10,7 @@ from checkpoints import CONFIGS, STACKED, write_tensors
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats
+from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.block_selected import BlockSelectedAttention
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
@@ -19,7 +20,7 @@ from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.mamba2 import Mamba2
 from hybrid.models.layers.short_conv import ShortConv
 from hybrid.models.spec import LayerSpec
-from hybrid.models.tensors import in_layer
+from hybrid.models.tensors import Gated, in_layer
 from hybrid.weights.pack import model_config
 from hybrid.weights.store import Store
 
@@ -241,19 +242,22 @@ _MIXERS = {
     Mamba2: mamba_tensors,
     GatedLatentAttention: _gated_latent,
     KimiDeltaAttention: kimi_tensors,
+    NoMixer: lambda store, index: iter(()),
 }
 
 
 def _feed_forward(store: Store, index: int) -> Named:
     layer = store.spec.layers[index]
+    if isinstance(layer.feed_forward, NoFeedForward):
+        return
     names = in_layer(layer.feed_forward.names, index)
     yield from _norm(store, f"layers.{index}.ffn.norm", names.norm)
     if names.post_norm:
         yield from _norm(store, f"layers.{index}.ffn.post_norm", names.post_norm)
     if not layer.feed_forward.is_moe:
         gate, up, down = _expert(store, index, layer, 0)
-        if names.dense.gate:
-            yield from zip(names.dense.of_expert(0), (gate, up, down), strict=True)
+        if names.dense.up:
+            yield from _named(names.dense.of_expert(0), (gate, up, down))
         else:
             yield names.dense.fused_gate_up, np.concatenate([gate, up])
             yield names.dense.fused_down, down
@@ -265,8 +269,8 @@ def _feed_forward(store: Store, index: int) -> Named:
         yield names.shared_gate, scores[ffn.experts :]
     if ffn.shared_intermediate:
         gate, up, down = _gated(store, f"layers.{index}.ffn.shared", ffn.shared_intermediate)
-        if names.shared.gate:
-            yield from zip(names.shared.of_expert(0), (gate, up, down), strict=True)
+        if names.shared.up:
+            yield from _named(names.shared.of_expert(0), (gate, up, down))
         else:
             yield names.shared.fused_gate_up, np.concatenate([gate, up])
             yield names.shared.fused_down, down
@@ -279,7 +283,12 @@ def _feed_forward(store: Store, index: int) -> Named:
         yield from _stacked(store, index, layer)
         return
     for expert in range(ffn.experts):
-        yield from zip(names.experts.of_expert(expert), _expert(store, index, layer, expert), strict=True)
+        yield from _named(names.experts.of_expert(expert), _expert(store, index, layer, expert))
+
+
+def _named(names: tuple[str, ...], matrices: tuple[np.ndarray, ...]) -> Named:
+    """Those that the family has."""
+    return ((name, matrix) for name, matrix in zip(names, matrices, strict=True) if name)
 
 
 def _stacked(store: Store, index: int, layer: LayerSpec) -> Named:
@@ -300,16 +309,19 @@ def _stacked(store: Store, index: int, layer: LayerSpec) -> Named:
 
 
 def _expert(store: Store, index: int, layer: LayerSpec, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gate, up and down of one expert; its blocks of gate and up alternate."""
+    """Gate, up and down of one expert; its blocks of gate and up alternate. Without a gate up is there twice."""
     return _gated(store, f"layers.{index}.ffn.experts", layer.feed_forward.intermediate, expert)
 
 
 def _gated(store: Store, name: str, n: int, *expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    blob, format, k = store.array(name)[expert], store.tensors[name].format, store.spec.hidden
+    blob, format = store.array(name)[expert], store.tensors[name].format
     assert format is not None
-    start, (wide, narrow) = down_offset(format, k, n), (FORMATS[one] for one in matrix_formats(format))
-    blocks = blob[:start].reshape(-1, 2, wide.block_bytes(store.tensors[name].runs[0].inputs))
-    gate, up = (wide.unpack(blocks[:, i], n, k) for i in (0, 1))
+    tensor = store.tensors[name]
+    assert isinstance(tensor.origin, Gated)
+    k, count = tensor.origin.hidden, tensor.origin.wide
+    start, (wide, narrow) = down_offset(format, k, n, count), (FORMATS[one] for one in matrix_formats(format))
+    blocks = blob[:start].reshape(-1, count, wide.block_bytes(tensor.runs[0].inputs))
+    gate, up = (wide.unpack(blocks[:, i], n, k) for i in (0, count - 1))
     return gate, up, narrow.unpack(blob[start:], k, n)
 
 

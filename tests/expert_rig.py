@@ -17,7 +17,8 @@ from hybrid.formats.packed import down_offset, pack_expert
 
 @dataclass
 class Experts:
-    """Random experts: gate and up [experts, intermediate, hidden], down [experts, hidden, intermediate].
+    """Random experts: gate and up [experts, intermediate, hidden], down [experts, hidden, intermediate]. With an
+    activation that takes no gate they are packed without.
 
     Biases, if any, are [experts, intermediate] twice and [experts, hidden].
     """
@@ -48,8 +49,16 @@ class Experts:
     def intermediate(self) -> int:
         return self.down.shape[2]
 
+    @property
+    def wide(self) -> int:
+        """Matrices before down."""
+        return 1 if self.activation == "relu_squared" else 2
+
     @cached_property
     def packed(self) -> np.ndarray:
+        if self.wide == 1:
+            pack, experts = FORMATS[self.format].pack, zip(self.up, self.down, strict=True)
+            return placed(np.stack([np.concatenate([pack(one).reshape(-1) for one in pair]) for pair in experts]))
         experts = zip(self.gate, self.up, self.down, strict=True)
         return placed(np.stack([pack_expert(self.format, *matrices) for matrices in experts]))
 
@@ -64,7 +73,7 @@ class Experts:
         if self.biases is None:
             return None, None
         gate, up, down = (_to_blocks(bias) for bias in self.biases)
-        return placed(np.stack([gate, up], axis=2)), placed(down)
+        return placed(np.stack([gate, up][-self.wide :], axis=2)), placed(down)
 
     def _value(self, weight: np.ndarray) -> np.ndarray:
         format = FORMATS[self.format]
@@ -137,7 +146,8 @@ class Part:
 
     def down(self) -> dict[str, Any]:
         experts = self.experts
-        start = experts.packed.reshape(-1)[down_offset(experts.format, experts.hidden, experts.intermediate) :]
+        first = down_offset(experts.format, experts.hidden, experts.intermediate, experts.wide)
+        start = experts.packed.reshape(-1)[first:]
         blocks = -(-experts.hidden // BLOCK)
         return self._set(self.operand, start, experts.packed_biases[1], blocks, experts.intermediate)
 

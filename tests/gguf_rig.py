@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
     "lfm2_moe": "lfm2moe", "exaone_moe": "exaone-moe", "granite": "granite", "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
-    "granitemoehybrid": "granitehybrid",
+    "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3",
 }  # fmt: skip
@@ -149,13 +149,19 @@ _NAMES = (
     (r"(.*)\.linear_attn\.conv1d\.weight", r"\1.ssm_conv1d.weight"),
     (r"(.*)\.linear_attn\.norm\.weight", r"\1.ssm_norm.weight"),
     (r"(.*)\.linear_attn\.out_proj\.weight", r"\1.ssm_out.weight"),
-    (r"(.*)\.mamba\.in_proj\.weight", r"\1.ssm_in.weight"),
-    (r"(.*)\.mamba\.conv1d\.(\w+)", r"\1.ssm_conv1d.\2"),
-    (r"(.*)\.mamba\.dt_bias", r"\1.ssm_dt.bias"),
-    (r"(.*)\.mamba\.A_log", r"\1.ssm_a"),
-    (r"(.*)\.mamba\.D", r"\1.ssm_d"),
-    (r"(.*)\.mamba\.norm\.weight", r"\1.ssm_norm.weight"),
-    (r"(.*)\.mamba\.out_proj\.weight", r"\1.ssm_out.weight"),
+    (r"model\.embeddings\.weight", "token_embd.weight"),
+    (r"model\.norm_f\.weight", "output_norm.weight"),
+    (r"(model\.layers\.\d+)\.norm\.weight", r"\1.attn_norm.weight"),
+    (r"(.*)\.mixer\.([qkv])_proj\.weight", r"\1.attn_\2.weight"),
+    (r"(.*)\.mixer\.o_proj\.weight", r"\1.attn_output.weight"),
+    (r"(.*)\.mixer\.(up|down)_proj\.weight", r"\1.ffn_\2.weight"),
+    (r"(.*)\.(?:mamba|mixer)\.in_proj\.weight", r"\1.ssm_in.weight"),
+    (r"(.*)\.(?:mamba|mixer)\.conv1d\.(\w+)", r"\1.ssm_conv1d.\2"),
+    (r"(.*)\.(?:mamba|mixer)\.dt_bias", r"\1.ssm_dt.bias"),
+    (r"(.*)\.(?:mamba|mixer)\.A_log", r"\1.ssm_a"),
+    (r"(.*)\.(?:mamba|mixer)\.D", r"\1.ssm_d"),
+    (r"(.*)\.(?:mamba|mixer)\.norm\.weight", r"\1.ssm_norm.weight"),
+    (r"(.*)\.(?:mamba|mixer)\.out_proj\.weight", r"\1.ssm_out.weight"),
     (r"(.*)\.post_self_attn_layernorm\.weight", r"\1.post_attention_norm.weight"),
     (r"(.*)\.post_mlp_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
@@ -177,7 +183,7 @@ def gguf_name(name: str) -> str:
         if re.fullmatch(pattern, name):
             found = re.sub(rf"^{pattern}$", new, name).replace("model.layers.", "blk.")
             return re.sub(
-                r"(blk\.\d+)\.(?:mlp|feed_forward|block_sparse_moe)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found
+                r"(blk\.\d+)\.(?:mlp|feed_forward|block_sparse_moe|mixer)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found
             )
     raise KeyError(name)
 
@@ -216,6 +222,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
         "granite",
         "granitemoe",
         "granitemoehybrid",
+        "nemotron_h",
         "smollm3",
         "ministral3",
     ):
@@ -230,7 +237,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
             found[f"rope_factors_{which}.weight"] = np.array(config["rope_scaling"][f"{which}_factor"], np.float32)
     if "linear_num_key_heads" in config:
         found = _delta(config, found)
-    if "mamba_n_heads" in config:
+    if "mamba_n_heads" in config or "mamba_num_heads" in config:
         found = _mamba(config, found)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
@@ -287,7 +294,7 @@ def _mamba(config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
         if name.endswith("ssm_a"):
             array = -np.exp(array.astype(np.float32))
         if name.endswith("ssm_norm.weight"):
-            array = array.reshape(config["mamba_n_groups"], -1).astype(np.float32)
+            array = array.reshape(config.get("mamba_n_groups") or config["n_groups"], -1).astype(np.float32)
         found[name] = array
     return found
 
@@ -384,7 +391,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": get("head_dim"),
         "attention.value_length": get("head_dim"),
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.layer_norm_rms_epsilon": get("rms_norm_eps") or config["layer_norm_epsilon"],
         "rope.freq_base": get("rope_theta"),
         "rope.dimension_count": turning,
         "expert_count": experts,
@@ -473,6 +480,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if family == "gemma4_text":
         found |= _gemma4(config)
+    if family == "nemotron_h":
+        found |= _nemotron(config)
     if family == "laguna":
         found |= _laguna(config, slides)
     if family in ("kimi_linear", "bailing_hybrid"):
@@ -515,6 +524,24 @@ def _kimi_delta(config: Mapping[str, Any]) -> dict[str, Any]:
         "kda.safe_gate": config.get("kda_safe_gate", True),
         "kda.gate_lower_bound": config.get("kda_lower_bound", -5.0),
         "expert_weights_norm": True,
+    }
+
+
+def _nemotron(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer is, is told by its numbers of key heads and of rows of a feed-forward."""
+    kinds, experts = config["layers_block_type"], "moe" in config["layers_block_type"]
+    wide = config["moe_intermediate_size"] if experts else config["intermediate_size"]
+    heads = config["mamba_num_heads"]
+    return {
+        "feed_forward_length": [wide if kind in ("mlp", "moe") else 0 for kind in kinds],
+        "attention.head_count_kv": [config["num_key_value_heads"] if kind == "attention" else 0 for kind in kinds],
+        "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
+        "ssm.conv_kernel": config.get("conv_kernel", 4),
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * config["mamba_head_dim"],
+        "rope.scaling.finetuned": False,
     }
 
 

@@ -127,6 +127,12 @@ def gelu_tanh_times(gate: Near, up: Near) -> Near:
     return Near(gelu * up.value, bound + (EXP + (6 + 5 * np.minimum(np.abs(z), 88)) * FP32) * np.abs(gelu * up.value))
 
 
+def relu_squared(gate: Near, up: Near) -> Near:
+    """The square of what of up is above zero; there is no gate."""
+    positive = np.maximum(up.value, 0)
+    return Near(positive**2, (2 * positive + up.bound) * up.bound + FP32 * positive**2)
+
+
 def rotate(x: Near, table: np.ndarray, dim: int, interleaved: bool) -> Near:
     """Turn the first `dim` elements of x [..., head_dim] by table [dim]: cosines, then sines."""
     cos, sin = np.split(np.asarray(table, np.float64)[..., :dim], 2, axis=-1)

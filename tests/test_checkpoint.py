@@ -65,7 +65,7 @@ def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtyp
     assert (tmp_path / INDEX).is_file()
     assert checkpoint.form == ("fused" if (checkpoint.spec.moe_layers and fused) or family in STACKED else "apart")
     expected = model.get_input_embeddings().weight.detach().float().numpy()
-    assert (checkpoint.read("model.embed_tokens.weight").astype(np.float32) == expected).all()
+    assert (checkpoint.read(checkpoint.spec.names.embedding).astype(np.float32) == expected).all()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

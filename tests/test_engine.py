@@ -493,6 +493,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "nemotron_h": ("nemotron_h", {"num_experts_per_tok": 8, "topk_group": 2, **SHARP}),  # of 8 experts
+    "nemotron_h, a pattern, no biases of convolutions": (
+        "nemotron_h",
+        {
+            "layers_block_type": None,
+            "hybrid_override_pattern": "M-*EM-",
+            "use_conv_bias": False,
+            "num_experts_per_tok": 8,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+        },
+    ),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {"num_experts_per_tok": 8}),
     "qwen3_5_text": ("qwen3_5_text", {}),
     "lfm2 tied, biases": ("lfm2", {}),

@@ -48,6 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     },
     "exaone_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]},
     "lfm2_moe": {"conv_bias": False},
     "afmoe": {"global_attn_every_n_layers": 4},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
@@ -88,6 +89,18 @@ def test_a_model_is_the_same_from_either_file(tmp_path: Path, family: str) -> No
     theirs = packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors))
     with ours, theirs:
         assert plain(ours.spec) == plain(theirs.spec)
+        assert same_stores(ours, theirs)
+
+
+def test_nemotron_h_without_experts_has_a_word_of_its_own(tmp_path: Path) -> None:
+    kinds = ["mamba", "mlp", "attention", "mamba", "mlp"]
+    config = {**CONFIGS["nemotron_h"], "layers_block_type": kinds, "n_routed_experts": None}
+    word, tensors = "nemotron_h", random_tensors(config)
+    metadata = {name.replace("nemotron_h_moe.", f"{word}."): item for name, item in gguf_metadata(config).items()}
+    path = tmp_path / "model.gguf"
+    ours = packed(write_gguf(path, {**metadata, "general.architecture": word}, gguf_tensors(config, tensors)))
+    theirs = packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors))
+    with ours, theirs:
         assert same_stores(ours, theirs)
 
 

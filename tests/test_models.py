@@ -41,7 +41,8 @@ def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
 def test_config_of_transformers_5_gives_the_same_spec(family: str) -> None:
     """transformers reads the old style and writes the new one."""
     rewritten = as_transformers_has_it(CONFIGS[family])
-    if family not in ("kimi_linear", "bailing_hybrid", "deepseek_v4"):  # fields of their own for the base, or no rope
+    without = ("kimi_linear", "bailing_hybrid", "deepseek_v4", "nemotron_h")  # fields of their own, or no rope
+    if family not in without:
         assert "rope_parameters" in rewritten and "rope_theta" not in rewritten
     assert model_spec(rewritten) == model_spec(CONFIGS[family])
 
@@ -257,6 +258,8 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
         changes, message = {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'.*gelu_pytorch_tanh"
     if family == "kimi_linear" and "rope_theta" in changes:
         pytest.skip("it has no rope")
+    if family == "nemotron_h" and "hidden_act" in changes:
+        changes, message = {"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu'.*relu2"
     with pytest.raises(ConfigError, match=message) as error:
         _spec(family, **changes)
     assert "\n" not in str(error.value)
@@ -265,6 +268,16 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
+        ("granitemoehybrid", {"mamba_d_head": 25}, "mamba_n_heads 8 of mamba_d_head 25 are not mamba_expand times hid"),
+        ("granitemoehybrid", {"mamba_n_groups": 3}, "8 heads of Mamba-2 in 3 groups are not as many in each"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias is True; it must be absent or False"),
+        ("granitemoehybrid", {"time_step_limit": [1.0, 0.5]}, "time_step_limit is .* must be two numbers from 0 on"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
+        ("nemotron_h", {"moe_latent_size": 32}, "moe_latent_size is 32; it must be absent"),
+        ("nemotron_h", {"layers_block_type": ["conv"]}, "a list of mamba, linear_attention, attention"),
+        ("nemotron_h", {"layers_block_type": []}, "a list of mamba, linear_attention, attention"),
+        ("nemotron_h", {"mlp_bias": True}, "mlp_bias is True; it must be absent or False"),
+        ("nemotron_h", {"mamba_head_dim": 257}, "mamba_head_dim is 257; it must be an integer from 1 to 256"),
         ("qwen3_moe", {"num_experts_per_tok": 11}, "num_experts_per_tok is 11.*from 1 to 10"),
         ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ("qwen3_moe", {"num_experts": None}, "num_experts is missing"),

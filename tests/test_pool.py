@@ -175,6 +175,7 @@ CASES = {
     "Kimi Delta Attention": ("bailing_hybrid", {}),
     "compressed tokens": ("deepseek_v4", {}),
     "compressed tokens in int8": ("deepseek_v4", {"kv_format": "int8"}),
+    "layers of one half": ("nemotron_h", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),
 }
 

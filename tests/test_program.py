@@ -153,8 +153,9 @@ def test_products_lie_within_their_tensors(name, text) -> None:
             count = max(1, experts) if name.endswith(".ffn.experts") else 1
             assert stride * count == sizes[name]
             parts.setdefault((op.layer, name), []).append((start, size, stride))
-    for (first, gate, _), (second, down, stride) in parts.values():
-        assert (first, second, second + down) == (0, 2 * gate, stride)
+    for (layer, _), ((first, gate, _), (second, down, stride)) in parts.items():
+        wide = spec.layers[layer or 0].feed_forward.wide
+        assert (first, second, second + down) == (0, wide * gate, stride)
 
 
 @pytest.mark.parametrize("text", TEXTS)

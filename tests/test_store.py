@@ -31,6 +31,7 @@ from hybrid.formats import FORMATS
 from hybrid.formats import packed as layout
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import MIXES, PARTS
+from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.compressed import CompressedAttention
 from hybrid.models.layers.gated_delta import GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
@@ -203,6 +204,8 @@ def _compare_norm(store: Store, name: str, source: str, exact: dict[str, Any]) -
 
 
 def _compare_mixer(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
+    if isinstance(store.spec.layers[layer].mixer, NoMixer):
+        return
     if isinstance(store.spec.layers[layer].mixer, ShortConv):
         return _compare_conv(store, layer, tensors, exact)
     if isinstance(store.spec.layers[layer].mixer, LatentAttention):
@@ -342,14 +345,16 @@ def _compare_conv(store: Store, layer: int, tensors: dict[str, Any], exact: dict
 
 def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fused: bool) -> None:
     ffn, hidden = store.spec.layers[layer].feed_forward, store.spec.hidden
+    if isinstance(ffn, NoFeedForward):
+        return
     names = in_layer(ffn.names, layer)
     blobs = store.array(f"layers.{layer}.ffn.experts")
-    bf16, down_start = FORMATS["bf16"], layout.down_offset("bf16", hidden, ffn.intermediate)
+    bf16, down_start = FORMATS["bf16"], layout.down_offset("bf16", hidden, ffn.intermediate, ffn.wide)
     for expert in range(max(1, ffn.experts)):
         gate, up, down = _expert(store, layer, expert, tensors, fused and ffn.is_moe)
-        blocks = blobs[expert, :down_start].reshape(-1, 2, bf16.block_bytes(round_up(hidden, 64)))
+        blocks = blobs[expert, :down_start].reshape(-1, ffn.wide, bf16.block_bytes(round_up(hidden, 64)))
         assert (bf16.unpack(blocks[:, 0], ffn.intermediate, hidden) == gate).all()
-        assert (bf16.unpack(blocks[:, 1], ffn.intermediate, hidden) == up).all()
+        assert (bf16.unpack(blocks[:, -1], ffn.intermediate, hidden) == up).all()
         assert (bf16.unpack(blobs[expert, down_start:], hidden, ffn.intermediate) == down).all()
     if ffn.is_moe:
         name = names.fused_router if fused else names.router
@@ -363,6 +368,10 @@ def _compare_feed_forward(store: Store, layer: int, tensors: dict[str, Any], fus
 def _expert(store: Store, layer: int, expert: int, tensors: dict[str, Any], fused: bool) -> tuple[Any, Any, Any]:
     ffn = store.spec.layers[layer].feed_forward
     names = in_layer(ffn.names.experts if ffn.is_moe else ffn.names.dense, layer)
+    if ffn.wide == 1:  # up alone, in the place of both
+        wide = (names.fused_gate_up, names.fused_down) if fused else names.of_expert(expert)[1:]
+        up, down = (tensors[name][expert] if fused else tensors[name] for name in wide)
+        return up, up, down
     if not ffn.is_moe and not names.gate:
         return *np.split(tensors[names.fused_gate_up], 2), tensors[names.fused_down]
     if fused:

@@ -3,7 +3,8 @@
 A matrix W [n outputs, k inputs] is packed as blocks of 16 output columns, each a header of scales and a stream of
 64-byte lines, so that one line is one vector operand and the kernels of every instruction set stream it in order
 (`formats/` has a file for each format). n is padded to 16 and k to 64. The gate and up matrices of an expert are
-interleaved by block (gate 0, up 0, gate 1, ...), and followed by its down matrix: one expert is one contiguous blob.
+interleaved by block (gate 0, up 0, gate 1, ...), and followed by its down matrix: one expert is one contiguous blob. An
+expert without a gate has up alone before down: one wide matrix, not two.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def packed_bytes(format: str, n: int, k: int) -> int:
     return run_bytes(format, matrix_runs(n, k))
 
 
-def expert_bytes(format: str, hidden: int, intermediate: int) -> int:
+def expert_bytes(format: str, hidden: int, intermediate: int, wide: int = 2) -> int:
     """Bytes of one expert's blob: gate and up, then down."""
-    return run_bytes(format, expert_runs(hidden, intermediate))
+    return run_bytes(format, expert_runs(hidden, intermediate, wide))
 
 
-def down_offset(format: str, hidden: int, intermediate: int) -> int:
+def down_offset(format: str, hidden: int, intermediate: int, wide: int = 2) -> int:
     """Bytes from the start of an expert's blob to its down matrix."""
-    return 2 * packed_bytes(matrix_formats(format)[0], intermediate, hidden)
+    return wide * packed_bytes(matrix_formats(format)[0], intermediate, hidden)
 
 
 def matrix_runs(n: int, k: int) -> tuple[Run, ...]:
@@ -60,10 +61,10 @@ def matrix_runs(n: int, k: int) -> tuple[Run, ...]:
     return (Run(round_up(k, K_ALIGN), round_up(n, BLOCK) // BLOCK),)
 
 
-def expert_runs(hidden: int, intermediate: int) -> tuple[Run, ...]:
-    """The blocks of an expert: gate and up interleaved, then down."""
+def expert_runs(hidden: int, intermediate: int, wide: int = 2) -> tuple[Run, ...]:
+    """The blocks of an expert: its wide matrices interleaved, gate and up or up alone, then down."""
     (gate_up,), (down,) = matrix_runs(intermediate, hidden), matrix_runs(hidden, intermediate)
-    return Run(gate_up.inputs, 2 * gate_up.count), down
+    return Run(gate_up.inputs, wide * gate_up.count), down
 
 
 def pack_gate_up(format: str, gate: Array, up: Array) -> Bytes:

@@ -58,6 +58,12 @@ _BLOCKS = {
     "index_head_dim": 16,
     "index_topk_blocks": 1,
 }
+_NEMOTRON = {
+    "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+    "moe_shared_expert_intermediate_size": 32,
+    "mamba_num_heads": 8,
+    "n_groups": 2,
+}
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
@@ -68,6 +74,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     "granitemoehybrid": _GRANITE4,
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), _DELTA),
     "deepseek_v4": _V4,
+    "nemotron_h": _NEMOTRON,
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

@@ -94,6 +94,14 @@ class Fields:
             raise self._bad(name, value, wanted)
         return value
 
+    def words(self, name: str, *, allowed: Sequence[str]) -> list[str]:
+        """A list of `allowed` words, of any length but none."""
+        wanted = f"a list of {', '.join(allowed)}"
+        name, value = self._read((name,), None, wanted)
+        if not isinstance(value, list) or not value or not all(word in allowed for word in value):
+            raise self._bad(name, value, wanted)
+        return value
+
     def spelled_out(self, name: str, letters: Mapping[str, str], count: int) -> Fields:
         """A copy in which a list, or a word whose letters stand for its items, has no more than `count` of them."""
         value = self._values.get(name)

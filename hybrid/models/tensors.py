@@ -27,7 +27,7 @@ class GatedNames:
     with fused_alternate gate row 0, up row 0, gate row 1, ...) and [experts, hidden, intermediate]; with
     fused_transposed the last two dimensions of both are the other way round. Fused experts in mxfp4 have `_blocks` and
     `_scales` added to their names, are never transposed, and biases of fused experts have `_bias`. A reader takes
-    whichever form the checkpoint has. Empty: the family has no such tensor.
+    whichever form the checkpoint has. Empty: the family has no such tensor; without a gate, gate is.
     """
 
     gate: str
@@ -81,11 +81,12 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Gated:
-    """Gate, up and down of every expert."""
+    """Gate, up and down of every expert. wide: how many matrices are before down, 1 without a gate."""
 
     names: GatedNames
     hidden: int
     intermediate: int
+    wide: int = 2
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Shard:
         return StoreTensor(self.prefix + name, (run_bytes(format, runs),), "U8", self.name, part, origin, format, runs)
 
     def experts(self, name: str, part: str, origin: Gated, format: str, *count: int) -> StoreTensor:
-        runs = expert_runs(origin.hidden, origin.intermediate)
+        runs = expert_runs(origin.hidden, origin.intermediate, origin.wide)
         shape = (*count, run_bytes(format, runs))
         return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs)
 
@@ -189,17 +190,18 @@ def _changed(value: object, change: Callable[[str], str]) -> object:
 
 
 def gated_shapes(names: tuple[str, str, str], hidden: int, intermediate: int, bias: bool) -> Shapes:
-    """Gate, up and down of one expert."""
+    """Gate, if it has one, up and down of one expert."""
     wide, narrow = (intermediate, hidden), (hidden, intermediate)
     for name, shape in zip(names, (wide, wide, narrow), strict=True):
-        yield name, shape
-        if bias:
+        if name:
+            yield name, shape
+        if name and bias:
             yield bias_name(name), shape[:1]
 
 
 def dense_shapes(names: GatedNames, hidden: int, intermediate: int, bias: bool) -> Shapes:
-    """Those of a dense feed-forward: three matrices, or gate and up in one where the family names no other."""
-    if names.gate:
+    """Those of a dense feed-forward: two or three matrices, or gate and up in one where the family names that."""
+    if names.gate or not names.fused_gate_up:
         yield from gated_shapes(names.of_expert(0), hidden, intermediate, bias)
     else:
         yield names.fused_gate_up, (2 * intermediate, hidden)
@@ -207,10 +209,10 @@ def dense_shapes(names: GatedNames, hidden: int, intermediate: int, bias: bool) 
 
 
 def fused_shapes(origin: Gated, experts: int, form: ExpertForm, bias: bool) -> Shapes:
-    """All experts of a layer, stacked."""
+    """All experts of a layer, stacked: gate and up together, or up alone."""
     names, hidden, intermediate = origin.names, origin.hidden, origin.intermediate
     for name, rows, columns in (
-        (names.fused_gate_up, 2 * intermediate, hidden),
+        (names.fused_gate_up, origin.wide * intermediate, hidden),
         (names.fused_down, hidden, intermediate),
     ):
         if form == "fused":

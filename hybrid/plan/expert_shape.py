@@ -52,4 +52,4 @@ def _layer_shape(spec: ModelSpec, index: int, tensors: dict[str, StoreTensor]) -
     names = ["experts", "gate_up_bias", "down_bias"]
     found = [(name, tensors.get(f"layers.{index}.ffn.{name}")) for name in names]
     pieces = tuple((name, tensor.nbytes // ffn.experts) for name, tensor in found if tensor)
-    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces, 3 * spec.hidden * ffn.intermediate)
+    return ExpertShape((), ffn.experts, ffn.router.top_k, pieces, (ffn.wide + 1) * spec.hidden * ffn.intermediate)

@@ -185,7 +185,7 @@ def _of_slowest(
 
 def parameters(spec: ModelSpec) -> tuple[int, int]:
     """How many a model has, and how many of them a token multiplies with."""
-    apart = all(spec.layers[layer].feed_forward.names.experts.gate for layer in spec.moe_layers)
+    apart = all(spec.layers[layer].feed_forward.names.experts.up for layer in spec.moe_layers)
     total = sum(prod(shape) for _, shape in spec.checkpoint_shapes("apart" if apart else "fused"))
     used = step_cost(spec, FormatMix.uniform("bf16"), "bf16", 1, 1, 0, 1).flops / 2
     return total, int(used)

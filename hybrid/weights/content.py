@@ -92,12 +92,15 @@ class Content:
         found = self._checkpoint.gated_biases(names, expert)
         return [self._checked(name, bias, always=True).astype(np.float32) for name, bias in found]
 
-    def _gated(self, matrices: tuple[Source, Source, Source], tensor: StoreTensor) -> Iterator[Task]:
-        """An expert's blob: gate and up interleaved, then down."""
+    def _gated(self, matrices: tuple[Source, ...], tensor: StoreTensor) -> Iterator[Task]:
+        """An expert's blob: gate and up interleaved, or up alone, then down."""
         assert tensor.format is not None
-        (gate, up, down), (first, second) = matrices, matrix_formats(tensor.format)
-        for both in zip(self._matrix([gate], first), self._matrix([up], first), strict=True):
-            yield partial(_interleaved, *both)
+        (*wide, down), (first, second) = matrices, matrix_formats(tensor.format)
+        if len(wide) == 1:
+            yield from self._matrix(wide, first)
+        else:
+            for both in zip(*(self._matrix([one], first) for one in wide), strict=True):
+                yield partial(_interleaved, *both)
         yield from self._matrix([down], second)
 
     def _per_head(self, origin: PerHead, format: str) -> Iterator[Task]:

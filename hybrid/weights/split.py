@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK, K_ALIGN, Array, Bytes, round_up
 from hybrid.formats.packed import matrix_formats
-from hybrid.models.tensors import StoreTensor
+from hybrid.models.tensors import Gated, StoreTensor
 
 # By the name of a tensor, the blocks that each node holds: of a matrix its output columns, of experts and the biases
 # of gate and up the intermediate ones. What is not named here is whole.
@@ -57,7 +57,7 @@ def expert_part_bytes(tensor: StoreTensor, blocks: range) -> int:
 def down_part_offset(tensor: StoreTensor, blocks: range) -> int:
     """Bytes from the start of an expert's part to its down matrix."""
     format = FORMATS[matrix_formats(tensor.format or "")[0]]
-    return 2 * len(blocks) * format.block_bytes(tensor.runs[0].inputs)
+    return _wide(tensor) * len(blocks) * format.block_bytes(tensor.runs[0].inputs)
 
 
 def part_inputs(blocks: range) -> int:
@@ -77,12 +77,19 @@ def write_part(tensor: StoreTensor, array: npt.NDArray[Any], blocks: range, out:
 def _write_experts(tensor: StoreTensor, blobs: Array, blocks: range, out: Bytes) -> None:
     wide, format = (FORMATS[name] for name in matrix_formats(tensor.format or ""))
     gate_up, down = tensor.runs
+    each = _wide(tensor)
     size, first, start = wide.block_bytes(gate_up.inputs), blocks.start * BLOCK, down_part_offset(tensor, blocks)
     last = first + part_inputs(blocks)
     for blob, part in zip(blobs, out.reshape(len(blobs), -1), strict=True):
-        part[:start] = blob[2 * blocks.start * size : 2 * blocks.stop * size]
+        part[:start] = blob[each * blocks.start * size : each * blocks.stop * size]
         whole = blob[gate_up.count * size :].reshape(down.count, -1)
         part[start:] = format.cut(whole, down.inputs, first, last).reshape(-1)
+
+
+def _wide(tensor: StoreTensor) -> int:
+    """Matrices of an expert before down."""
+    assert isinstance(tensor.origin, Gated)
+    return tensor.origin.wide
 
 
 def _count(tensor: StoreTensor) -> int:

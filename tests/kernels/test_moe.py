@@ -10,12 +10,26 @@ import pytest
 from expert_rig import Experts, Routed, Rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import FP32, Near, assert_near, gelu_tanh_times, operand_product, silu_times, swiglu_clamped
+from kernel_reference import (
+    FP32,
+    Near,
+    assert_near,
+    gelu_tanh_times,
+    operand_product,
+    relu_squared,
+    silu_times,
+    swiglu_clamped,
+)
 from rig import BF16, ISAS, random_bf16, rows_of
 
 from hybrid.formats import FORMATS
 
-ACTIVATIONS = {"silu": silu_times, "swiglu_clamped": swiglu_clamped, "gelu_tanh": gelu_tanh_times}
+ACTIVATIONS = {
+    "silu": silu_times,
+    "swiglu_clamped": swiglu_clamped,
+    "gelu_tanh": gelu_tanh_times,
+    "relu_squared": relu_squared,
+}
 
 
 def check(isa, routed: Routed, experts: Experts, x, ids, weights, onto, shared=None, gate=None) -> None:
@@ -240,3 +254,16 @@ def test_gelu_by_a_tangent(isa, size) -> None:
     experts = Experts.make("bf16", 5, 90, 40, bias=True, activation="gelu_tanh")
     for rows in (1, 33):
         try_routing(isa, experts, choose(rows, 3, 5), size=size, threads=2)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_experts_without_a_gate(isa, format, rows) -> None:
+    experts = Experts.make(format, 5, 90, 72, activation="relu_squared")
+    shared = Experts.make(format, 1, 90, 40, activation="relu_squared", seed=1)
+    try_routing(isa, experts, choose(rows, 3, 5), size=3.0, threads=2, shared=shared)
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_a_dense_feed_forward_without_a_gate(isa, rows) -> None:
+    experts = Experts.make("bf16", 1, 130, 50, bias=True, activation="relu_squared")
+    try_routing(isa, experts, None, rows=rows, threads=2)

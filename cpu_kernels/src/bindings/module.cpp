@@ -243,7 +243,8 @@ NB_MODULE(_ext, m) {
       .value("silu", Activation::silu)
       .value("swiglu_clamped", Activation::swiglu_clamped)
       .value("silu_clamped", Activation::silu_clamped)
-      .value("gelu_tanh", Activation::gelu_tanh);
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("relu_squared", Activation::relu_squared);
   nb::enum_<Scoring>(m, "Scoring")
       .value("softmax", Scoring::softmax)
       .value("topk_softmax", Scoring::topk_softmax)

@@ -112,10 +112,11 @@ void check_fit(const GateUpArgs& a, const std::string& place) {
   for (const auto& [name, bound] : {std::pair{"bound", a.bound}, std::pair{"shared_bound", a.shared_bound}})
     require(bound == 0 || (bound > 0 && a.activation == Activation::silu),
             place + name + " is " + std::to_string(bound) + "; it must be 0, or above it with silu");
-  check_set(a.routed, 2, place);
+  const int matrices = is_gated(a.activation) ? 2 : 1;
+  check_set(a.routed, matrices, place);
   require_stride(place, "output_stride", a.output_stride, int64_t(a.routed.blocks) * kBlock);
   if (!a.shared.blocks) return;
-  check_set(a.shared, 2, place + "shared.");
+  check_set(a.shared, matrices, place + "shared.");
   if (a.shared_output)
     require_stride(place, "shared_output_stride", a.shared_output_stride, int64_t(a.shared.blocks) * kBlock);
 }

@@ -123,7 +123,8 @@ struct ExpertSet {
   }
 };
 
-// Gate and up of the routed experts and of the expert that all rows share, which may differ in format and size.
+// Gate and up of the routed experts and of the expert that all rows share, which may differ in format and size. With an
+// activation that has no gate, up alone.
 struct GateUpArgs {
   ExpertSet routed, shared;  // biases: [experts][blocks][gate, up][16]
   bf16* output;              // [rows * top_k, output_stride], in routing order

@@ -12,7 +12,10 @@ using bf16 = uint16_t;  // bit pattern
 enum class Format { bf16, int8, int4, fp8, fp8_row, mxfp4, nvfp4, q8_0, q4_0, q5_0, q4_1, q5_1, q4_k, q5_k, q6_k };
 constexpr int kFormats = 15;
 
-enum class Activation { silu, swiglu_clamped, silu_clamped, gelu_tanh };
+enum class Activation { silu, swiglu_clamped, silu_clamped, gelu_tanh, relu_squared };
+
+// Whether the activation takes a gate beside what is up; else experts have no matrix of one.
+static inline bool is_gated(Activation activation) { return activation != Activation::relu_squared; }
 
 // What a router makes of its logits: a softmax over all experts or over the chosen ones, a sigmoid each, for each
 // chosen one a softmax over those left that are close to it, or the root of a softplus each.

@@ -29,7 +29,14 @@ static HYBRID_INLINE F32 silu_bounded(F32 gate, F32 up, F32 bound) {
   return Isa::mul(g, unless_damaged(Isa::max(min(up, bound), Isa::sub(Isa::zero(), bound)), up));
 }
 
+static HYBRID_INLINE F32 relu_squared(F32 x) {
+  const F32 positive = Isa::max(Isa::zero(), x);
+  return unless_damaged(Isa::mul(positive, positive), x);
+}
+
+// up: of no meaning without a gate.
 static HYBRID_INLINE F32 activate(Activation kind, float bound, F32 gate, F32 up) {
+  if (kind == Activation::relu_squared) return relu_squared(gate);
   if (bound > 0) return silu_bounded(gate, up, Isa::set(bound));
   if (kind == Activation::gelu_tanh) return Isa::mul(gelu_tanh(gate), up);
   if (kind == Activation::silu_clamped) return silu_clamped(gate, up);
@@ -42,30 +49,32 @@ struct Activations {
   int stride;
   Activation kind;
   float bound;
+  int matrices = is_gated(kind) ? 2 : 1;  // whose blocks lie in turn
 };
 
-// Blocks [first, last) of one expert's gate and up, for the rows that go to it.
+// Blocks [first, last) of one expert's gate and up, or of up alone, for the rows that go to it.
 template <class Format>
 static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const ExpertSet& set, const Activations& to,
                                          int expert, Range blocks, const Work& work) {
   const int begin = set.routing.offsets[expert], rows = set.routing.offsets[expert + 1] - begin;
   const Rows input{set.input, set.input_stride, set.routing.rows + begin};
-  const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * 2 * kBlock : nullptr;
-  const auto finish = [&](const Sums& sums, Range some_rows, int block, int pair_blocks) {
+  const int each = to.matrices;
+  const float* bias = set.bias ? set.bias + int64_t(expert) * set.blocks * each * kBlock : nullptr;
+  const auto finish = [&](const Sums& sums, Range some_rows, int block, int group) {
     for (int row = some_rows.first; row < some_rows.last; ++row) {
-      bf16* out = to.rows + int64_t(begin + row) * to.stride + block / 2 * kBlock;
-      for (int j = 0; j < pair_blocks; j += 2, out += kBlock) {
-        F32 gate = sums.at(row - some_rows.first, j), up = sums.at(row - some_rows.first, j + 1);
+      bf16* out = to.rows + int64_t(begin + row) * to.stride + block / each * kBlock;
+      for (int j = 0; j < group; j += each, out += kBlock) {
+        F32 gate = sums.at(row - some_rows.first, j), up = sums.at(row - some_rows.first, j + each - 1);
         if (bias) {
           gate = Isa::add(gate, Isa::load(bias + (block + j) * kBlock));
-          up = Isa::add(up, Isa::load(bias + (block + j + 1) * kBlock));
+          up = Isa::add(up, Isa::load(bias + (block + j + each - 1) * kBlock));
         }
         Isa::store_bf16(out, activate(to.kind, to.bound, gate, up));
       }
     }
   };
-  product(tiles, input, rows, set.experts + expert * set.expert_stride, set.inputs, {2 * blocks.first, 2 * blocks.last},
-          work.scratch, finish);
+  product(tiles, input, rows, set.experts + expert * set.expert_stride, set.inputs,
+          {each * blocks.first, each * blocks.last}, work.scratch, finish);
 }
 
 // The blocks of all active experts of a set laid end to end, behind `before` blocks of another.

@@ -29,6 +29,7 @@ class Experts:
     rows: int  # that they get for each row of the step
     activation: str  # buffer of what down reads
     bias: bool
+    wide: int = 2  # matrices before down: gate and up, or up alone
 
     @property
     def gate_up_format(self) -> str:
@@ -63,7 +64,7 @@ def expert_set(place: Place, experts: Experts, matrix: str) -> dict[str, Any]:
     wide, narrow = (experts.intermediate, hidden) if first else (hidden, experts.intermediate)
     format = experts.gate_up_format if first else experts.down_format
     rows, stride = product_rows(NORMED if first else experts.activation, narrow, format)
-    start = 0 if first else down_offset(experts.format, hidden, experts.intermediate)
+    start = 0 if first else down_offset(experts.format, hidden, experts.intermediate, experts.wide)
     return {
         "format": Choice("Format", format),
         "input": rows,
@@ -71,7 +72,7 @@ def expert_set(place: Place, experts: Experts, matrix: str) -> dict[str, Any]:
         "routing": RoutingTable(experts.routing),
         "experts": Weight(f"{prefix}.{experts.name}", start),
         "bias": Weight(f"{prefix}.{matrix}_bias") if experts.bias else None,
-        "expert_stride": expert_bytes(experts.format, hidden, experts.intermediate),
+        "expert_stride": expert_bytes(experts.format, hidden, experts.intermediate, experts.wide),
         "blocks": -(-wide // BLOCK),
         "inputs": row_stride(narrow),
     }

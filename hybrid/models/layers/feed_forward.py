@@ -1,4 +1,4 @@
-"""Gated feed-forward: dense, or experts behind a router, beside them one that all rows share.
+"""Feed-forward, gated or not: dense, or experts behind a router, beside them one that all rows share.
 
 A dense one counts as a single expert that takes every row: experts and it are computed by the same ops.
 """
@@ -67,7 +67,7 @@ from hybrid.models.tensors import (
 )
 from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
 
-Activation = Literal["silu", "swiglu_clamped", "silu_clamped", "gelu_tanh"]
+Activation = Literal["silu", "swiglu_clamped", "silu_clamped", "gelu_tanh", "relu_squared"]  # the last without a gate
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
 TAKE = "take"  # the kind of the callback that replaces what a router chose
 STORED = "ffn"  # how the names of its tensors begin, where a layer has one feed-forward
@@ -96,6 +96,11 @@ class FeedForward:
     @property
     def is_moe(self) -> bool:
         return self.experts > 0
+
+    @property
+    def wide(self) -> int:
+        """Matrices before down: gate and up, or up alone."""
+        return 1 if self.activation == "relu_squared" else 2
 
     @property
     def scores(self) -> int:
@@ -157,7 +162,7 @@ class FeedForward:
     def origin(self, place: Place) -> Gated:
         """Where a checkpoint has the experts that rows choose among, or the dense matrices."""
         names = self.names.experts if self.is_moe else self.names.dense
-        return Gated(in_layer(names, place.layer), place.hidden, self.intermediate)
+        return Gated(in_layer(names, place.layer), place.hidden, self.intermediate, self.wide)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, hidden, count = in_layer(self.names, place.layer), place.hidden, max(1, self.experts)
@@ -176,7 +181,7 @@ class FeedForward:
             yield shard.floats("gate_up_bias", part, up, count, blocks, 2, BLOCK)
             yield shard.floats("down_bias", part, down, count, round_up(hidden, BLOCK))
         if self.shared_intermediate:
-            shared = Gated(names.shared, hidden, self.shared_intermediate)
+            shared = Gated(names.shared, hidden, self.shared_intermediate, self.wide)
             yield shard.experts("shared", "shared", shared, place.mix.shared)
 
     def _router_tensors(self, router: Router, place: Place, shard: Shard) -> Iterator[StoreTensor]:
@@ -206,11 +211,16 @@ class FeedForward:
         """The routed experts, then the shared expert if there is one."""
         table = (ROUTED, self.router.top_k) if self.router else (DENSE, 1)
         rows = ACTIVATION if self.stored == STORED else f"{self.stored}_{ACTIVATION}"
-        routed = Experts(self.stored, "experts", self._format(mix), self.intermediate, *table, rows, self.bias)
+        routed = Experts(
+            self.stored, "experts", self._format(mix), self.intermediate, *table, rows, self.bias, self.wide
+        )
         if not self.shared_intermediate:
             return [routed]
         table, rows = (SHARED if self.shared_gate else DENSE, 1), f"shared_{ACTIVATION}"
-        return [routed, Experts(self.stored, "shared", mix.shared, self.shared_intermediate, *table, rows, False)]
+        return [
+            routed,
+            Experts(self.stored, "shared", mix.shared, self.shared_intermediate, *table, rows, False, self.wide),
+        ]
 
     # A step.
 
@@ -334,19 +344,26 @@ class FeedForward:
         if self.router:
             top_k = self.router.top_k
             active = self.experts * (1 - (1 - top_k / self.experts) ** load.rows)
-        total = expert_cost(self._format(place.mix), hidden, self.intermediate, active, load.rows * top_k)
+        total = expert_cost(self._format(place.mix), hidden, self.intermediate, active, load.rows * top_k, self.wide)
         total += Cost(float(FP32 * router), 2.0 * load.rows * router)
         if self.shared_intermediate:
-            total += expert_cost(place.mix.shared, hidden, self.shared_intermediate, 1, load.rows)
+            total += expert_cost(place.mix.shared, hidden, self.shared_intermediate, 1, load.rows, self.wide)
         return total
 
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device knows gelu of experts, their bounds or a norm of their sum, a router's own norm, or a factor."""
+        """No device knows gelu of experts, their bounds or a norm of their sum, a router's own norm, a factor, or
+        matrices without a gate.
+        """
         own_norms = self.names.post_norm or self.names.router_norm
         bounded = self.bound or self.shared_bound
-        if self.names.factor or self.is_moe and (own_norms or bounded or self.activation == "gelu_tanh"):
+        if (
+            self.wide == 1
+            or self.names.factor
+            or self.is_moe
+            and (own_norms or bounded or self.activation == "gelu_tanh")
+        ):
             return None
         hidden = place.hidden
         intermediate = self.shared_intermediate if self.is_moe else self.intermediate

@@ -183,12 +183,12 @@ def product_cost(format: str, n: int, k: int, rows: float) -> Cost:
     return Cost(packed_bytes(format, n, k)) + operations(format, n * k * rows)
 
 
-def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows: float) -> Cost:
+def expert_cost(format: str, hidden: int, intermediate: int, active: float, rows: float, wide: int = 2) -> Cost:
     """Cost of reading `active` experts once, and of `rows` rows over all of them."""
     first, second = matrix_formats(format)
     products = float(rows) * hidden * intermediate
-    multiplied = operations(first, 2.0 * products) + operations(second, products)
-    return Cost(active * expert_bytes(format, hidden, intermediate)) + multiplied
+    multiplied = operations(first, wide * products) + operations(second, products)
+    return Cost(active * expert_bytes(format, hidden, intermediate, wide)) + multiplied
 
 
 def operations(format: str, products: float) -> Cost:

@@ -134,7 +134,7 @@ def _followed(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[Kind, int]]:
         for part in origin.parts[:-1]:
             if kind := kinds(part.name if isinstance(part, PerHead) else part):
                 yield kind, part.rows if isinstance(part, PerHead) else kind.rows
-    elif isinstance(origin, Gated) and (kind := kinds(origin.names.fused_gate_up)):
+    elif isinstance(origin, Gated) and origin.wide > 1 and (kind := kinds(origin.names.fused_gate_up)):
         yield kind, origin.intermediate
 
 
@@ -149,7 +149,7 @@ def _sources(tensor: StoreTensor, kinds: Kinds) -> Iterator[Sequence[str]]:
     else:
         count = tensor.shape[0] if len(tensor.shape) > 1 else 1
         names = [origin.names.of_expert(expert) for expert in range(count)]
-        yield [name for gate, up, _ in names for name in (gate, up)]
+        yield [name for gate, up, _ in names for name in (gate, up) if name]
         yield [down for _, _, down in names]
 
 

@@ -20,7 +20,11 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _LONGEST_NAME = 255  # that a file system allows
 # Where text models lie in models of more than text, and where transformers 5 places them.
-_OTHER_PLACES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+_OTHER_PLACES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "backbone.": "model.",  # Nemotron-H
+}
 # As DeepSeek publishes DeepSeek-V4, beside layers of which the names begin with their number.
 _PLAIN = {
     "embed.weight": "model.embed_tokens.weight",

@@ -6,6 +6,7 @@ INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whos
 KIMI_DELTA = ("kimi-linear", "bailingmoe3")  # with Kimi Delta Attention
 LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES, *KIMI_DELTA)
 GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
+NEMOTRON = ("nemotron_h", "nemotron_h_moe")  # whose layers are of one half each
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mixtral"),
     "qwen2vl": ("qwen2",),
@@ -47,6 +48,8 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "exaone-moe": ("exaone_moe",),
     "granite": ("granite",),
     "granitehybrid": ("granitemoehybrid",),
+    "nemotron_h": ("nemotron_h",),
+    "nemotron_h_moe": ("nemotron_h",),
     "ernie4_5": ("ernie4_5",),
     "hunyuan-dense": ("hunyuan_v1_dense",),
     "chatglm": ("glm",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoints.gguf_architectures import GROWING, INDEXED_TYPES, LATENT
+from hybrid.weights.checkpoints.gguf_architectures import GROWING, INDEXED_TYPES, LATENT, NEMOTRON
 from hybrid.weights.checkpoints.gguf_dense import (
     chatglm,
     ernie4_5,
@@ -36,7 +36,7 @@ from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
-from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid
+from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
@@ -63,6 +63,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if metadata.architecture not in GROWING and metadata.number(TEMPERATURE, 0.0):
         raise metadata.refuse(TEMPERATURE, metadata.number(TEMPERATURE), "absent or 0")
+    by_layer = metadata.architecture in NEMOTRON  # the family tells it
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
     return {
@@ -70,7 +71,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "hidden_size": metadata.size("embedding_length"),
         "vocab_size": model.tensors[EMBEDDING].shape[0],
         "max_position_embeddings": metadata.size("context_length"),
-        "intermediate_size": metadata.size("feed_forward_length", 0) or None,
+        "intermediate_size": None if by_layer else metadata.size("feed_forward_length", 0) or None,
         "num_attention_heads": heads,
         "num_key_value_heads": max(kv_heads(metadata)),
         "head_dim": dim,
@@ -392,6 +393,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "exaone-moe": _exaone_moe,
     "granite": granite,
     "granitehybrid": granite_hybrid,
+    "nemotron_h": nemotron_h,
+    "nemotron_h_moe": nemotron_h,
     "ernie4_5": ernie4_5,
     "hunyuan-dense": hunyuan_dense,
     "chatglm": chatglm,

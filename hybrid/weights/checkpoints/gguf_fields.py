@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hybrid.models.decoder import MAX_LAYERS
-from hybrid.weights.checkpoints.gguf_architectures import KIMI_DELTA
+from hybrid.weights.checkpoints.gguf_architectures import KIMI_DELTA, NEMOTRON
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
 
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
-MIXED = ("lfm2", "lfm2moe", "granitehybrid", *KIMI_DELTA)  # whose layers do not all attend
+MIXED = ("lfm2", "lfm2moe", "granitehybrid", *KIMI_DELTA, *NEMOTRON)  # whose layers do not all attend
 _GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
 
 

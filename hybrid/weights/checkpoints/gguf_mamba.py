@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid.weights.checkpoints.gguf_dense import granite
-from hybrid.weights.checkpoints.gguf_fields import SOFTMAX, has, kv_heads, layer_count, require_gating
+from hybrid.weights.checkpoints.gguf_fields import SIGMOID, SOFTMAX, has, kv_heads, layer_count, require_gating
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
@@ -42,6 +42,44 @@ def granite_experts(model: Gguf, metadata: GgufMetadata) -> Config:
         "num_local_experts": experts,
         "num_experts_per_tok": metadata.size("expert_used_count", 0) or None,
         "shared_intermediate_size": metadata.size("expert_shared_feed_forward_length", wide),
+    }
+
+
+def nemotron_h(model: Gguf, metadata: GgufMetadata) -> Config:
+    """A layer that neither attends nor has a feed-forward is Mamba-2."""
+    experts, heads = metadata.size("expert_count", 0), max(1, metadata.size("ssm.time_step_rank"))
+    wide, attends = metadata.layer_sizes("feed_forward_length", layer_count(metadata)), kv_heads(metadata)
+    feed_forward = "moe" if experts else "mlp"
+    found = {
+        "model_type": "nemotron_h",
+        "intermediate_size": max(wide) or None,
+        "layers_block_type": [
+            "attention" if kv else feed_forward if size else "mamba" for kv, size in zip(attends, wide, strict=True)
+        ],
+        "mamba_num_heads": heads,
+        "mamba_head_dim": metadata.size("ssm.inner_size") // heads,
+        "n_groups": metadata.size("ssm.group_count"),
+        "ssm_state_size": metadata.size("ssm.state_size"),
+        "conv_kernel": metadata.size("ssm.conv_kernel"),
+        "use_conv_bias": conv_bias(model, metadata),
+    }
+    return found | _nemotron_experts(metadata) if experts else found
+
+
+def _nemotron_experts(metadata: GgufMetadata) -> Config:
+    require_gating(metadata, SIGMOID, SIGMOID)
+    if metadata.size("moe_latent_size", 0):
+        raise metadata.refuse("moe_latent_size", metadata.size("moe_latent_size"), "absent")
+    return {
+        "n_routed_experts": metadata.size("expert_count"),
+        "num_experts_per_tok": metadata.size("expert_used_count"),
+        "n_shared_experts": metadata.size("expert_shared_count", 1),
+        "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": metadata.size("expert_shared_feed_forward_length"),
+        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
+        "n_group": metadata.size("expert_group_count", 0) or 1,
+        "topk_group": metadata.size("expert_group_used_count", 0) or 1,
     }
 
 

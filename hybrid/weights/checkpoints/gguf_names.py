@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from hybrid.formats.block import Array
+from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
@@ -29,11 +30,12 @@ from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
+from hybrid.weights.checkpoints.gguf_architectures import NEMOTRON
 from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
 # Rows of queries and keys lie as their rope turns them: pair by pair.
-PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "mistral3")
+PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", *NEMOTRON, "smollm3", "mistral3")
 DELTAS = ("qwen3next", "qwen35", "qwen35moe")
 _NORM_BEHIND = (
     "gpt-oss",
@@ -150,6 +152,13 @@ FEED_FORWARD = FeedForwardNames(
     correction=_CORRECTION,
     fused_correction=_CORRECTION,
 )
+WITHOUT_GATES = replace(
+    FEED_FORWARD,
+    norm=f"{_LAYER}.attn_norm.weight",
+    dense=replace(_gated(""), gate=""),
+    experts=replace(_gated(".{expert}"), gate=""),
+    shared=replace(_gated("_shexp"), gate=""),
+)
 BESIDE_DENSE = replace(
     FEED_FORWARD,
     norm=f"{_LAYER}.pre_ffw_norm_2.weight",
@@ -185,6 +194,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
+    if isinstance(mixer, NoMixer):
+        return mixer
     if isinstance(mixer, Mamba2):
         return replace(mixer, names=MAMBA)
     if isinstance(mixer, ShortConv):
@@ -199,6 +210,10 @@ def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
     if isinstance(feed_forward, ParallelFeedForward):
         dense = replace(feed_forward.dense, names=replace(names, post_norm=f"{_LAYER}.post_ffw_norm_1.weight"))
         return replace(feed_forward, names=BESIDE_DENSE, dense=dense)
+    if isinstance(feed_forward, NoFeedForward):
+        return feed_forward
+    if feed_forward.wide == 1:
+        return replace(feed_forward, names=WITHOUT_GATES)
     own = feed_forward.names
     names = replace(names, norm=own.norm and names.norm, post_norm=own.post_norm and _POST_FEED_FORWARD)
     return replace(feed_forward, names=replace(names, factor=own.factor and _FACTOR))
@@ -232,12 +247,21 @@ def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
             found.update(_experts(entry, *match.groups()))
         elif match := _QKV.fullmatch(name):
             found.update(_queries_keys_values(spec, entry, *match.groups()))
-        elif (match := _UP.fullmatch(name)) and f"{match[1]}.ffn_gate.weight" not in tensors:
+        elif (
+            (match := _UP.fullmatch(name))
+            and _is_gated(spec, match[1])
+            and f"{match[1]}.ffn_gate.weight" not in tensors
+        ):
             found.update(_gate_and_up(entry, match[1]))
         else:
             other = _OTHER_NAMES.get(name, name)
             found[name if other in tensors else other] = entry
     return found
+
+
+def _is_gated(spec: ModelSpec, layer: str) -> bool:
+    number = int(layer.removeprefix("blk."))
+    return number >= len(spec.layers) or spec.layers[number].feed_forward.wide > 1
 
 
 def kv_parts(name: str) -> tuple[str, str]:

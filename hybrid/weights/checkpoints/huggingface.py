@@ -96,13 +96,15 @@ class Checkpoint:
         _require_dtype(name, entry, _dtypes(name))
         return Source(name, entry, start, count, step)
 
-    def gated(self, origin: Gated, expert: int) -> tuple[Source, Source, Source]:
-        """Gate, up and down of one expert, or of a dense feed-forward, which counts as one expert."""
+    def gated(self, origin: Gated, expert: int) -> tuple[Source, ...]:
+        """Gate, if there is one, up and down of one expert, or of a dense feed-forward, which counts as one expert."""
         names = origin.names
         if self._form(names) == "apart":
-            gate_name, up_name, down_name = names.of_expert(expert)
-            return self.matrix(gate_name), self.matrix(up_name), self.matrix(down_name)
-        first, size = 2 * origin.intermediate * expert, origin.intermediate
+            return tuple(self.matrix(name) for name in names.of_expert(expert) if name)
+        first, size = origin.wide * origin.intermediate * expert, origin.intermediate
+        if origin.wide == 1:
+            only = self._fused(names, names.fused_gate_up, first, size, 1)
+            return only, self._fused(names, names.fused_down, origin.hidden * expert, origin.hidden, 1)
         (gate, up), step = ((first, first + 1), 2) if names.fused_alternate else ((first, first + size), 1)
         return (
             self._fused(names, names.fused_gate_up, gate, size, step),
@@ -283,7 +285,7 @@ def _as_they_lie(spec: ModelSpec, entries: Mapping[str, Entry]) -> ModelSpec:
 def _expert_form(spec: ModelSpec, entries: Mapping[str, Entry]) -> ExpertForm:
     """That of the whole model: of mxfp4 if any layer is."""
     experts = spec.expert_names().values()
-    forms = {_layer_form(names, entries) or ("apart" if names.gate else "fused") for names in experts}
+    forms = {_layer_form(names, entries) or ("apart" if names.up else "fused") for names in experts}
     return next((form for form in _FORMS if form in forms), "apart")
 
 
@@ -293,7 +295,7 @@ def _layer_form(names: GatedNames, entries: Mapping[str, Entry]) -> ExpertForm |
         return "mxfp4"
     if names.fused_gate_up in entries:
         return "fused"
-    return "apart" if names.of_expert(0)[0] in entries else None
+    return "apart" if names.of_expert(0)[1] in entries else None
 
 
 def _dtypes(name: str) -> tuple[str, ...]:
