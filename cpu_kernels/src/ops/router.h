@@ -72,9 +72,13 @@ static HYBRID_INLINE void softmax_all(float* x, int count) {
 
 static HYBRID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x)) + 0.0f * x; }
 
-// The root of ln(1 + e^x).
-static HYBRID_INLINE float root_softplus(float x) {
-  return __builtin_sqrtf(x > 20.0f ? x : __builtin_log1pf(exponential(x)));
+// Roots of ln(1 + e^x).
+static HYBRID_INLINE void root_softplus_all(float* x, int count) {
+  for (int i = 0; i < count; i += kBlock) {
+    const int some = min(kBlock, count - i);
+    store_some(x + i, softplus(load_some(x + i, some)), some);
+  }
+  for (int i = 0; i < count; ++i) x[i] = __builtin_sqrtf(x[i]);
 }
 
 static HYBRID_INLINE bool is_finite(const float* x, int count) {
@@ -177,7 +181,7 @@ static void topk(const TopkArgs& args, const Step& step, const Work& work) {
     if (args.logit_cap > 0) cap_all(scores, args.experts, args.logit_cap);
     if (args.scoring == Scoring::softmax) softmax_all(scores, args.experts);
     for (int i = 0; sigmoids && i < args.experts; ++i) scores[i] = sigmoid(scores[i]);
-    for (int i = 0; roots && i < args.experts; ++i) scores[i] = root_softplus(scores[i]);
+    if (roots) root_softplus_all(scores, args.experts);
     if (args.groups) keep_best_groups(args, scores);
     if (args.by_token && !experts_of(args, step.tokens[row], ids)) return choose_nothing(ids, weights, args.top_k);
     float total = sigmoids || roots ? 1e-20f : 0.0f;  // all of them may have vanished
