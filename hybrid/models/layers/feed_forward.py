@@ -48,7 +48,7 @@ from hybrid.models.layers.products import (
     unnormed_buffers,
     unnormed_constants,
 )
-from hybrid.models.layers.router import FeedForwardNames, Router
+from hybrid.models.layers.router import FeedForwardNames, Router, route
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import (
     ExpertForm,
@@ -65,7 +65,7 @@ from hybrid.models.tensors import (
     in_layer,
     inside,
 )
-from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable, Weight
+from hybrid.ops import Buffer, Choice, ExpertSet, Op, RoutingTable
 
 Activation = Literal["silu", "swiglu_clamped", "silu_clamped", "gelu_tanh", "relu_squared"]  # the last without a gate
 EXPERT_SUM = "device.sum"  # what the threads make of the experts of a layer: float32 [rows, row_stride(hidden)]
@@ -255,48 +255,11 @@ class FeedForward:
         if apart:
             yield norm(place, "moe", f"{prefix}.router_norm", f32=True)
         if self.router:
-            yield from self._route(place, self.router)
+            yield from route(self.router, self.prefix(place), place.hidden, self.experts, self.shared_gate)
         yield self._gate_up(place, part, groups)
         for experts in groups:
             yield from quantise(part, experts.activation, experts.intermediate, experts.down_format, experts.rows)
         yield self._down(place, part, groups)
-
-    def _route(self, place: Place, router: Router) -> Iterator[Op]:
-        weight = f"{self.prefix(place)}.router"
-        score = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(weight),
-            "bias": Weight(f"{weight}_bias") if router.bias else None,
-            "logits": Buffer("router_logits"),
-            "experts": self.scores,
-            "hidden": place.hidden,
-            "input_stride": row_stride(place.hidden),
-        }
-        yield Op("router", "moe", score, (self.scores, "experts a block of rows"))
-        choose = {
-            "logits": Buffer("router_logits"),
-            "ids": Buffer(IDS),
-            "weights": Buffer(WEIGHTS),
-            "shared_weights": Buffer(f"{SHARED}.weights") if self.shared_gate else None,
-            "experts": self.experts,
-            "top_k": router.top_k,
-            "renormalise": router.renormalise,
-            "scoring": Choice("Scoring", router.kind),
-            "scale": router.scale,
-            "correction": Weight(f"{weight}_correction") if router.correction else None,
-            "groups": router.groups if router.groups > 1 else 0,
-            "top_groups": router.top_groups,
-        }
-        if router.kind == "sparsemixer":
-            choose["jitter"] = router.jitter
-        if router.logit_cap:
-            choose["logit_cap"] = router.logit_cap
-        if router.by_token:
-            choose["by_token"] = Weight(f"{weight}_by_token")
-        if router.expert_scales:
-            choose["expert_scales"] = Weight(f"{self.prefix(place)}.expert_scales")
-        yield Op("topk", "moe", choose, (0, "rows"))
-        yield group_rows("moe", ROUTED, self.experts, router.top_k)
 
     def _gate_up(self, place: Place, part: str, groups: list[Experts]) -> Op:
         sets = [expert_set(place, experts, "gate_up") for experts in groups]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from hybrid.formats.rows import row_stride
+from hybrid.models.layers.expert_sets import IDS, ROUTED, SHARED, WEIGHTS, group_rows
+from hybrid.models.layers.products import NORMED_F32
 from hybrid.models.tensors import GatedNames, gated_names
+from hybrid.ops import Buffer, Choice, Op, Weight
 
 RouterKind = Literal["softmax", "topk_softmax", "sigmoid", "sparsemixer", "root_softplus"]
 _PREFIX = "model.layers.{layer}.mlp"
@@ -72,3 +77,44 @@ class FeedForwardNames:
     factor: str = ""
     sum_norm: str = ""
     by_token: str = ""
+
+
+def route(router: Router, prefix: str, hidden: int, experts: int, shared_gate: bool) -> Iterator[Op]:
+    """Scores rows, and gives each its experts. prefix: how the names of the layer's tensors in a store begin.
+    shared_gate: whether a last score weighs a shared expert.
+    """
+    weight, scores = f"{prefix}.router", experts + shared_gate
+    score = {
+        "input": Buffer(NORMED_F32),
+        "weight": Weight(weight),
+        "bias": Weight(f"{weight}_bias") if router.bias else None,
+        "logits": Buffer("router_logits"),
+        "experts": scores,
+        "hidden": hidden,
+        "input_stride": row_stride(hidden),
+    }
+    yield Op("router", "moe", score, (scores, "experts a block of rows"))
+    choose = {
+        "logits": Buffer("router_logits"),
+        "ids": Buffer(IDS),
+        "weights": Buffer(WEIGHTS),
+        "shared_weights": Buffer(f"{SHARED}.weights") if shared_gate else None,
+        "experts": experts,
+        "top_k": router.top_k,
+        "renormalise": router.renormalise,
+        "scoring": Choice("Scoring", router.kind),
+        "scale": router.scale,
+        "correction": Weight(f"{weight}_correction") if router.correction else None,
+        "groups": router.groups if router.groups > 1 else 0,
+        "top_groups": router.top_groups,
+    }
+    if router.kind == "sparsemixer":
+        choose["jitter"] = router.jitter
+    if router.logit_cap:
+        choose["logit_cap"] = router.logit_cap
+    if router.by_token:
+        choose["by_token"] = Weight(f"{weight}_by_token")
+    if router.expert_scales:
+        choose["expert_scales"] = Weight(f"{prefix}.expert_scales")
+    yield Op("topk", "moe", choose, (0, "rows"))
+    yield group_rows("moe", ROUTED, experts, router.top_k)

@@ -38,6 +38,14 @@ from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_qwen import (
+    qwen,
+    qwen2_moe,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
@@ -90,43 +98,6 @@ def _llama(model: Gguf, metadata: GgufMetadata) -> Config:
     require_gating(metadata, SOFTMAX, SOFTMAX)
     require_weights(metadata, norm=True)
     return {"model_type": "mixtral", **routed(metadata)}
-
-
-def _qwen(model: Gguf, metadata: GgufMetadata) -> Config:
-    """Those with images are, of text alone, the model without."""
-    return {"model_type": metadata.architecture.removesuffix("vl")}
-
-
-def _expert_width(metadata: GgufMetadata) -> int:
-    """Older files tell the width of all chosen experts together."""
-    if metadata.has("expert_feed_forward_length"):
-        return metadata.size("expert_feed_forward_length")
-    return metadata.size("feed_forward_length") // max(1, metadata.size("expert_used_count"))
-
-
-def _qwen2_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SOFTMAX, SOFTMAX)
-    require_weights(metadata, norm=False)
-    width = metadata.size("expert_shared_feed_forward_length", metadata.size("feed_forward_length", 0))
-    return {
-        "model_type": "qwen2_moe",
-        **routed(metadata),
-        "moe_intermediate_size": _expert_width(metadata),
-        "shared_expert_intermediate_size": width,
-        "norm_topk_prob": False,
-        "qkv_bias": has(model, "attn_q.bias"),
-    }
-
-
-def _qwen3_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SOFTMAX, SOFTMAX)
-    require_weights(metadata, norm=True)
-    return {
-        "model_type": "qwen3_moe",
-        **routed(metadata),
-        "moe_intermediate_size": _expert_width(metadata),
-        "norm_topk_prob": True,
-    }
 
 
 def _gpt_oss(model: Gguf, metadata: GgufMetadata) -> Config:
@@ -307,60 +278,15 @@ def _phimoe(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
-def _qwen3_next(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": "qwen3_next", **_delta(model, metadata), **_shared_experts(metadata)}
-
-
-def _qwen3_5(model: Gguf, metadata: GgufMetadata) -> Config:
-    return {"model_type": "qwen3_5_text", **_delta(model, metadata), **_heads_in_turn(metadata)}
-
-
-def _qwen3_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    found = {**_delta(model, metadata), **_heads_in_turn(metadata), **_shared_experts(metadata)}
-    return {"model_type": "qwen3_5_moe_text", **found}
-
-
-def _delta(model: Gguf, metadata: GgufMetadata) -> Config:
-    """Which layers attend is told in two ways, or not at all; those that do not have decays."""
-    values, dim = metadata.size("ssm.time_step_rank"), key_length(metadata)
-    layers = range(min(layer_count(metadata), len(model.tensors)))
-    return {
-        "linear_conv_kernel_dim": metadata.size("ssm.conv_kernel"),
-        "linear_key_head_dim": metadata.size("ssm.state_size"),
-        "linear_num_key_heads": metadata.size("ssm.group_count"),
-        "linear_num_value_heads": values,
-        "linear_value_head_dim": metadata.size("ssm.inner_size") // max(1, values),
-        "layer_types": ["linear_attention" if has(model, "ssm_a", layer) else "full_attention" for layer in layers],
-        "partial_rotary_factor": metadata.size("rope.dimension_count", dim) / max(1, dim),
-    }
-
-
-def _heads_in_turn(metadata: GgufMetadata) -> Config:
-    """Value heads lie as the program repeats those of keys that made the file: all of them, once more and once more."""
-    in_turn = metadata.size("ssm.group_count") != metadata.size("ssm.time_step_rank")
-    return {"linear_value_heads_in_turn": True} if in_turn else {}
-
-
-def _shared_experts(metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SOFTMAX, SOFTMAX)
-    require_weights(metadata, norm=True)
-    return {
-        **routed(metadata),
-        "moe_intermediate_size": _expert_width(metadata),
-        "shared_expert_intermediate_size": metadata.size("expert_shared_feed_forward_length"),
-        "norm_topk_prob": True,
-    }
-
-
 _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "llama": _llama,
-    "qwen2vl": _qwen,
-    "qwen3vl": _qwen,
-    "qwen3vlmoe": _qwen3_moe,
-    "qwen2": _qwen,
-    "qwen3": _qwen,
-    "qwen2moe": _qwen2_moe,
-    "qwen3moe": _qwen3_moe,
+    "qwen2vl": qwen,
+    "qwen3vl": qwen,
+    "qwen3vlmoe": qwen3_moe,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "qwen2moe": qwen2_moe,
+    "qwen3moe": qwen3_moe,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4_moe,
     "minimax-m2": _minimax_m2,
@@ -379,9 +305,9 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "phimoe": _phimoe,
     "lfm2": lfm2,
     "lfm2moe": lfm2_moe,
-    "qwen3next": _qwen3_next,
-    "qwen35": _qwen3_5,
-    "qwen35moe": _qwen3_5_moe,
+    "qwen3next": qwen3_next,
+    "qwen35": qwen3_5,
+    "qwen35moe": qwen3_5_moe,
     "kimi-linear": kimi_linear,
     "bailingmoe3": bailingmoe3,
     "smollm3": smollm3,
