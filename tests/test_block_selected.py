@@ -204,6 +204,14 @@ def test_the_nested_configuration_of_a_published_model_says_the_same() -> None:
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({"sparse_attention_config": {"sparse_init_block": 1}}, "sparse_attention_config.sparse_init_block is 1"),
         ({"sparse_attention_config": {"sparse_score_type": "mean"}}, "sparse_score_type is 'mean'"),
+        ({"sparse_attention_config": {"use_sparse_attention": False}}, "use_sparse_attention is False"),
+        (
+            {"sparse_attention_config": {"sparse_attention_freq": [0, 1], "sparse_disable_index_value": [0, 0]}},
+            "sparse_disable_index_value has a 0 for a layer that selects",
+        ),
+        ({"use_gemma_norm": False}, "use_gemma_norm is False; it must be absent or True"),
+        ({"attention_output_gate": True}, "attention_output_gate is True; it must be absent or False"),
+        ({"qk_norm_type": "per_layer"}, "qk_norm_type is 'per_layer'; it must be absent or per_head"),
     ],
 )
 def test_what_is_not_computed_is_refused(changes: dict, message: str) -> None:

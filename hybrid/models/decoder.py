@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,8 +195,13 @@ def read_model(
 def of_rope(config: Mapping[str, Any], kind: str, default: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the rope of one kind of layer alone, or a default."""
     rest = {name: value for name, value in config.items() if not name.startswith("rope_")}
-    both = config.get("rope_parameters")
-    own = both.get(kind) if isinstance(both, Mapping) else None
+    both = config.get("rope_parameters") or {}
+    if not isinstance(both, Mapping) or (both and not any(isinstance(rope, Mapping) for rope in both.values())):
+        raise ConfigError(
+            f"config.json: rope_parameters is {reprlib.repr(both)}; it must be an object with one for each kind of "
+            f"layer, as {kind}: correct it"
+        )
+    own = both.get(kind)
     return {**rest, "rope_parameters": default if own is None else own}
 
 

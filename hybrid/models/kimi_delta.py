@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import cpu_kernels
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
 from hybrid.models.reading import Fields
 
 LINEAR = "linear_attention"  # word of `layer_types`
-
-
-def with_words(config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration with fields by other words, unless it has them by these too."""
-    renamed = {new: config[old] for old, new in words.items() if old in config and new not in config}
-    return {name: value for name, value in config.items() if name not in words} | renamed
 
 
 def read_kimi_delta(

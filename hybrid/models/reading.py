@@ -10,6 +10,7 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 _LARGEST = 1e12
+_SMALLEST = 1e-15  # of numbers above 0, so that what is divided by them and their squares is finite
 _INFINITE = {"__float__": "Infinity"}
 
 
@@ -51,6 +52,8 @@ class Fields:
         name, value = self._read(names, default, allowed)
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= _LARGEST:
             raise self._bad(name, value, allowed)
+        if 0 < value < _SMALLEST:
+            raise self._bad(name, value, f"a number from {_SMALLEST:g} to {_LARGEST:g}")
         return float(value)
 
     def flag(self, *names: str, default: bool = False) -> bool:
@@ -84,7 +87,7 @@ class Fields:
             raise self._bad(name, value, allowed)
         if not 0 <= ends[0] <= min(ends[1], _LARGEST):
             raise self._bad(name, value, allowed)
-        return float(ends[0]), float(ends[1])
+        return float(ends[0]), float(ends[1]) if ends[1] <= _LARGEST else math.inf
 
     def choices(self, name: str, *, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
         """A list as long as `default` of `allowed` words."""
@@ -158,3 +161,9 @@ class Fields:
             f"config.json: {self._prefix}{name} is {reprlib.repr(value)}; it must be {allowed}: "
             "correct it, or take a checkpoint that has it so"
         )
+
+
+def with_words(config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration with fields by other words, unless it has them by these too."""
+    renamed = {new: config[old] for old, new in words.items() if old in config and new not in config}
+    return {name: value for name, value in config.items() if name not in words} | renamed

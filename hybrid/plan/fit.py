@@ -184,8 +184,10 @@ def _of_slowest(
 
 
 def parameters(spec: ModelSpec) -> tuple[int, int]:
-    """How many a model has, and how many of them a token multiplies with."""
+    """How many a model has, and how many of them a token multiplies with: what it does with states counts with these,
+    in dense models as far as there are more.
+    """
     apart = all(spec.layers[layer].feed_forward.names.experts.up for layer in spec.moe_layers)
     total = sum(prod(shape) for _, shape in spec.checkpoint_shapes("apart" if apart else "fused"))
     used = step_cost(spec, FormatMix.uniform("bf16"), "bf16", 1, 1, 0, 1).flops / 2
-    return total, int(used)
+    return total, min(int(used), total)

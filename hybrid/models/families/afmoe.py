@@ -66,8 +66,8 @@ def _attention(fields: Fields) -> list[GroupedQueryAttention]:
 
 def _experts(fields: Fields) -> FeedForward:
     fields.choice("score_func", default="sigmoid", allowed=("sigmoid",))
-    for name, neutral in (("route_norm", True), ("n_group", 1), ("topk_group", 1)):
-        fields.refuse(name, neutral=neutral)
+    fields.refuse("route_norm", neutral=True)
+    fields.refuse("n_group", "topk_group", "num_expert_groups", "num_limited_groups", neutral=1)
     intermediate = fields.size("moe_intermediate_size")
     experts = read_experts(fields, intermediate, renormalise=True, names=NAMES)
     assert experts.router is not None

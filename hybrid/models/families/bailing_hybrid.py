@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 from hybrid.errors import ConfigError
 from hybrid.models.decoder import FULL, SHARED_EXPERTS, Defaults, read_layer_count, read_model
 from hybrid.models.deepseek import read_latent_attention, read_named_layers, read_sigmoid_experts
-from hybrid.models.kimi_delta import LINEAR, read_kimi_delta, with_words
+from hybrid.models.kimi_delta import LINEAR, read_kimi_delta
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
 from hybrid.models.layers.latent_names import LatentNames
-from hybrid.models.reading import Fields
+from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 
 DEFAULTS = Defaults(max_position=262_144, theta=6e6)
@@ -52,6 +52,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     words = with_words(config, WORDS)
     words.pop("partial_rotary_factor", None)  # what turns has a size of its own
     fields = Fields(words)
+    _refuse_older(config)
     _refuse_others(fields)
     attention = read_latent_attention(fields, DEFAULTS, q_rank=None, nope_dim=128, value_dim=128)
     gated = GatedLatentAttention.of(replace(attention, names=LATENT), f"{_MIXER}.g_proj.weight")
@@ -62,10 +63,23 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     return read_model(fields, "bailing_hybrid", layers, DEFAULTS, OuterNames(embedding="model.word_embeddings.weight"))
 
 
+def _refuse_older(config: Mapping[str, Any]) -> None:
+    """Ling and Ring 2.5 and 2.6 have the same `model_type`."""
+    named = config.get("architectures")
+    if isinstance(named, list) and any("V2" in name for name in named if isinstance(name, str)):
+        raise ConfigError(
+            f"config.json: architectures is {reprlib.repr(named)}; that is Ling or Ring before 3.0, whose layers have "
+            "lightning attention, which is not computed: take a checkpoint of Ling or Ring 3.0"
+        )
+
+
 def _refuse_others(fields: Fields) -> None:
     """What models of this family could have been, and were not published as."""
+    fields.choice("linear_attention", default="kda", allowed=("kda",))
     fields.refuse("use_kda_lora", "use_mla_nope", "value_norm", "scale_router_input", "use_qkv_bias", neutral=False)
-    fields.refuse("no_kda_lora", "use_qk_norm", neutral=True)
+    fields.refuse("use_bias", "use_sliding_window", neutral=False)
+    fields.refuse("no_kda_lora", "use_qk_norm", "use_rmsnorm", "moe_router_enable_expert_bias", neutral=True)
+    fields.refuse("moe_router_enable_shared_expert", "moe_router_enable_routed_scaling", neutral=True)
     fields.refuse("num_kv_heads_for_linear_attn", neutral=0)
     fields.choice("gated_attention_proj_granularity_type", default="head_wise", allowed=("head_wise",))
 

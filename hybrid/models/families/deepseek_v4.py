@@ -108,6 +108,7 @@ def _read_kinds(fields: Fields) -> list[str]:
 def _read_experts(fields: Fields) -> list[FeedForward]:
     """Of every layer: the first ones choose by token."""
     fields.choice("scoring_func", default="sqrtsoftplus", allowed=("sqrtsoftplus",))
+    fields.choice("topk_method", default="noaux_tc", allowed=("noaux_tc",))
     fields.refuse("swiglu_limit", neutral=LIMIT)
     fields.refuse("n_group", "topk_group", neutral=1)
     fields.refuse("norm_topk_prob", neutral=True)
@@ -168,7 +169,7 @@ def _head_dim(fields: Fields) -> int:
 
 def _read_attention(fields: Fields, kind: str, rope: RopeSpec) -> CompressedAttention:
     fields.refuse("num_key_value_heads", neutral=1)
-    fields.refuse("attention_bias", neutral=False)
+    fields.refuse("attention_bias", "mlp_bias", neutral=False)
     heads, dim, groups = fields.size("num_attention_heads"), _head_dim(fields), fields.size("o_groups", default=8)
     rank = fields.size("o_lora_rank", default=1024)
     if heads % groups or heads // groups * dim % K_ALIGN or rank % BLOCK:

@@ -13,7 +13,7 @@ from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.layers.router import Router
 from hybrid.models.mamba import ATTENDS, MAMBA, read_mamba
-from hybrid.models.reading import Fields
+from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.tensors import GatedNames
 
@@ -27,7 +27,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """Both halves of a layer are multiplied before they are added to the residual stream. This is kept divided by that
     number instead, which no norm of it sees but in its epsilon.
     """
-    fields = Fields(config)
+    fields = Fields(with_words(config, {"layers_block_type": "layer_types"}))
+    fields.choice("normalization_function", default="rmsnorm", allowed=("rmsnorm",))
     feed_forward = _read_feed_forward(fields)
     layers = [LayerSpec(mixer, feed_forward) for mixer in _read_mixers(fields)]
     model = read_model(fields, "granitemoehybrid", layers, DEFAULTS)

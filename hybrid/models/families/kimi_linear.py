@@ -12,9 +12,9 @@ from typing import Any
 from hybrid.errors import ConfigError
 from hybrid.models.decoder import FULL, MIXTRAL_NAMES, Defaults, read_layer_count, read_model
 from hybrid.models.deepseek import read_latent_attention, read_named_layers, read_sigmoid_experts
-from hybrid.models.kimi_delta import LINEAR, read_kimi_delta, with_words
+from hybrid.models.kimi_delta import LINEAR, read_kimi_delta
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.reading import Fields
+from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.tensors import gated_names
 
@@ -43,7 +43,7 @@ NAMES = replace(
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = _read_words(config)
-    fields.refuse("mla_use_nope", neutral=True)
+    fields.refuse("mla_use_nope", "use_grouped_topk", neutral=True)
     fields.refuse("mla_use_output_gate", "latent_moe_use_norm", neutral=False)
     fields.refuse("attn_res_block_size", "routed_expert_hidden_size")
     attention = read_latent_attention(fields, DEFAULTS, q_rank=None, nope_dim=128, value_dim=128, turns=False)

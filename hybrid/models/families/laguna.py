@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from hybrid.models.decoder import (
     read_experts,
     read_layer_count,
     read_model,
+    read_sparse_layers,
     read_windows,
 )
 from hybrid.models.deepseek import read_named_layers
@@ -45,16 +47,25 @@ NAMES = FeedForwardNames(
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config)
-    for name in ("attention_bias", "moe_apply_router_weight_on_input"):
-        fields.refuse(name, neutral=False)
+    fields.refuse("attention_bias", "qkv_bias", "swa_attention_sink_enabled", neutral=False)
     fields.number("rope_theta", default=1e4, above=1)  # whether or not others take its place
-    window = fields.optional_size("sliding_window", default=WINDOW)
+    window = None if fields.is_zero("sliding_window") else fields.optional_size("sliding_window", default=WINDOW)
     windows = read_windows(fields, window, default=[FULL] * read_layer_count(fields))
+    config = _with_ropes(config)
     everything, sliding = _attention(config, FULL), replace(_attention(config, SLIDING), window=window)
     mixers = [sliding if one else everything for one in windows]
     mixers = [replace(one, heads=heads) for one, heads in zip(mixers, _heads(fields, everything), strict=True)]
-    layers = [LayerSpec(*pair) for pair in zip(mixers, read_named_layers(fields, _experts(fields)), strict=True)]
+    layers = [LayerSpec(*pair) for pair in zip(mixers, _halves(fields), strict=True)]
     return read_model(fields, "laguna", layers, DEFAULTS)
+
+
+def _halves(fields: Fields) -> list[FeedForward]:
+    """Of every layer: by name, or the numbers of dense ones are listed, or the first alone is dense."""
+    fields.refuse("decoder_sparse_step", neutral=1)
+    experts = _experts(fields)
+    if fields.has("mlp_layer_types") or not fields.has("mlp_only_layers"):
+        return read_named_layers(fields, experts)
+    return read_sparse_layers(fields, experts)
 
 
 def _heads(fields: Fields, attention: GroupedQueryAttention) -> list[int]:
@@ -69,16 +80,43 @@ def _heads(fields: Fields, attention: GroupedQueryAttention) -> list[int]:
     return heads
 
 
+def _with_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with a rope for each kind of layer: older ones have one for all, or that of windows apart."""
+    fields, both = Fields(config), config.get("rope_parameters")
+    if not isinstance(both, Mapping) or not both:
+        fields.refuse("rope_scaling", "swa_rope_parameters")
+        return {**config}
+    fields.group("swa_rope_parameters")  # an object, if anything
+    windows = config.get("swa_rope_parameters")
+    if any(isinstance(both.get(kind), Mapping) for kind in ROPES):
+        return {**config, "rope_parameters": {SLIDING: windows, **both}}
+    part, ropes = config.get("partial_rotary_factor"), {FULL: both, SLIDING: windows or both}
+    apart = {kind: {"partial_rotary_factor": part, **rope} for kind, rope in ropes.items()}
+    return {**config, "rope_parameters": apart}
+
+
 def _attention(config: Mapping[str, Any], kind: str) -> GroupedQueryAttention:
     """Each kind of layer has a rope of its own, which says how much of a head turns."""
     own = of_rope({**config, "partial_rotary_factor": None}, kind, ROPES[kind])
     attention = read_attention(Fields(own), DEFAULTS, qk_norm="head")
+    return replace(attention, gate=HeadGate("softplus", per_head=_gating(config) == PER_HEAD, apart=True))
+
+
+def _gating(config: Mapping[str, Any]) -> str:
+    """The word for all layers; a list of those of each must say the same."""
     gating = PER_HEAD if config.get("gating") is True else config.get("gating")
     word = Fields({"gating": gating}).choice("gating", default=PER_HEAD, allowed=(PER_HEAD, PER_ELEMENT))
-    return replace(attention, gate=HeadGate("softplus", per_head=word == PER_HEAD, apart=True))
+    own = config.get("gating_types")
+    if own is not None and (not isinstance(own, list) or any(each != word.replace("-", "_") for each in own)):
+        raise ConfigError(
+            f"config.json: gating_types is {reprlib.repr(own)}, and gating {word}, which are not the same: correct one"
+        )
+    return word
 
 
 def _experts(fields: Fields) -> FeedForward:
+    fields.refuse("moe_apply_router_weight_on_input", neutral=False)
+    fields.refuse("norm_topk_prob", "moe_router_use_sigmoid", neutral=True)
     experts = read_experts(fields, fields.size("moe_intermediate_size"), renormalise=True, names=NAMES)
     assert experts.router is not None
     cap = "moe_router_logit_softcapping"

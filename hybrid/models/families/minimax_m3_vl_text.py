@@ -69,6 +69,9 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     nested = fields.group("sparse_attention_config")
     nested.refuse("sparse_init_block", neutral=0)
     nested.refuse("sparse_score_type", neutral="max")
+    nested.refuse("use_sparse_attention", neutral=True)
+    _refuse_others(fields)
+    _refuse_values(nested)
     found |= {flat: config["sparse_attention_config"][name] for flat, name in _NESTED.items() if nested.has(name)}
     if not fields.has("layer_types") and nested.has("sparse_attention_freq"):
         found["layer_types"] = _named(nested.integers("sparse_attention_freq"), (FULL, SELECTING))
@@ -76,6 +79,26 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         found["mlp_layer_types"] = _named(fields.integers("moe_layer_freq"), (DENSE, SPARSE))
     fields.choice("hidden_act", default="silu", allowed=("swigluoai", "silu"))
     return {**found, "hidden_act": "silu"}
+
+
+def _refuse_others(fields: Fields) -> None:
+    """What models of this family could have been, and were not published as."""
+    fields.refuse("use_gemma_norm", "use_qk_norm", "use_routing_bias", neutral=True)
+    fields.refuse("attention_output_gate", "attention_bias", neutral=False)
+    fields.refuse("qk_norm_type", neutral="per_head")
+
+
+def _refuse_values(nested: Fields) -> None:
+    """Of indexers, which add them to what layers find unless they are disabled."""
+    name = "sparse_disable_index_value"
+    if nested.has(name) and any(
+        selects and not disabled
+        for selects, disabled in zip(nested.integers("sparse_attention_freq"), nested.integers(name), strict=False)
+    ):
+        raise ConfigError(
+            f"config.json: sparse_attention_config.{name} has a 0 for a layer that selects, whose indexer has values "
+            "then; these are not computed: take another model"
+        )
 
 
 def _named(flags: Sequence[int], words: tuple[str, str]) -> list[str]:

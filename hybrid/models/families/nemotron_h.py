@@ -23,11 +23,12 @@ from hybrid.models.layers.grouped_query import GroupedQueryNames
 from hybrid.models.layers.mamba2 import Mamba2, Mamba2Names
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.mamba import ATTENDS, MAMBA, with_limits
-from hybrid.models.reading import Fields
+from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
 
 DEFAULTS = Defaults(max_position=4096, eps=1e-5, kv_heads=8, head_dim=128)
+WORDS = {"attention_head_dim": "head_dim", "mamba_dt_limit": "time_step_limit"}  # of older configurations
 MLP, MOE = "mlp", "moe"  # words of `layers_block_type`, beside those of mixers
 LETTERS = {"M": MAMBA[0], "*": ATTENDS[0], "-": MLP, "E": MOE}  # of hybrid_override_pattern
 _LAYER = "model.layers.{layer}"
@@ -70,7 +71,7 @@ FEED_FORWARD = FeedForwardNames(
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config)
+    fields = Fields(with_words(config, WORDS))
     fields.refuse("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", neutral=False)
     fields.choice("mlp_hidden_act", default="relu2", allowed=("relu2",))
     kinds = _read_kinds(fields)
