@@ -206,6 +206,21 @@ def test_a_guess_that_ends_the_text_ends_it(always) -> None:
     assert made.completion.token_ids == tokens_after[:5] and made.completion.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_what_is_kept_counts_the_guesses_behind_its_end(always, repeatable: bool) -> None:
+    """They lie in its memory until others are written over them."""
+    engine = DummyEngine(repeatable=repeatable, max_rows=30)
+    made = request([1, 2, 3], 20, eos=frozenset([reference_tokens([1, 2, 3], 20)[2]]))
+    made.keep = True
+    scheduler = Scheduler(engine)
+    scheduler.add(made)
+    while scheduler.has_work:
+        scheduler.step()
+    (held,) = map(len, engine.sequences.values())
+    assert scheduler.kept_lengths == [made.computed] and made.computed < held <= scheduler._kept.tokens
+    scheduler.forget()
+
+
 def test_guesses_end_where_a_recurrent_state_could_not_go_back(always) -> None:
     engine = DummyEngine(repeatable=False, max_rows=30)
     run(engine, [request([1, 2, 3], 20, wrong={8})])

@@ -111,7 +111,7 @@ class Admission:
             kept, job.computed = found
             self.kept.take(kept)
             job.sequence = kept.sequence
-            job.reserved = max(job.reserved, len(kept.tokens))
+            job.reserved = max(job.reserved, kept.size)
         else:
             job.sequence = self._free(job.reserved)
         if isinstance(job, Request) and not job.reached:
@@ -162,7 +162,8 @@ class Admission:
         if keeps and isinstance(job, Request) and job.keep and job.computed:
             tokens = job.tokens[: job.computed].copy()
             self._save(sequence, tokens, job.phase, len(tokens))
-            self.kept.put(Kept(sequence, tokens, len(job.prompt), job.phase))
+            held = 0 if self.routes_matter else job.reserved  # of all that it may come to, not of what it came to
+            self.kept.put(Kept(sequence, tokens, len(job.prompt), job.phase, held))
         else:
             self._engine.release(sequence)
 
@@ -247,7 +248,7 @@ class Admission:
         """Have what was left behind give way to so many tokens, the sequence `besides` last; returns whether it
         stays. source: stays before the pool does.
         """
-        more = max(length - len(besides.tokens), 0) if besides else length
+        more = max(length - besides.size, 0) if besides else length
         places = self._plan.sequences - len(self.running) - (besides is None)
         while len(self.kept) > places or self.room < more:
             if not self._give_up_oldest(besides):
@@ -278,7 +279,7 @@ class Admission:
         if isinstance(prefix, Pooled) or prefix.kept is None:
             return True
         room = len(self.running) + 2 <= self._plan.sequences
-        return room and len(prefix.kept.tokens) + job.reserved <= self._plan.kv_token_budget - self._reserved
+        return room and prefix.kept.size + job.reserved <= self._plan.kv_token_budget - self._reserved
 
 
 def _loses_more(kept: Kept, shared: int, prefix: Prefix | Pooled) -> bool:

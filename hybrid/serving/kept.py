@@ -15,6 +15,7 @@ Tokens = npt.NDArray[np.int32]
 class Kept:
     """A sequence that holds the state after these tokens, of which `prompt` many were a prompt.
 
+    held: tokens that it has memory for, more than these where guesses behind them did not come true.
     phase: of the length that they were computed for, see `ModelSpec.length_phase`.
     """
 
@@ -22,6 +23,12 @@ class Kept:
     tokens: Tokens
     prompt: int
     phase: int = 0
+    held: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens that it takes memory for."""
+        return max(self.held, len(self.tokens))
 
 
 def shared_tokens(known: Tokens, prompt: Tokens) -> int:
@@ -56,7 +63,7 @@ class KeptSequences:
 
     @property
     def tokens(self) -> int:
-        return sum(len(kept.tokens) for kept in self._kept)
+        return sum(kept.size for kept in self._kept)
 
     @property
     def lengths(self) -> list[int]:
