@@ -155,6 +155,7 @@ def published(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], di
     plain = {"model.embed_tokens.weight": "embed.weight"}
     for name, tensor in tensors.items():
         theirs = plain.get(name, name.removeprefix("model.").replace("hc_head.hc_", "hc_head_"))
+        theirs = theirs.replace("attn.norm.", "attn.kv_norm.")
         module, quantised = theirs.removesuffix(".weight"), name.endswith(("wq_a.weight", "wq_b.weight", "wkv.weight"))
         quantised = (quantised and "compressor" not in name) or name.endswith(("wo_a.weight", "wo_b.weight"))
         if ".experts." in name:
@@ -181,6 +182,22 @@ PUBLISHED = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "q_lora_rank": 64}
 
 
+PUBLISHED_NAMES = {  # of a layer that selects, as the index of DeepSeek-V4-Flash has them
+    *(f"attn.{name}" for name in ("attn_sink", "kv_norm.weight", "q_norm.weight")),
+    *(f"attn.{name}.{of}" for name in ("wkv", "wo_a", "wo_b", "wq_a", "wq_b") for of in ("weight", "scale")),
+    *(
+        f"attn.{module}compressor.{name}"
+        for module in ("", "indexer.")
+        for name in ("ape", "norm.weight", "wgate.weight", "wkv.weight")
+    ),
+    *("attn.indexer.weights_proj.weight", "attn.indexer.wq_b.weight", "attn.indexer.wq_b.scale"),
+    *(f"ffn.shared_experts.w{number}.{of}" for number in (1, 2, 3) for of in ("weight", "scale")),
+    *(f"ffn.experts.0.w{number}.{of}" for number in (1, 2, 3) for of in ("weight", "scale")),
+    *("attn_norm.weight", "ffn_norm.weight", "ffn.gate.weight", "ffn.gate.bias", "ffn.gate.tid2eid"),
+    *(f"hc_{half}_{part}" for half in ("attn", "ffn") for part in ("fn", "base", "scale")),
+}
+
+
 def test_a_checkpoint_is_read_as_it_is_published(tmp_path: Path) -> None:
     """fp8 and fp4 with powers of two, under other names, beside layers that are not read; the bits of the same in
     bf16, which holds both exactly.
@@ -188,6 +205,9 @@ def test_a_checkpoint_is_read_as_it_is_published(tmp_path: Path) -> None:
     config = {**CONFIGS[FAMILY], **SIZES}
     theirs, values = published(random_tensors(config))
     theirs["mtp.0.attn.wq_a.weight"] = np.zeros((2, 2), np.float32)
+    assert {
+        name.partition(".")[2].partition(".")[2] for name in theirs if name.startswith("layers.")
+    } >= PUBLISHED_NAMES
     said = {**config, "expert_dtype": "fp4", "quantization_config": PUBLISHED}
     path = write_tensors(tmp_path / "published", said, theirs)
     checkpoint = Checkpoint.open(path)

@@ -31,6 +31,8 @@ _PLAIN = {
     "norm.weight": "model.norm.weight",
     **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")},
 }
+# Its norms of keys, as published; transformers 5 writes them with the name that its compressors have for theirs.
+_NORM_OF_KEYS = re.compile(r"(model\.)?(layers\.\d+\.attn\.)kv_norm\.weight")
 _WITHOUT_MODULE = re.compile(r"model\.(?=(embed_tokens|layers|norm)\.)")  # as Qwen2.5-VL is published
 
 
@@ -126,6 +128,8 @@ def own_name(name: str, module: str) -> str:
     for theirs, ours in _OTHER_PLACES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
+    if keys := _NORM_OF_KEYS.fullmatch(name):
+        return f"model.{keys[2]}norm.weight"
     return f"model.{name}" if name.startswith("layers.") else _PLAIN.get(name, name)
 
 
