@@ -169,6 +169,21 @@ def test_without_weights_the_list_is_believed(tmp_path: Path, name: str, layers:
     assert model_formats(source) == native_mix(config) == expected
 
 
+def test_lists_name_modules_where_checkpoints_have_them() -> None:
+    """As those of Nemotron-H, whose decoder is called a backbone, and of models of more than text."""
+    nemotron, method = CONFIGS["nemotron_h"], {"quant_method": "modelopt", "quant_algo": "FP8"}
+    whole = {"model_type": "minimax_m3_vl", "text_config": CONFIGS["minimax_m3_vl_text"]}
+    for config, theirs, ours in (
+        (nemotron, "backbone.layers.2.mixer*", "model.layers.2.mixer*"),
+        (whole, "language_model.model.layers.1.self_attn", "model.language_model.layers.1.self_attn"),
+    ):
+        found, wanted, all_of_it = (
+            native_mix({**config, "quantization_config": {**method, "ignore": names}})
+            for names in ([theirs], [ours], [])
+        )
+        assert found == wanted != all_of_it
+
+
 @pytest.mark.parametrize("value", ["lm_head", [1], {"a": 1}, ["x"] * 10_001, 7])
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
 @pytest.mark.parametrize("method", [FP8, MXFP4], ids=["fp8", "mxfp4"])

@@ -13,6 +13,7 @@ from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import Gated, PerHead, Stacked, StoreTensor
 from hybrid.weights.checkpoints.exact_mix import Part, layer_of, mix_of_matrices
+from hybrid.weights.checkpoints.files import own_name
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import auto_round, gptq
 
@@ -39,11 +40,12 @@ def believed_mix(spec: ModelSpec, mix: FormatMix, is_left_out: IsLeftOut) -> For
     return mix_of_matrices(spec, found, mix)
 
 
-def left_out(quantisation: Mapping[str, Any]) -> IsLeftOut:
+def left_out(quantisation: Mapping[str, Any], module: str = "") -> IsLeftOut:
     """Whether a module is not quantised: by its whole name, the beginning or the end of it, wildcards, or a regular
-    expression behind "re:". Raises `ConfigError` for what is not understood.
+    expression behind "re:". module: see `own_name`, as names may say where a checkpoint has a module. Raises
+    `ConfigError` for what is not understood.
     """
-    names = left_out_names(quantisation)
+    names = [own_name(name, module) for name in left_out_names(quantisation)]
     wild = [pattern for name in names if "*" in name for pattern in (name, f"{name}.*")]
     wild += [pattern for name in names if name.startswith(_EXPRESSION) for pattern in _wildcards(name)]
     plain, patterns = set(names), re.compile("|".join(map(translate, wild)) or r"(?!)")

@@ -51,7 +51,7 @@ def native_mix(config: Mapping[str, Any], entries: Mapping[str, Entry] | None = 
         )
     spec = model_spec(config)
     if entries is None:
-        return believed_mix(spec, mix, left_out(fields))
+        return believed_mix(spec, mix, left_out(fields, spec.module))
     left_out_names(fields)  # that they are lists; what they mean, the tensors say
     return exact_mix(spec, published_kinds(entries), mix)
 
