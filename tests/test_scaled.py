@@ -46,6 +46,7 @@ def modelopt(algorithm: str) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm}
 
 
+MXFP8 = {"quant_method": "mxfp8", "fmt": "e4m3", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
 # What config.json says, numbers, what shares a scale, type of scales, the format, whether bf16 rounds.
 CASES: dict[str, tuple[dict[str, Any], str, str, Any, str, bool]] = {
     "fp8, a scale a matrix": ({"quant_method": "fp8"}, "fp8", "tensor", np.float32, "fp8", False),
@@ -77,6 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, Any, str, bool]] = {
     "quark, mxfp4": (quark("fp4", "per_group"), "fp4", "32", np.uint8, "mxfp4", False),
     "modelopt, fp8": (modelopt("FP8"), "fp8", "tensor", np.float32, "fp8", False),
     "modelopt, nvfp4": (modelopt("NVFP4"), "fp4", "16", E4M3, "nvfp4", False),
+    "mxfp8, as MiniMax-M3": (MXFP8, "fp8", "32", np.uint8, "bf16", False),
     "modelopt, mxfp8": (modelopt("MXFP8"), "fp8", "32", np.uint8, "bf16", False),
 }
 
@@ -116,7 +118,7 @@ def published(tensors: Tensors, case: str) -> tuple[Tensors, Tensors]:
         elif grid.shape[1] > 1:
             grid = grid.repeat(int(shared), 1)
         found[f"{module}.weight{'_packed' * (numbers == 'packed')}"] = stored
-        found[f"{module}.weight_scale"] = np.asarray(scales)
+        found[f"{module}.weight_scale{'_inv' * case.startswith('mxfp8')}"] = np.asarray(scales)
         values[name] = (exact * grid.astype(np.float32)).astype(np.float32)
     return found, values
 

@@ -467,6 +467,8 @@ def test_other_expressions_are_not_understood(expression: str) -> None:
         (compressed(group=48), "group_size is 48; it must be a multiple of 32"),
         ({**compressed(), "format": "mxfp6-pack-quantized"}, "format is 'mxfp6-pack-quantized'"),
         ({**compressed(), "transform_config": {"R3": {}}}, "transform_config is"),
+        ({"quant_method": "mxfp8", "weight_block_size": [32, 32]}, r"weight_block_size is \[32, 32\]"),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "moe_quant_algo is 'NVFP4'"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo is 'NVFP4_AWQ'"),
         ({"quant_method": "compressed-tensors"}, "config_groups"),
         (quark("int4"), "weight.dtype is 'int4'"),

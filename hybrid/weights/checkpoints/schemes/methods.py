@@ -14,6 +14,7 @@ from hybrid.weights.checkpoints.schemes import (
     float8,
     gptq,
     modelopt,
+    mxfp8,
     quark,
 )
 from hybrid.weights.checkpoints.schemes.base import Scheme
@@ -22,6 +23,7 @@ from hybrid.weights.shard import Entry
 _METHODS = {
     "compressed-tensors": compressed_tensors,
     "modelopt": modelopt,
+    "mxfp8": mxfp8,
     "fp8": float8,
     "fbgemm_fp8": float8,
     "gptq": gptq,
