@@ -173,6 +173,12 @@ def test_older_words_mean_what_newer_ones_do() -> None:
     assert model_spec({**kinds, "layers_block_type": _TINY["layer_types"]}) == model_spec(_TINY)
 
 
+def test_how_much_of_a_head_turns_is_a_part_or_a_number_of_dimensions() -> None:
+    config = CONFIGS["minimax_m3_vl_text"]
+    assert model_spec({**config, "partial_rotary_factor": None}) == model_spec(config)
+    assert model_spec({**config, "partial_rotary_factor": None, "rotary_dim": 8}) != model_spec(config)
+
+
 def test_laguna_reads_ropes_dense_layers_and_windows_of_older_configurations() -> None:
     config, ropes = CONFIGS["laguna"], CONFIGS["laguna"]["rope_parameters"]
     apart = {"rope_parameters": ropes["full_attention"], "swa_rope_parameters": ropes["sliding_attention"]}

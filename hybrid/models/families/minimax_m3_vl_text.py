@@ -14,6 +14,7 @@ from hybrid.models.decoder import (
     Defaults,
     read_attention,
     read_experts,
+    read_head_dim,
     read_layer_count,
     read_model,
 )
@@ -77,6 +78,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         found["layer_types"] = _named(nested.integers("sparse_attention_freq"), (FULL, SELECTING))
     if not fields.has("mlp_layer_types") and fields.has("moe_layer_freq"):
         found["mlp_layer_types"] = _named(fields.integers("moe_layer_freq"), (DENSE, SPARSE))
+    if fields.has("rotary_dim") and not fields.has("partial_rotary_factor"):
+        found["partial_rotary_factor"] = fields.size("rotary_dim") / read_head_dim(fields, DEFAULTS)
     fields.choice("hidden_act", default="silu", allowed=("swigluoai", "silu"))
     return {**found, "hidden_act": "silu"}
 
