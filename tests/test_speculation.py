@@ -23,6 +23,7 @@ from hybrid.serving.request import Request
 from hybrid.serving.scheduler import Scheduler, StepRecord
 from hybrid.serving.speculation import worth_guessing
 from hybrid.serving.step_seconds import StepSeconds
+from hybrid.text.openings import Openings
 
 pytestmark = pytest.mark.by_clock
 
@@ -219,6 +220,52 @@ def test_what_is_kept_counts_the_guesses_behind_its_end(always, repeatable: bool
     (held,) = map(len, engine.sequences.values())
     assert scheduler.kept_lengths == [made.computed] and made.computed < held <= scheduler._kept.tokens
     scheduler.forget()
+
+
+ARRIVALS = st.tuples(
+    st.integers(0, 1),  # which text the prompt is of
+    st.integers(1, 40),  # how much of it
+    st.integers(1, 60),  # tokens to produce
+    st.sets(st.integers(0, 60), max_size=20),  # guesses that are wrong
+    st.integers(-1, 1),  # priority
+    st.booleans(),  # whether it keeps
+    st.sampled_from([None, *range(5)]),  # the token that opens a call
+    st.integers(0, 9),  # steps until the next one arrives
+    st.booleans(),  # whether it is cancelled then
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(ARRIVALS, max_size=8), st.integers(64, 200), st.integers(0, 120), st.integers(4, 16), st.booleans())
+def test_guesses_change_nothing_whoever_gives_way_or_goes_on(
+    arrivals, budget: int, pooled: int, rows: int, repeatable: bool
+) -> None:
+    """A recurrent state goes back within its run alone, from the pool, too; memory is had for what guesses write."""
+    engine = DummyEngine(5, kv_token_budget=budget, prefix_bytes=pooled, max_rows=rows, repeatable=repeatable)
+    texts, requests = [[3, 1, 4] * 14, [2, 0] * 20], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "worth_guessing", lambda seconds, drafts, rows, room: room // max(1, len(drafts)))
+        patch.setattr(StepSeconds, "known", True)
+        patch.setattr("hybrid.serving.request.Guesses", Always)
+        scheduler = Scheduler(engine)
+        for text, length, count, wrong, priority, keep, call, steps, cancelled in arrivals:
+            prompt, params = texts[text][:length], SamplingParams(max_tokens=count, priority=priority)
+            made = Request(np.array(prompt, np.int32), params, keep=keep, openings=Openings(call=call))
+            following = [(t + (i in wrong)) % 5 for i, t in enumerate(reference_tokens(prompt, 69, 5))]
+            made.guesses.drafter = Script(prompt, following)
+            requests.append(made)
+            scheduler.add(made)
+            for _ in range(steps):
+                scheduler.step()
+            if cancelled:
+                scheduler.cancel(made)
+        while scheduler.has_work:
+            scheduler.step()
+    for made in requests:
+        produced = made.completion.token_ids
+        assert made.error is None and produced == reference_tokens(made.prompt.tolist(), 69, 5)[: len(produced)]
+    scheduler.forget()
+    assert engine.sequences == {}
 
 
 def test_guesses_end_where_a_recurrent_state_could_not_go_back(always) -> None:
