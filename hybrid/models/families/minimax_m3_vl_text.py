@@ -78,7 +78,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         found["layer_types"] = _named(nested.integers("sparse_attention_freq"), (FULL, SELECTING))
     if not fields.has("mlp_layer_types") and fields.has("moe_layer_freq"):
         found["mlp_layer_types"] = _named(fields.integers("moe_layer_freq"), (DENSE, SPARSE))
-    if fields.has("rotary_dim") and not fields.has("partial_rotary_factor"):
+    if fields.has("rotary_dim") and not (fields.has("partial_rotary_factor") or fields.has("rope_parameters")):
         found["partial_rotary_factor"] = fields.size("rotary_dim") / read_head_dim(fields, DEFAULTS)
     fields.choice("hidden_act", default="silu", allowed=("swigluoai", "silu"))
     return {**found, "hidden_act": "silu"}
