@@ -194,6 +194,11 @@ def test_no_device_computes_them(tmp_path: Path, family) -> None:
         ("kimi_linear", {"linear_attn_config": {**LINEAR, "full_attn_layers": [5]}}, "from 1 to num_hidden_layers 4"),
         ("kimi_linear", {"linear_attn_config": {**LINEAR, "gate_lower_bound": -5.0}}, "gate_lower_bound is -5.0"),
         ("kimi_linear", {"linear_attn_config": {**LINEAR, "use_full_rank_gate": True}}, "use_full_rank_gate is True"),
+        (
+            "kimi_linear",
+            {"n_group": 2, "use_grouped_topk": False},
+            "use_grouped_topk is False; it must be absent or True",
+        ),
         ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope is False; it must be absent or True"),
         ("kimi_linear", {"mla_use_output_gate": True}, "mla_use_output_gate is True; it must be absent or False"),
         ("kimi_linear", {"attn_res_block_size": 2}, "attn_res_block_size is 2; it must be absent"),

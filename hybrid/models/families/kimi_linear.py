@@ -43,7 +43,9 @@ NAMES = replace(
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = _read_words(config)
-    fields.refuse("mla_use_nope", "use_grouped_topk", neutral=True)
+    fields.refuse("mla_use_nope", neutral=True)
+    if fields.size("n_group", default=1) > 1:
+        fields.refuse("use_grouped_topk", neutral=True)
     fields.refuse("mla_use_output_gate", "latent_moe_use_norm", neutral=False)
     fields.refuse("attn_res_block_size", "routed_expert_hidden_size")
     attention = read_latent_attention(fields, DEFAULTS, q_rank=None, nope_dim=128, value_dim=128, turns=False)
