@@ -139,7 +139,12 @@ def _copy(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_angles_that_are_not_finite_are_refused(kind: str, recwarn: pytest.WarningsRecorder) -> None:
-    config = {"rope_scaling": {"rope_type": kind, "factor": 5e-324, "original_max_position_embeddings": 64}}
+    """A factor so small is refused where it is read, too."""
+    config = {"rope_scaling": {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 64}}
+    rope = _read(config)
+    parameters = tuple((name, 5e-324 if name == "factor" else value) for name, value in rope.parameters)
     with pytest.raises(ConfigError, match="not finite .*5e-324"):
-        inverse_frequencies(_read(config))
+        inverse_frequencies(replace(rope, parameters=parameters))
+    with pytest.raises(ConfigError, match="factor is 5e-324; it must be a number from 1e-15"):
+        _read({"rope_scaling": {**config["rope_scaling"], "factor": 5e-324}})
     assert not recwarn
