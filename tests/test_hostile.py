@@ -28,7 +28,7 @@ STRUCTS = {
         **{"base": 0, "sequence_stride": 131072, "head_stride": 65536, "value_offset": 32768, "key_dim": 64},
         **{"value_dim": 64, "format": Format.bf16, "key_scales_offset": 0, "value_scales_offset": 0},
     },
-    StateLayout: {"base": 0, "sequence_stride": 320},
+    StateLayout: {"base": 0, "sequence_stride": 1472},
     Routing: ROUTING_FIELDS,
     ExpertSet: SET,
 }
@@ -96,7 +96,7 @@ class Memory:
             apart = {} if value is KV else {"head_stride": 0, "value_offset": 0, "shared": True}
             apart |= {"index_offset": 65536, "index_dim": 32} if value is INDEXED else {}
             return KvLayout(**{**STRUCTS[KvLayout], **apart, "base": self.place()})
-        return StateLayout(base=self.place(), sequence_stride=320) if value is STATE else value
+        return StateLayout(**{**STRUCTS[StateLayout], "base": self.place()}) if value is STATE else value
 
 
 @pytest.mark.parametrize("op", OPS)
