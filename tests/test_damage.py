@@ -41,7 +41,8 @@ def logits(path: Path, packed: Path, **choices: object) -> dict[int, np.ndarray]
 def test_every_tensor_of_a_checkpoint(family, tmp_path) -> None:
     """Where a tensor is refused it is named; where it is not, rows that use it have no logit that is a number."""
     tensors = random_tensors(CONFIGS[family])
-    for turn, kind in enumerate(sorted({_kind(name) for name in tensors})):
+    kinds = {_kind(name) for name in tensors if ".index_" not in name}  # of blocks: more than these tokens have
+    for turn, kind in enumerate(sorted(kinds)):
         value = list(KINDS.values())[turn % 3]
         planted = {name: np.full_like(x, value) if _kind(name) == kind else x for name, x in tensors.items()}
         path = write_tensors(tmp_path / f"{turn}", CONFIGS[family], planted)
