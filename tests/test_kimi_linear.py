@@ -1,4 +1,4 @@
-"""Kimi Linear and Ling 3.0: as transformers computes them, the same bits however cut, saved states, refusals."""
+"""Kimi Linear and Ling 3.0: what is published, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from checkpoints import CONFIGS, random_tensors, write_tensors
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf, write_model
-from steps import in_chunks, open_engine, step
+from steps import open_engine, step
 
 from hybrid.config import EngineConfig
 from hybrid.errors import ConfigError, WeightsError
@@ -22,68 +21,6 @@ from hybrid.models.layers.latent import LatentAttention
 from hybrid.weights.checkpoints.opening import open_checkpoint
 
 LINEAR = CONFIGS["kimi_linear"]["linear_attn_config"]
-# As of published models: with few dimensions a key is at right angles to a query by chance, see test_formats_engine.py.
-WIDE = {
-    "kimi_linear": {"linear_attn_config": {**LINEAR, "head_dim": 124}},
-    "bailing_hybrid": {"head_dim": 124, "topk_group": 2},
-}
-
-
-@pytest.fixture(scope="module", params=WIDE)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> oracle.Oracle:
-    """A prompt of many chunks of the rule, and of the 64 tokens that transformers takes together."""
-    path = tmp_path_factory.mktemp(request.param) / "hf"
-    return oracle.save(path, request.param, length=201, num_experts_per_tok=8, **WIDE[request.param])
-
-
-def test_a_long_sequence_is_what_transformers_makes_of_it(saved) -> None:
-    with open_engine(saved.path, saved.path.parent / "cache", chunk_size=256) as engine:
-        whole = step(engine, (0, 0, saved.tokens))
-        assert saved.error(whole) <= saved.bf16_error
-        assert whole.tobytes() == in_chunks(engine, saved.tokens, 1, slot=1).tobytes()
-        engine.release(1)
-        assert whole.tobytes() == in_chunks(engine, saved.tokens, 13, slot=1).tobytes()
-        step(engine, (2, 0, saved.tokens[::-1][:21]))
-        beside = step(engine, (2, 21, saved.tokens[:1]), (3, 0, saved.tokens), (1, 201, saved.tokens[:7]))
-        assert whole.tobytes() == beside[1:202].tobytes()
-        engine.release(0)
-        assert whole.tobytes() == step(engine, (0, 0, saved.tokens)).tobytes()
-
-
-def test_every_instruction_set_agrees(isa, saved) -> None:
-    with open_engine(saved.path, saved.path.parent / "cache", isa=isa, threads=3) as engine:
-        logits = in_chunks(engine, saved.tokens, 100)
-    assert saved.error(logits) <= saved.bf16_error
-
-
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_formats_of_integers_keep_the_bits_of_chunks(saved, format) -> None:
-    with open_engine(saved.path, saved.path.parent / "cache", weight_format=format, chunk_size=256) as engine:
-        whole = step(engine, (0, 0, saved.tokens))
-        assert whole.tobytes() == in_chunks(engine, saved.tokens, 30, slot=1).tobytes()
-
-
-def test_a_state_that_was_saved_goes_on_where_it_was(saved) -> None:
-    """What a sequence did in between is undone."""
-    with open_engine(saved.path, saved.path.parent / "cache", chunk_size=256) as engine:
-        kv = engine.addresses
-        whole = step(engine, (0, 0, saved.tokens[:100]))
-        for done in (3, 16):
-            engine.release(0)
-            step(engine, (0, 0, saved.tokens[:done]))
-            state = kv.snapshot(0)
-            assert state.nbytes == engine.plan.kv.fixed_bytes and state.any()
-            step(engine, (0, done, saved.tokens[::-1][:50]))
-            kv.restore(0, state)
-            assert whole[done:].tobytes() == step(engine, (0, done, saved.tokens[done:100])).tobytes()
-
-
-def test_memory_nodes_share_the_layers(saved) -> None:
-    """Experts are summed in another order, and everything else is as it was."""
-    with open_engine(saved.path, saved.path.parent / "cache", numa="2", chunk_size=256) as engine:
-        whole = step(engine, (0, 0, saved.tokens))
-        assert saved.error(whole) <= saved.bf16_error
-        assert whole.tobytes() == in_chunks(engine, saved.tokens, 13, slot=1).tobytes()
 
 
 def test_mixers_are_those_that_are_published() -> None:
@@ -162,7 +99,7 @@ def test_bounds_count_where_they_are_reached(tmp_path: Path, numa) -> None:
     assert found[0].tobytes() == found[1].tobytes() and not np.allclose(found[0], found[2], rtol=0.01)
 
 
-@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid"])
 @pytest.mark.parametrize("rate", [0.0, np.nan, np.inf])
 def test_decays_of_gguf_files_that_are_no_rates_are_refused(tmp_path: Path, family, rate) -> None:
     config: dict[str, Any] = {**CONFIGS[family]}
@@ -175,7 +112,7 @@ def test_decays_of_gguf_files_that_are_no_rates_are_refused(tmp_path: Path, fami
         open_engine(path, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid"])
 def test_no_device_computes_them(tmp_path: Path, family) -> None:
     path = write_tensors(tmp_path / "hf", CONFIGS[family], random_tensors(CONFIGS[family]))
     with pytest.raises(ConfigError, match="KimiDeltaAttention"):
