@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hybrid.formats.block import BLOCK
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, Place
-from hybrid.models.layers.products import COLLAPSED, FP32, RESIDUAL
+from hybrid.models.layers.products import COLLAPSED, FP32, RESIDUAL, score
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor
 from hybrid.ops import Buffer, Op, Weight
 
@@ -95,16 +95,7 @@ class Streams:
 
     def _collapse(self, place: Place, part: str, prefix: str, weights: int) -> Iterator[Op]:
         wide, stride = self.count * place.hidden, row_stride(self.count * place.hidden)
-        products = {
-            "input": Buffer(STREAMS),
-            "weight": Weight(f"{prefix}.matrix"),
-            "bias": None,
-            "logits": Buffer(PRODUCTS),
-            "experts": weights,
-            "hidden": wide,
-            "input_stride": stride,
-        }
-        yield Op("router", part, products, (weights, "weights a block of rows"))
+        yield score(part, f"{prefix}.matrix", PRODUCTS, weights, wide, "weights", source=STREAMS)
         spreads = weights > self.count
         arguments = {
             "streams": Buffer(STREAMS),

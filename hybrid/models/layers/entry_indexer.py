@@ -16,10 +16,10 @@ from hybrid.models.layers.base import Cost, Extents, Load, Place
 from hybrid.models.layers.compressor import STORED, Compressor, compressor_format
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
 from hybrid.models.layers.indexer import MADE_QUERIES, QUERIES, SCORES, WEIGHTS
-from hybrid.models.layers.products import BF16, FP32, NORMED_F32, gemm, product_cost, product_rows
+from hybrid.models.layers.products import BF16, FP32, NORMED_F32, gemm, product_cost, product_rows, score
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
-from hybrid.ops import Buffer, Op, State, Weight
+from hybrid.ops import Buffer, Op, State
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,7 @@ class EntryIndexer:
         """
         format, prefix, stride = compressor_format(place.mix), f"layers.{place.layer}.indexer", row_stride(self.width)
         yield gemm(PART, format, latents, f"{prefix}.q", MADE_QUERIES, self.width, self.q_rank, stride)
-        weights = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"{prefix}.weights"),
-            "bias": None,
-            "logits": Buffer(WEIGHTS),
-            "experts": self.heads,
-            "hidden": place.hidden,
-            "input_stride": row_stride(place.hidden),
-        }
-        yield Op("router", PART, weights, (self.heads, "heads a block of rows"))
+        yield score(PART, f"{prefix}.weights", WEIGHTS, self.heads, place.hidden, "heads")
         queries = {
             "queries": Buffer(MADE_QUERIES),
             "keys": None,

@@ -48,7 +48,7 @@ from hybrid.models.layers.products import (
     unnormed_buffers,
     unnormed_constants,
 )
-from hybrid.models.layers.router import FeedForwardNames, Router, route
+from hybrid.models.layers.router import LOGITS, FeedForwardNames, Router, route
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import (
     ExpertForm,
@@ -295,7 +295,7 @@ class FeedForward:
         if self.router:
             chosen = rows * self.router.top_k
             sizes[NORMED_F32] = rows * row_stride(place.hidden) * FP32
-            sizes["router_logits"] = rows * self.scores * FP32
+            sizes[LOGITS] = rows * self.scores * FP32
             sizes[IDS] = sizes[WEIGHTS] = chosen * 4
             sizes |= table_buffers(ROUTED, chosen, self.experts)
         return sizes

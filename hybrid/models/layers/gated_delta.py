@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
-from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
@@ -34,16 +33,16 @@ from hybrid.models.layers.products import (
     quantise,
     rows_buffers,
     rows_name,
+    score,
 )
+from hybrid.models.layers.recurrent import PART, convolve, state_layout
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
-PART = "attention"  # its matrices are of the format of attention, and its time is booked there
 # Buffers: queries, keys, values and gates of all heads; what decays are made of; what queries found.
 PROJECTED, DECAYS, FOUND = "projected", "decays", "found"
-LINE = 64  # bytes; states begin at one
 
 
 @dataclass(frozen=True)
@@ -183,36 +182,18 @@ class GatedDeltaNet:
         (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.delta", place.hidden
         yield norm(place, PART, f"{prefix}.norm", *(matrix.format for matrix in matrices), f32=True)
         yield from joined_gemms(matrices, prefix, PART, PROJECTED, hidden)
-        yield self._score_decays(prefix, hidden)
-        convolved = {
-            "values": Buffer(PROJECTED),
-            "weight": Weight(f"{prefix}.taps"),
-            "state": State(place.layer, self._matrix_bytes()),
-            "width": self.channels,
-            "taps": self.taps,
-            "stride": row_stride(self.width),
-        }
-        yield Op("silu_conv", PART, convolved, (self.channels, "channels"))
+        # Every later token feels their error.
+        yield score(PART, f"{prefix}.decays", DECAYS, 2 * self.value_heads, hidden, "heads")
+        yield convolve(
+            place.layer, PROJECTED, f"{prefix}.taps", self._matrix_bytes(), self.channels, self.taps,
+            row_stride(self.width),
+        )  # fmt: skip
         yield self._correct(place, prefix)
         yield from quantise(PART, FOUND, self.value_width, out)
         yield gemm(
             PART, out, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.value_width, row_stride(hidden),
             accumulate=True,
         )  # fmt: skip
-
-    def _score_decays(self, prefix: str, hidden: int) -> Op:
-        """In fp32, as a router: these numbers are few, and every later token feels their error."""
-        scores = 2 * self.value_heads
-        arguments = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"{prefix}.decays"),
-            "bias": None,
-            "logits": Buffer(DECAYS),
-            "experts": scores,
-            "hidden": hidden,
-            "input_stride": row_stride(hidden),
-        }
-        return Op("router", PART, arguments, (scores, "heads a block of rows"))
 
     def _correct(self, place: Place, prefix: str) -> Op:
         arguments = {
@@ -252,9 +233,7 @@ class GatedDeltaNet:
         return int(cpu_kernels.delta_state_bytes(self.value_heads, self.key_dim, self.value_dim))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
+        return state_layout(self._matrix_bytes(), self.channels, self.taps)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""

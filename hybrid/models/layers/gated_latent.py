@@ -10,9 +10,9 @@ from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place
 from hybrid.models.layers.grouped_query import PART
 from hybrid.models.layers.latent import ATTENDED, LatentAttention
-from hybrid.models.layers.products import FP32, NORMED_F32, rows_name
+from hybrid.models.layers.products import FP32, NORMED_F32, rows_name, score
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor
-from hybrid.ops import Buffer, Op, Weight
+from hybrid.ops import Buffer, Op
 
 HEAD_GATES = "head_gates"  # buffer: a number for each head
 
@@ -56,21 +56,11 @@ class GatedLatentAttention(LatentAttention):
         for op in super().ops(place):
             yield op
             if op.kind == "norm" and op.arguments["output_f32"]:
-                yield self._make_gates(place)
+                yield score(
+                    PART, f"layers.{place.layer}.attention.gates", HEAD_GATES, self.heads, place.hidden, "heads"
+                )
             if op.kind == "head_gemm" and op.arguments["output"] == attended:
                 yield self._weigh(attended)
-
-    def _make_gates(self, place: Place) -> Op:
-        arguments = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"layers.{place.layer}.attention.gates"),
-            "bias": None,
-            "logits": Buffer(HEAD_GATES),
-            "experts": self.heads,
-            "hidden": place.hidden,
-            "input_stride": row_stride(place.hidden),
-        }
-        return Op("router", PART, arguments, (self.heads, "heads a block of rows"))
 
     def _weigh(self, attended: Buffer) -> Op:
         arguments = {

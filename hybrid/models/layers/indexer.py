@@ -30,6 +30,7 @@ from hybrid.models.layers.products import (
     product_cost,
     product_rows,
     rows_buffers,
+    score,
 )
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
@@ -126,16 +127,7 @@ class Indexer:
         strides = row_stride(self.width), row_stride(self.head_dim)
         yield gemm(PART, format, latents, f"{prefix}.q", MADE_QUERIES, self.width, self.q_rank, strides[0])
         yield gemm(PART, format, NORMED, f"{prefix}.k", MADE_KEYS, self.head_dim, place.hidden, strides[1])
-        weights = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"{prefix}.weights"),
-            "bias": None,
-            "logits": Buffer(WEIGHTS),
-            "experts": self.heads,
-            "hidden": place.hidden,
-            "input_stride": row_stride(place.hidden),
-        }
-        yield Op("router", PART, weights, (self.heads, "heads a block of rows"))
+        yield score(PART, f"{prefix}.weights", WEIGHTS, self.heads, place.hidden, "heads")
         turned = {
             "queries": Buffer(MADE_QUERIES),
             "keys": Buffer(MADE_KEYS),

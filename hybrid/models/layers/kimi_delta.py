@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
-from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
-from hybrid.models.layers.gated_delta import FOUND, LINE, PART, PROJECTED
+from hybrid.models.layers.gated_delta import FOUND, PROJECTED
 from hybrid.models.layers.products import (
     FP32,
     NORMED,
@@ -37,7 +36,9 @@ from hybrid.models.layers.products import (
     quantise,
     rows_buffers,
     rows_name,
+    score,
 )
+from hybrid.models.layers.recurrent import PART, convolve, state_layout
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
@@ -196,16 +197,11 @@ class KimiDeltaAttention:
         formats, prefix, hidden = self._formats(place.mix), f"layers.{place.layer}.delta", place.hidden
         yield norm(place, PART, f"{prefix}.norm", *formats.into, f32=True)
         yield from joined_gemms(self._joined(place), prefix, PART, PROJECTED, hidden)
-        yield self._score_betas(prefix, hidden)
-        convolved = {
-            "values": Buffer(PROJECTED),
-            "weight": Weight(f"{prefix}.taps"),
-            "state": State(place.layer, self._matrix_bytes()),
-            "width": self.channels,
-            "taps": self.taps,
-            "stride": row_stride(self.projected_width),
-        }
-        yield Op("silu_conv", PART, convolved, (self.channels, "channels"))
+        yield score(PART, f"{prefix}.betas", BETAS, self.heads, hidden, "heads")
+        yield convolve(
+            place.layer, PROJECTED, f"{prefix}.taps", self._matrix_bytes(), self.channels, self.taps,
+            row_stride(self.projected_width),
+        )  # fmt: skip
         for number, format in enumerate(formats.raised):
             yield from self._raise(prefix, number, format)
         yield self._correct(place, prefix)
@@ -214,19 +210,6 @@ class KimiDeltaAttention:
             PART, formats.out, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.width, row_stride(hidden),
             accumulate=True,
         )  # fmt: skip
-
-    def _score_betas(self, prefix: str, hidden: int) -> Op:
-        """In fp32, as a router: these numbers are few."""
-        arguments = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"{prefix}.betas"),
-            "bias": None,
-            "logits": Buffer(BETAS),
-            "experts": self.heads,
-            "hidden": hidden,
-            "input_stride": row_stride(hidden),
-        }
-        return Op("router", PART, arguments, (self.heads, "heads a block of rows"))
 
     def _raise(self, prefix: str, number: int, format: str) -> Iterator[Op]:
         """Decays (number 0) or gates (1) of their latents, which become rows of a product as they are."""
@@ -294,9 +277,7 @@ class KimiDeltaAttention:
         return int(cpu_kernels.delta_state_bytes(self.heads, self.head_dim, self.head_dim, by_channel=True))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
+        return state_layout(self._matrix_bytes(), self.channels, self.taps)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices three times: by its key, by its query, and its correction by its key."""

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 import cpu_kernels
-from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
@@ -32,7 +31,9 @@ from hybrid.models.layers.products import (
     quantise,
     rows_buffers,
     rows_name,
+    score,
 )
+from hybrid.models.layers.recurrent import PART, convolve, state_layout
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import (
     ExpertForm,
@@ -47,10 +48,8 @@ from hybrid.models.tensors import (
 )
 from hybrid.ops import Buffer, Op, State, Weight
 
-PART = "attention"  # its matrices are of the format of attention, and its time is booked there
 # Buffers: x of all heads, B and C of all groups, gates of all heads; one step a head; what comes out, normed.
 PROJECTED, STEPS, FOUND = "projected", "steps", "found"
-LINE = 64  # bytes; states begin at one
 LARGEST_STEP = float(np.finfo(np.float32).max)
 
 
@@ -168,35 +167,15 @@ class Mamba2:
         stride = row_stride(self.width)
         yield norm(place, PART, f"{prefix}.norm", into, f32=True)
         yield gemm(PART, into, NORMED, f"{prefix}.in", PROJECTED, self.width, hidden, stride)
-        yield self._score_steps(prefix, hidden)
-        convolved = {
-            "values": Buffer(PROJECTED),
-            "weight": Weight(f"{prefix}.taps"),
-            "state": State(place.layer, self._matrix_bytes()),
-            "width": self.channels,
-            "taps": self.taps,
-            "stride": stride,
-        }
-        if self.conv_bias:
-            convolved["bias"] = Weight(f"{prefix}.taps_bias")
-        yield Op("silu_conv", PART, convolved, (self.channels, "channels"))
+        yield score(PART, f"{prefix}.steps", STEPS, self.heads, hidden, "heads")
+        yield convolve(
+            place.layer, PROJECTED, f"{prefix}.taps", self._matrix_bytes(), self.channels, self.taps, stride,
+            bias=self.conv_bias,
+        )  # fmt: skip
         yield self._scan(place, prefix, stride)
         yield self._norm_groups(place, prefix, stride)
         yield from quantise(PART, FOUND, self.inner, out)
         yield gemm(PART, out, FOUND, f"{prefix}.out", RESIDUAL, hidden, self.inner, row_stride(hidden), accumulate=True)
-
-    def _score_steps(self, prefix: str, hidden: int) -> Op:
-        """In fp32, as a router: these numbers are few, and every later token feels their error."""
-        arguments = {
-            "input": Buffer(NORMED_F32),
-            "weight": Weight(f"{prefix}.steps"),
-            "bias": None,
-            "logits": Buffer(STEPS),
-            "experts": self.heads,
-            "hidden": hidden,
-            "input_stride": row_stride(hidden),
-        }
-        return Op("router", PART, arguments, (self.heads, "heads a block of rows"))
 
     def _scan(self, place: Place, prefix: str, stride: int) -> Op:
         arguments = {
@@ -244,9 +223,7 @@ class Mamba2:
         return int(cpu_kernels.delta_state_bytes(self.heads, self.state_dim, self.head_dim))
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
-        nbytes = self._matrix_bytes() + round_up(cpu_kernels.conv_state_bytes(self.channels, self.taps), LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
+        return state_layout(self._matrix_bytes(), self.channels, self.taps)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Each token multiplies the matrices twice: by its C, and dt x by its B."""

@@ -178,6 +178,25 @@ def gemm(
     return Op("gemm", part, arguments, (-(-n // BLOCK), "column blocks"))
 
 
+def score(
+    part: str, weight: str, target: str, count: int, width: int, what: str,
+    source: str = NORMED_F32, bias: bool = False,
+) -> Op:  # fmt: skip
+    """A product in fp32 with `count` rows of `width` floats, as that of a router, of numbers that are few and that much
+    depends on. target: float32 [rows, count]. what: they are.
+    """
+    arguments = {
+        "input": Buffer(source),
+        "weight": Weight(weight),
+        "bias": Weight(f"{weight}_bias") if bias else None,
+        "logits": Buffer(target),
+        "experts": count,
+        "hidden": width,
+        "input_stride": row_stride(width),
+    }
+    return Op("router", part, arguments, (count, f"{what} a block of rows"))
+
+
 def product_cost(format: str, n: int, k: int, rows: float) -> Cost:
     """Cost of reading a matrix [n, k] once and multiplying it with these rows."""
     return Cost(packed_bytes(format, n, k)) + operations(format, n * k * rows)

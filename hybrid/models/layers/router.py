@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hybrid.formats.rows import row_stride
 from hybrid.models.layers.expert_sets import IDS, ROUTED, SHARED, WEIGHTS, group_rows
-from hybrid.models.layers.products import NORMED_F32
+from hybrid.models.layers.products import score
 from hybrid.models.tensors import GatedNames, gated_names
 from hybrid.ops import Buffer, Choice, Op, Weight
 
 RouterKind = Literal["softmax", "topk_softmax", "sigmoid", "sparsemixer", "root_softplus"]
 _PREFIX = "model.layers.{layer}.mlp"
+LOGITS = "router_logits"  # buffer: scores of all experts
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,9 @@ def route(router: Router, prefix: str, hidden: int, experts: int, shared_gate: b
     shared_gate: whether a last score weighs a shared expert.
     """
     weight, scores = f"{prefix}.router", experts + shared_gate
-    score = {
-        "input": Buffer(NORMED_F32),
-        "weight": Weight(weight),
-        "bias": Weight(f"{weight}_bias") if router.bias else None,
-        "logits": Buffer("router_logits"),
-        "experts": scores,
-        "hidden": hidden,
-        "input_stride": row_stride(hidden),
-    }
-    yield Op("router", "moe", score, (scores, "experts a block of rows"))
+    yield score("moe", weight, LOGITS, scores, hidden, "experts", bias=router.bias)
     choose = {
-        "logits": Buffer("router_logits"),
+        "logits": Buffer(LOGITS),
         "ids": Buffer(IDS),
         "weights": Buffer(WEIGHTS),
         "shared_weights": Buffer(f"{SHARED}.weights") if shared_gate else None,

@@ -12,8 +12,6 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-import cpu_kernels
-from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
@@ -33,13 +31,12 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
+from hybrid.models.layers.recurrent import PART, state_layout
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
-PART = "attention"  # its matrices are of the format of attention, and its time is booked there
 GATES, CONVOLVED = "gates", "convolved"  # buffers: what goes into the convolution, and what comes out
-LINE = 64  # bytes; states begin at one
 
 
 @dataclass(frozen=True)
@@ -141,9 +138,7 @@ class ShortConv:
         }
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """It goes back to tokens of its run alone, so a step that failed cannot be run again."""
-        nbytes = round_up(cpu_kernels.conv_state_bytes(self.width, self.taps), LINE)
-        return StateLayout(nbytes, 0, "StateLayout", {}, run=cpu_kernels.RUN_TOKENS)
+        return state_layout(0, self.width, self.taps)
 
     def cost(self, place: Place, load: Load) -> Cost:
         into, out = self.formats(place.mix)
