@@ -104,11 +104,12 @@ def test_a_step_that_never_ends_fails_its_requests_and_is_left_behind(monkeypatc
 
 def test_an_engine_that_is_left_behind_leaves_its_prefix_folder_to_the_next(monkeypatch, tmp_path) -> None:
     """A real one: its step hangs, and the one that is opened in its place has what it had kept."""
-    stuck, over = threading.Event(), threading.Event()
+    stuck, hangs, over = threading.Event(), threading.Event(), threading.Event()
     forward = Engine.forward
 
     def hanging(engine: Engine, batch: Batch) -> StepResult:
         if engine is first.engine and stuck.is_set():
+            hangs.set()
             over.wait(WATCHDOG)
         return forward(engine, batch)
 
@@ -123,7 +124,7 @@ def test_an_engine_that_is_left_behind_leaves_its_prefix_folder_to_the_next(monk
 
     first = opened()
     monkeypatch.setattr(Engine, "forward", hanging)
-    monkeypatch.setattr(Loop, "step_seconds", lambda loop: 1e9 * (loop is first.loop and stuck.is_set()))
+    monkeypatch.setattr(Loop, "step_seconds", lambda loop: 1e9 * (loop is first.loop and hangs.is_set()))
     with running(first, again=(opened() for _ in range(1))) as server:
         assert cached() == 0
         first.run(first.loop._worker.scheduler._admission.pool._files.flush)

@@ -40,7 +40,8 @@ SAID = "*** Begin\n+ä"
 
 
 def call(name: str, **arguments: Any) -> str:
-    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+    """As a grammar demands it, so that a model that must call does nothing else."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 @pytest.fixture(scope="module")

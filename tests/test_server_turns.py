@@ -22,8 +22,10 @@ from scripted_model import TEMPLATE  # noqa: E402
 from server_rig import Running, running, until  # noqa: E402
 
 from hybrid import LLM  # noqa: E402
+from hybrid.cluster.relay import Relay  # noqa: E402
 from hybrid.errors import ConfigError  # noqa: E402
 from hybrid.server.config import ServerConfig  # noqa: E402
+from hybrid.server.exchange import Exchange  # noqa: E402
 from hybrid.server.quotas import Quotas  # noqa: E402
 from hybrid.server.refusals import Refusal  # noqa: E402
 from hybrid.server.service import Service  # noqa: E402
@@ -126,6 +128,25 @@ def test_a_key_has_its_limits_and_others_are_not_held_up() -> None:
         ok = server.http.post(COMPLETE, json={"prompt": [1], "max_tokens": 1}, headers={"authorization": "Bearer b"})
         assert ok.status_code == 200
         assert "hybrid_requests_limited_total 2.0" in server.http.get("/metrics", headers={"x-api-key": "b"}).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("server_of", "passing"), [(running, (Exchange, "send")), (fronted, (Relay, "pass_on"))])
+def test_who_has_the_whole_answer_may_ask_again(monkeypatch, server_of, passing, stream: bool) -> None:
+    send, taken = getattr(*passing), []
+
+    async def counting(self: Any, message: Any, *rest: str) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            taken.append(quotas._taken.total())
+        await send(self, message, *rest)
+
+    llm = LLM.from_engine(DummyEngine(), BYTES)
+    with server_of(llm if server_of is running else {"r": llm}, api_key=("a",), key_requests=1) as server:
+        quotas = server.service.admission.quotas if server_of is running else server.front._quotas
+        monkeypatch.setattr(*passing, counting)
+        body = {"prompt": "a", "max_tokens": 3, "stream": stream}
+        assert server.http.post(COMPLETE, json=body, headers={"x-api-key": "a"}).status_code == 200
+    assert taken == [0]
 
 
 TEXTS = {

@@ -155,14 +155,17 @@ class Front:
             body = await parse_object(data)
             if not text:
                 held.enter_context(self._quotas.completions(client, completions_asked(body)))
-            await until_gone(receive, self._ask(replicas, _asked(scope, data, body), relay, exchange))
+            asked = _asked(scope, data, body)
+            await until_gone(receive, self._ask(replicas, asked, relay, exchange, held.close))
 
-    async def _ask(self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange) -> None:
-        """Of as many replicas as it takes."""
+    async def _ask(
+        self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange, on_end: Callable[[], None]
+    ) -> None:
+        """Of as many replicas as it takes. on_end: called before the client gets the last of it."""
         for _ in range(_ATTEMPTS):
             try:
                 relay.begin_anew()
-                return await self._ask_once(replicas, asked, relay, exchange)
+                return await self._ask_once(replicas, asked, relay, exchange, on_end)
             except QueueFull:
                 self.figures.refused.inc()
                 raise Refusal(503, "all replicas have as much as they take; try later", code="queue_full") from None
@@ -176,7 +179,9 @@ class Front:
                 self.figures.moved.inc()
         raise internal()
 
-    async def _ask_once(self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange) -> None:
+    async def _ask_once(
+        self, replicas: Replicas, asked: Asked, relay: Relay, exchange: Exchange, on_end: Callable[[], None]
+    ) -> None:
         async with aclosing(replicas.ask(asked)) as replies:
             taken = await self._first(replicas, replies)
             name = taken.replica
@@ -187,6 +192,7 @@ class Front:
                 self._charges.note(name, asked.client, reply.total)  # before the client can ask for more
                 if isinstance(reply, Ended):
                     exchange.tokens = reply.tokens
+                    on_end()
                 for message in reply.messages:
                     await relay.pass_on(message, name)
 

@@ -226,7 +226,9 @@ class Service:
 
 
 class Run:
-    """Completions that one client waits for. `close` ends what has not finished, and must be called once."""
+    """Completions that one client waits for. They count as taken until `next` has given the last piece, so that who
+    has the whole answer may ask again, or until `close`, which must be called, ends what has not finished.
+    """
 
     def __init__(self, service: Service, requests: list[Request], count: int, client: str) -> None:
         """Raises Refusal."""
@@ -246,9 +248,12 @@ class Run:
     async def next(self, seconds: float | None = None) -> list[Piece]:
         """As `Together.next`. Raises Refusal."""
         try:
-            return await self._together.next(seconds)
+            pieces = await self._together.next(seconds)
         except Exception as error:
             raise self.service.refuse(error) from None
+        if self.over():
+            self.close()
+        return pieces
 
     async def finish(self) -> None:
         """Wait for all of it. Raises Refusal."""
