@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cpu_kernels
@@ -70,7 +71,7 @@ def check_tests() -> bool:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(site), "."]
     settings = {
         "cmake.define.HYBRID_SANITIZE": "address,undefined",
-        "cmake.define.HYBRID_SANITIZE_ISAS": ";".join(ISAS),
+        "cmake.define.HYBRID_ISAS": ";".join(ISAS),
         "build-dir": str(BUILD / "cmake"),
     }
     built = succeeds([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())])
@@ -125,17 +126,27 @@ def checked_environment(site: Path, isa: str) -> dict[str, str]:
 
 
 def check_threads() -> bool:
-    """Whether the stress programs can be built and find nothing."""
-    sources = [str(path) for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
-    flags = ["-std=c++17", "-march=x86-64-v2", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
-    return all(check_program(name, [COMPILER, *flags, *sources]) for name in STRESS_PROGRAMS)
+    """Whether the stress programs can be built and find nothing. What they share is compiled once."""
+    shared = [path for pattern in STRESS_SOURCES for path in sorted(SOURCES.glob(pattern))]
+    programs = [PLANTED.with_name(f"{name}.cpp") for name in STRESS_PROGRAMS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(checked_object, shared + programs))
+    count = len(shared)
+    return None not in objects and all(check_program(main, objects[:count]) for main in objects[count:])
 
 
-def check_program(name: str, build: list[str]) -> bool:
-    """Whether a stress program can be built and finds nothing."""
-    program = str(BUILD / name)
-    stress = str(Path(__file__).parent / f"{name}.cpp")
-    return succeeds([*build, stress, "-o", program]) and succeeds([program], **ENVIRONMENT)
+def checked_object(source: Path) -> Path | None:
+    """Compiled to find races; None if it cannot be."""
+    made = BUILD / f"{source.stem}.o"
+    flags = ["-std=c++17", "-march=x86-64-v2", "-O1", "-g1", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
+    return made if succeeds([COMPILER, *flags, "-c", str(source), "-o", str(made)]) else None
+
+
+def check_program(main: Path, shared: list[Path]) -> bool:
+    """Whether a stress program can be linked and finds nothing."""
+    program = main.with_suffix("")
+    link = [COMPILER, "-fsanitize=thread", "-pthread", *map(str, (main, *shared)), "-o", str(program)]
+    return succeeds(link) and succeeds([str(program)], **ENVIRONMENT)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 #include "instances/tables.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cpu/features.h"
 
 namespace hybrid {
 
-extern const KernelTable kernels_portable;
-extern const KernelTable kernels_avx2;
-extern const KernelTable kernels_avx512;
-extern const KernelTable kernels_avx512_bf16;
-extern const KernelTable kernels_amx;
+// Weak: a build has those that HYBRID_ISAS names (CMakeLists.txt).
+[[gnu::weak]] extern const KernelTable kernels_portable;
+[[gnu::weak]] extern const KernelTable kernels_avx2;
+[[gnu::weak]] extern const KernelTable kernels_avx512;
+[[gnu::weak]] extern const KernelTable kernels_avx512_bf16;
+[[gnu::weak]] extern const KernelTable kernels_amx;
 
 namespace {
 
@@ -32,11 +34,13 @@ std::vector<Isa> known_isas() {
   const Names avx512 = avx2 + Names{"avx512f", "avx512bw", "avx512vl", "avx512dq"};
   const Names avx512_bf16 = avx512 + Names{"avx512_bf16", "avx512_vnni"};
   const Names amx = avx512_bf16 + Names{"amx_tile", "amx_bf16", "amx_int8", "amx_permission"};
-  return {{&kernels_amx, amx},
-          {&kernels_avx512_bf16, avx512_bf16},
-          {&kernels_avx512, avx512},
-          {&kernels_avx2, avx2},
-          {&kernels_portable, {}}};
+  std::vector<Isa> known = {{&kernels_amx, amx},
+                            {&kernels_avx512_bf16, avx512_bf16},
+                            {&kernels_avx512, avx512},
+                            {&kernels_avx2, avx2},
+                            {&kernels_portable, {}}};
+  known.erase(std::remove_if(known.begin(), known.end(), [](const Isa& isa) { return !isa.table; }), known.end());
+  return known;
 }
 
 const std::vector<Isa>& isas() {
