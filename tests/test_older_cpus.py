@@ -40,7 +40,7 @@ def test_the_processor_is_recognised(cpu) -> None:
 
 
 def run_kernel_tests(cpu: str) -> str:
-    """One case of each test in each format: accuracy and all sizes are tried where the processor is not emulated."""
+    """One case of each test: accuracy and all sizes are tried where the processor is not emulated."""
     best = CPUS[cpu][0]
     select = ("-k", best, "--ignore", "tests/kernels/test_accuracy.py", "tests/kernels")
     few = {"HYBRID_TEST_ISA": best, "HYBRID_TEST_BRIEF": "1"}
