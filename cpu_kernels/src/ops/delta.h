@@ -141,23 +141,24 @@ static HYBRID_INLINE void take(float* matrix, const DeltaRun& run, const float* 
   }
 }
 
-// Of the matrix and of each of a run's first `count` tokens, which make all before them decay by `each`.
-static HYBRID_INLINE void decay_all(const float* each, int count, DeltaRun& run) {
-  run.decays[0] = 1.0f;
-  for (int token = 0; token < count; ++token) {
-    for (int c = 0; c <= token; ++c) run.decays[c] *= each[token];
-    run.decays[1 + token] = 1.0f;
-  }
+// A token comes to a run, of which the matrix and all tokens before it decay.
+static HYBRID_INLINE void add_decay(float decay, int token, DeltaRun& run) {
+  if (!token) run.decays[0] = 1.0f;
+  for (int c = 0; c <= token; ++c) run.decays[c] *= decay;
+  run.decays[1 + token] = 1.0f;
 }
 
 // What a matrix of one decay takes: the run before, if this one begins, and keys of tokens of earlier steps.
 static HYBRID_INLINE void read_kept(const DeltaState& state, RunTokens& t) {
-  if (t.begins) {
-    decay_all(state.decays, kRunTokens, t.last);
-    __builtin_memcpy(t.last.keys, state.keys, kRunTokens * t.key_dim * sizeof(float));
+  if (t.begins) __builtin_memcpy(t.last.keys, state.keys, kRunTokens * t.key_dim * sizeof(float));
+  for (int c = 0; t.begins && c < kRunTokens; ++c) {
+    add_decay(state.decays[c], c, t.last);
+    t.last.key[c] = t.last.keys + c * t.key_dim;
   }
-  for (int c = 0; t.begins && c < kRunTokens; ++c) t.last.key[c] = t.last.keys + c * t.key_dim;
-  for (int c = 0; c < t.old; ++c) t.run.key[c] = state.keys + c * t.key_dim;
+  for (int c = 0; c < t.old; ++c) {
+    add_decay(state.decays[c], c, t.run);
+    t.run.key[c] = state.keys + c * t.key_dim;
+  }
 }
 
 // Keeps new tokens, once their keys are known.

@@ -28,7 +28,7 @@ static HYBRID_KERNEL void read_tokens(const GatedDeltaArgs& args, int head, cons
   keep(decays, state, t);
   for (int r = 0; r < t.count; ++r) {
     const int token = t.old + r;
-    decay_all(state.decays, token + 1, t.run);
+    add_decay(decays[r], token, t.run);
     t.decay[r] = t.run.decays[0];
     for (int c = 0; c <= token; ++c) {
       t.on_keys[r][c] = t.run.decays[1 + c] * dot(t.run.key[c], t.keys + r * dim, dim);

@@ -36,7 +36,7 @@ static HYBRID_INLINE void read_tokens(const StateSpaceArgs& args, int head, cons
   keep(decays, state, t);
   for (int r = 0; r < t.count; ++r) {
     const int token = t.old + r;
-    decay_all(state.decays, token + 1, t.run);
+    add_decay(decays[r], token, t.run);
     t.decay[r] = t.run.decays[0];
     for (int c = 0; c <= token; ++c) t.scores[r][c] = t.run.decays[1 + c] * dot(t.run.key[c], t.query[r], dim);
   }
