@@ -24,7 +24,7 @@ INDEXED = SharedPages(1, 50, 12, 256, index_dim=20).layout
 ENTRIES_FIELDS: dict[str, Any] = {  # of 4 tokens an entry of 64 dimensions, and a key of an indexer of 32
     **{"base": PLACE, "sequence_stride": 53248, "head_stride": 0, "value_offset": 0, "key_dim": 64, "value_dim": 64},
     **{"format": Format.bf16, "key_scales_offset": 0, "value_scales_offset": 0, "shared": True},
-    **{"entry_offset": 32768, "entry_bytes": 128, "index_offset": 40960, "index_dim": 32, "tail_offset": 45056},
+    **{"tail_offset": 20480, "entry_offset": 32768, "entry_bytes": 128, "index_offset": 40960, "index_dim": 32},
 }
 ENTRIES = KvLayout(**ENTRIES_FIELDS)
 STATE = StateLayout(base=PLACE, sequence_stride=1472)
@@ -85,6 +85,7 @@ OPS: dict[str, dict[str, Any]] = {
             "kv": ENTRIES,
             "heads": 3,
             "head_dim": 60,
+            "made": 0,
         },
         **{"padded_dim": 64, "rope_dim": 12, "interleaved": True, "normed": True, "query_stride": 192},
         **{"key_stride": 64, "eps": 1e-6},

@@ -14,6 +14,7 @@ import cpu_kernels
 from hybrid.config import KV_FORMATS
 
 TOKENS, DIM, ROPE, INDEX = 256, 20, 6, 20  # dimensions of attention and of the indexer, padded to 32
+KEPT = 27  # keys of the last tokens
 EPS = 1e-3
 
 
@@ -23,39 +24,41 @@ def kv_format(request: pytest.FixtureRequest) -> str:
 
 
 class State:
-    """Of some sequences: keys of tokens, then entries and keys of an indexer, then what the last tokens brought."""
+    """Of some sequences: keys of the last tokens, what the last tokens brought, entries and keys of an indexer."""
 
     def __init__(self, sequences: int, rate: int, sets: int, width: int, format: str = "bf16") -> None:
         self.rate, self.width, self.format = rate, width, format
         self.tokens = sets * rate + cpu_kernels.RUN_TOKENS - 1
-        size = 2 if format == "bf16" else 1
-        self.rows, self.entry_bytes = TOKENS * 32 * size, 64
-        self.scales = self.rows + TOKENS * 4 * (format != "bf16")
-        self.index = self.scales + TOKENS // rate * 64
-        self.tail = self.index + TOKENS // rate * 64
-        self.pages = aligned((sequences, self.tail + -(-self.tokens * width * 4 // 64) * 64), np.uint8)
+        self.tail = KEPT * 64
+        self.first = self.tail + -(-self.tokens * width * 4 // 64) * 64
+        self.index = self.first + TOKENS // rate * 64
+        self.pages = aligned((sequences, self.index + TOKENS // rate * 64), np.uint8)
 
     @property
     def layout(self) -> cpu_kernels.KvLayout:
-        scales = self.rows if self.format != "bf16" else 0
         return cpu_kernels.KvLayout(
             base=self.pages.ctypes.data, sequence_stride=self.pages.strides[0], head_stride=0, value_offset=0,
-            key_dim=32, value_dim=32, format=getattr(cpu_kernels.Format, self.format), key_scales_offset=scales,
-            value_scales_offset=scales, shared=True, entry_offset=self.scales, entry_bytes=64,
+            key_dim=32, value_dim=32, format=getattr(cpu_kernels.Format, self.format), key_scales_offset=0,
+            value_scales_offset=0, shared=True, entry_offset=self.first, entry_bytes=64,
             index_offset=self.index, index_dim=32, tail_offset=self.tail,
         )  # fmt: skip
 
     def entries(self, sequence: int) -> np.ndarray:
         """What is stored, [entries, 32]."""
-        found = self.pages[sequence, self.scales : self.index].reshape(-1, 64)
-        if self.format == "bf16":
-            return found.view(BF16).astype(np.float32)
-        dtype = quantised(np.ones((1, 32), np.float32), self.format)[0].dtype
-        return found[:, :32].copy().view(dtype).astype(np.float32) * found[:, 32:36].copy().view(np.float32)
+        return as_floats(self.pages[sequence, self.first : self.index], self.format)
 
     def keys(self, sequence: int) -> np.ndarray:
         """Of the indexer, [entries, 32]."""
-        return self.pages[sequence, self.index : self.tail].view(BF16).reshape(-1, 32)
+        return self.pages[sequence, self.index :].view(BF16).reshape(-1, 32)
+
+
+def as_floats(entries: np.ndarray, format: str) -> np.ndarray:
+    """Entries of 64 bytes as what they stand for, [entries, 32]."""
+    found = entries.reshape(-1, 64)
+    if format == "bf16":
+        return found.view(BF16).astype(np.float32)
+    dtype = quantised(np.ones((1, 32), np.float32), format)[0].dtype
+    return found[:, :32].copy().view(dtype).astype(np.float32) * found[:, 32:36].copy().view(np.float32)
 
 
 class Compressor:
@@ -113,7 +116,7 @@ def test_entries_are_weighted_means_of_windows(isa, rate, overlaps, kv_format) -
     near = {"bf16": 0.01, "int8": 0.02, "fp8": 0.08}[kv_format]
     assert np.abs(found[:count, :DIM] - wanted).max() <= near * np.abs(wanted).max()
     assert not found[:, DIM:].any() and not found[count:].any() and not state.entries(0).any()
-    assert not state.pages[1, : state.scales].any() and not state.keys(1).any()
+    assert not state.pages[1, : state.tail].any() and not state.keys(1).any()
 
 
 @pytest.mark.parametrize(("rate", "overlaps"), [(4, True), (16, False)])
@@ -213,9 +216,10 @@ def test_queries_and_keys_turn_by_their_last_dimensions_and_back(isa, kv_format)
     state, q = State(2, 4, 2, 8, kv_format), aligned((rows, heads, 32), BF16, fill=np.nan)
     fields = {"heads": heads, "head_dim": DIM, "rope_dim": ROPE, "interleaved": True}
     rig = Rig(isa, 2, rows=rows, sequences=2, positions=TOKENS)
+    made = aligned((rows, 64), np.uint8, fill=255)
     rig.add(
-        "turn", queries=queries, keys=keys, rope=rope, norm=norm, q=q, kv=state.layout, padded_dim=32, normed=True,
-        query_stride=64, key_stride=64, eps=EPS, **fields,
+        "turn", queries=queries, keys=keys, rope=rope, norm=norm, q=q, made=made, kv=state.layout, padded_dim=32,
+        normed=True, query_stride=64, key_stride=64, eps=EPS, **fields,
     )  # fmt: skip
     rig.step([(1, position) for position in range(30, 30 + rows)])
     x = queries[:, : heads * DIM].reshape(rows, heads, DIM).astype(np.float64)
@@ -226,14 +230,10 @@ def test_queries_and_keys_turn_by_their_last_dimensions_and_back(isa, kv_format)
     k = keys[:, :DIM].astype(np.float64)
     k = k / np.sqrt((k**2).mean(-1, keepdims=True) + EPS) * norm
     k[:, -ROPE:] = turn(k[:, -ROPE:], angles, True)
-    pair = (16, 2) if kv_format == "bf16" else (32, 1)
-    dtype = BF16 if kv_format == "bf16" else quantised(np.ones((1, 32), np.float32), kv_format)[0].dtype
-    stored = state.pages[1, : state.rows].view(dtype).reshape(-1, pair[0], 16, pair[1]).transpose(0, 2, 1, 3)
-    stored = stored.reshape(-1, 32).astype(np.float32)
-    if kv_format != "bf16":
-        stored = stored * state.pages[1, state.rows : state.scales].view(np.float32)[:, None]
+    stored = as_floats(made, kv_format)
     near = {"bf16": 0.005, "int8": 0.01, "fp8": 0.07}[kv_format]
-    assert np.abs(stored[30 : 30 + rows, :DIM] - k).max() <= near * np.abs(k).max()
+    assert np.abs(stored[:, :DIM] - k).max() <= near * np.abs(k).max() and not stored[:, DIM:].any()
+    assert not state.pages.any()
     values = aligned((rows, 64), BF16)
     values[:, : heads * DIM] = q[..., :DIM].reshape(rows, -1)
     rig = Rig(isa, 2, rows=rows)

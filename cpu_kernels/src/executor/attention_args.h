@@ -15,8 +15,8 @@ struct KvLayout {
   bool shared;                        // all heads have the same keys, whose first value_dim dimensions are the values
   int64_t index_offset;               // from the start of a sequence to the keys of an indexer, bf16, of index_dim
   int index_dim;                      // padded; 0: there is no indexer
-  int64_t entry_offset, entry_bytes;  // from the start of a sequence to entries, and from one to the next: key_dim
-                                      // codes of a key that stands for several tokens, and its scale; 0: there are none
+  int64_t entry_offset, entry_bytes;  // from the start of a sequence to entries, each a key that stands for several
+                                      // tokens, and bytes of one: key_dim codes, then its scale; 0: there are none
   int64_t tail_offset;                // from the start of a sequence to what its last tokens bring to entries, float32
 
   template <class Field>
@@ -139,7 +139,10 @@ struct AttentionArgs {
   int selects;              // 0: every row sees all
   const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position; those
                             // below 0 are then complements of numbers of entries
-  const int32_t* blocks;    // null, or [rows, kv_heads, block_count]: of a row that sees more blocks of keys, which
+  const char* fresh;      // null, or keys of the rows of the step, [rows, kv.entry_bytes] as entries lie: then keys of
+                          // earlier tokens lie so too, from the start of a sequence on, see KeepArgs
+  int kept;               // how many of those there are
+  const int32_t* blocks;  // null, or [rows, kv_heads, block_count]: of a row that sees more blocks of keys, which
   int block_count;
 
   template <class Field>
@@ -161,6 +164,8 @@ struct AttentionArgs {
     field("selected", selected, kOptional);
     field("selects", selects, kOptional);
     field("counts", counts, kOptional);
+    field("fresh", fresh, kOptional);
+    field("kept", kept, kOptional);
     field("blocks", blocks, kOptional);
     field("block_count", block_count, kOptional);
   }

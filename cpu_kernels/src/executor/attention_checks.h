@@ -72,6 +72,22 @@ inline void check_blocks(const AttentionArgs& a, const std::string& place) {
               "; blocks are selected of keys that are not shared, without a window or ends");
 }
 
+// An entry, or the key of a token that lies as one.
+inline void check_entry(const KvLayout& kv, const std::string& place) {
+  require_stride(place, "kv.entry_bytes", kv.entry_bytes,
+                 kv.format == Format::bf16 ? int64_t(kv.key_dim) * 2 : int64_t(kv.key_dim) + 4);
+}
+
+// Of keys that lie as entries, behind which these begin.
+inline void check_kept(const AttentionArgs& a, const std::string& place) {
+  require(!a.fresh || (a.kept && a.counts), place + "fresh is not null, and kept is 0 or counts are null");
+  if (!a.fresh) return;
+  check_entry(a.kv, place);
+  const int64_t keys = a.kept * a.kv.entry_bytes;
+  require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, keys);
+  if (a.kv.entry_offset) require_stride(place, "kv.entry_offset", a.kv.entry_offset, keys);
+}
+
 inline void check_fit(const AttentionArgs& a, const std::string& place) {
   check_layout(a.kv, a.head_dim, place);
   const int group = a.heads / a.kv_heads;
@@ -85,6 +101,7 @@ inline void check_fit(const AttentionArgs& a, const std::string& place) {
   require(!a.selects || (a.kv.shared && !a.window && !a.ends),
           place + "selects is " + text(a.selects) + "; keys are selected of shared ones, without a window or ends");
   check_blocks(a, place);
+  check_kept(a, place);
 }
 
 inline void check_index_keys(const KvLayout& kv, int head_dim, const std::string& place) {
@@ -189,7 +206,7 @@ inline void check_extents_of(const LatentArgs& a, const Limits& limits, const st
 }
 
 inline void check_extents_of(const AttentionArgs& a, const Limits& limits, const std::string& place) {
-  check_arena(a.kv, a.kv_heads, limits, place);
+  if (!a.fresh) check_arena(a.kv, a.kv_heads, limits, place);
   const int64_t split = std::min(limits.rows, limits.sequences);
   require_countable((limits.rows + split * (limits.positions / kKeys + 1)) * a.heads, place);
 }

@@ -8,13 +8,14 @@ namespace hybrid {
 
 constexpr int kMaxCompressed = 256;  // tokens of which one entry is made
 
-// Heads whose last dimensions turn: queries to bf16, and the one key of a token, normed, into the arena.
+// Heads whose last dimensions turn: queries to bf16, and the one key of a token, normed, as entries lie.
 struct TurnArgs {
   const float* queries;  // [rows, query_stride]
   const float* keys;     // null, or [rows, key_stride]
   const float* rope;     // [rows, rope_dim]
   const float* norm;     // null, or of keys [head_dim]
   bf16* q;               // [rows, heads, padded_dim], padded with zeros
+  char* made;            // null without keys, or [rows, kv.entry_bytes]
   KvLayout kv;           // of keys
   int heads, head_dim, padded_dim, rope_dim;
   bool interleaved;
@@ -29,6 +30,7 @@ struct TurnArgs {
     field("rope", rope);
     field("norm", norm, kNullable);
     field("q", q);
+    field("made", made, kNullable);
     field("kv", kv);
     field("heads", heads, kPositive);
     field("head_dim", head_dim, kPositive);
@@ -101,8 +103,8 @@ struct CompressArgs {
 
 // The last `tokens` rows of each sequence are kept for the next step, each at its position modulo `tokens`.
 struct KeepArgs {
-  const float* made;  // [rows, width]
-  KvLayout kv;        // kv.tail_offset: to float32 [tokens, width]
+  const char* made;  // float32 [rows, width]; of width 0 keys [rows, kv.entry_bytes]
+  KvLayout kv;       // kv.tail_offset: to float32 [tokens, width]; keys [tokens, kv.entry_bytes] are at the start
   int tokens, width;
 
   template <class Field>
@@ -110,7 +112,7 @@ struct KeepArgs {
     field("made", made);
     field("kv", kv);
     field("tokens", tokens, kPositive);
-    field("width", width, kPositive);
+    field("width", width);
   }
 };
 

@@ -1,6 +1,7 @@
 // What the fields of ops on streams and on entries must be to each other.
 #pragma once
 
+#include "executor/attention_checks.h"
 #include "executor/executor.h"
 #include "executor/require.h"
 
@@ -36,7 +37,8 @@ inline void check_fit(const TurnArgs& a, const std::string& place) {
   require_stride(place, "query_stride", a.query_stride, int64_t(a.heads) * a.head_dim);
   if (!a.keys) return;
   require_stride(place, "key_stride", a.key_stride, a.head_dim);
-  require_stride(place, "kv.key_dim", a.kv.key_dim, a.head_dim);
+  check_padded(a.head_dim, a.kv.key_dim, place);
+  check_entry(a.kv, place);
 }
 
 inline void check_fit(const UnturnArgs& a, const std::string& place) {
@@ -53,16 +55,15 @@ inline void check_fit(const CompressArgs& a, const std::string& place) {
           place + "an entry of " + text(sets * a.rate) + " tokens; at most " + text(kMaxCompressed) + " are supported");
   require_stride(place, "width", a.width, a.first_value + sets * a.dim);
   require_stride(place, "width", a.width, a.first_gate + sets * a.dim);
-  if (!a.indexes)
-    require_stride(place, "kv.entry_bytes", a.kv.entry_bytes,
-                   a.kv.format == Format::bf16 ? int64_t(padded) * 2 : int64_t(padded) + 4);
+  if (!a.indexes) check_entry(a.kv, place);
   require(a.tokens >= sets * a.rate,
           place + "tokens is " + text(a.tokens) + "; an entry is made of " + text(sets * a.rate));
   require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, a.kv.tail_offset + int64_t(a.tokens) * a.width * 4);
 }
 
 inline void check_fit(const KeepArgs& a, const std::string& place) {
-  require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, a.kv.tail_offset + int64_t(a.tokens) * a.width * 4);
+  const int64_t end = a.width ? a.kv.tail_offset + int64_t(a.tokens) * a.width * 4 : a.tokens * a.kv.entry_bytes;
+  require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, end);
 }
 
 inline void check_fit(const EntryScoresArgs& a, const std::string& place) {
@@ -79,7 +80,7 @@ inline void check_fit(const SeeArgs& a, const std::string& place) {
 }
 
 inline void check_presence(const TurnArgs& a, const std::string& place) {
-  require(!a.norm == !a.keys, place + (a.norm ? "keys" : "norm") + " is null, and the other is not");
+  require(!a.norm == !a.keys && !a.made == !a.keys, place + "keys, norm and made are all there or none is");
 }
 
 inline void check_presence(const SeeArgs& a, const std::string& place) {

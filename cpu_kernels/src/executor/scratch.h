@@ -75,6 +75,11 @@ static inline int64_t gathered_bytes(const KvLayout& kv) {
   return int64_t(kKeys) * kv.key_dim * (kv.format == Format::bf16 ? 2 : 1) + kKeys * int64_t(sizeof(float));
 }
 
+// A key block as operands of both products, values and keys, and the scales of keys.
+static inline int64_t seen_bytes(const KvLayout& kv) {
+  return turned_bytes(kv) + int64_t(kKeys) * kv.key_dim * 2 + kKeys * int64_t(sizeof(float));
+}
+
 // What a thread needs for an op in a step of at most `rows` rows, whatever its number of rows and whether tiles are
 // used. All are whole lines. An op that is not named here gets none.
 template <class Args>
@@ -96,6 +101,7 @@ static inline int64_t scratch_bytes(const DownArgs& args, const ProductSizes& si
 static inline int64_t scratch_bytes(const AttentionArgs& args, const ProductSizes& sizes, int rows) {
   const int group = args.heads / args.kv_heads, tile_rows = attention_tile_rows(group);
   const int together = group * (rows < tile_rows ? rows : tile_rows);
+  if (args.fresh) return attention_offsets(args.heads, args.kv.value_dim).opened + seen_bytes(args.kv);
   const int64_t gathered = args.selects ? gathered_bytes(args.kv) : 0;
   return attention_offsets(together, args.kv.value_dim).opened + opened_bytes(sizes, args.kv) + gathered;
 }

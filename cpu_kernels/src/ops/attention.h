@@ -328,8 +328,12 @@ static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, co
   });
 }
 
+template <class Kv>
+static HYBRID_KERNEL void attend_seen(const AttentionArgs& args, const Step& step, const Work& work);
+
 static void attention(const AttentionArgs& args, const Step& step, const Work& work) {
   with_kv_format(args.kv.format, [&](auto kv) {
+    if (args.fresh) return attend_seen<decltype(kv)>(args, step, work);
     if (args.kv.shared) return attend<decltype(kv), true>(args, step, work);
     attend<decltype(kv), false>(args, step, work);
   });

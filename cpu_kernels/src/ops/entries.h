@@ -93,11 +93,13 @@ static void compress(const CompressArgs& args, const Step& step, const Work& wor
 }
 
 static void keep(const KeepArgs& args, const Step& step, const Work& work) {
+  const int64_t size = args.width ? args.width * int64_t(sizeof(float)) : args.kv.entry_bytes;
+  const int64_t start = args.width ? args.kv.tail_offset : 0;
   for_each(step.rows, 1, work, [&](int row) {
     const int later = row + args.tokens, sequence = step.sequences[row];
     if (later < step.rows && step.sequences[later] == sequence) return;
-    __builtin_memcpy(tail_of(args.kv, sequence) + int64_t(step.positions[row] % args.tokens) * args.width,
-                     args.made + int64_t(row) * args.width, size_t(args.width) * sizeof(float));
+    char* const kept = kv_head(args.kv, sequence, 0) + start;
+    __builtin_memcpy(kept + step.positions[row] % args.tokens * size, args.made + row * size, size_t(size));
   });
 }
 

@@ -21,6 +21,7 @@
 #include "ops/qkv.h"
 #include "ops/quantise.h"
 #include "ops/router.h"
+#include "ops/seen_attention.h"
 #include "ops/short_conv.h"
 #include "ops/soft_cap.h"
 #include "ops/state_space.h"

@@ -39,6 +39,7 @@ struct KvInt8 : FloatKind {
     Isa::store_line(out, operand(line, step, scale));
   }
   static HYBRID_INLINE void encode(char* out, F32 x) { Isa::store_int8(out, x); }
+  static HYBRID_INLINE F32 widen(const char* codes) { return Isa::from_int8(codes); }
 };
 
 // The e4m3 code nearest to x, ties to even; what is too large becomes the largest.
@@ -67,6 +68,7 @@ struct KvFp8 : Fp8 {
     Isa::store(lanes, x);
     for (int i = 0; i < kBlock; ++i) out[i] = to_fp8(lanes[i]);
   }
+  static HYBRID_INLINE F32 widen(const char* codes) { return Isa::from_fp8(codes); }
 };
 
 static HYBRID_INLINE char* kv_head(const KvLayout& kv, int sequence, int head) {

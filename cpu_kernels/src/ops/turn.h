@@ -1,7 +1,7 @@
 // Heads whose last dimensions turn, and what is turned back behind attention.
 #pragma once
 
-#include "ops/index.h"
+#include "ops/entries.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -21,10 +21,10 @@ static HYBRID_KERNEL void turn_rows(const TurnArgs& args, const Step& step, cons
     if (!is_key && args.normed) multiply(x, inverse_rms(x, dim, args.eps), dim);
     rotate(x + dim - args.rope_dim, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
     mark_unsound(x, dim);
-    if (is_key) return store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, dim);
-    bf16* q = args.q + (int64_t(row) * args.heads + head) * args.padded_dim;
-    to_bf16(q, x, dim);
-    __builtin_memset(q + dim, 0, size_t(args.padded_dim - dim) * sizeof(*q));
+    const int padded = is_key ? args.kv.key_dim : args.padded_dim;
+    __builtin_memset(x + dim, 0, size_t(padded - dim) * sizeof(float));
+    if (is_key) return store_entry<Kv>(args.made + row * args.kv.entry_bytes, x, padded);
+    to_bf16(args.q + (int64_t(row) * args.heads + head) * padded, x, padded);
   });
 }
 

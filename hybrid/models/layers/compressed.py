@@ -15,7 +15,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels import KEY_BLOCK
+from cpu_kernels import KEY_BLOCK, RUN_TOKENS
+from hybrid.config import KV_FORMATS
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats, packed_bytes
@@ -46,13 +47,14 @@ from hybrid.models.layers.products import (
 )
 from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
+from hybrid.models.layers.turning import Heads, Keys
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
-# Buffers. TURNED: queries, a row for each head. SEEN, COUNTS: what each row attends to. GROUPED: of the output, what
-# groups of heads make.
-TURNED, SEEN, COUNTS, GROUPED = "turned", "seen", "seen_counts", "grouped"
+# Buffers. TURNED: queries, a row for each head. KEYS: of the rows of a step. SEEN, COUNTS: what each row attends to.
+# GROUPED: of the output, what groups of heads make.
+TURNED, KEYS, SEEN, COUNTS, GROUPED = "turned", "fresh_keys", "seen", "seen_counts", "grouped"
 MAX_WINDOW = KEY_BLOCK // 2  # attention counts on it that rows see no more than its key blocks hold
 
 
@@ -100,6 +102,16 @@ class CompressedAttention:
         """Those of attention and of the indexer."""
         own = (self.compressor,) if self.compressor else ()
         return (*own, self.indexer.compressor) if self.indexer else own
+
+    @property
+    def kept_keys(self) -> int:
+        """How many keys of tokens are kept with a sequence: those that the first token of a run sees, and the run."""
+        return self.window + RUN_TOKENS - 1
+
+    @property
+    def keys(self) -> KeyState:
+        rate = self.compressor.rate if self.compressor else 1
+        return KeyState(self.key_dim, self.value_dim, rate)
 
     @property
     def brought_width(self) -> int:
@@ -202,19 +214,22 @@ class CompressedAttention:
     def ops(self, place: Place) -> Iterator[Op]:
         formats, prefix, hidden = self._formats(place.mix), f"layers.{place.layer}.attention", place.hidden
         rope, width = Buffer(rope_name(place, self.rope)), row_stride(self.width)
+        heads = Heads(self.heads, self.head_dim, self.rope, rope)
         own = (compressor_format(place.mix),) if self.compressor else ()
         indexes = own if self.indexer else ()
         yield norm(place, PART, f"{prefix}.norm", formats.q_down, formats.kv, *own, f32=self.indexer is not None)
         yield from joined_gemms(self._low(place), prefix, PART, LOW, hidden)
         yield self._norm_queries(place, formats.q_up, *indexes)
         yield gemm(PART, formats.q_up, LOW_QUERIES, f"{prefix}.q_up", QUERIES, self.width, self.q_rank, width)
-        yield self._turn(place, prefix, rope)
+        keys = Keys((LOW, self.q_rank), row_stride(self.low_width), f"{prefix}.kv_norm", KEYS)
+        yield heads.turn(place.layer, QUERIES, width, rows_name(TURNED, self.key_dim), self.key_dim, place.eps, keys)
         yield from self._compress(place)
         if self.indexer:
             yield from self.indexer.ops(place, rope, self.rope, LOW_QUERIES)
         yield self._see()
         yield self._attend(place)
-        yield self._unturn(rope)
+        yield self._keep(place, KEYS, self.kept_keys)
+        yield heads.unturn(rows_name(ATTENDED, self.group_width))
         yield from self._project(place, formats)
 
     def _norm_queries(self, place: Place, *formats: str) -> Op:
@@ -222,27 +237,6 @@ class CompressedAttention:
         outputs = norm_outputs(LOW_QUERIES, self.q_rank, *formats)
         sizes = {"input": Buffer(LOW), "width": self.q_rank, "input_stride": row_stride(self.low_width)}
         return Op("norm", PART, {**plain, **outputs, **sizes}, (0, "rows"))
-
-    def _turn(self, place: Place, prefix: str, rope: Buffer) -> Op:
-        """Queries of heads, and the key of a token into the arena."""
-        arguments = {
-            "queries": Buffer(QUERIES),
-            "keys": Buffer(LOW, self.q_rank * FP32),
-            "rope": rope,
-            "norm": Weight(f"{prefix}.kv_norm"),
-            "q": Buffer(rows_name(TURNED, self.key_dim)),
-            "kv": State(place.layer),
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "padded_dim": self.key_dim,
-            "rope_dim": self.rope.dim,
-            "interleaved": self.rope.interleaved,
-            "normed": True,
-            "query_stride": row_stride(self.width),
-            "key_stride": row_stride(self.low_width),
-            "eps": place.eps,
-        }
-        return Op("turn", PART, arguments, (self.heads + 1, "heads a row"))
 
     def _compress(self, place: Place) -> Iterator[Op]:
         """Entries of the windows that end in this step, and what is kept for those that do not."""
@@ -254,13 +248,12 @@ class CompressedAttention:
         for indexes, compressor in enumerate(self.compressors):
             yield compressor.compress(place, self._window_rope(place), self.rope, first, width, bool(indexes))
             first += 2 * compressor.width
-        kept = {
-            "made": Buffer(BROUGHT),
-            "kv": State(place.layer),
-            "tokens": self.compressor.tokens,
-            "width": width,
-        }
-        yield Op("keep", PART, kept, (0, "rows"))
+        yield self._keep(place, BROUGHT, self.compressor.tokens, width)
+
+    def _keep(self, place: Place, made: str, tokens: int, width: int = 0) -> Op:
+        """The last rows of a buffer, for the next step. width: floats of a row; 0: rows are keys."""
+        arguments = {"made": Buffer(made), "kv": State(place.layer), "tokens": tokens, "width": width}
+        return Op("keep", PART, arguments, (0, "rows"))
 
     def _see(self) -> Op:
         arguments = {
@@ -293,20 +286,10 @@ class CompressedAttention:
             "selected": Buffer(SEEN),
             "selects": self.most_seen,
             "counts": Buffer(COUNTS),
+            "fresh": Buffer(KEYS),
+            "kept": self.kept_keys,
         }
         return Op("attention", PART, arguments, (groups, "groups of heads a tile and key block"))
-
-    def _unturn(self, rope: Buffer) -> Op:
-        arguments = {
-            "values": Buffer(rows_name(ATTENDED, self.group_width)),
-            "rope": rope,
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "rope_dim": self.rope.dim,
-            "interleaved": self.rope.interleaved,
-            "stride": self.width,
-        }
-        return Op("unturn", PART, arguments, (self.heads, "heads a row"))
 
     def _project(self, place: Place, formats: CompressedFormats) -> Iterator[Op]:
         """The output: every group of heads by a matrix of its own, which lie behind each other; then all together."""
@@ -343,6 +326,7 @@ class CompressedAttention:
             low.name: rows * low_bytes,
             QUERIES: rows * row_stride(self.width) * FP32,
             rows_name(TURNED, self.key_dim): rows * self.heads * self.key_dim * BF16,
+            KEYS: rows * max(self.keys.entry_bytes(format) for format in KV_FORMATS),
             SEEN: rows * self.most_seen * 4,
             COUNTS: rows * 4,
             "states": extents.sequences * blocks * self.heads * (self.value_dim + STATE_EXTRA) * FP32,
@@ -359,11 +343,11 @@ class CompressedAttention:
         return sizes | self.indexer.buffers(place, extents, LOW_QUERIES) if self.indexer else sizes
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        keys = KeyState(self.key_dim, self.value_dim)
+        keys = self.keys.layout(kv_format, self.kept_keys)
         if not self.compressor:
-            return keys.layout(tokens, kv_format)
-        kept, of_index = self.compressor.tokens * self.brought_width * FP32, self.indexer.key_dim if self.indexer else 0
-        return keys.with_entries(tokens, kv_format, self.compressor.rate, of_index, kept)
+            return keys
+        brought = self.compressor.tokens * self.brought_width * FP32
+        return self.keys.with_entries(keys, tokens, self.indexer.key_dim if self.indexer else 0, brought)
 
     def cost(self, place: Place, load: Load) -> Cost:
         """Of tokens those in the window are read, of entries all that are seen."""
@@ -383,9 +367,7 @@ class CompressedAttention:
             seen += min(load.tokens / self.compressor.rate, entries)
         if self.indexer:
             total += self.indexer.cost(place, load)
-        return total + Cost(
-            seen * KeyState(self.key_dim, self.value_dim).token_bytes(load.kv_format), 4.0 * pairs * self.width
-        )
+        return total + Cost(seen * self.keys.token_bytes(load.kv_format), 4.0 * pairs * self.width)
 
     # On a device: none computes it.
 

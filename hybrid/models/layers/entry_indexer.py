@@ -17,6 +17,7 @@ from hybrid.models.layers.compressor import STORED, Compressor, compressor_forma
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
 from hybrid.models.layers.indexer import MADE_QUERIES, QUERIES, SCORES, WEIGHTS
 from hybrid.models.layers.products import BF16, FP32, NORMED_F32, gemm, product_cost, product_rows, score
+from hybrid.models.layers.turning import Heads
 from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, State
@@ -81,24 +82,8 @@ class EntryIndexer:
         format, prefix, stride = compressor_format(place.mix), f"layers.{place.layer}.indexer", row_stride(self.width)
         yield gemm(PART, format, latents, f"{prefix}.q", MADE_QUERIES, self.width, self.q_rank, stride)
         yield score(PART, f"{prefix}.weights", WEIGHTS, self.heads, place.hidden, "heads")
-        queries = {
-            "queries": Buffer(MADE_QUERIES),
-            "keys": None,
-            "rope": rope,
-            "norm": None,
-            "q": Buffer(QUERIES),
-            "kv": State(place.layer),
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "padded_dim": self.key_dim,
-            "rope_dim": turned.dim,
-            "interleaved": turned.interleaved,
-            "normed": False,
-            "query_stride": stride,
-            "key_stride": 0,
-            "eps": place.eps,
-        }
-        yield Op("turn", PART, queries, (self.heads, "heads a row"))
+        heads = Heads(self.heads, self.head_dim, turned, rope)
+        yield heads.turn(place.layer, MADE_QUERIES, stride, QUERIES, self.key_dim, place.eps)
         scores = {
             "q": Buffer(QUERIES),
             "weights": Buffer(WEIGHTS),
