@@ -34,14 +34,13 @@ static HYBRID_INLINE const char* seen_key(const AttentionArgs& args, const Step&
 template <class Kv>
 static HYBRID_INLINE void pair_keys(const char* a, const char* b, char* out) {
   if constexpr (Kv::scaled) return Isa::store_line(out, Isa::make_line(Kv::widen(a), Kv::widen(b)));
-  bf16 x[kBlock], y[kBlock], line[2 * kBlock];
-  __builtin_memcpy(x, a, sizeof x);
-  __builtin_memcpy(y, b, sizeof y);
-  for (int i = 0; i < kBlock; ++i) {
-    line[2 * i] = x[i];
-    line[2 * i + 1] = y[i];
-  }
-  __builtin_memcpy(out, line, sizeof line);
+  using Codes = bf16 __attribute__((vector_size(kBlock * sizeof(bf16))));
+  using Words = uint32_t __attribute__((vector_size(kLine)));
+  Codes x, y;
+  __builtin_memcpy(&x, a, sizeof x);
+  __builtin_memcpy(&y, b, sizeof y);
+  const Words line = __builtin_convertvector(x, Words) | __builtin_convertvector(y, Words) << 16;
+  __builtin_memcpy(out, &line, sizeof line);
 }
 
 // Sixteen keys as operands of both products.
