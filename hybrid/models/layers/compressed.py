@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels import KEY_BLOCK, RUN_TOKENS
-from hybrid.config import KV_FORMATS
 from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats, packed_bytes
@@ -326,7 +325,7 @@ class CompressedAttention:
             low.name: rows * low_bytes,
             QUERIES: rows * row_stride(self.width) * FP32,
             rows_name(TURNED, self.key_dim): rows * self.heads * self.key_dim * BF16,
-            KEYS: rows * max(self.keys.entry_bytes(format) for format in KV_FORMATS),
+            KEYS: rows * self.keys.entry_bytes("bf16"),  # the largest
             SEEN: rows * self.most_seen * 4,
             COUNTS: rows * 4,
             "states": extents.sequences * blocks * self.heads * (self.value_dim + STATE_EXTRA) * FP32,
