@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from rig import dequantised_rows, mxfp4_on_tiles
+from rig import SCALE_INPUTS, dequantised_rows, int4_on_tiles, mxfp4_on_tiles
 
 from hybrid.formats import GROUPED
 
@@ -78,7 +78,18 @@ def operand_product(isa: str, format: str, rows: np.ndarray, w: np.ndarray) -> N
     """All rows of one product, as `rig.rows_of` makes them, times w [n, k], what weights of a format stand for."""
     tiles = mxfp4_on_tiles(isa, format, len(rows))
     x = dequantised_rows(format, rows, w.shape[1], tiles)
+    if int4_on_tiles(isa, format, len(rows)):
+        near = format_product("int8", x, w)
+        return Near(near.value, near.bound + np.abs(x) @ int4_half_steps(w).T)
     return product(x, w) if tiles else format_product(format, x, w)
+
+
+def int4_half_steps(w: np.ndarray) -> np.ndarray:
+    """How far weights of int4 are rounded on tiles: to 127ths of 8 times the largest scale of a column's 256 inputs,
+    which is the largest weight's if that has a code of 6 or more."""
+    k = w.shape[1]
+    parts = np.abs(np.pad(w.astype(np.float64), ((0, 0), (0, -k % SCALE_INPUTS)))).reshape(len(w), -1, SCALE_INPUTS)
+    return np.repeat(parts.max(axis=-1) * (8 / 6 / 127 / 2), SCALE_INPUTS, axis=1)[:, :k]
 
 
 def _grouped_product(x: np.ndarray, w: np.ndarray) -> Near:

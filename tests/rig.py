@@ -17,7 +17,7 @@ from hybrid.formats.block import K_ALIGN, round_up
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
 GROUP_INPUTS = 32  # those that share a scale and a sum in a grouped one
-MXFP4_TILE_ROWS = 7  # rows of a product from which matrix tiles multiply mxfp4, where there are any
+MXFP4_TILE_ROWS, INT4_TILE_ROWS = 7, 17  # rows of a product from which matrix tiles multiply, where there are any
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
 # Formats that tests of kernels try: of codes in groups those in which each length and each kind of scales occurs.
 VARIED = ("q8_0", "q5_1", "q4_k", "q6_k")
@@ -183,6 +183,11 @@ def row_steps(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
 def mxfp4_on_tiles(isa: str, format: str, rows: int) -> bool:
     """Whether a product of so many rows multiplies mxfp4 on matrix tiles: the bf16 of wide rows, not whole numbers."""
     return isa == "amx" and format == "mxfp4" and rows >= MXFP4_TILE_ROWS
+
+
+def int4_on_tiles(isa: str, format: str, rows: int) -> bool:
+    """Whether a product of so many rows multiplies int4 on matrix tiles, rounded once more: `kernel_reference`."""
+    return isa == "amx" and format == "int4" and rows >= INT4_TILE_ROWS
 
 
 def dequantised_rows(format: str, rows: np.ndarray, width: int, tiles: bool = False) -> np.ndarray:

@@ -1,5 +1,5 @@
 // Kernels on tiles against themselves and against those of AVX-512: bits do not depend on how many rows are multiplied
-// together if all take tiles, and those of the integer formats, and of nvfp4, not on whether tiles are taken.
+// together if all take tiles, and those of the integer formats but int4, and of nvfp4, not on whether tiles are taken.
 #include "layer.h"
 #include "reference.h"
 
@@ -58,7 +58,7 @@ bool require(bool holds, const Parts&... parts) {
   return holds;
 }
 
-constexpr int kIntegerTileRows = 17;  // as in formats/int8.h and int4.h
+constexpr int kIntegerTileRows = 17;  // as in formats/int8.h
 
 // An integer format: with the kernels of `with`, as on tiles.
 bool check_integers(const char* name, const Kernels& with, const Format& format, const Shape& shape, int rows) {
@@ -73,8 +73,7 @@ bool check_integers(const char* name, const Kernels& with, const Format& format,
 }
 
 bool check_shape(const Format& format, const Shape& shape) {
-  const bool integer = format.format == hybrid::Format::int8 || format.format == hybrid::Format::int4 ||
-                       format.format >= hybrid::Format::nvfp4;
+  const bool integer = format.format == hybrid::Format::int8 || format.format >= hybrid::Format::nvfp4;
   fill_input(format, shape.inputs);
   for (int expert = 0; expert < kExperts; expert += 2)
     for (int part = 0; part < 2; ++part) fill_matrix(format, shape, expert, part, 2);
@@ -91,8 +90,7 @@ bool check_shape(const Format& format, const Shape& shape) {
   }
   if (integer || shape.inputs < 320) return passed;
   passed &= work(never, format, shape, kMaxRows, others);
-  return passed &
-         require(!same(on_tiles, others, kMaxRows, shape), format.name, ": the order of AVX-512, not of tiles");
+  return passed & require(!same(on_tiles, others, kMaxRows, shape), format.name, ": the bits of AVX-512, not of tiles");
 }
 
 }  // namespace

@@ -49,6 +49,9 @@ inline void fill_int8(const Block& block, Random& random, char* to) {
   });
 }
 
+// Tiles multiply int4 rounded to 127ths of 8 times the largest of some scales, none of which is above this.
+constexpr double kLargestScale = 0.0151, kInt4Rounding = 8 * kLargestScale / 127 / 2;
+
 inline void fill_int4(const Block& block, Random& random, char* to) {
   struct Part {  // of 64 inputs
     uint16_t scales[2][kBlock];

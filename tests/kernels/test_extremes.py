@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from rig import BF16, Rig, aligned, dequantised_rows, format_of, placed, row_stride, rows_of
+from rig import BF16, ISAS, Rig, aligned, dequantised_rows, format_of, int4_on_tiles, placed, row_stride, rows_of
 
 from hybrid.formats import FORMATS, FP8, MXFP4
 
@@ -19,24 +19,32 @@ def assert_exact(isa, format, x, blocks, n) -> np.ndarray:
     for first in (0, m - ROWS[0]):
         for rows in ROWS:
             part = rows_of(format, x[first : first + rows])
-            output = aligned((len(part), row_stride(n)), np.float32)
-            rig = Rig(isa)
-            rig.add(
-                "gemm",
-                format=format_of(format),
-                input=part,
-                weight=placed(blocks),
-                bias=None,
-                output=output,
-                columns=n,
-                inputs=row_stride(k),
-                input_stride=part.strides[0],
-                output_stride=row_stride(n),
-                accumulate=False,
-            )
-            rig.run(len(part))
-            assert np.array_equal(output[:, :n], dequantised_rows(format, part, k) @ values.T)
+            if not int4_on_tiles(isa, format, len(part)):
+                assert np.array_equal(
+                    multiply(isa, format, part, blocks, n, k), dequantised_rows(format, part, k) @ values.T
+                )
     return values
+
+
+def multiply(isa, format, rows, blocks, n, k) -> np.ndarray:
+    """Rows as the format takes them times packed blocks: float32 [rows, n]."""
+    output = aligned((len(rows), row_stride(n)), np.float32)
+    rig = Rig(isa)
+    rig.add(
+        "gemm",
+        format=format_of(format),
+        input=rows,
+        weight=placed(blocks),
+        bias=None,
+        output=output,
+        columns=n,
+        inputs=row_stride(k),
+        input_stride=rows.strides[0],
+        output_stride=row_stride(n),
+        accumulate=False,
+    )
+    rig.run(len(rows))
+    return output[:, :n]
 
 
 def signs(rows: int, k: int, every: int) -> np.ndarray:
@@ -106,3 +114,28 @@ def test_every_code_of_int4(isa, sign) -> None:
     blocks = FORMATS["int4"].pack((sign * codes * 0.25).astype(np.float32))
     values = assert_exact(isa, "int4", full_rows(k), blocks, 48)
     assert np.array_equal(values, sign * codes * 0.25)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="no matrix tiles here")
+@pytest.mark.parametrize("k", [64, 600])
+def test_int4_on_tiles_is_rounded_to_127ths_of_what_the_largest_scale_reaches(k) -> None:
+    """Each column and 256 inputs have a step of 8/127 of their largest scale; scales may be negative or zero."""
+    random = np.random.default_rng(k)
+    n, padded = 48, row_stride(k)
+    codes = np.full((n, padded), 8, np.uint8)
+    codes[:, :k] = random.integers(0, 16, (n, k))
+    scales = (random.choice([-1.0, 1.0], (n, padded // 32)) * random.uniform(0.01, 1, (n, padded // 32))).astype(BF16)
+    scales[0], scales[1, 1:], scales[2] = 0, 0, BF16(2.0**-110)
+    blocks = FORMATS["int4"].pack_blocks(codes, scales)
+    wide = scales.astype(np.float64).repeat(32, axis=1)
+    largest = np.abs(np.pad(wide, ((0, 0), (0, -padded % 256)))).reshape(n, -1, 256).max(axis=-1).repeat(256, axis=1)
+    steps = np.maximum(largest[:, :padded], 2.0**-100) * 8 / 127
+    products = (codes.astype(np.int64) - 8) * np.rint(wide / steps * 2048).astype(np.int64)
+    even, odd = products * 16 + 2**14 >> 15, (products * 4096 + 2**14 >> 15) + 128 >> 8
+    weights = np.where(np.arange(padded) % 2, odd, even) * steps
+    rows = rows_of("int4", full_rows(k)[:40])
+    x = dequantised_rows("int4", rows, k)
+    expected = x @ weights[:, :k].T
+    slack = 2.0**-20 * (np.abs(x) @ np.abs(weights[:, :k]).T)
+    assert (np.abs(multiply("amx", "int4", rows, blocks, n, k) - expected) <= slack).all()
+    assert np.abs(expected - x @ ((codes - 8.0) * wide)[:, :k].T).max() > 100 * slack.max()

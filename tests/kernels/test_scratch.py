@@ -40,7 +40,7 @@ def stated(op: str, isa: str, rows: int, **changes: Any) -> int:
 # terms of each row for every scale that it has. nvfp4 is not multiplied by tiles.
 STRIPS = (
     dict.fromkeys(("bf16", "fp8", "fp8_row", "mxfp4"), (256, 32 * 512 + 64))
-    | {"int8": (512, 32 * (512 + 2 * 12)), "int4": (256, 32 * (256 + 12))}
+    | {"int8": (512, 32 * (512 + 2 * 12)), "int4": (512, 32 * (512 + 2 * 12))}
     | dict.fromkeys(GROUPED, (256, 32 * (256 + 16 * 12)))
 )
 

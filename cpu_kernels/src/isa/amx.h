@@ -43,11 +43,47 @@ struct WordFp4 {
   }
 };
 
+// Lines of int4 opened to signed bytes in steps of a common scale, in which the code -8 of the largest scale is -127.
+struct ScaledNibbles {
+  using Factor = __m512i;
+
+  // The larger magnitude of two scales of each column. As integers, so that NaN is the largest.
+  static __m512 larger(__m512 a, __m512 b) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), magnitude));
+  }
+  static __m512 common(__m512 largest) { return _mm512_mul_ps(largest, _mm512_set1_ps(8.0f / 127)); }
+  // By which all scales below `largest` are multiplied to give factors.
+  static __m512 inverse(__m512 largest) { return _mm512_div_ps(_mm512_set1_ps(127 * 256), largest); }
+  // 2048 times a scale, in common ones: in both words of a column.
+  static Factor factor(__m512 scale, __m512 inverse) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(scale, inverse));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, whole, _mm512_slli_epi32(whole, 16));
+  }
+  // Two lines: the low halves of bytes, then the high ones. Even bytes are multiplied as the code times 16 and are the
+  // rounded upper half of that; odd ones as the code times 4096, which leaves them where they belong.
+  static void open(const char* line, Factor factor, char* out) {
+    const __m512i codes = _mm512_xor_si512(_mm512_load_si512(line), _mm512_set1_epi8(char(0x88)));
+    const __m512i top = _mm512_set1_epi16(short(0xf000));
+    const __m512i high_even = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xf0)), 8);
+    store(out, _mm512_slli_epi16(codes, 12), _mm512_and_si512(_mm512_slli_epi16(codes, 4), top), factor);
+    store(out + kLine, high_even, _mm512_and_si512(codes, top), factor);
+  }
+
+ private:
+  static void store(char* out, __m512i even, __m512i odd, Factor factor) {
+    const __m512i low = _mm512_mulhrs_epi16(_mm512_srai_epi16(even, 8), factor);
+    const __m512i high = _mm512_add_epi16(_mm512_mulhrs_epi16(odd, factor), _mm512_set1_epi16(0x80));
+    _mm512_store_si512(out, _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, low, high));
+  }
+};
+
 // Assembly instead of intrinsics: those take no template parameter for the number of a tile, and gcc's do not say which
 // memory they read, so that stores before them could come too late.
 struct Amx : Avx512Bf16 {
   static constexpr bool has_tiles = true;
   using Fp4 = WordFp4;
+  using Nibbles = ScaledNibbles;
 
   // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) `lines` lines of the right one.
   static void load_tiles(int lines) {
@@ -90,11 +126,6 @@ struct Amx : Avx512Bf16 {
   template <int sums, int left, int right>
   static void multiply_signed() {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(left), "i"(right));
-  }
-
-  // Nibbles with their offset of 8 taken off.
-  static void store_signed_nibbles(char* p, const char* from, int high) {
-    _mm512_store_si512(p, _mm512_sub_epi8(nibbles(from, high), _mm512_set1_epi8(8)));
   }
 };
 

@@ -176,11 +176,9 @@ class SegmentPasses {
   static constexpr int kTogether = kSteps >= 4 ? 1 : 2;
   // Rows that are merged after each product, but for those that store the tiles of the last segment.
   static constexpr int kEach = even_share(kRows, (kTogether * kSteps - 1) * kTiles);
-  static constexpr bool kWaits = Format::integer && !Format::opened_groups;  // sums of 256 inputs, for the row's scale
-  static constexpr bool kWhole = kTermLines<Format> == Format::segment;      // which are one segment
+  static_assert(!Format::integer || kTermLines<Format> == Format::segment);
 
   using Part = int32_t[kRows][TN][kBlock];  // or fp32
-  using Waiting = float[TN][kBlock];
 
   // Segments whose parts are to be merged, from row `row` on.
   struct Merging {
@@ -190,7 +188,6 @@ class SegmentPasses {
     const char* header;
     int64_t stride;  // from block to block
     int term, row;
-    bool begins, ends;      // the sums that wait for the scale of a row
     bool stored, finishes;  // whether there are sums to be added to; whether they are the last
     F32 scale[TN][kTogether], minimum[TN][kTogether];
   };
@@ -212,7 +209,7 @@ class SegmentPasses {
   }
 
   HYBRID_INLINE void multiply_segment(int block, int line, int end, bool first, Ahead& ahead) {
-    const auto merge = [&]() __attribute__((always_inline)) { merge_some(merging_, strip_, waiting_); };
+    const auto merge = [&]() __attribute__((always_inline)) { merge_some(merging_, strip_); };
     const auto begin = [&](auto c) __attribute__((always_inline)) {
       if (unstored_) store(c);
       Isa::clear_tile<decltype(c)::value>();
@@ -251,9 +248,7 @@ class SegmentPasses {
     m.stride = panel_.w.stride;
     m.term = (line - panel_.operands.first) / kTermLines<Format>;
     m.row = 0;
-    m.begins = line % kTermLines<Format> == 0;
-    m.ends = end % kTermLines<Format> == 0 || end == panel_.last;
-    m.stored = line >= (kWaits ? kTermLines<Format> : 1);
+    m.stored = line > 0;
     m.finishes = end == panel_.w.lines;
     for (int j = 0; j < TN; ++j) {
       for (int k = 0; k < kTogether; ++k) {
@@ -266,25 +261,18 @@ class SegmentPasses {
   }
 
   HYBRID_INLINE void merge_rest() {
-    while (merging_.row < kRows) merge_some(merging_, strip_, waiting_);
+    while (merging_.row < kRows) merge_some(merging_, strip_);
   }
 
   // A call of its own: inlined behind every product it would not fit into the instruction cache.
-  static HYBRID_KERNEL void merge_some(Merging& m, const Strip<Format>& strip, Waiting* waiting) {
+  static HYBRID_KERNEL void merge_some(Merging& m, const Strip<Format>& strip) {
     if (m.row >= kRows) return;
-    if constexpr (!kWaits || kWhole)
-      merge_rows<true, true>(m, strip, waiting);
-    else if (m.begins)
-      m.ends ? merge_rows<true, true>(m, strip, waiting) : merge_rows<true, false>(m, strip, waiting);
-    else
-      m.ends ? merge_rows<false, true>(m, strip, waiting) : merge_rows<false, false>(m, strip, waiting);
+    merge_rows(m, strip);
     m.row += kEach;
   }
 
   // kEach rows: the operations of accumulate() in ops/product.h in their order. Rows that are none have sums, too.
-  template <bool begins, bool ends>
-  static HYBRID_INLINE void merge_rows(const Merging& m, const Strip<Format>& strip, Waiting* waiting) {
-    const int term = m.term;
+  static HYBRID_INLINE void merge_rows(const Merging& m, const Strip<Format>& strip) {
     const int64_t stride = m.sums_stride;
     F32 scale[TN][kTogether];
 #pragma GCC unroll 4
@@ -296,21 +284,28 @@ class SegmentPasses {
 #pragma GCC unroll 4
       for (int j = 0; j < TN; ++j) {
         float* const at = sums + j * stride;
-        const F32 before = ends && m.stored ? Isa::load(at) : Isa::zero();
-        F32 sum = !kWaits ? before : begins ? Isa::zero() : Isa::load(waiting[row][j]);
+        F32 sum = m.stored ? Isa::load(at) : Isa::zero();
 #pragma GCC unroll 2
         for (int k = 0; k < kTogether; ++k) {
-          const F32 part = widened(m.parts[k][row][j], strip, term, row);
-          if constexpr (Format::opened_groups)
-            sum = Format::merge(sum, part, {scale[j][k], m.minimum[j][k]}, Isa::set(strip.terms.scales[term + k][row]),
-                                Isa::set(strip.terms.sums[term + k][row]));
-          else
-            sum = Isa::fma(part, scale[j][k], sum);
+          const F32 part = widened(m.parts[k][row][j], strip, m.term + k, row);
+          sum = merged(sum, part, scale[j][k], m.minimum[j][k], strip, m.term + k, row);
         }
-        if constexpr (kWaits && ends) sum = Isa::fma(sum, Isa::set(strip.terms.scales[term][row]), before);
-        if (ends && m.finishes) sum = Format::finish(sum, m.header + j * m.stride);
-        Isa::store(ends ? at : waiting[row][j], sum);
+        if (m.finishes) sum = Format::finish(sum, m.header + j * m.stride);
+        Isa::store(at, sum);
       }
+    }
+  }
+
+  static HYBRID_INLINE F32 merged(F32 sum, F32 part, F32 scale, const F32& minimum, const Strip<Format>& strip,
+                                  int term, int row) {
+    if constexpr (Format::opened_groups) {
+      return Format::merge(sum, part, {scale, minimum}, Isa::set(strip.terms.scales[term][row]),
+                           Isa::set(strip.terms.sums[term][row]));
+    } else if constexpr (Format::integer) {
+      const F32 scaled = kUnitScales<Format> ? part : Isa::mul(part, scale);
+      return Isa::fma(scaled, Isa::set(strip.terms.scales[term][row]), sum);
+    } else {
+      return Isa::fma(part, scale, sum);
     }
   }
 
@@ -330,7 +325,6 @@ class SegmentPasses {
   Part* unstored_ = nullptr;
   Merging merging_;
   alignas(kLine) Part parts_[2][kTogether];
-  Waiting waiting_[kRows];
 };
 
 template <class Format, int TM, int TN>

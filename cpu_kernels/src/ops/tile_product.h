@@ -23,24 +23,29 @@ struct Stored {
   }
 };
 
+// What inputs [first, last) of blocks from the `skipped`-th on need.
+template <class Format>
+static HYBRID_INLINE Stored stored_lines(const Blocks<Format>& w, int skipped, int first, int last) {
+  constexpr int scales = Format::scaled_lines > 0 ? kLine : 0;  // bytes before the first line of a panel
+  const char* const from = w.line(first / Format::line_inputs) - scales;
+  const char* const to = w.line(last / Format::line_inputs) - scales;
+  return {from + skipped * w.stride, w.stride, int((to - from) / kLine)};
+}
+
 // The blocks of a group as tiles multiply them; operands() opens a panel if stored lines are none.
 template <class Format>
 struct TileBlocks {
   using Multiplied = Format;
-  static constexpr bool fetches = !Format::opened;                      // the next panel while this one is opened
-  static constexpr int kScales = Format::scaled_lines > 0 ? kLine : 0;  // bytes before the first line of a panel
+  static constexpr bool fetches = !Format::opened;  // the next panel while this one is opened
+  static constexpr int kScales = Format::scaled_lines > 0 ? kLine : 0;
   Blocks<Format> w;
   char* opened;
 
-  HYBRID_INLINE TileBlocks(const Format&, const char* matrix, int inputs, int block, char* opened)
+  template <class Stored>
+  HYBRID_INLINE TileBlocks(const Stored&, const char* matrix, int inputs, int block, char* opened)
       : w(matrix, inputs, block), opened(opened) {}
   HYBRID_INLINE const Blocks<Format>& multiplied() const { return w; }
-  // What inputs [first, last) of blocks from the `skipped`-th on need.
-  HYBRID_INLINE Stored stored(int skipped, int first, int last) const {
-    const char* const from = w.line(first / Format::line_inputs) - kScales;
-    const char* const to = w.line(last / Format::line_inputs) - kScales;
-    return {from + skipped * w.stride, w.stride, int((to - from) / kLine)};
-  }
+  HYBRID_INLINE Stored stored(int skipped, int first, int last) const { return stored_lines(w, skipped, first, last); }
   HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored& next) const {
     const int line = first / Format::line_inputs;
     if constexpr (Format::opened) {
@@ -54,6 +59,57 @@ struct TileBlocks {
       return {opened, kPanelBytes, kLine, nullptr, line};
     }
   }
+};
+
+// Inputs [first, last) of a block of int4 as bytes, and a scale for each column and 256 of them. Scales below 2^-100
+// are taken for that: weights that small are zero.
+static HYBRID_KERNEL void open_int4(const Blocks<Int4>& w, int first, int last, char* out, float* scales) {
+  constexpr int lines = Int4::segment;
+  for (int input = first; input < last; input += kScaleInputs, scales += kBlock) {
+    const int from = input / Int4::line_inputs, to = min(last, input + kScaleInputs) / Int4::line_inputs;
+    F32 largest = Isa::set(0x1p-100f);
+    for (int line = from; line < to; line += lines)
+      largest = Isa::Nibbles::larger(largest, Int4::group_scale(w.header, line));
+    Isa::store(scales, Isa::Nibbles::common(largest));
+    const F32 inverse = Isa::Nibbles::inverse(largest);
+    for (int line = from; line < to; line += lines) {
+      const auto factor = Isa::Nibbles::factor(Int4::group_scale(w.header, line), inverse);
+      const char* const at = w.line(line);
+#pragma GCC unroll 4
+      for (int i = 0; i < lines; ++i, out += 2 * kLine) Isa::Nibbles::open(at + i * kLine, factor, out);
+    }
+  }
+}
+
+// The same of int4.
+struct TileInt4 {
+  using Multiplied = ScaledInt4;
+  static constexpr bool fetches = false;
+  Blocks<Int4> w;
+  Blocks<Multiplied> opened_w;
+  char* opened;
+  alignas(kLine) mutable float scales[kGroupBlocks][Multiplied::panel_scales][kBlock];
+
+  HYBRID_INLINE TileInt4(const Int4&, const char* matrix, int inputs, int block, char* opened)
+      : w(matrix, inputs, block), opened_w(reinterpret_cast<const char*>(scales), inputs, 0), opened(opened) {
+    opened_w.stride = sizeof scales[0];
+  }
+  HYBRID_INLINE const Blocks<Multiplied>& multiplied() const { return opened_w; }
+  HYBRID_INLINE Stored stored(int skipped, int first, int last) const { return stored_lines(w, skipped, first, last); }
+  HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored&) const {
+    for (int j = 0; j < blocks; ++j) open_int4(w.behind(j), first, last, opened + j * kPanelBytes, scales[j][0]);
+    return {opened, kPanelBytes, kLine, nullptr, first / Multiplied::line_inputs};
+  }
+};
+
+// The blocks of a stored format.
+template <class Format>
+struct TileGroup {
+  using Type = TileBlocks<Tiled<Format>>;
+};
+template <>
+struct TileGroup<Int4> {
+  using Type = TileInt4;
 };
 
 // The same of codes in groups, whose scales are opened beside their lines.
@@ -206,9 +262,8 @@ static HYBRID_INLINE void tile_bands(const Format& format, Copied& copied, const
 template <class Format, class Epilogue>
 static HYBRID_INLINE void tile_product(const Format& format, Copied& copied, const Rows& left, int rows,
                                        const char* matrix, int inputs, Range blocks, char* scratch, Epilogue epilogue) {
-  using Group = TileBlocks<Tiled<Format>>;
   if constexpr (!Format::grouped)
-    tile_bands<Group>(Tiled<Format>{}, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
+    tile_bands<typename TileGroup<Format>::Type>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
   else if (format.layout.group() == 16)
     tile_bands<TileGroups<16>>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
   else

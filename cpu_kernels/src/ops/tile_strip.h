@@ -12,7 +12,7 @@ static_assert(kStripRows == 2 * kTileRows);
 
 // Inputs of a panel: 512 bytes of a row, or 256 where segments are a half or a quarter of a tile.
 template <class Format>
-constexpr int kTilePanelInputs = Format::integer && Format::opened ? 2 * kPanelInputs : kPanelInputs;
+constexpr int kTilePanelInputs = Format::integer && !Format::opened_groups ? 2 * kPanelInputs : kPanelInputs;
 
 template <class Format>
 constexpr int kTileRowBytes = 4 * kTileLines<Format>;  // of a row in one tile

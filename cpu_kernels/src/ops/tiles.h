@@ -9,11 +9,20 @@ namespace HYBRID_ISA {
 
 constexpr int kLeft = 4, kRight = 6;  // the first tiles of the operands
 
-// int4 as it is multiplied: signed bytes, which leave no offset to be taken back from every segment.
-struct SignedInt4 : Int4 {
+// int4 as it is multiplied: signed bytes of a panel, and for each column and 256 inputs a scale, rounded as int8 is. So
+// a whole tile is multiplied, not half of one, and sums are merged once for 256 inputs instead of 32.
+struct ScaledInt4 : IntegerKind<0, kScaleInputs> {
+  static constexpr int line_inputs = 4;
+  static constexpr int steps = 1;
+  static constexpr bool chained = false;
   static constexpr bool has_signs = true;
-  static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) {
-    Isa::store_signed_nibbles(out, line, step);
+  static constexpr int segment = kScaleInputs / line_inputs;
+  static constexpr bool opened = false;
+  static constexpr int panel_scales = 2;
+
+  static constexpr int header(int) { return panel_scales * kLine; }
+  static HYBRID_INLINE F32 group_scale(const char* scales, int line) {
+    return Isa::load(reinterpret_cast<const float*>(scales) + line / segment % panel_scales * kBlock);
   }
 };
 
@@ -40,7 +49,7 @@ struct TiledAs {
 };
 template <>
 struct TiledAs<Int4> {
-  using Type = SignedInt4;
+  using Type = ScaledInt4;
 };
 template <>
 struct TiledAs<Mxfp4> {
@@ -49,7 +58,13 @@ struct TiledAs<Mxfp4> {
 template <class Format>
 using Tiled = typename TiledAs<Format>::Type;
 
-// Lines of one tile product. A segment of int4 is 8: half a tile, and half the speed.
+// Whether segments of weights have no scales of their own.
+template <class Format>
+constexpr bool kUnitScales = false;
+template <>
+constexpr bool kUnitScales<Int8> = true;
+
+// Lines of one tile product. A segment of codes in groups is 8 or 4: half a tile and half the speed, or a quarter.
 template <class Format>
 constexpr int kTileLines =
     Format::segment && Format::segment * Format::steps < 16 ? Format::segment * Format::steps : 16;
@@ -59,7 +74,7 @@ static void load_tiles(const Format& format) {
   if constexpr (Format::grouped)
     Isa::load_tiles(format.layout.group() / 4);
   else
-    Isa::load_tiles(kTileLines<Format>);
+    Isa::load_tiles(kTileLines<Tiled<Format>>);
 }
 
 template <class Format>
