@@ -147,6 +147,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "use_qk_norm": True,
     },
+    "sarvam_moe": {
+        **_COMMON,
+        "model_type": "sarvam_moe",
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    },
     "minimax_m2": {
         **_COMMON,
         "model_type": "minimax_m2",
@@ -179,6 +190,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "q_lora_rank": None,
         "topk_method": "greedy",
         "routed_scaling_factor": 1.0,
+    },
+    "sarvam_mla": {
+        **_LATENT,
+        "model_type": "sarvam_mla",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "deepseek_v3": {
         **_LATENT,
@@ -318,6 +336,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.0625,
     },
+    "granitemoeshared": {
+        **_COMMON,
+        "model_type": "granitemoeshared",
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 56,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.0625,
+    },
     "granitemoehybrid": {  # state spaces of odd sizes
         **_COMMON,
         "model_type": "granitemoehybrid",
@@ -335,6 +365,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "logits_scaling": 6.0,
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.0625,
+    },
+    "bamba": {  # state spaces of odd sizes
+        **_COMMON,
+        "model_type": "bamba",
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "head_dim": 16,
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 20,
+        "mamba_d_head": 24,
     },
     "nemotron_h": {  # layers of one half each
         **{name: value for name, value in _COMMON.items() if name not in ("rope_theta", "rms_norm_eps")},
@@ -384,6 +425,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm4": {**_COMMON, "model_type": "glm4", "pad_token_id": None, "attention_bias": True},
     "olmo2": {**_COMMON, "model_type": "olmo2", "pad_token_id": None, "head_dim": 16},
+    "flex_olmo": {
+        **_COMMON,
+        "model_type": "flex_olmo",
+        "pad_token_id": None,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
     "olmo3": {
         **{name: value for name, value in _COMMON.items() if name != "rope_theta"},
         "model_type": "olmo3",
@@ -609,11 +658,12 @@ OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = (
     "gpt_oss",
     "granitemoe",
+    "granitemoeshared",
     "granitemoehybrid",
     "gemma4_text",
     "mistral4",
 )  # families whose experts are never apart
-APART = ("deepseek_v4",)  # families whose experts are always apart
+APART = ("deepseek_v4", "sarvam_moe")  # families whose experts are always apart
 # Families with layers that no device computes.
 ON_HOST: tuple[str, ...] = (
     "afmoe",
@@ -624,6 +674,8 @@ ON_HOST: tuple[str, ...] = (
     "kimi_linear",
     "bailing_hybrid",
     "granitemoehybrid",
+    "bamba",
+    "flex_olmo",
     "minimax_m3_vl_text",
     "nemotron_h",
 )

@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "glm4": "glm4", "olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4",
     "lfm2_moe": "lfm2moe", "exaone_moe": "exaone-moe", "granite": "granite", "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
-    "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
+    "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3",
 }  # fmt: skip
@@ -221,6 +221,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
         "mixtral",
         "granite",
         "granitemoe",
+        "granitemoeshared",
         "granitemoehybrid",
         "nemotron_h",
         "smollm3",
@@ -366,6 +367,7 @@ _ONE_WIDTH = (
     "mixtral",
     "olmoe",
     "granitemoe",
+    "granitemoeshared",
     "granitemoehybrid",
     "phimoe",
 )  # that of experts is that of all feed-forwards

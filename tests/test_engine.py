@@ -330,6 +330,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "granitemoeshared": ("granitemoeshared", {"num_experts_per_tok": 6, **SHARP}),  # of 6 experts
+    "granitemoeshared, nothing shared": ("granitemoeshared", {"shared_intermediate_size": 0, **SHARP}),
+    "sarvam_moe": ("sarvam_moe", {"num_experts_per_tok": 8, "topk_group": 2, **SHARP}),  # of 8 experts
+    "sarvam_mla": ("sarvam_mla", {"num_experts_per_tok": 8, **SHARP}),
+    "flex_olmo": ("flex_olmo", {"num_experts_per_tok": 8, "norm_topk_prob": True, **SHARP}),
+    "bamba": ("bamba", SHARP),
+    "bamba, biases, two layers that attend": (
+        "bamba",
+        {"attn_layer_indices": [0, 2], "attention_bias": True, "mlp_bias": True, "mamba_n_groups": 1, **SHARP},
+    ),
     "deepseek_v2": ("deepseek_v2", SHARP),
     "deepseek_v2, groups, latent queries": (
         "deepseek_v2",

@@ -133,6 +133,17 @@ def test_qwen2_moe_has_a_shared_expert_with_a_gate() -> None:
     assert not _spec("qwen2_moe", qkv_bias=False).layers[0].mixer.qkv_bias
 
 
+def test_sarvam_has_words_of_its_own() -> None:
+    """Those of the published configurations."""
+    config = CONFIGS["sarvam_mla"]
+    words = {"num_shared_experts": config["n_shared_experts"], "score_function": "sigmoid", "n_group": None}
+    named = {**config["rope_scaling"], "type": "deepseek_yarn"}
+    del named["rope_type"]
+    own = {name: value for name, value in config.items() if name != "n_shared_experts"}
+    assert model_spec({**own, **words, "rope_scaling": named}) == model_spec(config)
+    assert model_spec({**CONFIGS["sarvam_moe"], "use_qkv_bias": True}).layers[0].mixer.qkv_bias  # type: ignore[attr-defined]
+
+
 def test_lfm2_layers_attend_or_convolve() -> None:
     """By name, or by the numbers of those that attend; the published files have the older names of sizes."""
     config = {name: value for name, value in CONFIGS["lfm2"].items() if name not in ("layer_types", "conv_bias")}
@@ -268,6 +279,9 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
+        ("bamba", {"attn_layer_indices": [3]}, r"attn_layer_indices is \[3\]; .* numbers of layers, from 0 to 2"),
+        ("sarvam_mla", {"score_function": "softmax"}, "scoring_func is 'softmax'"),
+        ("sarvam_moe", {"use_bias": True}, "use_bias is True; it must be absent or False"),
         ("granitemoehybrid", {"mamba_d_head": 25}, "mamba_n_heads 8 of mamba_d_head 25 are not mamba_expand times hid"),
         ("granitemoehybrid", {"residual_multiplier": 1e-320}, "residual_multiplier is 1e-320; .* from 1e-15 to 1e"),
         ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function is 'layernorm'"),

@@ -52,6 +52,7 @@ _GRANITE4 = {
     "mamba_n_heads": 8,
     "mamba_d_state": 16,
 }
+_BAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16}
 _V4 = {"num_key_value_heads": 1, "head_dim": 32, "o_groups": 2, "o_lora_rank": 16, "index_head_dim": 32}
 _BLOCKS = {
     "layer_types": ["full_attention", "minimax_m3_sparse"],
@@ -72,6 +73,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA4),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SELECTS),
     "granitemoehybrid": _GRANITE4,
+    "bamba": _BAMBA,
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), _DELTA),
     "deepseek_v4": _V4,
     "nemotron_h": _NEMOTRON,

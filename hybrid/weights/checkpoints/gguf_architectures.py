@@ -22,7 +22,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "ernie4_5-moe": ("ernie4_5_moe",),
     "hunyuan-moe": ("hunyuan_v1_moe",),
     "olmoe": ("olmoe",),
-    "granitemoe": ("granitemoe", "granitemoehybrid"),
+    "granitemoe": ("granitemoe", "granitemoeshared"),
     "deepseek2": ("deepseek_v2", "deepseek_v3", "mistral4"),
     "mistral3": ("ministral3",),
     "mistral4": ("mistral4",),

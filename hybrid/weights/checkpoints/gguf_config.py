@@ -197,7 +197,7 @@ def _olmoe(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _granitemoe(model: Gguf, metadata: GgufMetadata) -> Config:
     if metadata.size("expert_shared_feed_forward_length", 0):
-        return granite_experts(model, metadata)
+        return {**granite_experts(model, metadata), "model_type": "granitemoeshared"}
     require_gating(metadata, SOFTMAX, SOFTMAX)
     return {
         **granite(model, metadata),
