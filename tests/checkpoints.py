@@ -411,6 +411,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_COMMON, "model_type": "mistral", "sliding_window": 20},
     "smollm3": {**_COMMON, "model_type": "smollm3", "pad_token_id": None, "head_dim": 16, "num_hidden_layers": 4},
     "seed_oss": {**_COMMON, "model_type": "seed_oss", "attention_bias": True},
+    "cohere": {**_COMMON, "model_type": "cohere", "head_dim": 16, "layer_norm_eps": 1e-5, "logit_scale": 0.5},
+    "cohere2": {
+        **_COMMON,
+        "model_type": "cohere2",
+        "layer_norm_eps": 1e-5,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 20,
+        "logit_scale": 0.5,
+    },
     "dots1": {
         **_COMMON,
         "model_type": "dots1",
@@ -666,6 +677,8 @@ STACKED = (
 APART = ("deepseek_v4", "sarvam_moe")  # families whose experts are always apart
 # Families with layers that no device computes.
 ON_HOST: tuple[str, ...] = (
+    "cohere",
+    "cohere2",
     "afmoe",
     "gemma4_text",
     "deepseek_v32",

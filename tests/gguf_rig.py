@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
-    "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3",
+    "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
 }  # fmt: skip
 
 
@@ -394,6 +394,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": get("head_dim"),
         "attention.value_length": get("head_dim"),
         "attention.layer_norm_rms_epsilon": get("rms_norm_eps") or config["layer_norm_epsilon"],
+        "attention.layer_norm_epsilon": get("layer_norm_eps"),
         "rope.freq_base": get("rope_theta"),
         "rope.dimension_count": turning,
         "expert_count": experts,
@@ -416,7 +417,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.scale": get("attention_multiplier"),
         "embedding_scale": get("embedding_multiplier"),
         "residual_scale": get("residual_multiplier"),
-        "logit_scale": get("logits_scaling"),
+        "logit_scale": get("logits_scaling") or get("logit_scale"),
     }  # fmt: skip
     if rank := get("kv_lora_rank"):
         turned, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]

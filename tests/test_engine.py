@@ -318,6 +318,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_moe",
         {"moe_topk": 3, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, "rope_theta": 10000.0},
     ),
+    "cohere": ("cohere", SHARP),
+    "cohere tied, biases": ("cohere", {"tie_word_embeddings": True, "attention_bias": True, **SHARP}),
+    "cohere2, in turn": ("cohere2", {"layer_types": None, "sliding_window_pattern": 2, **SHARP}),
     "granitemoe": ("granitemoe", SHARP),
     "granitemoe, no multipliers": (
         "granitemoe",

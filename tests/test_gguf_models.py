@@ -51,6 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]},
     "lfm2_moe": {"conv_bias": False},
     "afmoe": {"global_attn_every_n_layers": 4},
+    "cohere2": {"layer_types": None, "num_hidden_layers": 5},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip

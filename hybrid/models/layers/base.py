@@ -20,8 +20,8 @@ from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
 from hybrid.ops import Op
 
 # The norms of a model: RMSNorms; the same whose checkpoints have their weights less 1; or of the residual stream
-# LayerNorms with a bias.
-NormKind = Literal["rms", "rms_less_one", "layer"]
+# LayerNorms with a bias, or without.
+NormKind = Literal["rms", "rms_less_one", "layer", "layer_unbiased"]
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,10 @@ def norm(
     }
     if clears:
         arguments["cleared"] = Buffer(MADE)
+    if place.norm in ("layer", "layer_unbiased") and weight:
+        arguments["centred"] = True
     if place.norm == "layer" and weight:
-        arguments |= {"centred": True, "bias": Weight(f"{weight}_bias")}
+        arguments["bias"] = Weight(f"{weight}_bias")
     return Op("norm", part, arguments, (0, "rows"))
 
 

@@ -6,6 +6,7 @@ INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whos
 KIMI_DELTA = ("kimi-linear", "bailingmoe3")  # with Kimi Delta Attention
 LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES, *KIMI_DELTA)
 GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
+COHERE = ("command-r", "cohere2")  # with LayerNorms
 NEMOTRON = ("nemotron_h", "nemotron_h_moe")  # whose layers are of one half each
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mixtral"),
@@ -55,4 +56,6 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "chatglm": ("glm",),
     "afmoe": ("afmoe",),
     "laguna": ("laguna",),
+    "command-r": ("cohere",),
+    "cohere2": ("cohere2",),
 }

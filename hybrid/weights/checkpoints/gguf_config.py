@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoints.gguf_architectures import GROWING, INDEXED_TYPES, LATENT, NEMOTRON
+from hybrid.weights.checkpoints.gguf_architectures import COHERE, GROWING, INDEXED_TYPES, LATENT, NEMOTRON
 from hybrid.weights.checkpoints.gguf_dense import (
     chatglm,
+    cohere2,
+    command_r,
     ernie4_5,
     exaone4,
     glm4,
@@ -72,6 +74,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     if metadata.architecture not in GROWING and metadata.number(TEMPERATURE, 0.0):
         raise metadata.refuse(TEMPERATURE, metadata.number(TEMPERATURE), "absent or 0")
     by_layer = metadata.architecture in NEMOTRON  # the family tells it
+    rms = metadata.architecture not in COHERE
     if EMBEDDING not in model.tensors:
         raise WeightsError(f"{model.path}: tensor {EMBEDDING} is missing: fetch all files of the model again")
     return {
@@ -83,7 +86,7 @@ def _common(model: Gguf, metadata: GgufMetadata) -> Config:
         "num_attention_heads": heads,
         "num_key_value_heads": max(kv_heads(metadata)),
         "head_dim": dim,
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon") if rms else None,
         "rope_theta": metadata.number("rope.freq_base", 10_000.0),
         "rope_scaling": rope_scaling(model, metadata),
         "partial_rotary_factor": rope_part(metadata, dim),
@@ -326,4 +329,6 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "chatglm": chatglm,
     "afmoe": afmoe,
     "laguna": laguna,
+    "command-r": command_r,
+    "cohere2": cohere2,
 }

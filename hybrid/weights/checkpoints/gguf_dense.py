@@ -74,6 +74,23 @@ def exaone4(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "exaone4", "sliding_window": window, "layer_types": _slides(metadata) if window else None}
 
 
+def command_r(model: Gguf, metadata: GgufMetadata) -> Config:
+    return {"model_type": "cohere", "use_qk_norm": has(model, "attn_q_norm.weight"), **_cohere(metadata)}
+
+
+def cohere2(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Every fourth layer sees everything."""
+    window = metadata.size("attention.sliding_window", 0) or None
+    return {"model_type": "cohere2", "sliding_window": window, **_cohere(metadata)}
+
+
+def _cohere(metadata: GgufMetadata) -> Config:
+    return {
+        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon"),
+        "logit_scale": metadata.number("logit_scale"),
+    }
+
+
 def _slides(metadata: GgufMetadata) -> list[str]:
     """Which layers have a window: as the file says, or all but every fourth."""
     name, count = "attention.sliding_window_pattern", layer_count(metadata)

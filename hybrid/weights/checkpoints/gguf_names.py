@@ -15,6 +15,7 @@ import numpy as np
 from hybrid.formats.block import Array
 from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
+from hybrid.models.layers.beside_attention import BesideAttention
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
@@ -214,6 +215,8 @@ def _named(feed_forward: FeedForward, names: FeedForwardNames) -> FeedForward:
         return feed_forward
     if feed_forward.wide == 1:
         return replace(feed_forward, names=WITHOUT_GATES)
+    if isinstance(feed_forward, BesideAttention):
+        names = replace(names, norm=ATTENTION.norm)
     own = feed_forward.names
     names = replace(names, norm=own.norm and names.norm, post_norm=own.post_norm and _POST_FEED_FORWARD)
     return replace(feed_forward, names=replace(names, factor=own.factor and _FACTOR))
