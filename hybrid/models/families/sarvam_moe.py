@@ -19,7 +19,7 @@ from hybrid.models.decoder import (
     read_model,
 )
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
+from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames, QkNorm
 from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 
@@ -49,7 +49,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _read_attention(fields: Fields) -> GroupedQueryAttention:
-    norm = "head" if fields.flag("use_qk_norm", default=True) else "none"
+    norm: QkNorm = "head" if fields.flag("use_qk_norm", default=True) else "none"
     attention = read_attention(fields, DEFAULTS, qk_norm=norm, bias=fields.flag("attention_bias"))
     return replace(attention, out_bias=False, names=NAMES)
 
