@@ -17,8 +17,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """`transformers` knows heads of one size alone, a part of the hidden size."""
     fields = Fields(config)
     fields.refuse("use_qk_norm", neutral=False)
-    fields.refuse("head_dim", neutral=fields.size("hidden_size") // fields.size("num_attention_heads"))
     attention = read_attention(fields, DEFAULTS, bias=fields.flag("attention_bias"))
+    fields.refuse("head_dim", neutral=fields.size("hidden_size") // attention.heads)
     every = fields.size("sliding_window_pattern", default=4)
     in_turn = [SLIDING if (layer + 1) % every else FULL for layer in range(read_layer_count(fields))]
     windows = read_windows(fields, fields.optional_size("sliding_window", default=4096), default=in_turn)
