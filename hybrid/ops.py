@@ -113,6 +113,7 @@ KINDS: dict[str, Literal["columns", "intermediate", "whole"]] = {
     "keep": "whole",
     "entry_scores": "whole",
     "see": "whole",
+    "select_pools": "whole",
     "block_scores": "whole",
     "select_blocks": "whole",
     "gate": "whole",

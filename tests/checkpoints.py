@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -608,6 +609,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 1.5,
     },
+    "glm5_next_text": {  # latents that fill whole lines, so that a row has none left where nothing turns
+        **{name: value for name, value in _KIMI_DELTA.items() if name != "num_experts"},
+        "model_type": "glm5_next_text",
+        "q_lora_rank": 36,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 0,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "linear_head_dim": 20,
+        "linear_num_heads": 3,
+        "linear_conv_kernel_dim": 4,
+        "index_n_heads": 3,
+        "index_head_dim": 20,
+        "index_topk": 200,
+        "index_kpool": 4,
+        "hc_mult": 3,
+        "routed_scaling_factor": 1.5,
+    },
     "deepseek_v4": {  # of every kind of layer one, and entries of 16 tokens in place of 128
         "model_type": "deepseek_v4",
         "vocab_size": 131,
@@ -652,6 +673,7 @@ WRAPPERS = (  # models of more than text
         "gemma3",
         "gemma4",
         "glm4v_moe",
+        "glm5_next",
         "internvl",
         "kimi_k25",
         "lfm2_vl",
@@ -683,6 +705,7 @@ ON_HOST: tuple[str, ...] = (
     "gemma4_text",
     "deepseek_v32",
     "deepseek_v4",
+    "glm5_next_text",
     "glm_moe_dsa",
     "kimi_linear",
     "bailing_hybrid",
@@ -704,7 +727,37 @@ def auto_model(family: str) -> Any:
 
     if family == "minimax_m3_vl_text":
         read_as_published()
+    if family == "glm5_next_text":
+        return glm5_next_text()
     return transformers.AutoModelForImageTextToText if family == "mistral4" else transformers.AutoModelForCausalLM
+
+
+@functools.cache
+def glm5_next_text() -> Any:
+    """GLM-5.3-Flash's text model with a head, of which transformers has the whole alone."""
+    import torch
+    import transformers
+    from transformers.models.glm5_next import modeling_glm5_next as glm
+    from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+
+    class Glm5NextTextForCausalLM(glm.Glm5NextPreTrainedModel):  # type: ignore[misc,name-defined]
+        config_class = Glm5NextTextConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = glm.Glm5NextTextModel(config)
+            self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Any, **others: Any) -> Any:
+            hidden = self.model(input_ids, **others).last_hidden_state
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return cls._from_config(config)
+
+    return Glm5NextTextForCausalLM
 
 
 def read_as_published() -> None:

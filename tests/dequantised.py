@@ -26,7 +26,7 @@ from hybrid.weights.store import Store
 
 Named = Iterator[tuple[str, np.ndarray]]
 # Families whose tensors are known here.
-WRITTEN = [family for family in CONFIGS if family not in ("gemma4_text", "deepseek_v4")]
+WRITTEN = [family for family in CONFIGS if family not in ("gemma4_text", "deepseek_v4", "glm5_next_text")]
 
 
 def write_dequantised(path: Path, store: Store) -> Path:

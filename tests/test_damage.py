@@ -25,6 +25,7 @@ CONFIGS["deepseek_v4"] |= {  # so that they do of entries
     "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 2},
     "index_topk": 1,
 }
+CONFIGS["glm5_next_text"] |= {"index_kpool": 2}  # so that they do of pools
 FAMILIES = list(CONFIGS)
 KINDS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 TOKENS = {0: [3, 1, 4, 1, 5, 9], 1: [2, 6, 5, 3]}  # by sequence

@@ -398,6 +398,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARP,
         },
     ),
+    "glm5_next_text": ("glm5_next_text", SHARP),
+    "glm5_next_text, no bound, words as published": (
+        "glm5_next_text",
+        {
+            "linear_attn_config": {"head_dim": 20, "num_heads": 3, "gate_lower_bound": None, "safe_gate": False},
+            "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+            "attention_bias": True,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "hc_mult": 2,
+            **SHARP,
+        },
+    ),
     "deepseek_v4": ("deepseek_v4", {"index_topk": 64}),  # no near-tie of entries decides
     "deepseek_v4, entries are selected, layers and words of the older style": (
         "deepseek_v4",

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm_moe_dsa",
         {"index_topk": 40, "index_head_dim": 12, "indexer_types": ["full", "full", "shared"]},
     ),
+    "glm5_next_text, pools of 4 tokens": ("glm5_next_text", {"index_topk": 16}),
+    "glm5_next_text, pools of 16 tokens": ("glm5_next_text", {"index_topk": 48, "index_kpool": 16}),
 }
 WIDE = {"chunk_size": 128, "max_seq_len": 256}
 
@@ -69,6 +71,8 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, cas
     [
         ("deepseek_v32", {"index_topk": 17}),
         ("deepseek_v32", {"index_topk": 256}),
+        ("glm5_next_text, pools of 4 tokens", {"index_topk": 20}),
+        ("glm5_next_text, pools of 4 tokens", {"index_topk": 256}),
         ("glm_moe_dsa, named layers", {"index_topk": 44}),
         ("glm_moe_dsa, named layers", {"indexer_types": ["full", "shared", "shared"]}),
     ],

@@ -115,6 +115,10 @@ OPS: dict[str, dict[str, Any]] = {
         **{"scores": 0, "q": 0, "seen": PLACE, "counts": PLACE, "window": 20, "stride": 84, "query_stride": 192},
         **{"rate": 4, "selects": 0},
     },
+    "select_pools": {
+        **{"scores": PLACE, "q": PLACE, "selected": PLACE, "counts": PLACE, "rate": 4, "selects": 16, "stride": 67},
+        **{"query_stride": 192},
+    },
     "collapse": {
         **{"streams": PLACE, "products": PLACE, "base": PLACE, "scale": PLACE, "output": PLACE, "weights": PLACE},
         **{"cleared": PLACE, "count": 4, "width": 40, "stream_stride": 192, "output_stride": 64, "rounds": 20},
@@ -252,7 +256,7 @@ NULLABLE = {
         ("group", "ids"),
         ("group", "weights"),
     ),
-    *(("gate_up", "bias"), ("down", "bias"), ("latent", "rope")),
+    *(("gate_up", "bias"), ("down", "bias"), ("latent", "rope"), ("compress", "norm")),
     *(("collapse", "weights"), ("collapse", "cleared"), ("expand", "weights")),
 }
 ADDRESSES = [(op, field) for op, field in EVERY_FIELD if OPS[op][field] == PLACE or (op, field) in NULLABLE]
@@ -294,6 +298,7 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("rope_table", {"dim": 63}, "dim is 63; it must be even"),
         ("short_conv", {"taps": 9}, "taps 9 is above 8"),
         ("collapse", {"count": 9}, "count 9 is above 8"),
+        ("collapse", {"products": 0, "base": 0, "scale": 0}, "products is null, and weights are not"),
         ("collapse", {"stream_stride": 159}, "stream_stride is 159; what it steps over has 160"),
         ("expand", {"count": 9}, "count 9 is above 8"),
         ("expand", {"input_stride": 39}, "input_stride is 39; what it steps over has 40"),
@@ -311,6 +316,8 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("keep", {"tokens": 33}, "kv.sequence_stride is 53248; what it steps over has 54272"),
         ("entry_scores", {"kv": SHARED}, "kv.index_dim is 0; it must be from 1 to 1024"),
         ("entry_scores", {"heads": 257}, "heads 257 is above 256"),
+        ("select_pools", {"rate": 1}, "rate is 1; a pool is of several tokens"),
+        ("select_pools", {"stride": 66}, "stride is 66; what it steps over has 67"),
         ("see", {"window": 129}, "window 129 is above 128"),
         ("see", {"rate": 1}, "rate is 1; an entry stands for several tokens"),
         ("see", {"stride": 19}, "stride is 19; what it steps over has 20"),
@@ -355,7 +362,8 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("head_gemm", {"input_head_stride": 126}, "input_stride is 126; what it steps over has 128"),
         ("head_gemm", {"weight_head_stride": 6080}, "weight_head_stride is 6080; what it steps over has 6144"),
         ("latent", {"kv": KV}, "kv.shared is false"),
-        ("latent", {"rank": 53}, "rank 53 and rope_dim 12 are above kv.key_dim 64"),
+        ("latent", {"rank": 53}, "rank 53 and the 12 dimensions behind it are above kv.key_dim 64"),
+        ("latent", {"rank": 63, "rope_dim": 0}, "rank 63 and the 2 dimensions behind it are above kv.key_dim 64"),
         ("latent", {"rope_dim": 11}, "rope_dim is 11; it must be even"),
         ("latent", {"norm": 0}, "norm is null, and rope is not"),
         ("latent", {"rope": 0, "norm": 0}, "queries, plain, q or norm is null, and there are 3 heads"),

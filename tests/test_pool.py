@@ -174,6 +174,7 @@ CASES = {
     "state spaces": ("granitemoehybrid", {}),
     "Kimi Delta Attention": ("bailing_hybrid", {}),
     "compressed tokens": ("deepseek_v4", {}),
+    "pools of tokens in int8": ("glm5_next_text", {"kv_format": "int8"}),
     "compressed tokens in int8": ("deepseek_v4", {"kv_format": "int8"}),
     "layers of one half": ("nemotron_h", {}),
     "expert cache": ("mixtral", {"device": "simulated"}),

@@ -186,6 +186,7 @@ def test_rows_are_written_before_they_are_read(name, text) -> None:
     outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
     outputs |= {"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)}
     outputs |= {"block_scores": ("scores",), "select_blocks": ("selected",)}
+    outputs |= {"select_pools": ("selected", "counts")}
     outputs |= {"turn": ("q",), "entry_scores": ("scores",), "see": ("seen", "counts")}
     outputs |= {"collapse": ("output", "weights", "cleared"), "expand": ("streams",)}
     outputs["topk"] += ("shared_weights",)

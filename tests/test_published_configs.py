@@ -126,6 +126,19 @@ _V4: dict[str, Any] = {
     "swiglu_limit": 10.0, "topk_method": "noaux_tc", "vocab_size": 129280, "compress_rope_theta": 160000,
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }  # fmt: skip
+_GLM: dict[str, Any] = {  # as transformers has it by default
+    "model_type": "glm5_next",
+    "text_config": {
+        "model_type": "glm5_next_text", "vocab_size": 154880, "hidden_size": 4096, "intermediate_size": 12288,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 45, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "n_shared_experts": 1, "n_routed_experts": 288, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 0, "v_head_dim": 256, "qk_nope_head_dim": 256,
+        "head_dim": 0, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 32, "index_kpool": 16,
+        "index_kpool_always_select_tail": True, "swiglu_limit": 10.0, "hc_mult": 4, "hc_eps": 1e-6,
+        "hc_sinkhorn_iters": 20, "linear_head_dim": 128, "linear_num_heads": 64, "linear_conv_kernel_dim": 4,
+        "linear_lower_bound": -5.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 1048576,
+    },
+}  # fmt: skip
 # Each with how many billions of parameters there are, and how many of them a token multiplies with.
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "Nemotron 3 Nano": (_NANO, 31.6, 3.3),
@@ -150,6 +163,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "Trinity Mini": (_TRINITY, 26.1, 3.1),
     "MiniMax-M3": (_M3, 426.2, 24.7),
     "DeepSeek-V4-Flash": (_V4, 284.3, 13.3),
+    "GLM-5.3-Flash": (_GLM, 313.3, 16.8),
 }
 
 

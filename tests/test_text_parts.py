@@ -22,6 +22,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", "gemma3_text", {}),
     "gemma4": ("gemma4_text", "gemma4_text", {}),
     "glm4v_moe": ("glm4_moe", "glm4v_moe_text", {"use_qk_norm": False}),
+    "glm5_next": ("glm5_next_text", "glm5_next_text", {}),
     "internvl": ("qwen3_moe", "qwen3_moe", {}),
     "kimi_k25": ("deepseek_v3", "kimi_k2", {}),
     "lfm2_vl": ("lfm2", "lfm2", {}),

@@ -75,6 +75,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     "granitemoehybrid": _GRANITE4,
     "bamba": _BAMBA,
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), _DELTA),
+    **dict.fromkeys(("glm5_next", "glm5_next_text"), {**_DELTA, **_SELECTS, "qk_rope_head_dim": 0}),
     "deepseek_v4": _V4,
     "nemotron_h": _NEMOTRON,
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),

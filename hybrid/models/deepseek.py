@@ -39,13 +39,17 @@ def read_latent_attention(
     nope_dim: int,
     value_dim: int,
     rank: int = 512,
+    shared: int = 64,
     turns: bool = True,
 ) -> LatentAttention:
-    """Latent attention; q_rank, nope_dim, value_dim and rank are defaults. turns: whether there is rope."""
+    """Latent attention; q_rank, nope_dim, value_dim, rank and shared are defaults, the last of the dimensions of keys
+    that all heads share. turns: whether these have rope; there may be none if not.
+    """
     heads, max_position = fields.size("num_attention_heads"), read_max_position(fields, defaults)
     fields.refuse("num_key_value_heads", neutral=heads)  # latents are shared by all heads
-    rank, turned = fields.size("kv_lora_rank", default=rank), fields.size("qk_rope_head_dim", default=64)
-    if turned % 2 or round_up(rank + turned, KEY_ALIGN) > MAX_KEY_DIM:
+    rank = fields.size("kv_lora_rank", default=rank)
+    turned = fields.size("qk_rope_head_dim", default=shared, minimum=1 if turns else 0)
+    if turned % 2 or round_up(rank + (turned or 2), KEY_ALIGN) > MAX_KEY_DIM:
         raise ConfigError(
             f"config.json: kv_lora_rank {rank} and qk_rope_head_dim {turned} must be at most {MAX_KEY_DIM} together, "
             "and the latter even: correct them"
@@ -107,11 +111,7 @@ def read_indexed(
     select what one before them did.
     """
     fields.refuse("rope_interleave", neutral=True)
-    if fields.optional_size("q_lora_rank", default=q_rank) is None:
-        raise ConfigError(
-            "config.json: q_lora_rank is null; it must be a number, the size of the latents from which an indexer "
-            "makes its queries: correct it"
-        )
+    require_query_latents(fields, q_rank)
     attention = read_latent_attention(fields, defaults, q_rank=q_rank, nope_dim=nope_dim, value_dim=value_dim)
     halves = read_named_layers(fields, read_sigmoid_experts(fields, scale=2.5, groups=groups), dense=3)
     indexer, selects = read_indexer(fields, attention, index_heads, interleaved)
@@ -120,6 +120,15 @@ def read_indexed(
     layers = [LayerSpec(mixer, half) for mixer, half in zip(mixers, halves, strict=True)]
     spec = read_model(fields, model_type, layers, defaults)
     return spec.within(spec.max_position)
+
+
+def require_query_latents(fields: Fields, q_rank: int) -> None:
+    """q_rank: of them, a default."""
+    if fields.optional_size("q_lora_rank", default=q_rank) is None:
+        raise ConfigError(
+            "config.json: q_lora_rank is null; it must be a number, the size of the latents from which an indexer "
+            "makes its queries: correct it"
+        )
 
 
 def read_indexer(fields: Fields, attention: LatentAttention, heads: int, interleaved: bool) -> tuple[Indexer, int]:
@@ -134,20 +143,27 @@ def read_indexer(fields: Fields, attention: LatentAttention, heads: int, interle
 
 
 def read_own_indexers(fields: Fields, layers: int) -> list[bool]:
-    """Of every layer, whether it has an indexer: by name, by a pattern of names or their first letters, or in turn."""
-    names = "indexer_types", "index_topk_pattern"
-    name = next((name for name in names if fields.has(name)), names[0])
-    every = fields.size("index_topk_freq", default=1, minimum=0) or 1
-    first = fields.size("index_skip_topk_offset", default=2, minimum=0)
-    in_turn = [FULL if max(layer - first + 1, 0) % every == 0 else SHARED for layer in range(layers)]
-    spelled = fields.spelled_out(name, {"F": FULL, "S": SHARED}, layers)
-    kinds = spelled.choices(name, default=in_turn, allowed=(FULL, SHARED))
+    """Of every layer, whether it has an indexer. The first must have one."""
+    name, kinds = read_indexer_kinds(fields, layers)
     if kinds[0] != FULL:
         raise ConfigError(
             f"config.json: {name} says {SHARED} of the first layer, before which none selects; it must be {FULL}: "
             "correct it"
         )
     return [kind == FULL for kind in kinds]
+
+
+def read_indexer_kinds(fields: Fields, layers: int) -> tuple[str, list[str]]:
+    """Of every layer, whether it has an indexer: by name, by a pattern of names or their first letters, or in turn; and
+    the field that says so.
+    """
+    names = "indexer_types", "index_topk_pattern"
+    name = next((name for name in names if fields.has(name)), names[0])
+    every = fields.size("index_topk_freq", default=1, minimum=0) or 1
+    first = fields.size("index_skip_topk_offset", default=2, minimum=0)
+    in_turn = [FULL if max(layer - first + 1, 0) % every == 0 else SHARED for layer in range(layers)]
+    spelled = fields.spelled_out(name, {"F": FULL, "S": SHARED}, layers)
+    return name, spelled.choices(name, default=in_turn, allowed=(FULL, SHARED))
 
 
 def read_named_layers(fields: Fields, experts: FeedForward, *, dense: int = 1) -> list[FeedForward]:

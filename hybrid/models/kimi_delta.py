@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import cpu_kernels
+from hybrid.errors import ConfigError
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
 from hybrid.models.reading import Fields
 
 LINEAR = "linear_attention"  # word of `layer_types`
+_LOWEST = -80.0  # of the logarithm of a decay: those below are no normal numbers
 
 
 def read_kimi_delta(
@@ -22,3 +24,11 @@ def read_kimi_delta(
         (heads,),
         names or KimiDeltaNames(),
     )
+
+
+def read_lower_bound(fields: Fields, name: str) -> float:
+    """Of the logarithm of a decay; name: of its field."""
+    bound = fields.number(name, default=-5.0, above=_LOWEST)
+    if bound >= 0:
+        raise ConfigError(f"config.json: {name} is {bound:g}; it must be below 0 and above {_LOWEST:g}: correct it")
+    return bound

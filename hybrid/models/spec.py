@@ -145,7 +145,8 @@ class ModelSpec:
         layers = tuple(
             LayerSpec(layer.mixer.inside(module), layer.feed_forward.inside(module)) for layer in self.layers
         )
-        return replace(self, layers=layers, names=inside(self.names, module), module=module)
+        streams = self.streams and self.streams.inside(module)
+        return replace(self, layers=layers, names=inside(self.names, module), module=module, streams=streams)
 
     def within(self, tokens: int) -> ModelSpec:
         """What computes the same where no sequence has more than so many tokens."""

@@ -2,20 +2,22 @@
 
 Every half of a layer reads a weighted sum of the streams, and its result is spread over a mixture of them. The weights
 of both are made of the streams of the token, by a small fp32 matrix for each half; rows and columns of the mixture are
-made to sum to 1, in turn and a number of times. The head reads a weighted sum too. The halves need not know: they read
-COLLAPSED instead of RESIDUAL, and what they add to RESIDUAL is there alone.
+made to sum to 1, in turn and a number of times. The head reads a weighted sum too, or the mean. The halves need not
+know: they read COLLAPSED instead of RESIDUAL, and what they add to RESIDUAL is there alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from hybrid.formats.block import BLOCK
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, Place
 from hybrid.models.layers.products import COLLAPSED, FP32, RESIDUAL, score
-from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor
+from hybrid.models.reading import Fields
+from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, Weight
 
 # Buffers. PRODUCTS: of the streams of a row with a matrix. WEIGHTS: by which the streams take up the result of a half.
@@ -31,15 +33,11 @@ class StreamNames:
     base: str
     scale: str
 
-    def in_layer(self, layer: int) -> StreamNames:
-        matrix, base, scale = (name.replace("{layer}", str(layer)) for name in (self.matrix, self.base, self.scale))
-        return StreamNames(matrix, base, scale)
-
 
 @dataclass(frozen=True)
 class Streams:
     """count: of the streams. rounds: in which the mixture is balanced. floor: what keeps its sums above zero. mixer,
-    feed_forward, head: names, the first two with the place of a layer.
+    feed_forward, head: names, the first two with the place of a layer; no head: it reads the mean of the streams.
     """
 
     count: int
@@ -47,7 +45,12 @@ class Streams:
     floor: float
     mixer: StreamNames
     feed_forward: StreamNames
-    head: StreamNames
+    head: StreamNames | None = None
+
+    def inside(self, module: str) -> Self:
+        """A copy whose tensors a checkpoint has in this module of the model."""
+        mixer, feed_forward = inside(self.mixer, module), inside(self.feed_forward, module)
+        return replace(self, mixer=mixer, feed_forward=feed_forward, head=self.head and inside(self.head, module))
 
     @property
     def weights(self) -> int:
@@ -57,9 +60,10 @@ class Streams:
     def _all(self, layers: int) -> Iterator[tuple[str, StreamNames, int, int]]:
         """How the names of the stored tensors begin, those of a checkpoint, weights and factors, in store order."""
         for layer in range(layers):
-            yield f"layers.{layer}.mixer_streams", self.mixer.in_layer(layer), self.weights, 3
-            yield f"layers.{layer}.ffn_streams", self.feed_forward.in_layer(layer), self.weights, 3
-        yield "head_streams", self.head, self.count, 1
+            yield f"layers.{layer}.mixer_streams", in_layer(self.mixer, layer), self.weights, 3
+            yield f"layers.{layer}.ffn_streams", in_layer(self.feed_forward, layer), self.weights, 3
+        if self.head:
+            yield "head_streams", self.head, self.count, 1
 
     # Weights.
 
@@ -91,17 +95,19 @@ class Streams:
 
     def end(self, place: Place) -> Iterator[Op]:
         """What the head reads."""
-        yield from self._collapse(place, "head", "head_streams", self.count)
+        yield from self._collapse(place, "head", "head_streams" if self.head else "", self.count)
 
     def _collapse(self, place: Place, part: str, prefix: str, weights: int) -> Iterator[Op]:
+        """What is read, and the weights by which the result is spread. prefix: empty: the mean is read."""
         wide, stride = self.count * place.hidden, row_stride(self.count * place.hidden)
-        yield score(part, f"{prefix}.matrix", PRODUCTS, weights, wide, "weights", source=STREAMS)
+        if prefix:
+            yield score(part, f"{prefix}.matrix", PRODUCTS, weights, wide, "weights", source=STREAMS)
         spreads = weights > self.count
         arguments = {
             "streams": Buffer(STREAMS),
-            "products": Buffer(PRODUCTS),
-            "base": Weight(f"{prefix}.base"),
-            "scale": Weight(f"{prefix}.scale"),
+            "products": Buffer(PRODUCTS) if prefix else None,
+            "base": Weight(f"{prefix}.base") if prefix else None,
+            "scale": Weight(f"{prefix}.scale") if prefix else None,
             "output": Buffer(COLLAPSED),
             "weights": Buffer(WEIGHTS) if spreads else None,
             "cleared": Buffer(RESIDUAL) if spreads else None,
@@ -137,5 +143,21 @@ class Streams:
 
     def cost(self, hidden: int, layers: int, rows: int) -> Cost:
         """Of all halves and the head."""
-        products = float((2 * layers * self.weights + self.count) * self.count * hidden)
+        weights = 2 * layers * self.weights + (self.count if self.head else 0)
+        products = float(weights * self.count * hidden)
         return Cost(products * FP32, 2.0 * products * rows)
+
+
+def read_streams(fields: Fields) -> Streams:
+    """Streams by the names of DeepSeek-V4, whose head reads their mean."""
+    return Streams(
+        fields.size("hc_mult", default=4, minimum=2, maximum=MAX_STREAMS),
+        fields.size("hc_sinkhorn_iters", default=20, maximum=1000),
+        fields.number("hc_eps", default=1e-6),
+        mixer=stream_names("model.layers.{layer}.hc_attn"),
+        feed_forward=stream_names("model.layers.{layer}.hc_ffn"),
+    )
+
+
+def stream_names(prefix: str) -> StreamNames:
+    return StreamNames(f"{prefix}_fn", f"{prefix}_base", f"{prefix}_scale")

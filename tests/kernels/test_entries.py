@@ -208,6 +208,48 @@ def test_scores_that_are_no_number_show_in_the_queries(isa) -> None:
     assert np.isnan(queries.astype(np.float32)).all()
 
 
+def test_tokens_of_the_pools_with_the_largest_scores_are_selected(isa) -> None:
+    """And those whose pool has not ended; rows of no more pools than are selected see all."""
+    random, rate, selects = np.random.default_rng(4), 4, 3
+    places = [(0, 2), (1, 14), (1, 15), (2, 18), (3, 1055), (4, 1058)]  # of 0, 3, 4, 4, 264 and 264 pools
+    scores, queries = aligned((len(places), 512), np.float32), aligned((len(places), 64), BF16)
+    scores[:] = random.normal(0, 1, scores.shape)
+    scores[4, 17] = scores[4, 40] = 9  # of equal ones the first
+    scores[5, 263] = np.inf
+    selected, counts = aligned((len(places), 15), np.int32, fill=-1), aligned(len(places), np.int32, fill=-1)
+    rig = Rig(isa, 2, rows=len(places), sequences=5, positions=2048)
+    fields = {"rate": rate, "selects": selects, "stride": 15, "query_stride": 64}
+    rig.add("select_pools", scores=scores, q=queries, selected=selected, counts=counts, **fields)
+    rig.step(places)
+    assert counts.tolist() == [0, 0, 12, 15, 12, 15]
+    for row, (_, position) in enumerate(places):
+        pools = (position + 1) // rate
+        chosen = np.sort(np.argsort(-scores[row, :pools], kind="stable")[:selects]) if row < 5 else np.arange(selects)
+        tokens = [pool * rate + token for pool in chosen for token in range(rate)]
+        tail = range(pools * rate, position + 1)
+        assert selected[row, : counts[row]].tolist() == ([*tokens, *tail] if pools > selects else [])
+        assert (selected[row, counts[row] :] == -1).all()
+    assert not queries[:5].any() and np.isnan(queries[5].astype(np.float32)).all()
+
+
+def test_pools_are_made_of_normed_tokens_as_they_are(isa) -> None:
+    """Without a norm of their own, and without turning."""
+    compressor = Compressor(4, False, 12)
+    state = State(1, 4, 1, compressor.width)
+    made = placed(compressor.made)
+    rig = Rig(isa, 2, rows=12, sequences=1, positions=TOKENS)
+    rig.add(
+        "compress", made=made, bias=compressor.bias, norm=0, rope=0, kv=state.layout, indexes=True, dim=DIM, rope_dim=0,
+        rate=4, overlaps=False, interleaved=False, first_value=8, first_gate=8 + DIM, width=compressor.width,
+        tokens=state.tokens, eps=EPS,
+    )  # fmt: skip
+    rig.step([(0, position) for position in range(12)])
+    values, gates = (made[:, first : first + DIM].astype("f8").reshape(3, 4, DIM) for first in (8, 8 + DIM))
+    weights = np.exp(gates + compressor.bias)
+    wanted = (weights / weights.sum(1, keepdims=True) * values).sum(1)
+    assert np.abs(state.keys(0)[:3, :DIM].astype("f4") - wanted).max() <= 0.01 * np.abs(wanted).max()
+
+
 def test_queries_and_keys_turn_by_their_last_dimensions_and_back(isa, kv_format) -> None:
     random, rows, heads = np.random.default_rng(2), 5, 3
     queries, keys = (placed(random.normal(1, 2, (rows, width)).astype(np.float32)) for width in (64, 64))

@@ -110,6 +110,30 @@ def test_rows_are_normed_turned_and_stored(isa, kv_format, interleaved, growth) 
     assert not stored[:30].any() and not stored[30 + rows :].any() and not pages.rows(0).any()
 
 
+def test_where_nothing_turns_a_row_has_room_to_say_that_it_is_no_number(isa, kv_format) -> None:
+    """Behind the latent, in keys and in queries, whatever was there before."""
+    rows, rank, random = 3, 64, np.random.default_rng(5)
+    queries, latents = (aligned((rows, width), np.float32) for width in (64, rank))
+    queries[:], latents[:] = random.standard_normal(queries.shape), random.standard_normal(latents.shape)
+    latents[1, 7] = np.inf
+    weight, pages = aligned(rank, np.float32, fill=1), SharedPages(1, rank, 2, 256, kv_format)
+    plain, q = aligned((rows, 3, 64), BF16), aligned((rows, 3, pages.key_dim), BF16, fill=np.nan)
+    rig = Rig(isa, 2, rows=rows, sequences=1, positions=256)
+    rig.add(
+        "latent", queries=queries, latents=latents, rope=None, norm=weight, plain=plain, q=q, kv=pages.layout, heads=3,
+        nope_dim=20, rope_dim=0, rank=rank, interleaved=False, query_stride=64, latent_stride=rank, plain_stride=64,
+        eps=1e-3,
+    )  # fmt: skip
+    rig.step([(0, position) for position in range(rows)])
+    assert not q[..., rank:].any() and np.array_equal(
+        plain[..., :20], queries[:, :60].reshape(rows, 3, 20).astype(BF16)
+    )
+    stored = pages.rows(0)
+    expected = latents[0] / np.sqrt((latents[0] ** 2).mean() + 1e-3)
+    assert np.abs(stored[0, :rank] - expected).max() <= 0.07 * np.abs(expected).max()
+    assert not stored[[0, 2], rank:].any() and not np.isfinite(stored[1]).all()
+
+
 def test_rows_that_come_normed_and_turned_are_stored_as_they_are(isa, kv_format) -> None:
     """As those of a device do, which keeps the heads."""
     rows = 5

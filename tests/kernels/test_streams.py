@@ -90,3 +90,44 @@ def test_a_result_is_spread_over_a_mixture(isa, count, width) -> None:
     post, comb = weights[:, :count], weights[:, count:].reshape(rows, count, count)
     wanted = post[..., None] * made[:, None, :width] + np.einsum("rjk,rjd->rkd", comb, old)
     assert np.allclose(streams[:, : count * width], wanted.reshape(rows, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_may_read_the_mean(isa) -> None:
+    rows, count, width = 3, 3, 20
+    streams = aligned((rows, row_stride(count * width)), np.float32)
+    streams[:, : count * width] = np.random.default_rng(1).normal(0, 2, (rows, count * width))
+    output = aligned((rows, row_stride(width)), np.float32)
+    rig = Rig(isa, 1, rows=rows)
+    rig.add(
+        "collapse", streams=streams, products=0, base=0, scale=0, output=output, weights=0, cleared=0, count=count,
+        width=width, stream_stride=streams.shape[1], output_stride=output.shape[1], rounds=1, eps=EPS, floor=FLOOR,
+    )  # fmt: skip
+    rig.step([(0, row) for row in range(rows)])
+    wanted = streams[:, : count * width].reshape(rows, count, width).mean(1)
+    assert np.allclose(output[:, :width], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_need_not_be_mixed(isa) -> None:
+    """Then weights are those of the result alone, to which the floor is added too, as often as wanted."""
+    random, rows, count, width = np.random.default_rng(2), 3, 4, 36
+    streams, output = (aligned((rows, row_stride(size)), np.float32) for size in (count * width, width))
+    streams[:, : count * width] = random.normal(0, 2, (rows, count * width))
+    products = placed(random.normal(0, 2, (rows, 2 * count)).astype(np.float32))
+    base, scale = placed(random.normal(0, 2, 2 * count).astype(np.float32)), placed(np.array([0.7, 1.3], np.float32))
+    made, weights = placed(random.normal(0, 1, output.shape).astype(np.float32)), aligned((rows, count), np.float32)
+    x = streams[:, : count * width].astype(np.float64)
+    fields = {"count": count, "width": width, "stream_stride": streams.shape[1]}
+    rig = Rig(isa, 2, rows=rows)
+    rig.add(
+        "collapse", streams=streams, products=products, base=base, scale=scale, output=output, weights=weights,
+        cleared=0, output_stride=output.shape[1], rounds=0, eps=EPS, floor=FLOOR, magnitude=1.5, **fields,
+    )  # fmt: skip
+    rig.add("expand", input=made, weights=weights, streams=streams, input_stride=made.shape[1], unmixed=True, **fields)
+    rig.step([(0, row) for row in range(rows)])
+    logits = products / np.sqrt((x**2).mean(1, keepdims=True) + EPS) * np.repeat(scale, count) + base
+    pre, post = sigmoid(logits[:, :count]) + FLOOR, 1.5 * sigmoid(logits[:, count:]) + FLOOR
+    x = x.reshape(rows, count, width)
+    assert np.allclose(output[:, :width], (pre[..., None] * x).sum(1), rtol=1e-4, atol=1e-4)
+    assert np.allclose(weights, post, rtol=1e-4)
+    wanted = x + post[..., None] * made[:, None, :width]
+    assert np.allclose(streams[:, : count * width], wanted.reshape(rows, -1), rtol=1e-4, atol=1e-4)

@@ -83,6 +83,10 @@ struct QkvArgs {
   }
 };
 
+// Dimensions behind the `rank` of a latent that its key has: those that turn, or a pair of zeros, of which one can say
+// that the latent is no number.
+static inline int room_behind(int rope_dim) { return rope_dim ? rope_dim : 2; }
+
 // Latent attention behind its projections: queries are divided, what is left of a token is normed and turned and
 // written into the arena, as the one key of all heads.
 struct LatentArgs {
@@ -111,7 +115,7 @@ struct LatentArgs {
     field("kv", kv);
     field("heads", heads);
     field("nope_dim", nope_dim, kPositive);
-    field("rope_dim", rope_dim, kPositive);
+    field("rope_dim", rope_dim);
     field("rank", rank, kPositive);
     field("interleaved", interleaved);
     field("query_stride", query_stride);
@@ -137,8 +141,8 @@ struct AttentionArgs {
   int output_head_stride;   // from the output of a head to the next; 0: head_dim
   const int32_t* selected;  // null, or [rows, selects]: the keys that a row of more than `selects` sees, ascending
   int selects;              // 0: every row sees all
-  const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position; those
-                            // below 0 are then complements of numbers of entries
+  const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position, 0: all
+                            // up to itself; those below 0 are complements of numbers of entries
   const char* fresh;      // null, or keys of the rows of the step, [rows, kv.entry_bytes] as entries lie: then keys of
                           // earlier tokens lie so too, from the start of a sequence on, see KeepArgs
   int kept;               // how many of those there are

@@ -57,9 +57,10 @@ inline void check_fit(const LatentArgs& a, const std::string& place) {
   require(a.kv.shared, place + "kv.shared is false; latents are keys and values of all heads");
   require(a.rope_dim % 2 == 0, place + "rope_dim is " + text(a.rope_dim) + "; it must be even");
   check_layout(a.kv, a.rank, place);
-  require(int64_t(a.rank) + a.rope_dim <= a.kv.key_dim, place + "rank " + text(a.rank) + " and rope_dim " +
-                                                            text(a.rope_dim) + " are above kv.key_dim " +
-                                                            text(a.kv.key_dim));
+  const int behind = room_behind(a.rope_dim);
+  require(int64_t(a.rank) + behind <= a.kv.key_dim, place + "rank " + text(a.rank) + " and the " + text(behind) +
+                                                        " dimensions behind it are above kv.key_dim " +
+                                                        text(a.kv.key_dim));
   const int64_t dim = int64_t(a.nope_dim) + a.rope_dim;
   require_stride(place, "query_stride", a.query_stride, a.heads * dim);
   require_stride(place, "latent_stride", a.latent_stride, int64_t(a.rank) + a.rope_dim);

@@ -12,7 +12,7 @@ constexpr int kMaxCompressed = 256;  // tokens of which one entry is made
 struct TurnArgs {
   const float* queries;  // [rows, query_stride]
   const float* keys;     // null, or [rows, key_stride]
-  const float* rope;     // [rows, rope_dim]
+  const float* rope;     // [rows, rope_dim]; null where nothing turns
   const float* norm;     // null, or of keys [head_dim]
   bf16* q;               // [rows, heads, padded_dim], padded with zeros
   char* made;            // null without keys, or [rows, kv.entry_bytes]
@@ -27,7 +27,7 @@ struct TurnArgs {
   void fields(Field& field) {
     field("queries", queries);
     field("keys", keys, kNullable);
-    field("rope", rope);
+    field("rope", rope, kNullable);
     field("norm", norm, kNullable);
     field("q", q);
     field("made", made, kNullable);
@@ -70,8 +70,8 @@ struct UnturnArgs {
 struct CompressArgs {
   const float* made;  // [rows, width]: what a token brings, from `first_value` on, and its gates, from `first_gate` on
   const float* bias;  // [rate, sets, dim], of gates
-  const float* norm;  // [dim]
-  const float* rope;  // [rows, rope_dim]
+  const float* norm;  // [dim]; null: entries are not normed
+  const float* rope;  // [rows, rope_dim]; null where nothing turns
   KvLayout kv;        // entries go to kv.entry_offset; older tokens are at kv.tail_offset, see KeepArgs
   bool indexes;       // entries are keys of an indexer instead: bf16 [tokens / rate, kv.index_dim] at kv.index_offset
   int dim, rope_dim, rate;
@@ -84,8 +84,8 @@ struct CompressArgs {
   void fields(Field& field) {
     field("made", made);
     field("bias", bias);
-    field("norm", norm);
-    field("rope", rope);
+    field("norm", norm, kNullable);
+    field("rope", rope, kNullable);
     field("kv", kv);
     field("indexes", indexes);
     field("dim", dim, kPositive);
@@ -162,6 +162,29 @@ struct SeeArgs {
   }
 };
 
+// The tokens that a row of more than `selects` pools sees, by position, ascending: those of the `selects` pools of
+// `rate` tokens with the largest scores, the first of equal ones, then those whose pool has not ended. Other rows
+// select none. Where a score is no number, neither are the row's queries afterwards.
+struct SelectPoolsArgs {
+  const float* scores;  // as those of EntryScoresArgs, pools being entries
+  bf16* q;              // [rows, query_stride], of the attention that follows
+  int32_t* selected;    // [rows, stride]
+  int32_t* counts;      // [rows]: how many a row sees; 0: all up to itself
+  int rate, selects, stride, query_stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("scores", scores);
+    field("q", q);
+    field("selected", selected);
+    field("counts", counts);
+    field("rate", rate, kPositive);
+    field("selects", selects, kPositive);
+    field("stride", stride, kPositive);
+    field("query_stride", query_stride, kPositive);
+  }
+};
+
 // As HYBRID_ROW_OPS.
 #define HYBRID_ENTRY_OPS(OP)        \
   OP(turn, TurnArgs)                \
@@ -169,6 +192,7 @@ struct SeeArgs {
   OP(compress, CompressArgs)        \
   OP(keep, KeepArgs)                \
   OP(entry_scores, EntryScoresArgs) \
-  OP(see, SeeArgs)
+  OP(see, SeeArgs)                  \
+  OP(select_pools, SelectPoolsArgs)
 
 }  // namespace hybrid

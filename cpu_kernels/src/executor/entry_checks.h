@@ -79,8 +79,24 @@ inline void check_fit(const SeeArgs& a, const std::string& place) {
   require_stride(place, "stride", a.stride, int64_t(a.window) + a.selects);
 }
 
+inline void check_presence(const CollapseArgs& a, const std::string& place) {
+  require(!a.products == !a.base && !a.products == !a.scale,
+          place + "of products, base and scale one is null, and another is not");
+  require(a.products || !a.weights, place + "products is null, and weights are not");
+}
+
+inline void check_presence(const CompressArgs& a, const std::string& place) {
+  require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
+}
+
 inline void check_presence(const TurnArgs& a, const std::string& place) {
+  require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
   require(!a.norm == !a.keys && !a.made == !a.keys, place + "keys, norm and made are all there or none is");
+}
+
+inline void check_fit(const SelectPoolsArgs& a, const std::string& place) {
+  require(a.rate != 1, place + "rate is 1; a pool is of several tokens");
+  require_stride(place, "stride", a.stride, int64_t(a.selects + 1) * a.rate - 1);
 }
 
 inline void check_presence(const SeeArgs& a, const std::string& place) {

@@ -12,26 +12,28 @@ constexpr int kMaxStreams = 8;
 // The sum of the streams that a half reads, and the weights by which its result is spread. Each weight is made of a
 // product with all streams, divided by the root of their mean square, times a scale, plus a base. Those of the sum,
 // `pre`, are sigmoids, `post` are twice those. `comb` is a softmax of each of its rows; then its columns and its rows
-// are made to sum to 1 in turn, columns first and last.
+// are made to sum to 1 in turn, columns first and last. Where there are no products, the sum is the mean.
 struct CollapseArgs {
   const float* streams;   // [rows, stream_stride]: `count` streams of `width` floats
   const float* products;  // [rows, (2 + count) * count]: for pre, post and comb; if weights are null [rows, count]
-  const float* base;      // one for each product of a row
-  const float* scale;     // of pre, post and comb; if weights are null of pre alone
+  const float* base;      // one for each product of a row; null where products are
+  const float* scale;     // of pre, post and comb; if weights are null of pre alone; null where products are
   float* output;          // [rows, output_stride]
   float* weights;         // null, or [rows, (1 + count) * count]: post and comb
   float* cleared;         // null, or rows as those of output that become zero, for what follows to add to
   int count, width, stream_stride, output_stride;
-  int rounds;   // in which columns are made to sum to 1
+  int rounds;   // in which columns are made to sum to 1; 0: there is no comb, among the products, scales and weights
+                // either
   float eps;    // of the root
-  float floor;  // what is added to pre, to comb and to each of its sums
+  float floor;  // what is added to pre, to comb and to each of its sums; to post where there is no comb
+  float magnitude;  // of post, in place of 2; 0: 2
 
   template <class Field>
   void fields(Field& field) {
     field("streams", streams);
-    field("products", products);
-    field("base", base);
-    field("scale", scale);
+    field("products", products, kNullable);
+    field("base", base, kNullable);
+    field("scale", scale, kNullable);
     field("output", output);
     field("weights", weights, kNullable);
     field("cleared", cleared, kNullable);
@@ -39,18 +41,21 @@ struct CollapseArgs {
     field("width", width, kPositive);
     field("stream_stride", stream_stride);
     field("output_stride", output_stride);
-    field("rounds", rounds, kPositive);
+    field("rounds", rounds);
     field("eps", eps);
     field("floor", floor);
+    field("magnitude", magnitude, kOptional);
   }
 };
 
-// Stream k becomes post[k] * input + sum over j of comb[j, k] * stream j; without weights, the input.
+// Stream k becomes post[k] * input + sum over j of comb[j, k] * stream j; without weights, the input. Where there is no
+// comb, post[k] * input + stream k.
 struct ExpandArgs {
   const float* input;    // [rows, input_stride]
   const float* weights;  // null, or as those of CollapseArgs
   float* streams;        // as those of CollapseArgs
   int count, width, input_stride, stream_stride;
+  bool unmixed;  // there is no comb
 
   template <class Field>
   void fields(Field& field) {
@@ -61,6 +66,7 @@ struct ExpandArgs {
     field("width", width, kPositive);
     field("input_stride", input_stride);
     field("stream_stride", stream_stride);
+    field("unmixed", unmixed, kOptional);
   }
 };
 

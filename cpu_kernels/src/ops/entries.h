@@ -76,7 +76,7 @@ static HYBRID_KERNEL void compress_rows(const CompressArgs& args, const Step& st
       const int some = min(kBlock, dim - i);
       store_some(x + i, weighted(tokens, count, i, some), some);
     }
-    normalise(x, inverse_rms(x, dim, args.eps), args.norm, dim);
+    if (args.norm) normalise(x, inverse_rms(x, dim, args.eps), args.norm, dim);
     rotate(x + dim - args.rope_dim, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
     mark_unsound(x, dim);
     const int padded = args.indexes ? args.kv.index_dim : args.kv.key_dim, number = position / args.rate;
@@ -155,7 +155,8 @@ static void entry_scores(const EntryScoresArgs& args, const Step& step, const Wo
 }
 
 // Numbers of the entries that a row sees, ascending, and how many there are.
-static HYBRID_INLINE int seen_entries(const SeeArgs& args, int row, int entries, const float* scores, int32_t* into) {
+template <class Args>
+static HYBRID_INLINE int seen_entries(const Args& args, int row, int entries, const float* scores, int32_t* into) {
   const bool some = args.selects && entries > args.selects;
   if (some && __builtin_isfinite(largest_magnitude(scores, entries))) {
     select_largest(scores, entries, args.selects, into);
@@ -177,6 +178,31 @@ static void see(const SeeArgs& args, const Step& step, const Work& work) {
     const int count = seen_entries(args, row, entries_at(end - 1, args.rate), scores, seen);
     for (int i = 0; i < count; ++i) seen[i] = ~seen[i];
     args.counts[row] = end - first + count;
+  });
+}
+
+// Numbers of pools, ascending, to the positions of their tokens, in place.
+static HYBRID_INLINE void open_pools(int32_t* pools, int count, int rate) {
+  for (int i = count - 1; i >= 0; --i) {
+    const int first = pools[i] * rate;
+    for (int token = 0; token < rate; ++token) pools[i * rate + token] = first + token;
+  }
+}
+
+static void select_pools(const SelectPoolsArgs& args, const Step& step, const Work& work) {
+  const int64_t stride = int64_t(entry_blocks(step, args.rate)) * kKeys;
+  for_each(step.rows, 1, work, [&](int row) {
+    const int end = step.positions[row] + 1, pools = entries_at(end - 1, args.rate);
+    if (pools <= args.selects) {
+      args.counts[row] = 0;
+      return;
+    }
+    int32_t* selected = args.selected + int64_t(row) * args.stride;
+    const int seen = seen_entries(args, row, pools, args.scores + row * stride, selected);
+    open_pools(selected, seen, args.rate);
+    int count = seen * args.rate;
+    for (int position = pools * args.rate; position < end; ++position) selected[count++] = position;
+    args.counts[row] = count;
   });
 }
 

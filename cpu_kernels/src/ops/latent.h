@@ -18,6 +18,7 @@ static HYBRID_INLINE void make_sound(float* x, int rank, int dim) {
 template <class Kv>
 static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, const Work& work) {
   const int dim = args.rank + args.rope_dim, query_dim = args.nope_dim + args.rope_dim, tasks = args.heads + 1;
+  const int stored = args.rank + room_behind(args.rope_dim);
   alignas(64) float x[kMaxHeadDim];
   for_each(step.rows * tasks, kHeadsAtOnce, work, [&](int task) {
     const int row = task / tasks, head = task % tasks;
@@ -35,7 +36,9 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
       __builtin_memcpy(x, query + args.nope_dim, size_t(args.rope_dim) * sizeof(float));
       if (table) rotate(x, table, args.rope_dim, args.interleaved);
       multiply(x, grown, args.rope_dim);
-      to_bf16(args.q + at * args.kv.key_dim + args.rank, x, args.rope_dim);
+      bf16* behind = args.q + at * args.kv.key_dim + args.rank;
+      to_bf16(behind, x, args.rope_dim);
+      __builtin_memset(behind + args.rope_dim, 0, size_t(args.kv.key_dim - dim) * sizeof(*behind));
       return;
     }
     __builtin_memcpy(x, args.latents + int64_t(row) * args.latent_stride, size_t(dim) * sizeof(float));
@@ -43,8 +46,9 @@ static HYBRID_KERNEL void latent_rows(const LatentArgs& args, const Step& step, 
       normalise(x, inverse_rms(x, args.rank, args.eps), args.norm, args.rank);
       if (table) rotate(x + args.rank, table, args.rope_dim, args.interleaved);
     }
-    make_sound(x, args.rank, dim);
-    store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, dim);
+    for (int i = dim; i < stored; ++i) x[i] = 0.0f;
+    make_sound(x, args.rank, stored);
+    store_key<Kv>(args.kv, step.sequences[row], 0, step.positions[row], x, stored);
   });
 }
 

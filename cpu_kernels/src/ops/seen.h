@@ -8,7 +8,8 @@ namespace HYBRID_ISA {
 
 // Whether row `row` of a tile sees but the keys that it selected.
 static HYBRID_INLINE bool selects(const AttentionArgs& args, const AttentionTile& tile, int row) {
-  return args.selected && (args.counts || tile.position + row >= args.selects);
+  if (args.counts) return args.counts[tile.row + row] > 0;
+  return args.selected && tile.position + row >= args.selects;
 }
 
 // One past the last key that row `row` of a tile may see here; of those that it selected, how many.

@@ -32,21 +32,31 @@ static HYBRID_INLINE void balance(float* x, int count, int rounds, float floor) 
   }
 }
 
+// The weights of a row: those of the sum that is read into `pre`, the others where they are kept.
+static HYBRID_INLINE void weigh_streams(const CollapseArgs& args, int row, const float* streams, float* pre) {
+  const int count = args.count, mixed = args.rounds ? count * count : 0, spread = args.weights ? count + mixed : 0;
+  if (!args.products) {
+    for (int i = 0; i < count; ++i) pre[i] = 1.0f / float(count);
+    return;
+  }
+  const float* products = args.products + int64_t(row) * (count + spread);
+  const float scale = inverse_rms(streams, count * args.width, args.eps);
+  const auto logit = [&](int i, int of) { return products[i] * scale * args.scale[of] + args.base[i]; };
+  for (int i = 0; i < count; ++i) pre[i] = sigmoid(logit(i, 0)) + args.floor;
+  if (!args.weights) return;
+  float* post = args.weights + int64_t(row) * spread;
+  const float magnitude = args.magnitude != 0 ? args.magnitude : 2.0f, floor = mixed ? 0.0f : args.floor;
+  for (int i = 0; i < count; ++i) post[i] = magnitude * sigmoid(logit(count + i, 1)) + floor;
+  for (int i = 0; i < mixed; ++i) post[count + i] = logit(2 * count + i, 2);
+  if (mixed) balance(post + count, count, args.rounds, args.floor);
+}
+
 static void collapse(const CollapseArgs& args, const Step& step, const Work& work) {
-  const int count = args.count, width = args.width, made = args.weights ? (2 + count) * count : count;
+  const int count = args.count, width = args.width;
   for_each(step.rows, 1, work, [&](int row) {
     const float* streams = args.streams + int64_t(row) * args.stream_stride;
-    const float* products = args.products + int64_t(row) * made;
-    const float scale = inverse_rms(streams, count * width, args.eps);
-    const auto logit = [&](int i, int of) { return products[i] * scale * args.scale[of] + args.base[i]; };
     float pre[kMaxStreams];
-    for (int i = 0; i < count; ++i) pre[i] = sigmoid(logit(i, 0)) + args.floor;
-    if (args.weights) {
-      float* post = args.weights + int64_t(row) * (1 + count) * count;
-      for (int i = 0; i < count; ++i) post[i] = 2.0f * sigmoid(logit(count + i, 1));
-      for (int i = 0; i < count * count; ++i) post[count + i] = logit(2 * count + i, 2);
-      balance(post + count, count, args.rounds, args.floor);
-    }
+    weigh_streams(args, row, streams, pre);
     const int64_t at = int64_t(row) * args.output_stride;
     for (int i = 0; i < width; i += kBlock) {
       const int some = min(kBlock, width - i);
@@ -61,15 +71,16 @@ static void collapse(const CollapseArgs& args, const Step& step, const Work& wor
 
 // Up to 16 columns of one row.
 static HYBRID_INLINE void expand_columns(const ExpandArgs& args, int row, int column, int some) {
-  const int count = args.count;
+  const int count = args.count, mixed = args.unmixed ? 0 : count;
   float* streams = args.streams + int64_t(row) * args.stream_stride + column;
   const F32 made = load_some(args.input + int64_t(row) * args.input_stride + column, some);
   F32 old[kMaxStreams];
   for (int k = 0; args.weights && k < count; ++k) old[k] = load_some(streams + int64_t(k) * args.width, some);
-  const float* post = args.weights ? args.weights + int64_t(row) * (1 + count) * count : nullptr;
+  const float* post = args.weights ? args.weights + int64_t(row) * (1 + mixed) * count : nullptr;
   for (int k = 0; k < count; ++k) {
     F32 sum = post ? Isa::mul(Isa::set(post[k]), made) : made;
-    for (int j = 0; post && j < count; ++j) sum = Isa::fma(Isa::set(post[(1 + j) * count + k]), old[j], sum);
+    if (post && !mixed) sum = Isa::add(sum, old[k]);
+    for (int j = 0; post && j < mixed; ++j) sum = Isa::fma(Isa::set(post[(1 + j) * count + k]), old[j], sum);
     store_some(streams + int64_t(k) * args.width, sum, some);
   }
 }

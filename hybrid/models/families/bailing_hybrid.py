@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hybrid.errors import ConfigError
 from hybrid.models.decoder import FULL, SHARED_EXPERTS, Defaults, read_layer_count, read_model
 from hybrid.models.deepseek import read_latent_attention, read_named_layers, read_sigmoid_experts
-from hybrid.models.kimi_delta import LINEAR, read_kimi_delta
+from hybrid.models.kimi_delta import LINEAR, read_kimi_delta, read_lower_bound
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
@@ -34,7 +34,6 @@ WORDS = {
 _MIXER = "model.layers.{layer}.attention"
 _Names = TypeVar("_Names", LatentNames, KimiDeltaNames)
 _LARGEST_LIMIT = 1e6
-_LOWEST = -80.0  # of the logarithm of a decay: those below are no normal numbers
 
 
 def _named(names: _Names, **changes: str) -> _Names:
@@ -90,12 +89,7 @@ def _read_delta(fields: Fields) -> KimiDeltaAttention:
     delta = read_kimi_delta(fields, fields.size("num_attention_heads"), dim, "short_conv_kernel_size", DELTA)
     if not fields.flag("kda_safe_gate", default=True):
         return delta
-    bound = fields.number("kda_lower_bound", default=-5.0, above=_LOWEST)
-    if bound >= 0:
-        raise ConfigError(
-            f"config.json: kda_lower_bound is {bound:g}; it must be below 0 and above {_LOWEST:g}: correct it"
-        )
-    return replace(delta, lower_bound=bound)
+    return replace(delta, lower_bound=read_lower_bound(fields, "kda_lower_bound"))
 
 
 def _kinds(fields: Fields) -> list[str]:

@@ -22,7 +22,7 @@ from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.reading import Fields
 from hybrid.models.rope import RopeSpec, read_rope
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
-from hybrid.models.streams import MAX_STREAMS, StreamNames, Streams
+from hybrid.models.streams import read_streams, stream_names
 from hybrid.models.tensors import GatedNames
 
 DEFAULTS = Defaults(max_position=1_048_576)
@@ -70,22 +70,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     mixers = {kind: _read_attention(fields, kind, ropes[kind != WINDOW]) for kind in dict.fromkeys(kinds)}
     layers = [LayerSpec(mixers[kind], half) for kind, half in zip(kinds, experts, strict=True)]
     model = read_model(fields, "deepseek_v4", layers, DEFAULTS, names=OUTER)
-    return replace(model, streams=_read_streams(fields))
-
-
-def _read_streams(fields: Fields) -> Streams:
-    return Streams(
-        fields.size("hc_mult", default=4, minimum=2, maximum=MAX_STREAMS),
-        fields.size("hc_sinkhorn_iters", default=20, maximum=1000),
-        fields.number("hc_eps", default=1e-6),
-        mixer=_stream_names(f"{_LAYER}.hc_attn"),
-        feed_forward=_stream_names(f"{_LAYER}.hc_ffn"),
-        head=_stream_names("model.hc_head.hc"),
-    )
-
-
-def _stream_names(prefix: str) -> StreamNames:
-    return StreamNames(f"{prefix}_fn", f"{prefix}_base", f"{prefix}_scale")
+    return replace(model, streams=replace(read_streams(fields), head=stream_names("model.hc_head.hc")))
 
 
 def _read_kinds(fields: Fields) -> list[str]:

@@ -23,7 +23,7 @@ from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.compressed_names import CompressedFormats, CompressedNames
 from hybrid.models.layers.compressed_state import KeyState
-from hybrid.models.layers.compressor import BROUGHT, STORED, Compressor, compressor_format
+from hybrid.models.layers.compressor import BROUGHT, STORED, Compressor, compressor_format, keep
 from hybrid.models.layers.entry_indexer import EntryIndexer
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, STATE_EXTRA
 from hybrid.models.layers.indexer import SCORES
@@ -227,7 +227,7 @@ class CompressedAttention:
             yield from self.indexer.ops(place, rope, self.rope, LOW_QUERIES)
         yield self._see()
         yield self._attend(place)
-        yield self._keep(place, KEYS, self.kept_keys)
+        yield keep(place, KEYS, self.kept_keys)
         yield heads.unturn(rows_name(ATTENDED, self.group_width))
         yield from self._project(place, formats)
 
@@ -247,12 +247,7 @@ class CompressedAttention:
         for indexes, compressor in enumerate(self.compressors):
             yield compressor.compress(place, self._window_rope(place), self.rope, first, width, bool(indexes))
             first += 2 * compressor.width
-        yield self._keep(place, BROUGHT, self.compressor.tokens, width)
-
-    def _keep(self, place: Place, made: str, tokens: int, width: int = 0) -> Op:
-        """The last rows of a buffer, for the next step. width: floats of a row; 0: rows are keys."""
-        arguments = {"made": Buffer(made), "kv": State(place.layer), "tokens": tokens, "width": width}
-        return Op("keep", PART, arguments, (0, "rows"))
+        yield keep(place, BROUGHT, self.compressor.tokens, width)
 
     def _see(self) -> Op:
         arguments = {

@@ -1,9 +1,9 @@
 """The compressor: of every `rate` tokens of a sequence it makes one entry, which attention sees as it does a token.
 
-An entry is in each dimension a mean of what its tokens bring, weighted by a softmax over their gates; normed, and
-turned as the first token of its window. With `overlaps` a token brings two sets of dimensions, for the entry of the
-next window and for that of its own. Which entries there are, and what they are, depends on positions alone: what the
-tokens of unfinished windows bring is kept with the sequence, in fp32.
+An entry is in each dimension a mean of what its tokens bring, weighted by a softmax of their gates; normed, or made of
+what is normed, and turned as the first token of its window. With `overlaps` a token brings two sets of dimensions, for
+the entry of the next window and for that of its own. Which entries there are, and what they are, depends on positions
+alone: what the tokens of unfinished windows bring is kept with the sequence, in fp32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.products import FP32
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
+from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
 BROUGHT = "brought"  # buffer: what the tokens of a step bring to entries, fp32
@@ -28,12 +29,15 @@ STORED = "indexer"  # what its tensors count as
 
 @dataclass(frozen=True)
 class CompressorNames:
-    """Names in a checkpoint. bias: what is added to gates, by the place of a token in its window."""
+    """Names in a checkpoint. bias: what is added to gates, by the place of a token in its window. norm: of entries;
+    empty: there is none. token_norm: of the values that tokens bring, with a mean and a bias; empty: none.
+    """
 
     values: str
     gates: str
     bias: str
-    norm: str
+    norm: str = ""
+    token_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ class Compressor:
         yield names.values, (self.width, place.hidden)
         yield names.gates, (self.width, place.hidden)
         yield names.bias, (self.rate, self.width)
-        yield names.norm, (self.dim,)
+        if names.norm:
+            yield names.norm, (self.dim,)
+        if names.token_norm:
+            yield names.token_norm, (self.width,)
+            yield bias_name(names.token_norm), (self.width,)
 
     def sources(self, layer: int) -> tuple[str, str]:
         """The matrices that make values and gates."""
@@ -80,9 +88,36 @@ class Compressor:
         """All but these matrices."""
         names = in_layer(self.names, place.layer)
         yield shard.floats(f"{self.stored}.bias", STORED, Stacked((names.bias,)), self.rate, self.width)
-        yield shard.floats(f"{self.stored}.norm", "norms", Stacked((names.norm,)), self.dim)
+        if names.norm:
+            yield shard.floats(f"{self.stored}.norm", "norms", Stacked((names.norm,)), self.dim)
+        if names.token_norm:
+            weight, bias = Stacked((names.token_norm,)), Stacked((names.token_norm,), biases=True)
+            yield shard.floats(f"{self.stored}.token_norm", STORED, weight, self.width)
+            yield shard.floats(f"{self.stored}.token_norm_bias", STORED, bias, self.width)
 
-    def compress(self, place: Place, rope: Buffer, turned: RopeSpec, first: int, width: int, indexes: bool) -> Op:
+    def norm_tokens(self, place: Place, first: int, width: int, eps: float) -> Op:
+        """The op that norms the values in BROUGHT, see `compress`."""
+        prefix, values = f"layers.{place.layer}.{self.stored}.token_norm", Buffer(BROUGHT, first * FP32)
+        arguments = {
+            "input": values,
+            "weight": Weight(prefix),
+            "bias": Weight(f"{prefix}_bias"),
+            "output": None,
+            "output_f32": values,
+            "output8": None,
+            "width": self.width,
+            "input_stride": width,
+            "output_stride": width,
+            "output8_stride": 0,
+            "eps": eps,
+            "logit_rows": False,
+            "centred": True,
+        }
+        return Op("norm", PART, arguments, (0, "rows"))
+
+    def compress(
+        self, place: Place, rope: Buffer | None, turned: RopeSpec | None, first: int, width: int, indexes: bool
+    ) -> Op:
         """The op that makes entries. rope: the table of the angles of windows. turned: of the last dimensions. first:
         where in BROUGHT, whose rows have `width` floats, its values begin. indexes: whether entries are keys of an
         indexer.
@@ -91,15 +126,15 @@ class Compressor:
         arguments = {
             "made": Buffer(BROUGHT),
             "bias": Weight(f"{prefix}.bias"),
-            "norm": Weight(f"{prefix}.norm"),
+            "norm": Weight(f"{prefix}.norm") if self.names.norm else None,
             "rope": rope,
             "kv": State(place.layer),
             "indexes": indexes,
             "dim": self.dim,
-            "rope_dim": turned.dim,
+            "rope_dim": turned.dim if turned else 0,
             "rate": self.rate,
             "overlaps": self.overlaps,
-            "interleaved": turned.interleaved,
+            "interleaved": bool(turned and turned.interleaved),
             "first_value": first,
             "first_gate": first + self.width,
             "tokens": self.tokens,
@@ -107,6 +142,12 @@ class Compressor:
             "eps": place.eps,
         }
         return Op("compress", PART, arguments, (0, "rows"))
+
+
+def keep(place: Place, made: str, tokens: int, width: int = 0) -> Op:
+    """The last rows of a buffer, for the next step. width: floats of a row; 0: rows are keys."""
+    arguments = {"made": Buffer(made), "kv": State(place.layer), "tokens": tokens, "width": width}
+    return Op("keep", PART, arguments, (0, "rows"))
 
 
 def compressor_format(mix: FormatMix) -> str:

@@ -75,7 +75,7 @@ class EntryIndexer:
         yield shard.matrix("indexer.q", STORED, Stacked((names.q,)), format, self.width, self.q_rank)
         yield shard.floats("indexer.weights", STORED, Stacked((names.weights,)), self.heads, place.hidden)
 
-    def ops(self, place: Place, rope: Buffer, turned: RopeSpec, latents: str) -> Iterator[Op]:
+    def ops(self, place: Place, rope: Buffer | None, turned: RopeSpec | None, latents: str) -> Iterator[Op]:
         """Queries, weights of heads, and what every entry is worth. rope: the table of rows' angles, of the last
         dimensions as `turned` says. latents: the rows of queries' latents.
         """

@@ -324,8 +324,9 @@ class FeedForward:
         if (
             self.wide == 1
             or self.names.factor
+            or bounded
             or self.is_moe
-            and (own_norms or bounded or self.activation == "gelu_tanh")
+            and (own_norms or self.activation == "gelu_tanh")
         ):
             return None
         hidden = place.hidden

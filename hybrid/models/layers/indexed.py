@@ -1,7 +1,7 @@
 """Latent attention to selected tokens (DSA): of a longer sequence, a row sees the `selects` that an indexer chooses.
 
 Up to there it is latent attention, bit for bit. A layer without an indexer of its own sees what the last one before it
-with an indexer selected.
+with an indexer selected. An indexer of pools selects several tokens at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.indexer import SELECTED, Indexer
 from hybrid.models.layers.latent import LOW_QUERIES, LatentAttention
+from hybrid.models.layers.pool_indexer import PoolIndexer
 from hybrid.models.layers.products import FP32
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
 from hybrid.ops import Buffer, Op
@@ -21,13 +22,13 @@ from hybrid.ops import Buffer, Op
 
 @dataclass(frozen=True)
 class IndexedAttention(LatentAttention):
-    """selects: tokens. indexer: None in layers that select what one before them did."""
+    """selects: tokens at most. indexer: None in layers that select what one before them did."""
 
     selects: int = field(kw_only=True)
-    indexer: Indexer | None = field(default=None, kw_only=True)
+    indexer: Indexer | PoolIndexer | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, attention: LatentAttention, selects: int, indexer: Indexer | None) -> Self:
+    def of(cls, attention: LatentAttention, selects: int, indexer: Indexer | PoolIndexer | None) -> Self:
         """Latent attention whose rows select."""
         own: dict[str, Any] = {own.name: getattr(attention, own.name) for own in fields(attention)}
         return cls(**own, selects=selects, indexer=indexer)
@@ -76,6 +77,7 @@ class IndexedAttention(LatentAttention):
             if op.kind == "attention":
                 if self.indexer:
                     yield from self.indexer.select(place, self.selects, op.arguments["q"], self.heads * self.key_dim)
+                    op = replace(op, arguments=op.arguments | self.indexer.attended)
                 op = replace(op, arguments=op.arguments | {"selected": Buffer(SELECTED), "selects": self.selects})
             yield op
 
@@ -84,18 +86,8 @@ class IndexedAttention(LatentAttention):
         return sizes | self.indexer.buffers(place, extents, LOW_QUERIES) if self.indexer else sizes
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """Keys of the indexer lie behind the rows of tokens."""
         rows = super().state(tokens, kv_format)
-        if not self.indexer:
-            return rows
-        size = tokens * self.indexer.key_bytes
-        return replace(
-            rows,
-            nbytes=rows.nbytes + size,
-            token_bytes=rows.token_bytes + self.indexer.key_bytes,
-            fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": self.indexer.key_dim},
-            runs=(*rows.runs, (rows.nbytes, size)),
-        )
+        return self.indexer.state(rows, tokens) if self.indexer else rows
 
     def cost(self, place: Place, load: Load) -> Cost:
         seen = load.rows * self.selects

@@ -19,7 +19,7 @@ from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.base import Cost, Extents, Load, Place
+from hybrid.models.layers.base import Cost, Extents, Load, Place, StateLayout
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
 from hybrid.models.layers.products import (
     BF16,
@@ -93,6 +93,11 @@ class Indexer:
         """Of the queries of all heads."""
         return self.heads * self.head_dim
 
+    @property
+    def attended(self) -> dict[str, Buffer]:
+        """What attention is told beside what is selected."""
+        return {}
+
     def inside(self, module: str) -> Self:
         return replace(self, names=inside(self.names, module))
 
@@ -165,6 +170,17 @@ class Indexer:
             "query_stride": query_stride,
         }
         yield Op("select", PART, chosen, (0, "rows"))
+
+    def state(self, rows: StateLayout, tokens: int) -> StateLayout:
+        """Keys lie behind the rows of attention."""
+        size = tokens * self.key_bytes
+        return replace(
+            rows,
+            nbytes=rows.nbytes + size,
+            token_bytes=rows.token_bytes + self.key_bytes,
+            fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": self.key_dim},
+            runs=(*rows.runs, (rows.nbytes, size)),
+        )
 
     def buffers(self, place: Place, extents: Extents, latents: str) -> dict[str, int]:
         rows, format = extents.rows, self.format(place.mix)

@@ -59,7 +59,7 @@ from hybrid.ops import Buffer, Choice, Op, State, Weight
 # turn, a row for each head. ABSORBED: queries of latents. MIXED: what attention makes of latents, a row for each head.
 LOW, QUERIES, LOW_QUERIES, PLAIN, ABSORBED, MIXED = "low", "queries", "low_queries", "plain", "absorbed", "mixed"
 ATTENDED = "attended"
-LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+LATENT_EPS = 1e-6  # of the norms of latents, in most models
 MAX_TOGETHER = 32  # heads that pass over a block of keys together; more would leave threads without work
 MAX_KEY_DIM = 1024  # of what the kernels hold
 PER_HEAD_FORMATS = ("bf16", "int8", "int4")  # which any matrix can be packed to
@@ -70,7 +70,8 @@ class LatentAttention:
     """rank: of the latents of keys and values. q_rank: of those of queries, 0 if these are projected at once.
     nope_dim, value_dim: of each head's keys without what turns, and values; as many dimensions turn as `rope` has.
     scale: of the scores. bias: of the projections to latents, and of the output. unturned: without rope, as many
-    dimensions of keys as all heads share beside the latents, where else they turn.
+    dimensions of keys as all heads share beside the latents, where else they turn. latent_eps: of the norms of latents,
+    whatever config.json says of the others.
     """
 
     heads: int
@@ -83,6 +84,7 @@ class LatentAttention:
     bias: bool = False
     names: LatentNames = field(default_factory=LatentNames)
     unturned: int = 0
+    latent_eps: float = LATENT_EPS
 
     @property
     def shared_dim(self) -> int:
@@ -96,7 +98,8 @@ class LatentAttention:
 
     @property
     def key_dim(self) -> int:
-        return round_up(self.row_dim, KEY_ALIGN)
+        """Of a row as it is stored: behind the latent there is always room, where a row says that it is no number."""
+        return round_up(self.rank + (self.shared_dim or 2), KEY_ALIGN)
 
     @property
     def mixed_dim(self) -> int:
@@ -223,7 +226,7 @@ class LatentAttention:
             "width": self.q_rank,
             "input_stride": row_stride(self.low_width),
             **norm_outputs(LOW_QUERIES, self.q_rank, *formats),
-            "eps": LATENT_EPS,
+            "eps": self.latent_eps,
             "logit_rows": False,
         }
         return Op("norm", PART, arguments, (0, "rows"))
@@ -246,7 +249,7 @@ class LatentAttention:
             "query_stride": row_stride(self.query_width if self.q_rank else self.low_width),
             "latent_stride": row_stride(self.low_width),
             "plain_stride": row_stride(self.nope_dim),
-            "eps": LATENT_EPS,
+            "eps": self.latent_eps,
             **growth_fields(self.rope),
         }
         return Op("latent", PART, arguments, (self.heads + 1, "heads a row"))

@@ -24,12 +24,12 @@ class Keys:
 
 @dataclass(frozen=True)
 class Heads:
-    """So many of `dim` dimensions, of which the last turn as `rope` says by the angles in `table`."""
+    """So many of `dim` dimensions, of which the last turn as `rope` says by the angles in `table`; none without it."""
 
     count: int
     dim: int
-    rope: RopeSpec
-    table: Buffer
+    rope: RopeSpec | None
+    table: Buffer | None
 
     def turn(
         self, layer: int, queries: str, stride: int, q: str, padded_dim: int, eps: float, keys: Keys | None = None
@@ -48,8 +48,8 @@ class Heads:
             "heads": self.count,
             "head_dim": self.dim,
             "padded_dim": padded_dim,
-            "rope_dim": self.rope.dim,
-            "interleaved": self.rope.interleaved,
+            "rope_dim": self.rope.dim if self.rope else 0,
+            "interleaved": bool(self.rope and self.rope.interleaved),
             "normed": keys is not None,
             "query_stride": stride,
             "key_stride": keys.stride if keys else 0,
@@ -64,8 +64,8 @@ class Heads:
             "rope": self.table,
             "heads": self.count,
             "head_dim": self.dim,
-            "rope_dim": self.rope.dim,
-            "interleaved": self.rope.interleaved,
+            "rope_dim": self.rope.dim if self.rope else 0,
+            "interleaved": bool(self.rope and self.rope.interleaved),
             "stride": self.count * self.dim,
         }
         return Op("unturn", PART, arguments, (self.count, "heads a row"))

@@ -21,7 +21,7 @@ from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
 from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
 from hybrid.models.layers.indexed import IndexedAttention
-from hybrid.models.layers.indexer import IndexerNames
+from hybrid.models.layers.indexer import Indexer, IndexerNames
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention, KimiDeltaNames
 from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.latent_names import LatentNames
@@ -191,7 +191,7 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         return replace(mixer, names=KIMI_DELTA if mixer.rank else _FULL_RANK)
     if isinstance(mixer, GatedLatentAttention):
         mixer = replace(mixer, gates=f"{_LAYER}.attn_gate.weight")
-    if isinstance(mixer, IndexedAttention) and mixer.indexer:
+    if isinstance(mixer, IndexedAttention) and isinstance(mixer.indexer, Indexer):
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
