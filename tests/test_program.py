@@ -187,7 +187,7 @@ def test_rows_are_written_before_they_are_read(name, text) -> None:
     outputs |= {"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)}
     outputs |= {"block_scores": ("scores",), "select_blocks": ("selected",)}
     outputs |= {"select_pools": ("selected", "counts")}
-    outputs |= {"turn": ("q",), "entry_scores": ("scores",), "see": ("seen", "counts")}
+    outputs |= {"turn": ("q", "made"), "entry_scores": ("scores",), "see": ("seen", "counts")}
     outputs |= {"collapse": ("output", "weights", "cleared"), "expand": ("streams",)}
     outputs["topk"] += ("shared_weights",)
     written: set[str] = set()
