@@ -21,8 +21,8 @@ PROGRAMS = Path(__file__).parent / "amx"
 ISAS = ["avx512_bf16", "amx"]  # those whose kernels run there
 # The ops of which an instruction set with tiles has some use for them, as they are called in the object file.
 TILE_OPS = {
-    "attend": 6, "gemm_rows": 7, "head_gemm_rows": 7, "gate_up_set": 7, "down_routed": 7, "down_run": 7,
-    "index_scores": 1, "entry_scores": 1, "block_scores": 1, "multiply_in_tiles": 2,
+    "attend": 6, "attend_seen": 3, "gemm_rows": 7, "head_gemm_rows": 7, "gate_up_set": 7, "down_routed": 7,
+    "down_run": 7, "index_scores": 1, "entry_scores": 1, "block_scores": 1, "multiply_in_tiles": 2,
 }  # fmt: skip
 
 

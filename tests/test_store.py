@@ -319,7 +319,7 @@ def _compare_compressed(store: Store, layer: int, tensors: dict[str, Any], exact
     else:
         floats["ffn.router_correction"] = router.correction
     for part, streams in (("mixer", spec.streams.mixer), ("ffn", spec.streams.feed_forward)):
-        own = streams.in_layer(layer)
+        own = in_layer(streams, layer)
         floats |= {f"{part}_streams.{name}": getattr(own, name) for name in ("matrix", "base", "scale")}
     for name, sources in matrices.items():
         whole = np.concatenate([tensors[source] for source in sources])
