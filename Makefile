@@ -56,8 +56,7 @@ test-cluster: $(VENV)/cluster
 lowest: $(VENV)/created
 	rm -rf $(LOW)/venv $(LOW)/tree $(LOW)/*.whl && mkdir -p $(LOW)/tree $(LOW)/home
 	$(RUN) -c '$(LOWEST)' > $(LOW)/constraints.txt
-	PIP_CONSTRAINT=$(LOW)/constraints.txt $(RUN) -m pip wheel --quiet --no-deps --wheel-dir $(LOW) -C build-dir=$(LOW)/objects \
-	  -C "cmake.define.HYBRID_ISAS=portable;avx2" .
+	PIP_CONSTRAINT=$(LOW)/constraints.txt $(RUN) -m pip wheel --quiet --no-deps --wheel-dir $(LOW) -C build-dir=$(LOW)/objects .
 	$(PYTHON) -m venv $(LOW)/venv
 	PATH=$(abspath $(LOW))/venv/bin $(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt $(LOW)/*.whl
 	cd $(LOW)/home && PATH=$(abspath $(LOW))/venv/bin HOME=$$PWD hybrid run --prompt "Once upon a time" --max-tokens 8

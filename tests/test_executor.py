@@ -254,7 +254,7 @@ def test_what_a_callback_raises_ends_the_step_and_is_raised_by_it() -> None:
 
 
 def test_unknown_instruction_sets_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'sse9' is unknown; known: amx, avx512_bf16, avx512, avx2, portable"):
+    with pytest.raises(ValueError, match=r"'sse9' is unknown; known: (\w+, )*portable"):
         Rig("sse9")
     with pytest.raises(ValueError, match="sse9"):
         cpu_kernels.missing_features("sse9")

@@ -73,7 +73,7 @@ def check_tests() -> bool:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(site), "."]
     settings = {
         "cmake.define.HYBRID_SANITIZE": "address,undefined",
-        "cmake.define.HYBRID_ISAS": ";".join(ISAS),
+        "cmake.define.HYBRID_SANITIZE_ISAS": ";".join(ISAS),
         "build-dir": str(BUILD / "cmake"),
     }
     built = succeeds([*install, *(f"--config-settings={k}={v}" for k, v in settings.items())])
