@@ -8,8 +8,8 @@ on its kind.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from hybrid.ops import Op
 # The norms of a model: RMSNorms; the same whose checkpoints have their weights less 1; or of the residual stream
 # LayerNorms with a bias, or without.
 NormKind = Literal["rms", "rms_less_one", "layer", "layer_unbiased"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,10 @@ class Mixer(Half, Protocol):
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
         """Layout of the state of one sequence of `tokens` tokens."""
+
+
+def as_kind(kind: type[T], half: Half, **more: Any) -> T:
+    """A half as another kind that has its fields and `more`, or only some of them."""
+    names = {own.name for own in fields(kind)}  # type: ignore[arg-type]
+    known = {own.name: getattr(half, own.name) for own in fields(half) if own.name in names}  # type: ignore[arg-type]
+    return kind(**known, **more)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Self
 
-from hybrid.models.layers.base import DeviceNeeds, Place
+from hybrid.models.layers.base import DeviceNeeds, Place, as_kind
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.ops import Op
@@ -19,7 +19,7 @@ class EarlyAttention(GroupedQueryAttention):
     @classmethod
     def of(cls, attention: GroupedQueryAttention) -> Self:
         """Attention beside which there is a feed-forward."""
-        return cls(**{own.name: getattr(attention, own.name) for own in fields(attention)})
+        return as_kind(cls, attention)
 
     def ops(self, place: Place) -> Iterator[Op]:
         *early, _ = super().ops(place)
@@ -43,8 +43,7 @@ class BesideAttention(FeedForward):
 
     @classmethod
     def of(cls, feed_forward: FeedForward, attention: EarlyAttention) -> Self:
-        own: dict[str, Any] = {own.name: getattr(feed_forward, own.name) for own in fields(feed_forward)}
-        return cls(**own, attention=attention)
+        return as_kind(cls, feed_forward, attention=attention)
 
     def ops(self, place: Place) -> Iterator[Op]:
         yield from super().ops(place)

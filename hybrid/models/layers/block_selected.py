@@ -6,11 +6,11 @@ Up to there it is grouped-query attention, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from hybrid.formats.mix import FormatMix
-from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout, as_kind
 from hybrid.models.layers.block_indexer import BlockIndexer
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
 from hybrid.models.layers.indexer import SELECTED
@@ -28,14 +28,13 @@ class BlockSelectedAttention(GroupedQueryAttention):
     @classmethod
     def of(cls, attention: GroupedQueryAttention, indexer: BlockIndexer) -> Self:
         """Grouped-query attention whose rows select."""
-        own: dict[str, Any] = {own.name: getattr(attention, own.name) for own in fields(attention)}
-        return cls(**own, indexer=indexer)
+        return as_kind(cls, attention, indexer=indexer)
 
     def within(self, tokens: int) -> GroupedQueryAttention:  # type: ignore[override]
         """Without an indexer where no sequence is so long that rows select."""
         if tokens > self.indexer.tokens:
             return self
-        return GroupedQueryAttention(**{own.name: getattr(self, own.name) for own in fields(GroupedQueryAttention)})
+        return as_kind(GroupedQueryAttention, self)
 
     # Weights.
 

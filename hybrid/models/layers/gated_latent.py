@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, as_kind
 from hybrid.models.layers.grouped_query import PART
 from hybrid.models.layers.latent import ATTENDED, LatentAttention
 from hybrid.models.layers.products import FP32, NORMED_F32, rows_name, score
@@ -26,8 +26,7 @@ class GatedLatentAttention(LatentAttention):
     @classmethod
     def of(cls, attention: LatentAttention, gates: str) -> Self:
         """Latent attention whose heads are weighed."""
-        own: dict[str, Any] = {own.name: getattr(attention, own.name) for own in fields(attention)}
-        return cls(**own, gates=gates)
+        return as_kind(cls, attention, gates=gates)
 
     # Weights.
 

@@ -7,11 +7,11 @@ with an indexer selected. An indexer of pools selects several tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from hybrid.formats.mix import FormatMix
-from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
+from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout, as_kind
 from hybrid.models.layers.indexer import SELECTED, Indexer
 from hybrid.models.layers.latent import LOW_QUERIES, LatentAttention
 from hybrid.models.layers.pool_indexer import PoolIndexer
@@ -30,14 +30,13 @@ class IndexedAttention(LatentAttention):
     @classmethod
     def of(cls, attention: LatentAttention, selects: int, indexer: Indexer | PoolIndexer | None) -> Self:
         """Latent attention whose rows select."""
-        own: dict[str, Any] = {own.name: getattr(attention, own.name) for own in fields(attention)}
-        return cls(**own, selects=selects, indexer=indexer)
+        return as_kind(cls, attention, selects=selects, indexer=indexer)
 
     def within(self, tokens: int) -> LatentAttention:
         """Without an indexer where no sequence is so long that rows select."""
         if tokens > self.selects:
             return self
-        return LatentAttention(**{own.name: getattr(self, own.name) for own in fields(LatentAttention)})
+        return as_kind(LatentAttention, self)
 
     # Weights.
 
