@@ -19,6 +19,7 @@ ALIGNMENT = 32
 ARCHITECTURES = {
     "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2",
+    "minimax_m3_vl_text": "minimax-m3",
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa",
     "gemma3_text": "gemma3", "phimoe": "phimoe", "lfm2": "lfm2",
@@ -117,6 +118,7 @@ _NAMES = (
     (r"(.*)\.self_attn\.indexer\.wk\.weight", r"\1.indexer.attn_k.weight"),
     (r"(.*)\.self_attn\.indexer\.k_norm\.(\w+)", r"\1.indexer.k_norm.\2"),
     (r"(.*)\.self_attn\.indexer\.weights_proj\.weight", r"\1.indexer.proj.weight"),
+    (r"(.*)\.self_attn\.index_([qk]_(?:proj|norm))\.weight", r"\1.indexer.\2.weight"),
     (r"(.*)\.self_attn\.(?:g|gate)_proj\.weight", r"\1.attn_gate.weight"),
     (r"(.*)\.pre_mlp_layernorm\.weight", r"\1.ffn_norm.weight"),
     (r"(.*)\.mlp\.router\.gate\.weight", r"\1.ffn_gate_inp.weight"),
@@ -195,9 +197,9 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     found: dict[str, np.ndarray] = {}
     if config["model_type"] == "bailing_hybrid":
         tensors = dict(_bailing(tensors))
-    gemma = config["model_type"] == "gemma3_text"
+    plus = config["model_type"] in ("gemma3_text", "minimax_m3_vl_text")
     for name, array in tensors.items():
-        if gemma and name.endswith("norm.weight"):
+        if plus and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
         post_norm = config["model_type"].startswith(("gemma", "olmo2", "olmo3", "exaone4", "afmoe"))
         if post_norm and name.endswith("post_attention_layernorm.weight"):
@@ -362,7 +364,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
 
-_SIGMOID = ("glm4_moe", "minimax_m2", "dots1", "lfm2_moe", "exaone_moe", "laguna")
+_SIGMOID = ("glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna")
 _ONE_WIDTH = (
     "mixtral",
     "olmoe",
@@ -485,6 +487,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _gemma4(config)
     if family == "nemotron_h":
         found |= _nemotron(config)
+    if family == "minimax_m3_vl_text":
+        found |= _minimax_m3(config)
     if family == "laguna":
         found |= _laguna(config, slides)
     if family in ("kimi_linear", "bailing_hybrid"):
@@ -492,6 +496,22 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
+
+
+def _minimax_m3(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "feed_forward_length": config["dense_intermediate_size"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "expert_shared_count": config["shared_intermediate_size"] // config["intermediate_size"],
+        "expert_weights_scale": config.get("routed_scaling_factor", 2.0),
+        "expert_weights_norm": True,
+        "leading_dense_block_count": config["mlp_layer_types"].count("dense"),
+        "attention.indexer.head_count": config["index_n_heads"],
+        "attention.indexer.key_length": config["index_head_dim"],
+        "attention.indexer.top_k": config["index_topk_blocks"],
+        "attention.indexer.block_size": 128,
+        "attention.indexer.local_blocks": 1,
+    }
 
 
 def _laguna(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "gpt-oss": ("gpt_oss",),
     "glm4moe": ("glm4_moe",),
     "minimax-m2": ("minimax_m2",),
+    "minimax-m3": ("minimax_m3_vl_text",),
     "ernie4_5-moe": ("ernie4_5_moe",),
     "hunyuan-moe": ("hunyuan_v1_moe",),
     "olmoe": ("olmoe",),

@@ -40,6 +40,7 @@ from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_minimax import minimax_m2, minimax_m3
 from hybrid.weights.checkpoints.gguf_qwen import (
     qwen,
     qwen2_moe,
@@ -152,16 +153,6 @@ def _sigmoid_experts(metadata: GgufMetadata, *, norm: bool) -> Config:
         "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
         "n_group": metadata.size("expert_group_count", 0) or 1,
         "topk_group": metadata.size("expert_group_used_count", 0) or 1,
-    }
-
-
-def _minimax_m2(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SIGMOID, SIGMOID)
-    require_weights(metadata, norm=True)
-    return {
-        "model_type": "minimax_m2",
-        **routed(metadata),
-        "intermediate_size": metadata.size("expert_feed_forward_length"),
     }
 
 
@@ -292,7 +283,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "qwen3moe": qwen3_moe,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4_moe,
-    "minimax-m2": _minimax_m2,
+    "minimax-m2": minimax_m2,
+    "minimax-m3": minimax_m3,
     "ernie4_5-moe": _ernie4_5_moe,
     "hunyuan-moe": _hunyuan_moe,
     "olmoe": _olmoe,

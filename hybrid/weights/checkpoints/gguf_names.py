@@ -16,6 +16,8 @@ from hybrid.formats.block import Array
 from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.beside_attention import BesideAttention
+from hybrid.models.layers.block_indexer import BlockIndexerNames
+from hybrid.models.layers.block_selected import BlockSelectedAttention
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
@@ -88,6 +90,12 @@ INDEXER = IndexerNames(
     k=f"{_LAYER}.indexer.attn_k.weight",
     k_norm=f"{_LAYER}.indexer.k_norm.weight",
     weights=f"{_LAYER}.indexer.proj.weight",
+)
+BLOCK_INDEXER = BlockIndexerNames(
+    q=f"{_LAYER}.indexer.q_proj.weight",
+    k=f"{_LAYER}.indexer.k_proj.weight",
+    q_norm=f"{_LAYER}.indexer.q_norm.weight",
+    k_norm=f"{_LAYER}.indexer.k_norm.weight",
 )
 # The projections of decays and of gates are called after their latents where there are none.
 KIMI_DELTA = KimiDeltaNames(
@@ -201,6 +209,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         return replace(mixer, names=MAMBA)
     if isinstance(mixer, ShortConv):
         return replace(mixer, names=CONVOLUTION)
+    if isinstance(mixer, BlockSelectedAttention):
+        mixer = replace(mixer, indexer=replace(mixer.indexer, names=BLOCK_INDEXER))
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
     own = mixer.names
     names = replace(ATTENTION, norm=own.norm and ATTENTION.norm, post_norm=own.post_norm and _POST_ATTENTION)
