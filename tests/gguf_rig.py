@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
+    "deepseek_v4": "deepseek4",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
 }  # fmt: skip
 
@@ -74,7 +75,7 @@ def value(given: Any, size: str = "<Q") -> bytes:
 def stored(array: np.ndarray | Blocks) -> Blocks:
     if isinstance(array, Blocks):
         return array
-    type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[array.dtype.name]
+    type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}[array.dtype.name]
     return Blocks(type, array.shape, np.ascontiguousarray(array).tobytes())
 
 
@@ -104,6 +105,22 @@ _NAMES = (
     (r"lm_head\.(\w+)", r"output.\1"),
     (r"(.*)\.(?:input_layernorm|operator_norm)\.(\w+)", r"\1.attn_norm.\2"),
     (r"(.*)\.conv\.(conv|in_proj|out_proj)\.weight", r"\1.shortconv.\2.weight"),
+    (r"model\.hc_head\.hc_(\w+)", r"output_hc_\1.weight"),
+    (r"head\.weight", "output.weight"),
+    (r"(.*)\.(hc_(?:attn|ffn)_\w+)", r"\1.\2.weight"),
+    (r"(.*)\.attn_norm\.weight", r"\1.attn_norm.weight"),
+    (r"(.*)\.attn\.wq_([ab])\.weight", r"\1.attn_q_\2.weight"),
+    (r"(.*)\.attn\.q_norm\.weight", r"\1.attn_q_a_norm.weight"),
+    (r"(.*)\.attn\.wkv\.weight", r"\1.attn_kv.weight"),
+    (r"(.*)\.attn\.norm\.weight", r"\1.attn_kv_a_norm.weight"),
+    (r"(.*)\.attn\.attn_sink", r"\1.attn_sinks.weight"),
+    (r"(.*)\.attn\.wo_([ab])\.weight", r"\1.attn_output_\2.weight"),
+    (r"(.*)\.attn\.compressor\.w?(kv|gate|ape|norm)(?:\.weight)?", r"\1.attn_compressor_\2.weight"),
+    (r"(.*)\.attn\.indexer\.compressor\.w?(kv|gate|ape|norm)(?:\.weight)?", r"\1.indexer_compressor_\2.weight"),
+    (r"(.*)\.attn\.indexer\.wq_b\.weight", r"\1.indexer.attn_q_b.weight"),
+    (r"(.*)\.attn\.indexer\.weights_proj\.weight", r"\1.indexer.proj.weight"),
+    (r"(.*)\.ffn\.gate\.tid2eid", r"\1.ffn_gate_tid2eid.weight"),
+    (r"(.*)\.ffn\.gate\.bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.ffn_norm\.weight", r"\1.ffn_norm.weight"),
     (r"(.*)\.self_attn\.qkv_proj\.weight", r"\1.attn_qkv.weight"),
     (r"(.*)\.mlp\.gate_up_proj\.weight", r"\1.ffn_up.weight"),
@@ -175,6 +192,7 @@ _NAMES = (
     (r"(.*)\.(?:mlp|feed_forward)\.(gate|up|down)_proj\.(\w+)", r"\1.ffn_\2.\3"),
     (r"(.*)\.(?:gate|gate\.wg|router|router\.layer)\.(weight|bias)", r"\1.ffn_gate_inp.\2"),
 )
+_MODULES = r"(blk\.\d+)\.(?:mlp|feed_forward|block_sparse_moe|mixer|ffn)(?:\.gate)?(?:\.moe_statics)?\."
 _WORDS = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 
 
@@ -184,9 +202,7 @@ def gguf_name(name: str) -> str:
     for pattern, new in _NAMES:
         if re.fullmatch(pattern, name):
             found = re.sub(rf"^{pattern}$", new, name).replace("model.layers.", "blk.")
-            return re.sub(
-                r"(blk\.\d+)\.(?:mlp|feed_forward|block_sparse_moe|mixer)(?:\.gate)?(?:\.moe_statics)?\.", r"\1.", found
-            )
+            return re.sub(_MODULES, r"\1.", found)
     raise KeyError(name)
 
 
@@ -360,6 +376,8 @@ def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _plain(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.int64:
+        return array.astype(np.int32)
     squeezed = array.squeeze() if array.size > 1 else array
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
@@ -390,7 +408,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
+        "feed_forward_length": get("intermediate_size"),
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": get("head_dim"),
@@ -487,6 +505,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _gemma4(config)
     if family == "nemotron_h":
         found |= _nemotron(config)
+    if family == "deepseek_v4":
+        found |= _deepseek4(config)
     if family == "minimax_m3_vl_text":
         found |= _minimax_m3(config)
     if family == "laguna":
@@ -496,6 +516,43 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
+
+
+def _deepseek4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the layer that predicts further tokens, of which files tell nevertheless."""
+    kinds = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    main, rope = (config["rope_parameters"][which] for which in ("main", "compress"))
+    return {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config["q_lora_rank"],
+        "attention.output_lora_rank": config["o_lora_rank"],
+        "attention.output_group_count": config["o_groups"],
+        "attention.compress_ratios": [*(kinds[kind] for kind in config["layer_types"]), 0],
+        "attention.compress_rope_freq_base": rope["rope_theta"],
+        "attention.indexer.head_count": config["index_n_heads"],
+        "attention.indexer.key_length": config["index_head_dim"],
+        "attention.indexer.top_k": config["index_topk"],
+        "rope.freq_base": main["rope_theta"],
+        "rope.dimension_count": int(config["head_dim"] * config["partial_rotary_factor"]),
+        "rope.scaling.type": rope["rope_type"],
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "hash_layer_count": config["mlp_layer_types"].count("hash_moe"),
+        "expert_gating_func": 4,
+        "expert_weights_norm": True,
+        "expert_weights_scale": config.get("routed_scaling_factor", 1.5),
+        "nextn_predict_layers": 1,
+        **_streams(config),
+    }
+
+
+def _streams(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "swiglu_clamp_exp": [10.0] * config["num_hidden_layers"],
+        "hyper_connection.count": config.get("hc_mult", 4),
+        "hyper_connection.sinkhorn_iterations": 20,
+        "hyper_connection.epsilon": 1e-6,
+    }
 
 
 def _minimax_m3(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,9 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "afmoe": {"global_attn_every_n_layers": 4},
     "cohere2": {"layer_types": None, "num_hidden_layers": 5},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    },
     "minimax_m3_vl_text": {"shared_intermediate_size": 72},
     "lfm2": {"conv_bias": False, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf
 from test_gguf_models import model
@@ -20,6 +21,24 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "size of blocks": ("minimax_m3_vl_text", {"minimax-m3.attention.indexer.block_size": 64}, "index_block_size"),
     "shared experts": ("minimax_m3_vl_text", {"minimax-m3.expert_shared_count": 2}, "n_shared_experts"),
+    "gates of V4": (
+        "deepseek_v4",
+        {"deepseek4.expert_gating_func": 2},
+        r"expert_gating_func 2; it must be 4 \(root of softplus\)",
+    ),
+    "too few ratios": (
+        "deepseek_v4",
+        {"deepseek4.attention.compress_ratios": [0, 4]},
+        r"compress_ratios \[0, 4\]; it must be an integer, or one for each of 4 layers",
+    ),
+    "ratio": (
+        "deepseek_v4",
+        {"deepseek4.attention.compress_ratios": [0, 4, 16, 4]},
+        r"compress_ratios is \[0, 4, 16, 4\]; it must have one of 0, 4, 128",
+    ),
+    "bound": ("deepseek_v4", {"deepseek4.swiglu_clamp_exp": 7.0}, "swiglu_limit"),
+    "two bounds": ("deepseek_v4", {"deepseek4.swiglu_clamp_shexp": 7.0}, "7.0; it must be 10, as swiglu_clamp_exp"),
+    "no bound": ("deepseek_v4", {"deepseek4.swiglu_clamp_exp": None}, "lacks deepseek4.swiglu_clamp_exp"),
     "weights of M3": (
         "minimax_m3_vl_text",
         {"minimax-m3.expert_weights_norm": False},
@@ -37,6 +56,30 @@ def test_metadata_that_cannot_be(tmp_path: Path, case: str) -> None:
     with pytest.raises(WeightsError, match=message) as raised:
         open_checkpoint(path).check()
     assert "\n" not in str(raised.value)
+
+
+def test_layers_of_v4_that_predict_further_tokens_count_where_they_are(tmp_path: Path) -> None:
+    """Files tell of one, whether they have it or not."""
+    config, tensors = model("deepseek_v4")
+    metadata, found = gguf_metadata(config), gguf_tensors(config, tensors)
+    more = {f"blk.4.{name}.weight": np.ones((4, 4), np.float32) for name in ("attn_kv", "nextn.e_proj")}
+    paths = (
+        write_gguf(tmp_path / "without.gguf", metadata, found),
+        write_gguf(tmp_path / "with.gguf", {**metadata, "deepseek4.block_count": 5}, {**found, **more}),
+    )
+    assert metadata["deepseek4.nextn_predict_layers"] == 1
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        checkpoint.check()
+        assert len(checkpoint.spec.layers) == 4
+
+
+def test_a_table_of_experts_is_of_integers(tmp_path: Path) -> None:
+    config, tensors = model("deepseek_v4")
+    name, found = "blk.0.ffn_gate_tid2eid.weight", gguf_tensors(config, tensors)
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), {**found, name: found[name].astype(np.float32)})
+    with pytest.raises(WeightsError, match=f"tensor {name} has type F32, which is not read; read are I32, I64"):
+        open_checkpoint(path).check()
 
 
 def test_an_early_file_of_minimax_m3_without_indexers_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.exact_mix import opened
 from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES
-from hybrid.weights.checkpoints.gguf_blocks import FLOATS, READABLE, packed, row_bytes, values
+from hybrid.weights.checkpoints.gguf_blocks import FLOATS, READABLE, TABLES, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_kinds, gguf_mix
@@ -37,7 +37,7 @@ from hybrid.weights.checkpoints.gguf_names import (
 from hybrid.weights.checkpoints.gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from hybrid.weights.checkpoints.gguf_scales import ScaledTensor, with_scales
 from hybrid.weights.checkpoints.huggingface import Checkpoint
-from hybrid.weights.checkpoints.matrices import Source, TurnedSource
+from hybrid.weights.checkpoints.matrices import INTEGERS, Source, TurnedSource
 from hybrid.weights.shard import Entry, read_bytes
 
 
@@ -237,8 +237,9 @@ def _long(shape: tuple[int, ...]) -> list[int]:
 
 
 def _require_readable(name: str, entry: Entry) -> None:
-    if entry.dtype not in READABLE:
+    allowed = tuple(INTEGERS) if name.endswith(TABLES) else READABLE
+    if entry.dtype not in allowed:
         raise WeightsError(
             f"{entry.path}: tensor {name:.100} has type {entry.dtype}, which is not read; read are "
-            f"{', '.join(READABLE)}: take another quantisation of the model"
+            f"{', '.join(allowed)}: take another quantisation of the model"
         )

@@ -29,6 +29,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "mistral3": ("ministral3",),
     "mistral4": ("mistral4",),
     "deepseek32": ("deepseek_v32",),
+    "deepseek4": ("deepseek_v4",),
     "glm-dsa": ("glm_moe_dsa",),
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),

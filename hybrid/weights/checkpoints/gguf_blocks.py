@@ -14,6 +14,7 @@ from hybrid.formats.block import Array, Bytes, Floats
 from hybrid.formats.grouped import Grouped
 from hybrid.formats.mxfp4 import decode as decode_mxfp4
 from hybrid.formats.nvfp4 import decode as decode_nvfp4
+from hybrid.weights.checkpoints.matrices import INTEGERS
 
 FLOATS: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 Parts = tuple[Array, ...]  # codes [rows, columns], then scales
@@ -29,6 +30,8 @@ def values(type: str, rows: Bytes, factor: np.float32 = _ONE) -> Array:
     """What rows of bytes [n, bytes] stand for: floats of the file's type, or float32. factor: see `packed`."""
     if type in FLOATS:
         return rows.view(FLOATS[type])
+    if type in INTEGERS:
+        return rows.view(INTEGERS[type]).astype(np.float32)
     blocks = _blocks(type, rows)
     if type in _VALUES:
         return _VALUES[type](blocks)
@@ -206,4 +209,5 @@ FORMAT_OF: dict[str, Grouped] = {
     "Q3_K": Q6_K, "IQ4_NL": Q8_0,
 }  # fmt: skip
 _VALUES: dict[str, Callable[[Bytes], Floats]] = {"Q2_K": _q2_k_values, "IQ4_XS": _iq4_xs_values}
+TABLES = (".ffn_gate_tid2eid.weight",)  # of small numbers: what the names of tensors of INTEGERS end with
 READABLE = (*FLOATS, *SPLIT, *_VALUES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hybrid.errors import WeightsError
 from hybrid.weights.checkpoints.gguf_architectures import COHERE, GROWING, INDEXED_TYPES, LATENT, NEMOTRON
+from hybrid.weights.checkpoints.gguf_deepseek4 import deepseek4
 from hybrid.weights.checkpoints.gguf_dense import (
     chatglm,
     cohere2,
@@ -293,6 +294,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "mistral3": mistral3,
     "mistral4": _deepseek2,
     "deepseek32": _indexed,
+    "deepseek4": deepseek4,
     "glm-dsa": _indexed,
     "gemma3": gemma3,
     "gemma4": gemma4,

@@ -8,14 +8,19 @@ from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
 
-SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+SOFTMAX, SIGMOID, ROOT_SOFTPLUS = 1, 2, 4  # values of expert_gating_func
 MIXED = ("lfm2", "lfm2moe", "granitehybrid", *KIMI_DELTA, *NEMOTRON)  # whose layers do not all attend
-_GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
+_GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid", ROOT_SOFTPLUS: "root of softplus"}
 
 
 def layer_count(metadata: GgufMetadata) -> int:
-    """Layers that predict more than the next token come last, and are not used."""
-    return metadata.size("block_count", maximum=MAX_LAYERS) - metadata.size("nextn_predict_layers", 0)
+    """Layers that predict more than the next token come last, and are not used. Files of DeepSeek-V4 may tell of such
+    layers without having them.
+    """
+    blocks, further = metadata.size("block_count", maximum=MAX_LAYERS), metadata.size("nextn_predict_layers", 0)
+    if metadata.architecture == "deepseek4" and not metadata.has_tensors(f"blk.{blocks - further}.nextn."):
+        return blocks
+    return blocks - further
 
 
 def query_heads(metadata: GgufMetadata) -> list[int]:

@@ -26,10 +26,11 @@ class GgufMetadata:
             raise self.refuse(name, found, f"at most {maximum}")
         return found
 
-    def layer_sizes(self, name: str, count: int) -> list[int]:
-        """An integer for each of `count` layers, or one for all of them."""
+    def layer_sizes(self, name: str, count: int, longer: bool = False) -> list[int]:
+        """An integer for each of `count` layers, or one for all of them. longer: more are left out."""
         value: Any = self._model.metadata.get(self._key(name))
         found: list[Any] = value if isinstance(value, list) else [value] * count
+        found = found[:count] if longer else found
         if len(found) != count or not all(map(_is_size, found)):
             raise self._bad(self._key(name), value, f"an integer, or one for each of {count} layers")
         return found
@@ -55,6 +56,10 @@ class GgufMetadata:
 
     def has(self, name: str) -> bool:
         return self._key(name) in self._model.metadata
+
+    def has_tensors(self, prefix: str) -> bool:
+        """Whether names of tensors begin so."""
+        return any(name.startswith(prefix) for name in self._model.tensors)
 
     def refuse(self, name: str, value: Any, allowed: str) -> WeightsError:
         """The error for a value that means something which is not computed here."""

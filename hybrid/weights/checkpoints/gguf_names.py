@@ -18,6 +18,7 @@ from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.beside_attention import BesideAttention
 from hybrid.models.layers.block_indexer import BlockIndexerNames
 from hybrid.models.layers.block_selected import BlockSelectedAttention
+from hybrid.models.layers.compressed import CompressedAttention
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.gated_delta import GatedDeltaNames, GatedDeltaNet
 from hybrid.models.layers.gated_latent import GatedLatentAttention
@@ -34,6 +35,7 @@ from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
 from hybrid.weights.checkpoints.gguf_architectures import NEMOTRON
+from hybrid.weights.checkpoints.gguf_compressed import with_compressed_names, with_stream_names
 from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
@@ -160,6 +162,7 @@ FEED_FORWARD = FeedForwardNames(
     shared_gate=f"{_LAYER}.ffn_gate_inp_shexp.weight",
     correction=_CORRECTION,
     fused_correction=_CORRECTION,
+    by_token=f"{_LAYER}.ffn_gate_tid2eid.weight",
 )
 WITHOUT_GATES = replace(
     FEED_FORWARD,
@@ -188,7 +191,8 @@ def with_gguf_names(spec: ModelSpec, architecture: str) -> ModelSpec:
         LayerSpec(_mixer(layer.mixer, architecture), _named(layer.feed_forward, feed_forward)) for layer in spec.layers
     )
     norm = "rms" if spec.norm == "rms_less_one" else spec.norm
-    return replace(spec, layers=layers, names=OUTER, norm=norm)
+    streams = spec.streams and with_stream_names(spec.streams)
+    return replace(spec, layers=layers, names=OUTER, norm=norm, streams=streams)
 
 
 def _mixer(mixer: Mixer, architecture: str) -> Mixer:
@@ -205,6 +209,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         return replace(mixer, names=LATENT)
     if isinstance(mixer, NoMixer):
         return mixer
+    if isinstance(mixer, CompressedAttention):
+        return with_compressed_names(mixer)
     if isinstance(mixer, Mamba2):
         return replace(mixer, names=MAMBA)
     if isinstance(mixer, ShortConv):
