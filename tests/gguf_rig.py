@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
-    "deepseek_v4": "deepseek4",
+    "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
 }  # fmt: skip
 
@@ -134,6 +134,7 @@ _NAMES = (
     (r"(.*)\.self_attn\.indexer\.wq_b\.weight", r"\1.indexer.attn_q_b.weight"),
     (r"(.*)\.self_attn\.indexer\.wk\.weight", r"\1.indexer.attn_k.weight"),
     (r"(.*)\.self_attn\.indexer\.k_norm\.(\w+)", r"\1.indexer.k_norm.\2"),
+    (r"(.*)\.self_attn\.indexer\.index_kpool_compress_(gate|ape)", r"\1.indexer_compressor_\2.weight"),
     (r"(.*)\.self_attn\.indexer\.weights_proj\.weight", r"\1.indexer.proj.weight"),
     (r"(.*)\.self_attn\.index_([qk]_(?:proj|norm))\.weight", r"\1.indexer.\2.weight"),
     (r"(.*)\.self_attn\.(?:g|gate)_proj\.weight", r"\1.attn_gate.weight"),
@@ -260,8 +261,8 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
         found = _mamba(config, found)
     if "kv_lora_rank" in config:
         found = _latent(config, found)
-    if config["model_type"] in ("kimi_linear", "bailing_hybrid"):
-        sign = -1 if config["model_type"] == "kimi_linear" else 1
+    if config["model_type"] in _KIMI_DELTA:
+        sign = 1 if config["model_type"] == "bailing_hybrid" else -1
         rates = {name: sign * np.exp(array.astype(np.float32)) for name, array in found.items() if "ssm_a" in name}
         found |= rates
     return {name: _plain(name, array) for name, array in _stacked(found).items()}
@@ -382,6 +383,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return squeezed.astype(np.float32) if squeezed.ndim == 1 or "_inp" in name else squeezed
 
 
+_KIMI_DELTA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
 _SIGMOID = ("glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna")
 _ONE_WIDTH = (
     "mixtral",
@@ -511,7 +513,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _minimax_m3(config)
     if family == "laguna":
         found |= _laguna(config, slides)
-    if family in ("kimi_linear", "bailing_hybrid"):
+    if family in _KIMI_DELTA:
         found |= _kimi_delta(config)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
@@ -542,6 +544,17 @@ def _deepseek4(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_weights_norm": True,
         "expert_weights_scale": config.get("routed_scaling_factor", 1.5),
         "nextn_predict_layers": 1,
+        **_streams(config),
+    }
+
+
+def _glm5_next(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "kda.head_dim": config["linear_head_dim"],
+        "kda.gate_lower_bound": config.get("linear_lower_bound", -5.0),
+        "attention.layer_norm_epsilon": 1e-6,
+        "attention.indexer.kpool": config["index_kpool"],
         **_streams(config),
     }
 
@@ -592,14 +605,16 @@ def _kimi_delta(config: Mapping[str, Any]) -> dict[str, Any]:
     linear = config.get("linear_attn_config", {})
     numbered = range(1, config["num_hidden_layers"] + 1)
     default = [number in linear["full_attn_layers"] for number in numbered] if linear else []
-    full = [kind == "full_attention" for kind in config.get("layer_types", ())] or default
+    full = [kind != "linear_attention" for kind in config.get("layer_types", ())] or default
     found = {
         "attention.head_count_kv": [int(attends) for attends in full],
-        "ssm.conv_kernel": linear.get("short_conv_kernel_size") or config["short_conv_kernel_size"],
-        "kda.head_dim": linear.get("head_dim") or config["head_dim"],
+        "ssm.conv_kernel": linear.get("short_conv_kernel_size") or config.get("short_conv_kernel_size"),
+        "kda.head_dim": linear.get("head_dim") or config.get("head_dim"),
     }
     if config["model_type"] == "kimi_linear":
         return found
+    if config["model_type"] == "glm5_next_text":
+        return found | _glm5_next(config)
     return found | {
         "kda.safe_gate": config.get("kda_safe_gate", True),
         "kda.gate_lower_bound": config.get("kda_lower_bound", -5.0),

@@ -52,6 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "lfm2_moe": {"conv_bias": False},
     "afmoe": {"global_attn_every_n_layers": 4},
     "cohere2": {"layer_types": None, "num_hidden_layers": 5},
+    "glm5_next_text": {"linear_num_heads": 6},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}

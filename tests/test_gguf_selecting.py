@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf
-from test_gguf_models import model
+from test_gguf_models import model, packed, same_stores
 
 from hybrid.errors import WeightsError
 from hybrid.weights.checkpoints.opening import open_checkpoint
@@ -39,6 +39,24 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "bound": ("deepseek_v4", {"deepseek4.swiglu_clamp_exp": 7.0}, "swiglu_limit"),
     "two bounds": ("deepseek_v4", {"deepseek4.swiglu_clamp_shexp": 7.0}, "7.0; it must be 10, as swiglu_clamp_exp"),
     "no bound": ("deepseek_v4", {"deepseek4.swiglu_clamp_exp": None}, "lacks deepseek4.swiglu_clamp_exp"),
+    "norm of keys": (
+        "glm5_next_text",
+        {"glm5-next.attention.layer_norm_epsilon": 1e-5},
+        r"layer_norm_epsilon 9\.99\d*e-06; it must be 1e-06",
+    ),
+    "pools": ("glm5_next_text", {"glm5-next.attention.indexer.kpool": None}, "lacks glm5-next.attention.indexer.kpool"),
+    "last pool": ("glm5_next_text", {"glm5-next.attention.indexer.kpool_select_tail": False}, "always_select_tail"),
+    "turned": ("glm5_next_text", {"glm5-next.rope.dimension_count": 12}, "qk_rope_head_dim"),
+    "shared indexers": (
+        "glm5_next_text",
+        {"glm5-next.attention.indexer.types": [True, False, True, True]},
+        "indexer_types says shared of layer 1",
+    ),
+    "no streams": (
+        "glm5_next_text",
+        {"glm5-next.hyper_connection.count": None},
+        "lacks glm5-next.hyper_connection.count",
+    ),
     "weights of M3": (
         "minimax_m3_vl_text",
         {"minimax-m3.expert_weights_norm": False},
@@ -88,3 +106,34 @@ def test_an_early_file_of_minimax_m3_without_indexers_is_refused(tmp_path: Path)
     path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), found)
     with pytest.raises(WeightsError, match=r"tensor blk\.1\.indexer\.q_proj\.weight is missing"):
         open_checkpoint(path).check()
+
+
+def test_the_first_files_of_glm_5_3_flash_have_another_word(tmp_path: Path) -> None:
+    """Files of either have the layer that predicts further tokens, and may have no bound of decays."""
+    config, tensors = model("glm5_next_text")
+    metadata, found = gguf_metadata(config), gguf_tensors(config, tensors)
+    ours = {name.replace("glm5-next.", "glm5next."): item for name, item in metadata.items()}
+    ours |= {
+        "general.architecture": "glm5next",
+        "glm5next.block_count": 5,
+        "glm5next.nextn_predict_layers": 1,
+        "glm5next.attention.head_count_kv": [0, 1, 0, 1, 1],
+        "glm5next.attention.indexer.types": [True] * 4,
+        "glm5next.attention.indexer.kpool_select_tail": True,
+    }
+    more = {f"blk.4.{name}.weight": np.ones((4, 4), np.float32) for name in ("nextn.eh_proj", "indexer.attn_k")}
+    theirs = packed(write_gguf(tmp_path / "first.gguf", metadata, found))
+    with theirs, packed(write_gguf(tmp_path / "second.gguf", ours, {**found, **more})) as store:
+        assert store.spec == theirs.spec and same_stores(store, theirs)
+        assert store.spec.layers[0].mixer.lower_bound == -5  # type: ignore[attr-defined]
+    del ours["glm5next.kda.gate_lower_bound"]
+    unbounded = open_checkpoint(write_gguf(tmp_path / "third.gguf", ours, {**found, **more})).spec
+    assert unbounded.layers[0].mixer.lower_bound == 0  # type: ignore[attr-defined]
+
+
+def test_glm_5_3_flash_selects_nothing_in_short_contexts(tmp_path: Path) -> None:
+    config, tensors = model("glm5_next_text")
+    metadata = {**gguf_metadata(config), "glm5-next.context_length": 64}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", metadata, gguf_tensors(config, tensors)))
+    checkpoint.check()
+    assert not any(".indexer" in name for name, _ in checkpoint.spec.checkpoint_shapes("apart"))

@@ -20,7 +20,7 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models import model_spec
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.exact_mix import opened
-from hybrid.weights.checkpoints.gguf_architectures import INDEXED_TYPES
+from hybrid.weights.checkpoints.gguf_architectures import SELECTING
 from hybrid.weights.checkpoints.gguf_blocks import FLOATS, READABLE, TABLES, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
@@ -185,7 +185,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _is_unused(self, name: str) -> bool:
         """Whether a tensor is read elsewhere, or is of a layer that predicts further tokens, or of an indexer."""
-        if self.spec.model_type in INDEXED_TYPES.values() and ".indexer." in name:
+        if self.spec.model_type in SELECTING and ".indexer" in name:
             return True
         layer = name.split(".")[1] if name.startswith("blk.") else ""
         further = range(len(self.spec.layers), self.blocks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 INDEXED_TYPES = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}  # whose attention selects tokens
-KIMI_DELTA = ("kimi-linear", "bailingmoe3")  # with Kimi Delta Attention
+SELECTING = (*INDEXED_TYPES.values(), "glm5_next_text")  # families without indexers where contexts are short
+GLM5_NEXT = ("glm5next", "glm5-next")  # that of the first files of GLM-5.3-Flash, and that of llama.cpp
+KIMI_DELTA = ("kimi-linear", "bailingmoe3", *GLM5_NEXT)  # with Kimi Delta Attention
 LATENT = ("deepseek2", "mistral4", *INDEXED_TYPES, *KIMI_DELTA)
 GROWING = ("mistral3", "mistral4", "deepseek2")  # in which late queries may be larger
 COHERE = ("command-r", "cohere2")  # with LayerNorms
@@ -31,6 +33,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "deepseek32": ("deepseek_v32",),
     "deepseek4": ("deepseek_v4",),
     "glm-dsa": ("glm_moe_dsa",),
+    **dict.fromkeys(GLM5_NEXT, ("glm5_next_text",)),
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "phi3": ("phi3",),

@@ -1,4 +1,4 @@
-"""What compressed attention, indexers of entries and several streams are called in GGUF files."""
+"""What compressed attention, indexers of entries and pools, and several streams are called in GGUF files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hybrid.models.layers.compressed import CompressedAttention
 from hybrid.models.layers.compressed_names import CompressedNames
 from hybrid.models.layers.compressor import CompressorNames
 from hybrid.models.layers.entry_indexer import EntryIndexer, EntryIndexerNames
+from hybrid.models.layers.pool_indexer import PoolIndexer
 from hybrid.models.streams import StreamNames, Streams
 
 _LAYER = "blk.{layer}"
@@ -22,6 +23,12 @@ COMPRESSED = CompressedNames(
     out_down=f"{_LAYER}.attn_output_a.weight",
     out_up=f"{_LAYER}.attn_output_b.weight",
 )
+_POOLS = CompressorNames(
+    values=f"{_LAYER}.indexer.attn_k.weight",
+    gates=f"{_LAYER}.indexer_compressor_gate.weight",
+    bias=f"{_LAYER}.indexer_compressor_ape.weight",
+    token_norm=f"{_LAYER}.indexer.k_norm.weight",
+)
 _QUERIES = EntryIndexerNames(f"{_LAYER}.indexer.attn_q_b.weight", f"{_LAYER}.indexer.proj.weight")
 
 
@@ -31,11 +38,15 @@ def with_compressed_names(mixer: CompressedAttention) -> CompressedAttention:
         mixer,
         names=COMPRESSED,
         compressor=compressor and replace(compressor, names=_compressor("attn_compressor")),
-        indexer=indexer and with_entry_names(indexer, _compressor("indexer_compressor")),
+        indexer=indexer and _entries(indexer, _compressor("indexer_compressor")),
     )
 
 
-def with_entry_names(indexer: EntryIndexer, compressor: CompressorNames) -> EntryIndexer:
+def with_pool_names(indexer: PoolIndexer) -> PoolIndexer:
+    return replace(indexer, entries=_entries(indexer.entries, _POOLS))
+
+
+def _entries(indexer: EntryIndexer, compressor: CompressorNames) -> EntryIndexer:
     return replace(indexer, names=_QUERIES, compressor=replace(indexer.compressor, names=compressor))
 
 

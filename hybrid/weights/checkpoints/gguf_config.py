@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybrid.errors import WeightsError
-from hybrid.weights.checkpoints.gguf_architectures import COHERE, GROWING, INDEXED_TYPES, LATENT, NEMOTRON
+from hybrid.weights.checkpoints.gguf_architectures import COHERE, GLM5_NEXT, GROWING, INDEXED_TYPES, LATENT, NEMOTRON
 from hybrid.weights.checkpoints.gguf_deepseek4 import deepseek4
 from hybrid.weights.checkpoints.gguf_dense import (
     chatglm,
@@ -37,7 +37,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
-from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, kimi_linear
+from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, glm5_next, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
@@ -53,7 +53,7 @@ from hybrid.weights.checkpoints.gguf_qwen import (
 from hybrid.weights.checkpoints.gguf_rope import TEMPERATURE, Config, growing, latent_scaling, rope_part, rope_scaling
 
 EMBEDDING, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
-_NULLS = ("q_lora_rank",)  # fields in which null says something
+_NULLS = ("q_lora_rank", "linear_lower_bound")  # fields in which null says something
 
 
 def gguf_config(model: Gguf) -> Config:
@@ -296,6 +296,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "deepseek32": _indexed,
     "deepseek4": deepseek4,
     "glm-dsa": _indexed,
+    **dict.fromkeys(GLM5_NEXT, glm5_next),
     "gemma3": gemma3,
     "gemma4": gemma4,
     "phi3": phi3,

@@ -1,8 +1,20 @@
-"""Kimi Linear and Ling 3.0 in GGUF files: which layers attend is told by their numbers of key heads."""
+"""Kimi Linear, Ling 3.0 and GLM-5.3-Flash in GGUF files: which layers attend is told by their numbers of key heads."""
 
 from __future__ import annotations
 
-from hybrid.weights.checkpoints.gguf_fields import SIGMOID, kv_heads, require_gating, require_weights, routed
+from math import isclose
+
+from hybrid.models.deepseek import FULL, SHARED
+from hybrid.models.layers.indexer import KEY_EPS
+from hybrid.weights.checkpoints.gguf_deepseek4 import streams_and_limits
+from hybrid.weights.checkpoints.gguf_fields import (
+    SIGMOID,
+    kv_heads,
+    layer_count,
+    require_gating,
+    require_weights,
+    routed,
+)
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import Config
@@ -32,6 +44,31 @@ def bailingmoe3(model: Gguf, metadata: GgufMetadata) -> Config:
         "norm_topk_prob": metadata.flag("expert_weights_norm", True),
         "expert_swiglu_limit_list": bounds[0],
         "share_expert_swiglu_limit_list": bounds[1],
+    }
+
+
+def glm5_next(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Without a bound of decays they have none. The dense layers are bounded as experts are, of which files tell."""
+    eps, bound, types = "attention.layer_norm_epsilon", "kda.gate_lower_bound", "attention.indexer.types"
+    if not isclose(metadata.number(eps, KEY_EPS), KEY_EPS, rel_tol=1e-6):
+        raise metadata.refuse(eps, metadata.number(eps), f"{KEY_EPS:g}")
+    found = {**_layers(metadata), **streams_and_limits(metadata)}
+    if metadata.has(types):
+        full = metadata.layer_flags(types, layer_count(metadata))
+        found["indexer_types"] = [FULL if its else SHARED for its in full]
+    return {
+        **found,
+        "model_type": "glm5_next_text",
+        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "linear_head_dim": metadata.size("kda.head_dim"),
+        "linear_num_heads": metadata.size("attention.head_count"),
+        "linear_conv_kernel_dim": metadata.size("ssm.conv_kernel"),
+        "linear_lower_bound": metadata.number(bound) if metadata.has(bound) else None,
+        "index_n_heads": metadata.size("attention.indexer.head_count"),
+        "index_head_dim": metadata.size("attention.indexer.key_length"),
+        "index_topk": metadata.size("attention.indexer.top_k"),
+        "index_kpool": metadata.size("attention.indexer.kpool"),
+        "index_kpool_always_select_tail": metadata.flag("attention.indexer.kpool_select_tail", True),
     }
 
 

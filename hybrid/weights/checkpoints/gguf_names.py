@@ -30,12 +30,13 @@ from hybrid.models.layers.latent import LatentAttention
 from hybrid.models.layers.latent_names import LatentNames
 from hybrid.models.layers.mamba2 import Mamba2, Mamba2Names
 from hybrid.models.layers.parallel_feed_forward import ParallelFeedForward
+from hybrid.models.layers.pool_indexer import PoolIndexer
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.layers.short_conv import ShortConv, ShortConvNames
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 from hybrid.models.tensors import GatedNames
 from hybrid.weights.checkpoints.gguf_architectures import NEMOTRON
-from hybrid.weights.checkpoints.gguf_compressed import with_compressed_names, with_stream_names
+from hybrid.weights.checkpoints.gguf_compressed import with_compressed_names, with_pool_names, with_stream_names
 from hybrid.weights.checkpoints.gguf_scales import ScaledTensor
 from hybrid.weights.shard import Entry
 
@@ -205,6 +206,8 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         mixer = replace(mixer, gates=f"{_LAYER}.attn_gate.weight")
     if isinstance(mixer, IndexedAttention) and isinstance(mixer.indexer, Indexer):
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=INDEXER))
+    if isinstance(mixer, IndexedAttention) and isinstance(mixer.indexer, PoolIndexer):
+        mixer = replace(mixer, indexer=with_pool_names(mixer.indexer))
     if isinstance(mixer, LatentAttention):
         return replace(mixer, names=LATENT)
     if isinstance(mixer, NoMixer):
