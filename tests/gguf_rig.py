@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
-    "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
+    "hy_v3": "hy_v3", "mellum": "mellum", "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
 }  # fmt: skip
 
@@ -185,6 +185,8 @@ _NAMES = (
     (r"(.*)\.post_self_attn_layernorm\.weight", r"\1.post_attention_norm.weight"),
     (r"(.*)\.post_mlp_layernorm\.weight", r"\1.post_ffw_norm.weight"),
     (r"(.*)\.post_attention_layernorm\.(\w+)", r"\1.ffn_norm.\2"),
+    (r"(.*)\.mlp\.expert_bias", r"\1.exp_probs_b"),  # of Hunyuan 3
+    (r"(.*)\.mlp\.router\.gate\.weight", r"\1.ffn_gate_inp.weight"),
     (r"(.*)\.e_score_correction_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.expert_bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.shared_expert_gate\.weight", r"\1.ffn_gate_inp_shexp.weight"),
@@ -511,6 +513,10 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _deepseek4(config)
     if family == "minimax_m3_vl_text":
         found |= _minimax_m3(config)
+    if family == "hy_v3":
+        found |= _hy_v3(config)
+    if family == "mellum":
+        found |= _mellum(config, slides)
     if family == "laguna":
         found |= _laguna(config, slides)
     if family in _KIMI_DELTA:
@@ -581,6 +587,28 @@ def _minimax_m3(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.indexer.top_k": config["index_topk_blocks"],
         "attention.indexer.block_size": 128,
         "attention.indexer.local_blocks": 1,
+    }
+
+
+def _hy_v3(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "expert_shared_count": None,
+        "expert_shared_feed_forward_length": config["num_shared_experts"] * config["moe_intermediate_size"],
+        "expert_weights_norm": True,
+        "expert_weights_scale": config.get("router_scaling_factor", 2.826),
+        "expert_gating_func": 2,
+    }
+
+
+def _mellum(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
+    full, sliding = (config["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    return {
+        "attention.sliding_window_pattern": slides,
+        "rope.freq_base": full["rope_theta"],
+        "rope.freq_base_swa": sliding["rope_theta"],
+        "rope.scaling.type": full["rope_type"],
+        "rope.scaling.factor": full["factor"],
+        "rope.scaling.original_context_length": full["original_max_position_embeddings"],
     }
 
 

@@ -52,6 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "lfm2_moe": {"conv_bias": False},
     "afmoe": {"global_attn_every_n_layers": 4},
     "cohere2": {"layer_types": None, "num_hidden_layers": 5},
+    "mellum": {"mlp_layer_types": ["sparse"] * 3},
     "glm5_next_text": {"linear_num_heads": 6},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "deepseek_v4": {
@@ -513,3 +514,27 @@ def test_a_laguna_file_may_tell_of_windows_in_turn_and_of_gates_for_each_value(t
         assert [mixer.window for mixer in mixers] == wanted  # type: ignore[attr-defined]
         assert [mixer.gate_width for mixer in mixers] == [4 * 24] * 6  # type: ignore[attr-defined]
         assert [mixer.rope.dim for mixer in mixers] == [24 if one else 12 for one in wanted]  # type: ignore[attr-defined]
+
+
+def test_solar_open_is_glm_4_5_in_a_file(tmp_path: Path) -> None:
+    """Whose heads turn whole, and without norms on them."""
+    config, tensors = model("solar_open")
+    said = {**gguf_metadata({**config, "model_type": "glm4_moe"}), "glm4moe.rope.dimension_count": config["head_dim"]}
+    found = {name.replace("ffn_norm", "post_attention_norm"): a for name, a in gguf_tensors(config, tensors).items()}
+    ours = packed(write_gguf(tmp_path / "model.gguf", said, found))
+    with ours, packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors)) as theirs:
+        assert ours.spec.model_type == "glm4_moe" and same_stores(ours, theirs)
+        assert plain(ours.spec.layers[0]) == plain(theirs.spec.layers[0])
+
+
+def test_hunyuan_3_shares_whole_experts_and_may_call_corrections_as_others_do(tmp_path: Path) -> None:
+    config, tensors = model("hy_v3")
+    metadata, found = gguf_metadata(config), gguf_tensors(config, tensors)
+    assert "blk.1.exp_probs_b" in found
+    other = {name.replace("exp_probs_b", "exp_probs_b.bias"): array for name, array in found.items()}
+    one = packed(write_gguf(tmp_path / "one.gguf", metadata, found))
+    with one, packed(write_gguf(tmp_path / "other.gguf", metadata, other)) as store:
+        assert same_stores(one, store)
+    metadata["hy_v3.expert_shared_feed_forward_length"] = 60
+    with pytest.raises(WeightsError, match="shared_feed_forward_length 60; it must be a multiple of .*, 40"):
+        open_checkpoint(write_gguf(tmp_path / "third.gguf", metadata, found))

@@ -70,7 +70,7 @@ CUTTINGS = {
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Cutting((_LLAMA3,))),
     **dict.fromkeys(("glm4", "glm5"), Cutting((_LLAMA3,), whole=True)),
     **dict.fromkeys(("gpt-2", "olmo", "mpt", "phi-2", "gigachat", "a.x-4.0", "exaone4"), _AS_GPT2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _AS_DIGITS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "mellum2"), _AS_DIGITS),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan", "stablelm2", "solar-open", "grok-2"), _AS_QWEN2),
     "qwen35": Cutting((_QWEN35,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cutting((_GPT4O,))),

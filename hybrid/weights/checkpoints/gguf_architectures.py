@@ -25,6 +25,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "minimax-m3": ("minimax_m3_vl_text",),
     "ernie4_5-moe": ("ernie4_5_moe",),
     "hunyuan-moe": ("hunyuan_v1_moe",),
+    "hy_v3": ("hy_v3",),
     "olmoe": ("olmoe",),
     "granitemoe": ("granitemoe", "granitemoeshared"),
     "deepseek2": ("deepseek_v2", "deepseek_v3", "mistral4"),
@@ -61,6 +62,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "chatglm": ("glm",),
     "afmoe": ("afmoe",),
     "laguna": ("laguna",),
+    "mellum": ("mellum",),
     "command-r": ("cohere",),
     "cohere2": ("cohere2",),
 }

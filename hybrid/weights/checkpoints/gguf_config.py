@@ -35,8 +35,9 @@ from hybrid.weights.checkpoints.gguf_fields import (
     routed,
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
-from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna
+from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna, mellum
 from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
+from hybrid.weights.checkpoints.gguf_hunyuan import hunyuan_moe, hy_v3
 from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, glm5_next, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
@@ -171,17 +172,6 @@ def _ernie4_5_moe(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
-def _hunyuan_moe(model: Gguf, metadata: GgufMetadata) -> Config:
-    require_gating(metadata, SOFTMAX, SOFTMAX)
-    require_weights(metadata, norm=True)
-    return {
-        "model_type": "hunyuan_v1_moe",
-        "num_experts": metadata.size("expert_count"),
-        "moe_topk": metadata.size("expert_used_count"),
-        "intermediate_size": metadata.size("expert_feed_forward_length"),
-    }
-
-
 def _olmoe(model: Gguf, metadata: GgufMetadata) -> Config:
     require_gating(metadata, SOFTMAX, SOFTMAX)
     require_weights(metadata, norm=False)
@@ -287,7 +277,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "minimax-m2": minimax_m2,
     "minimax-m3": minimax_m3,
     "ernie4_5-moe": _ernie4_5_moe,
-    "hunyuan-moe": _hunyuan_moe,
+    "hunyuan-moe": hunyuan_moe,
+    "hy_v3": hy_v3,
     "olmoe": _olmoe,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
@@ -324,6 +315,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "chatglm": chatglm,
     "afmoe": afmoe,
     "laguna": laguna,
+    "mellum": mellum,
     "command-r": command_r,
     "cohere2": cohere2,
 }

@@ -1,10 +1,11 @@
-"""Models with gates on heads in GGUF files: Trinity and Laguna."""
+"""Models some of whose layers have a window and a rope of their own in GGUF files: Trinity, Laguna and Mellum."""
 
 from __future__ import annotations
 
 from hybrid.models.decoder import FULL, SLIDING
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
+    SOFTMAX,
     key_length,
     layer_count,
     query_heads,
@@ -54,6 +55,26 @@ def laguna(model: Gguf, metadata: GgufMetadata) -> Config:
         "rope_parameters": {
             FULL: _rope(rope_scaling(model, metadata), base, turning / dim),
             SLIDING: _rope(None, metadata.number("rope.freq_base_swa", base), sliding / dim),
+        },
+    }
+
+
+def mellum(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Of each four layers the last sees everything; the others have a rope that is not stretched."""
+    require_gating(metadata, SOFTMAX, SOFTMAX)
+    require_weights(metadata, norm=True)
+    window, base = metadata.size("attention.sliding_window", 0), metadata.number("rope.freq_base", 10_000.0)
+    return {
+        "model_type": "mellum",
+        **routed(metadata),
+        "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        "sliding_window": window or None,
+        "layer_types": _kinds(metadata, _EVERY - 1) if window else [FULL] * layer_count(metadata),
+        "rope_scaling": None,
+        "rope_parameters": {
+            FULL: _rope(rope_scaling(model, metadata), base, 1.0),
+            SLIDING: _rope(None, metadata.number("rope.freq_base_swa", base), 1.0),
         },
     }
 

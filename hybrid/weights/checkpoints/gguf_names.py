@@ -51,6 +51,7 @@ _NORM_BEHIND = (
 )  # the norm before the feed-forward is named after the attention
 _LAYER = "blk.{layer}"
 _STACKED = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+_CORRECTIONS = re.compile(r"blk\.\d+\.exp_probs_b")  # as files of hy_v3 call them
 _UP = re.compile(r"(blk\.\d+)\.ffn_up\.weight")
 _QKV = re.compile(r"(blk\.\d+)\.attn_qkv\.(weight|bias)")
 
@@ -275,6 +276,8 @@ def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
             and f"{match[1]}.ffn_gate.weight" not in tensors
         ):
             found.update(_gate_and_up(entry, match[1]))
+        elif _CORRECTIONS.fullmatch(name):
+            found[f"{name}.bias"] = entry
         else:
             other = _OTHER_NAMES.get(name, name)
             found[name if other in tensors else other] = entry
