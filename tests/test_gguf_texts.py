@@ -201,3 +201,23 @@ def test_kimi_cuts_han_from_letters() -> None:
     split = Split(Regex(pattern), "isolated")
     cut = [word for word, _ in split.pre_tokenize_str("Hallo中文abCd's 1234é漢, x")]
     assert cut == ["Hallo", "中文", "ab", "Cd's", " ", "123", "4", "é", "漢", ",", " x"]
+
+
+CUTS = {
+    "afmoe": ("é 1234567 漢字ab(x", ["é", " ", "1", "234", "567", " ", "漢字", "ab", "(x"]),
+    "bailingmoe2": ("It's 12\r\n\n x", ["It", "'s", " ", "1", "2", "\r\n\n", " x"]),
+    "exaone-moe": ("two big words 12!/", ["two big words", " ", "1", "2", "!/"]),
+    "laguna": ("a! \n\n b", ["a", "!", " ", "\n\n", " b"]),
+    "seed-coder": ("a!\n b12", ["a", "!", "\n", " b", "1", "2"]),
+    "tiny_aya": ("1234 Ab's", ["1", "234", " Ab's"]),
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_texts_are_cut_as_the_models_cut_them(pre: str) -> None:
+    text, expected = CUTS[pre]
+    words = [text]
+    for pattern in CUTTINGS[pre].patterns:
+        split = Split(Regex(pattern), "isolated")
+        words = [word for whole in words for word, _ in split.pre_tokenize_str(whole)]
+    assert words == expected

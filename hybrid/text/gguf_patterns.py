@@ -12,6 +12,9 @@ _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+_SEED = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+" + _SPACES
+_PHRASES = r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
+_EXAONE_MOE = _CONTRACTIONS + _PHRASES + _SPACES
 _QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
@@ -33,6 +36,12 @@ _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
     _PUNCTUATION + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
+)
+# Digits in threes from the last one on, and letters of scripts that are written without spaces.
+_AFMOE = (
+    r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
+    "[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+    _DEEPSEEK3[-1],
 )
 _DEEPSEEK_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
@@ -69,9 +78,15 @@ CUTTINGS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"), _AS_LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Cutting((_LLAMA3,))),
     **dict.fromkeys(("glm4", "glm5"), Cutting((_LLAMA3,), whole=True)),
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "phi-2", "gigachat", "a.x-4.0", "exaone4"), _AS_GPT2),
+    **dict.fromkeys(("gpt-2", "olmo", "mpt", "phi-2", "gigachat", "a.x-4.0", "exaone4", "mellum"), _AS_GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "mellum2"), _AS_DIGITS),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan", "stablelm2", "solar-open", "grok-2"), _AS_QWEN2),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2"), _AS_QWEN2),
+    "laguna": Cutting((r"[^\n]+|\n+", _QWEN2)),
+    "seed-coder": Cutting((_SEED,)),
+    "exaone-moe": Cutting((_EXAONE_MOE,)),
+    "afmoe": Cutting(_AFMOE),
+    "tiny_aya": Cutting((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     "qwen35": Cutting((_QWEN35,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cutting((_GPT4O,))),
     "tekken": Cutting((TEKKEN,), whole=True, adds_bos=True),
