@@ -30,7 +30,8 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense", "glm": "chatglm",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3", "mistral4": "mistral4", "afmoe": "afmoe", "laguna": "laguna",
-    "hy_v3": "hy_v3", "mellum": "mellum", "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
+    "hy_v3": "hy_v3", "mellum": "mellum", "sarvam_moe": "bailingmoe2",
+    "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
 }  # fmt: skip
 
@@ -122,7 +123,7 @@ _NAMES = (
     (r"(.*)\.ffn\.gate\.tid2eid", r"\1.ffn_gate_tid2eid.weight"),
     (r"(.*)\.ffn\.gate\.bias", r"\1.exp_probs_b.bias"),
     (r"(.*)\.ffn_norm\.weight", r"\1.ffn_norm.weight"),
-    (r"(.*)\.self_attn\.qkv_proj\.weight", r"\1.attn_qkv.weight"),
+    (r"(.*)\.self_attn\.(?:qkv_proj|query_key_value)\.weight", r"\1.attn_qkv.weight"),
     (r"(.*)\.mlp\.gate_up_proj\.weight", r"\1.ffn_up.weight"),
     (r"(.*)\.pre_feedforward_layernorm\.weight", r"\1.ffn_norm.weight"),
     (r"(.*)\.(pre|post)_feedforward_layernorm_([12])\.weight", r"\1.\2_ffw_norm_\3.weight"),
@@ -214,7 +215,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     one dimension and routers as float32.
     """
     found: dict[str, np.ndarray] = {}
-    if config["model_type"] == "bailing_hybrid":
+    if config["model_type"] in ("bailing_hybrid", "sarvam_moe"):
         tensors = dict(_bailing(tensors))
     plus = config["model_type"] in ("gemma3_text", "minimax_m3_vl_text")
     for name, array in tensors.items():
@@ -386,7 +387,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
 
 
 _KIMI_DELTA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
-_SIGMOID = ("glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna")
+_SIGMOID = ("glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna", "sarvam_moe")
 _ONE_WIDTH = (
     "mixtral",
     "olmoe",

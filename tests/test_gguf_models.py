@@ -53,6 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "afmoe": {"global_attn_every_n_layers": 4},
     "cohere2": {"layer_types": None, "num_hidden_layers": 5},
     "mellum": {"mlp_layer_types": ["sparse"] * 3},
+    "sarvam_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
     "glm5_next_text": {"linear_num_heads": 6},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "deepseek_v4": {
@@ -514,6 +515,17 @@ def test_a_laguna_file_may_tell_of_windows_in_turn_and_of_gates_for_each_value(t
         assert [mixer.window for mixer in mixers] == wanted  # type: ignore[attr-defined]
         assert [mixer.gate_width for mixer in mixers] == [4 * 24] * 6  # type: ignore[attr-defined]
         assert [mixer.rope.dim for mixer in mixers] == [24 if one else 12 for one in wanted]  # type: ignore[attr-defined]
+
+
+def test_sarvam_turns_heads_as_far_as_a_file_says_and_shares_whole_experts(tmp_path: Path) -> None:
+    """Ling 2.0, which has the same word, turns half."""
+    config, tensors = model("sarvam_moe")
+    metadata, found = gguf_metadata(config), gguf_tensors(config, tensors)
+    half = write_gguf(tmp_path / "half.gguf", {**metadata, "bailingmoe2.rope.dimension_count": 12}, found)
+    assert [layer.mixer.rope.dim for layer in open_checkpoint(half).spec.layers] == [12] * 3  # type: ignore[attr-defined]
+    metadata["bailingmoe2.expert_shared_feed_forward_length"] = 40
+    with pytest.raises(WeightsError, match="feed_forward_length 40; it must be 80, as of expert_shared_count"):
+        open_checkpoint(write_gguf(tmp_path / "other.gguf", metadata, found))
 
 
 def test_solar_open_is_glm_4_5_in_a_file(tmp_path: Path) -> None:

@@ -110,6 +110,16 @@ def test_pieces_with_scores(tmp_path: Path) -> None:
     assert pieces(found, metadata, "hello hell") == ["hello", "▁hell"] and found.decode(found.encode(" he")) == " he"
 
 
+def test_pieces_of_sarvam_have_merges(tmp_path: Path) -> None:
+    """Though their vocabulary is called as those of bytes are."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "e", "he", "▁he"]
+    types = [2, *[6] * 256, *[1] * 5]
+    changes = {"tokens": tokens, "token_type": types, "merges": ["h e", "▁ he"], "unknown_token_id": 0}
+    metadata = merged(pre="sarvam-moe", bos_token_id=None, eos_token_id=None, **changes)
+    found = tokenizer(tmp_path, metadata)
+    assert pieces(found, metadata, "he he\n") == ["he", "▁he", "<0x0A>"] and found.decode(found.encode(" he")) == " he"
+
+
 def test_names_templates_and_ends(tmp_path: Path) -> None:
     template = {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
     folder = texts_of(tmp_path, {**merged(eot_token_id=5), **template})

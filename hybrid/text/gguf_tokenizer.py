@@ -13,6 +13,7 @@ from hybrid.files.gguf import read_gguf_header
 from hybrid.text.gguf_patterns import CUTTINGS
 
 MODELS = ("gpt2", "llama", "gemma4")  # pairs of bytes with merges; pieces with scores; pieces with merges
+_PIECES = ("sarvam-moe",)  # names of patterns of vocabularies of pieces that are called gpt2
 SPACE = "▁"  # what stands for a space in pieces
 _PREFIX = "tokenizer.ggml."
 _UNKNOWN, CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens that a text may hold whole
@@ -74,7 +75,8 @@ def read_vocabulary(path: Path) -> Vocabulary | None:
 
 def make_tokenizer(vocabulary: Vocabulary) -> bytes:
     """The contents of a tokenizer.json. Raises ConfigError."""
-    own = _of_bytes(vocabulary) if vocabulary.model == "gpt2" else _of_pieces(vocabulary)
+    pieces = vocabulary.model != "gpt2" or vocabulary.metadata.get(f"{_PREFIX}pre") in _PIECES
+    own = _of_pieces(vocabulary) if pieces else _of_bytes(vocabulary)
     tokenizer = {"version": "1.0", "added_tokens": list(_added(vocabulary)), **own}
     return json.dumps(tokenizer, ensure_ascii=False).encode(errors="surrogatepass")
 
@@ -106,7 +108,7 @@ def _of_bytes(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _of_pieces(vocabulary: Vocabulary) -> dict[str, Any]:
     ids, unknown = _ids(vocabulary), vocabulary.id("unknown")
-    merges = _merges(vocabulary, ids) if vocabulary.model == "gemma4" else _merges_of(ids, _scores(vocabulary))
+    merges = _merges_of(ids, _scores(vocabulary)) if vocabulary.model == "llama" else _merges(vocabulary, ids)
     prefix = vocabulary.flag("add_space_prefix", vocabulary.model == "llama")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}

@@ -46,6 +46,7 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "qwen35moe": ("qwen3_5_moe_text",),
     "kimi-linear": ("kimi_linear",),
     "bailingmoe3": ("bailing_hybrid",),
+    "bailingmoe2": ("sarvam_moe",),
     "smollm3": ("smollm3",),
     "seed_oss": ("seed_oss",),
     "dots1": ("dots1",),

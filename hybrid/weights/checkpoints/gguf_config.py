@@ -132,6 +132,17 @@ def _dots1(model: Gguf, metadata: GgufMetadata) -> Config:
     return {"model_type": "dots1", **found, "max_window_layers": layer_count(metadata)}
 
 
+def _bailingmoe2(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Sarvam 30B, and Ling and Ring 2.0, whose heads turn by half. Files have Sarvam's corrections less their mean, by
+    which the same experts are chosen.
+    """
+    found, name = _sigmoid_experts(metadata, norm=True), "expert_shared_feed_forward_length"
+    shared = found["moe_intermediate_size"] * found["n_shared_experts"]
+    if metadata.size(name, shared) != shared:
+        raise metadata.refuse(name, metadata.size(name), f"{shared}, as of expert_shared_count experts")
+    return {"model_type": "sarvam_moe", **found, "use_qk_norm": has(model, "attn_q_norm.weight")}
+
+
 def _exaone_moe(model: Gguf, metadata: GgufMetadata) -> Config:
     found = _sigmoid_experts(metadata, norm=True)
     return {
@@ -299,6 +310,7 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "qwen35moe": qwen3_5_moe,
     "kimi-linear": kimi_linear,
     "bailingmoe3": bailingmoe3,
+    "bailingmoe2": _bailingmoe2,
     "smollm3": smollm3,
     "seed_oss": seed_oss,
     "dots1": _dots1,
