@@ -409,6 +409,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "qwen3_5_text": {**_DELTA, "model_type": "qwen3_5_text", "tie_word_embeddings": True},
+    "qwen4_exp_text": {  # two tables of n-grams, whose pieces are not of one size
+        **_DELTA,
+        **_DELTA_EXPERTS,
+        "model_type": "qwen4_exp_text",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "partial_rotary_factor": 0.5,
+        "output_gate_type": "sigmoid",
+        "hc_count": 3,
+        "hc_lowrank": 20,
+        "indexer_n_heads": 3,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 20,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+        "ple_layer_ids": [1, 4],
+        "ple_embed_dim": 44,
+        "ngram_vocab_size_base": 50,
+        "heads_per_ngram": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 3,
+        "eos_token_id": 5,
+    },
     "mistral": {**_COMMON, "model_type": "mistral", "sliding_window": 20},
     "smollm3": {**_COMMON, "model_type": "smollm3", "pad_token_id": None, "head_dim": 16, "num_hidden_layers": 4},
     "seed_oss": {**_COMMON, "model_type": "seed_oss", "attention_bias": True},
@@ -685,6 +707,7 @@ WRAPPERS = (  # models of more than text
         "qwen3_5_moe",
         "qwen3_vl",
         "qwen3_vl_moe",
+        "qwen4_exp",
     ),
 )
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
@@ -714,6 +737,7 @@ ON_HOST: tuple[str, ...] = (
     "flex_olmo",
     "minimax_m3_vl_text",
     "nemotron_h",
+    "qwen4_exp_text",
 )
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes
 STREAM_SCALES = ("hc_attn_scale", "hc_ffn_scale", "hc_scale")

@@ -26,7 +26,8 @@ from hybrid.weights.store import Store
 
 Named = Iterator[tuple[str, np.ndarray]]
 # Families whose tensors are known here.
-WRITTEN = [family for family in CONFIGS if family not in ("gemma4_text", "deepseek_v4", "glm5_next_text")]
+_OTHERS = ("gemma4_text", "deepseek_v4", "glm5_next_text", "qwen4_exp_text")
+WRITTEN = [family for family in CONFIGS if family not in _OTHERS]
 
 
 def write_dequantised(path: Path, store: Store) -> Path:

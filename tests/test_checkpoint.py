@@ -56,6 +56,8 @@ def test_checkpoints_of_transformers_are_whole(tmp_path: Path, family: str, dtyp
         pytest.skip("it is published stacked, under names of its own")
     if fused and family in ("minimax_m3_vl_text", "glm5_next_text"):
         pytest.skip("it is published with names that transformers has not")
+    if fused and family == "qwen4_exp_text":
+        pytest.skip("its tables are published in pieces")
     if family in ("kimi_linear", "bailing_hybrid"):
         pytest.skip("transformers does not give back the names that it is published with")
     if fused and family in APART:

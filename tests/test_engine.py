@@ -531,6 +531,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {"num_experts_per_tok": 8}),
+    "qwen4_exp_text": ("qwen4_exp_text", {"num_experts_per_tok": 8, "indexer_budget": 256}),
     "qwen3_5_text": ("qwen3_5_text", {}),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),

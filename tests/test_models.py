@@ -60,6 +60,9 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     sizes |= {"num_experts", "num_local_experts", "num_experts_per_tok", "model_type", "num_attention_heads"}
     sizes |= {"shared_expert_intermediate_size", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"}
     sizes |= {"hidden_size_per_layer_input"}  # whose default is not computed
+    if family == "qwen4_exp_text":  # whose indexers have no defaults, and whose heads must fit theirs
+        sizes |= {name for name in CONFIGS[family] if name.startswith("indexer_")}
+        sizes |= {"head_dim", "partial_rotary_factor"}
     sizes |= {"n_shared_experts"} if family == "dots1" else set()  # has none with which transformers computes
     config = {name: value for name, value in CONFIGS[family].items() if name in sizes}
     config |= {"hidden_size": 4096, "num_attention_heads": 32}

@@ -139,6 +139,21 @@ _GLM: dict[str, Any] = {  # as transformers has it by default
         "linear_lower_bound": -5.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 1048576,
     },
 }  # fmt: skip
+_QWEN4: dict[str, Any] = {
+    "model_type": "qwen4_exp_text", "vocab_size": 248320, "max_position_embeddings": 262144, "hidden_size": 2560,
+    "num_hidden_layers": 48, "full_attention_interval": 4, "hc_count": 4, "hc_lowrank": 320, "head_dim": 256,
+    "num_attention_heads": 24, "num_key_value_heads": 2, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+    "indexer_head_dim": 128, "indexer_budget": 2048, "indexer_compress_ratio": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True,
+    "moe_intermediate_size": 640, "shared_expert_intermediate_size": 640, "ngram_size": 3, "heads_per_ngram": 8,
+    "ple_embed_dim": 2560, "ple_conv_kernel_size": 4, "ple_layer_ids": [2], "ngram_vocab_size_base": 20000000,
+    "make_ngram_vocab_size_divisible_by": 128, "split_ngram_parts": 128, "seed": 1234, "rms_norm_eps": 1e-6,
+    "output_gate_type": "sigmoid", "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000000, "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
 # Each with how many billions of parameters there are, and how many of them a token multiplies with.
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "Nemotron 3 Nano": (_NANO, 31.6, 3.3),
@@ -164,6 +179,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "MiniMax-M3": (_M3, 426.2, 24.7),
     "DeepSeek-V4-Flash": (_V4, 284.3, 13.3),
     "GLM-5.3-Flash": (_GLM, 313.3, 16.8),
+    "Qwen3.8-Flash-Next": (_QWEN4, 176.9, 6.8),  # 51.2 of them in a table
 }
 
 

@@ -66,6 +66,19 @@ _NEMOTRON = {
     "n_groups": 2,
 }
 _DELTA = {"layer_types": ["linear_attention", "full_attention"]}
+_QWEN4 = {
+    **_DELTA,
+    "hc_lowrank": 16,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "ple_layer_ids": [1],
+    "ngram_vocab_size_base": 100,
+    "split_ngram_parts": 2,
+    "eos_token_id": 1,
+}
 _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("lfm2", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -78,6 +91,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     **dict.fromkeys(("glm5_next", "glm5_next_text"), {**_DELTA, **_SELECTS, "qk_rope_head_dim": 0}),
     "deepseek_v4": _V4,
     "nemotron_h": _NEMOTRON,
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _QWEN4),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
 }
 

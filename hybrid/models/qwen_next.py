@@ -48,7 +48,7 @@ def _read_delta(fields: Fields, names: GatedDeltaNames) -> GatedDeltaNet:
         fields.size("linear_value_head_dim", default=128, maximum=largest),
         fields.size("linear_conv_kernel_dim", default=4, minimum=2, maximum=8),
         fields.flag("linear_value_heads_in_turn"),  # of what GGUF files say; no published configuration has it
-        names,
+        names=names,
     )
 
 

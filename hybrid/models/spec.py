@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from hybrid.formats.mix import FormatMix
 from hybrid.models.layers.base import Half, Mixer, NormKind, Place
@@ -39,7 +40,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class OuterNames:
-    """Names in a checkpoint of what lies around the layers."""
+    """Names in a checkpoint of what lies around the layers. final_norm: empty where the head reads no normed rows."""
 
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -68,7 +69,7 @@ class ModelSpec:
     head_bias: bool = False
     module: str = ""
     names: OuterNames = field(default_factory=OuterNames)
-    streams: Streams | None = None
+    streams: Streams[Any] | None = None
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -107,6 +108,10 @@ class ModelSpec:
         streamed = self.streams is not None
         return Place(layer, self.hidden, self.eps, mix.of_layer(layer), self.ropes, self.norm, streamed)
 
+    def places(self, mix: FormatMix) -> list[Place]:
+        """Of all layers."""
+        return [self.place(layer, mix) for layer in range(len(self.layers))]
+
     def halves(self, mix: FormatMix) -> Iterator[tuple[Place, Half]]:
         """The halves of all layers, in the order of a step."""
         for index, layer in enumerate(self.layers):
@@ -133,7 +138,7 @@ class ModelSpec:
             of_layer = form if isinstance(form, str) else form.get(place.layer, "apart")
             yield from half.checkpoint_shapes(place, of_layer)
         if self.streams:
-            yield from self.streams.checkpoint_shapes(self.hidden, len(self.layers))
+            yield from self.streams.checkpoint_shapes(self.places(FormatMix.uniform("bf16")))
         yield from norm_shapes(self.place(0, FormatMix.uniform("bf16")), self.names.final_norm)
         if not self.tied:
             yield self.names.head, (self.vocab, self.hidden)
@@ -165,7 +170,7 @@ class ModelSpec:
         yield shard.matrix("embedding", "embedding", embedding, "bf16", self.vocab, self.hidden)
         yield from norm_tensors(self.place(0, mix), shard, "final_norm", names.final_norm)
         if self.streams:
-            yield from self.streams.store_tensors(self.hidden, len(self.layers))
+            yield from self.streams.store_tensors(self.places(mix))
         if not self.shares_head(mix):
             head = embedding if self.tied else Stacked((names.head,))
             yield shard.matrix("head", "head", head, mix.head, self.vocab, self.hidden)

@@ -16,7 +16,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]  # names and shapes of checkpoint
 ExpertForm = Literal["apart", "fused", "mxfp4"]
 Names = TypeVar("Names")
 # What a tensor counts as: in the plan's table of memory, and which format of a mix its matrix has.
-PARTS = ("experts", "shared", "dense", "attention", "indexer", "router", "norms", "embedding", "head")
+PARTS = ("experts", "shared", "dense", "attention", "indexer", "streams", "router", "norms", "embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class StoreTensor:
     """One tensor of a store. `shape` is that of the stored (packed, padded) array.
 
     part: one of PARTS. origin: what of a checkpoint it is made of. format: that of a packed matrix, whose bytes are U8,
-    or None for plain F32 values. runs: the blocks of a packed tensor, or of each expert. positions: where a part has
-    several formats, which of them those sources have that the tensor is made of: one for all, or one each.
+    or None for plain values: F32, or U8 that are rows of bf16. runs: the blocks of a packed tensor, or of each expert.
+    positions: where a part has several formats, which of them those sources have that the tensor is made of: one for
+    all, or one each.
     """
 
     name: str
@@ -149,6 +150,10 @@ class Shard:
         runs = matrix_runs(n, k)
         shape = (run_bytes(format, runs),)
         return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs, positions)
+
+    def table(self, name: str, part: str, origin: Stacked, n: int, k: int) -> StoreTensor:
+        """Rows of k bf16 one behind the other, to be looked up one by one."""
+        return StoreTensor(self.prefix + name, (n, 2 * k), "U8", self.name, part, origin)
 
     def per_head(self, name: str, part: str, origin: PerHead, format: str, n: int, k: int) -> StoreTensor:
         """A matrix [n, k] of each head, one behind the other."""

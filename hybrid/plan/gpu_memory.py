@@ -131,3 +131,8 @@ def _needs(spec: ModelSpec, mix: FormatMix) -> Iterator[DeviceNeeds]:
                 + (", or a shorter --max-seq-len (docs/models.md)" if shorter else "")
             )
         yield needs
+    if spec.streams:
+        raise ConfigError(
+            f"the residual stream of model_type {spec.model_type!r} is several streams, which no device computes; use "
+            "--step-on threads"
+        )

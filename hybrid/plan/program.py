@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 from hybrid.formats.block import BLOCK
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import pairs, row_stride
-from hybrid.models.layers.base import Extents, Half, Place
+from hybrid.models.layers.base import AddsToStreams, Extents, Half, Place
 from hybrid.models.layers.products import FP32, NORMED, RESIDUAL, gemm, norm, rows_buffers
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Op, Weight
@@ -22,7 +23,7 @@ def build_buffers(spec: ModelSpec, mix: FormatMix, extents: Extents) -> dict[str
     outer = {RESIDUAL: extents.rows * row_stride(spec.hidden) * FP32}
     head = rows_buffers(NORMED, spec.hidden, mix.head, extents.rows)
     if spec.streams:
-        outer |= spec.streams.buffers(spec.hidden, extents.rows)
+        outer |= spec.streams.buffers(spec.places(mix), extents.rows)
     return largest([outer, head, *(half.buffers(place, extents) for place, half in spec.halves(mix))])
 
 
@@ -52,6 +53,8 @@ def _half(spec: ModelSpec, place: Place, half: Half, name: Literal["mixer", "fee
     ops = half.ops(place)
     if spec.streams:
         ops = spec.streams.around(place, name, ops)
+    if isinstance(half, AddsToStreams):
+        ops = chain(half.stream_ops(place), ops)
     return (replace(op, layer=place.layer, half=name) for op in ops)
 
 
@@ -70,7 +73,7 @@ def _embed(spec: ModelSpec) -> Op:
 def _head(spec: ModelSpec, mix: FormatMix) -> Iterator[Op]:
     if spec.streams:
         yield from spec.streams.end(spec.place(0, mix))
-    yield norm(spec.place(0, mix), "head", "final_norm", mix.head, last=True)
+    yield norm(spec.place(0, mix), "head", "final_norm" * bool(spec.names.final_norm), mix.head, last=True)
     yield gemm(
         "head", mix.head, NORMED, spec.head_weight(mix), None, spec.vocab, spec.hidden, spec.vocab,
         bias=spec.head_bias, scale=spec.logit_scale,

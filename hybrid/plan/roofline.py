@@ -34,6 +34,7 @@ def part_costs(
     if logit_rows:
         yield (mix.head,), product_cost(mix.head, spec.vocab, spec.hidden, logit_rows)
     if spec.streams:
-        yield ("bf16",), spec.streams.cost(spec.hidden, len(spec.layers), load.rows)
+        places = spec.places(mix)
+        yield spec.streams.formats(places), spec.streams.cost(places, load.rows)
     for place, half in spec.halves(mix):
         yield half.formats(place.mix), half.cost(place, load)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 
 from hybrid.errors import WeightsError
@@ -57,6 +58,8 @@ class Content:
             case Stacked() as origin:
                 if tensor.format is not None:
                     return self._matrix([*self._stacked(origin)], tensor.format)
+                if tensor.dtype == "U8":
+                    return self._table([*self._stacked(origin)])
                 return iter([partial(self._floats, origin, tensor)])
 
     def _stacked(self, origin: Stacked) -> Iterator[Source]:
@@ -69,6 +72,17 @@ class Content:
     def _of_heads(self, origin: PerHead) -> Iterator[Source]:
         for head in range(origin.heads):
             yield self._checkpoint.rows(origin.name, head * origin.of_head + origin.start, origin.rows)
+
+    def _table(self, parts: Sequence[Source]) -> Iterator[Task]:
+        """Rows of bf16, one behind the other."""
+        for start, stop in _steps(parts, 1):
+            yield partial(self._table_rows, list(_pieces(parts, start, stop)))
+
+    def _table_rows(self, pieces: Sequence[Piece]) -> Bytes:
+        rows = [self._checked(part.name, part.floats(*span)) for part, *span in pieces]
+        values = np.concatenate([some.astype(ml_dtypes.bfloat16) for some in rows])
+        self._require_room(pieces, rows, values.view(np.uint8))
+        return values.view(np.uint8).reshape(-1)
 
     def _floats(self, origin: Stacked, tensor: StoreTensor) -> Floats:
         if any(isinstance(part, PerHead) for part in origin.parts):

@@ -276,3 +276,30 @@ def join_rest(sequences: Sequences, place: Place, end: int, states: np.ndarray, 
         summed = before * values_before + weights @ values[group].astype(np.float64)
         found.append(summed / (before * total + weights.sum() + np.exp(sink - highest)))
     return np.array(found)
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 24), (9, 1, 96)], ids=str)
+def test_rows_see_the_tokens_that_they_select(isa, kv_format, shape) -> None:
+    """Single ones and pairs, of more than a key block; rows that count none see all."""
+    sequences, random = Sequences.make(shape, kv_format), np.random.default_rng(1)
+    places = [(0, 700), *chunk(1, 296, 301), (2, 1000), (2, 1001)]
+    counts, selected = [291, 0, 0, 290, 40, 299, 17, 300], aligned((len(places), 300), np.int32, fill=1 << 20)
+    for row, (count, (_, position)) in enumerate(zip(counts, places, strict=True)):
+        pairs = random.choice((position + 1) // 2, count // 2, replace=False) * 2
+        selected[row, :count] = np.sort([*pairs, *pairs + 1, *[position] * (count % 2)])
+    more = {"selected": selected, "selects": 300, "counts": placed(np.array(counts, np.int32))}
+    found = sequences.run(isa, places, threads=2, invariant=True, **more)
+    plain = sequences.run(isa, places, invariant=True)
+    heads, kv_heads, dim = shape
+    for row, (slot, position) in enumerate(places):
+        if not counts[row]:
+            assert np.array_equal(found[row], plain[row])
+            continue
+        seen = selected[row, : counts[row]]
+        keys, values = sequences.pages.keys(slot), sequences.pages.values(slot)
+        for head in range(heads):
+            k, v = (part[head * kv_heads // heads, seen, :dim].astype(np.float64) for part in (keys, values))
+            assert_near(found[row, head], expected(sequences.q[slot, head, position], k, v, None))
+        alone = {"selected": placed(selected[row : row + 1]), "selects": 300, "counts": more["counts"][row : row + 1]}
+        alone["counts"] = placed(alone["counts"])
+        assert np.array_equal(found[row], sequences.run(isa, [(slot, position)], invariant=True, **alone)[0])

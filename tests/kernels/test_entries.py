@@ -167,20 +167,24 @@ def test_a_row_sees_its_window_and_all_entries_that_are_finished(isa, rate) -> N
         assert positions[row, : counts[row]].tolist() == wanted
 
 
-def test_of_many_entries_those_with_the_largest_scores_are_seen(isa) -> None:
-    """Between heads and rows of several sequences, and of more entries than a key block holds."""
+@pytest.mark.parametrize("weighted", [True, False])
+def test_of_many_entries_those_with_the_largest_scores_are_seen(isa, weighted) -> None:
+    """Between heads and rows of several sequences, and of more entries than a key block holds; of heads that all weigh
+    the same too.
+    """
     random, heads, selects, rate = np.random.default_rng(3), 5, 16, 2
     state = State(2, rate, 1, 8)
     for sequence in range(2):
         state.keys(sequence)[:] = random_bf16(random, TOKENS // rate, 32)
     places = [(0, 31), (0, 32), (0, 33), (0, 34), (1, 255)]
     q = placed(random_bf16(random, len(places) * heads, 32).reshape(len(places), heads, 32))
-    weights = placed(random.normal(0, 1, (len(places), heads)).astype(np.float32))
+    weights = placed((random.normal(0, 1, (len(places), heads)) if weighted else np.ones((5, heads))).astype("f4"))
     scores, queries = aligned((len(places), 256), np.float32), aligned((len(places), 64), BF16)
     rig = Rig(isa, 2, rows=len(places), sequences=2, positions=TOKENS)
     rig.add(
-        "entry_scores", q=q, weights=weights, scores=scores, kv=state.layout, heads=heads, rate=rate, selects=selects
-    )
+        "entry_scores", q=q, weights=weights if weighted else 0, scores=scores, kv=state.layout, heads=heads, rate=rate,
+        selects=selects,
+    )  # fmt: skip
     rig.step(places)
     positions, counts = seen(
         isa, places, scores=scores, q=queries, window=3, stride=3 + selects, query_stride=64, rate=rate, selects=selects
@@ -248,6 +252,41 @@ def test_pools_are_made_of_normed_tokens_as_they_are(isa) -> None:
     weights = np.exp(gates + compressor.bias)
     wanted = (weights / weights.sum(1, keepdims=True) * values).sum(1)
     assert np.abs(state.keys(0)[:3, :DIM].astype("f4") - wanted).max() <= 0.01 * np.abs(wanted).max()
+
+
+def test_pools_may_be_plain_means_that_turn_by_their_first_dimensions(isa) -> None:
+    """As queries beside them, which have a norm of their own."""
+    compressor, rows, rate = Compressor(16, False, 50), 50, 16
+    width = DIM + 8
+    state, made = State(1, rate, 1, width), placed(compressor.made[:, :width])
+    rope = placed(np.concatenate([np.cos(compressor.angles), np.sin(compressor.angles)], axis=1).astype(np.float32))
+    places, turned = (
+        [(0, position) for position in range(rows)],
+        {"interleaved": False, "turns_first": True, "eps": EPS},
+    )
+    queries, q = placed(compressor.made), aligned((rows, 2, 32), BF16, fill=np.nan)
+    rig = Rig(isa, 2, rows=rows, sequences=1, positions=TOKENS)
+    rig.add(
+        "compress", made=made, bias=0, norm=compressor.norm, rope=rope, kv=state.layout, indexes=True, dim=DIM,
+        rope_dim=ROPE, rate=rate, overlaps=False, first_value=8, first_gate=0, width=width, tokens=state.tokens,
+        **turned,
+    )  # fmt: skip
+    rig.add(
+        "turn", queries=queries, keys=0, rope=rope, norm=0, q=q, made=0, kv=state.layout, heads=2, head_dim=DIM,
+        padded_dim=32, rope_dim=ROPE, normed=False, query_stride=compressor.width, key_stride=0,
+        query_norm=compressor.norm, **turned,
+    )  # fmt: skip
+    rig.step(places)
+
+    def normed(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * compressor.norm
+
+    wanted = normed(made[:48, 8:].astype("f8").reshape(3, rate, DIM).mean(1))
+    wanted[:, :ROPE] = turn(wanted[:, :ROPE], compressor.angles[[15, 31, 47]], False)
+    assert np.abs(state.keys(0)[:3, :DIM].astype("f4") - wanted).max() <= 0.01 * np.abs(wanted).max()
+    x = normed(compressor.made[:, : 2 * DIM].astype("f8").reshape(rows, 2, DIM))
+    x[..., :ROPE] = turn(x[..., :ROPE], compressor.angles[:, None], False)
+    assert np.allclose(q[..., :DIM].astype("f4"), x, rtol=0.005, atol=1e-5) and not q[..., DIM:].any()
 
 
 def test_queries_and_keys_turn_by_their_last_dimensions_and_back(isa, kv_format) -> None:

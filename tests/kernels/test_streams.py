@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rig import Rig, aligned, placed, row_stride
+from rig import BF16, Rig, aligned, placed, row_stride
 
 EPS, FLOOR = 1e-3, 1e-2
 
@@ -131,3 +131,40 @@ def test_streams_need_not_be_mixed(isa) -> None:
     assert np.allclose(weights, post, rtol=1e-4)
     wanted = x + post[..., None] * made[:, None, :width]
     assert np.allclose(streams[:, : count * width], wanted.reshape(rows, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "width"), [(4, 40), (2, 33), (8, 16)])
+def test_a_mean_may_be_of_normed_streams_with_a_gate_for_every_element(isa, count, width) -> None:
+    random, rows, wide = np.random.default_rng(width), 5, count * width
+    streams, gates = (aligned((rows, row_stride(wide)), np.float32) for _ in range(2))
+    streams[:, :wide], gates[:, :wide] = random.normal(0, 2, (2, rows, wide))
+    norm = placed(random.uniform(0.5, 1.5, wide).astype(np.float32))
+    output, cleared = (aligned((rows, row_stride(width)), np.float32, fill=np.nan) for _ in range(2))
+    rig = Rig(isa, 2, rows=rows)
+    rig.add(
+        "collapse", streams=streams, products=0, base=0, scale=0, output=output, weights=0, cleared=cleared,
+        count=count, width=width, stream_stride=streams.shape[1], output_stride=output.shape[1], rounds=0, eps=EPS,
+        floor=0.0, norm=norm, gates=gates, gate_stride=gates.shape[1],
+    )  # fmt: skip
+    rig.step([(0, row) for row in range(rows)])
+    x, g = (a[:, :wide].astype(np.float64).reshape(rows, count, width) for a in (streams, gates))
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm.reshape(count, width)
+    assert np.allclose(output[:, :width], (sigmoid(g) * normed).mean(1), rtol=1e-4, atol=1e-5)
+    assert not cleared[:, :width].any()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_product_of_low_rank_makes_gates_and_weights(isa, weighted) -> None:
+    random, rows, count, rank = np.random.default_rng(3), 5, 4, 20
+    low = placed(random.normal(0, 8, (rows, 64)).astype(np.float32))
+    output, weights = aligned((rows, 64), BF16, fill=-7), aligned((rows, count), np.float32, fill=-7)
+    rig = Rig(isa, 2, rows=rows)
+    rig.add(
+        "stream_gates", low=low, output=output, weights=weights if weighted else 0, count=count, rank=rank,
+        low_stride=64, output_stride=64,
+    )  # fmt: skip
+    rig.step([(0, row) for row in range(rows)])
+    x = low.astype(np.float64) / count
+    assert np.allclose(output[:, :rank].astype("f4"), (x * sigmoid(x))[:, :rank], rtol=0.005, atol=1e-5)
+    assert (output[:, rank:] == -7).all()
+    assert np.allclose(weights, 2 * sigmoid(x[:, rank : rank + count]) if weighted else -7, rtol=1e-4)

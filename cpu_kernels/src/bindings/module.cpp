@@ -194,15 +194,26 @@ NB_MODULE(_ext, m) {
   m.attr("MAX_NODES") = kMaxNodes;
   m.attr("MAX_DELTA_DIM") = kMaxDeltaDim;
   m.attr("RUN_TOKENS") = kRunTokens;
+  m.attr("MAX_NGRAM") = kMaxNgram;
   m.def(
       "conv_state_bytes",
-      [](int width, int taps) {
-        require(width >= 1 && width <= kLargest && taps >= 1 && taps <= kMaxTaps,
-                "conv_state_bytes: width must be from 1 to " + std::to_string(kLargest) + ", taps from 1 to " +
-                    std::to_string(kMaxTaps));
-        return conv_state_bytes(width, taps);
+      [](int width, int taps, int dilation) {
+        require(
+            width >= 1 && width <= kLargest && taps >= 1 && taps <= kMaxTaps && dilation >= 1 && dilation <= kMaxNgram,
+            "conv_state_bytes: width must be from 1 to " + std::to_string(kLargest) + ", taps from 1 to " +
+                std::to_string(kMaxTaps) + ", dilation from 1 to " + std::to_string(kMaxNgram));
+        return conv_state_bytes(width, taps, dilation);
       },
-      "width"_a, "taps"_a, "Bytes of the state of a sequence in a short convolution.");
+      "width"_a, "taps"_a, "dilation"_a = 1,
+      "Bytes of the state of a sequence in a short convolution, whose taps are `dilation` tokens apart.");
+  m.def(
+      "ngram_state_bytes",
+      [](int size) {
+        require(size >= 2 && size <= kMaxNgram,
+                "ngram_state_bytes: size must be from 2 to " + std::to_string(kMaxNgram));
+        return ngram_state_bytes(size);
+      },
+      "size"_a, "Bytes of the state of a sequence whose n-grams of up to `size` tokens are looked up.");
   m.def(
       "delta_state_bytes",
       [](int value_heads, int key_dim, int value_dim, bool by_channel) {

@@ -141,10 +141,11 @@ struct AttentionArgs {
   int output_head_stride;   // from the output of a head to the next; 0: head_dim
   const int32_t* selected;  // null, or [rows, selects]: the keys that a row of more than `selects` sees, ascending
   int selects;              // 0: every row sees all
-  const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position, 0: all
-                            // up to itself; those below 0 are complements of numbers of entries
+  const int32_t* counts;    // null, or [rows]: how many keys of `selected` each row sees, whatever its position; 0: all
+                            // up to itself, and so do the rows before it in its sequence
   const char* fresh;      // null, or keys of the rows of the step, [rows, kv.entry_bytes] as entries lie: then keys of
-                          // earlier tokens lie so too, from the start of a sequence on, see KeepArgs
+                          // earlier tokens lie so too, from the start of a sequence on, see KeepArgs, and those that
+                          // are selected below 0 are complements of numbers of entries
   int kept;               // how many of those there are
   const int32_t* blocks;  // null, or [rows, kv_heads, block_count]: of a row that sees more blocks of keys, which
   int block_count;

@@ -99,8 +99,8 @@ inline void check_fit(const AttentionArgs& a, const std::string& place) {
   if (a.output_head_stride) require_stride(place, "output_head_stride", a.output_head_stride, a.head_dim);
   const int64_t apart = a.output_head_stride ? a.output_head_stride : a.head_dim;
   if (a.output) require_stride(place, "output_stride", a.output_stride, (a.heads - 1) * apart + a.head_dim);
-  require(!a.selects || (a.kv.shared && !a.window && !a.ends),
-          place + "selects is " + text(a.selects) + "; keys are selected of shared ones, without a window or ends");
+  require(!a.selects || !(a.window || a.ends || a.blocks),
+          place + "selects is " + text(a.selects) + "; keys are selected without a window, ends or blocks");
   check_blocks(a, place);
   check_kept(a, place);
 }

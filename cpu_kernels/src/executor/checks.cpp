@@ -2,6 +2,7 @@
 
 #include "executor/attention_checks.h"
 #include "executor/entry_checks.h"
+#include "executor/ngram_checks.h"
 #include "executor/require.h"
 #include "executor/scratch.h"
 #include "executor/sizes.h"

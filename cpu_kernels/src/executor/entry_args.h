@@ -8,7 +8,7 @@ namespace hybrid {
 
 constexpr int kMaxCompressed = 256;  // tokens of which one entry is made
 
-// Heads whose last dimensions turn: queries to bf16, and the one key of a token, normed, as entries lie.
+// Heads of which some dimensions turn: queries to bf16, and the one key of a token, normed, as entries lie.
 struct TurnArgs {
   const float* queries;  // [rows, query_stride]
   const float* keys;     // null, or [rows, key_stride]
@@ -22,6 +22,8 @@ struct TurnArgs {
   bool normed;  // queries are normed, without a weight
   int query_stride, key_stride;
   float eps;
+  const float* query_norm;  // null, or [head_dim]: queries are normed with a weight
+  bool turns_first;         // the first rope_dim dimensions turn, not the last
 
   template <class Field>
   void fields(Field& field) {
@@ -41,6 +43,8 @@ struct TurnArgs {
     field("query_stride", query_stride);
     field("key_stride", key_stride);
     field("eps", eps);
+    field("query_norm", query_norm, kOptional);
+    field("turns_first", turns_first, kOptional);
   }
 };
 
@@ -69,7 +73,7 @@ struct UnturnArgs {
 // brings two sets of dimensions: the first is for the entry of the next window, the second for that of its own.
 struct CompressArgs {
   const float* made;  // [rows, width]: what a token brings, from `first_value` on, and its gates, from `first_gate` on
-  const float* bias;  // [rate, sets, dim], of gates
+  const float* bias;  // [rate, sets, dim], of gates; null: there are none, and the mean is plain
   const float* norm;  // [dim]; null: entries are not normed
   const float* rope;  // [rows, rope_dim]; null where nothing turns
   KvLayout kv;        // entries go to kv.entry_offset; older tokens are at kv.tail_offset, see KeepArgs
@@ -79,11 +83,12 @@ struct CompressArgs {
   int first_value, first_gate, width;
   int tokens;  // that are kept
   float eps;
+  bool turns_first;  // the first rope_dim dimensions turn, not the last
 
   template <class Field>
   void fields(Field& field) {
     field("made", made);
-    field("bias", bias);
+    field("bias", bias, kNullable);
     field("norm", norm, kNullable);
     field("rope", rope, kNullable);
     field("kv", kv);
@@ -98,6 +103,7 @@ struct CompressArgs {
     field("width", width);
     field("tokens", tokens);
     field("eps", eps);
+    field("turns_first", turns_first, kOptional);
   }
 };
 
@@ -119,7 +125,7 @@ struct KeepArgs {
 // What each entry is worth to a row that could see more than `selects` of them: as of tokens in IndexScoresArgs.
 struct EntryScoresArgs {
   const bf16* q;         // [rows, heads, kv.index_dim]
-  const float* weights;  // [rows, heads]
+  const float* weights;  // null: all are 1; or [rows, heads]
   float* scores;         // [rows, entries of the longest sequence of the step, in whole key blocks]
   KvLayout kv;           // kv.index_offset: to bf16 [tokens / rate, kv.index_dim]
   int heads, rate, selects;
@@ -127,7 +133,7 @@ struct EntryScoresArgs {
   template <class Field>
   void fields(Field& field) {
     field("q", q);
-    field("weights", weights);
+    field("weights", weights, kNullable);
     field("scores", scores);
     field("kv", kv);
     field("heads", heads, kPositive);

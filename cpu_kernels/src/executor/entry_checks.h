@@ -11,6 +11,13 @@ inline void check_fit(const CollapseArgs& a, const std::string& place) {
   require(a.count <= kMaxStreams, place + "count " + text(a.count) + " is above " + text(kMaxStreams));
   require_stride(place, "stream_stride", a.stream_stride, int64_t(a.count) * a.width);
   require_stride(place, "output_stride", a.output_stride, a.width);
+  if (a.gates) require_stride(place, "gate_stride", a.gate_stride, int64_t(a.count) * a.width);
+}
+
+inline void check_fit(const StreamGatesArgs& a, const std::string& place) {
+  require(a.count <= kMaxStreams, place + "count " + text(a.count) + " is above " + text(kMaxStreams));
+  require_stride(place, "low_stride", a.low_stride, int64_t(a.rank) + (a.weights ? a.count : 0));
+  require_stride(place, "output_stride", a.output_stride, a.rank);
 }
 
 inline void check_fit(const ExpandArgs& a, const std::string& place) {
@@ -54,7 +61,7 @@ inline void check_fit(const CompressArgs& a, const std::string& place) {
   require(sets * a.rate <= kMaxCompressed,
           place + "an entry of " + text(sets * a.rate) + " tokens; at most " + text(kMaxCompressed) + " are supported");
   require_stride(place, "width", a.width, a.first_value + sets * a.dim);
-  require_stride(place, "width", a.width, a.first_gate + sets * a.dim);
+  if (a.bias) require_stride(place, "width", a.width, a.first_gate + sets * a.dim);
   if (!a.indexes) check_entry(a.kv, place);
   require(a.tokens >= sets * a.rate,
           place + "tokens is " + text(a.tokens) + "; an entry is made of " + text(sets * a.rate));
@@ -83,6 +90,7 @@ inline void check_presence(const CollapseArgs& a, const std::string& place) {
   require(!a.products == !a.base && !a.products == !a.scale,
           place + "of products, base and scale one is null, and another is not");
   require(a.products || !a.weights, place + "products is null, and weights are not");
+  require(!a.gates == !a.norm, place + "of norm and gates one is null, and the other is not");
 }
 
 inline void check_presence(const CompressArgs& a, const std::string& place) {
@@ -91,6 +99,7 @@ inline void check_presence(const CompressArgs& a, const std::string& place) {
 
 inline void check_presence(const TurnArgs& a, const std::string& place) {
   require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
+  require(!a.query_norm || !a.normed, place + "query_norm is not null, and queries are normed without a weight");
   require(!a.norm == !a.keys && !a.made == !a.keys, place + "keys, norm and made are all there or none is");
 }
 

@@ -8,6 +8,7 @@
 #include "executor/entry_args.h"
 #include "executor/expert_args.h"
 #include "executor/index_args.h"
+#include "executor/ngram_args.h"
 #include "executor/state_args.h"
 #include "executor/streams_args.h"
 
@@ -22,6 +23,7 @@ namespace hybrid {
   HYBRID_ENTRY_OPS(OP)        \
   HYBRID_STATE_OPS(OP)        \
   HYBRID_STREAM_OPS(OP)       \
+  HYBRID_NGRAM_OPS(OP)        \
   HYBRID_EXPERT_OPS(OP)
 
 // These are compiled once: executor/common_ops.h.

@@ -70,9 +70,21 @@ static inline int64_t opened_bytes(const ProductSizes& sizes, const KvLayout& kv
   return kv.format == Format::bf16 ? 0 : sizes.max_blocks * max_bytes(kv.key_dim, kKeys) / 2 * kLine;
 }
 
-// Of keys that a row selected, which are brought together as one key block: they and their scales.
-static inline int64_t gathered_bytes(const KvLayout& kv) {
-  return int64_t(kKeys) * kv.key_dim * (kv.format == Format::bf16 ? 2 : 1) + kKeys * int64_t(sizeof(float));
+// Where things are of keys that a row selected, which are brought together as one key block: they, their values if
+// these are not shared, and the scales of both.
+struct GatheredOffsets {
+  int64_t values, key_scales, value_scales, end;
+};
+
+static inline GatheredOffsets gathered_offsets(const KvLayout& kv) {
+  const int size = kv.format == Format::bf16 ? 2 : 1;
+  const int64_t scales = kKeys * int64_t(sizeof(float));
+  GatheredOffsets at{};
+  at.values = int64_t(kKeys) * kv.key_dim * size;
+  at.key_scales = at.values + (kv.shared ? 0 : int64_t(kKeys) * kv.value_dim * size);
+  at.value_scales = kv.shared ? at.key_scales : at.key_scales + scales;
+  at.end = at.value_scales + scales;
+  return at;
 }
 
 // A key block as operands of both products, values and keys, and the scales of keys.
@@ -102,7 +114,7 @@ static inline int64_t scratch_bytes(const AttentionArgs& args, const ProductSize
   const int group = args.heads / args.kv_heads, tile_rows = attention_tile_rows(group);
   const int together = group * (rows < tile_rows ? rows : tile_rows);
   if (args.fresh) return attention_offsets(args.heads, args.kv.value_dim).opened + seen_bytes(args.kv);
-  const int64_t gathered = args.selects ? gathered_bytes(args.kv) : 0;
+  const int64_t gathered = args.selects ? gathered_offsets(args.kv).end : 0;
   return attention_offsets(together, args.kv.value_dim).opened + opened_bytes(sizes, args.kv) + gathered;
 }
 static inline int64_t scratch_bytes(const IndexScoresArgs& args, const ProductSizes&, int) {

@@ -25,12 +25,14 @@ constexpr int kRunTokens = 8;
 constexpr int kMaxTaps = 8;
 
 // Tokens whose inputs a convolution keeps, each at its position modulo their number: those that the first token of a
-// run sees, and the run.
-static inline int kept_tokens(int taps) { return taps - 1 + kRunTokens - 1; }
+// run sees, and the run. dilation: it sees every dilation-th.
+static inline int kept_tokens(int taps, int dilation = 1) { return (taps - 1) * dilation + kRunTokens - 1; }
 
-static inline int64_t conv_state_bytes(int width, int taps) {
-  return int64_t(kept_tokens(taps)) * width * int64_t(sizeof(float));
+static inline int64_t conv_state_bytes(int width, int taps, int dilation = 1) {
+  return int64_t(kept_tokens(taps, dilation)) * width * int64_t(sizeof(float));
 }
+
+static inline int64_t ngram_state_bytes(int size) { return int64_t(kept_tokens(size)) * int64_t(sizeof(int32_t)); }
 
 // A causal convolution over the tokens of a sequence, each channel by itself, between two gates:
 // out = c * sum over j of weight[j] * (b * x)[j tokens before the newest of `taps`].
@@ -114,6 +116,7 @@ struct GatedDeltaArgs {
   int key_heads, value_heads, key_dim, value_dim, input_stride, decay_stride, output_stride;
   float eps;
   bool in_turn;  // the value heads of a key head are as many apart as there are key heads, not adjacent
+  bool sigmoid;  // of gates, in place of silu
 
   template <class Field>
   void fields(Field& field) {
@@ -133,6 +136,7 @@ struct GatedDeltaArgs {
     field("output_stride", output_stride);
     field("eps", eps);
     field("in_turn", in_turn, kOptional);
+    field("sigmoid", sigmoid, kOptional);
   }
 };
 

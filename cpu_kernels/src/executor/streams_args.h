@@ -12,7 +12,8 @@ constexpr int kMaxStreams = 8;
 // The sum of the streams that a half reads, and the weights by which its result is spread. Each weight is made of a
 // product with all streams, divided by the root of their mean square, times a scale, plus a base. Those of the sum,
 // `pre`, are sigmoids, `post` are twice those. `comb` is a softmax of each of its rows; then its columns and its rows
-// are made to sum to 1 in turn, columns first and last. Where there are no products, the sum is the mean.
+// are made to sum to 1 in turn, columns first and last. Where there are no products, the sum is the mean. Of streams
+// that have gates, each is normed first, and every element multiplied by the sigmoid of its gate.
 struct CollapseArgs {
   const float* streams;   // [rows, stream_stride]: `count` streams of `width` floats
   const float* products;  // [rows, (2 + count) * count]: for pre, post and comb; if weights are null [rows, count]
@@ -26,7 +27,10 @@ struct CollapseArgs {
                 // either
   float eps;    // of the root
   float floor;  // what is added to pre, to comb and to each of its sums; to post where there is no comb
-  float magnitude;  // of post, in place of 2; 0: 2
+  float magnitude;     // of post, in place of 2; 0: 2
+  const float* norm;   // null, or [count * width]: of each stream by itself
+  const float* gates;  // null without a norm, or [rows, gate_stride]
+  int gate_stride;
 
   template <class Field>
   void fields(Field& field) {
@@ -45,6 +49,29 @@ struct CollapseArgs {
     field("eps", eps);
     field("floor", floor);
     field("magnitude", magnitude, kOptional);
+    field("norm", norm, kOptional);
+    field("gates", gates, kOptional);
+    field("gate_stride", gate_stride, kOptional);
+  }
+};
+
+// Between the two products that make gates for `collapse`: silu of the first; and weights for `expand` without a comb,
+// twice the sigmoid of a product each. All products are divided by the number of streams before.
+struct StreamGatesArgs {
+  const float* low;  // [rows, low_stride]: `rank` products; if there are weights, `count` more
+  bf16* output;      // [rows, output_stride]
+  float* weights;    // null, or [rows, count]
+  int count, rank, low_stride, output_stride;
+
+  template <class Field>
+  void fields(Field& field) {
+    field("low", low);
+    field("output", output);
+    field("weights", weights, kNullable);
+    field("count", count, kPositive);
+    field("rank", rank, kPositive);
+    field("low_stride", low_stride);
+    field("output_stride", output_stride);
   }
 };
 
@@ -71,8 +98,9 @@ struct ExpandArgs {
 };
 
 // As HYBRID_ROW_OPS.
-#define HYBRID_STREAM_OPS(OP) \
-  OP(collapse, CollapseArgs)  \
+#define HYBRID_STREAM_OPS(OP)       \
+  OP(collapse, CollapseArgs)        \
+  OP(stream_gates, StreamGatesArgs) \
   OP(expand, ExpandArgs)
 
 }  // namespace hybrid

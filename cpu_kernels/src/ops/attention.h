@@ -246,13 +246,14 @@ static HYBRID_INLINE void join_blocks(const AttentionArgs& args, Place at, const
 }
 
 // attend_block() of the keys that the row of a tile selected.
-template <class Kv>
+template <class Kv, bool shared>
 static HYBRID_INLINE void attend_selected(const Tiles<Bf16>& tiles, const AttentionArgs& args, const Place& at,
-                                          const AttentionScratch& s, bool* seen) {
+                                          AttentionScratch s, bool* seen) {
   Gathered found;
-  gather<Kv>(args, *at.tile, at.block, s.opened + shared_bytes(args.kv), found);
+  gather<Kv, shared>(args, *at.tile, at.kv_head, at.block, s.opened, found);
+  s.opened += gathered_offsets(args.kv).end;
   const Place place{&found.tile, at.kv_head, 0};
-  attend_block<Kv, true>(tiles, found.args, place, place, s, seen);
+  attend_block<Kv, shared>(tiles, found.args, place, place, s, seen);
 }
 
 // Rows of a tile that see all keys before them together, others one by one.
@@ -267,14 +268,12 @@ static HYBRID_INLINE void attend_tile(const Tiles<Bf16>& tiles, const AttentionA
     };
     join_blocks(args, {&part, at.kv_head, at.block}, next, scratch, attend);
   }
-  if constexpr (shared) {
-    const int last = at.tile->row + at.tile->rows;
-    for (part.row += part.rows, part.position += part.rows, part.rows = 1; part.row < last; ++part.row, ++part.position)
-      join_blocks(args, {&part, at.kv_head, 0}, next, scratch,
-                  [&](const Place& place, const Place&, const AttentionScratch& s, bool* seen) {
-                    attend_selected<Kv>(tiles, args, place, s, seen);
-                  });
-  }
+  const int last = at.tile->row + at.tile->rows;
+  for (part.row += part.rows, part.position += part.rows, part.rows = 1; part.row < last; ++part.row, ++part.position)
+    join_blocks(args, {&part, at.kv_head, 0}, next, scratch,
+                [&](const Place& place, const Place&, const AttentionScratch& s, bool* seen) {
+                  attend_selected<Kv, shared>(tiles, args, place, s, seen);
+                });
 }
 
 // The partial state of one head and block of a split tile.
@@ -294,9 +293,7 @@ static HYBRID_INLINE void attend_part(const Tiles<Bf16>& tiles, const AttentionA
   s.current = partial(args, *at.tile, at.kv_head * group, at.block);
   s.state_stride = (at.tile->position + kKeys) / kKeys * (dim + kBlock);
   bool seen[kMaxTileRows];
-  if constexpr (shared) {
-    if (selects(args, *at.tile, 0)) return attend_selected<Kv>(tiles, args, at, s, seen);
-  }
+  if (selects(args, *at.tile, 0)) return attend_selected<Kv, shared>(tiles, args, at, s, seen);
   attend_block<Kv, shared>(tiles, args, at, next, s, seen);
 }
 

@@ -8,7 +8,7 @@ namespace HYBRID_ISA {
 
 constexpr int kScoreRows = 8;  // rows of a step for which entries are brought together once
 
-// What a token brings to an entry: in each dimension a value, a gate, and what is added to that.
+// What a token brings to an entry: in each dimension a value, a gate, and what is added to that; null: no gates.
 struct Brought {
   const float *values, *gates, *bias;
 };
@@ -34,7 +34,8 @@ static HYBRID_INLINE int all_brought(const CompressArgs& args, const Step& step,
   for (int i = 0; i < tokens; ++i) {
     const int back = tokens - 1 - i, at = (args.overlaps && back < rate ? 1 : 0) * args.dim;
     const float* made = row_before(args, step, row, back) + at;
-    found[i] = {made + args.first_value, made + args.first_gate, args.bias + (i % rate) * sets * args.dim + at};
+    found[i] = {made + args.first_value, made + args.first_gate,
+                args.bias ? args.bias + (i % rate) * sets * args.dim + at : nullptr};
   }
   return tokens;
 }
@@ -42,6 +43,7 @@ static HYBRID_INLINE int all_brought(const CompressArgs& args, const Step& step,
 // Up to 16 dimensions of an entry.
 static HYBRID_INLINE F32 weighted(const Brought* tokens, int count, int i, int some) {
   const auto gate = [&](const Brought& token) {
+    if (!token.bias) return Isa::zero();
     return Isa::add(load_some(token.gates + i, some), load_some(token.bias + i, some));
   };
   F32 top = gate(tokens[0]), total = Isa::zero(), sum = Isa::zero();
@@ -77,7 +79,8 @@ static HYBRID_KERNEL void compress_rows(const CompressArgs& args, const Step& st
       store_some(x + i, weighted(tokens, count, i, some), some);
     }
     if (args.norm) normalise(x, inverse_rms(x, dim, args.eps), args.norm, dim);
-    rotate(x + dim - args.rope_dim, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
+    rotate(x + (args.turns_first ? 0 : dim - args.rope_dim), args.rope + int64_t(row) * args.rope_dim, args.rope_dim,
+           args.interleaved);
     mark_unsound(x, dim);
     const int padded = args.indexes ? args.kv.index_dim : args.kv.key_dim, number = position / args.rate;
     __builtin_memset(x + dim, 0, size_t(padded - dim) * sizeof(float));
@@ -147,8 +150,9 @@ static void entry_scores(const EntryScoresArgs& args, const Step& step, const Wo
       const int entries = entries_at(step.positions[row], args.rate), count = min(kKeys, entries - first);
       if (entries <= args.selects || count <= 0) continue;
       gather_entries(args, step.sequences[row], first, count, found);
-      score_keys(tiles, args.q + int64_t(row) * args.heads * dim, args.weights + int64_t(row) * args.heads, args.heads,
-                 dim, found.keys, (count + kBlock - 1) / kBlock, found.keys, products,
+      const float* weights = args.weights ? args.weights + int64_t(row) * args.heads : nullptr;
+      score_keys(tiles, args.q + int64_t(row) * args.heads * dim, weights, args.heads, dim, found.keys,
+                 (count + kBlock - 1) / kBlock, found.keys, products,
                  args.scores + (int64_t(row) * blocks + block) * kKeys);
     }
   });

@@ -42,7 +42,7 @@ static void gated_delta(const GatedDeltaArgs& args, const Step& step, const Work
   delta_rule<false>(
       args, args.value_heads, keys, args.input + keys + values, args.input_stride, step, work,
       [&](int head, const DeltaState& state, DeltaTokens& t) { read_tokens(args, head, state, t); },
-      [](F32 y, F32 z) { return Isa::mul(y, silu(z)); });
+      [&](F32 y, F32 z) { return args.sigmoid ? unless_damaged(times_sigmoid(y, z), z) : Isa::mul(y, silu(z)); });
 }
 
 }  // namespace HYBRID_ISA

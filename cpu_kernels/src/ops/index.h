@@ -75,14 +75,16 @@ static HYBRID_INLINE const float* block_products(const Tiles<Bf16>& tiles, const
 }
 
 // Scores of one row for the first `used` blocks of `keys`. q: [heads, dim]. The heads are added one after the other, so
-// a score does not depend on what else is computed. after: what is fetched meanwhile. scratch: [heads, kKeys] floats.
+// a score does not depend on what else is computed. weights: null: all are 1. after: what is fetched meanwhile.
+// scratch: [heads, kKeys] floats.
 static HYBRID_INLINE void score_keys(const Tiles<Bf16>& tiles, const bf16* q, const float* weights, int heads, int dim,
                                      const char* keys, int used, const char* after, char* scratch, float* scores) {
   const float* products = index_products(tiles, q, heads, dim, keys, used, after, scratch);
   for (int i = 0; i < used * kBlock; i += kBlock) {
     F32 total = Isa::zero();
     for (int head = 0; head < heads; ++head)
-      total = Isa::fma(Isa::set(weights[head]), Isa::max(Isa::zero(), Isa::load(products + head * kKeys + i)), total);
+      total = Isa::fma(Isa::set(weights ? weights[head] : 1.0f),
+                       Isa::max(Isa::zero(), Isa::load(products + head * kKeys + i)), total);
     Isa::store(scores + i, total);
   }
 }

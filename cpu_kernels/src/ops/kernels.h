@@ -16,6 +16,7 @@
 #include "ops/kimi_delta.h"
 #include "ops/latent.h"
 #include "ops/moe.h"
+#include "ops/ngram.h"
 #include "ops/norm.h"
 #include "ops/probe.h"
 #include "ops/qkv.h"

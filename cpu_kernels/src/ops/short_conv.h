@@ -8,11 +8,11 @@ namespace hybrid {
 namespace HYBRID_ISA {
 
 // Up to 16 channels of all rows, in order: those of a sequence follow each other. read(row) is what a token brings,
-// write(row, sum) takes what comes out.
+// write(row, sum) takes what comes out. dilation: from a tap to the next, in tokens.
 template <class Args, class Read, class Write>
 static HYBRID_INLINE void convolve(const Args& args, const float* biases, const Step& step, int channel, int count,
-                                   Read read, Write write) {
-  const int taps = args.taps, width = args.width, all = kept_tokens(taps);
+                                   Read read, Write write, int dilation = 1) {
+  const int taps = args.taps, width = args.width, all = kept_tokens(taps, dilation);
   F32 weights[kMaxTaps];
   for (int tap = 0; tap < taps; ++tap) {
     float lanes[kBlock] = {};
@@ -28,7 +28,8 @@ static HYBRID_INLINE void convolve(const Args& args, const float* biases, const 
     int place = step.positions[row] % all;
     store_some(state + int64_t(place) * width, newest, count);
     for (int tap = taps - 2; tap >= 0; --tap) {
-      place = (place ? place : all) - 1;
+      place -= dilation;
+      if (place < 0) place += all;
       sum = Isa::fma(weights[tap], load_some(state + int64_t(place) * width, count), sum);
     }
     write(row, sum);

@@ -55,17 +55,41 @@ static void collapse(const CollapseArgs& args, const Step& step, const Work& wor
   const int count = args.count, width = args.width;
   for_each(step.rows, 1, work, [&](int row) {
     const float* streams = args.streams + int64_t(row) * args.stream_stride;
-    float pre[kMaxStreams];
+    const float* gates = args.gates ? args.gates + int64_t(row) * args.gate_stride : nullptr;
+    float pre[kMaxStreams], scales[kMaxStreams];
     weigh_streams(args, row, streams, pre);
+    for (int k = 0; gates && k < count; ++k) scales[k] = inverse_rms(streams + int64_t(k) * width, width, args.eps);
+    // Up to 16 elements of a stream, from `i` of all streams on.
+    const auto read = [&](int k, int64_t i, int some) {
+      const F32 x = load_some(streams + i, some);
+      if (!gates) return x;
+      const F32 gate = load_some(gates + i, some);
+      const F32 normed = Isa::mul(Isa::mul(x, Isa::set(scales[k])), load_some(args.norm + i, some));
+      return unless_damaged(times_sigmoid(normed, gate), gate);
+    };
     const int64_t at = int64_t(row) * args.output_stride;
     for (int i = 0; i < width; i += kBlock) {
       const int some = min(kBlock, width - i);
       F32 sum = Isa::zero();
-      for (int k = 0; k < count; ++k)
-        sum = Isa::fma(Isa::set(pre[k]), load_some(streams + int64_t(k) * width + i, some), sum);
+      for (int k = 0; k < count; ++k) sum = Isa::fma(Isa::set(pre[k]), read(k, int64_t(k) * width + i, some), sum);
       store_some(args.output + at + i, sum, some);
       if (args.cleared) store_some(args.cleared + at + i, Isa::zero(), some);
     }
+  });
+}
+
+static void stream_gates(const StreamGatesArgs& args, const Step& step, const Work& work) {
+  const float share = 1.0f / float(args.count);
+  for_each(step.rows, 1, work, [&](int row) {
+    const float* low = args.low + int64_t(row) * args.low_stride;
+    for (int i = 0; i < args.rank; i += kBlock) {
+      const int some = min(kBlock, args.rank - i);
+      const F32 x = Isa::mul(load_some(low + i, some), Isa::set(share));
+      store_some_bf16(args.output + int64_t(row) * args.output_stride + i, silu(x), some);
+    }
+    if (!args.weights) return;
+    float* weights = args.weights + int64_t(row) * args.count;
+    for (int i = 0; i < args.count; ++i) weights[i] = 2.0f * sigmoid(low[args.rank + i] * share);
   });
 }
 

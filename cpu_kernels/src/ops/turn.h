@@ -1,4 +1,4 @@
-// Heads whose last dimensions turn, and what is turned back behind attention.
+// Heads of which some dimensions turn, and what is turned back behind attention.
 #pragma once
 
 #include "ops/entries.h"
@@ -17,9 +17,11 @@ static HYBRID_KERNEL void turn_rows(const TurnArgs& args, const Step& step, cons
     const float* from = is_key ? args.keys + int64_t(row) * args.key_stride
                                : args.queries + int64_t(row) * args.query_stride + int64_t(head) * dim;
     __builtin_memcpy(x, from, size_t(dim) * sizeof(float));
-    if (is_key) normalise(x, inverse_rms(x, dim, args.eps), args.norm, dim);
+    if (const float* norm = is_key ? args.norm : args.query_norm)
+      normalise(x, inverse_rms(x, dim, args.eps), norm, dim);
     if (!is_key && args.normed) multiply(x, inverse_rms(x, dim, args.eps), dim);
-    rotate(x + dim - args.rope_dim, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
+    rotate(x + (args.turns_first ? 0 : dim - args.rope_dim), args.rope + int64_t(row) * args.rope_dim, args.rope_dim,
+           args.interleaved);
     mark_unsound(x, dim);
     const int padded = is_key ? args.kv.key_dim : args.padded_dim;
     __builtin_memset(x + dim, 0, size_t(padded - dim) * sizeof(float));

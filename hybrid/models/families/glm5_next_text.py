@@ -29,6 +29,7 @@ from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.kimi_delta import KimiDeltaAttention
 from hybrid.models.layers.latent import MAX_KEY_DIM
 from hybrid.models.layers.pool_indexer import PoolIndexer
+from hybrid.models.pools import read_pools
 from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec
 from hybrid.models.streams import read_streams
@@ -37,7 +38,6 @@ DEFAULTS = Defaults(max_position=1_048_576, eps=1e-5)
 INDEXED = "indexed_attention"  # word of `layer_types`; published configurations may say full_attention instead
 Q_RANK = 1536
 LIMIT = 10.0  # of what experts multiply, as the kernels have it
-MAX_POOL = 64  # tokens, so that every token has whole bytes of a pool's key
 LINEAR_WORDS = {  # of `linear_attn_config`, and what they are without it
     "head_dim": "linear_head_dim",
     "num_heads": "linear_num_heads",
@@ -104,13 +104,7 @@ def _read_attention(fields: Fields) -> IndexedAttention:
 
 def _read_indexer(fields: Fields, q_rank: int) -> PoolIndexer:
     fields.refuse("index_kpool_always_select_tail", neutral=True)
-    pool = fields.size("index_kpool", default=16, minimum=2, maximum=MAX_POOL)
-    tokens = fields.size("index_topk", default=2048, maximum=10**9)
-    if pool & (pool - 1) or tokens % pool:
-        raise ConfigError(
-            f"config.json: index_kpool is {pool}, index_topk {tokens}; the first must be a power of 2, the second a "
-            "multiple of it: correct them"
-        )
+    pool, selects = read_pools(fields, "index_kpool", "index_topk", (16, 2048))
     heads = fields.size("index_n_heads", default=32, maximum=MAX_INDEX_HEADS)
     dim = fields.size("index_head_dim", default=128, maximum=MAX_KEY_DIM)
     if dim % 2:
@@ -123,4 +117,4 @@ def _read_indexer(fields: Fields, q_rank: int) -> PoolIndexer:
     )
     compressor = Compressor(pool, dim, overlaps=False, names=names, stored="index_compressor")
     queries = EntryIndexerNames(f"{_INDEXER}.wq_b.weight", f"{_INDEXER}.weights_proj.weight")
-    return PoolIndexer(EntryIndexer(heads, q_rank, tokens // pool, compressor, queries))
+    return PoolIndexer(EntryIndexer(heads, q_rank, selects, compressor, queries))

@@ -126,7 +126,7 @@ def _selecting(fields: Fields, attention: GroupedQueryAttention) -> BlockSelecte
     if dim % 2:
         raise ConfigError(f"config.json: index_head_dim is {dim}; it must be even: correct it")
     blocks = fields.size("index_topk_blocks", default=16, maximum=10**5)
-    return BlockSelectedAttention.of(attention, BlockIndexer(heads, dim, blocks))
+    return BlockSelectedAttention.of(attention, BlockIndexer(heads, dim, blocks, attention.rope.interleaved))
 
 
 def _experts(fields: Fields) -> FeedForward:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -172,6 +172,14 @@ class Half(Protocol):
 
     def device_buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         """Bytes of the additional buffers that threads and device share."""
+
+
+@runtime_checkable
+class AddsToStreams(Protocol):
+    """A half that adds to the streams of the residual before it reads any."""
+
+    def stream_ops(self, place: Place) -> Iterator[Op]:
+        """The ops that do."""
 
 
 class Mixer(Half, Protocol):

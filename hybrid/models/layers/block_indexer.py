@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from cpu_kernels import INDEX_BLOCK, KEY_BLOCK
 from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.base import Cost, Extents, Load, Place
+from hybrid.models.layers.base import Cost, Extents, Load, Place, StateLayout
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
 from hybrid.models.layers.indexer import (
     MADE_KEYS,
@@ -26,6 +26,7 @@ from hybrid.models.layers.indexer import (
     SELECTED,
     STORED,
     index_format,
+    with_keys,
 )
 from hybrid.models.layers.products import BF16, FP32, NORMED, gemm, product_cost, rows_buffers
 from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
@@ -44,11 +45,14 @@ class BlockIndexerNames:
 
 @dataclass(frozen=True)
 class BlockIndexer:
-    """heads: as many as KV heads. selects: blocks of INDEX_BLOCK tokens, the row's own among them."""
+    """heads: as many as KV heads. selects: blocks of INDEX_BLOCK tokens, the row's own among them. interleaved: whether
+    dimensions turn pair by pair; they are the first ones, by the angles of attention.
+    """
 
     heads: int
     head_dim: int
     selects: int
+    interleaved: bool = False
     names: BlockIndexerNames = field(default_factory=BlockIndexerNames)
 
     @property
@@ -70,6 +74,11 @@ class BlockIndexer:
     def tokens(self) -> int:
         """Up to so many tokens a row sees all."""
         return self.selects * INDEX_BLOCK
+
+    @property
+    def attended(self) -> dict[str, Any]:
+        """What attention is told of what is selected."""
+        return {"blocks": Buffer(SELECTED), "block_count": self.selects}
 
     def inside(self, module: str) -> Self:
         return replace(self, names=inside(self.names, module))
@@ -95,11 +104,16 @@ class BlockIndexer:
 
     # A step.
 
-    def ops(self, place: Place, rope: Buffer, rope_dim: int, interleaved: bool) -> Iterator[Op]:
-        """From normed rows of the kind of `format` to queries and keys. rope: its table."""
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        return iter(())
+
+    def ops(self, place: Place, rope: Buffer, rope_dim: int, latents: str) -> Iterator[Op]:
+        """From normed rows of the kind of `format` to queries and keys. rope: its table. latents: the rows that queries
+        are made of.
+        """
         format, prefix = index_format(place.mix), f"layers.{place.layer}.indexer"
         strides = row_stride(self.width), row_stride(self.head_dim)
-        yield gemm(PART, format, NORMED, f"{prefix}.q", MADE_QUERIES, self.width, place.hidden, strides[0])
+        yield gemm(PART, format, latents, f"{prefix}.q", MADE_QUERIES, self.width, place.hidden, strides[0])
         yield gemm(PART, format, NORMED, f"{prefix}.k", MADE_KEYS, self.head_dim, place.hidden, strides[1])
         turned = {
             "queries": Buffer(MADE_QUERIES),
@@ -113,21 +127,24 @@ class BlockIndexer:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "rope_dim": rope_dim,
-            "interleaved": interleaved,
+            "interleaved": self.interleaved,
             "query_stride": strides[0],
             "key_stride": strides[1],
             "eps": place.eps,
         }
         yield Op("index", PART, turned, (self.heads + 1, "heads a row"))
 
-    def select(self, place: Place, q: Buffer, query_stride: int) -> Iterator[Op]:
-        """What blocks are worth, and those that are worth most. q: queries of attention, [rows, query_stride] bf16."""
+    def select(self, place: Place, selects: int, q: Buffer, query_stride: int) -> Iterator[Op]:
+        """What blocks are worth, and those that are worth most. selects: tokens. q: queries of attention,
+        [rows, query_stride] bf16.
+        """
+        blocks = selects // INDEX_BLOCK
         scores = {
             "q": Buffer(QUERIES),
             "scores": Buffer(SCORES),
             "kv": State(place.layer),
             "heads": self.heads,
-            "selects": self.selects,
+            "selects": blocks,
         }
         yield Op("block_scores", PART, scores, (1, "row and key block"))
         chosen = {
@@ -135,12 +152,15 @@ class BlockIndexer:
             "q": q,
             "selected": Buffer(SELECTED),
             "heads": self.heads,
-            "selects": self.selects,
+            "selects": blocks,
             "query_stride": query_stride,
         }
         yield Op("select_blocks", PART, chosen, (0, "rows"))
 
-    def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
+    def state(self, rows: StateLayout, tokens: int) -> StateLayout:
+        return with_keys(rows, tokens, self.key_dim)
+
+    def buffers(self, place: Place, extents: Extents, latents: str) -> dict[str, int]:
         rows, blocks = extents.rows, round_up(extents.tokens, KEY_BLOCK) // INDEX_BLOCK
         return {
             **rows_buffers(NORMED, place.hidden, index_format(place.mix), rows),
@@ -151,11 +171,11 @@ class BlockIndexer:
             SELECTED: rows * self.heads * self.selects * FP32,
         }
 
-    def cost(self, place: Place, load: Load) -> Cost:
-        """Keys are read and multiplied where sequences have more than `selects` blocks."""
+    def cost(self, place: Place, load: Load, selects: int) -> Cost:
+        """Keys are read and multiplied where sequences have more than `selects` tokens."""
         format, rows = index_format(place.mix), load.rows
         total = product_cost(format, self.width, place.hidden, rows)
         total += product_cost(format, self.head_dim, place.hidden, rows)
-        if load.tokens <= self.tokens * load.sequences:
+        if load.tokens <= selects * load.sequences:
             return total
         return total + Cost(float(load.tokens * self.key_bytes), 2.0 * load.pairs * self.width)

@@ -1,6 +1,7 @@
-"""Grouped-query attention to selected blocks: in long sequences a KV head of a row sees those that an indexer chooses.
+"""Grouped-query attention to selected blocks of tokens: in long sequences a row sees those that an indexer chooses.
 
-Up to there it is grouped-query attention, bit for bit.
+One of blocks chooses for each KV head, one of pools for all heads. Up to there it is grouped-query attention, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from hybrid.formats.mix import FormatMix
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout, as_kind
 from hybrid.models.layers.block_indexer import BlockIndexer
 from hybrid.models.layers.grouped_query import GroupedQueryAttention
-from hybrid.models.layers.indexer import SELECTED
+from hybrid.models.layers.pool_indexer import PoolIndexer
+from hybrid.models.layers.products import NORMED
 from hybrid.models.layers.rotary import rope_name
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, StoreTensor
 from hybrid.ops import Buffer, Op
@@ -23,10 +25,10 @@ from hybrid.ops import Buffer, Op
 class BlockSelectedAttention(GroupedQueryAttention):
     """It has a rope, and no window."""
 
-    indexer: BlockIndexer = field(kw_only=True)
+    indexer: BlockIndexer | PoolIndexer = field(kw_only=True)
 
     @classmethod
-    def of(cls, attention: GroupedQueryAttention, indexer: BlockIndexer) -> Self:
+    def of(cls, attention: GroupedQueryAttention, indexer: BlockIndexer | PoolIndexer) -> Self:
         """Grouped-query attention whose rows select."""
         return as_kind(cls, attention, indexer=indexer)
 
@@ -57,37 +59,33 @@ class BlockSelectedAttention(GroupedQueryAttention):
     def _read_formats(self, place: Place) -> tuple[str, ...]:
         return (*super()._read_formats(place), self.indexer.format(place.mix))
 
+    def first_ops(self, place: Place) -> Iterator[Op]:
+        yield from super().first_ops(place)
+        yield from self.indexer.first_ops(place)
+
     def ops(self, place: Place) -> Iterator[Op]:
         """The indexer works behind attention's own projections, and selects before attention looks at keys."""
         assert self.rope is not None
-        rope = Buffer(rope_name(place, self.rope))
+        rope, queries = Buffer(rope_name(place, self.rope)), self.heads * self.key_dim
         for op in super().ops(place):
             if op.kind == "qkv":
-                yield from self.indexer.ops(place, rope, self.rope.dim, self.rope.interleaved)
+                yield from self.indexer.ops(place, rope, self.rope.dim, NORMED)
             if op.kind == "attention":
-                yield from self.indexer.select(place, op.arguments["q"], self.heads * self.key_dim)
-                chosen = {"blocks": Buffer(SELECTED), "block_count": self.indexer.selects}
-                op = replace(op, arguments=op.arguments | chosen)
+                yield from self.indexer.select(place, self.indexer.tokens, op.arguments["q"], queries)
+                op = replace(op, arguments=op.arguments | self.indexer.attended)
             yield op
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
-        return super().buffers(place, extents) | self.indexer.buffers(place, extents)
+        return super().buffers(place, extents) | self.indexer.buffers(place, extents, NORMED)
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
-        """Keys of the indexer lie behind those of all heads and their values."""
-        rows, size = super().state(tokens, kv_format), tokens * self.indexer.key_bytes
-        return replace(
-            rows,
-            nbytes=rows.nbytes + size,
-            token_bytes=rows.token_bytes + self.indexer.key_bytes,
-            fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": self.indexer.key_dim},
-            runs=(*rows.runs, (rows.nbytes, size)),
-        )
+        """What the indexer keeps lies behind keys of all heads and their values."""
+        return self.indexer.state(super().state(tokens, kv_format), tokens)
 
     def cost(self, place: Place, load: Load) -> Cost:
         seen = load.rows * self.indexer.tokens
         short = replace(load, tokens=min(load.tokens, seen), pairs=min(load.pairs, float(seen)))
-        return super().cost(place, short) + self.indexer.cost(place, load)
+        return super().cost(place, short) + self.indexer.cost(place, load, self.indexer.tokens)
 
     # On a device: none selects. Where no sequence is long enough for that, `within` is what it computes.
 

@@ -44,7 +44,7 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
 )
-from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops
+from hybrid.models.layers.rotary import rope_buffers, rope_constants, rope_name, rope_ops, windows_name, windows_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
 from hybrid.models.layers.turning import Heads, Keys
 from hybrid.models.rope import RopeSpec
@@ -115,7 +115,7 @@ class CompressedAttention:
     @property
     def brought_width(self) -> int:
         """What a token brings to entries of all kinds, values and gates, padded."""
-        return row_stride(sum(2 * compressor.width for compressor in self.compressors))
+        return row_stride(sum(compressor.columns for compressor in self.compressors))
 
     @property
     def together(self) -> int:
@@ -168,7 +168,7 @@ class CompressedAttention:
         yield shard.matrix("attention.q_up", PART, up, formats.q_up, self.width, self.q_rank, (2,))
         yield shard.floats("attention.kv_norm", "norms", Stacked((names.kv_norm,)), self.head_dim)
         if self.compressors:
-            brought = sum(2 * one.width for one in self.compressors)
+            brought = sum(one.columns for one in self.compressors)
             matrix = Stacked(tuple(name for one in self.compressors for name in one.sources(place.layer)))
             yield shard.matrix("compressor.in", STORED, matrix, compressor_format(place.mix), brought, hidden)
         if self.compressor:
@@ -197,15 +197,13 @@ class CompressedAttention:
 
     def first_ops(self, place: Place) -> Iterator[Op]:
         """The angles of rows, and those of the windows that they are in."""
-        (table,) = rope_ops(place, self.rope)
-        yield table
+        yield from rope_ops(place, self.rope)
         if self.compressor:
-            windows = {"table": self._window_rope(place), "every": self.compressor.rate}
-            yield replace(table, arguments=table.arguments | windows)
+            yield from windows_ops(place, self.rope, self.compressor.rate)
 
     def _window_rope(self, place: Place) -> Buffer:
         assert self.compressor
-        return Buffer(f"{rope_name(place, self.rope)}.every{self.compressor.rate}")
+        return Buffer(windows_name(place, self.rope, self.compressor.rate))
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
         return rope_constants(place, self.rope)
@@ -221,7 +219,9 @@ class CompressedAttention:
         yield self._norm_queries(place, formats.q_up, *indexes)
         yield gemm(PART, formats.q_up, LOW_QUERIES, f"{prefix}.q_up", QUERIES, self.width, self.q_rank, width)
         keys = Keys((LOW, self.q_rank), row_stride(self.low_width), f"{prefix}.kv_norm", KEYS)
-        yield heads.turn(place.layer, QUERIES, width, rows_name(TURNED, self.key_dim), self.key_dim, place.eps, keys)
+        yield heads.turn(
+            place.layer, QUERIES, width, rows_name(TURNED, self.key_dim), self.key_dim, place.eps, keys=keys
+        )
         yield from self._compress(place)
         if self.indexer:
             yield from self.indexer.ops(place, rope, self.rope, LOW_QUERIES)
@@ -242,11 +242,11 @@ class CompressedAttention:
         if not self.compressor:
             return
         format, width, first = compressor_format(place.mix), self.brought_width, 0
-        brought, source = sum(2 * one.width for one in self.compressors), f"layers.{place.layer}.compressor.in"
+        brought, source = sum(one.columns for one in self.compressors), f"layers.{place.layer}.compressor.in"
         yield gemm(PART, format, NORMED, source, BROUGHT, brought, place.hidden, width)
         for indexes, compressor in enumerate(self.compressors):
             yield compressor.compress(place, self._window_rope(place), self.rope, first, width, bool(indexes))
-            first += 2 * compressor.width
+            first += compressor.columns
         yield keep(place, BROUGHT, self.compressor.tokens, width)
 
     def _see(self) -> Op:
@@ -353,7 +353,7 @@ class CompressedAttention:
         seen = float(min(load.tokens, load.sequences * self.window))
         pairs = min(load.pairs, float(rows * self.window))
         if self.compressor:
-            brought = sum(2 * compressor.width for compressor in self.compressors)
+            brought = sum(compressor.columns for compressor in self.compressors)
             total += product_cost(compressor_format(place.mix), brought, hidden, rows)
             most = self.indexer.selects if self.indexer else load.tokens
             entries = min(load.pairs / self.compressor.rate, float(rows * most))

@@ -1,9 +1,9 @@
 """The compressor: of every `rate` tokens of a sequence it makes one entry, which attention sees as it does a token.
 
-An entry is in each dimension a mean of what its tokens bring, weighted by a softmax of their gates; normed, or made of
-what is normed, and turned as the first token of its window. With `overlaps` a token brings two sets of dimensions, for
-the entry of the next window and for that of its own. Which entries there are, and what they are, depends on positions
-alone: what the tokens of unfinished windows bring is kept with the sequence, in fp32.
+An entry is in each dimension a mean of what its tokens bring, weighted by a softmax of their gates where there are any;
+normed, or made of what is normed, and turned as the first token of its window. With `overlaps` a token brings two sets
+of dimensions, for the entry of the next window and for that of its own. Which entries there are, and what they are,
+depends on positions alone: what the tokens of unfinished windows bring is kept with the sequence, in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hybrid.models.layers.base import Place
 from hybrid.models.layers.grouped_query import PART
 from hybrid.models.layers.products import FP32
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
+from hybrid.models.tensors import PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Op, State, Weight
 
 BROUGHT = "brought"  # buffer: what the tokens of a step bring to entries, fp32
@@ -29,26 +29,31 @@ STORED = "indexer"  # what its tensors count as
 
 @dataclass(frozen=True)
 class CompressorNames:
-    """Names in a checkpoint. bias: what is added to gates, by the place of a token in its window. norm: of entries;
-    empty: there is none. token_norm: of the values that tokens bring, with a mean and a bias; empty: none.
+    """Names in a checkpoint. gates: empty: there are none. bias: what is added to them, by the place of a token in its
+    window. norm: of entries; empty: there is none. token_norm: of the values that tokens bring, with a mean and a bias;
+    empty: none.
     """
 
     values: str
-    gates: str
-    bias: str
+    gates: str = ""
+    bias: str = ""
     norm: str = ""
     token_norm: str = ""
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """rate: tokens of a window. dim: of an entry. stored: the name of its tensors in a store."""
+    """rate: tokens of a window. dim: of an entry. stored: the name of its tensors in a store. others: rows of the
+    tensor of values before its own, which make something else. turns_first: the first dimensions turn, not the last.
+    """
 
     rate: int
     dim: int
     overlaps: bool
     names: CompressorNames
     stored: str = "compressor"
+    others: int = 0
+    turns_first: bool = False
 
     @property
     def sets(self) -> int:
@@ -61,6 +66,11 @@ class Compressor:
         return self.sets * self.dim
 
     @property
+    def columns(self) -> int:
+        """What a token brings, values and gates."""
+        return 2 * self.width if self.names.gates else self.width
+
+    @property
     def tokens(self) -> int:
         """How many are kept with a sequence: those that the first token of a run sees, and the run."""
         return self.sets * self.rate + RUN_TOKENS - 1
@@ -70,26 +80,30 @@ class Compressor:
 
     def checkpoint_shapes(self, place: Place) -> Shapes:
         names = in_layer(self.names, place.layer)
-        yield names.values, (self.width, place.hidden)
-        yield names.gates, (self.width, place.hidden)
-        yield names.bias, (self.rate, self.width)
+        yield names.values, (self.others + self.width, place.hidden)
+        if names.gates:
+            yield names.gates, (self.width, place.hidden)
+            yield names.bias, (self.rate, self.width)
         if names.norm:
             yield names.norm, (self.dim,)
         if names.token_norm:
             yield names.token_norm, (self.width,)
             yield bias_name(names.token_norm), (self.width,)
 
-    def sources(self, layer: int) -> tuple[str, str]:
+    def sources(self, layer: int) -> tuple[str | PerHead, ...]:
         """The matrices that make values and gates."""
-        names = in_layer(self.names, layer)
-        return names.values, names.gates
+        names, rows = in_layer(self.names, layer), self.others + self.width
+        values = PerHead(names.values, 1, rows, self.others, self.width) if self.others else names.values
+        return (values, names.gates) if names.gates else (values,)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         """All but these matrices."""
         names = in_layer(self.names, place.layer)
-        yield shard.floats(f"{self.stored}.bias", STORED, Stacked((names.bias,)), self.rate, self.width)
+        if names.gates:
+            yield shard.floats(f"{self.stored}.bias", STORED, Stacked((names.bias,)), self.rate, self.width)
         if names.norm:
-            yield shard.floats(f"{self.stored}.norm", "norms", Stacked((names.norm,)), self.dim)
+            norm = Stacked((names.norm,), plus=place.norm_plus)
+            yield shard.floats(f"{self.stored}.norm", "norms", norm, self.dim)
         if names.token_norm:
             weight, bias = Stacked((names.token_norm,)), Stacked((names.token_norm,), biases=True)
             yield shard.floats(f"{self.stored}.token_norm", STORED, weight, self.width)
@@ -118,14 +132,14 @@ class Compressor:
     def compress(
         self, place: Place, rope: Buffer | None, turned: RopeSpec | None, first: int, width: int, indexes: bool
     ) -> Op:
-        """The op that makes entries. rope: the table of the angles of windows. turned: of the last dimensions. first:
+        """The op that makes entries. rope: the table of the angles of windows. turned: of some dimensions. first:
         where in BROUGHT, whose rows have `width` floats, its values begin. indexes: whether entries are keys of an
         indexer.
         """
         prefix = f"layers.{place.layer}.{self.stored}"
         arguments = {
             "made": Buffer(BROUGHT),
-            "bias": Weight(f"{prefix}.bias"),
+            "bias": Weight(f"{prefix}.bias") if self.names.gates else None,
             "norm": Weight(f"{prefix}.norm") if self.names.norm else None,
             "rope": rope,
             "kv": State(place.layer),
@@ -141,6 +155,8 @@ class Compressor:
             "width": width,
             "eps": place.eps,
         }
+        if self.turns_first:
+            arguments["turns_first"] = True
         return Op("compress", PART, arguments, (0, "rows"))
 
 

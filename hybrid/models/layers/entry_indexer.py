@@ -1,6 +1,7 @@
 """The indexer of entries: a small attention of its own that says which of them a row sees, where there are many.
 
 As the indexer of tokens (`indexer.py`), but a compressor of its own makes the keys, over the windows of the entries.
+Heads may weigh the same, and queries be normed.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ from hybrid.models.layers.indexer import MADE_QUERIES, QUERIES, SCORES, WEIGHTS
 from hybrid.models.layers.products import BF16, FP32, NORMED_F32, gemm, product_cost, product_rows, score
 from hybrid.models.layers.turning import Heads
 from hybrid.models.rope import RopeSpec
-from hybrid.models.tensors import Shapes, Shard, Stacked, StoreTensor, in_layer, inside
+from hybrid.models.tensors import PerHead, Shapes, Shard, Stacked, StoreTensor, in_layer, inside
 from hybrid.ops import Buffer, Op, State
 
 
 @dataclass(frozen=True)
 class EntryIndexerNames:
-    """Names in a checkpoint."""
+    """Names in a checkpoint. q: empty: the rows before those of the compressor's values. weights: of heads; empty: all
+    weigh the same. norm: of queries; empty: there is none.
+    """
 
-    q: str
-    weights: str
+    q: str = ""
+    weights: str = ""
+    norm: str = ""
 
 
 @dataclass(frozen=True)
 class EntryIndexer:
-    """q_rank: of the latents of queries. selects: how many entries a row sees at most. compressor: that of its keys."""
+    """q_rank: of the rows that queries are made of. selects: how many entries a row sees at most. compressor: that of
+    its keys.
+    """
 
     heads: int
     q_rank: int
@@ -65,28 +71,43 @@ class EntryIndexer:
 
     def checkpoint_shapes(self, place: Place) -> Shapes:
         names = in_layer(self.names, place.layer)
-        yield names.q, (self.width, self.q_rank)
-        yield names.weights, (self.heads, place.hidden)
+        if names.q:
+            yield names.q, (self.width, self.q_rank)
+        if names.weights:
+            yield names.weights, (self.heads, place.hidden)
+        if names.norm:
+            yield names.norm, (self.head_dim,)
         yield from self.compressor.checkpoint_shapes(place)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, format = in_layer(self.names, place.layer), compressor_format(place.mix)
         yield from self.compressor.store_tensors(place, shard)
-        yield shard.matrix("indexer.q", STORED, Stacked((names.q,)), format, self.width, self.q_rank)
-        yield shard.floats("indexer.weights", STORED, Stacked((names.weights,)), self.heads, place.hidden)
+        queries = names.q or self._before_values(place.layer)
+        yield shard.matrix("indexer.q", STORED, Stacked((queries,)), format, self.width, self.q_rank)
+        if names.weights:
+            yield shard.floats("indexer.weights", STORED, Stacked((names.weights,)), self.heads, place.hidden)
+        if names.norm:
+            yield shard.floats("indexer.q_norm", STORED, Stacked((names.norm,), plus=place.norm_plus), self.head_dim)
+
+    def _before_values(self, layer: int) -> PerHead:
+        compressor = self.compressor
+        values, rows = in_layer(compressor.names, layer).values, compressor.others + compressor.width
+        return PerHead(values, 1, rows, 0, self.width)
 
     def ops(self, place: Place, rope: Buffer | None, turned: RopeSpec | None, latents: str) -> Iterator[Op]:
-        """Queries, weights of heads, and what every entry is worth. rope: the table of rows' angles, of the last
-        dimensions as `turned` says. latents: the rows of queries' latents.
+        """Queries, weights of heads, and what every entry is worth. rope: the table of rows' angles, by which they turn
+        as `turned` says. latents: the rows that queries are made of.
         """
         format, prefix, stride = compressor_format(place.mix), f"layers.{place.layer}.indexer", row_stride(self.width)
         yield gemm(PART, format, latents, f"{prefix}.q", MADE_QUERIES, self.width, self.q_rank, stride)
-        yield score(PART, f"{prefix}.weights", WEIGHTS, self.heads, place.hidden, "heads")
-        heads = Heads(self.heads, self.head_dim, turned, rope)
-        yield heads.turn(place.layer, MADE_QUERIES, stride, QUERIES, self.key_dim, place.eps)
+        if self.names.weights:
+            yield score(PART, f"{prefix}.weights", WEIGHTS, self.heads, place.hidden, "heads")
+        heads = Heads(self.heads, self.head_dim, turned, rope, self.compressor.turns_first)
+        norm = f"{prefix}.q_norm" if self.names.norm else ""
+        yield heads.turn(place.layer, MADE_QUERIES, stride, QUERIES, self.key_dim, place.eps, norm=norm)
         scores = {
             "q": Buffer(QUERIES),
-            "weights": Buffer(WEIGHTS),
+            "weights": Buffer(WEIGHTS) if self.names.weights else None,
             "scores": Buffer(SCORES),
             "kv": State(place.layer),
             "heads": self.heads,
@@ -98,11 +119,14 @@ class EntryIndexer:
     def buffers(self, place: Place, extents: Extents, latents: str) -> dict[str, int]:
         rows, entries = extents.rows, extents.tokens // self.compressor.rate
         low, low_bytes = product_rows(latents, self.q_rank, compressor_format(place.mix))
+        of_weights = {
+            NORMED_F32: rows * row_stride(place.hidden) * FP32,
+            WEIGHTS: rows * self.heads * FP32,
+        }
         return {
             low.name: rows * low_bytes,
-            NORMED_F32: rows * row_stride(place.hidden) * FP32,
+            **(of_weights if self.names.weights else {}),
             MADE_QUERIES: rows * row_stride(self.width) * FP32,
-            WEIGHTS: rows * self.heads * FP32,
             QUERIES: rows * self.heads * self.key_dim * BF16,
             SCORES: rows * round_up(max(entries, 1), KEY_BLOCK) * FP32,
         }
@@ -110,7 +134,7 @@ class EntryIndexer:
     def cost(self, place: Place, load: Load) -> Cost:
         """Keys are read and scored where sequences have more entries than are seen."""
         total = product_cost(compressor_format(place.mix), self.width, self.q_rank, load.rows)
-        weights, rate = self.heads * place.hidden, self.compressor.rate
+        weights, rate = self.heads * place.hidden * bool(self.names.weights), self.compressor.rate
         total += Cost(float(weights * FP32), 2.0 * weights * load.rows)
         if load.tokens <= self.selects * rate * load.sequences:
             return total

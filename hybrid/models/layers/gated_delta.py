@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from hybrid.models.layers.products import (
     rows_buffers,
     rows_name,
     score,
+    unnormed_buffers,
+    unnormed_constants,
 )
 from hybrid.models.layers.recurrent import PART, convolve, state_layout
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
@@ -47,8 +49,9 @@ PROJECTED, DECAYS, FOUND = "projected", "decays", "found"
 
 @dataclass(frozen=True)
 class GatedDeltaNames:
-    """Names in a checkpoint. grouped, grouped_decays: of projections that are made for one key head after the other;
-    empty where queries, keys and values of all heads and gates, or betas and decays, have projections of their own.
+    """Names in a checkpoint. norm: empty where what it reads is normed. grouped, grouped_decays: of projections that
+    are made for one key head after the other; empty where queries, keys and values of all heads and gates, or betas and
+    decays, have projections of their own.
     """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
@@ -68,7 +71,8 @@ class GatedDeltaNames:
 @dataclass(frozen=True)
 class GatedDeltaNet:
     """A key head, of queries and of keys, serves `value_heads / key_heads` value heads: adjacent ones, or if they are
-    `in_turn` every `key_heads`-th. taps: tokens that a channel of the convolution sees, the newest included.
+    `in_turn` every `key_heads`-th. taps: tokens that a channel of the convolution sees, the newest included. gate: the
+    function of the gates.
     """
 
     key_heads: int
@@ -77,6 +81,7 @@ class GatedDeltaNet:
     value_dim: int
     taps: int
     in_turn: bool = False
+    gate: Literal["silu", "sigmoid"] = "silu"
     names: GatedDeltaNames = field(default_factory=GatedDeltaNames)
 
     @property
@@ -176,11 +181,12 @@ class GatedDeltaNet:
         return iter(())
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
-        return {}
+        return {} if self.names.norm else unnormed_constants(place)
 
     def ops(self, place: Place) -> Iterator[Op]:
         (matrices, out), prefix, hidden = self._projections(place), f"layers.{place.layer}.delta", place.hidden
-        yield norm(place, PART, f"{prefix}.norm", *(matrix.format for matrix in matrices), f32=True)
+        formats = (matrix.format for matrix in matrices)
+        yield norm(place, PART, f"{prefix}.norm" * bool(self.names.norm), *formats, f32=True)
         yield from joined_gemms(matrices, prefix, PART, PROJECTED, hidden)
         # Every later token feels their error.
         yield score(PART, f"{prefix}.decays", DECAYS, 2 * self.value_heads, hidden, "heads")
@@ -213,8 +219,8 @@ class GatedDeltaNet:
             "output_stride": row_stride(self.value_width),
             "eps": place.eps,
         }
-        if self.in_turn:
-            arguments["in_turn"] = True
+        flags = {"in_turn": self.in_turn, "sigmoid": self.gate == "sigmoid"}
+        arguments |= {name: True for name, value in flags.items() if value}
         return Op("gated_delta", PART, arguments, (self.value_heads, "heads"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
@@ -227,7 +233,7 @@ class GatedDeltaNet:
         }
         for matrix in matrices:
             sizes |= rows_buffers(NORMED, place.hidden, matrix.format, rows)
-        return sizes
+        return sizes if self.names.norm else sizes | unnormed_buffers(place)
 
     def _matrix_bytes(self) -> int:
         return int(cpu_kernels.delta_state_bytes(self.value_heads, self.key_dim, self.value_dim))

@@ -56,6 +56,18 @@ def index_format(mix: FormatMix) -> str:
     return "int8" if name == "int4" else name
 
 
+def with_keys(rows: StateLayout, tokens: int, key_dim: int) -> StateLayout:
+    """The state of attention with a key of so many dimensions of every token behind it."""
+    key_bytes = key_dim * BF16
+    return replace(
+        rows,
+        nbytes=rows.nbytes + tokens * key_bytes,
+        token_bytes=rows.token_bytes + key_bytes,
+        fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": key_dim},
+        runs=(*rows.runs, (rows.nbytes, tokens * key_bytes)),
+    )
+
+
 @dataclass(frozen=True)
 class IndexerNames:
     """Names in a checkpoint. The norm has a bias."""
@@ -172,15 +184,7 @@ class Indexer:
         yield Op("select", PART, chosen, (0, "rows"))
 
     def state(self, rows: StateLayout, tokens: int) -> StateLayout:
-        """Keys lie behind the rows of attention."""
-        size = tokens * self.key_bytes
-        return replace(
-            rows,
-            nbytes=rows.nbytes + size,
-            token_bytes=rows.token_bytes + self.key_bytes,
-            fields={**rows.fields, "index_offset": rows.nbytes, "index_dim": self.key_dim},
-            runs=(*rows.runs, (rows.nbytes, size)),
-        )
+        return with_keys(rows, tokens, self.key_dim)
 
     def buffers(self, place: Place, extents: Extents, latents: str) -> dict[str, int]:
         rows, format = extents.rows, self.format(place.mix)

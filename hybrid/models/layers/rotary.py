@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,18 @@ def rope_ops(place: Place, rope: RopeSpec) -> Iterator[Op]:
             "long_factor": inverse_frequencies(rope, long=True)[1],
         }
     yield Op("rope_table", "other", arguments, (0, "rows"))
+
+
+def windows_name(place: Place, rope: RopeSpec, tokens: int) -> str:
+    """The buffer of the table of windows of so many tokens: the angles of the first token of that which a row is in."""
+    return f"{rope_name(place, rope)}.every{tokens}"
+
+
+def windows_ops(place: Place, rope: RopeSpec, tokens: int) -> Iterator[Op]:
+    """The op that writes that table."""
+    (table,) = rope_ops(place, rope)
+    windows = {"table": Buffer(windows_name(place, rope, tokens)), "every": tokens}
+    yield replace(table, arguments=table.arguments | windows)
 
 
 def growth_fields(rope: RopeSpec | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ops on heads whose last dimensions turn (DeepSeek-V4): before attention, and back behind it."""
+"""Ops on heads of which some dimensions turn: before attention, and back behind it (DeepSeek-V4)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,30 @@ class Keys:
 
 @dataclass(frozen=True)
 class Heads:
-    """So many of `dim` dimensions, of which the last turn as `rope` says by the angles in `table`; none without it."""
+    """So many of `dim` dimensions, of which the last turn as `rope` says by the angles in `table`, or with
+    `turns_first` the first; none without it.
+    """
 
     count: int
     dim: int
     rope: RopeSpec | None
     table: Buffer | None
+    turns_first: bool = False
 
     def turn(
-        self, layer: int, queries: str, stride: int, q: str, padded_dim: int, eps: float, keys: Keys | None = None
+        self,
+        layer: int,
+        queries: str,
+        stride: int,
+        q: str,
+        padded_dim: int,
+        eps: float,
+        *,
+        keys: Keys | None = None,
+        norm: str = "",
     ) -> Op:
         """queries: of rows of `stride` floats, to the buffer `q` of heads of `padded_dim`. Beside keys they are
-        normed.
+        normed without a weight. norm: that by which they are.
         """
         arguments = {
             "queries": Buffer(queries),
@@ -55,6 +67,10 @@ class Heads:
             "key_stride": keys.stride if keys else 0,
             "eps": eps,
         }
+        if norm:
+            arguments["query_norm"] = Weight(norm)
+        if self.turns_first:
+            arguments["turns_first"] = True
         return Op("turn", PART, arguments, (self.count + bool(keys), "heads a row"))
 
     def unturn(self, values: str) -> Op:

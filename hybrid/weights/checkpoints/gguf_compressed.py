@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hybrid.models.layers.compressed import CompressedAttention
 from hybrid.models.layers.compressed_names import CompressedNames
@@ -54,7 +55,7 @@ def _compressor(part: str) -> CompressorNames:
     return CompressorNames(*(f"{_LAYER}.{part}_{which}.weight" for which in ("kv", "gate", "ape", "norm")))
 
 
-def with_stream_names(streams: Streams) -> Streams:
+def with_stream_names(streams: Streams[Any]) -> Streams[Any]:
     mixer, feed_forward = _stream(f"{_LAYER}.hc_attn"), _stream(f"{_LAYER}.hc_ffn")
     return replace(streams, mixer=mixer, feed_forward=feed_forward, head=streams.head and _stream("output_hc"))
 

@@ -16,7 +16,7 @@ from hybrid.formats.block import Array
 from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.beside_attention import BesideAttention
-from hybrid.models.layers.block_indexer import BlockIndexerNames
+from hybrid.models.layers.block_indexer import BlockIndexer, BlockIndexerNames
 from hybrid.models.layers.block_selected import BlockSelectedAttention
 from hybrid.models.layers.compressed import CompressedAttention
 from hybrid.models.layers.feed_forward import FeedForward
@@ -219,7 +219,7 @@ def _mixer(mixer: Mixer, architecture: str) -> Mixer:
         return replace(mixer, names=MAMBA)
     if isinstance(mixer, ShortConv):
         return replace(mixer, names=CONVOLUTION)
-    if isinstance(mixer, BlockSelectedAttention):
+    if isinstance(mixer, BlockSelectedAttention) and isinstance(mixer.indexer, BlockIndexer):
         mixer = replace(mixer, indexer=replace(mixer.indexer, names=BLOCK_INDEXER))
     assert isinstance(mixer, GroupedQueryAttention), f"GGUF files have no {type(mixer).__name__}"
     own = mixer.names
