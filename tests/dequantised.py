@@ -86,14 +86,14 @@ def _attention(store: Store, index: int) -> Named:
     yield from _norm(store, f"{prefix}.norm", names.norm)
     if names.post_norm:
         yield from _norm(store, f"{prefix}.post_norm", names.post_norm)
-    parts, sizes = [names.q, names.k, names.v], [attention.query_width, attention.kv_width, attention.kv_width]
+    parts, sizes = [names.q, names.k, names.v], [attention.query_width, attention.kv_width, attention.values_width]
     if attention.gate_width:
         parts, sizes = [*parts, names.gate], [*sizes, attention.gate_width]
     if names.qkv:
         parts, sizes = [names.qkv], [attention.qkv_width]
     yield from _side_by_side(store, f"{prefix}.qkv", dict(zip(parts, sizes, strict=True)), attention.qkv_bias)
     out = names.out
-    yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.heads * attention.head_dim)
+    yield out, _matrix(store, f"{prefix}.out", spec.hidden, attention.width)
     if attention.out_bias:
         yield _bias(out), store.array(f"{prefix}.out_bias")[: spec.hidden]
     if attention.qk_norm != "none":

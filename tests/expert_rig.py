@@ -124,10 +124,11 @@ class Part:
         self.activation = aligned((entries, row_stride(experts.intermediate)), BF16)
         self.operand, self.input = self.activation, rows_of(experts.format, x)
 
-    def group(self, rig: Rig) -> None:
+    def group(self, rig: Rig, **more: float) -> None:
+        """more: arguments of the op."""
         weights = self.weights if self.ids is not None else None
-        count = len(self.experts.gate)
-        rig.add("group", ids=self.ids, weights=weights, routing=self._routing(), experts=count, top_k=self.top_k)
+        sizes = {"experts": len(self.experts.gate), "top_k": self.top_k}
+        rig.add("group", ids=self.ids, weights=weights, routing=self._routing(), **sizes, **more)
 
     def gate_up(self) -> dict[str, Any]:
         experts = self.experts

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3", "mellum": "mellum", "sarvam_moe": "bailingmoe2",
     "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
+    "gemma2": "gemma2", "mimo_v2_flash": "mimo2",
 }  # fmt: skip
 
 
@@ -158,7 +159,7 @@ _NAMES = (
     (r"(.*)\.self_attn\.(?:o_proj|out_proj)\.(\w+)", r"\1.attn_output.\2"),
     (r"(.*)\.self_attn\.(?:q_norm|q_layernorm|query_layernorm)\.weight", r"\1.attn_q_norm.weight"),
     (r"(.*)\.self_attn\.(?:k_norm|k_layernorm|key_layernorm)\.weight", r"\1.attn_k_norm.weight"),
-    (r"(.*)\.self_attn\.sinks", r"\1.attn_sinks.weight"),
+    (r"(.*)\.self_attn\.(?:sinks|attention_sink_bias)", r"\1.attn_sinks.weight"),
     (r"(.*)\.linear_attn\.in_proj_qkv\.weight", r"\1.attn_qkv.weight"),
     (r"(.*)\.linear_attn\.in_proj_z\.weight", r"\1.attn_gate.weight"),
     (r"(.*)\.linear_attn\.in_proj_qkvz\.weight", r"\1.ssm_in.weight"),
@@ -217,7 +218,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     found: dict[str, np.ndarray] = {}
     if config["model_type"] in ("bailing_hybrid", "sarvam_moe"):
         tensors = dict(_bailing(tensors))
-    plus = config["model_type"] in ("gemma3_text", "minimax_m3_vl_text")
+    plus = config["model_type"] in ("gemma2", "gemma3_text", "minimax_m3_vl_text")
     for name, array in tensors.items():
         if plus and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
@@ -387,7 +388,10 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
 
 
 _KIMI_DELTA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
-_SIGMOID = ("glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna", "sarvam_moe")
+_SIGMOID = (
+    "glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna", "sarvam_moe",
+    "mimo_v2_flash",
+)  # fmt: skip
 _ONE_WIDTH = (
     "mixtral",
     "olmoe",
@@ -417,7 +421,7 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": get("head_dim"),
-        "attention.value_length": get("head_dim"),
+        "attention.value_length": get("v_head_dim") or get("head_dim"),
         "attention.layer_norm_rms_epsilon": get("rms_norm_eps") or config["layer_norm_epsilon"],
         "attention.layer_norm_epsilon": get("layer_norm_eps"),
         "rope.freq_base": get("rope_theta"),
@@ -443,6 +447,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_scale": get("embedding_multiplier"),
         "residual_scale": get("residual_multiplier"),
         "logit_scale": get("logits_scaling") or get("logit_scale"),
+        "attn_logit_softcapping": get("attn_logit_softcapping"),
+        "final_logit_softcapping": get("final_logit_softcapping"),
     }  # fmt: skip
     if rank := get("kv_lora_rank"):
         turned, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
@@ -522,6 +528,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _laguna(config, slides)
     if family in _KIMI_DELTA:
         found |= _kimi_delta(config)
+    if family == "mimo_v2_flash":
+        found |= _mimo(config, slides)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
@@ -610,6 +618,20 @@ def _mellum(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
         "rope.scaling.type": full["rope_type"],
         "rope.scaling.factor": full["factor"],
         "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+    }
+
+
+def _mimo(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
+    """Layers with a window have twice the key heads and another rope; a window is of tokens before the one that looks."""
+    kv_heads = config["num_key_value_heads"]
+    return {
+        "attention.head_count_kv": [2 * kv_heads if one else kv_heads for one in slides],
+        "attention.sliding_window": config["sliding_window"] - 1,
+        "attention.sliding_window_pattern": slides,
+        "attention.value_scale": config["attention_value_scale"],
+        "rope.dimension_count": config["head_dim"] // 3,
+        "rope.freq_base": 5e6,
+        "rope.freq_base_swa": 1e4,
     }
 
 

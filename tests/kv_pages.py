@@ -33,9 +33,12 @@ class KvPages:
     [16 dimensions][2 tokens] or [4 tokens][16 dimensions]. Scales, of bytes alone, are [keys, values][tokens].
     """
 
-    def __init__(self, slots: int, heads: int, head_dim: int, tokens: int, format: str = "bf16") -> None:
+    def __init__(
+        self, slots: int, heads: int, head_dim: int, tokens: int, format: str = "bf16", value_head_dim: int = 0
+    ) -> None:
+        """value_head_dim: of values; 0: as many as head_dim."""
         self.heads, self.head_dim, self.format = heads, head_dim, format
-        self.key_dim, self.value_dim = round_up(head_dim, KEY_ALIGN), round_up(head_dim, BLOCK)
+        self.key_dim, self.value_dim = round_up(head_dim, KEY_ALIGN), round_up(value_head_dim or head_dim, BLOCK)
         self.tokens = round_up(tokens, KEY_BLOCK)
         self._dtype = DTYPES[format]
         self.value_offset = self.tokens * self.key_dim * self._dtype.itemsize
@@ -71,11 +74,11 @@ class KvPages:
         return self._scaled(self._unpacked_values(slot), slot, 1)
 
     def write(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Store keys and values [heads, n, head_dim] at positions from 0 on, quantised if the format says so."""
-        count, dim = keys.shape[1:]
+        """Store keys and values [heads, n, their size] at positions from 0 on, quantised if the format says so."""
+        count = keys.shape[1]
         whole = self._unpacked_keys(slot), self._unpacked_values(slot)
         for i, (array, part) in enumerate(zip(whole, (keys, values), strict=True)):
-            array[:, :count, :dim], scales = quantised(part, self.format)
+            array[:, :count, : part.shape[2]], scales = quantised(part, self.format)
             if self.format != "bf16":
                 self._scales[slot, :, i, :count] = scales
         self._pack(slot, *whole)

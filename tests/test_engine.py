@@ -321,6 +321,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", SHARP),
     "cohere tied, biases": ("cohere", {"tie_word_embeddings": True, "attention_bias": True, **SHARP}),
     "cohere2, in turn": ("cohere2", {"layer_types": None, "sliding_window_pattern": 2, **SHARP}),
+    "cohere2_moe": ("cohere2_moe", {"num_experts_per_tok": 8, **SHARP}),  # of 8 experts
+    "cohere2_moe, sigmoids, a sum, RMSNorm": (
+        "cohere2_moe",
+        {
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "shared_expert_combination_strategy": "sum",
+            "rms_norm_eps": 1e-6,
+            "num_experts_per_tok": 8,
+            **SHARP,
+        },
+    ),
+    "gemma2": ("gemma2", SHARP),
+    "gemma2, no bounds": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True, **SHARP},
+    ),
+    "mimo_v2_flash": ("mimo_v2_flash", {"num_experts_per_tok": 8, **SHARP}),  # of 8 experts
+    "mimo_v2_flash, values wider than keys, biases": (
+        "mimo_v2_flash",
+        {
+            "v_head_dim": 40,
+            "attention_bias": True,
+            "attention_value_scale": None,
+            "num_experts_per_tok": 8,
+            "sliding_window_size": 9,
+            **SHARP,
+        },
+    ),
     "granitemoe": ("granitemoe", SHARP),
     "granitemoe, no multipliers": (
         "granitemoe",

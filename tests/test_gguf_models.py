@@ -55,6 +55,8 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "mellum": {"mlp_layer_types": ["sparse"] * 3},
     "sarvam_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
     "glm5_next_text": {"linear_num_heads": 6},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    "mimo_v2_flash": {"rope_parameters": None},
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}

@@ -38,13 +38,17 @@ class Sequences:
     v: np.ndarray
     pages: KvPages
     sinks: np.ndarray | None = None
+    cap: float = 0.0
 
     @classmethod
-    def make(cls, shape: tuple[int, int, int], format: str = "bf16", slots: int = 3) -> Sequences:
+    def make(
+        cls, shape: tuple[int, int, int], format: str = "bf16", slots: int = 3, value_dim: int | None = None
+    ) -> Sequences:
         heads, kv_heads, dim = shape
-        random = np.random.default_rng(dim)
-        q, k, v = (random_bf16(random, slots, h, TOKENS, dim) for h in (heads, kv_heads, kv_heads))
-        made = cls(shape, q, k, v, KvPages(slots + 1, kv_heads, dim, TOKENS, format))
+        random, sizes = np.random.default_rng(dim), (dim, dim, value_dim or dim)
+        counts = zip((heads, kv_heads, kv_heads), sizes, strict=True)
+        q, k, v = (random_bf16(random, slots, h, TOKENS, size) for h, size in counts)
+        made = cls(shape, q, k, v, KvPages(slots + 1, kv_heads, dim, TOKENS, format, value_dim or 0))
         made.pages.fill(slots, np.nan)  # a slot that nobody reads
         made.cut([TOKENS] * slots)
         return made
@@ -69,8 +73,8 @@ class Sequences:
 
         invariant: by kernels whose bits do not depend on the number of rows.
         """
-        heads, kv_heads, dim = self.shape
-        rows, slots, stride = len(places), len(self.q) + 1, row_stride(heads * dim)
+        (heads, kv_heads, dim), out = self.shape, self.v.shape[-1]
+        rows, slots, stride = len(places), len(self.q) + 1, row_stride(heads * out)
         q = aligned((rows, heads, self.pages.key_dim), BF16)
         for row, (slot, position) in enumerate(places):
             q[row, :, :dim] = self.q[slot, :, position]
@@ -86,15 +90,16 @@ class Sequences:
             kv=self.pages.layout,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=dim,
+            head_dim=out,
             output_stride=stride,
             window=window,
             scale=dim**-0.5,
+            score_cap=self.cap,
             **more,
         )
         rig.step(places)
-        assert (output[rows:] == -7).all() and (output[:, heads * dim :] == -7).all()
-        return output[:rows, : heads * dim].reshape(rows, heads, dim)
+        assert (output[rows:] == -7).all() and (output[:, heads * out :] == -7).all()
+        return output[:rows, : heads * out].reshape(rows, heads, out)
 
     def check(self, output: np.ndarray, places: list[Place], window: int = 0) -> None:
         heads, kv_heads, dim = self.shape
@@ -102,20 +107,26 @@ class Sequences:
         for row, (slot, position) in enumerate(places):
             seen = slice(max(0, position - window + 1) if window else 0, position + 1)
             for head in range(heads):
-                k, v = (part[head * kv_heads // heads, seen, :dim].astype(np.float64) for part in stored[slot])
+                k, v = (
+                    part[head * kv_heads // heads, seen, :size].astype(np.float64)
+                    for part, size in zip(stored[slot], (dim, self.v.shape[-1]), strict=True)
+                )
                 sink = None if self.sinks is None else self.sinks[head]
-                assert_near(output[row, head], expected(self.q[slot, head, position], k, v, sink))
+                assert_near(output[row, head], expected(self.q[slot, head, position], k, v, sink, self.cap))
 
 
-def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: float | None) -> Near:
+def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: float | None, cap: float = 0.0) -> Near:
     """Attention over what the stored keys and values stand for.
 
-    A sink is a key of that score whose value is zero. Scales round every score three times more and every weight twice.
+    A sink is a key of that score whose value is zero, a bounded score that of a key which has it. Scales round every
+    score three times more and every weight twice.
     """
     scale, q = len(q) ** -0.5, q.astype(np.float64)
+    if cap:
+        k = (cap * np.tanh(k @ q * scale / cap))[:, None] / scale * q / (q @ q)
     if sink is not None:
         k = np.vstack([k, sink / scale * q / (q @ q)])
-        v = np.vstack([v, 0 * q])
+        v = np.vstack([v, 0 * v[:1]])
     near, scores = attention(q, k, v, scale), k @ q * scale
     relative = (6 * np.abs(scores).max() + 2) * FP32
     return Near(near.value, near.bound + relative * (softmax(scores)[:, None] * np.abs(v)).sum(0))
@@ -228,6 +239,36 @@ def test_sinks_share_in_the_softmax(isa, kv_format, shape, window) -> None:
     output = sequences.run(isa, places, window=window, threads=2)
     sequences.check(output, places, window)
     assert (np.abs(output[:, -1]).max(-1) < 1e-3 * np.abs(plain[:, -1]).max(-1)).all()  # the last takes nearly all
+
+
+@pytest.mark.parametrize(("shape", "value_dim"), [((6, 2, 24), 20), ((8, 1, 192), 128), ((2, 2, 40), 64)], ids=str)
+@pytest.mark.parametrize("window", [0, 270])
+def test_values_may_be_of_another_size_than_keys(isa, kv_format, shape, value_dim, window) -> None:
+    sequences = Sequences.make(shape, kv_format, value_dim=value_dim)
+    sequences.sinks = sinks_of(shape)
+    places = [(0, 0), (1, 700), *chunk(2, 250, 262)]
+    sequences.check(sequences.run(isa, places, window=window, threads=2), places, window)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("cap", [0.5, 50.0])
+def test_scores_may_have_bounds(isa, kv_format, shape, cap) -> None:
+    """The scores of the first are nearly all at their bounds, those of the second nearly as they were."""
+    sequences = Sequences.make(shape, kv_format)
+    sequences.cap = cap
+    sequences.q[:] *= 4
+    places = [(0, 0), (1, 700), *chunk(2, 250, 262)]
+    sequences.check(sequences.run(isa, places, threads=2), places)
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_bounds_of_scores_hide_no_damage(isa, damage) -> None:
+    sequences = Sequences.make(SHAPES[0])
+    sequences.cap = 2.0
+    sequences.k[0, 0, 5, 3] = damage
+    sequences.cut([TOKENS] * 3)
+    found = sequences.run(isa, [(0, 4), (0, 5), (1, 5)]).astype(np.float32)
+    assert np.isnan(found[1, :3]).all() and np.isfinite(found[[0, 2]]).all() and np.isfinite(found[1, 3:]).all()
 
 
 def test_a_sink_far_below_all_scores_changes_no_bit(isa, kv_format) -> None:

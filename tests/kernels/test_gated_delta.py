@@ -22,7 +22,7 @@ class Heads:
         self.rate = placed(random.uniform(-3, 1, value_heads).astype(np.float32))
         self.bias = placed(random.standard_normal(value_heads).astype(np.float32))
         self.norm = placed(random.standard_normal(value_dim).astype(np.float32))
-        self.in_turn = False
+        self.in_turn, self.beta_scale = False, 1.0
         self.size = cpu_kernels.delta_state_bytes(value_heads, key_dim, value_dim)
         self.states = aligned((SEQUENCES, self.size), np.uint8)
 
@@ -53,7 +53,7 @@ class Heads:
             norm=self.norm, output=output, state=layout, key_heads=self.key_heads, value_heads=self.value_heads,
             key_dim=self.key_dim, value_dim=self.value_dim, input_stride=source.shape[1],
             decay_stride=rows[1].shape[1], output_stride=output.shape[1], eps=1e-6,
-            in_turn=self.in_turn,
+            in_turn=self.in_turn, beta_scale=self.beta_scale,
         )  # fmt: skip
         rig.step(places)
         assert not output[:, width:].any()
@@ -67,7 +67,7 @@ class Heads:
         q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
         v, z = (x.reshape(len(x), self.value_heads, -1) for x in (v, z))
         b, a = np.split(rows[1].astype(np.float64), 2, axis=1)
-        beta = 1 / (1 + np.exp(-b))
+        beta = self.beta_scale / (1 + np.exp(-b))
         decay = np.exp(-np.exp(self.rate.astype(np.float64)) * np.logaddexp(0, a + self.bias))
         state = np.zeros((self.value_heads, self.key_dim, self.value_dim))
         found = []
@@ -88,6 +88,16 @@ def of_sequence(sequence: int, first: int, count: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_sequence_is_what_the_definition_says(isa, sizes) -> None:
     heads = Heads(isa, *sizes, threads=2)
+    rows = heads.rows(45)
+    wanted = heads.expected(rows)
+    found = heads.run(rows, of_sequence(0, 0, 45)).astype(np.float64)
+    assert np.abs(found - wanted).max() <= 2.0**-8 * np.abs(wanted).max()
+
+
+def test_betas_may_be_larger_than_one(isa) -> None:
+    """A token then turns what its key finds the other way round."""
+    heads = Heads(isa, *SIZES[0], threads=2)
+    heads.beta_scale = 2.0
     rows = heads.rows(45)
     wanted = heads.expected(rows)
     found = heads.run(rows, of_sequence(0, 0, 45)).astype(np.float64)

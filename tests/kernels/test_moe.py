@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from expert_rig import Experts, Routed, Rows, run
+from expert_rig import Experts, Part, Routed, Rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_reference import (
@@ -20,7 +20,7 @@ from kernel_reference import (
     silu_times,
     swiglu_clamped,
 )
-from rig import BF16, ISAS, random_bf16, rows_of
+from rig import BF16, ISAS, Rig, random_bf16, rows_of
 
 from hybrid.formats import FORMATS
 
@@ -112,6 +112,16 @@ def test_one_expert_takes_every_row_and_others_none(isa, format) -> None:
     for rows in (1, 6, 50):
         try_routing(isa, experts, [[7]] * rows)
         try_routing(isa, experts, [[9, 0]] * rows)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.5])
+def test_the_only_expert_may_have_another_weight(weight) -> None:
+    """In a table that no router made."""
+    part = Part(Experts.make("bf16", 1, 16, 16), np.zeros((5, 16), BF16), None, None)
+    rig = Rig("portable", 1, rows=5)
+    part.group(rig, weight=weight)
+    rig.run(5)
+    assert np.array_equal(part.integers["rows"], np.arange(5)) and (part.gates == weight).all()
 
 
 def test_an_expert_with_one_row_beside_one_with_many(isa, format) -> None:

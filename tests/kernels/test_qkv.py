@@ -132,6 +132,30 @@ def test_one_norm_may_span_all_heads_or_come_behind_rope(isa, kv_format) -> None
             assert_near(pages.keys(slot)[:, position, :dim], stored(expected[1], kv_format))
 
 
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 20), (192, 128), (40, 64)])
+def test_values_may_be_of_another_size_than_keys(isa, kv_format, head_dim, value_dim) -> None:
+    random, rows, heads, kv_heads = np.random.default_rng(6), len(PLACES), 4, 2
+    keys, values = (random.standard_normal((rows, kv_heads, dim)).astype(np.float32) for dim in (head_dim, value_dim))
+    queries = random.standard_normal((rows, heads, head_dim)).astype(np.float32)
+    keys[3, 1, 0], values[3, 1, -1] = 1.0, np.inf  # the key tells that its value is damaged
+    x = np.concatenate([part.reshape(rows, -1) for part in (queries, keys, values)], axis=1)
+    pages = KvPages(4, kv_heads, head_dim, 512, kv_format, value_dim)
+    q = run(isa, x, pages, heads, None, None, rope_dim=0, threads=2, value_head_dim=value_dim)
+    assert np.array_equal(q[..., :head_dim], queries.astype(BF16)) and not q[..., head_dim:].any()
+    for row, (slot, position) in enumerate(PLACES):
+        whole = slice(0, 1 if row == 3 else kv_heads)
+        for which, part in ((0, keys), (1, values)):
+            codes, scales = quantised(part[row, whole], kv_format)
+            found = pages.codes(slot)[which][whole, position]
+            assert found[:, : part.shape[2]].tobytes() == codes.tobytes() and not found[:, part.shape[2] :].any()
+            if kv_format != "bf16":
+                assert np.array_equal(pages.scales(slot)[which][whole, position], scales)
+    slot, position = PLACES[3]
+    assert np.isnan(pages.keys(slot)[1, position].astype(np.float32)).any()
+    assert not pages.codes(slot)[1][1, position].any()
+
+
 def test_late_queries_grow_by_steps_of_a_logarithm(isa) -> None:
     """Keys and values do not."""
     random, heads, kv_heads, dim = np.random.default_rng(5), 3, 1, 40

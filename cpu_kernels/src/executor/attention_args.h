@@ -57,6 +57,9 @@ struct QkvArgs {
   bool keys_are_values;  // qkv has no values: they are the keys as they were before norm and rope
   float growth;          // of queries, see growth_at(); 0: none
   int growth_length;
+  int value_head_dim;  // of a value, where that is not head_dim; 0: it is
+
+  int value_width() const { return value_head_dim ? value_head_dim : head_dim; }
 
   template <class Field>
   void fields(Field& field) {
@@ -80,6 +83,7 @@ struct QkvArgs {
     field("keys_are_values", keys_are_values, kOptional);
     field("growth", growth, kOptional);
     field("growth_length", growth_length, kOptional);
+    field("value_head_dim", value_head_dim, kOptional);
   }
 };
 
@@ -133,8 +137,8 @@ struct AttentionArgs {
   float* states;       // [.., value_dim + 2]: partial sums, maximum, denominator
   const float* sinks;  // null, or [heads]: a logit without a value that shares in every softmax
   KvLayout kv;
-  int heads, kv_heads, head_dim, output_stride;
-  int window;  // 0: none
+  int heads, kv_heads, head_dim, output_stride;  // head_dim: of what a head attends to, its values
+  int window;                                    // 0: none
   float scale;
   const int32_t* ends;  // null, or [rows], one for all rows of a sequence: keys from there on are attended elsewhere
   float* partials;      // null, or [rows, heads, value_dim + 16]: where states are left, for others to join, not output
@@ -149,6 +153,7 @@ struct AttentionArgs {
   int kept;               // how many of those there are
   const int32_t* blocks;  // null, or [rows, kv_heads, block_count]: of a row that sees more blocks of keys, which
   int block_count;
+  float score_cap;  // between which and less itself a tangent keeps scores; 0: no bounds
 
   template <class Field>
   void fields(Field& field) {
@@ -173,6 +178,7 @@ struct AttentionArgs {
     field("kept", kept, kOptional);
     field("blocks", blocks, kOptional);
     field("block_count", block_count, kOptional);
+    field("score_cap", score_cap, kOptional);
   }
 };
 

@@ -13,14 +13,15 @@ inline void check_fit(const RopeTableArgs& a, const std::string& place) {
   require(a.dim % 2 == 0, place + "dim is " + text(a.dim) + "; it must be even");
 }
 
-inline void check_layout(const KvLayout& kv, int head_dim, const std::string& place) {
+// head_dim: of a key. value_dim: of a value.
+inline void check_layout(const KvLayout& kv, int head_dim, int value_dim, const std::string& place) {
   require(kv.format == Format::bf16 || kv.format == Format::int8 || kv.format == Format::fp8,
           place + "keys and values are stored as bf16, int8 or fp8");
   require(head_dim <= kMaxHeadDim, place + "head_dim " + text(head_dim) + " is above " + text(kMaxHeadDim));
   require(kv.key_dim <= kMaxHeadDim, place + "kv.key_dim " + text(kv.key_dim) + " is above " + text(kMaxHeadDim));
-  require(head_dim <= kv.key_dim && head_dim <= kv.value_dim, place + "head_dim " + text(head_dim) +
-                                                                  " is above kv.key_dim " + text(kv.key_dim) +
-                                                                  " or kv.value_dim " + text(kv.value_dim));
+  require(head_dim <= kv.key_dim, place + "head_dim " + text(head_dim) + " is above kv.key_dim " + text(kv.key_dim));
+  require(value_dim <= kv.value_dim,
+          place + "the width of a value " + text(value_dim) + " is above kv.value_dim " + text(kv.value_dim));
   if (!kv.shared) return;
   require(kv.value_dim <= kv.key_dim, place + "kv.value_dim " + text(kv.value_dim) + " is above kv.key_dim " +
                                           text(kv.key_dim) + ", which it shares");
@@ -38,11 +39,14 @@ void check_growth(const Args& a, const std::string& place) {
 
 inline void check_fit(const QkvArgs& a, const std::string& place) {
   check_growth(a, place);
-  check_layout(a.kv, a.head_dim, place);
+  check_layout(a.kv, a.head_dim, a.value_width(), place);
   require(a.rope_dim <= a.head_dim && a.rope_dim % 2 == 0,
           place + "rope_dim is " + text(a.rope_dim) + "; it must be even and at most head_dim " + text(a.head_dim));
+  require(a.value_width() == a.head_dim || !a.keys_are_values,
+          place + "value_head_dim is " + text(a.value_head_dim) + "; keys are values, of head_dim " + text(a.head_dim));
+  const int64_t values = a.keys_are_values ? 0 : int64_t(a.kv_heads) * a.value_width();
   require_stride(place, "qkv_stride", a.qkv_stride,
-                 (a.heads * (a.gated ? 2 : 1) + (a.keys_are_values ? 1 : 2) * int64_t(a.kv_heads)) * a.head_dim);
+                 (a.heads * (a.gated ? 2 : 1) + int64_t(a.kv_heads)) * a.head_dim + values);
 }
 
 inline void check_fit(const GateArgs& a, const std::string& place) {
@@ -56,7 +60,7 @@ inline void check_fit(const LatentArgs& a, const std::string& place) {
   check_growth(a, place);
   require(a.kv.shared, place + "kv.shared is false; latents are keys and values of all heads");
   require(a.rope_dim % 2 == 0, place + "rope_dim is " + text(a.rope_dim) + "; it must be even");
-  check_layout(a.kv, a.rank, place);
+  check_layout(a.kv, a.rank, a.rank, place);
   const int behind = room_behind(a.rope_dim);
   require(int64_t(a.rank) + behind <= a.kv.key_dim, place + "rank " + text(a.rank) + " and the " + text(behind) +
                                                         " dimensions behind it are above kv.key_dim " +
@@ -90,7 +94,8 @@ inline void check_kept(const AttentionArgs& a, const std::string& place) {
 }
 
 inline void check_fit(const AttentionArgs& a, const std::string& place) {
-  check_layout(a.kv, a.head_dim, place);
+  check_layout(a.kv, 1, a.head_dim, place);
+  require(a.score_cap >= 0, place + "score_cap is below 0; it must be above, or 0 for no bounds");
   const int group = a.heads / a.kv_heads;
   require(a.heads % a.kv_heads == 0,
           place + text(a.heads) + " heads cannot share " + text(a.kv_heads) + " KV heads evenly");

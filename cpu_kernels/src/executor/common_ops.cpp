@@ -33,6 +33,7 @@ void group(const GroupArgs& args, const Step& step, const Work& work) {
   if (take(work) > 0) return;
   const Routing& r = args.routing;
   const int pairs = step.rows * args.top_k;
+  const float plain = args.weight != 0 ? args.weight : 1.0f;
   const auto given = [&](int pair) { return args.ids ? args.ids[pair] : 0; };
   // Python may have written the ids. One that no expert has goes to the first, by a weight that shows in the logits.
   const auto expert = [&](int pair) { return given(pair) < args.experts ? given(pair) : 0; };
@@ -48,7 +49,7 @@ void group(const GroupArgs& args, const Step& step, const Work& work) {
     if (expert(pair) < 0) continue;
     const int at = r.offsets[expert(pair)]++;
     r.rows[at] = pair / args.top_k;
-    r.weights[at] = given(pair) >= args.experts ? NAN : args.weights ? args.weights[pair] : 1.0f;
+    r.weights[at] = given(pair) >= args.experts ? NAN : args.weights ? args.weights[pair] : plain;
     if (args.pairs) args.pairs[at] = pair;
   }
   for (int e = args.experts; e > 0; --e) r.offsets[e] = r.offsets[e - 1];

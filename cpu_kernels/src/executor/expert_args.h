@@ -82,10 +82,11 @@ struct Routing {
 
 struct GroupArgs {
   const int32_t* ids;    // null: one expert takes every row; a negative id is computed elsewhere and left out
-  const float* weights;  // null: all are 1
+  const float* weights;  // null: all are `weight`
   Routing routing;
   int32_t* pairs;  // null, or [rows * top_k]: beside every entry of `routing` its place in ids
   int experts, top_k;
+  float weight;  // 0: 1
 
   template <class Field>
   void fields(Field& field) {
@@ -95,6 +96,7 @@ struct GroupArgs {
     field("experts", experts, kPositive);
     field("top_k", top_k, kPositive);
     field("pairs", pairs, kOptional);
+    field("weight", weight, kOptional);
   }
 };
 

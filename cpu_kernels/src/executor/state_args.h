@@ -115,8 +115,9 @@ struct GatedDeltaArgs {
   StateLayout state;        // of each sequence, of each value head: see DeltaOffsets
   int key_heads, value_heads, key_dim, value_dim, input_stride, decay_stride, output_stride;
   float eps;
-  bool in_turn;  // the value heads of a key head are as many apart as there are key heads, not adjacent
-  bool sigmoid;  // of gates, in place of silu
+  bool in_turn;      // the value heads of a key head are as many apart as there are key heads, not adjacent
+  bool sigmoid;      // of gates, in place of silu
+  float beta_scale;  // of beta, which is a sigmoid; 0: 1
 
   template <class Field>
   void fields(Field& field) {
@@ -137,6 +138,7 @@ struct GatedDeltaArgs {
     field("eps", eps);
     field("in_turn", in_turn, kOptional);
     field("sigmoid", sigmoid, kOptional);
+    field("beta_scale", beta_scale, kOptional);
   }
 };
 

@@ -22,7 +22,7 @@ static HYBRID_KERNEL void read_tokens(const GatedDeltaArgs& args, int head, cons
     in_decay[r] = gates[args.value_heads];
   }
   const F32 b = Isa::load(in_beta), a = Isa::add(Isa::load(in_decay), Isa::set(args.decay_bias[head]));
-  Isa::store(t.beta, unless_damaged(times_sigmoid(Isa::set(1.0f), b), b));
+  Isa::store(t.beta, unless_damaged(times_sigmoid(Isa::set(args.beta_scale != 0 ? args.beta_scale : 1.0f), b), b));
   const F32 rate = Isa::mul(exponential(Isa::set(args.decay_rate[head])), softplus(a));
   Isa::store(decays, unless_damaged(exponential(Isa::sub(Isa::zero(), rate)), a));
   keep(decays, state, t);

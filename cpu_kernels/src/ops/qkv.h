@@ -42,23 +42,27 @@ static HYBRID_INLINE bool is_sound(const float* x, int dim) { return largest_mag
 
 // Whether a value [dim] is a number as it is stored.
 static HYBRID_INLINE bool is_sound_value(const QkvArgs& args, const float* x) {
-  if (!is_sound(x, args.head_dim)) return false;
-  return !args.norm_values || __builtin_isfinite(inverse_rms(x, args.head_dim, args.eps));
+  if (!is_sound(x, args.value_width())) return false;
+  return !args.norm_values || __builtin_isfinite(inverse_rms(x, args.value_width(), args.eps));
 }
 
 template <class Kv>
 static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const Work& work) {
-  const int per_row = args.heads + 2 * args.kv_heads, dim = args.head_dim;
-  const int to_values = args.keys_are_values ? 0 : args.kv_heads;  // from a key head to that of its value
+  const int per_row = args.heads + 2 * args.kv_heads, key_dim = args.head_dim, value_dim = args.value_width();
+  const int before_values = args.heads + (args.keys_are_values ? 0 : args.kv_heads);  // heads
   alignas(64) float x[kMaxHeadDim];
   for_each(step.rows * per_row, kHeadsAtOnce, work, [&](int task) {
     const int row = task / per_row, head = task % per_row;
     const bool is_query = head < args.heads, is_key = !is_query && head < args.heads + args.kv_heads;
     const int sequence = step.sequences[row], position = step.positions[row];
+    const int dim = is_query || is_key ? key_dim : value_dim;
     const float* queries = args.qkv + int64_t(row) * args.qkv_stride;
-    const float* all = queries + (args.gated ? args.heads * dim : 0);  // as if no gates were among them
-    const int source = is_query || is_key ? head : head - args.kv_heads + to_values;
-    __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : all + source * dim, dim * sizeof(float));
+    const float* all = queries + (args.gated ? args.heads * key_dim : 0);  // as if no gates were among them
+    const float* values = all + before_values * key_dim;
+    const float* source = is_query && args.gated ? queries + 2 * head * dim
+                          : is_query || is_key   ? all + head * dim
+                                                 : values + (head - args.heads - args.kv_heads) * dim;
+    __builtin_memcpy(x, source, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
       const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans
@@ -75,7 +79,7 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     }
     // A key of NaN says for the value too that it is damaged. Rows that do not see the token replace its score, but
     // multiply its value, by zero: so that must be a number.
-    if (is_key && !(is_sound(x, dim) && is_sound_value(args, all + (head + to_values) * dim)))
+    if (is_key && !(is_sound(x, dim) && is_sound_value(args, values + (head - args.heads) * value_dim)))
       x[0] = __builtin_nanf("");
     if (!is_query && !is_key && !is_sound(x, dim)) __builtin_memset(x, 0, dim * sizeof(float));
     if (is_query) {

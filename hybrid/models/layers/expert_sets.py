@@ -40,8 +40,13 @@ class Experts:
         return matrix_formats(self.format)[1]
 
 
-def group_rows(part: str, routing: str, experts: int, top_k: int, routed: bool = True) -> Op:
-    """The op that makes a table. routed: of what a router chose; else one expert takes every row."""
+def weighed_table(weight: float) -> str:
+    """The name of a table that sends every row to one expert, whose result is multiplied by this weight."""
+    return DENSE if weight == 1 else f"{DENSE}_times_{weight:g}"
+
+
+def group_rows(part: str, routing: str, experts: int, top_k: int, routed: bool = True, weight: float = 1.0) -> Op:
+    """The op that makes a table. routed: of what a router chose; else one expert takes every row, with this weight."""
     arguments = {
         "ids": Buffer(IDS) if routed else None,
         "weights": Buffer(WEIGHTS) if routed else None,
@@ -49,6 +54,8 @@ def group_rows(part: str, routing: str, experts: int, top_k: int, routed: bool =
         "experts": experts,
         "top_k": top_k,
     }
+    if weight != 1:
+        arguments["weight"] = weight
     return Op("group", part, arguments, (1, "thread"))
 
 

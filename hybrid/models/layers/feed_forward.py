@@ -29,6 +29,7 @@ from hybrid.models.layers.expert_sets import (
     expert_set,
     group_rows,
     table_buffers,
+    weighed_table,
 )
 from hybrid.models.layers.products import (
     BF16,
@@ -76,7 +77,8 @@ STORED = "ffn"  # how the names of its tensors begin, where a layer has one feed
 @dataclass(frozen=True)
 class FeedForward:
     """Dense when experts == 0: `intermediate` is the layer's own, without a router. shared_intermediate 0: no shared
-    expert. shared_gate: whether a gate weighs it for every row. stored: how the names of its tensors in a store begin.
+    expert. shared_gate: whether a gate weighs it for every row; shared_weight: by which it is multiplied without one.
+    stored: how the names of its tensors in a store begin.
     bound, shared_bound: of experts, and of the shared one, with silu: what it makes of a gate is at most that, and up
     within it; 0: none.
     """
@@ -88,6 +90,7 @@ class FeedForward:
     bias: bool = False
     shared_intermediate: int = 0
     shared_gate: bool = False
+    shared_weight: float = 1.0
     names: FeedForwardNames = field(default_factory=FeedForwardNames)
     stored: str = STORED
     bound: float = 0.0
@@ -216,7 +219,8 @@ class FeedForward:
         )
         if not self.shared_intermediate:
             return [routed]
-        table, rows = (SHARED if self.shared_gate else DENSE, 1), f"shared_{ACTIVATION}"
+        table = (SHARED if self.shared_gate else weighed_table(self.shared_weight), 1)
+        rows = f"shared_{ACTIVATION}"
         return [
             routed,
             Experts(self.stored, "shared", mix.shared, self.shared_intermediate, *table, rows, False, self.wide),
@@ -226,8 +230,9 @@ class FeedForward:
 
     def first_ops(self, place: Place) -> Iterator[Op]:
         """Tables that send every row to one expert: with weight 1, or with one that a gate gives it in each layer."""
+        weights = {weighed_table(self.shared_weight): self.shared_weight}
         for name in self._whole_tables(place.mix):
-            yield group_rows("other", name, 1, 1, routed=False)
+            yield group_rows("other", name, 1, 1, routed=False, weight=weights.get(name, 1.0))
 
     def _whole_tables(self, mix: FormatMix) -> list[str]:
         return [experts.routing for experts in self._groups(mix) if experts.routing != ROUTED]
@@ -316,11 +321,11 @@ class FeedForward:
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device knows gelu of experts, their bounds or a norm of their sum, a router's own norm, a factor, or
-        matrices without a gate.
+        """No device knows gelu of experts, their bounds or a norm of their sum, a weight of a shared one, a router's own
+        norm, a factor, or matrices without a gate.
         """
         own_norms = self.names.post_norm or self.names.router_norm
-        bounded = self.bound or self.shared_bound
+        bounded = self.bound or self.shared_bound or self.shared_weight != 1
         if (
             self.wide == 1
             or self.names.factor

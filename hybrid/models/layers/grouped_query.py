@@ -85,7 +85,8 @@ class GroupedQueryAttention:
     that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
     come after rope. out_scale: of what is added to the residual stream. gate: of what heads attended to. value_norm:
     whether values have a norm, per head and without a weight. keys_are_values: there is no projection of values, which
-    are the keys before norm and rope.
+    are the keys before norm and rope. value_head_dim: dimensions of a value, None: head_dim. score_cap: between which
+    and less itself a tangent keeps scores; 0: no bounds.
     """
 
     heads: int
@@ -103,38 +104,50 @@ class GroupedQueryAttention:
     gate: HeadGate | None = None
     value_norm: bool = False
     keys_are_values: bool = False
+    value_head_dim: int | None = None
+    score_cap: float = 0.0
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
+
+    @property
+    def value_size(self) -> int:
+        """Dimensions of a value, and of what a head attends to."""
+        return self.value_head_dim or self.head_dim
 
     @property
     def width(self) -> int:
         """Width of the output of all query heads."""
-        return self.heads * self.head_dim
+        return self.heads * self.value_size
 
     @property
     def kv_width(self) -> int:
-        """Width of all keys, and of all values."""
+        """Width of all keys."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def values_width(self) -> int:
+        """Rows of the projection of values, 0 if there is none."""
+        return 0 if self.keys_are_values else self.kv_heads * self.value_size
 
     @property
     def qkv_width(self) -> int:
         """Rows of the fused projection: all query heads with gates among them, key heads, value heads, other gates."""
-        return self.query_width + self.kv_width * (1 if self.keys_are_values else 2) + self.gate_width
+        return self.query_width + self.kv_width + self.values_width + self.gate_width
 
     @property
     def query_width(self) -> int:
         """Rows of the projection of queries."""
-        return self.width * (2 if self.gate and not self.gate.apart else 1)
+        return self.heads * self.head_dim * (2 if self.gate and not self.gate.apart else 1)
 
     @property
     def gate_width(self) -> int:
         """Rows of the projection of gates; 0 where queries have them among theirs, or there are none."""
-        return self.gate.rows(self.heads, self.head_dim) if self.gate and self.gate.apart else 0
+        return self.gate.rows(self.heads, self.value_size) if self.gate and self.gate.apart else 0
 
     @property
     def norm_widths(self) -> tuple[int, int]:
         """How many values share a norm, of queries and of keys; 0 without norms."""
         if self.qk_norm == "whole":
-            return self.width, self.kv_width
+            return self.heads * self.head_dim, self.kv_width
         return (self.head_dim,) * 2 if self.qk_norm == "head" else (0, 0)
 
     @property
@@ -143,7 +156,7 @@ class GroupedQueryAttention:
 
     @property
     def value_dim(self) -> int:
-        return round_up(self.head_dim, BLOCK)
+        return round_up(self.value_size, BLOCK)
 
     @property
     def softmax_scale(self) -> float:
@@ -165,8 +178,7 @@ class GroupedQueryAttention:
     def _pieces(self, names: GroupedQueryNames) -> list[Piece]:
         if names.qkv:
             return [Piece("qkv", (names.qkv,), self.qkv_width)]
-        widths = {"q": self.query_width, "k": self.kv_width, "v": 0 if self.keys_are_values else self.kv_width}
-        widths["gate"] = self.gate_width
+        widths = {"q": self.query_width, "k": self.kv_width, "v": self.values_width, "gate": self.gate_width}
         return [Piece(name, (getattr(names, name),), width) for name, width in widths.items() if width]
 
     def _projections(self, place: Place) -> tuple[list[Joined], str]:
@@ -234,7 +246,7 @@ class GroupedQueryAttention:
         yield self._split_heads(place, prefix)
         yield self._attend(place, prefix)
         if self.gate:
-            yield self.gate.op(PART, self.heads, self.head_dim, self.qkv_width)
+            yield self.gate.op(PART, self.heads, self.value_size, self.qkv_width)
         yield from quantise(PART, "attended", self.width, out)
         normed = bool(self.names.post_norm)
         yield gemm(
@@ -262,6 +274,8 @@ class GroupedQueryAttention:
         }
         steps_over = bool(self.gate and not self.gate.apart)
         flags = {"gated": steps_over, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
+        if self.value_head_dim:
+            arguments["value_head_dim"] = self.value_head_dim
         arguments |= {name: True for name, value in flags.items() if value} | growth_fields(self.rope)
         return Op("qkv", PART, self._shape(place) | arguments, (self.heads + 2 * self.kv_heads, "heads a row"))
 
@@ -274,7 +288,10 @@ class GroupedQueryAttention:
             "output_stride": row_stride(self.width),
             "window": self.window or 0,
             "scale": self.softmax_scale,
+            "head_dim": self.value_size,
         }
+        if self.score_cap:
+            arguments["score_cap"] = self.score_cap
         split = (self.kv_heads, "KV heads a tile and key block")
         return Op("attention", PART, self._shape(place) | arguments, split)
 
@@ -333,13 +350,13 @@ class GroupedQueryAttention:
         for matrix in matrices:
             projections += product_cost(matrix.format, matrix.rows, place.hidden, load.rows)
         read = load.tokens * self.kv_heads * self.token_bytes(load.kv_format)
-        return projections + Cost(read, 4.0 * load.pairs * self.width)
+        return projections + Cost(read, 2.0 * load.pairs * self.heads * (self.head_dim + self.value_size))
 
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device norms values, or takes keys for them."""
-        if self.value_norm or self.keys_are_values:
+        """No device norms values, takes keys for them, has values of another size, or bounds scores."""
+        if self.value_norm or self.keys_are_values or self.value_size != self.head_dim or self.score_cap:
             return None
         hidden, width = place.hidden, self.qkv_width
         norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))

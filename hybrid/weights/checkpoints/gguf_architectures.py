@@ -64,6 +64,8 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "afmoe": ("afmoe",),
     "laguna": ("laguna",),
     "mellum": ("mellum",),
+    "gemma2": ("gemma2",),
     "command-r": ("cohere",),
     "cohere2": ("cohere2",),
+    "mimo2": ("mimo_v2_flash",),
 }

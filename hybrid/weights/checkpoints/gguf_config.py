@@ -36,12 +36,13 @@ from hybrid.weights.checkpoints.gguf_fields import (
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna, mellum
-from hybrid.weights.checkpoints.gguf_gemma import gemma3, gemma4
+from hybrid.weights.checkpoints.gguf_gemma import gemma2, gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_hunyuan import hunyuan_moe, hy_v3
 from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, glm5_next, kimi_linear
 from hybrid.weights.checkpoints.gguf_lfm2 import lfm2, lfm2_moe
 from hybrid.weights.checkpoints.gguf_mamba import granite_experts, granite_hybrid, nemotron_h
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
+from hybrid.weights.checkpoints.gguf_mimo import mimo2
 from hybrid.weights.checkpoints.gguf_minimax import minimax_m2, minimax_m3
 from hybrid.weights.checkpoints.gguf_qwen import (
     qwen,
@@ -72,7 +73,7 @@ def gguf_config(model: Gguf) -> Config:
 
 def _common(model: Gguf, metadata: GgufMetadata) -> Config:
     heads, dim = query_heads(metadata)[0], key_length(metadata)
-    if metadata.architecture not in LATENT and metadata.size("attention.value_length", dim) != dim:
+    if metadata.architecture not in (*LATENT, "mimo2") and metadata.size("attention.value_length", dim) != dim:
         raise metadata.refuse("attention.value_length", metadata.size("attention.value_length"), f"{dim}, as of keys")
     if metadata.architecture not in GROWING and metadata.number(TEMPERATURE, 0.0):
         raise metadata.refuse(TEMPERATURE, metadata.number(TEMPERATURE), "absent or 0")
@@ -328,6 +329,8 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "afmoe": afmoe,
     "laguna": laguna,
     "mellum": mellum,
+    "gemma2": gemma2,
     "command-r": command_r,
     "cohere2": cohere2,
+    "mimo2": mimo2,
 }

@@ -36,9 +36,9 @@ def key_length(metadata: GgufMetadata) -> int:
 
 
 def kv_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer, 0 of those that do not attend in models of several mixers. Gemma 4 tells it by itself."""
+    """Of every layer, 0 of those that do not attend in models of several mixers. Gemma 4 and MiMo tell it by themselves."""
     name, heads = "attention.head_count_kv", query_heads(metadata)[0]
-    if metadata.architecture == "gemma4":
+    if metadata.architecture in ("gemma4", "mimo2"):
         return [heads]
     if metadata.architecture not in MIXED:
         return [metadata.size(name, heads)] * max(1, layer_count(metadata))

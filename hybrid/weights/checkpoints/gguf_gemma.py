@@ -16,16 +16,34 @@ from hybrid.weights.checkpoints.gguf_files import Gguf
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_rope import ROPE_FACTORS, Config, rope_factors
 
-_GEMMA3_27B, _GEMMA3_PATTERN = 62, 6  # layers of that model; in all of them every 6th sees everything
+_GEMMA2_27B, _GEMMA3_27B = 46, 62  # layers of those models
+_GEMMA3_PATTERN = 6  # in all of Gemma 3 every 6th sees everything
 _STILL = 1e20  # factors from there on stop a frequency
+
+
+def gemma2(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Files do not say what scales scores: of the largest model it is another number. Bounds that are missing are those
+    of the published models.
+    """
+    return {
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": _shared(metadata) if layer_count(metadata) == _GEMMA2_27B else key_length(metadata),
+        "sliding_window": metadata.size("attention.sliding_window", 0) or None,
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 0.0) or None,
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
+    }
+
+
+def _shared(metadata: GgufMetadata) -> int:
+    """A head's part of the hidden size."""
+    return metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
 
 
 def gemma3(model: Gguf, metadata: GgufMetadata) -> Config:
     """Files say neither which layers slide nor what scales scores: of the largest model it is another number."""
-    shared = metadata.size("embedding_length") // max(1, metadata.size("attention.head_count"))
     return {
         "model_type": "gemma3_text",
-        "query_pre_attn_scalar": shared if layer_count(metadata) == _GEMMA3_27B else key_length(metadata),
+        "query_pre_attn_scalar": _shared(metadata) if layer_count(metadata) == _GEMMA3_27B else key_length(metadata),
         "sliding_window": metadata.size("attention.sliding_window", 0) or None,
         "sliding_window_pattern": metadata.size("attention.sliding_window_pattern", _GEMMA3_PATTERN),
         "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10_000.0),

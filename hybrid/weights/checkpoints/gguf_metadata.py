@@ -54,6 +54,11 @@ class GgufMetadata:
     def is_list(self, name: str) -> bool:
         return isinstance(self._model.metadata.get(self._key(name)), list)
 
+    def is_flags(self, name: str) -> bool:
+        """Whether it is a list of true and false."""
+        value = self._model.metadata.get(self._key(name))
+        return isinstance(value, list) and all(type(item) is bool for item in value)
+
     def has(self, name: str) -> bool:
         return self._key(name) in self._model.metadata
 

@@ -334,7 +334,7 @@ def _queries_keys_values(spec: ModelSpec, entry: Entry, layer: str, kind: str) -
     if not isinstance(mixer, GroupedQueryAttention) or not entry.shape or entry.shape[0] != mixer.qkv_width:
         yield f"{layer}.attn_qkv.{kind}", entry
         return
-    for which, part in zip("qkv", _cut(entry, [mixer.width, mixer.kv_width, mixer.kv_width]), strict=True):
+    for which, part in zip("qkv", _cut(entry, [mixer.query_width, mixer.kv_width, mixer.values_width]), strict=True):
         yield f"{layer}.attn_{which}.{kind}", part
 
 
