@@ -622,7 +622,7 @@ def _mellum(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
 
 
 def _mimo(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
-    """Layers with a window have twice the key heads and another rope; a window is of tokens before the one that looks."""
+    """Layers with a window have twice the key heads, another rope; windows are of tokens before the one that looks."""
     kv_heads = config["num_key_value_heads"]
     return {
         "attention.head_count_kv": [2 * kv_heads if one else kv_heads for one in slides],

@@ -321,8 +321,8 @@ class FeedForward:
     # A step on a device: it computes all but the routed experts.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device knows gelu of experts, their bounds or a norm of their sum, a weight of a shared one, a router's own
-        norm, a factor, or matrices without a gate.
+        """No device knows gelu of experts, their bounds or a norm of their sum, a weight of a shared one, a router's
+        own norm, a factor, or matrices without a gate.
         """
         own_norms = self.names.post_norm or self.names.router_norm
         bounded = self.bound or self.shared_bound or self.shared_weight != 1

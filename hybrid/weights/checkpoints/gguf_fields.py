@@ -36,7 +36,7 @@ def key_length(metadata: GgufMetadata) -> int:
 
 
 def kv_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer, 0 of those that do not attend in models of several mixers. Gemma 4 and MiMo tell it by themselves."""
+    """Of every layer, 0 of those that do not attend in models of several mixers. Gemma 4 and MiMo tell it."""
     name, heads = "attention.head_count_kv", query_heads(metadata)[0]
     if metadata.architecture in ("gemma4", "mimo2"):
         return [heads]
