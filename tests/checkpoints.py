@@ -519,6 +519,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         },
     },
+    "olmo_hybrid": {
+        **{name: value for name, value in _DELTA.items() if name != "rope_theta"},
+        "model_type": "olmo_hybrid",
+        "pad_token_id": None,
+        "head_dim": 16,
+        "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
     "exaone4": {**_COMMON, "model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 20},
     "lfm2_moe": {
         **_COMMON,

@@ -166,9 +166,14 @@ def delta_tensors(store: Store, index: int) -> Named:
         yield names.grouped, _by_key_head(projected, delta.key_heads)
         yield names.grouped_decays, _by_key_head(decays, delta.key_heads)
     else:
-        yield from _side_by_side(store, f"{prefix}.in", {names.qkv: delta.channels, names.gates: values})
+        apart = {names.q: keys, names.k: keys, names.v: values} if names.q else {names.qkv: delta.channels}
+        yield from _side_by_side(store, f"{prefix}.in", {**apart, names.gates: values})
         yield from zip((names.betas, names.decays), decays, strict=True)
-    yield names.taps, store.array(f"{prefix}.taps").reshape(-1, 1, delta.taps)
+    taps = store.array(f"{prefix}.taps").reshape(-1, 1, delta.taps)
+    if names.q:
+        yield from zip((names.q_taps, names.k_taps, names.v_taps), np.split(taps, [keys, 2 * keys]), strict=True)
+    else:
+        yield names.taps, taps
     for name, part in (
         (names.decay_rate, "decay_rate"),
         (names.decay_bias, "decay_bias"),

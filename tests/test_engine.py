@@ -507,6 +507,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "olmo_hybrid": ("olmo_hybrid", {}),
+    "olmo_hybrid tied, rope, small betas, more value heads": (
+        "olmo_hybrid",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+            "linear_allow_neg_eigval": False,
+            "linear_num_value_heads": 6,
+            "layer_types": None,
+            "attention_bias": True,
+        },
+    ),
     "qwen3_next": ("qwen3_next", {"num_experts_per_tok": 8}),  # of 8 experts: no near-tie decides
     "qwen3_next tied, longer keys, not renormalised": (
         "qwen3_next",

@@ -18,6 +18,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": ALL_ROUTED,
     "qwen3_5_moe_text": ALL_ROUTED,
     "qwen3_5_text": {},
+    "olmo_hybrid": {},
     "kimi_linear": {**ALL_ROUTED, "linear_attn_config": {**LINEAR, "head_dim": 124}},
     "bailing_hybrid": {**ALL_ROUTED, "head_dim": 124, "topk_group": 2},
     "glm5_next_text": {**ALL_ROUTED, "linear_head_dim": 124, "index_topk": 64, "index_kpool": 16, "index_n_heads": 32},

@@ -25,16 +25,20 @@ def read_mixers(fields: Fields, defaults: Defaults, names: GatedDeltaNames) -> l
     """Of every layer: every `full_attention_interval`-th attends, if `layer_types` does not say it."""
     fields.refuse("attn_output_gate", neutral=True)
     attention = read_attention(fields, defaults, qk_norm="head", bias=fields.flag("attention_bias"))
-    gated, delta = replace(attention, gate=HeadGate()), _read_delta(fields, names)
+    gated = replace(attention, gate=HeadGate())
+    delta = read_delta(fields, names, key_heads=16, value_heads=32, key_dim=128, value_dim=128)
     interval = fields.size("full_attention_interval", default=4)
     default = [LINEAR if (layer + 1) % interval else FULL for layer in range(read_layer_count(fields))]
     kinds = fields.choices("layer_types", default=default, allowed=(FULL, LINEAR))
     return [gated if kind == FULL else delta for kind in kinds]
 
 
-def _read_delta(fields: Fields, names: GatedDeltaNames) -> GatedDeltaNet:
-    key_heads = fields.size("linear_num_key_heads", default=16)
-    value_heads = fields.size("linear_num_value_heads", default=32)
+def read_delta(
+    fields: Fields, names: GatedDeltaNames, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int
+) -> GatedDeltaNet:
+    """Gated DeltaNet; the sizes are defaults."""
+    key_heads = fields.size("linear_num_key_heads", default=key_heads)
+    value_heads = fields.size("linear_num_value_heads", default=value_heads)
     if value_heads % key_heads:
         raise ConfigError(
             f"config.json: linear_num_value_heads {value_heads} is not a multiple of linear_num_key_heads {key_heads}: "
@@ -44,8 +48,8 @@ def _read_delta(fields: Fields, names: GatedDeltaNames) -> GatedDeltaNet:
     return GatedDeltaNet(
         key_heads,
         value_heads,
-        fields.size("linear_key_head_dim", default=128, maximum=largest),
-        fields.size("linear_value_head_dim", default=128, maximum=largest),
+        fields.size("linear_key_head_dim", default=key_dim, maximum=largest),
+        fields.size("linear_value_head_dim", default=value_dim, maximum=largest),
         fields.size("linear_conv_kernel_dim", default=4, minimum=2, maximum=8),
         fields.flag("linear_value_heads_in_turn"),  # of what GGUF files say; no published configuration has it
         names=names,

@@ -20,6 +20,8 @@ inline void check_layout(const KvLayout& kv, int head_dim, int value_dim, const 
   require(head_dim <= kMaxHeadDim, place + "head_dim " + text(head_dim) + " is above " + text(kMaxHeadDim));
   require(kv.key_dim <= kMaxHeadDim, place + "kv.key_dim " + text(kv.key_dim) + " is above " + text(kMaxHeadDim));
   require(head_dim <= kv.key_dim, place + "head_dim " + text(head_dim) + " is above kv.key_dim " + text(kv.key_dim));
+  require(value_dim <= kMaxHeadDim,
+          place + "the width of a value " + text(value_dim) + " is above " + text(kMaxHeadDim));
   require(value_dim <= kv.value_dim,
           place + "the width of a value " + text(value_dim) + " is above kv.value_dim " + text(kv.value_dim));
   if (!kv.shared) return;

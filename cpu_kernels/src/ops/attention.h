@@ -97,9 +97,10 @@ static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales
   return keys.first < keys.last;
 }
 
-// Scores of a row of `used` keys, between bounds.
-static HYBRID_INLINE void cap_scores(float* scores, float cap, int used) {
-  for (int i = 0; i < used; i += kBlock) Isa::store(scores + i, capped(Isa::load(scores + i), cap));
+// Scores [rows, kKeys] of `used` keys, between bounds.
+static HYBRID_KERNEL void cap_scores(float* scores, int rows, int used, float cap) {
+  for (int row = 0; row < rows; ++row, scores += kKeys)
+    for (int i = 0; i < used; i += kBlock) Isa::store(scores + i, capped(Isa::load(scores + i), cap));
 }
 
 // One key block of one KV head of a tile.
@@ -191,7 +192,7 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
                        {s.opened + turned_bytes(kv), s.opened, kv.value_dim / 2}, keys.after_keys, keep);
   else
     small_product<Kv>(tiles, query, rows, keys.keys, keys.key_lines, used / kBlock, keys.after_keys, s.opened, keep);
-  for (int i = 0; args.score_cap != 0 && i < rows; ++i) cap_scores(s.scores + i * kKeys, args.score_cap, used);
+  if (args.score_cap != 0) cap_scores(s.scores, rows, used, args.score_cap);
   for (int i = 0; i < rows; ++i)
     seen[i] = softmax(s.scores + i * kKeys, Kv::scaled ? scales.values : nullptr, s.weights + i * kKeys,
                       s.current + i * s.state_stride, kv.value_dim,

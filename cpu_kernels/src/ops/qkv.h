@@ -59,10 +59,8 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     const float* queries = args.qkv + int64_t(row) * args.qkv_stride;
     const float* all = queries + (args.gated ? args.heads * key_dim : 0);  // as if no gates were among them
     const float* values = all + before_values * key_dim;
-    const float* source = is_query && args.gated ? queries + 2 * head * dim
-                          : is_query || is_key   ? all + head * dim
-                                                 : values + (head - args.heads - args.kv_heads) * dim;
-    __builtin_memcpy(x, source, dim * sizeof(float));
+    const float* source = is_query || is_key ? all + head * dim : values + (head - args.heads - args.kv_heads) * dim;
+    __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : source, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
       const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans

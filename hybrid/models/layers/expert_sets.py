@@ -47,7 +47,7 @@ def weighed_table(weight: float) -> str:
 
 def group_rows(part: str, routing: str, experts: int, top_k: int, routed: bool = True, weight: float = 1.0) -> Op:
     """The op that makes a table. routed: of what a router chose; else one expert takes every row, with this weight."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "ids": Buffer(IDS) if routed else None,
         "weights": Buffer(WEIGHTS) if routed else None,
         "routing": RoutingTable(routing),

@@ -229,10 +229,11 @@ class FeedForward:
     # A step.
 
     def first_ops(self, place: Place) -> Iterator[Op]:
-        """Tables that send every row to one expert: with weight 1, or with one that a gate gives it in each layer."""
-        weights = {weighed_table(self.shared_weight): self.shared_weight}
+        """Tables that send every row to one expert: with one weight, or with those that a gate gives in each layer."""
+        weighed = weighed_table(self.shared_weight)
         for name in self._whole_tables(place.mix):
-            yield group_rows("other", name, 1, 1, routed=False, weight=weights.get(name, 1.0))
+            weight = self.shared_weight if name == weighed else 1.0
+            yield group_rows("other", name, 1, 1, routed=False, weight=weight)
 
     def _whole_tables(self, mix: FormatMix) -> list[str]:
         return [experts.routing for experts in self._groups(mix) if experts.routing != ROUTED]

@@ -51,16 +51,23 @@ PROJECTED, DECAYS, FOUND = "projected", "decays", "found"
 class GatedDeltaNames:
     """Names in a checkpoint. norm: empty where what it reads is normed. grouped, grouped_decays: of projections that
     are made for one key head after the other; empty where queries, keys and values of all heads and gates, or betas and
-    decays, have projections of their own.
+    decays, have projections of their own. q, k, v: of projections apart, of which each has a convolution; empty where
+    those of `qkv` and `taps` are for all.
     """
 
     norm: str = "model.layers.{layer}.input_layernorm.weight"
     grouped: str = "model.layers.{layer}.linear_attn.in_proj_qkvz.weight"
     grouped_decays: str = "model.layers.{layer}.linear_attn.in_proj_ba.weight"
+    q: str = ""
+    k: str = ""
+    v: str = ""
     qkv: str = "model.layers.{layer}.linear_attn.in_proj_qkv.weight"
     gates: str = "model.layers.{layer}.linear_attn.in_proj_z.weight"
     betas: str = "model.layers.{layer}.linear_attn.in_proj_b.weight"
     decays: str = "model.layers.{layer}.linear_attn.in_proj_a.weight"
+    q_taps: str = ""
+    k_taps: str = ""
+    v_taps: str = ""
     taps: str = "model.layers.{layer}.linear_attn.conv1d.weight"
     decay_rate: str = "model.layers.{layer}.linear_attn.A_log"
     decay_bias: str = "model.layers.{layer}.linear_attn.dt_bias"
@@ -72,7 +79,8 @@ class GatedDeltaNames:
 class GatedDeltaNet:
     """A key head, of queries and of keys, serves `value_heads / key_heads` value heads: adjacent ones, or if they are
     `in_turn` every `key_heads`-th. taps: tokens that a channel of the convolution sees, the newest included. gate: the
-    function of the gates.
+    function of the gates. eps: of the norm of what a head found, None: that of all norms. beta_scale: of betas, which
+    are sigmoids.
     """
 
     key_heads: int
@@ -82,6 +90,8 @@ class GatedDeltaNet:
     taps: int
     in_turn: bool = False
     gate: Literal["silu", "sigmoid"] = "silu"
+    eps: float | None = None
+    beta_scale: float = 1.0
     names: GatedDeltaNames = field(default_factory=GatedDeltaNames)
 
     @property
@@ -120,14 +130,15 @@ class GatedDeltaNet:
         if names.grouped:
             yield names.grouped, (self.width, hidden)
         else:
-            yield names.qkv, (self.channels, hidden)
-            yield names.gates, (self.value_width, hidden)
+            for name, rows in (*self._convolved(names), (names.gates, self.value_width)):
+                yield name, (rows, hidden)
         if names.grouped_decays:
             yield names.grouped_decays, (2 * heads, hidden)
         else:
             yield names.betas, (heads, hidden)
             yield names.decays, (heads, hidden)
-        yield names.taps, (self.channels, 1, self.taps)
+        for name, rows in self._taps(names):
+            yield name, (rows, 1, self.taps)
         yield names.decay_rate, (heads,)
         yield names.decay_bias, (heads,)
         yield names.head_norm, (self.value_dim,)
@@ -137,8 +148,9 @@ class GatedDeltaNet:
         names, (matrices, out), hidden = in_layer(self.names, place.layer), self._projections(place), place.hidden
         yield from norm_tensors(place, shard, "delta.norm", names.norm)
         yield from joined_tensors(matrices, "delta", PART, shard, hidden)
+        taps = Stacked(tuple(name for name, _ in self._taps(names)))
         yield shard.floats("delta.decays", PART, self._decays(names), 2 * self.value_heads, hidden)
-        yield shard.floats("delta.taps", PART, Stacked((names.taps,)), self.channels, self.taps)
+        yield shard.floats("delta.taps", PART, taps, self.channels, self.taps)
         yield shard.floats("delta.decay_rate", PART, Stacked((names.decay_rate,)), self.value_heads)
         yield shard.floats("delta.decay_bias", PART, Stacked((names.decay_bias,)), self.value_heads)
         yield shard.floats("delta.head_norm", "norms", Stacked((names.head_norm,)), self.value_dim)
@@ -148,10 +160,24 @@ class GatedDeltaNet:
     def _pieces(self, names: GatedDeltaNames) -> list[Piece]:
         """Queries of all heads, then keys, values and gates."""
         if not names.grouped:
-            return [Piece("qkv", (names.qkv,), self.channels), Piece("gates", (names.gates,), self.value_width)]
+            words = "qkv" if names.q else ("qkv",)
+            convolved = zip(words, self._convolved(names), strict=True)
+            first = [Piece(word, (name,), rows) for word, (name, rows) in convolved]
+            return [*first, Piece("gates", (names.gates,), self.value_width)]
         values = self.value_width // self.key_heads
         parts = self._ungrouped(names.grouped, self.key_dim, self.key_dim, values, values).parts
         return [Piece("qkv_gates", parts, self.width)]
+
+    def _convolved(self, names: GatedDeltaNames) -> list[tuple[str, int]]:
+        """Projections of queries, keys and values that are not grouped, and their rows."""
+        return self._apart(names.q, names.k, names.v) if names.q else [(names.qkv, self.channels)]
+
+    def _taps(self, names: GatedDeltaNames) -> list[tuple[str, int]]:
+        """Weights of convolutions, and their channels."""
+        return self._apart(names.q_taps, names.k_taps, names.v_taps) if names.q else [(names.taps, self.channels)]
+
+    def _apart(self, q: str, k: str, v: str) -> list[tuple[str, int]]:
+        return [(q, self.key_width), (k, self.key_width), (v, self.value_width)]
 
     def _projections(self, place: Place) -> tuple[list[Joined], str]:
         """The matrices of what reads the residual stream, and the format of that of the output."""
@@ -217,10 +243,12 @@ class GatedDeltaNet:
             "input_stride": row_stride(self.width),
             "decay_stride": 2 * self.value_heads,
             "output_stride": row_stride(self.value_width),
-            "eps": place.eps,
+            "eps": place.eps if self.eps is None else self.eps,
         }
         flags = {"in_turn": self.in_turn, "sigmoid": self.gate == "sigmoid"}
         arguments |= {name: True for name, value in flags.items() if value}
+        if self.beta_scale != 1:
+            arguments["beta_scale"] = self.beta_scale
         return Op("gated_delta", PART, arguments, (self.value_heads, "heads"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
