@@ -520,11 +520,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "olmo_hybrid": {
-        **{name: value for name, value in _DELTA.items() if name != "rope_theta"},
+        **_DELTA,
         "model_type": "olmo_hybrid",
         "pad_token_id": None,
         "head_dim": 16,
-        "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+        "rope_theta": None,
         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     },
     "exaone4": {**_COMMON, "model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 20},

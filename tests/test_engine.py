@@ -512,7 +512,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "olmo_hybrid",
         {
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+            "rope_theta": 5e5,
             "linear_allow_neg_eigval": False,
             "linear_num_value_heads": 6,
             "layer_types": None,

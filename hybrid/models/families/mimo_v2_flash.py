@@ -97,8 +97,8 @@ def _read_sliding(config: Mapping[str, Any]) -> GroupedQueryAttention:
     kv_heads = fields.size("swa_num_key_value_heads", default=2 * attention.kv_heads)
     if attention.heads % kv_heads:
         raise ConfigError(
-            f"config.json: num_attention_heads {attention.heads} is not a multiple of the {kv_heads} key heads of "
-            "layers with a window: correct num_attention_heads, num_key_value_heads or swa_num_key_value_heads"
+            f"config.json: num_attention_heads {attention.heads} is not a multiple of swa_num_key_value_heads "
+            f"{kv_heads}: correct one of them so that every key head serves the same number of query heads"
         )
     before = fields.optional_size("sliding_window_size")
     window = before + 1 if before else fields.size("sliding_window", default=129, maximum=10**9)
