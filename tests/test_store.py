@@ -265,9 +265,9 @@ def _compare_latent(store: Store, layer: int, tensors: dict[str, Any], exact: di
 def _compare_delta(store: Store, layer: int, tensors: dict[str, Any], exact: dict[str, Any]) -> None:
     delta = store.spec.layers[layer].mixer
     names = in_layer(delta.names, layer)
-    packed = {names.grouped, names.qkv, names.gates, names.out}
+    packed = {names.grouped, names.q, names.k, names.v, names.qkv, names.gates, names.out}
     found = dict(delta_tensors(store, layer))
-    assert len(found) == (8 if names.grouped else 10) - (not names.norm)
+    assert len(found) == (8 if names.grouped else 14 if names.q else 10) - (not names.norm)
     if names.norm:
         _compare_norm(store, f"layers.{layer}.delta.norm", names.norm, exact)
         del found[names.norm]
