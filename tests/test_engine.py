@@ -319,6 +319,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"moe_topk": 3, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, "rope_theta": 10000.0},
     ),
     "cohere": ("cohere", SHARP),
+    "cohere, heads normed": ("cohere", {"use_qk_norm": True, **SHARP}),
     "cohere tied, biases": ("cohere", {"tie_word_embeddings": True, "attention_bias": True, **SHARP}),
     "cohere2, in turn": ("cohere2", {"layer_types": None, "sliding_window_pattern": 2, **SHARP}),
     "cohere2_moe": ("cohere2_moe", {"num_experts_per_tok": 8, **SHARP}),  # of 8 experts

@@ -290,7 +290,7 @@ def test_bad_values_are_named_in_one_line(family: str, changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("cohere", {"use_qk_norm": True}, "use_qk_norm is True; it must be absent or False"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm is True; it must be absent or False"),
         ("cohere2", {"head_dim": 20}, "head_dim is 20; it must be absent or 16"),
         ("bamba", {"attn_layer_indices": [3]}, r"attn_layer_indices is \[3\]; .* numbers of layers, from 0 to 2"),
         ("sarvam_mla", {"score_function": "softmax"}, "scoring_func is 'softmax'"),

@@ -375,6 +375,7 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("kimi_delta", {"key_dim": 257}, "key_dim 257 is above 256"),
         ("kimi_delta", {"value_dim": 257}, "value_dim 257 is above 256"),
         ("kimi_delta", {"lower_bound": 0.5}, r"lower_bound is 0\.50*; it must be at most 0"),
+        ("qkv", {"norm_apart": True, "norm_last": True}, "norm_apart excludes norm_whole and norm_last"),
         ("qkv", {"gated": True, "norm_whole": True, "qkv_stride": 768}, "gated and norm_whole exclude each other"),
         ("rope_table", {"factor": float("nan")}, "factor is -?nan"),
         ("norm", {"eps": float("inf")}, "eps is inf"),

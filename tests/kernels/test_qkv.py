@@ -132,6 +132,24 @@ def test_one_norm_may_span_all_heads_or_come_behind_rope(isa, kv_format) -> None
             assert_near(pages.keys(slot)[:, position, :dim], stored(expected[1], kv_format))
 
 
+def test_heads_may_have_layer_norms_with_weights_of_their_own(isa) -> None:
+    random, rows, heads, kv_heads, dim = np.random.default_rng(8), len(PLACES), 6, 2, 24
+    x = random.standard_normal((rows, heads + 2 * kv_heads, dim)).astype(np.float32) + 0.5
+    norms = [random.standard_normal((count, dim)).astype(np.float32) for count in (heads, kv_heads)]
+    angles = random.uniform(-3, 3, (rows, dim // 2))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    pages = KvPages(4, kv_heads, dim, 512)
+    q = run(isa, x.reshape(rows, -1), pages, heads, table, norms, rope_dim=dim, threads=2, norm_apart=True)
+    centred = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
+    for row, (slot, position) in enumerate(PLACES):
+        parts = centred[row, :heads], centred[row, heads : heads + kv_heads]
+        found = q[row, :, :dim], pages.keys(slot)[:, position, :dim]
+        for part, weight, own in zip(parts, norms, found, strict=True):
+            near = rms_norm(part, weight, EPS)
+            near = rotate(Near(near.value, near.bound + 16 * FP32 * np.abs(weight)), table[row], dim, False)
+            assert_near(own, near.as_bf16())
+
+
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 20), (192, 128), (40, 64)])
 def test_values_may_be_of_another_size_than_keys(isa, kv_format, head_dim, value_dim) -> None:

@@ -42,7 +42,7 @@ struct KvLayout {
 struct QkvArgs {
   const float* qkv;
   const float* rope;    // [rows, rope_dim]; null if that is 0
-  const float* q_norm;  // null, or [head_dim]; with norm_whole [heads * head_dim]
+  const float* q_norm;  // null, or [head_dim]; with norm_whole or norm_apart [heads * head_dim]
   const float* k_norm;
   bf16* q;  // null if there are no heads: only keys and values are stored
   KvLayout kv;
@@ -51,6 +51,7 @@ struct QkvArgs {
   int qkv_stride;
   float eps;
   bool norm_whole;       // one norm over all heads of the queries, and one over those of the keys
+  bool norm_apart;       // LayerNorms without a bias, each head with weights of its own
   bool norm_last;        // norms come behind rope
   bool gated;            // behind each query head is its gate, of the same size, which this op steps over
   bool norm_values;      // values are normed too, without a weight
@@ -77,6 +78,7 @@ struct QkvArgs {
     field("qkv_stride", qkv_stride);
     field("eps", eps);
     field("norm_whole", norm_whole, kOptional);
+    field("norm_apart", norm_apart, kOptional);
     field("norm_last", norm_last, kOptional);
     field("gated", gated, kOptional);
     field("norm_values", norm_values, kOptional);

@@ -145,6 +145,7 @@ inline void check_presence(const QkvArgs& a, const std::string& place) {
   require(a.rope || !a.rope_dim, place + "rope is null, and rope_dim is " + text(a.rope_dim));
   require(a.q || !a.heads, place + "q is null, and there are " + text(a.heads) + " heads");
   require(!a.gated || !a.norm_whole, place + "gated and norm_whole exclude each other");
+  require(!a.norm_apart || !(a.norm_whole || a.norm_last), place + "norm_apart excludes norm_whole and norm_last");
 }
 
 inline void check_presence(const LatentArgs& a, const std::string& place) {

@@ -13,6 +13,11 @@ static HYBRID_INLINE void normalise(float* x, float scale, const float* weight, 
   for (int i = 0; i < width; ++i) x[i] = x[i] * scale * weight[i];
 }
 
+static HYBRID_INLINE void layer_norm(float* x, const float* weight, int width, float eps) {
+  const float centre = mean(x, width), scale = inverse_rms(x, width, eps, centre);
+  for (int i = 0; i < width; ++i) x[i] = (x[i] - centre) * scale * weight[i];
+}
+
 static HYBRID_INLINE void rotate(float* x, const float* table, int dim, bool interleaved) {
   const int half = dim / 2;
   for (int i = 0; i < half; ++i) {
@@ -63,10 +68,12 @@ static HYBRID_KERNEL void qkv_rows(const QkvArgs& args, const Step& step, const 
     __builtin_memcpy(x, is_query && args.gated ? queries + 2 * head * dim : source, dim * sizeof(float));
     if (is_query || is_key) {
       const float* weight = is_query ? args.q_norm : args.k_norm;
-      const int first = is_query ? 0 : args.heads;  // of those that a norm over all heads spans
+      const int first = is_query ? 0 : args.heads;  // of the heads whose weights lie together
       if (weight && args.norm_whole) {
         const int width = (is_query ? args.heads : args.kv_heads) * dim;
         normalise(x, inverse_rms(all + first * dim, width, args.eps), weight + (head - first) * dim, dim);
+      } else if (weight && args.norm_apart) {
+        layer_norm(x, weight + (head - first) * dim, dim, args.eps);
       } else if (weight && !args.norm_last) {
         normalise(x, inverse_rms(x, dim, args.eps), weight, dim);
       }

@@ -46,7 +46,8 @@ from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
-QkNorm = Literal["none", "head", "whole"]  # of queries and keys: each head, or all heads of a row together
+# Of queries and keys: each head, all heads of a row together, or LayerNorms of each head with weights of its own.
+QkNorm = Literal["none", "head", "whole", "apart"]
 
 KEY_ALIGN = 32  # dimensions of a key are padded to this
 STATE_EXTRA = BLOCK  # floats behind the sums of a partial softmax: maximum and denominator, padded
@@ -144,11 +145,15 @@ class GroupedQueryAttention:
         return self.gate.rows(self.heads, self.value_size) if self.gate and self.gate.apart else 0
 
     @property
-    def norm_widths(self) -> tuple[int, int]:
-        """How many values share a norm, of queries and of keys; 0 without norms."""
+    def norm_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the weights of norms, of queries and of keys; none without norms."""
+        if self.qk_norm == "none":
+            return ()
+        if self.qk_norm == "head":
+            return ((self.head_dim,),) * 2
         if self.qk_norm == "whole":
-            return self.heads * self.head_dim, self.kv_width
-        return (self.head_dim,) * 2 if self.qk_norm == "head" else (0, 0)
+            return (self.heads * self.head_dim,), (self.kv_width,)
+        return (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
 
     @property
     def key_dim(self) -> int:
@@ -202,9 +207,7 @@ class GroupedQueryAttention:
         yield names.out, (hidden, self.width)
         if self.out_bias:
             yield bias_name(names.out), (hidden,)
-        for name, size in zip((names.q_norm, names.k_norm), self.norm_widths, strict=True):
-            if size:
-                yield name, (size,)
+        yield from zip((names.q_norm, names.k_norm), self.norm_sizes, strict=False)
         if self.sinks:
             yield names.sinks, (self.heads,)
         if names.post_norm:
@@ -214,9 +217,8 @@ class GroupedQueryAttention:
         names, (matrices, out) = in_layer(self.names, place.layer), self._projections(place)
         yield from norm_tensors(place, shard, "attention.norm", names.norm)
         yield from joined_tensors(matrices, "attention", PART, shard, place.hidden, self.qkv_bias)
-        for name, source, size in zip("qk", (names.q_norm, names.k_norm), self.norm_widths, strict=True):
-            if size:
-                yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,), plus=place.norm_plus), size)
+        for name, source, size in zip("qk", (names.q_norm, names.k_norm), self.norm_sizes, strict=False):
+            yield shard.floats(f"attention.{name}_norm", "norms", Stacked((source,), plus=place.norm_plus), *size)
         if self.sinks:
             yield shard.floats("attention.sinks", PART, Stacked((names.sinks,)), self.heads)
         last = (len(self._pieces(names)),)
@@ -272,8 +274,12 @@ class GroupedQueryAttention:
             "norm_whole": self.qk_norm == "whole",
             "norm_last": self.norm_last,
         }
-        steps_over = bool(self.gate and not self.gate.apart)
-        flags = {"gated": steps_over, "norm_values": self.value_norm, "keys_are_values": self.keys_are_values}
+        flags = {
+            "gated": bool(self.gate and not self.gate.apart),
+            "norm_apart": self.qk_norm == "apart",
+            "norm_values": self.value_norm,
+            "keys_are_values": self.keys_are_values,
+        }
         if self.value_head_dim:
             arguments["value_head_dim"] = self.value_head_dim
         arguments |= {name: True for name, value in flags.items() if value} | growth_fields(self.rope)
@@ -355,11 +361,14 @@ class GroupedQueryAttention:
     # A step on a device: it attends to the tokens that it mirrors, the threads to older ones.
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
-        """No device norms values, takes keys for them, has values of another size, or bounds scores."""
-        if self.value_norm or self.keys_are_values or self.value_size != self.head_dim or self.score_cap:
+        """No device norms values, or heads apart, takes keys for values, has them of another size, or bounds scores."""
+        values = self.value_norm or self.keys_are_values or self.value_size != self.head_dim
+        if values or self.qk_norm == "apart" or self.score_cap:
             return None
         hidden, width = place.hidden, self.qkv_width
-        norms = sum(self.norm_widths) + hidden * ((place.norm == "layer") + bool(self.names.post_norm))
+        norms = sum(size for (size,) in self.norm_sizes) + hidden * (
+            (place.norm == "layer") + bool(self.names.post_norm)
+        )
         norms -= hidden * (not self.names.norm)
         biases = width * self.qkv_bias + hidden * self.out_bias + self.heads * self.sinks
         return DeviceNeeds(
