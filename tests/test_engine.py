@@ -561,6 +561,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "nemotron_h": ("nemotron_h", {"num_experts_per_tok": 8, "topk_group": 2, **SHARP}),  # of 8 experts
+    "nemotron_h, latents": (
+        "nemotron_h",
+        {"moe_latent_size": 40, "num_experts_per_tok": 8, "topk_group": 2, **SHARP},
+    ),
     "nemotron_h, a pattern, no biases of convolutions": (
         "nemotron_h",
         {

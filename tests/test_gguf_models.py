@@ -114,6 +114,23 @@ def test_nemotron_h_without_experts_has_a_word_of_its_own(tmp_path: Path) -> Non
         assert same_stores(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("nemotron_h", {**CHANGES["nemotron_h"], "moe_latent_size": 44}),
+        ("cohere", {"use_qk_norm": True}),
+    ],
+)
+def test_larger_models_of_a_family_have_more_tensors(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    config = {**CONFIGS[family], **changes}
+    tensors = random_tensors(config)
+    ours = packed(write_model(tmp_path / "model.gguf", config, tensors))
+    theirs = packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors))
+    with ours, theirs:
+        assert plain(ours.spec) == plain(theirs.spec)
+        assert same_stores(ours, theirs)
+
+
 @pytest.mark.parametrize("experts", [6, 0])
 def test_granite_4_may_attend_in_every_layer(tmp_path: Path, experts: int) -> None:
     """Its files have the word of Granite 3: with experts, beside which there is what all rows share, or dense."""

@@ -20,6 +20,7 @@ from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
 from hybrid.models.layers.feed_forward import FeedForward
 from hybrid.models.layers.grouped_query import GroupedQueryNames
+from hybrid.models.layers.latent_experts import LatentExperts
 from hybrid.models.layers.mamba2 import Mamba2, Mamba2Names
 from hybrid.models.layers.router import FeedForwardNames
 from hybrid.models.mamba import ATTENDS, MAMBA, with_limits
@@ -67,6 +68,8 @@ FEED_FORWARD = FeedForwardNames(
     shared=GatedNames("", f"{_MIXER}.shared_experts.up_proj.weight", f"{_MIXER}.shared_experts.down_proj.weight"),
     correction=f"{_MIXER}.gate.e_score_correction_bias",
     fused_correction=f"{_MIXER}.gate.e_score_correction_bias",
+    latent_down=f"{_MIXER}.fc1_latent_proj.weight",
+    latent_up=f"{_MIXER}.fc2_latent_proj.weight",
 )
 
 
@@ -134,5 +137,6 @@ def _read_experts(fields: Fields) -> FeedForward:
     )
     chosen = read_grouped_sigmoid(fields, experts, scale=1.0)
     shared = fields.size("moe_shared_expert_intermediate_size", default=7688)
-    fields.refuse("moe_latent_size")
-    return replace(chosen, activation="relu_squared", shared_intermediate=shared)
+    chosen = replace(chosen, activation="relu_squared", shared_intermediate=shared)
+    latent = fields.optional_size("moe_latent_size", maximum=10**6)
+    return LatentExperts.of(chosen, latent) if latent else chosen

@@ -30,6 +30,12 @@ class Experts:
     activation: str  # buffer of what down reads
     bias: bool
     wide: int = 2  # matrices before down: gate and up, or up alone
+    source: str = NORMED  # rows that they read
+    latent: int = 0  # width of these and of what they make; 0: that of the residual stream
+
+    def width(self, place: Place) -> int:
+        """Of the rows that they read, and of what they make."""
+        return self.latent or place.hidden
 
     @property
     def gate_up_format(self) -> str:
@@ -67,11 +73,11 @@ def activation_rows(experts: Experts) -> dict[str, Any]:
 
 def expert_set(place: Place, experts: Experts, matrix: str) -> dict[str, Any]:
     """What gate_up or down must know of a group of experts."""
-    prefix, hidden, first = f"layers.{place.layer}.{experts.stored}", place.hidden, matrix == "gate_up"
-    wide, narrow = (experts.intermediate, hidden) if first else (hidden, experts.intermediate)
+    prefix, width, first = f"layers.{place.layer}.{experts.stored}", experts.width(place), matrix == "gate_up"
+    wide, narrow = (experts.intermediate, width) if first else (width, experts.intermediate)
     format = experts.gate_up_format if first else experts.down_format
-    rows, stride = product_rows(NORMED if first else experts.activation, narrow, format)
-    start = 0 if first else down_offset(experts.format, hidden, experts.intermediate, experts.wide)
+    rows, stride = product_rows(experts.source if first else experts.activation, narrow, format)
+    start = 0 if first else down_offset(experts.format, width, experts.intermediate, experts.wide)
     return {
         "format": Choice("Format", format),
         "input": rows,
@@ -79,7 +85,7 @@ def expert_set(place: Place, experts: Experts, matrix: str) -> dict[str, Any]:
         "routing": RoutingTable(experts.routing),
         "experts": Weight(f"{prefix}.{experts.name}", start),
         "bias": Weight(f"{prefix}.{matrix}_bias") if experts.bias else None,
-        "expert_stride": expert_bytes(experts.format, hidden, experts.intermediate, experts.wide),
+        "expert_stride": expert_bytes(experts.format, width, experts.intermediate, experts.wide),
         "blocks": -(-wide // BLOCK),
         "inputs": row_stride(narrow),
     }

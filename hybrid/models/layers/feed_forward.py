@@ -35,7 +35,6 @@ from hybrid.models.layers.products import (
     BF16,
     FP32,
     MADE,
-    NORMED,
     NORMED_F32,
     RESIDUAL,
     add_normed,
@@ -153,7 +152,9 @@ class FeedForward:
             yield names.by_token, (self.router.by_token, self.router.top_k)
         if form == "apart":
             for expert in range(self.experts):
-                yield from gated_shapes(names.experts.of_expert(expert), hidden, self.intermediate, self.bias)
+                yield from gated_shapes(
+                    names.experts.of_expert(expert), self.width(place), self.intermediate, self.bias
+                )
         else:
             yield from fused_shapes(self.origin(place), self.experts, form, self.bias)
         if self.shared_intermediate:
@@ -162,10 +163,14 @@ class FeedForward:
         if self.shared_gate:
             yield names.shared_gate, (1, hidden)
 
+    def width(self, place: Place) -> int:
+        """Of the rows that experts read, the shared one apart, and of what they make."""
+        return place.hidden
+
     def origin(self, place: Place) -> Gated:
         """Where a checkpoint has the experts that rows choose among, or the dense matrices."""
         names = self.names.experts if self.is_moe else self.names.dense
-        return Gated(in_layer(names, place.layer), place.hidden, self.intermediate, self.wide)
+        return Gated(in_layer(names, place.layer), self.width(place), self.intermediate, self.wide)
 
     def store_tensors(self, place: Place, shard: Shard) -> Iterator[StoreTensor]:
         names, hidden, count = in_layer(self.names, place.layer), place.hidden, max(1, self.experts)
@@ -205,12 +210,12 @@ class FeedForward:
             yield shard.floats("expert_scales", "router", Stacked((names.expert_scales,)), self.experts)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        return tuple(name for experts in self._groups(mix) for name in matrix_formats(experts.format))
+        return tuple(name for experts in self.groups(mix) for name in matrix_formats(experts.format))
 
     def _format(self, mix: FormatMix) -> str:
         return mix.experts if self.is_moe else mix.dense
 
-    def _groups(self, mix: FormatMix) -> list[Experts]:
+    def groups(self, mix: FormatMix) -> list[Experts]:
         """The routed experts, then the shared expert if there is one."""
         table = (ROUTED, self.router.top_k) if self.router else (DENSE, 1)
         rows = ACTIVATION if self.stored == STORED else f"{self.stored}_{ACTIVATION}"
@@ -236,7 +241,7 @@ class FeedForward:
             yield group_rows("other", name, 1, 1, routed=False, weight=weight)
 
     def _whole_tables(self, mix: FormatMix) -> list[str]:
-        return [experts.routing for experts in self._groups(mix) if experts.routing != ROUTED]
+        return [experts.routing for experts in self.groups(mix) if experts.routing != ROUTED]
 
     def constants(self, place: Place) -> dict[str, npt.NDArray[np.float32]]:
         return {} if self.names.norm else unnormed_constants(place)
@@ -253,7 +258,7 @@ class FeedForward:
 
     def own_ops(self, place: Place) -> Iterator[Op]:
         """All up to what it makes of the rows, which is added to the residual stream, or left in MADE to be normed."""
-        groups, part = self._groups(place.mix), "experts" if self.is_moe else "moe"
+        groups = self.groups(place.mix)
         formats = (experts.gate_up_format for experts in groups)
         prefix, apart = self.prefix(place), bool(self.names.router_norm)
         f32, clears = self.is_moe and not apart, bool(self.names.post_norm)
@@ -262,10 +267,15 @@ class FeedForward:
             yield norm(place, "moe", f"{prefix}.router_norm", f32=True)
         if self.router:
             yield from route(self.router, self.prefix(place), place.hidden, self.experts, self.shared_gate)
+        yield from self.products(place, groups, MADE if self.names.post_norm else RESIDUAL)
+
+    def products(self, place: Place, groups: list[Experts], target: str) -> Iterator[Op]:
+        """What experts make of their rows, those of one op. target: the buffer to which they add it."""
+        part = "experts" if self.is_moe else "moe"
         yield self._gate_up(place, part, groups)
         for experts in groups:
             yield from quantise(part, experts.activation, experts.intermediate, experts.down_format, experts.rows)
-        yield self._down(place, part, groups)
+        yield self._down(place, part, groups, target)
 
     def _gate_up(self, place: Place, part: str, groups: list[Experts]) -> Op:
         sets = [expert_set(place, experts, "gate_up") for experts in groups]
@@ -278,18 +288,17 @@ class FeedForward:
         arguments |= {name: bound for name, bound in bounds.items() if bound}
         return Op("gate_up", part, arguments, (sets[0]["blocks"], "column blocks an active expert"))
 
-    def _down(self, place: Place, part: str, groups: list[Experts]) -> Op:
+    def _down(self, place: Place, part: str, groups: list[Experts], target: str) -> Op:
         sets = [expert_set(place, experts, "down") for experts in groups]
-        output = Buffer(MADE if self.names.post_norm else RESIDUAL)
-        arguments = sets[0] | {"output": output, "output_stride": row_stride(place.hidden)}
+        arguments = sets[0] | {"output": Buffer(target), "output_stride": row_stride(groups[0].width(place))}
         if len(groups) > 1:
             arguments["shared"] = ExpertSet(sets[1])
         return Op("down", part, arguments, (sets[0]["blocks"], "column blocks"))
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         rows, sizes = extents.rows, dict[str, int]()
-        for experts in self._groups(place.mix):
-            sizes |= rows_buffers(NORMED, place.hidden, experts.gate_up_format, rows)
+        for experts in self.groups(place.mix):
+            sizes |= rows_buffers(experts.source, experts.width(place), experts.gate_up_format, rows)
             taken = rows * experts.rows
             sizes |= rows_buffers(experts.activation, experts.intermediate, experts.down_format, taken)
         for name in self._whole_tables(place.mix):
@@ -313,7 +322,8 @@ class FeedForward:
         if self.router:
             top_k = self.router.top_k
             active = self.experts * (1 - (1 - top_k / self.experts) ** load.rows)
-        total = expert_cost(self._format(place.mix), hidden, self.intermediate, active, load.rows * top_k, self.wide)
+        width, routed = self.width(place), load.rows * top_k
+        total = expert_cost(self._format(place.mix), width, self.intermediate, active, routed, self.wide)
         total += Cost(float(FP32 * router), 2.0 * load.rows * router)
         if self.shared_intermediate:
             total += expert_cost(place.mix.shared, hidden, self.shared_intermediate, 1, load.rows, self.wide)

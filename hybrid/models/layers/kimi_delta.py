@@ -26,9 +26,9 @@ from hybrid.models.layers.products import (
     NORMED_F32,
     RESIDUAL,
     UNNORMED_WEIGHT,
+    as_rows,
     gemm,
     norm,
-    norm_outputs,
     norm_shapes,
     norm_tensors,
     product_cost,
@@ -214,17 +214,8 @@ class KimiDeltaAttention:
     def _raise(self, prefix: str, number: int, format: str) -> Iterator[Op]:
         """Decays (number 0) or gates (1) of their latents, which become rows of a product as they are."""
         which = ("decays", "gates")[number]
-        arguments = {
-            "input": Buffer(PROJECTED, (self.channels + number * self.rank) * FP32),
-            "weight": Buffer(ONES),
-            "output_f32": None,
-            "width": self.rank,
-            "input_stride": row_stride(self.projected_width),
-            **norm_outputs(_latents(which), self.rank, format),
-            "eps": UNNORMED_WEIGHT**2,
-            "logit_rows": False,
-        }
-        yield Op("norm", PART, arguments, (0, "rows"))
+        latents = Buffer(PROJECTED, (self.channels + number * self.rank) * FP32)
+        yield as_rows(PART, latents, row_stride(self.projected_width), ONES, _latents(which), self.rank, format)
         yield gemm(
             PART, format, _latents(which), f"{prefix}.{which}", RAISED, self.width, self.rank,
             row_stride(2 * self.width), first=number * self.width,

@@ -76,6 +76,27 @@ def norm(
     return Op("norm", part, arguments, (0, "rows"))
 
 
+def as_rows(
+    part: str, source: Buffer, stride: int, weight: str, name: str, width: int, *formats: str, cleared: str = ""
+) -> Op:
+    """Floats of a buffer become rows of products as they are. weight: the buffer of `width` constants UNNORMED_WEIGHT.
+    cleared: the buffer of floats of this width that becomes zero beside; empty: none.
+    """
+    arguments = {
+        "input": source,
+        "weight": Buffer(weight),
+        "output_f32": None,
+        "width": width,
+        "input_stride": stride,
+        **norm_outputs(name, width, *formats),
+        "eps": UNNORMED_WEIGHT**2,
+        "logit_rows": False,
+    }
+    if cleared:
+        arguments["cleared"] = Buffer(cleared)
+    return Op("norm", part, arguments, (0, "rows"))
+
+
 def unnormed_constants(place: Place) -> dict[str, npt.NDArray[np.float32]]:
     """What `norm` reads where rows are not normed."""
     return {UNNORMED: np.full(place.hidden, UNNORMED_WEIGHT, np.float32)}

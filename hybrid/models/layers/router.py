@@ -51,7 +51,8 @@ class FeedForwardNames:
     row. norm, post_norm: of what it reads, and of what it adds to the residual stream; empty where that is not normed.
     router_norm: of what the router alone reads; empty where that is what experts read. factor: a number by which the
     residual stream is multiplied behind the layer; empty: none. sum_norm: of what experts and a dense feed-forward
-    beside them make together. by_token: of the table of the experts of tokens.
+    beside them make together. by_token: of the table of the experts of tokens. latent_down, latent_up: of projections
+    to latents that experts read, and back.
     """
 
     norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -77,6 +78,8 @@ class FeedForwardNames:
     factor: str = ""
     sum_norm: str = ""
     by_token: str = ""
+    latent_down: str = ""
+    latent_up: str = ""
 
 
 def route(router: Router, prefix: str, hidden: int, experts: int, shared_gate: bool) -> Iterator[Op]:

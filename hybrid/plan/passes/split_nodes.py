@@ -167,7 +167,8 @@ class _Splitter:
     def _down_part(self, op: Op, node: int, blocks: range) -> Op:
         """The bias, which all would add, is the first node's."""
         a, width, tensor = op.arguments, len(blocks) * BLOCK, self.tensors[op.arguments["experts"].name]
-        self.node_sizes[node][PARTIAL] = self.sizes[a["output"].name]
+        sizes = self.node_sizes[node]
+        sizes[PARTIAL] = max(sizes.get(PARTIAL, 0), self.sizes[a["output"].name])
         kind = FORMATS[matrix_formats(tensor.format or "")[1]].rows
         return _on(
             op,

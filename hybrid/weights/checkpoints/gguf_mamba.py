@@ -68,10 +68,9 @@ def nemotron_h(model: Gguf, metadata: GgufMetadata) -> Config:
 
 def _nemotron_experts(metadata: GgufMetadata) -> Config:
     require_gating(metadata, SIGMOID, SIGMOID)
-    if metadata.size("moe_latent_size", 0):
-        raise metadata.refuse("moe_latent_size", metadata.size("moe_latent_size"), "absent")
     return {
         "n_routed_experts": metadata.size("expert_count"),
+        "moe_latent_size": metadata.size("moe_latent_size", 0) or None,
         "num_experts_per_tok": metadata.size("expert_used_count"),
         "n_shared_experts": metadata.size("expert_shared_count", 1),
         "moe_intermediate_size": metadata.size("expert_feed_forward_length"),

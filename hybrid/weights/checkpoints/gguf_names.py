@@ -172,6 +172,8 @@ WITHOUT_GATES = replace(
     dense=replace(_gated(""), gate=""),
     experts=replace(_gated(".{expert}"), gate=""),
     shared=replace(_gated("_shexp"), gate=""),
+    latent_down=f"{_LAYER}.ffn_latent_down.weight",
+    latent_up=f"{_LAYER}.ffn_latent_up.weight",
 )
 BESIDE_DENSE = replace(
     FEED_FORWARD,
