@@ -28,7 +28,11 @@ LINE = 64  # bytes
 PRODUCT_CYCLES, LATENCY = 16, 52
 NEAR_LINE, FAR_LINE, STORED_LINE = 1 / 2, 64 / 48, 1  # cycles a line: first-level cache, second, stored
 # Inputs that share scales, as tiles multiply them; others have one chain of sums.
-SEGMENTS = {"int8": 256, "int4": 256, "fp8": 128, "fp8_row": 256} | dict.fromkeys(GROUPED, 32) | {"q6_k": 16}
+SEGMENTS = (
+    {"int8": 256, "int4": 256, "fp8": 128, "fp8_row": 256}
+    | dict.fromkeys(GROUPED, 32)
+    | dict.fromkeys(("q6_k", "q4_t", "q2_k"), 16)
+)
 OPENED = ("bf16", "int8")  # whose stored lines are multiplied as they are
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 
 import ml_dtypes
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
-from hybrid.formats import MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from hybrid.formats import FORMATS
 from hybrid.weights.checkpoints.exact_mix import exact_format
 from hybrid.weights.checkpoints.gguf_blocks import READABLE, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, type_kind
+from hybrid.weights.checkpoints.gguf_tabled import GRIDS
 
-FORMATS = {format.name: format for format in (MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0)}
+LISTS = dict(np.load(GRIDS))
 ROWS, COLUMNS = 32, 512
 Block = bytes
 F = np.float32
@@ -122,6 +124,85 @@ def q3_k(b: Block) -> Iterator[np.float32]:
         yield half(b, 108) * F(scale - 32) * F(code)
 
 
+def sign(signs: int, i: int) -> int:
+    """Of eight, one bit each."""
+    return -1 if signs >> i & 1 else 1
+
+
+def even(seven: int) -> int:
+    """Seven bits, and an eighth that makes their number even."""
+    return seven | seven.bit_count() % 2 << 7
+
+
+def iq1_s(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        word = bits(b, 34 + i // 32 * 2, 16, 0)
+        entry = b[2 + i // 8] | (word >> 3 * (i % 32 // 8) & 7) << 8
+        value = int(LISTS["iq1_s"][entry, i % 8]) - 1 + (-0.125 if word >> 15 else 0.125)
+        yield half(b, 0) * F(2 * (word >> 12 & 7) + 1) * F(value)
+
+
+def iq1_m(b: Block) -> Iterator[np.float32]:
+    d = half(sum(bits(b, 48 + 2 * i, 4, 12) << 4 * i for i in range(4)).to_bytes(2, "little"), 0)
+    for i in range(256):
+        high = b[32 + i // 16] >> 4 * (i % 16 // 8) & 15
+        scale = bits(b, 48 + i // 64 * 2, 3, i % 64 // 16 * 3)
+        value = int(LISTS["iq1_s"][b[i // 8] | (high & 7) << 8, i % 8]) - 1 + (-0.125 if high & 8 else 0.125)
+        yield d * F(2 * scale + 1) * F(value)
+
+
+def iq2_xxs(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        at = 2 + i // 32 * 8
+        value = (8, 25, 43)[LISTS["iq2_xxs"][b[at + i % 32 // 8], i % 8]]
+        signs = even(bits(b, at + 4, 7, i % 32 // 8 * 7))
+        yield half(b, 0) * F(bits(b, at + 4, 4, 28) + 0.5) / 4 * F(value * sign(signs, i % 8))
+
+
+def iq2_xs(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        word = bits(b, 2 + i // 8 * 2, 16, 0)
+        value = (8, 25, 43)[LISTS["iq2_xs"][word & 511, i % 8]]
+        scale = b[66 + i // 32] >> 4 * (i % 32 // 16) & 15
+        yield half(b, 0) * F(scale + 0.5) / 4 * F(value * sign(even(word >> 9), i % 8))
+
+
+def iq2_s(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        entry = b[2 + i // 8] | (b[66 + i // 32] >> 2 * (i % 32 // 8) & 3) << 8
+        value = (8, 25, 43)[LISTS["iq2_s"][entry, i % 8]]
+        scale = b[74 + i // 32] >> 4 * (i % 32 // 16) & 15
+        yield half(b, 0) * F(scale + 0.5) / 4 * F(value * sign(b[34 + i // 8], i % 8))
+
+
+def iq3_xxs(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        value = (4, 12, 20, 28, 36, 44, 52, 62)[LISTS["iq3_xxs"][b[2 + i // 4], i % 4]]
+        at = 66 + i // 32 * 4
+        signs = even(bits(b, at, 7, i % 32 // 8 * 7))
+        yield half(b, 0) * F(bits(b, at, 4, 28) + 0.5) / 2 * F(value * sign(signs, i % 8))
+
+
+def iq3_s(b: Block) -> Iterator[np.float32]:
+    for i in range(256):
+        entry = b[2 + i // 4] | (b[66 + i // 32] >> i % 32 // 4 & 1) << 8
+        value = 1 + 2 * int(LISTS["iq3_s"][entry, i % 4])
+        scale = b[106 + i // 64] >> 4 * (i % 64 // 32) & 15
+        yield half(b, 0) * F(2 * scale + 1) * F(value * sign(b[74 + i // 8], i % 8))
+
+
+def tq1_0(b: Block) -> Iterator[np.float32]:
+    """Digits to the base of three, of which each byte is the fraction of 256."""
+    for first, last, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        for digit in range(digits):
+            for byte in b[first:last]:
+                yield half(b, 52) * F((byte * 3**digit % 256 * 3 >> 8) - 1)
+
+
+def tq2_0(b: Block) -> Iterator[np.float32]:
+    yield from (half(b, 64) * F((b[i // 128 * 32 + i % 32] >> 2 * (i % 128 // 32) & 3) - 1) for i in range(256))
+
+
 def mxfp4(b: Block) -> Iterator[np.float32]:
     codes = np.array([nibble(b, 1, i) for i in range(32)], np.uint8).view(ml_dtypes.float4_e2m1fn).astype(F)
     yield from codes * F(2.0) ** F(b[0] - 127)
@@ -138,10 +219,11 @@ def nvfp4(b: Block) -> Iterator[np.float32]:
 READ: dict[str, Callable[[Block], Iterator[np.float32]]] = {
     "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs,
     "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "Q2_K": q2_k, "Q3_K": q3_k, "MXFP4": mxfp4,
-    "NVFP4": nvfp4,
+    "NVFP4": nvfp4, "IQ1_S": iq1_s, "IQ1_M": iq1_m, "IQ2_XXS": iq2_xxs, "IQ2_XS": iq2_xs, "IQ2_S": iq2_s,
+    "IQ3_XXS": iq3_xxs, "IQ3_S": iq3_s, "TQ1_0": tq1_0, "TQ2_0": tq2_0,
 }  # fmt: skip
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82),
-          "Q3_K": (108,), "MXFP4": (), "NVFP4": ()}  # fmt: skip
+          "Q3_K": (108,), "MXFP4": (), "NVFP4": (), "IQ1_M": (54,), "TQ1_0": (52,), "TQ2_0": (64,)}  # fmt: skip
 
 
 def random_rows(type: str) -> np.ndarray:
@@ -184,6 +266,14 @@ def test_packed_formats_hold_them_exactly(type: str, format: str) -> None:
     np.testing.assert_array_equal(FORMATS[format].unpack(blocks, ROWS, COLUMNS), values(type, rows))
 
 
+def test_lists_are_those_of_llama_cpp() -> None:
+    """Checksums of the grids of gguf.quants 0.19, as places in its grid_map."""
+    assert {name: zlib.crc32(found.tobytes()) for name, found in LISTS.items()} == {
+        "iq1_s": 3755842399, "iq2_xxs": 128848154, "iq2_xs": 710144840, "iq2_s": 4272876715, "iq3_xxs": 1666419980,
+        "iq3_s": 1885211182,
+    }  # fmt: skip
+
+
 def test_every_type_is_tested() -> None:
     assert {*READABLE} == {*READ, "F32", "F16", "BF16"} and {*HOLDS} <= {*READ}
 
@@ -193,7 +283,9 @@ def test_every_type_is_tested() -> None:
     [
         (["Q4_K", "Q6_K"], "bf16"),
         (["Q8_0", "F16"], "bf16"),
-        (["Q2_K"], "bf16"),
+        (["Q2_K"], "q2_k"),
+        (["IQ2_XXS", "Q3_K"], "q4_t"),
+        (["Q3_K", "Q6_K"], "q6_k"),
         (["MXFP4"], "mxfp4"),
         (["Q8_0", "Q4_0"], "q8_0"),
         (["Q4_1"], "q4_1"),

@@ -197,7 +197,7 @@ def test_quantised_tensors_are_packed_as_they_are(tmp_path: Path, family: str) -
         first, second = (store.mix.of_layer(layer) for layer in (0, 1))
         found = load_file(write_dequantised(tmp_path / "plain", store) / "model.safetensors")
     if family == "mixtral":
-        assert (first.experts, first.attention, first.head) == ("q4_k/q6_k", "q4_0/q4_0/q5_0/q4_0", "q6_k")
+        assert (first.experts, first.attention, first.head) == ("q4_k/q4_t", "q4_0/q4_0/q5_0/q4_0", "q6_k")
         assert (second.experts, second.attention) == ("mxfp4/q8_0", "q4_0/q4_0/q8_0/q4_0") and not notes
     else:
         assert (first.dense, second.dense) == ("q5_k/q6_k", "q5_k/q4_1") and not notes
@@ -260,14 +260,13 @@ def test_what_no_format_holds_is_opened_and_told(tmp_path: Path) -> None:
     config |= {"attention_bias": False, "num_hidden_layers": 1}
     plain = gguf_tensors(config, random_tensors(config))
     blocks = {name: quantised(name, array) for name, array in plain.items()}
-    shape = blocks["blk.0.attn_v.weight"].shape
-    blocks["blk.0.attn_v.weight"] = Blocks("Q2_K", shape, bytes(84 * shape[0]))
+    blocks["blk.0.ffn_up.weight"] = in_blocks("blk.0.ffn_up.weight", plain["blk.0.ffn_up.weight"], "Q6_K")
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks))
-    assert checkpoint.native.attention == "q4_0/q4_0/bf16/q4_0" and checkpoint.native.dense == "q5_k/q6_k"
+    assert checkpoint.native.attention == "q4_0/q4_0/q5_0/q4_0" and checkpoint.native.dense == "bf16/q6_k"
     assert checkpoint.native.head == "q4_1"  # of the embedding that it is tied to
     notes: list[str] = []
     pack(checkpoint, tmp_path / "store", notice=notes.append)
-    assert len(notes) == 1 and "attention: Q2_K in the file, opened to bf16" in notes[0]
+    assert len(notes) == 1 and "dense: Q4_K and Q6_K in the file, opened to bf16" in notes[0]
     assert checkpoint.notes(parse_mix("int8", checkpoint.native)) == []
 
 
@@ -472,8 +471,8 @@ def test_tensors_that_cannot_be(tmp_path: Path) -> None:
     more = {**plain, "blk.0.attn_q_norm.weight": np.ones(24, np.float32)}
     with pytest.raises(WeightsError, match="tensor blk.0.attn_q_norm.weight has no place in a model of its arch"):
         open_checkpoint(write_gguf(tmp_path / "a.gguf", gguf_metadata(config), more)).check()
-    unread = {**plain, "blk.0.ffn_up.weight": Blocks("IQ1_S", (72, 256), bytes(50 * 72))}
-    with pytest.raises(WeightsError, match="blk.0.ffn_up.weight has type IQ1_S, which is not read; read are F32"):
+    unread = {**plain, "blk.0.ffn_up.weight": Blocks("Q8_K", (72, 256), bytes(292 * 72))}
+    with pytest.raises(WeightsError, match="blk.0.ffn_up.weight has type Q8_K, which is not read; read are F32"):
         open_checkpoint(write_gguf(tmp_path / "b.gguf", gguf_metadata(config), unread)).check()
     without = {name: array for name, array in plain.items() if name != "token_embd.weight"}
     with pytest.raises(WeightsError, match="tensor token_embd.weight is missing"):

@@ -15,7 +15,8 @@ from hybrid.formats.int8 import Int8
 from hybrid.formats.mxfp4 import Mxfp4
 from hybrid.formats.nvfp4 import Nvfp4
 from hybrid.formats.rows import RowKind
-from hybrid.formats.superblocks import ScaledAndLowered, ScaledSmallGroups
+from hybrid.formats.superblocks import ScaledAndLowered, ScaledAndLoweredSmallGroups, ScaledSmallGroups
+from hybrid.formats.tabled import Tabled
 
 
 class WeightFormat(Protocol):
@@ -66,6 +67,8 @@ Q4_0, Q5_0 = Scaled("q4_0", 4, 8), Scaled("q5_0", 5, 16)
 Q4_1, Q5_1 = ScaledFromMinimum("q4_1", 4), ScaledFromMinimum("q5_1", 5)
 Q4_K, Q5_K = ScaledAndLowered("q4_k", 4), ScaledAndLowered("q5_k", 5)
 Q6_K = ScaledSmallGroups("q6_k", 6, 32)
-GROUPED: dict[str, Grouped] = {f.name: f for f in (Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K)}
+Q2_K = ScaledAndLoweredSmallGroups("q2_k", 2)
+Q4_T = Tabled("q4_t", 4, 7)
+GROUPED: dict[str, Grouped] = {f.name: f for f in (Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K, Q4_T, Q2_K)}
 _ALL: list[WeightFormat] = [Bf16(), INT8, INT4, FP8, MXFP4, FP8_ROW, NVFP4, *GROUPED.values()]
 FORMATS: dict[str, WeightFormat] = {f.name: f for f in _ALL}

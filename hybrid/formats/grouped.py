@@ -1,7 +1,7 @@
-"""Codes of 4, 5, 6 or 8 bits in groups of inputs that share a scale and perhaps a minimum, as GGUF files hold them.
+"""Codes of 2, 4, 5, 6 or 8 bits in groups of inputs that share a scale and perhaps a minimum, as GGUF files hold them.
 
-What a format's scales are is in `halves.py` and `superblocks.py`; where codes and lines of scales lie is the same in
-all of them. Published codes and scales are packed as they are, without arithmetic.
+What a format's scales are is in `halves.py`, `superblocks.py` and `tabled.py`; where codes and lines of scales lie is
+the same in all of them. Published codes and scales are packed as they are, without arithmetic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Grouped(ABC):
 
     Codes of 4 bits and the low 4 of longer ones lie as in int4: byte b of a column in line i has those of input 8i + b
     and, in its high half, of input 8i + 4 + b. High bits: byte b of a column has, from its lowest bits on, those of
-    inputs b, 4 + b, 8 + b and so on. Codes of 8 bits lie as in int8.
+    inputs b, 4 + b, 8 + b and so on. Codes of 2 bits lie as high bits do, those of 8 bits as in int8.
 
     offset: what is taken off a code before it is multiplied.
     """
@@ -39,6 +39,7 @@ class Grouped(ABC):
     row_group: ClassVar[int] = BLOCK
     span: ClassVar[int] = K_ALIGN  # inputs of one piece of the header
     header_lines: ClassVar[int] = 0  # of `span` inputs
+    table_lines: ClassVar[int] = 0  # of a block, behind those
 
     @property
     @abstractmethod
@@ -55,6 +56,9 @@ class Grouped(ABC):
         return self.head_lines * LINE + K_ALIGN * BLOCK * self.bits // 8
 
     def header_bytes(self, inputs: int) -> int:
+        return self._factor_bytes(inputs) + self.table_lines * LINE
+
+    def _factor_bytes(self, inputs: int) -> int:
         return -(-inputs // self.span) * self.header_lines * LINE
 
     def block_bytes(self, inputs: int) -> int:
@@ -90,7 +94,9 @@ class Grouped(ABC):
         lines = blocks[:, header + first // K_ALIGN * part : header + last // K_ALIGN * part]
         if not header:
             return lines
-        return joined(blocks[:, self.header_bytes(first) : self.header_bytes(last)], lines)
+        table = blocks[:, self._factor_bytes(inputs) : header]
+        factors = blocks[:, self._factor_bytes(first) : self._factor_bytes(last)]
+        return np.concatenate([factors, table, lines], axis=1)
 
     @abstractmethod
     def all_finite(self, blocks: Bytes, inputs: int) -> bool: ...
@@ -177,6 +183,8 @@ def _lines(codes: Array, bits: int, offset: int) -> Array:
     words, parts = np.ascontiguousarray(filled).view(np.uint32), filled.shape[1] // K_ALIGN
     if bits == 8:
         return _by_part(words ^ 0x8080_8080, parts)
+    if bits == 2:
+        return _by_part(_high_words(words, bits, 0), parts)
     pairs = words.reshape(len(words), -1, 2) & _LOW
     low = _by_part(pairs[..., 0] | pairs[..., 1] << 4, parts)
     return low if bits == 4 else np.concatenate([_by_part(_high_words(words, bits - 4), parts), low], axis=2)
@@ -187,19 +195,26 @@ def _codes(lines: Bytes, bits: int) -> Array:
     words = lines.view(np.uint32).reshape(*lines.shape[:2], -1, BLOCK)
     if bits == 8:
         return (_by_rows(words) ^ 0x8080_8080).view(np.int8)
+    if bits == 2:
+        return _spread_words(_by_rows(words), bits).view(np.uint8)
     high, low = np.split(words, [words.shape[2] - 8], axis=2)
     pairs = _by_rows(low)
     codes = np.stack([pairs & _LOW, pairs >> 4 & _LOW], axis=-1).reshape(len(pairs), -1)
     if bits > 4:
-        extra, rows = bits - 4, _by_rows(high)
-        shifts = np.arange(0, 8, extra, dtype=np.uint32)
-        codes |= (rows[..., None] >> shifts & _FOUR * ((1 << extra) - 1)).reshape(codes.shape) << 4
+        codes |= _spread_words(_by_rows(high), bits - 4) << 4
     return codes.view(np.uint8)
 
 
-def _high_words(words: Array, extra: int) -> Array:
-    """What is above the low 4 bits of codes, 8 / extra words in one."""
-    several = words.reshape(len(words), -1, 8 // extra) >> 4 & _FOUR * ((1 << extra) - 1)
+def _spread_words(words: Array, extra: int) -> Array:
+    """The inverse of `_high_words`, in the lowest bits: uint32 [n, words * 8 / extra]."""
+    shifts = np.arange(0, 8, extra, dtype=np.uint32)
+    found: Array = words[..., None] >> shifts & _FOUR * ((1 << extra) - 1)
+    return found.reshape(len(words), -1)
+
+
+def _high_words(words: Array, extra: int, low: int = 4) -> Array:
+    """What is above the `low` bits of codes, 8 / extra words in one."""
+    several = words.reshape(len(words), -1, 8 // extra) >> low & _FOUR * ((1 << extra) - 1)
     found = several[..., 0].copy()
     for step in range(1, 8 // extra):
         found |= several[..., step] << extra * step

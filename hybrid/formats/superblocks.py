@@ -1,4 +1,4 @@
-"""Superblocks of 256 inputs, whose groups have small whole numbers for scales: GGUF's Q4_K, Q5_K and Q6_K."""
+"""Superblocks of 256 inputs, whose groups have small whole numbers for scales: GGUF's Q2_K, Q4_K, Q5_K and Q6_K."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hybrid.formats.block import BLOCK, GROUP, K_ALIGN, Array, Bytes, Floats, al
 from hybrid.formats.grouped import Grouped, by_column, by_row, extremes, in_groups, nearest, spread, to_halves
 
 SPAN = 256  # inputs of a superblock
-SMALL = 16  # inputs of a group of q6_k
-HIGHEST = 63  # of 6 bits
+SMALL = 16  # inputs of a group of q6_k and q2_k
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,76 @@ class ScaledAndLowered(Superblocks):
     uint8 [2 groups][16 scales][16 minima].
     """
 
+    group: ClassVar[int] = GROUP
+    highest: ClassVar[int] = 63  # of scales and minima
+
     def quantise(self, weight: Array) -> tuple[Array, ...]:
         values, highest, k = in_groups(weight, SPAN), (1 << self.bits) - 1, weight.shape[1]
-        groups = values.reshape(len(values), -1, GROUP)
+        groups = values.reshape(len(values), -1, self.group)
         lowered = np.maximum(-groups.min(axis=-1), 0)
         widths = np.maximum(groups.max(axis=-1) + lowered, 0) / np.float32(highest)
-        (d, scales), (dmin, minima) = _whole(widths), _whole(lowered)
-        offset = spread(dmin, groups.shape[1], SPAN // GROUP) * minima
-        width = spread(d, groups.shape[1], SPAN // GROUP) * scales
+        (d, scales), (dmin, minima) = self._whole(widths), self._whole(lowered)
+        offset = spread(dmin, groups.shape[1], SPAN // self.group) * minima
+        width = spread(d, groups.shape[1], SPAN // self.group) * scales
         codes = nearest(groups + offset[..., None], width, 0, highest)[:, :k].astype(np.uint8)
-        count = -(-k // GROUP)
+        count = -(-k // self.group)
         return codes, d, dmin, scales[:, :count], minima[:, :count]
 
     def decode(self, codes: Array, *scales: Array) -> Floats:
-        """codes: uint8; d, dmin: fp16 [n, ceil(k / 256)]; scales, minima: uint8 [n, ceil(k / 32)]."""
+        """codes: uint8; d, dmin: fp16 [n, ceil(k / 256)]; scales, minima: uint8 [n, ceil(k / group)]."""
         d, dmin, widths, minima = (
-            spread(array, codes.shape[1], size) for array, size in zip(scales, _SIZES, strict=True)
+            spread(array, codes.shape[1], size) for array, size in zip(scales, self._sizes(), strict=True)
         )
         values: Floats = d * widths * codes - dmin * minima
         return values
 
     def _heads(self, shape: tuple[int, ...], *scales: Array) -> tuple[Array, Array]:
         inputs = round_up(shape[1], K_ALIGN)
-        d, dmin, widths, minima = (by_column(array, inputs, size) for array, size in zip(scales, _SIZES, strict=True))
+        d, dmin, widths, minima = (
+            by_column(array, inputs, size) for array, size in zip(scales, self._sizes(), strict=True)
+        )
         header = np.stack([d, dmin], axis=2).astype(np.float16, copy=False)
-        heads = np.stack([widths, minima], axis=2).astype(np.uint8, copy=False)
+        heads = self._joined(widths, minima).astype(np.uint8, copy=False)
         return header.reshape(len(header), -1), heads.reshape(len(heads), -1, 4 * BLOCK).view(np.uint32)[:, :, None]
 
     def _scales(self, header: Bytes, heads: Bytes) -> tuple[Array, ...]:
         factors = header.view(np.float16).reshape(len(header), -1, 2, BLOCK)
-        groups = heads.reshape(len(heads), -1, 2, BLOCK)
-        return tuple(by_row(array[:, :, index]) for array in (factors, groups) for index in (0, 1))
+        groups = self._parted(heads.reshape(len(heads), -1, BLOCK))
+        return tuple(map(by_row, (factors[:, :, 0], factors[:, :, 1], *groups)))
+
+    def _joined(self, scales: Array, minima: Array) -> Array:
+        """Those of groups [blocks, groups, 16] as the lines have them, and `_parted` the inverse."""
+        return np.stack([scales, minima], axis=2)
+
+    def _parted(self, groups: Array) -> tuple[Array, Array]:
+        return groups[:, 0::2], groups[:, 1::2]
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Inputs of what it has."""
+        return SPAN, SPAN, self.group, self.group
+
+    def _whole(self, wanted: Floats) -> tuple[Array, Array]:
+        """Factors fp16 [n, spans] and whole numbers whose products are near what is wanted [n, groups]."""
+        by_span = wanted.reshape(len(wanted), -1, SPAN // self.group)
+        factors = to_halves(by_span.max(axis=-1) / np.float32(self.highest))
+        return factors, nearest(by_span, factors.astype(np.float32), 0, self.highest).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ScaledAndLoweredSmallGroups(ScaledAndLowered):
+    """The same of groups of 16 inputs, with scales and minima of 4 bits: of 64 inputs a line, uint8 [4 groups][16], a
+    scale in the low half of a byte and a minimum in the high one.
+    """
+
+    group: ClassVar[int] = SMALL
+    highest: ClassVar[int] = 15
+
+    def _joined(self, scales: Array, minima: Array) -> Array:
+        joined: Array = scales | minima << 4
+        return joined
+
+    def _parted(self, groups: Array) -> tuple[Array, Array]:
+        return groups & 15, groups >> 4
 
 
 @dataclass(frozen=True)
@@ -102,13 +140,3 @@ class ScaledSmallGroups(Superblocks):
     def _scales(self, header: Bytes, heads: Bytes) -> tuple[Array, ...]:
         factors = header.view(np.float16).reshape(len(header), -1, 2, BLOCK)
         return by_row(factors[:, :, 0]), by_row(heads.view(np.int8).reshape(len(heads), -1, BLOCK))
-
-
-_SIZES = (SPAN, SPAN, GROUP, GROUP)  # inputs of what `ScaledAndLowered` has
-
-
-def _whole(wanted: Floats) -> tuple[Array, Array]:
-    """Factors fp16 [n, groups / 8] and whole numbers of 6 bits whose products are near what is wanted [n, groups]."""
-    by_span = wanted.reshape(len(wanted), -1, SPAN // GROUP)
-    factors = to_halves(by_span.max(axis=-1) / np.float32(HIGHEST))
-    return factors, nearest(by_span, factors.astype(np.float32), 0, HIGHEST).astype(np.uint8)

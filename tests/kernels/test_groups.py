@@ -23,10 +23,14 @@ def published(format: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         return random.uniform(-2, 2, (n, -(-k // group))).astype(np.float16)
 
     small = [random.integers(0, 64, (n, -(-k // 32)), np.uint8) for _ in range(2)]
+    signed = random.integers(-128, 128, (n, -(-k // 16)), np.int8)
+    tables = random.integers(-128, 128, (-(-n // 16), 16), np.int8)
     scales = {
         "q4_k": (halves(256), halves(256), *small),
         "q5_k": (halves(256), halves(256), *small),
-        "q6_k": (halves(256), random.integers(-128, 128, (n, -(-k // 16)), np.int8)),
+        "q6_k": (halves(256), signed),
+        "q4_t": (halves(256).astype(np.float32), signed, tables),
+        "q2_k": (halves(256), halves(256), *(random.integers(0, 16, (n, -(-k // 16)), np.uint8) for _ in range(2))),
         "q4_1": (halves(32), halves(32)),
         "q5_1": (halves(32), halves(32)),
     }.get(format, (halves(32),))

@@ -249,7 +249,9 @@ NB_MODULE(_ext, m) {
       .value("q5_1", Format::q5_1)
       .value("q4_k", Format::q4_k)
       .value("q5_k", Format::q5_k)
-      .value("q6_k", Format::q6_k);
+      .value("q6_k", Format::q6_k)
+      .value("q4_t", Format::q4_t)
+      .value("q2_k", Format::q2_k);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
       .value("swiglu_clamped", Activation::swiglu_clamped)

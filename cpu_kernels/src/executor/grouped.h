@@ -7,20 +7,29 @@
 namespace hybrid {
 
 // A scale in fp16 for each group; a minimum in fp16 beside it; factors in fp16 for 256 inputs, and a scale and a
-// minimum of 6 bits for each group; a factor for 256 inputs, and a signed scale for each group of 16.
-enum class GroupScales { halves, minima, superblocks, small_groups };
+// minimum of 6 bits for each group; a factor for 256 inputs, and a signed scale for each group of 16; the same with a
+// factor in fp32, and a table behind the factors; factors as of superblocks, and of each group of 16 a byte of a scale
+// and a minimum.
+enum class GroupScales { halves, minima, superblocks, small_groups, tabled, small_superblocks };
+
+constexpr int kTable = 0;  // in place of their bits: codes of 4 bits that the 16 bytes of a block's table stand for
+
+// Inputs that share a scale. codes: their bits, or kTable.
+constexpr int group_inputs(int codes) { return codes == 2 || codes == 6 || codes == kTable ? 16 : 32; }
 
 struct GroupLayout {
   int bits;
-  int offset;  // that is taken off a code
+  int offset;  // that is taken off a code, or off what it stands for
   GroupScales scales;
 
-  constexpr int group() const { return scales == GroupScales::small_groups ? 16 : 32; }
+  constexpr int codes() const { return scales == GroupScales::tabled ? kTable : bits; }
+  constexpr int group() const { return group_inputs(codes()); }
   constexpr int head_bytes() const { return scales == GroupScales::minima ? 2 * kLine : kLine; }  // before the codes
   constexpr int part_bytes() const { return head_bytes() + kInputs * kBlock * bits / 8; }         // of 64 inputs
   constexpr int header_bytes(int inputs) const {
-    const bool factors = scales == GroupScales::superblocks || scales == GroupScales::small_groups;
-    return factors ? (inputs + kScaleInputs - 1) / kScaleInputs * kLine : 0;
+    if (scales == GroupScales::halves || scales == GroupScales::minima) return 0;
+    const int table = scales == GroupScales::tabled ? kLine : 0;
+    return (inputs + kScaleInputs - 1) / kScaleInputs * kLine + table;
   }
   constexpr int64_t block_bytes(int inputs) const {
     return header_bytes(inputs) + int64_t(inputs) / kInputs * part_bytes();
@@ -50,6 +59,10 @@ static constexpr GroupLayout group_layout(Format format) {
       return {4, 0, GroupScales::superblocks};
     case Format::q5_k:
       return {5, 0, GroupScales::superblocks};
+    case Format::q4_t:
+      return {4, 128, GroupScales::tabled};
+    case Format::q2_k:
+      return {2, 0, GroupScales::small_superblocks};
     default:
       return {6, 32, GroupScales::small_groups};
   }

@@ -9,8 +9,26 @@ namespace hybrid {
 using bf16 = uint16_t;  // bit pattern
 
 // How a matrix is stored; hybrid/formats says the same in Python.
-enum class Format { bf16, int8, int4, fp8, fp8_row, mxfp4, nvfp4, q8_0, q4_0, q5_0, q4_1, q5_1, q4_k, q5_k, q6_k };
-constexpr int kFormats = 15;
+enum class Format {
+  bf16,
+  int8,
+  int4,
+  fp8,
+  fp8_row,
+  mxfp4,
+  nvfp4,
+  q8_0,
+  q4_0,
+  q5_0,
+  q4_1,
+  q5_1,
+  q4_k,
+  q5_k,
+  q6_k,
+  q4_t,
+  q2_k
+};
+constexpr int kFormats = int(Format::q2_k) + 1;
 
 enum class Activation { silu, swiglu_clamped, silu_clamped, gelu_tanh, relu_squared };
 

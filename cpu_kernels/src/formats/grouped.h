@@ -1,7 +1,7 @@
-// Codes of 4, 5, 6 or 8 bits in groups of 32 or 16 inputs. Whatever a format's scales are, they are opened to fp32, a
-// scale and a minimum for each group and column: few rows do so on the way; for many, 256 inputs are opened first, so
-// that their kernels know but how large a group is. The minimum, which stands for the offset of codes as well, is
-// multiplied by the sum of the activations, which have a scale and a sum for each 32.
+// Codes of 2, 4, 5, 6 or 8 bits, or for 16 bytes of a table, in groups of 32 or 16 inputs. Whatever a format's scales
+// are, they are opened to fp32, a scale and a minimum for each group and column: few rows do so on the way; for many,
+// 256 inputs are opened first, so that their kernels know but how large a group is. The minimum, which stands for the
+// offset of codes as well, is multiplied by the sum of the activations, which have a scale and a sum for each 32.
 #pragma once
 
 #include "executor/grouped.h"
@@ -77,6 +77,8 @@ struct GroupBlocks {
         first(matrix + block * stride) {}
   // Of the 256 inputs that `input` is one of, where there are any.
   HYBRID_INLINE const char* factors(int input) const { return first + input / kScaleInputs * kLine; }
+  // What codes stand for, if there is a table: the 16 bytes four times.
+  HYBRID_INLINE const char* table() const { return first + header_bytes - kLine; }
   // What 64 inputs from `input` on have: scales, then codes.
   HYBRID_INLINE const char* part(int input) const { return first + header_bytes + input / kInputs * part_bytes; }
 };
@@ -90,14 +92,22 @@ static HYBRID_INLINE OpenedScales open_scale(const char* head, const char* facto
     const F32 minimum = Isa::mul(Isa::from_fp16(factors + kBlock * 2), Isa::from_int8(head + g * kBlock * 2 + kBlock));
     return {Isa::mul(Isa::from_fp16(factors), Isa::from_int8(head + g * kBlock * 2)), Isa::sub(Isa::zero(), minimum)};
   }
-  F32 scale = Isa::from_fp16(scales == GroupScales::halves ? head + g * kBlock * 2 : factors);
-  if constexpr (scales == GroupScales::small_groups) scale = Isa::mul(scale, Isa::from_int8(head + g * kBlock));
+  if constexpr (scales == GroupScales::small_superblocks) {
+    const F32 minimum = Isa::mul(Isa::from_fp16(factors + kBlock * 2), Isa::from_nibbles(head + g * kBlock, 1));
+    return {Isa::mul(Isa::from_fp16(factors), Isa::from_nibbles(head + g * kBlock, 0)), Isa::sub(Isa::zero(), minimum)};
+  }
+  F32 scale = scales == GroupScales::tabled
+                  ? Isa::load(reinterpret_cast<const float*>(factors))
+                  : Isa::from_fp16(scales == GroupScales::halves ? head + g * kBlock * 2 : factors);
+  if constexpr (scales != GroupScales::halves) scale = Isa::mul(scale, Isa::from_int8(head + g * kBlock));
   return {scale, Isa::mul(scale, offset)};
 }
 
 template <GroupScales scales>
 static HYBRID_INLINE void open_all(const GroupBlocks& w, int block, int first, int last, float* out) {
-  constexpr int groups = scales == GroupScales::small_groups ? 4 : 2;
+  constexpr bool wide =
+      scales == GroupScales::halves || scales == GroupScales::minima || scales == GroupScales::superblocks;
+  constexpr int groups = wide ? 2 : 4;
   const char* const factors = w.factors(first) + block * w.stride;
   const char* head = w.part(first) + block * w.stride;
   const F32 offset = Isa::set(-float(w.layout.offset));
@@ -126,22 +136,35 @@ static HYBRID_KERNEL void open_scales(const GroupBlocks& w, int blocks, int firs
         break;
       case GroupScales::small_groups:
         open_all<GroupScales::small_groups>(w, block, first, last, out);
+        break;
+      case GroupScales::tabled:
+        open_all<GroupScales::tabled>(w, block, first, last, out);
+        break;
+      case GroupScales::small_superblocks:
+        open_all<GroupScales::small_superblocks>(w, block, first, last, out);
     }
   }
 }
 
-// Where codes of a group lie: low bits, or all of 8; and what they have beyond four.
+// Where codes of a group lie: low bits, or all of 8; what they have beyond four; and what they stand for.
 template <int bits>
 struct GroupCodes {
-  static constexpr int extra = bits == 8 ? 0 : bits - 4;
-  const char *low, *high;
+  static constexpr int extra = bits == 5 || bits == 6 ? bits - 4 : 0;
+  static constexpr int low_bytes = bits == 8 ? kBlock : bits == 2 ? kBlock / 4 : kBlock / 2;  // of an input
+  const char *low, *high, *table;
 
-  HYBRID_INLINE GroupCodes(const char* codes, int first)
-      : low(codes + kInputs * kBlock * extra / 8 + first * (bits == 8 ? kBlock : kBlock / 2)),
-        high(codes + first * kBlock * extra / 8) {}
+  // table: of a block, if it has one.
+  HYBRID_INLINE GroupCodes(const char* codes, int first, const char* table)
+      : low(codes + kInputs * kBlock * extra / 8 + first * low_bytes),
+        high(codes + first * kBlock * extra / 8),
+        table(table) {}
   HYBRID_INLINE Isa::Bytes operand(int64_t skip, int step) const {
     if constexpr (bits == 8)
       return Isa::load_bytes(low + skip + step * kLine);
+    else if constexpr (bits == 2)
+      return Isa::load_twos(low + skip + step / 4 * kLine, step % 4);
+    else if constexpr (bits == kTable)
+      return Isa::load_tabled(low + skip + step / 2 * kLine, step % 2, table + skip);
     else if constexpr (bits == 4)
       return Isa::load_nibbles(low + skip + step / 2 * kLine, step % 2);
     else
@@ -150,6 +173,10 @@ struct GroupCodes {
   HYBRID_INLINE void open(int64_t skip, int step, char* out) const {
     if constexpr (bits == 8)
       __builtin_memcpy(out, low + skip + step * kLine, kLine);
+    else if constexpr (bits == 2)
+      Isa::store_twos(out, low + skip + step / 4 * kLine, step % 4);
+    else if constexpr (bits == kTable)
+      Isa::store_tabled(out, low + skip + step / 2 * kLine, step % 2, table + skip);
     else if constexpr (bits == 4)
       Isa::store_nibbles(out, low + skip + step / 2 * kLine, step % 2);
     else

@@ -124,6 +124,20 @@ struct Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), nibbles(from, high));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), nibbles(from + 32, high));
   }
+  static Bytes load_twos(const char* p, int step) {
+    return {widen_bytes(twos(p, step)), widen_bytes(twos(p + 32, step))};
+  }
+  static void store_twos(char* p, const char* from, int step) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), twos(from, step));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), twos(from + 32, step));
+  }
+  static Bytes load_tabled(const char* p, int high, const char* table) {
+    return {widen_bytes(tabled(p, high, table)), widen_bytes(tabled(p + 32, high, table))};
+  }
+  static void store_tabled(char* p, const char* from, int high, const char* table) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), tabled(from, high, table));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), tabled(from + 32, high, table));
+  }
   static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
     return {widen_bytes(joined(p, high, bits, up, mask)), widen_bytes(joined(p + 32, high, bits + 32, up, mask))};
   }
@@ -167,6 +181,9 @@ struct Avx2 {
     return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
   }
   static F32 from_int8(const char* p) { return from_int8(load_128(p)); }
+  static F32 from_nibbles(const char* p, int high) {
+    return from_int8(_mm_and_si128(_mm_srli_epi16(load_128(p), high ? 4 : 0), _mm_set1_epi8(15)));
+  }
   static F32 from_fp8(const char* p) {
     // As fp16 the same bits are 2^-8 of the value, subnormals included; the sign is shifted into place twice.
     const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
@@ -200,6 +217,12 @@ struct Avx2 {
   static __m256i nibbles(const char* p, int high) {
     const __m256i bytes = load_256(p);
     return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+  }
+  static __m256i twos(const char* p, int step) {
+    return _mm256_and_si256(_mm256_srli_epi16(load_256(p), 2 * step), _mm256_set1_epi8(3));
+  }
+  static __m256i tabled(const char* p, int high, const char* table) {
+    return _mm256_shuffle_epi8(load_256(table), nibbles(p, high));
   }
   static __m256i joined(const char* p, int high, const char* bits, int up, int mask) {
     const __m256i line = load_256(bits);

@@ -96,6 +96,12 @@ struct Avx512 {
   static Bytes load_bytes(const char* p) { return widen_bytes(_mm512_load_si512(p)); }
   static Bytes load_nibbles(const char* p, int high) { return widen_bytes(nibbles(p, high)); }
   static void store_nibbles(char* p, const char* from, int high) { _mm512_store_si512(p, nibbles(from, high)); }
+  static Bytes load_twos(const char* p, int step) { return widen_bytes(twos(p, step)); }
+  static void store_twos(char* p, const char* from, int step) { _mm512_store_si512(p, twos(from, step)); }
+  static Bytes load_tabled(const char* p, int high, const char* table) { return widen_bytes(tabled(p, high, table)); }
+  static void store_tabled(char* p, const char* from, int high, const char* table) {
+    _mm512_store_si512(p, tabled(from, high, table));
+  }
   static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
     return widen_bytes(joined(p, high, bits, up, mask));
   }
@@ -139,6 +145,10 @@ struct Avx512 {
     return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
   }
   static F32 from_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p))); }
+  static F32 from_nibbles(const char* p, int high) {
+    const __m128i bytes = _mm_srli_epi16(load_128(p), high ? 4 : 0);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
+  }
   static F32 from_fp8(const char* p) {
     // As fp16 the same bits are 2^-8 of the value, subnormals included; the sign is shifted into place twice.
     const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
@@ -162,6 +172,12 @@ struct Avx512 {
   static __m512i nibbles(const char* p, int high) {
     const __m512i bytes = _mm512_load_si512(p);
     return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+  }
+  static __m512i twos(const char* p, int step) {
+    return _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(p), unsigned(2 * step)), _mm512_set1_epi8(3));
+  }
+  static __m512i tabled(const char* p, int high, const char* table) {
+    return _mm512_shuffle_epi8(_mm512_load_si512(table), nibbles(p, high));
   }
   static __m512i joined(const char* p, int high, const char* bits, int up, int mask) {
     const __m512i line = _mm512_load_si512(bits);

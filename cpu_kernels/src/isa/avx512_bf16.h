@@ -34,6 +34,8 @@ struct Avx512Bf16 : Avx512 {
   static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
   static Bytes load_bytes(const char* p) { return (Bytes)_mm512_load_si512(p); }
   static Bytes load_nibbles(const char* p, int high) { return (Bytes)nibbles(p, high); }
+  static Bytes load_twos(const char* p, int step) { return (Bytes)twos(p, step); }
+  static Bytes load_tabled(const char* p, int high, const char* table) { return (Bytes)tabled(p, high, table); }
   static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
     return (Bytes)joined(p, high, bits, up, mask);
   }

@@ -3,7 +3,8 @@
 // What every instruction set offers: sixteen lanes of fp32 (F32) and int32 (I32); for the float kind a Line of 16
 // columns by a pair of bf16 inputs and the Pair it meets; for the integer kind the Bytes of 16 columns by four unsigned
 // weights and the Quad of four signed inputs. from_... widen 16 stored values: fp8 as 2^-8 of its value. Joined are
-// nibbles and, above them, further bits: those of `mask` after `bits` was shifted up.
+// nibbles and, above them, further bits: those of `mask` after `bits` was shifted up. Tabled are the bytes of a table
+// of 16, four times in a line, that nibbles choose; twos are the step-th two bits of each byte.
 //
 // Codes are those of fp4, by 16 columns and four inputs, as bytes: twice their value and kFp4Offset. dot_wide
 // multiplies them by as many inputs of two bytes each.
@@ -164,6 +165,26 @@ struct Portable {
     const Bytes nibbles = load_nibbles(from, high);
     __builtin_memcpy(p, &nibbles, sizeof nibbles);
   }
+  static Bytes load_twos(const char* p, int step) {
+    Bytes out = load_bytes(p);
+    for (auto& column : out.column)
+      for (uint8_t& byte : column) byte = byte >> 2 * step & 3;
+    return out;
+  }
+  static void store_twos(char* p, const char* from, int step) {
+    const Bytes twos = load_twos(from, step);
+    __builtin_memcpy(p, &twos, sizeof twos);
+  }
+  static Bytes load_tabled(const char* p, int high, const char* table) {
+    Bytes out = load_nibbles(p, high);
+    for (auto& column : out.column)
+      for (uint8_t& byte : column) byte = uint8_t(table[byte]);
+    return out;
+  }
+  static void store_tabled(char* p, const char* from, int high, const char* table) {
+    const Bytes tabled = load_tabled(from, high, table);
+    __builtin_memcpy(p, &tabled, sizeof tabled);
+  }
   static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
     Bytes out = load_nibbles(p, high);
     for (int i = 0; i < 16; ++i)
@@ -227,6 +248,9 @@ struct Portable {
   }
   static F32 from_int8(const char* p) {
     return each([=](int i) { return float(int8_t(p[i])); });
+  }
+  static F32 from_nibbles(const char* p, int high) {
+    return each([=](int i) { return float(uint8_t(p[i]) >> (high ? 4 : 0) & 15); });
   }
   static F32 from_fp8(const char* p) {
     return each([=](int i) {

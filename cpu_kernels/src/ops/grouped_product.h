@@ -6,9 +6,11 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Calls function(Int<bits>) for codes of so many.
+// Calls function(Int<bits>) for codes of so many, or of kTable.
 template <class Function>
 static HYBRID_INLINE void with_bits(int bits, Function function) {
+  if (bits == kTable) return function(Int<kTable>{});
+  if (bits == 2) return function(Int<2>{});
   if (bits == 4) return function(Int<4>{});
   if (bits == 5) return function(Int<5>{});
   if (bits == 6) return function(Int<6>{});
@@ -30,6 +32,9 @@ struct Kind {
 // Calls function(Int<bits>, kind) for what codes and scales there are; kind::scales is a constant.
 template <class Function>
 static HYBRID_INLINE void with_codes(const GroupLayout& layout, Function function) {
+  if (layout.scales == GroupScales::tabled) return function(Int<kTable>{}, Kind<GroupScales::tabled>{});
+  if (layout.scales == GroupScales::small_superblocks)
+    return function(Int<2>{}, Kind<GroupScales::small_superblocks>{});
   if (layout.scales == GroupScales::small_groups) return function(Int<6>{}, Kind<GroupScales::small_groups>{});
   if (layout.bits == 8) return function(Int<8>{}, Kind<GroupScales::halves>{});
   const auto with_scales = [&](auto bits) __attribute__((always_inline)) {
@@ -44,8 +49,9 @@ static HYBRID_INLINE void with_codes(const GroupLayout& layout, Function functio
 // Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
 template <int bits, GroupScales scales, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out) {
-  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4;
-  constexpr int fetched = ((2 * bits + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
+  constexpr int group = group_inputs(bits), steps = group / 4, stored = bits == kTable ? 4 : bits;
+  constexpr int fetched =
+      ((2 * stored + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
   const int head_bytes = w.layout.head_bytes();
   const F32 offset = Isa::set(-float(w.layout.offset));
   F32 sums[MR][NB];
@@ -54,7 +60,7 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
     const char *const at = w.part(input), *const factors = w.factors(input);
     const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
     for (int g = 0; g < kInputs; g += group) {
-      const GroupCodes<bits> codes(at + head_bytes, g);
+      const GroupCodes<bits> codes(at + head_bytes, g, w.table());
       Isa::I32 part[MR][NB];
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r)
@@ -99,7 +105,7 @@ static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const char* opene
 // long is fetched.
 template <int bits>
 static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int first, int last, char* out) {
-  constexpr int group = bits == 6 ? 16 : 32, steps = group / 4;
+  constexpr int group = group_inputs(bits), steps = group / 4;
   open_scales(w, blocks, first, last, reinterpret_cast<float*>(out + kScalesOffset), kPanelBytes / sizeof(float));
   for (int j = 0; j < blocks; ++j, out += kPanelBytes) {
     char* line = out;
@@ -109,7 +115,7 @@ static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int firs
       const char* next = at + panel + (input + kPanelInputs < w.inputs ? 0 : (blocks - 1) * w.stride);
       for (int i = 0; i < w.part_bytes; i += kLine) __builtin_prefetch(next + i, 0, 2);
       for (int g = 0; g < kInputs; g += group) {
-        const GroupCodes<bits> codes(at + w.layout.head_bytes(), g);
+        const GroupCodes<bits> codes(at + w.layout.head_bytes(), g, w.table() + j * w.stride);
 #pragma GCC unroll 8
         for (int step = 0; step < steps; ++step, line += kLine) codes.open(0, step, line);
       }
@@ -123,7 +129,7 @@ static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBl
   const auto opened_w = opened_blocks<group>(opened, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
-    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
+    with_bits(w.layout.codes(), [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
     Panel panel{{opened, kPanelBytes, kLine, nullptr, first / 4}, last / 4, 0, tile_count(rows), opened};
     pass_rows<OpenedGroups<group>, NB>(left, rows, opened_w, panel, sums);
   }

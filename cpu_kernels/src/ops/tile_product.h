@@ -128,7 +128,7 @@ struct TileGroups {
     return {w.part(first) + skipped * w.stride, w.stride, int((w.part(last) - w.part(first)) / kLine)};
   }
   HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored&) const {
-    with_bits(w.layout.bits, [&](auto bits) { open_groups<bits.value>(w, blocks, first, last, opened); });
+    with_bits(w.layout.codes(), [&](auto bits) { open_groups<bits.value>(w, blocks, first, last, opened); });
     return {opened, kPanelBytes, kLine, nullptr, first / Multiplied::line_inputs};
   }
 };

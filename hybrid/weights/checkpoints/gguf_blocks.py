@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.files.gguf_types import TYPES_BY_NAME
-from hybrid.formats import MXFP4, NVFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
-from hybrid.formats.block import Array, Bytes, Floats
-from hybrid.formats.grouped import Grouped
+from hybrid.formats import MXFP4, NVFP4, Q2_K, Q4_0, Q4_1, Q4_K, Q4_T, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from hybrid.formats.block import BLOCK, Array, Bytes
+from hybrid.formats.grouped import Grouped, exact_halves
 from hybrid.formats.mxfp4 import decode as decode_mxfp4
 from hybrid.formats.nvfp4 import decode as decode_nvfp4
+from hybrid.formats.tabled import looked_up
+from hybrid.weights.checkpoints.gguf_bits import flat, halves, nibbles
+from hybrid.weights.checkpoints.gguf_tabled import IQ4_VALUES, TABLED
 from hybrid.weights.checkpoints.matrices import INTEGERS
 
 FLOATS: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -33,8 +36,8 @@ def values(type: str, rows: Bytes, factor: np.float32 = _ONE) -> Array:
     if type in INTEGERS:
         return rows.view(INTEGERS[type]).astype(np.float32)
     blocks = _blocks(type, rows)
-    if type in _VALUES:
-        return _VALUES[type](blocks)
+    if type in TABLED:
+        return Q4_T.decode(*_tabled(type, blocks))
     parts = SPLIT[type](blocks)
     if type == "NVFP4":
         return decode_nvfp4(parts[0], parts[1], np.full(len(rows), factor))
@@ -46,6 +49,8 @@ def packed(type: str, rows: Bytes, format: str, factor: np.float32 = _ONE) -> By
 
     factor: what all values of NVFP4 are multiplied by, which their file has elsewhere.
     """
+    if type in TABLED:
+        return _packed_tabled(_tabled(type, _blocks(type, rows)), format)
     codes, *scales = SPLIT[type](_blocks(type, rows))
     if type == "MXFP4":
         return MXFP4.pack_blocks(codes, *scales)
@@ -61,14 +66,18 @@ def _blocks(type: str, rows: Bytes) -> Bytes:
     return rows.reshape(len(rows), -1, TYPES_BY_NAME[type].bytes)
 
 
-def _halves(blocks: Bytes, at: int) -> Array:
-    """The float16 that lies `at` so many bytes in each block [n, blocks]."""
-    return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0]
+def _tabled(type: str, blocks: Bytes) -> Parts:
+    """With the table of the type for each block of rows."""
+    *parts, table = TABLED[type](blocks)
+    return *parts, np.broadcast_to(table, (-(-len(blocks) // BLOCK), len(table)))
 
 
-def _nibbles(packed: Bytes) -> Bytes:
-    """Low halves, then high halves of each group of bytes [..., bytes]."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+def _packed_tabled(parts: Parts, format: str) -> Bytes:
+    codes, d, scales, tables = parts
+    if format == Q4_T.name:
+        return Q4_T.pack_blocks(codes, d, scales, tables)
+    numbers = looked_up(codes, tables) + np.int8(Q6_K.offset)
+    return Q6_K.pack_blocks(numbers.view(np.uint8), exact_halves(d), scales)
 
 
 def _fifth_bits(packed: Bytes) -> Array:
@@ -76,29 +85,25 @@ def _fifth_bits(packed: Bytes) -> Array:
     return np.unpackbits(packed, axis=-1, bitorder="little") << 4
 
 
-def _flat(codes: Array) -> Array:
-    return codes.reshape(len(codes), -1)
-
-
 def _q8_0(blocks: Bytes) -> Parts:
-    return _flat(blocks[..., 2:].view(np.int8)), _halves(blocks, 0)
+    return flat(blocks[..., 2:].view(np.int8)), halves(blocks, 0)
 
 
 def _q4_0(blocks: Bytes) -> Parts:
-    return _flat(_nibbles(blocks[..., 2:])), _halves(blocks, 0)
+    return flat(nibbles(blocks[..., 2:])), halves(blocks, 0)
 
 
 def _q4_1(blocks: Bytes) -> Parts:
-    return _flat(_nibbles(blocks[..., 4:])), _halves(blocks, 0), _halves(blocks, 2)
+    return flat(nibbles(blocks[..., 4:])), halves(blocks, 0), halves(blocks, 2)
 
 
 def _q5_0(blocks: Bytes) -> Parts:
-    return _flat(_nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])), _halves(blocks, 0)
+    return flat(nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])), halves(blocks, 0)
 
 
 def _q5_1(blocks: Bytes) -> Parts:
-    codes = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
-    return _flat(codes), _halves(blocks, 0), _halves(blocks, 2)
+    codes = nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
+    return flat(codes), halves(blocks, 0), halves(blocks, 2)
 
 
 def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -106,38 +111,38 @@ def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     first, second, last = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = np.concatenate([first & 63, last & 15 | first >> 6 << 4], axis=-1)
     minima = np.concatenate([second & 63, last >> 4 | second >> 6 << 4], axis=-1)
-    return _flat(scales), _flat(minima)
+    return flat(scales), flat(minima)
 
 
 def _k_nibbles(packed: Bytes) -> Bytes:
     """[..., 128] bytes hold 64 values in each 32."""
-    return _nibbles(packed.reshape(*packed.shape[:-1], 4, 32)).reshape(*packed.shape[:-1], 256)
+    return nibbles(packed.reshape(*packed.shape[:-1], 4, 32)).reshape(*packed.shape[:-1], 256)
 
 
 def _q4_k(blocks: Bytes) -> Parts:
-    return _flat(_k_nibbles(blocks[..., 16:])), _halves(blocks, 0), _halves(blocks, 2), *_k_scales(blocks[..., 4:16])
+    return flat(_k_nibbles(blocks[..., 16:])), halves(blocks, 0), halves(blocks, 2), *_k_scales(blocks[..., 4:16])
 
 
 def _q5_k(blocks: Bytes) -> Parts:
     """Bit g of the high byte i is that of value i of group g."""
     high = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     codes = _k_nibbles(blocks[..., 48:]) | high.reshape(*blocks.shape[:-1], 256) << 4
-    return _flat(codes), _halves(blocks, 0), _halves(blocks, 2), *_k_scales(blocks[..., 4:16])
+    return flat(codes), halves(blocks, 0), halves(blocks, 2), *_k_scales(blocks[..., 4:16])
 
 
 def _q6_k(blocks: Bytes) -> Parts:
     """Each half of 128 values has 64 bytes of low bits and 32 of high ones."""
     shape = blocks.shape[:-1]
-    low = _nibbles(blocks[..., :128].reshape(*shape, 2, 64))
+    low = nibbles(blocks[..., :128].reshape(*shape, 2, 64))
     high = blocks[..., 128:192].reshape(*shape, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
     codes = low.reshape(*shape, 256) | high.reshape(*shape, 256) << 4
     scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    return _flat(codes), _halves(blocks, 208), _flat(scales)
+    return flat(codes), halves(blocks, 208), flat(scales)
 
 
 def _mxfp4(blocks: Bytes) -> Parts:
     """As published: two neighbours in a byte, blocks [n, groups, 16] and exponents [n, groups]."""
-    codes = _nibbles(blocks[..., 1:])
+    codes = nibbles(blocks[..., 1:])
     return codes[..., 0::2] | codes[..., 1::2] << 4, np.ascontiguousarray(blocks[..., 0])
 
 
@@ -146,68 +151,32 @@ def _nvfp4(blocks: Bytes) -> Parts:
 
     What would be NaN in e4m3 is 0, as llama.cpp has it.
     """
-    codes = _nibbles(blocks[..., 4:].reshape(*blocks.shape[:-1], 4, 8))
+    codes = nibbles(blocks[..., 4:].reshape(*blocks.shape[:-1], 4, 8))
     scales = blocks[..., :4] & 0x7F
-    return _flat(codes[..., 0::2] | codes[..., 1::2] << 4), _flat(np.where(scales == 0x7F, 0, scales).astype(np.uint8))
-
-
-_IQ4_VALUES = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
-)  # what its codes stand for
-
-
-def _q3_k(blocks: Bytes) -> Parts:
-    """As Q6_K, whose codes and scales hold all of its own. High bits are set where nothing is taken off."""
-    shape = blocks.shape[:-1]
-    high = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    low = blocks[..., 32:96].reshape(*shape, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    codes = low.reshape(*shape, 256) + (high << 2).reshape(*shape, 256) + np.uint8(28)
-    packed = blocks[..., 96:108]
-    fours = _nibbles(packed[..., :8])
-    twos = packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    scales = (fours | twos.reshape(*shape, 16) << 4).astype(np.int8) - np.int8(32)
-    return _flat(codes), _halves(blocks, 108), _flat(scales)
+    return flat(codes[..., 0::2] | codes[..., 1::2] << 4), flat(np.where(scales == 0x7F, 0, scales).astype(np.uint8))
 
 
 def _iq4_nl(blocks: Bytes) -> Parts:
     """As Q8_0, whose codes hold the sixteen values."""
-    return _flat(_IQ4_VALUES[_nibbles(blocks[..., 2:])]), _halves(blocks, 0)
+    return flat(IQ4_VALUES[nibbles(blocks[..., 2:])]), halves(blocks, 0)
 
 
-def _iq4_xs_values(blocks: Bytes) -> Floats:
-    shape = blocks.shape[:-1]
-    low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).reshape(*shape, 8)
-    both = np.ascontiguousarray(blocks[..., 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    scales = (low | both.astype(np.uint8) << 4).astype(np.float32) - np.float32(32)
-    codes = _nibbles(blocks[..., 8:].reshape(*shape, 8, 16))
-    return _scaled(_IQ4_VALUES[codes], _halves(blocks, 0), scales)
-
-
-def _q2_k_values(blocks: Bytes) -> Floats:
-    shape = blocks.shape[:-1]
-    codes = blocks[..., 16:80].reshape(*shape, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    grouped = codes.reshape(*shape, 16, 16)
-    scales, minima = (part.astype(np.float32) for part in (blocks[..., :16] & 15, blocks[..., :16] >> 4))
-    lowest = _halves(blocks, 82).astype(np.float32)[..., None] * minima
-    shifted: Floats = _scaled(grouped, _halves(blocks, 80), scales).reshape(grouped.shape) - lowest[..., None]
-    return _flat(shifted)
-
-
-def _scaled(codes: Array, outer: Array, inner: Floats) -> Floats:
-    """Codes [..., groups, values] times the scale of their block and that of their group."""
-    return _flat((outer.astype(np.float32)[..., None] * inner)[..., None] * codes.astype(np.float32))
+def _q2_k(blocks: Bytes) -> Parts:
+    """Each 32 bytes hold 128 values."""
+    codes = blocks[..., 16:80].reshape(*blocks.shape[:-1], 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    scales = blocks[..., :16]
+    return flat(codes), halves(blocks, 80), halves(blocks, 82), flat(scales & 15), flat(scales >> 4)
 
 
 SPLIT: dict[str, Callable[[Bytes], Parts]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q3_K": _q3_k,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q2_K": _q2_k,
     "IQ4_NL": _iq4_nl,
 }  # fmt: skip
 # The format whose codes and scales these are.
 FORMAT_OF: dict[str, Grouped] = {
     "Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q5_0": Q5_0, "Q5_1": Q5_1, "Q4_K": Q4_K, "Q5_K": Q5_K, "Q6_K": Q6_K,
-    "Q3_K": Q6_K, "IQ4_NL": Q8_0,
+    "Q2_K": Q2_K, "IQ4_NL": Q8_0,
 }  # fmt: skip
-_VALUES: dict[str, Callable[[Bytes], Floats]] = {"Q2_K": _q2_k_values, "IQ4_XS": _iq4_xs_values}
 TABLES = (".ffn_gate_tid2eid.weight",)  # of small numbers: what the names of tensors of INTEGERS end with
-READABLE = (*FLOATS, *SPLIT, *_VALUES)
+READABLE = (*FLOATS, *SPLIT, *TABLED)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from hybrid.formats.mix import FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.weights.checkpoints.exact_mix import Kind, Kinds, exact_mix
+from hybrid.weights.checkpoints.gguf_tabled import TABLED
 from hybrid.weights.shard import Entry
 
 HOLDS = {
     "Q4_0": ("q4_0", "q5_0", "q8_0"), "Q5_0": ("q5_0", "q8_0"), "Q8_0": ("q8_0",), "Q4_1": ("q4_1", "q5_1"),
     "Q5_1": ("q5_1",), "Q4_K": ("q4_k", "q5_k"), "Q5_K": ("q5_k",), "Q6_K": ("q6_k",), "MXFP4": ("mxfp4",),
-    "NVFP4": ("nvfp4",), "Q3_K": ("q6_k",), "IQ4_NL": ("q8_0",),
+    "NVFP4": ("nvfp4",), "IQ4_NL": ("q8_0",), "Q2_K": ("q2_k",),
+    **dict.fromkeys(TABLED, ("q4_t",)), **dict.fromkeys(("Q3_K", "IQ3_S"), ("q4_t", "q6_k")),
 }  # fmt: skip
 _FLOATS = ("F32", "F16", "BF16")
 
