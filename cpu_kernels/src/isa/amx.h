@@ -109,6 +109,11 @@ struct Amx : Avx512Bf16 {
   static void load_tile(const void* p, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
   }
+  // Lines that a strip of rows in the first-level cache is to survive: they come from the second and leave it soon.
+  template <int tile>
+  static void load_passing_tile(const void* p, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+  }
   template <int tile>
   static void store_tile(void* p, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");

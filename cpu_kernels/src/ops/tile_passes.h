@@ -46,6 +46,24 @@ struct StripAhead {
   }
 };
 
+// Sums of `rows` rows and TN blocks that are added to next, into the first-level cache; some after each of eight steps.
+template <int rows, int TN>
+struct SumsAhead {
+  static constexpr int each = rows / 8;
+  const float* at;
+  int64_t stride;  // floats from block to block
+  int row = 0;
+
+  HYBRID_INLINE void fetch() {
+    if (row >= rows) return;
+#pragma GCC unroll 4
+    for (int r = 0; r < each; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < TN; ++j) __builtin_prefetch(at + (row + r) * kBlock + j * stride, 0, 3);
+    row += each;
+  }
+};
+
 struct Ahead {
   BlocksAhead blocks;
   StripAhead strip;
@@ -73,14 +91,7 @@ struct TilePanel {
   }
 };
 
-// The smallest power of two of which `parts` are no less than `whole`.
-static constexpr int even_share(int whole, int parts) {
-  int each = 1;
-  while (each * parts < whole) each *= 2;
-  return each;
-}
-
-// One tile of every block and 16 rows. before(c) precedes the product that adds to tile c, after() follows each.
+// One tile of every block and 16 rows. before(c) precedes the product that adds to tile c, after(c) follows it.
 template <class Format, int TM, int TN, class Before, class After>
 static HYBRID_INLINE void multiply_step(const char* left, const char* line, const Lines& w, Before before,
                                         After after) {
@@ -88,10 +99,10 @@ static HYBRID_INLINE void multiply_step(const char* left, const char* line, cons
     Isa::load_tile<kLeft + i.value>(left + i.value * Strip<Format>::distance, kTileRowBytes<Format>);
     repeat<TN>([&](auto j) __attribute__((always_inline)) {
       constexpr int right = kRight + j.value % 2, sum = i.value * TN + j.value;
-      if constexpr (i.value == 0) Isa::load_tile<right>(line + j.value * w.block_stride, w.line_stride);
+      if constexpr (i.value == 0) Isa::load_passing_tile<right>(line + j.value * w.block_stride, w.line_stride);
       before(Int<sum>{});
       multiply_tile<Format, sum, kLeft + i.value, right>();
-      after();
+      after(Int<sum>{});
     });
   });
 }
@@ -107,15 +118,18 @@ class ChainPasses {
     float* const sums = panel_.sums_of(row_, block);
     const char* line = panel_.line(block, panel_.operands.first);
     const int tiles = (panel_.last - panel_.operands.first) * Format::steps / kTileLines<Format>;
+    SumsAhead<TM * kTileRows, TN> next{sums + TN * panel_.sums_stride, panel_.sums_stride};
     step(0, line, [&](auto c) __attribute__((always_inline)) {
       if (unstored_) store(c);
       begin(c, sums);
     });
     ahead.fetch();
+    next.fetch();
     for (int tile = 1; tile < tiles; ++tile) {
       line += kTileLines<Format> * panel_.operands.line_stride;
       step(tile, line, [](auto) {});
       ahead.fetch();
+      next.fetch();
     }
     unstored_ = sums;
   }
@@ -126,7 +140,7 @@ class ChainPasses {
  private:
   template <class Before>
   HYBRID_INLINE void step(int tile, const char* line, Before before) {
-    multiply_step<Format, TM, TN>(strip_.tile(tile), line, panel_.operands, before, []() {});
+    multiply_step<Format, TM, TN>(strip_.tile(tile), line, panel_.operands, before, [](auto) {});
   }
   template <class Tile>
   HYBRID_INLINE float* place(float* sums, Tile) const {
@@ -156,17 +170,25 @@ template <class Format, int TM, int TN>
 class SegmentPasses {
  public:
   HYBRID_INLINE SegmentPasses(const TilePanel<Format>& panel, const Strip<Format>& strip, int row)
-      : panel_(panel), strip_(strip), row_(row) {
-    merging_.row = kRows;
-  }
+      : panel_(panel), strip_(strip), row_(row) {}
 
   HYBRID_INLINE void pass(int block, Ahead& ahead) {
-    for (int line = panel_.operands.first; line < panel_.last;) line = multiply_segments(block, line, ahead);
+    for (int line = panel_.operands.first; line < panel_.last;) {
+      Part* const parts = parts_[turn_];
+      turn_ ^= 1;
+      const int end = min(panel_.last, line + kTogether * Format::segment);
+      if (unstored_ && end - line == kTogether * Format::segment)
+        multiply_and_merge(parts, block, line, ahead);
+      else
+        multiply(parts, block, line, end, ahead);
+      merge_next(parts, block, line, end);
+      line = end;
+    }
   }
   HYBRID_INLINE void finish() {
     if (!unstored_) return;
     repeat<kTiles>([&](auto c) __attribute__((always_inline)) { store(c); });
-    merge_rest();
+    merge();
   }
 
  private:
@@ -174,64 +196,83 @@ class SegmentPasses {
   static constexpr int kSteps = Format::segment * Format::steps / kTileLines<Format>;  // products of a whole segment
   // Segments that are merged at once. Those of 32 inputs or 16 come in pairs: inputs are a multiple of 64.
   static constexpr int kTogether = kSteps >= 4 ? 1 : 2;
-  // Rows that are merged after each product, but for those that store the tiles of the last segment.
-  static constexpr int kEach = even_share(kRows, (kTogether * kSteps - 1) * kTiles);
+  // Products with some rows to be merged behind each: all but the first ones, which store the last tiles of sums.
+  static constexpr int kMerging = (kTogether * kSteps - 1) * kTiles;
   static_assert(!Format::integer || kTermLines<Format> == Format::segment);
 
   using Part = int32_t[kRows][TN][kBlock];  // or fp32
 
-  // Segments whose parts are to be merged, from row `row` on.
+  // Segments whose parts are to be merged.
   struct Merging {
     const Part* parts;
     float* sums;  // of the first row and block
     int64_t sums_stride;
     const char* header;
     int64_t stride;  // from block to block
-    int term, row;
+    int term;
     bool stored, finishes;  // whether there are sums to be added to; whether they are the last
     F32 scale[TN][kTogether], minimum[TN][kTogether];
   };
 
-  // Some segments, while those before them are merged. Returns the stored line that they end at.
-  HYBRID_INLINE int multiply_segments(int block, int line, Ahead& ahead) {
-    Part* const parts = parts_[turn_];
-    turn_ ^= 1;
-    const int begin = line;
-    for (int k = 0; k < kTogether; ++k) {
-      const int end = segment_end<Format>(line, panel_.last);
-      multiply_segment(block, line, end, k == 0, ahead);
+  // Some whole segments, while those before them are merged.
+  HYBRID_INLINE void multiply_and_merge(Part* parts, int block, int line, Ahead& ahead) {
+    if (merging_.finishes)
+      merging_.stored ? multiply_and_merge<true, true>(parts, block, line, ahead)
+                      : multiply_and_merge<false, true>(parts, block, line, ahead);
+    else
+      merging_.stored ? multiply_and_merge<true, false>(parts, block, line, ahead)
+                      : multiply_and_merge<false, false>(parts, block, line, ahead);
+  }
+
+  template <bool stored, bool finishes>
+  HYBRID_INLINE void multiply_and_merge(Part* parts, int block, int line, Ahead& ahead) {
+    const Merging merging = merging_;
+    const char* at = panel_.line(block, line);
+    const char* left = strip_.tile(tile(line));
+    repeat<kTogether * kSteps>([&](auto s) __attribute__((always_inline)) {
+      constexpr int step = s.value;
+      const auto before = [&](auto c) __attribute__((always_inline)) {
+        if constexpr (step % kSteps == 0) begin(c);
+      };
+      const auto after = [&](auto c) __attribute__((always_inline)) {
+        constexpr int done = (step - 1) * kTiles + decltype(c)::value;
+        if constexpr (step > 0)
+          merge_rows<stored, finishes>(merging, kRows * done / kMerging, kRows * (done + 1) / kMerging);
+      };
+      multiply_step<Format, TM, TN>(left, at, panel_.operands, before, after);
+      if constexpr (step % kSteps == 0) unstored_ = &parts[step / kSteps];
+      ahead.fetch();
+      left += kTileBytes<Format>;
+      at += kTileLines<Format> * panel_.operands.line_stride;
+    });
+  }
+
+  // Some segments before any was multiplied, or a short one. What is to be merged is, behind them.
+  HYBRID_INLINE void multiply(Part* parts, int block, int line, int last, Ahead& ahead) {
+    const bool merges = unstored_;
+    for (int k = 0; line < last; ++k) {
+      const int end = segment_end<Format>(line, last);
+      const auto first = [&](auto c) __attribute__((always_inline)) { begin(c); };
+      const auto nothing = [](auto) {};
+      const char* at = panel_.line(block, line);
+      multiply_step<Format, TM, TN>(strip_.tile(tile(line)), at, panel_.operands, first, nothing);
+      ahead.fetch();
+      for (int i = tile(line) + 1; i < tile(end); ++i) {
+        at += kTileLines<Format> * panel_.operands.line_stride;
+        multiply_step<Format, TM, TN>(strip_.tile(i), at, panel_.operands, nothing, nothing);
+        ahead.fetch();
+      }
       unstored_ = &parts[k];
       line = end;
     }
-    merge_rest();
-    merge_next(parts, block, begin, line);
-    return line;
+    if (merges) merge();
   }
 
-  HYBRID_INLINE void multiply_segment(int block, int line, int end, bool first, Ahead& ahead) {
-    const auto merge = [&]() __attribute__((always_inline)) { merge_some(merging_, strip_); };
-    const auto begin = [&](auto c) __attribute__((always_inline)) {
-      if (unstored_) store(c);
-      Isa::clear_tile<decltype(c)::value>();
-    };
-    const char* at = panel_.line(block, line);
-    int tile = (line - panel_.operands.first) * Format::steps / kTileLines<Format>;
-    const int last = (end - panel_.operands.first) * Format::steps / kTileLines<Format>;
-    if (first)
-      step(tile, at, begin, []() {});
-    else
-      step(tile, at, begin, merge);
-    ahead.fetch();
-    while (++tile < last) {
-      at += kTileLines<Format> * panel_.operands.line_stride;
-      step(tile, at, [](auto) {}, merge);
-      ahead.fetch();
-    }
-  }
-
-  template <class Before, class After>
-  HYBRID_INLINE void step(int tile, const char* at, Before before, After after) {
-    multiply_step<Format, TM, TN>(strip_.tile(tile), at, panel_.operands, before, after);
+  HYBRID_INLINE int tile(int line) const { return (line - panel_.operands.first) * Format::steps / kTileLines<Format>; }
+  template <class Tile>
+  HYBRID_INLINE void begin(Tile c) {
+    if (unstored_) store(c);
+    Isa::clear_tile<Tile::value>();
   }
   template <class Tile>
   HYBRID_INLINE void store(Tile) {
@@ -247,7 +288,6 @@ class SegmentPasses {
     m.header = panel_.w.header + block * panel_.w.stride;
     m.stride = panel_.w.stride;
     m.term = (line - panel_.operands.first) / kTermLines<Format>;
-    m.row = 0;
     m.stored = line > 0;
     m.finishes = end == panel_.w.lines;
     for (int j = 0; j < TN; ++j) {
@@ -260,39 +300,41 @@ class SegmentPasses {
     }
   }
 
-  HYBRID_INLINE void merge_rest() {
-    while (merging_.row < kRows) merge_some(merging_, strip_);
+  HYBRID_INLINE void merge() { merge_all(merging_, strip_); }
+
+  static HYBRID_KERNEL void merge_all(const Merging& m, const Strip<Format>& strip) {
+    for (int row = 0; row < kRows; ++row) {
+      if (m.finishes)
+        m.stored ? merge_rows<true, true>(m, strip, row, row + 1) : merge_rows<false, true>(m, strip, row, row + 1);
+      else
+        m.stored ? merge_rows<true, false>(m, strip, row, row + 1) : merge_rows<false, false>(m, strip, row, row + 1);
+    }
+  }
+  template <bool stored, bool finishes>
+  HYBRID_INLINE void merge_rows(const Merging& m, int row, int last) const {
+    merge_rows<stored, finishes>(m, strip_, row, last);
   }
 
-  // A call of its own: inlined behind every product it would not fit into the instruction cache.
-  static HYBRID_KERNEL void merge_some(Merging& m, const Strip<Format>& strip) {
-    if (m.row >= kRows) return;
-    merge_rows(m, strip);
-    m.row += kEach;
-  }
-
-  // kEach rows: the operations of accumulate() in ops/product.h in their order. Rows that are none have sums, too.
-  static HYBRID_INLINE void merge_rows(const Merging& m, const Strip<Format>& strip) {
-    const int64_t stride = m.sums_stride;
-    F32 scale[TN][kTogether];
-#pragma GCC unroll 4
-    for (int j = 0; j < TN; ++j)
-#pragma GCC unroll 2
-      for (int k = 0; k < kTogether; ++k) scale[j][k] = m.scale[j][k];
-    float* sums = m.sums + m.row * kBlock;
-    for (int row = m.row; row < m.row + kEach; ++row, sums += kBlock) {
+  // Rows [row, last): the operations of accumulate() in ops/product.h in their order. Rows that are none have sums,
+  // too.
+  template <bool stored, bool finishes>
+  static HYBRID_INLINE void merge_rows(const Merging& m, const Strip<Format>& strip, int row, int last) {
+#pragma GCC unroll 16
+    for (; row < last; ++row) {
+      float* const sums = m.sums + row * kBlock;
+      F32 sum[TN];
 #pragma GCC unroll 4
       for (int j = 0; j < TN; ++j) {
-        float* const at = sums + j * stride;
-        F32 sum = m.stored ? Isa::load(at) : Isa::zero();
+        sum[j] = stored ? Isa::load(sums + j * m.sums_stride) : Isa::zero();
 #pragma GCC unroll 2
         for (int k = 0; k < kTogether; ++k) {
           const F32 part = widened(m.parts[k][row][j], strip, m.term + k, row);
-          sum = merged(sum, part, scale[j][k], m.minimum[j][k], strip, m.term + k, row);
+          sum[j] = merged(sum[j], part, m.scale[j][k], m.minimum[j][k], strip, m.term + k, row);
         }
-        if (m.finishes) sum = Format::finish(sum, m.header + j * m.stride);
-        Isa::store(at, sum);
+        if constexpr (finishes) sum[j] = Format::finish(sum[j], m.header + j * m.stride);
       }
+#pragma GCC unroll 4
+      for (int j = 0; j < TN; ++j) Isa::store(sums + j * m.sums_stride, sum[j]);
     }
   }
 

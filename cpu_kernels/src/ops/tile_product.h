@@ -160,7 +160,7 @@ static HYBRID_INLINE void for_shapes(int rows, int blocks, Function function) {
   }
 }
 
-// A band of rows over one panel of some blocks, and what is fetched meanwhile: of the next panel.
+// A band of rows over one panel of some blocks, strip by strip, and what is fetched meanwhile: of the next panel.
 template <class Format>
 struct BandPasses {
   const TilePanel<Format>& panel;
@@ -169,15 +169,14 @@ struct BandPasses {
   const Stored& next;
   int index, next_index;  // of the panel
 
-  // Strip by strip.
-  HYBRID_INLINE void run() const {
-    for (int strip = 0; strip < strips.count; ++strip) {
-      const int row = strip * kStripRows, count = min(kStripRows, rows - row);
-      Ahead ahead = fetch_from(strip, row, count);
-      for_shapes(count, blocks, [&](auto tm, auto tn, Range some) __attribute__((always_inline)) {
-        strip_passes<Format, tm.value, tn.value>(panel, strips.at(index, strip), row, some, ahead);
-      });
-    }
+  // The rows of a strip. Returns which they are.
+  HYBRID_INLINE Range run(int strip) const {
+    const int row = strip * kStripRows, count = min(kStripRows, rows - row);
+    Ahead ahead = fetch_from(strip, row, count);
+    for_shapes(count, blocks, [&](auto tm, auto tn, Range some) __attribute__((always_inline)) {
+      strip_passes<Format, tm.value, tn.value>(panel, strips.at(index, strip), row, some, ahead);
+    });
+    return {row, row + count};
   }
 
  private:
@@ -198,11 +197,12 @@ struct BandPasses {
 };
 
 template <class Format>
-static HYBRID_KERNEL void run_band(const BandPasses<Format>& passes) {
-  passes.run();
+static HYBRID_KERNEL Range run_strip(const BandPasses<Format>& passes, int strip) {
+  return passes.run(strip);
 }
 
-// A band of rows over up to kGroupBlocks blocks, panel by panel. behind: blocks that come next.
+// A band of rows over up to kGroupBlocks blocks, panel by panel. behind: blocks that come next. Sums of a strip are
+// finished while they are near.
 template <class Group, class Format, class Epilogue>
 static HYBRID_INLINE void group_passes(const Group& group, const Strips<Format>& strips, Range band, int blocks,
                                        int behind, float* sums, Epilogue epilogue) {
@@ -217,9 +217,14 @@ static HYBRID_INLINE void group_passes(const Group& group, const Strips<Format>&
     const Lines operands = group.operands(blocks, first, last, next);
     if (Group::fetches || !(more || behind)) next.lines = 0;
     const TilePanel<Format> panel{w, operands, last / Format::line_inputs, sums, stride};
-    run_band<Format>({panel, strips, rows, blocks, next, index, more ? index + 1 : 0});
+    const BandPasses<Format> passes{panel, strips, rows, blocks, next, index, more ? index + 1 : 0};
+    for (int strip = 0; strip < strips.count; ++strip) {
+      const Range found = run_strip(passes, strip);
+      if (!more)
+        epilogue(Sums{sums + found.first * kBlock, kBlock, stride}, {band.first + found.first, band.first + found.last},
+                 blocks);
+    }
   }
-  epilogue(Sums{sums, kBlock, stride}, band, blocks);
 }
 
 // A band of rows over all blocks, group by group.
