@@ -18,14 +18,14 @@ constexpr Shape kShapes[] = {{1, 1}, {17, 63}, {50, 97}, {96, 320}, {20, 580}};
 Near products[kExperts][2][kMaxRows][kMaxColumns];  // of each matrix of an expert
 Near expected[kMaxRows][kMaxColumns];
 const Kernels kernels{hybrid::KERNELS, 0};
-const bool tiled = hybrid::KERNELS.name[1] == 'm';  // amx, not avx...
+bool tiled() { return hybrid::KERNELS.name[1] == 'm'; }  // amx, not avx...
 
 void fill_and_multiply(const Format& format, const Shape& shape, int expert, int part, int parts) {
   fill_matrix(format, shape, expert, part, parts);
   for (int r = 0; r < kMaxRows; ++r)
     for (int c = 0; c < shape.columns; ++c)
       products[expert][part][r][c] = reference::dot(input_values[r], weights[c], padded(shape.inputs));
-  if (format.format != hybrid::Format::int4 || !tiled) return;
+  if (format.format != hybrid::Format::int4 || !tiled()) return;
   for (int r = 0; r < kMaxRows; ++r) {
     double bound = 0;
     for (int i = 0; i < shape.inputs; ++i) bound += reference::magnitude(input_values[r][i]) * formats::kInt4Rounding;
