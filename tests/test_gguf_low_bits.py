@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 from steps import open_engine, step
 from test_formats_engine import bound, relative_error
 
+from hybrid.errors import WeightsError
 from hybrid.files.gguf_types import TYPES_BY_NAME
+from hybrid.formats.mix import parse_mix
 from hybrid.weights.checkpoints.gguf_blocks import values
 from hybrid.weights.checkpoints.gguf_tabled import TABLED
 from hybrid.weights.checkpoints.opening import open_checkpoint
-from hybrid.weights.pack import cached_store
+from hybrid.weights.pack import cached_store, pack
 
 SIZES = {
     "hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 256,
@@ -97,3 +99,21 @@ def test_logits_are_those_of_the_same_weights_in_bf16(tmp_path, file, isa) -> No
             logits.append(step(engine, (0, 0, tokens)))
             allowed += bound(engine.spec, engine.plan.formats) ** 2
     assert 0 < relative_error(*logits) <= np.sqrt(allowed)
+
+
+@pytest.mark.parametrize("format", ["auto", "bf16", "q6_k"])
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+@pytest.mark.filterwarnings("error")
+def test_factors_must_be_finite(tmp_path, factor: float, format: str) -> None:
+    """Whether blocks are packed as they are or opened, and without warnings."""
+    config = CONFIGS["mixtral"] | SIZES
+    tensors = gguf_tensors(config, random_tensors(config))
+    for name in ("q", "k", "v"):
+        name = f"blk.0.attn_{name}.weight"
+        count = tensors[name].size // 256
+        blocks = np.random.default_rng(0).integers(0, 256, (count, TYPES_BY_NAME["Q3_K"].bytes), np.uint8)
+        tensors[name] = Blocks("Q3_K", tensors[name].shape, with_factor("Q3_K", blocks, factor).tobytes())
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), tensors)
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(WeightsError, match=r"tensor blk\.0\.attn_q\.weight holds? NaN or infinity"):
+        pack(checkpoint, tmp_path / "store", parse_mix(format, checkpoint.native))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hybrid.files.gguf_types import TYPES_BY_NAME
 from hybrid.formats import MXFP4, NVFP4, Q2_K, Q4_0, Q4_1, Q4_K, Q4_T, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 from hybrid.formats.block import BLOCK, Array, Bytes
-from hybrid.formats.grouped import Grouped, exact_halves
+from hybrid.formats.grouped import Grouped
 from hybrid.formats.mxfp4 import decode as decode_mxfp4
 from hybrid.formats.nvfp4 import decode as decode_nvfp4
 from hybrid.formats.tabled import looked_up
@@ -36,12 +36,13 @@ def values(type: str, rows: Bytes, factor: np.float32 = _ONE) -> Array:
     if type in INTEGERS:
         return rows.view(INTEGERS[type]).astype(np.float32)
     blocks = _blocks(type, rows)
-    if type in TABLED:
-        return Q4_T.decode(*_tabled(type, blocks))
-    parts = SPLIT[type](blocks)
     if type == "NVFP4":
-        return decode_nvfp4(parts[0], parts[1], np.full(len(rows), factor))
-    return decode_mxfp4(*parts) if type == "MXFP4" else FORMAT_OF[type].decode(*parts)
+        codes, fractions = SPLIT[type](blocks)
+        return decode_nvfp4(codes, fractions, np.full(len(rows), factor))
+    if type == "MXFP4":
+        return decode_mxfp4(*SPLIT[type](blocks))
+    with np.errstate(invalid="ignore", over="ignore"):  # of factors that are not finite
+        return Q4_T.decode(*_tabled(type, blocks)) if type in TABLED else FORMAT_OF[type].decode(*SPLIT[type](blocks))
 
 
 def packed(type: str, rows: Bytes, format: str, factor: np.float32 = _ONE) -> Bytes:
@@ -77,7 +78,7 @@ def _packed_tabled(parts: Parts, format: str) -> Bytes:
     if format == Q4_T.name:
         return Q4_T.pack_blocks(codes, d, scales, tables)
     numbers = looked_up(codes, tables) + np.int8(Q6_K.offset)
-    return Q6_K.pack_blocks(numbers.view(np.uint8), exact_halves(d), scales)
+    return Q6_K.pack_blocks(numbers.view(np.uint8), d.astype(np.float16), scales)  # of types that have d so
 
 
 def _fifth_bits(packed: Bytes) -> Array:
