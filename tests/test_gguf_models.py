@@ -381,6 +381,7 @@ WRONG = {
     "layers": ({"llama.block_count": 3}, "tensor blk.2.attn_norm.weight is missing, its metadata asks for it"),
     "fewer layers": ({"llama.block_count": 1}, "tensor blk.1.attn_norm.weight has no place in a model"),
     "width": ({"llama.feed_forward_length": 80}, r"blk.0.ffn_gate.weight has shape \[72, 96\], its metadata asks"),
+    "list of layers": ({"llama.block_count": [1, 1]}, "tensor blk.1.attn_norm.weight has no place in a model"),
     "experts": ({"llama.expert_count": 4, "llama.expert_used_count": 2}, "blk.0.ffn_gate_inp.weight is missing"),
     "gating": (
         {"llama.expert_count": 4, "llama.expert_used_count": 2, "llama.expert_gating_func": 2},
@@ -477,6 +478,25 @@ def test_tensors_that_cannot_be(tmp_path: Path) -> None:
     without = {name: array for name, array in plain.items() if name != "token_embd.weight"}
     with pytest.raises(WeightsError, match="tensor token_embd.weight is missing"):
         open_checkpoint(write_gguf(tmp_path / "c.gguf", gguf_metadata(config), without))
+
+
+def test_experts_without_rows_cannot_be(tmp_path: Path) -> None:
+    config, tensors = model("mixtral")
+    plain, name = gguf_tensors(config, tensors), "blk.0.ffn_down_exps.weight"
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), {**plain, name: plain[name].reshape(-1)})
+    with pytest.raises(
+        WeightsError, match=r"tensor blk\.0\.ffn_down\.0\.weight has shape \[\], its metadata asks for \["
+    ):
+        open_checkpoint(path).check()
+
+
+def test_values_of_latents_in_a_tensor_of_their_own_must_be_of_a_type_that_is_read(tmp_path: Path) -> None:
+    config, tensors = model("deepseek_v3")
+    plain, name = gguf_tensors(config, tensors), "blk.0.attn_v_b.weight"
+    found = {**plain, name: plain[name].astype(np.int32)}
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), found)
+    with pytest.raises(WeightsError, match=f"tensor {name} has type I32, which is not read"):
+        open_checkpoint(path).check()
 
 
 def test_stores_are_found_by_content(tmp_path: Path) -> None:

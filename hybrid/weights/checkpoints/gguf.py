@@ -24,6 +24,7 @@ from hybrid.weights.checkpoints.gguf_architectures import SELECTING
 from hybrid.weights.checkpoints.gguf_blocks import FLOATS, READABLE, TABLES, packed, row_bytes, values
 from hybrid.weights.checkpoints.gguf_config import gguf_config
 from hybrid.weights.checkpoints.gguf_files import Gguf, read_gguf
+from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import HOLDS, gguf_kinds, gguf_mix
 from hybrid.weights.checkpoints.gguf_names import (
     GROUP_NORM,
@@ -120,7 +121,7 @@ class GgufCheckpoint(Checkpoint):
         tensors = with_scales(model.tensors, names, whole=not model.missing)
         entries = joined_kv(spec, _shaped(spec, apart(spec, tensors)))
         _check_vocabulary(model, config["vocab_size"])
-        heads, blocks = permuted_heads(spec, architecture), int(model.metadata[f"{architecture}.block_count"])
+        heads, blocks = permuted_heads(spec, architecture), GgufMetadata(model).size("block_count")
         mix = gguf_mix(spec, entries)
         return cls(model.path, config, spec, mix, entries, "apart", heads, blocks)
 
@@ -175,7 +176,10 @@ class GgufCheckpoint(Checkpoint):
                     f"{list(shape)}: fetch or make the file again"
                 )
         joined = [name for name in wanted if self.entries[name].start == self.entries[name].end]
-        known = {*wanted, *(part for name in joined for part in kv_parts(name))}
+        parts = [part for name in joined for part in kv_parts(name)]
+        for name in parts:
+            _require_readable(name, self._entry(name))
+        known = {*wanted, *parts}
         for name, entry in self.entries.items():
             if name not in known and not self._is_unused(name):
                 raise WeightsError(

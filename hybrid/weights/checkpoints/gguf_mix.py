@@ -33,6 +33,7 @@ def gguf_kinds(entries: Mapping[str, Entry]) -> Kinds:
     """How the tensors of a file are stored, by name."""
 
     def kind(name: str) -> Kind | None:
-        return type_kind(entries[name].dtype, entries[name].shape[0]) if name in entries else None
+        found = entries.get(name)
+        return type_kind(found.dtype, found.shape[0]) if found and found.shape else None  # it is refused without rows
 
     return kind
