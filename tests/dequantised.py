@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from checkpoints import CONFIGS, STACKED, write_tensors
+from checkpoints import write_tensors
+from configs import CONFIGS, STACKED
 
 from hybrid.formats import FORMATS
 from hybrid.formats.packed import down_offset, matrix_formats

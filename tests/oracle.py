@@ -22,7 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, STACKED, auto_model, is_around_one, table_of_experts, write_tensors
+from checkpoints import auto_model, is_around_one, table_of_experts, write_tensors
+from configs import CONFIGS, STACKED
 
 from hybrid.models import model_spec
 
@@ -66,7 +67,7 @@ def together(errors: Iterable[float]) -> float:
 
 
 def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length: int = 70, **changes: Any) -> Oracle:
-    """A checkpoint with weights as transformers starts them, in the sizes of `checkpoints.CONFIGS`."""
+    """A checkpoint with weights as transformers starts them, in the sizes of `configs.CONFIGS`."""
     config = {**CONFIGS[family], **changes, "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
     scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta", None)
     config.setdefault("rope_parameters", {**(scaling or {"rope_type": "default"}), "rope_theta": theta})

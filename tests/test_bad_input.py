@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, packed, write_checkpoint
+from checkpoints import packed, write_checkpoint
+from configs import CONFIGS
 from steps import open_engine
 
 from hybrid import LLM, EngineConfig, SamplingParams

@@ -10,18 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import (
-    APART,
-    CONFIGS,
-    DTYPES,
-    STACKED,
-    gated,
-    packed,
-    random_tensors,
-    save_with_transformers,
-    write_checkpoint,
-    write_tensors,
-)
+from checkpoints import DTYPES, gated, packed, random_tensors, save_with_transformers, write_checkpoint, write_tensors
+from configs import APART, CONFIGS, STACKED
 
 from hybrid import LLM
 from hybrid.errors import ConfigError, HybridError, WeightsError

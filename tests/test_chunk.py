@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS
+from configs import CONFIGS
 
 from hybrid.config import CHUNK_SIZE, EngineConfig, check_config
 from hybrid.errors import ConfigError

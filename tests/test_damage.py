@@ -8,8 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS as ALL
 from checkpoints import as_fp8, mxfp4_tensors, random_tensors, write_tensors
+from configs import CONFIGS as ALL
 from steps import open_engine, step
 
 from hybrid.core import Batch, SamplingParams

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS, packed, random_tensors, write_checkpoint, write_tensors
+from checkpoints import packed, random_tensors, write_checkpoint, write_tensors
+from configs import CONFIGS
 from oracle import Oracle
 from steps import in_chunks, open_engine, step
 

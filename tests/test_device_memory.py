@@ -9,7 +9,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
-from checkpoints import ON_DEVICE, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import ON_DEVICE
 from steps import open_engine
 from test_plan import plan_of, spec_of
 

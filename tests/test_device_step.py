@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, ON_DEVICE, random_tensors, write_tensors
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS, ON_DEVICE
 from rig import quantised_rows
 from steps import agreement, greedy, in_chunks, open_engine, step
 

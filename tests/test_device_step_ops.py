@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from checkpoints import ON_DEVICE
+from configs import ON_DEVICE
 from test_program import SPECS, TEXTS, mix_of
 
 from hybrid.formats.mix import FormatMix

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS as SMALL
 from checkpoints import write_checkpoint
+from configs import CONFIGS as SMALL
 from test_plan import MACHINE
 
 from hybrid.commands.fit import FitOptions, fits_of, fitter_of, instead_of, machine_of

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS, mxfp4_tensors, mxfp4_values, write_tensors
+from checkpoints import mxfp4_tensors, mxfp4_values, write_tensors
+from configs import CONFIGS
 from dequantised import WRITTEN, write_dequantised
 from oracle import Oracle
 from steps import greedy, in_chunks, open_engine, step

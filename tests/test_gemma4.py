@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from steps import in_chunks, open_engine, step
 
 from hybrid.errors import ConfigError

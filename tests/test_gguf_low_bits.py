@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors
+from checkpoints import random_tensors
+from configs import CONFIGS
 from dequantised import write_dequantised
 from gguf_rig import Blocks, gguf_metadata, gguf_tensors, write_gguf
 from safetensors.numpy import load_file

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
 from checkpoints import packed as packed_checkpoint
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from dequantised import write_dequantised
 from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_name, gguf_tensors, split_gguf, write_gguf, write_model
 from safetensors.numpy import load_file

@@ -9,8 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
 from checkpoints import packed as packed_checkpoint
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from gguf_rig import Blocks, gguf_metadata, gguf_tensors, split_gguf, write_gguf
 from test_gguf_models import packed, same_stores
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from gguf_rig import write_model
 from test_gguf_models import packed, same_stores
 from test_gguf_texts import merged

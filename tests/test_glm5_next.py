@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS
+from configs import CONFIGS
 
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import FormatMix

@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_checkpoint
+from checkpoints import random_tensors, write_checkpoint
+from configs import CONFIGS
 from gguf_rig import gguf_metadata, gguf_tensors, split_gguf, write_model
 
 from hybrid.errors import ConfigError

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf, write_model
 from steps import open_engine, step
 

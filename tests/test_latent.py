@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS, FP8, as_fp8, dequantised, packed, random_tensors, write_tensors
+from checkpoints import FP8, as_fp8, dequantised, packed, random_tensors, write_tensors
+from configs import CONFIGS
 from oracle import Oracle
 from steps import in_chunks, open_engine, step
 

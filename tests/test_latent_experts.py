@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_tensors
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS
 from steps import in_chunks, open_engine, step
 
 from hybrid.config import CacheConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from dequantised import write_dequantised
 from steps import open_engine, step
 

@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import (
-    CONFIGS,
     FP8,
     as_fp8,
     dequantised,
@@ -22,6 +21,7 @@ from checkpoints import (
     random_tensors,
     write_tensors,
 )
+from configs import CONFIGS
 from test_published import FP8_CONFIG, MXFP4, MXFP4_CONFIGS, expert, matrix, names_of
 
 from hybrid import LLM

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from oracle import Oracle
 from steps import in_chunks, open_engine, step
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_engine
-from checkpoints import CONFIGS, ON_HOST, OTHER_NAMES
+from configs import CONFIGS, ON_HOST, OTHER_NAMES
 from gguf_rig import ARCHITECTURES
 from typer.testing import CliRunner
 

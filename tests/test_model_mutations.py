@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, FP8, packed, write_checkpoint
+from checkpoints import FP8, packed, write_checkpoint
+from configs import CONFIGS
 
 from hybrid.config import EngineConfig
 from hybrid.errors import HybridError

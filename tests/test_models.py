@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, OTHER_NAMES
+from configs import CONFIGS, OTHER_NAMES
 from oracle import recorded_json
 
 from hybrid.errors import ConfigError

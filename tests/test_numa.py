@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from rig import placed
 from steps import greedy, in_chunks, open_engine, step
 from test_plan import MACHINE, plan_of, spec_of

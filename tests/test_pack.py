@@ -9,14 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import (
-    CONFIGS,
-    DTYPES,
-    flip_bit,
-    random_tensors,
-    write_checkpoint,
-    write_tensors,
-)
+from checkpoints import DTYPES, flip_bit, random_tensors, write_checkpoint, write_tensors
+from configs import CONFIGS
 
 from hybrid.errors import CapacityError, HybridError, WeightsError
 from hybrid.formats.mix import MIXES

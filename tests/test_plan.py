@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from kv_pages import KvPages
 
 from hybrid.config import KV_FORMATS, WEIGHT_FORMATS, EngineConfig

@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import typer
-from checkpoints import CONFIGS, gated, random_tensors, write_checkpoint, write_tensors
+from checkpoints import gated, random_tensors, write_checkpoint, write_tensors
+from configs import CONFIGS
 
 from hybrid.formats.mix import MIXES
 from hybrid.models import model_spec

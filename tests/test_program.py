@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS
+from configs import CONFIGS
 
 from hybrid.formats import FORMATS
 from hybrid.formats.mix import MIXES, FormatMix, parse_mix

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import (
-    CONFIGS,
     FP8,
     as_fp8,
     dequantised,
@@ -21,6 +20,7 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
+from configs import CONFIGS
 
 from hybrid.errors import ConfigError, HybridError, WeightsError
 from hybrid.formats import FORMATS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, FP8, as_fp8, dequantised, packed, random_tensors, write_tensors
+from checkpoints import FP8, as_fp8, dequantised, packed, random_tensors, write_tensors
+from configs import CONFIGS
 from gguf_rig import gguf_metadata, gguf_tensors, write_gguf, write_model
 from steps import open_engine, step
 

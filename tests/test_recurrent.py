@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from checkpoints import CONFIGS
+from configs import CONFIGS
 from steps import in_chunks, open_engine, step
 
 ALL_ROUTED = {"num_experts_per_tok": 8}  # of 8: no near-tie decides

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from cuda_rig import put
 from steps import open_engine, step
 from test_hybrid_steps import all_work, bits, work

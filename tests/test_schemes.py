@@ -11,7 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, packed, random_tensors, write_tensors
+from checkpoints import packed, random_tensors, write_tensors
+from configs import CONFIGS
 from test_published import expert
 
 from hybrid.errors import ConfigError, WeightsError

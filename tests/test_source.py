@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, random_tensors, write_checkpoint, write_tensors
+from checkpoints import random_tensors, write_checkpoint, write_tensors
+from configs import CONFIGS
 
 from hybrid.errors import WeightsError
 from hybrid.weights import pack as packing

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, write_checkpoint
+from checkpoints import write_checkpoint
+from configs import CONFIGS
 from dummy_engine import DummyEngine, reference_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st

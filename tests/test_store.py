@@ -12,17 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import (
-    APART,
-    CONFIGS,
-    DTYPES,
-    STACKED,
-    flip_bit,
-    packed,
-    random_tensors,
-    save_with_transformers,
-    write_checkpoint,
-)
+from checkpoints import DTYPES, flip_bit, packed, random_tensors, save_with_transformers, write_checkpoint
+from configs import APART, CONFIGS, STACKED
 from dequantised import delta_tensors, kimi_tensors, mamba_tensors, per_head
 from safetensors import safe_open
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, WRAPPERS, random_tensors, write_tensors
 from checkpoints import packed as packed_checkpoint
+from checkpoints import random_tensors, write_tensors
+from configs import CONFIGS, WRAPPERS
 from steps import open_engine, step
 
 from hybrid.errors import ConfigError, WeightsError

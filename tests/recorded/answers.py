@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from checkpoints import CONFIGS
+from configs import CONFIGS
 from recorded.models import FORMATS, Workshop, prompts_of
 from recorded.names import cache_counts, watch_steps
 

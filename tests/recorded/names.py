@@ -15,7 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from checkpoints import CONFIGS, FP8, ON_HOST, as_fp8, mxfp4_tensors, random_tensors, write_tensors
+from checkpoints import FP8, as_fp8, mxfp4_tensors, random_tensors, write_tensors
+from configs import CONFIGS, ON_HOST
 
 import cpu_kernels
 from hybrid import LLM
