@@ -80,10 +80,10 @@ class LatentExperts(FeedForward):
         prefix, hidden, (down, up) = self.prefix(place), place.hidden, _formats(place.mix)
         stride = row_stride(self.latent)
         yield norm(place, "moe", f"{prefix}.norm", down, *(one.gate_up_format for one in shared), f32=True)
-        if self.router:
-            yield from route(self.router, prefix, hidden, self.experts, self.shared_gate)
         yield gemm("moe", down, NORMED, f"{prefix}.latent_down", LATENTS, self.latent, hidden, stride)
         yield as_rows("moe", Buffer(LATENTS), stride, ONES, LATENTS, self.latent, routed.gate_up_format, cleared=SUM)
+        if self.router:  # behind the latents: a device that holds experts reads them from here on
+            yield from route(self.router, prefix, hidden, self.experts, self.shared_gate)
         yield from self.products(place, [routed], SUM)
         yield as_rows("moe", Buffer(SUM), stride, ONES, SUM, self.latent, up)
         yield gemm(
