@@ -33,6 +33,21 @@ def test_a_gpu_is_refused_experts_of_which_it_has_no_kernels() -> None:
     assert cached(weight_format="bf16,experts=q4_k").cache, "the simulated device computes them on the CPU"
 
 
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("nemotron_h", "experts with relu_squared"),
+        ("gemma4_text", "experts with gelu_tanh"),
+        ("afmoe", "experts whose sum is"),
+    ],
+)
+def test_a_gpu_is_refused_experts_of_another_kind_than_its_kernels(family: str, message: str) -> None:
+    """Which threads beside it would not notice."""
+    with pytest.raises(ConfigError, match=f"a GPU cannot compute {message}"):
+        plan_of(SPECS[family], 32 << 30, device="cuda", cache=CacheConfig(), weight_format="bf16", step_on="threads")
+    assert cached(family).cache
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("prefetch", ["none", "next-gate"])

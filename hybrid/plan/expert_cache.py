@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from hybrid.config import CacheConfig, DeviceConfig, EngineConfig
 from hybrid.errors import ConfigError, cache_errors
 from hybrid.machine.memory import size_text
+from hybrid.models.layers.feed_forward import is_routed
+from hybrid.models.layers.products import RESIDUAL
+from hybrid.ops import Buffer, Op
 from hybrid.plan.expert_shape import ExpertShape
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 
 SLOT_FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of which gpu_cache/kernels/formats has kernels
+SLOT_ACTIVATIONS = ("silu", "swiglu_clamped")  # the same
 SLOT_SHARE = 0.9  # of the free memory of a GPU; the rest is for rows, and for torch
 
 
@@ -83,9 +88,22 @@ def staging_slots(cache: CacheConfig) -> int:
     return STAGING if cache.stream != "off" else 0
 
 
-def require_kernels(format: str, device: str) -> None:
-    """Raise ConfigError for experts in a format of which a GPU has no kernels."""
-    if device == "cuda" and format not in SLOT_FORMATS:
+def require_kernels(format: str, device: str, ops: Sequence[Op]) -> None:
+    """Raise ConfigError for experts in a format, or of a kind, of which a GPU has no kernels. ops: those of a step that
+    places experts.
+    """
+    if device != "cuda":
+        return
+    for op in ops:
+        activation = op.arguments["activation"].name if op.kind == "gate_up" and is_routed(op) else SLOT_ACTIVATIONS[0]
+        if activation not in SLOT_ACTIVATIONS:
+            raise ConfigError(f"a GPU cannot compute experts with {activation}; use --cache off or --device cpu")
+        if op.kind == "combine" and op.arguments["output"] != Buffer(RESIDUAL):
+            raise ConfigError(
+                "a GPU cannot compute experts whose sum is normed or projected before it is added; use --cache off or "
+                "--device cpu"
+            )
+    if format not in SLOT_FORMATS:
         raise ConfigError(
             f"a GPU cannot compute experts in {format}, but in {', '.join(SLOT_FORMATS)}: use --cache off, or one of "
             "them for --format experts="

@@ -354,7 +354,7 @@ def _with_cache(plan: Plan, shape: ExpertShape, config: EngineConfig, device_mem
         raise ConfigError(
             f"an expert cache cannot be had with {plan.nodes} memory nodes; use --numa off or --cache off"
         )
-    require_kernels(plan.formats.experts, config.device)
+    require_kernels(plan.formats.experts, config.device, plan.placed_ops)
     free = plan.memory_available - plan.fixed_bytes - plan.max_seq_len * plan.kv.token_bytes
     cache = plan_cache(shape, config, free, plan.device.left if plan.device else device_memory)
     return replace(plan, cache=cache, device=plan.device and replace(plan.device, slots=cache.nbytes))
