@@ -11,8 +11,11 @@ from configs import CONFIGS
 from steps import in_chunks, open_engine, step
 
 from hybrid.config import CacheConfig
+from hybrid.formats.mix import MIXES
+from hybrid.formats.rows import row_stride
 from hybrid.models import model_spec
 from hybrid.models.layers.latent_experts import LatentExperts
+from hybrid.plan.passes.place_experts import CONTRIBUTIONS, placement_buffers
 
 CONFIG = CONFIGS["nemotron_h"] | {"moe_latent_size": 44, "num_experts_per_tok": 8, "topk_group": 2}  # all experts
 TOKENS = np.arange(3, 73, dtype=np.int32)
@@ -52,3 +55,9 @@ def test_bits_are_the_same_in_chunks_on_nodes_and_with_an_expert_cache(model: Pa
         on_nodes = step(engine, (0, 0, TOKENS))
         assert np.array_equal(on_nodes, in_chunks(engine, TOKENS, 50, slot=1))
     assert np.linalg.norm(on_nodes - whole) < 0.02 * np.linalg.norm(whole)
+
+
+def test_what_experts_make_of_rows_has_room_where_latents_are_wider_than_rows() -> None:
+    spec = model_spec(CONFIG | {"moe_latent_size": 400})
+    sizes = placement_buffers(5, 8, spec, MIXES["bf16"])
+    assert sizes[CONTRIBUTIONS] == 5 * 8 * row_stride(400) * 4

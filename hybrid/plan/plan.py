@@ -239,7 +239,7 @@ def _sized(
     sizes = build_buffers(spec, mix, extents) | use_buffers(spec)
     shape, next_gate = expert_shape(spec, tensors) if config.cached else None, config.cache.prefetch == "next-gate"
     if shape:
-        sizes |= placement_buffers(extents.rows, shape.top_k, spec, next_gate)
+        sizes |= placement_buffers(extents.rows, shape.top_k, spec, mix, next_gate)
     if config.step_device:
         sizes |= device_step_buffers(spec, mix, extents)
     step = split_over_nodes(build_ops(spec, mix), tensors, sizes, len(nodes.ids))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybrid.formats.block import BLOCK
+from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.expert_sets import IDS, ROUTED, WEIGHTS
 from hybrid.models.layers.feed_forward import TAKE, is_activation, is_routed
@@ -67,10 +68,13 @@ def place_experts(ops: Iterable[Op], next_gate: bool = False) -> list[Op]:
     return placed
 
 
-def placement_buffers(rows: int, top_k: int, spec: ModelSpec, next_gate: bool = False) -> dict[str, int]:
+def placement_buffers(
+    rows: int, top_k: int, spec: ModelSpec, mix: FormatMix, next_gate: bool = False
+) -> dict[str, int]:
     """Bytes of the additional buffers of such a step."""
     pairs = rows * top_k
-    sizes = {LEFT_IDS: pairs * 4, f"{ROUTED}.pairs": pairs * 4, CONTRIBUTIONS: pairs * row_stride(spec.hidden) * 4}
+    width = max(spec.layers[layer].feed_forward.width(spec.place(layer, mix)) for layer in spec.moe_layers)
+    sizes = {LEFT_IDS: pairs * 4, f"{ROUTED}.pairs": pairs * 4, CONTRIBUTIONS: pairs * row_stride(width) * 4}
     if not next_gate:
         return sizes
     scores = max(layer.feed_forward.scores for layer in spec.layers)
