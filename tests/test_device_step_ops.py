@@ -11,7 +11,7 @@ from test_program import SPECS, TEXTS, mix_of
 from hybrid.formats.mix import FormatMix
 from hybrid.models.layers.base import Extents
 from hybrid.models.layers.feed_forward import EXPERT_SUM
-from hybrid.models.layers.grouped_query import ENDS, NEW_KV, STATES
+from hybrid.models.layers.older_tokens import ENDS, NEW_KV, STATES
 from hybrid.models.spec import ModelSpec
 from hybrid.ops import Buffer, Op, RoutingTable, Weight
 from hybrid.plan.passes.gpu_step import CALLS, device_step_buffers, device_step_ops

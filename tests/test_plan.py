@@ -316,3 +316,12 @@ def test_the_words_of_the_flag_are_those_of_the_mixes() -> None:
 def test_a_plan_is_the_same_for_the_same_input() -> None:
     assert plan_of() == plan_of()
     assert dataclasses.asdict(plan_of(chunk_size=64)) != dataclasses.asdict(plan_of())
+
+
+def test_a_feed_forward_that_no_device_computes_is_not_helped_by_shorter_sequences(tmp_path) -> None:
+    config = EngineConfig(
+        model_path=write_checkpoint(tmp_path / "hf", "afmoe"), weight_format="bf16", step_on="torch-cpu",
+        device="simulated",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no device computes \(\w+\); use --step-on threads$"):
+        plan_model(config)

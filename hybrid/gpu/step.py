@@ -31,7 +31,7 @@ from hybrid.gpu.products import linear
 from hybrid.gpu.report import DeviceReport
 from hybrid.gpu.weights import DeviceWeights
 from hybrid.machine.phases import phase
-from hybrid.models.layers.grouped_query import ENDS
+from hybrid.models.layers.older_tokens import ENDS
 from hybrid.models.spec import ModelSpec
 from hybrid.plan.plan import Plan
 

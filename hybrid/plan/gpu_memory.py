@@ -124,7 +124,8 @@ def _needs(spec: ModelSpec, mix: FormatMix) -> Iterator[DeviceNeeds]:
     for place, half in spec.halves(mix):
         needs = half.device_needs(place)
         if needs is None:
-            shorter = spec.within(1).layers[place.layer].mixer.device_needs(place) is not None
+            mixer = spec.layers[place.layer].mixer
+            shorter = half is mixer and spec.within(1).layers[place.layer].mixer.device_needs(place) is not None
             raise ConfigError(
                 f"layer {place.layer} of model_type {spec.model_type!r} is of a kind that no device computes "
                 f"({type(half).__name__}); use --step-on threads"

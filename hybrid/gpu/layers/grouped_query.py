@@ -18,7 +18,8 @@ from hybrid.gpu.mirror import KvRings
 from hybrid.gpu.parts import NormWeights, grown, rms_norm, rotate, scaled, some_norm
 from hybrid.gpu.products import linear
 from hybrid.models.layers.base import Place
-from hybrid.models.layers.grouped_query import NEW_KV, GroupedQueryAttention
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
+from hybrid.models.layers.older_tokens import NEW_KV
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from hybrid.gpu.mirror import LatentRings
 from hybrid.gpu.parts import NormWeights, grown, norm, rms_norm, rotate
 from hybrid.gpu.products import linear, product
 from hybrid.models.layers.base import Place
-from hybrid.models.layers.grouped_query import NEW_KV
 from hybrid.models.layers.latent import ABSORBED, LATENT_EPS, LatentAttention
+from hybrid.models.layers.older_tokens import NEW_KV
 from hybrid.models.layers.products import rows_name
 
 Projected = tuple[Tensor, Tensor]  # queries of rows [rows, heads, row_dim], and rows [rows, row_dim], float32

@@ -17,7 +17,7 @@ from hybrid.gpu.home import Home
 from hybrid.gpu.inputs import Group, StepInputs
 from hybrid.gpu.layers.base import Shared
 from hybrid.gpu.mirror import Rings
-from hybrid.models.layers.grouped_query import STATES
+from hybrid.models.layers.older_tokens import STATES
 
 Made = TypeVar("Made")
 

@@ -20,6 +20,7 @@ from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
 from hybrid.models.layers.head_gate import HeadGate
+from hybrid.models.layers.older_tokens import ENDS, NEW_KV, STATES, ops_for_older
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -27,7 +28,6 @@ from hybrid.models.layers.products import (
     NORMED,
     RESIDUAL,
     add_normed,
-    between_calls,
     gemm,
     made_buffers,
     norm,
@@ -53,11 +53,6 @@ KEY_ALIGN = 32  # dimensions of a key are padded to this
 STATE_EXTRA = BLOCK  # floats behind the sums of a partial softmax: maximum and denominator, padded
 SCALE = 4  # bytes of the scale of a key or a value
 PART = "attention"
-
-# Buffers of a step on a device, see `device_ops`.
-NEW_KV = "device.kv"  # keys, then values of a layer for the rows of a step: float32 [rows, 2 * kv_heads * head_dim]
-ENDS = "device.ends"  # int32 [rows]: tokens from there on are mirrored by the device
-STATES = "device.states"  # softmax states of older tokens: float32 [rows, heads, value_dim + 16]
 
 
 @dataclass(frozen=True)
@@ -395,13 +390,3 @@ class GroupedQueryAttention:
         nothing = {"heads": 0, "q": None, "rope": None, "rope_dim": 0, "q_norm": None, "k_norm": None}
         rows = {"qkv": Buffer(NEW_KV), "qkv_stride": 2 * self.kv_width}  # keys come normed and turned
         yield replace(qkv, arguments=qkv.arguments | nothing | rows, split=(2 * self.kv_heads, "heads a row"))
-
-
-def ops_for_older(attention: Op) -> Iterator[Op]:
-    """What becomes of attention where a device has recent tokens: it begins in one callback; the threads make states of
-    older ones; it joins both in another.
-    """
-    changes = {"output": None, "sinks": None, "ends": Buffer(ENDS), "partials": Buffer(STATES)}
-    yield from between_calls(
-        replace(attention, arguments=attention.arguments | changes)
-    )  # sinks share once: over there
