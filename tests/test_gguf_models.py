@@ -586,6 +586,8 @@ def test_hunyuan_3_shares_whole_experts_and_may_call_corrections_as_others_do(tm
     one = packed(write_gguf(tmp_path / "one.gguf", metadata, found))
     with one, packed(write_gguf(tmp_path / "other.gguf", metadata, other)) as store:
         assert same_stores(one, store)
+    with pytest.raises(WeightsError, match="is blk.1.exp_probs_b.bias, which is there under another name"):
+        open_checkpoint(write_gguf(tmp_path / "both.gguf", metadata, found | other))
     metadata["hy_v3.expert_shared_feed_forward_length"] = 60
     with pytest.raises(WeightsError, match="shared_feed_forward_length 60; it must be a multiple of .*, 40"):
         open_checkpoint(write_gguf(tmp_path / "third.gguf", metadata, found))

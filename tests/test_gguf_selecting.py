@@ -100,6 +100,19 @@ def test_a_table_of_experts_is_of_integers(tmp_path: Path) -> None:
         open_checkpoint(path).check()
 
 
+@pytest.mark.parametrize(("expert", "least", "most"), [(-1, -1, 7), (8, 0, 8)])
+def test_a_table_of_experts_names_those_that_there_are(tmp_path: Path, expert: int, least: int, most: int) -> None:
+    config, tensors = model("deepseek_v4")
+    name, found = "blk.0.ffn_gate_tid2eid.weight", gguf_tensors(config, tensors)
+    found[name] = np.arange(found[name].size, dtype=np.int32).reshape(found[name].shape) % 8
+    found[name][-1, 0] = expert
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), found)
+    with pytest.raises(
+        WeightsError, match=f"tensor {name} has numbers from {least} to {most}, they must be from 0 to 7"
+    ):
+        packed(path)
+
+
 def test_an_early_file_of_minimax_m3_without_indexers_is_refused(tmp_path: Path) -> None:
     config, tensors = model("minimax_m3_vl_text")
     found = {name: array for name, array in gguf_tensors(config, tensors).items() if ".indexer." not in name}

@@ -65,13 +65,15 @@ class PerHead:
 @dataclass(frozen=True)
 class Stacked:
     """The rows of these tensors, or of their heads, one under the other. biases: of the biases beside them. Of plain
-    floats alone, plus: what is added to each value; times: what it is multiplied by then.
+    floats alone, plus: what is added to each value; times: what it is multiplied by then; below: of whole numbers from
+    0, the first that must not be there.
     """
 
     parts: tuple[str | PerHead, ...]
     biases: bool = False
     plus: float = 0.0
     times: float = 1.0
+    below: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:

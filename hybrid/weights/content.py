@@ -90,6 +90,8 @@ class Content:
         else:
             names = [bias_name(name) for name in origin.names] if origin.biases else origin.names
             read = [(name, self._checkpoint.read(name)) for name in names]
+        for name, values in read if origin.below else ():
+            self._require_below(name, values, origin.below)
         parts = [self._checked(name, values, always=True).reshape(-1).astype(np.float32) for name, values in read]
         values = (np.concatenate(parts) + np.float32(origin.plus)) * np.float32(origin.times)
         return np.pad(values, (0, tensor.nbytes // 4 - values.size))
@@ -168,6 +170,14 @@ class Content:
         if (self._check or always) and not all_finite(values):
             raise self._not_finite(name)
         return values
+
+    def _require_below(self, name: str, values: Array, below: int) -> None:
+        least, most = values.min(), values.max()
+        if not 0 <= least <= most < below:
+            raise WeightsError(
+                f"{self._checkpoint.path}: tensor {name} has numbers from {least:g} to {most:g}, they must be from 0 "
+                f"to {below - 1}: take another checkpoint"
+            )
 
     def _not_finite(self, name: str) -> WeightsError:
         return WeightsError(

@@ -204,7 +204,7 @@ class FeedForward:
         if router.correction:
             yield shard.floats("router_correction", "router", Stacked((names.correction,)), self.experts)
         if router.by_token:
-            table = Stacked((names.by_token,))
+            table = Stacked((names.by_token,), below=self.experts)
             yield shard.floats("router_by_token", "router", table, router.by_token, router.top_k)
         if router.expert_scales:
             yield shard.floats("expert_scales", "router", Stacked((names.expert_scales,)), self.experts)

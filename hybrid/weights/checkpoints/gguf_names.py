@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from hybrid.errors import WeightsError
 from hybrid.formats.block import Array
 from hybrid.models.layers.absent import NoFeedForward, NoMixer
 from hybrid.models.layers.base import Mixer
@@ -265,25 +266,34 @@ def permuted_heads(spec: ModelSpec, architecture: str) -> dict[str, int]:
 
 
 def apart(spec: ModelSpec, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors of a file with each expert, and queries, keys and values, as tensors of their own."""
+    """The tensors of a file with each expert, and queries, keys and values, as tensors of their own.
+
+    Raises WeightsError if two tensors of the file are the same one.
+    """
     found: dict[str, Entry] = {}
     for name, entry in tensors.items():
-        if match := _STACKED.fullmatch(name):
-            found.update(_experts(entry, *match.groups()))
-        elif match := _QKV.fullmatch(name):
-            found.update(_queries_keys_values(spec, entry, *match.groups()))
-        elif (
-            (match := _UP.fullmatch(name))
-            and _is_gated(spec, match[1])
-            and f"{match[1]}.ffn_gate.weight" not in tensors
-        ):
-            found.update(_gate_and_up(entry, match[1]))
-        elif _CORRECTIONS.fullmatch(name):
-            found[f"{name}.bias"] = entry
-        else:
-            other = _OTHER_NAMES.get(name, name)
-            found[name if other in tensors else other] = entry
+        pieces = _pieces(spec, tensors, name, entry)
+        if twice := pieces.keys() & found.keys():
+            raise WeightsError(
+                f"GGUF file: {name} is {min(twice)}, which is there under another name too; it must be there once"
+            )
+        found |= pieces
     return found
+
+
+def _pieces(spec: ModelSpec, tensors: Mapping[str, Entry], name: str, entry: Entry) -> dict[str, Entry]:
+    """What one of the tensors is, by the names that layers know."""
+    if match := _STACKED.fullmatch(name):
+        return dict(_experts(entry, *match.groups()))
+    if match := _QKV.fullmatch(name):
+        return dict(_queries_keys_values(spec, entry, *match.groups()))
+    match = _UP.fullmatch(name)
+    if match and _is_gated(spec, match[1]) and f"{match[1]}.ffn_gate.weight" not in tensors:
+        return dict(_gate_and_up(entry, match[1]))
+    if _CORRECTIONS.fullmatch(name):
+        return {f"{name}.bias": entry}
+    other = _OTHER_NAMES.get(name, name)
+    return {name if other in tensors else other: entry}
 
 
 def _is_gated(spec: ModelSpec, layer: str) -> bool:
