@@ -20,7 +20,6 @@ struct IndexArgs {
   int query_stride, key_stride;
   float eps;
   const float* query_norm;  // null, or [head_dim]: of each head, without a mean
-  bool turns_last;          // the last rope_dim dimensions turn instead
 
   template <class Field>
   void fields(Field& field) {
@@ -39,7 +38,6 @@ struct IndexArgs {
     field("key_stride", key_stride);
     field("eps", eps);
     field("query_norm", query_norm, kOptional);
-    field("turns_last", turns_last, kOptional);
   }
 };
 

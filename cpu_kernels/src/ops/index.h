@@ -35,8 +35,7 @@ static void index(const IndexArgs& args, const Step& step, const Work& work) {
     } else if (const float* norm = is_key ? args.norm : args.query_norm) {
       normalise(x, inverse_rms(x, dim, args.eps), norm, dim);
     }
-    float* turned = x + (args.turns_last ? dim - args.rope_dim : 0);
-    rotate(turned, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
+    rotate(x, args.rope + int64_t(row) * args.rope_dim, args.rope_dim, args.interleaved);
     mark_unsound(x, dim);
     if (is_key) return store_key<KvBf16>(keys, step.sequences[row], 0, step.positions[row], x, dim);
     bf16* q = args.q + (int64_t(row) * args.heads + head) * keys.key_dim;

@@ -26,7 +26,7 @@ static void ngrams(const NgramArgs& args, const Step& step, const Work& work) {
         const int token = within ? tokens[(position - back) % kept] : args.end;
         mixed ^= uint64_t(token) * uint64_t(args.hash[back]);
         for (int head = 0; head < args.heads; ++head, ++part)
-          ids[part] = int32_t(uint64_t(first_of[part]) + mixed % uint64_t(rows_of[part]));
+          ids[part] = int32_t(first_of[part] + (rows_of[part] > 0 ? int64_t(mixed % uint64_t(rows_of[part])) : 0));
       }
     }
   });
