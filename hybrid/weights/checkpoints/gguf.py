@@ -176,9 +176,9 @@ class GgufCheckpoint(Checkpoint):
                     f"{list(shape)}: fetch or make the file again"
                 )
         joined = [name for name in wanted if self.entries[name].start == self.entries[name].end]
-        parts = [part for name in joined for part in kv_parts(name)]
+        parts = [part for name in joined for part in kv_parts(name) if part in self.entries]
         for name in parts:
-            _require_readable(name, self._entry(name))
+            _require_readable(name, self.entries[name])
         known = {*wanted, *parts}
         for name, entry in self.entries.items():
             if name not in known and not self._is_unused(name):
