@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
+from oracle import Oracle
 
 from hybrid.config import EngineConfig
 from hybrid.core import Batch
@@ -48,3 +52,23 @@ def greedy(engine: Engine, prompt: np.ndarray, chunk: int, slot: int = 0, count:
         tokens.append(int(logits.argmax()))
         logits = step(engine, (slot, position, np.array(tokens[-1:])))[0]
     return tokens
+
+
+def errors_together(saved: Iterable[Oracle], cache: Path, **choices: Any) -> tuple[float, float]:
+    """To fp32, of several checkpoints together: that of an engine, and that of transformers in bf16."""
+    ours, theirs = [], []
+    for one in saved:
+        with open_engine(one.path, cache, **choices) as engine:
+            ours.append(one.error(step(engine, (0, 0, one.tokens))))
+            theirs.append(one.bf16_error)
+    return oracle.together(ours), oracle.together(theirs)
+
+
+def error_of_changed(saved: Oracle, folder: Path, changes: dict[str, Any], **choices: Any) -> float:
+    """To what was saved, of an engine with the same tensors and a config.json with these changes, made in `folder`."""
+    folder.mkdir()
+    config = json.loads((saved.path / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").hardlink_to(saved.path / "model.safetensors")
+    with open_engine(folder, folder / "cache", **choices) as engine:
+        return saved.error(step(engine, (0, 0, saved.tokens)))

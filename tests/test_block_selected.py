@@ -13,7 +13,7 @@ import pytest
 from checkpoints import random_tensors, write_checkpoint, write_tensors
 from configs import CONFIGS
 from oracle import Oracle
-from steps import in_chunks, open_engine, step
+from steps import errors_together, in_chunks, open_engine, step
 
 from cpu_kernels import INDEX_BLOCK
 from hybrid.config import EngineConfig
@@ -49,13 +49,9 @@ def save(path: Path, case: str, seed: int = 0) -> Oracle:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, case: str) -> None:
     """Of rows that select, too: rounding may exchange blocks of nearly equal worth, in either."""
-    ours, theirs = [], []
-    for seed in range(2):
-        wanted = save(tmp_path / f"{seed}", case, seed)
-        with open_engine(wanted.path, tmp_path / "cache", **WIDE) as engine:
-            ours.append(wanted.error(in_chunks(engine, wanted.tokens, 512)))
-            theirs.append(wanted.bf16_error)
-    assert 0 < oracle.together(ours) <= oracle.together(theirs)
+    saved = [save(tmp_path / f"{seed}", case, seed) for seed in range(2)]
+    ours, theirs = errors_together(saved, tmp_path / "cache", **WIDE)
+    assert 0 < ours <= theirs
 
 
 @pytest.mark.parametrize("change", [{"index_topk_blocks": 3}, {"layer_types": None}], ids=str)

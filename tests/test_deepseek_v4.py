@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from checkpoints import packed, random_tensors, write_checkpoint, write_tensors
 from configs import CONFIGS
 from oracle import Oracle
-from steps import in_chunks, open_engine, step
+from steps import error_of_changed, errors_together, in_chunks, open_engine, step
 
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import FormatMix
@@ -46,13 +45,9 @@ def save(path: Path, case: str, seed: int = 0) -> Oracle:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, case: str) -> None:
     """Rounding may exchange entries of nearly equal scores, in either."""
-    ours, theirs = [], []
-    for seed in range(3):
-        wanted = save(tmp_path / f"{seed}", case, seed)
-        with open_engine(wanted.path, tmp_path / "cache", **WIDE) as engine:
-            ours.append(wanted.error(step(engine, (0, 0, wanted.tokens))))
-            theirs.append(wanted.bf16_error)
-    assert 0 < oracle.together(ours) <= oracle.together(theirs)
+    saved = [save(tmp_path / f"{seed}", case, seed) for seed in range(3)]
+    ours, theirs = errors_together(saved, tmp_path / "cache", **WIDE)
+    assert 0 < ours <= theirs
 
 
 @pytest.mark.parametrize(
@@ -70,14 +65,8 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, cas
 )
 def test_a_slightly_wrong_model_is_further_off(tmp_path: Path, change: dict[str, Any]) -> None:
     saved = save(tmp_path / "hf", "entries of 4 tokens are selected")
-    exact = saved.exact  # of what is saved, before it is changed
-    errors = []
-    for changes in ({}, change):
-        file = saved.path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-        with open_engine(saved.path, tmp_path / f"cache{len(errors)}", **WIDE) as engine:
-            errors.append(float(np.linalg.norm(step(engine, (0, 0, saved.tokens)) - exact)))
-    assert errors[1] > 1.2 * errors[0]
+    right = error_of_changed(saved, tmp_path / "right", {}, **WIDE)
+    assert error_of_changed(saved, tmp_path / "wrong", change, **WIDE) > 1.2 * right
 
 
 @pytest.fixture(scope="module", params=["bf16", "int8", "fp8"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from checkpoints import write_checkpoint
 from configs import CONFIGS
 from oracle import Oracle
-from steps import in_chunks, open_engine, step
+from steps import error_of_changed, errors_together, in_chunks, open_engine, step
 
 from hybrid.errors import ConfigError
 from hybrid.formats.mix import FormatMix
@@ -52,13 +51,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, case: str) -> None:
     """Rounding may exchange pools of nearly equal scores, in either."""
-    ours, theirs = [], []
-    for seed in range(2):
-        wanted = save(tmp_path / f"{seed}", case, seed)
-        with open_engine(wanted.path, tmp_path / "cache", **WIDE) as engine:
-            ours.append(wanted.error(step(engine, (0, 0, wanted.tokens))))
-            theirs.append(wanted.bf16_error)
-    assert 0 < oracle.together(ours) <= oracle.together(theirs)
+    saved = [save(tmp_path / f"{seed}", case, seed) for seed in range(2)]
+    ours, theirs = errors_together(saved, tmp_path / "cache", **WIDE)
+    assert 0 < ours <= theirs
 
 
 @pytest.mark.parametrize(
@@ -72,16 +67,8 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path: Path, cas
     ids=str,
 )
 def test_a_slightly_wrong_model_is_further_off(tmp_path: Path, saved: Oracle, change: dict[str, Any]) -> None:
-    errors = []
-    config = json.loads((saved.path / "config.json").read_text())
-    for changes in ({}, change):
-        other = tmp_path / f"{len(errors)}"
-        other.mkdir()
-        (other / "config.json").write_text(json.dumps(config | changes))
-        (other / "model.safetensors").hardlink_to(saved.path / "model.safetensors")
-        with open_engine(other, tmp_path / "cache", **WIDE) as engine:
-            errors.append(float(np.linalg.norm(step(engine, (0, 0, saved.tokens)) - saved.exact)))
-    assert errors[1] > 1.2 * errors[0]
+    right = error_of_changed(saved, tmp_path / "right", {}, **WIDE)
+    assert error_of_changed(saved, tmp_path / "wrong", change, **WIDE) > 1.2 * right
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "int8", "fp8"])

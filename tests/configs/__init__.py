@@ -10,24 +10,22 @@ CONFIGS: dict[str, dict[str, Any]] = {**dense.CONFIGS, **experts.CONFIGS, **late
 
 # Families that are others under another name, or text models beside more.
 WRAPPERS = (  # models of more than text
-    *(
-        "gemma3",
-        "gemma4",
-        "glm4v_moe",
-        "glm5_next",
-        "internvl",
-        "kimi_k25",
-        "lfm2_vl",
-        "minimax_m3_vl",
-        "mistral3",
-        "qwen2_5_vl",
-        "qwen2_vl",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_vl",
-        "qwen3_vl_moe",
-        "qwen4_exp",
-    ),
+    "gemma3",
+    "gemma4",
+    "glm4v_moe",
+    "glm5_next",
+    "internvl",
+    "kimi_k25",
+    "lfm2_vl",
+    "minimax_m3_vl",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen4_exp",
 )
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = (
