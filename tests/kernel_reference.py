@@ -162,17 +162,27 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> Near:
-    """One query [dim] over the keys and values [n, dim] that it sees, as the bf16 result.
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, sinks: np.ndarray | None = None, cap: float = 0.0
+) -> Near:
+    """Queries [heads, dim] over the keys [n, dim] and values [n, size] that they see, as bf16 results [heads, size].
 
-    Weights are rounded to bf16 independently, so their errors add up as a 2-norm does: four of them are allowed.
+    sinks: a score for each head, of one key more whose value is zero. cap: scores are `cap * tanh(score / cap)`.
+    Weights are rounded to bf16 independently, so their errors add up as a 2-norm does: four of them are allowed. Scales
+    of keys and values round every score three times more and every weight twice.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    scores = k @ q * scale
-    score_error = (len(q) + 3) * FP32 * scale * (np.abs(k) @ np.abs(q)).max() + 4 * FP32 * np.abs(scores).max()
-    weights = softmax(scores)
-    terms = weights[:, None] * v
-    value = terms.sum(0)
-    relative = 2 * score_error + 2 * EXP + (len(k) + 4) * FP32
-    bound = 4 * BF16 * np.linalg.norm(terms, axis=0) + relative * np.abs(terms).sum(0)
-    return Near(value, bound).as_bf16()
+    scores, sizes = q @ k.T * scale, np.abs(q) @ np.abs(k).T
+    if cap:
+        scores = cap * np.tanh(scores / cap)
+        sizes = np.abs(scores) / scale
+    if sinks is not None:
+        scores = np.hstack([scores, sinks[:, None]])
+        sizes = np.hstack([sizes, np.abs(sinks[:, None]) / scale])
+        v = np.vstack([v, 0 * v[:1]])
+    weights, largest = softmax(scores), np.abs(scores).max(-1, keepdims=True)
+    score_error = (q.shape[1] + 3) * FP32 * scale * sizes.max(-1, keepdims=True) + 4 * FP32 * largest
+    relative = 2 * score_error + 2 * EXP + (scores.shape[1] + 4) * FP32
+    summed = weights @ np.abs(v)
+    near = Near(weights @ v, 4 * BF16 * np.sqrt(weights**2 @ v**2) + relative * summed).as_bf16()
+    return Near(near.value, near.bound + (6 * largest + 2) * FP32 * summed)

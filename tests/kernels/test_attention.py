@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 from kernel_reference import BF16 as BF16_ROUNDING
-from kernel_reference import FP32, Near, assert_near, attention, softmax
+from kernel_reference import Near, assert_near, attention
 from kv_pages import KvPages
 from rig import BF16, Rig, aligned, placed, random_bf16
 
@@ -28,6 +29,15 @@ def kv_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@cache
+def random_rows(shape: tuple[int, int, int], slots: int, value_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values of `Sequences`, the same at every call: to be copied, not written."""
+    (heads, kv_heads, dim), random = shape, np.random.default_rng(shape[2])
+    counts = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    q, k, v = (random_bf16(random, slots, h, TOKENS, size) for h, size in counts)
+    return q, k, v
+
+
 @dataclass
 class Sequences:
     """Random queries, keys and values [slots, heads, TOKENS, head_dim] of a few sequences, and a sink a head."""
@@ -42,18 +52,22 @@ class Sequences:
 
     @classmethod
     def make(
-        cls, shape: tuple[int, int, int], format: str = "bf16", slots: int = 3, value_dim: int | None = None
+        cls,
+        shape: tuple[int, int, int],
+        format: str = "bf16",
+        slots: int = 3,
+        value_dim: int | None = None,
+        lengths: Sequence[int] = (),
     ) -> Sequences:
-        heads, kv_heads, dim = shape
-        random, sizes = np.random.default_rng(dim), (dim, dim, value_dim or dim)
-        counts = zip((heads, kv_heads, kv_heads), sizes, strict=True)
-        q, k, v = (random_bf16(random, slots, h, TOKENS, size) for h, size in counts)
+        """lengths: of the sequences, as `cut` takes them; by default all are TOKENS long."""
+        _, kv_heads, dim = shape
+        q, k, v = (part.copy() for part in random_rows(shape, slots, value_dim or dim))
         made = cls(shape, q, k, v, KvPages(slots + 1, kv_heads, dim, TOKENS, format, value_dim or 0))
         made.pages.fill(slots, np.nan)  # a slot that nobody reads
-        made.cut([TOKENS] * slots)
+        made.cut(lengths or [TOKENS] * slots)
         return made
 
-    def cut(self, lengths: list[int]) -> None:
+    def cut(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of every sequence; the rest of a slot reads as zero, as after a release."""
         for slot, length in enumerate(lengths):
             self.pages.fill(slot, 0)
@@ -101,35 +115,26 @@ class Sequences:
         assert (output[rows:] == -7).all() and (output[:, heads * out :] == -7).all()
         return output[:rows, : heads * out].reshape(rows, heads, out)
 
+    def stored(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """What its keys and values stand for, float64 [KV heads, TOKENS, their size]."""
+        keys, values = self.pages.keys(slot), self.pages.values(slot)
+        return keys[..., : self.shape[2]].astype(np.float64), values[..., : self.v.shape[-1]].astype(np.float64)
+
     def check(self, output: np.ndarray, places: list[Place], window: int = 0) -> None:
-        heads, kv_heads, dim = self.shape
-        stored = {slot: (self.pages.keys(slot), self.pages.values(slot)) for slot, _ in places}
+        stored = {slot: self.stored(slot) for slot in {slot for slot, _ in places}}
         for row, (slot, position) in enumerate(places):
             seen = slice(max(0, position - window + 1) if window else 0, position + 1)
-            for head in range(heads):
-                k, v = (
-                    part[head * kv_heads // heads, seen, :size].astype(np.float64)
-                    for part, size in zip(stored[slot], (dim, self.v.shape[-1]), strict=True)
-                )
-                sink = None if self.sinks is None else self.sinks[head]
-                assert_near(output[row, head], expected(self.q[slot, head, position], k, v, sink, self.cap))
+            assert_near(output[row], self.expected((slot, position), *(part[:, seen] for part in stored[slot])))
 
-
-def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: float | None, cap: float = 0.0) -> Near:
-    """Attention over what the stored keys and values stand for.
-
-    A sink is a key of that score whose value is zero, a bounded score that of a key which has it. Scales round every
-    score three times more and every weight twice.
-    """
-    scale, q = len(q) ** -0.5, q.astype(np.float64)
-    if cap:
-        k = (cap * np.tanh(k @ q * scale / cap))[:, None] / scale * q / (q @ q)
-    if sink is not None:
-        k = np.vstack([k, sink / scale * q / (q @ q)])
-        v = np.vstack([v, 0 * v[:1]])
-    near, scores = attention(q, k, v, scale), k @ q * scale
-    relative = (6 * np.abs(scores).max() + 2) * FP32
-    return Near(near.value, near.bound + relative * (softmax(scores)[:, None] * np.abs(v)).sum(0))
+    def expected(self, place: Place, keys: np.ndarray, values: np.ndarray) -> Near:
+        """The result [heads, size] of a row over the keys and values [KV heads, n, ..] that it sees."""
+        (heads, kv_heads, dim), (slot, position) = self.shape, place
+        found = []
+        for group, (k, v) in enumerate(zip(keys, values, strict=True)):
+            part = slice(group * heads // kv_heads, (group + 1) * heads // kv_heads)
+            sinks = None if self.sinks is None else self.sinks[part].astype(np.float64)
+            found.append(attention(self.q[slot, part, position], k, v, dim**-0.5, sinks, self.cap))
+        return Near(*(np.concatenate([getattr(one, part) for one in found]) for part in ("value", "bound")))
 
 
 def chunk(slot: int, first: int, last: int) -> list[Place]:
@@ -140,8 +145,7 @@ def chunk(slot: int, first: int, last: int) -> list[Place]:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("window", [0, 16, 300])
 def test_decode_and_prefill_in_one_step(isa, kv_format, shape, length, window) -> None:
-    sequences = Sequences.make(shape, kv_format)
-    sequences.cut([length, length, 1])
+    sequences = Sequences.make(shape, kv_format, lengths=[length, length, 1])
     places = [(0, length - 1), *chunk(1, max(0, length - 20), length), (2, 0)]
     sequences.check(sequences.run(isa, places, window=window, threads=2), places, window)
 
@@ -292,17 +296,31 @@ def test_states_of_the_keys_up_to_a_split_join_those_behind_it(isa, kv_format, s
     states = aligned((len(places), shape[0], sequences.pages.value_dim + STATE_EXTRA), np.float32, fill=np.nan)
     output = sequences.run(isa, places, window=window, threads=2, ends=ends, partials=states)
     assert (output == -7).all()  # nothing but states
-    joined = np.stack([join_rest(sequences, *row, window) for row in zip(places, ends, states, strict=True)])
+    stored = [sequences.stored(slot) for slot in range(3)]
+    joined = np.stack(
+        [
+            join_rest(sequences, place, stored[place[0]], end, state, window)
+            for place, end, state in zip(places, ends, states, strict=True)
+        ]
+    )
     sequences.check(joined.astype(BF16), places, window)
 
 
-def join_rest(sequences: Sequences, place: Place, end: int, states: np.ndarray, window: int) -> np.ndarray:
-    """The result of a row, [heads, head_dim], of the states [heads, ..] of its keys before `end`."""
+def join_rest(
+    sequences: Sequences,
+    place: Place,
+    stored: tuple[np.ndarray, np.ndarray],
+    end: int,
+    states: np.ndarray,
+    window: int,
+) -> np.ndarray:
+    """The result of a row, [heads, head_dim], of the states [heads, ..] of its keys before `end`.
+
+    stored: the keys and values of its slot, as `Sequences` has them.
+    """
     (slot, position), (heads, kv_heads, dim) = place, sequences.shape
     first = max(end, position - window + 1 if window else 0)
-    keys, values = (
-        part[:, first : position + 1, :dim] for part in (sequences.pages.keys(slot), sequences.pages.values(slot))
-    )
+    keys, values = (part[:, first : position + 1] for part in stored)
     found = []
     for head in range(heads):
         values_before, (top, total) = states[head, :dim], states[head, sequences.pages.value_dim :][:2]
@@ -310,11 +328,11 @@ def join_rest(sequences: Sequences, place: Place, end: int, states: np.ndarray, 
             assert (top, total) == (-np.inf, 0)
             values_before = np.zeros(dim)
         group = head * kv_heads // heads
-        scores = keys[group].astype(np.float64) @ sequences.q[slot, head, position].astype(np.float64) * dim**-0.5
+        scores = keys[group] @ sequences.q[slot, head, position].astype(np.float64) * dim**-0.5
         sink = float(sequences.sinks[head])
-        highest = max(top, sink, *scores)
+        highest = max(top, sink, scores.max(initial=-np.inf))
         weights, before = np.exp(scores - highest), np.exp(float(top) - highest)
-        summed = before * values_before + weights @ values[group].astype(np.float64)
+        summed = before * values_before + weights @ values[group]
         found.append(summed / (before * total + weights.sum() + np.exp(sink - highest)))
     return np.array(found)
 
@@ -331,16 +349,13 @@ def test_rows_see_the_tokens_that_they_select(isa, kv_format, shape) -> None:
     more = {"selected": selected, "selects": 300, "counts": placed(np.array(counts, np.int32))}
     found = sequences.run(isa, places, threads=2, invariant=True, **more)
     plain = sequences.run(isa, places, invariant=True)
-    heads, kv_heads, dim = shape
+    stored = [sequences.stored(slot) for slot in range(3)]
     for row, (slot, position) in enumerate(places):
         if not counts[row]:
             assert np.array_equal(found[row], plain[row])
             continue
         seen = selected[row, : counts[row]]
-        keys, values = sequences.pages.keys(slot), sequences.pages.values(slot)
-        for head in range(heads):
-            k, v = (part[head * kv_heads // heads, seen, :dim].astype(np.float64) for part in (keys, values))
-            assert_near(found[row, head], expected(sequences.q[slot, head, position], k, v, None))
+        assert_near(found[row], sequences.expected((slot, position), *(part[:, seen] for part in stored[slot])))
         alone = {"selected": placed(selected[row : row + 1]), "selects": 300, "counts": more["counts"][row : row + 1]}
         alone["counts"] = placed(alone["counts"])
         assert np.array_equal(found[row], sequences.run(isa, [(slot, position)], invariant=True, **alone)[0])
