@@ -156,6 +156,7 @@ def _plain(hint: Any) -> type:
     return cast(type, get_origin(hint) or hint)
 
 
+@cache
 def parts_of(kind: type) -> dict[str, type]:
     """The fields of a dataclass that are dataclasses of settings."""
     hints = get_type_hints(kind)
@@ -243,8 +244,9 @@ def _choice(setting: Setting, given: Mapping[str, Any], environment: Mapping[str
 
 def build(kind: type[T], choices: Sequence[Choice]) -> T:
     """An instance of a dataclass from the choices that are of its settings, and of those of its parts."""
+    declared: type = kind
     values = {choice.setting.field: choice.value for choice in choices if choice.setting.owner is kind}
-    return kind(**values, **{name: build(part, choices) for name, part in parts_of(kind).items()})
+    return kind(**values, **{name: build(part, choices) for name, part in parts_of(declared).items()})
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import reprlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from hybrid.errors import ConfigError
@@ -13,6 +14,7 @@ from hybrid.models import families
 from hybrid.models.spec import ModelSpec
 
 
+@cache
 def supported_models() -> tuple[str, ...]:
     """The values of `model_type` that can be loaded, sorted."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 
 import ml_dtypes
 import numpy as np
@@ -187,7 +188,12 @@ class Content:
 
 
 def _in_order(tasks: Iterator[Task]) -> Iterator[Array]:
-    """Results of the tasks, in order; threads run a few tasks ahead."""
+    """Results of the tasks, in order; threads run a few tasks ahead, where there is more than one."""
+    first = list(islice(tasks, 2))
+    if len(first) < 2:
+        yield from (task() for task in first)
+        return
+    tasks = chain(first, tasks)
     pool, ahead = ThreadPoolExecutor(THREADS), deque[Future[Array]]()
     try:
         for task in tasks:
