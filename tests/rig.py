@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -19,6 +20,18 @@ SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an 
 GROUP_INPUTS = 32  # those that share a scale and a sum in a grouped one
 MXFP4_TILE_ROWS, INT4_TILE_ROWS = 7, 17  # rows of a product from which matrix tiles multiply, where there are any
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
+
+
+def paired(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every combination of the values of these axes, each with one instruction set behind it, in turn: every value of
+    an axis meets every instruction set, if the other axis has as many values as there are instruction sets.
+    """
+    return [
+        (*(value for _, value in chosen), ISAS[sum(number for number, _ in chosen) % len(ISAS)])
+        for chosen in itertools.product(*(list(enumerate(axis)) for axis in axes))
+    ]
+
+
 # Formats that tests of kernels try: of codes in groups those in which each length and each kind of scales occurs.
 VARIED = ("q8_0", "q5_1", "q4_k", "q6_k")
 TRIED = [name for name in FORMATS if name not in GROUPED or name in VARIED]

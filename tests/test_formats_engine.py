@@ -18,6 +18,7 @@ from checkpoints import mxfp4_tensors, mxfp4_values, write_tensors
 from configs import CONFIGS
 from dequantised import WRITTEN, write_dequantised
 from oracle import Oracle
+from rig import paired
 from steps import greedy, in_chunks, open_engine, step
 
 from hybrid.formats import FORMATS, GROUPED
@@ -104,9 +105,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return make
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("family", WRITTEN)
+@pytest.mark.parametrize(("family", "text", "isa"), paired(WRITTEN, TEXTS))
 def test_logits_are_those_of_the_dequantised_weights(reference, isa, family, text) -> None:
+    """Every family in every mix, each with one instruction set: each of those meets every family and every mix.
+
+    Every op in every format with every instruction set is for `tests/kernels`.
+    """
     wanted = reference(family, text)
     with open_engine(wanted.saved.path, wanted.cache, weight_format=text, isa=isa) as engine:
         logits = step(engine, (0, 0, wanted.saved.tokens))

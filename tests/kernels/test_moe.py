@@ -20,7 +20,7 @@ from kernel_reference import (
     silu_times,
     swiglu_clamped,
 )
-from rig import BF16, ISAS, Rig, random_bf16, rows_of
+from rig import BF16, ISAS, TRIED, Rig, paired, random_bf16, rows_of
 
 from hybrid.formats import FORMATS
 
@@ -204,8 +204,9 @@ def test_a_shared_expert_goes_along(isa, format, sizes, gated) -> None:
             try_routing(isa, experts, choose(rows, 3, 10), threads=threads, shared=shared, gated=gated)
 
 
-@pytest.mark.parametrize("other", FORMATS)
+@pytest.mark.parametrize(("format", "other", "isa"), paired(TRIED, FORMATS))
 def test_a_shared_expert_may_have_another_format(isa, format, other) -> None:
+    """Every pair of formats, each with one instruction set: each of those meets either format in both places."""
     experts = Experts.make(format, 6, 90, 40, bias=True, activation="swiglu_clamped")
     shared = Experts.make(other, 1, 90, 72, activation="swiglu_clamped", seed=1)
     for rows in (1, 33):
