@@ -8,6 +8,9 @@ CPP := $(filter cpu_kernels/%,$(NATIVE)) $(wildcard tests/amx/*.cpp tests/amx/*.
 TOO_OLD := "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12"
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"], sep="\n")
 
+# Two files at a time, in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Test files that need torch, or that compare with recorded values of transformers.
 LIVE := $(shell grep -rlE 'importorskip..(torch|transformers|triton)|^(import oracle|from oracle)' tests --include='test_*.py')
 # The lowest versions that pyproject.toml allows, as pip's constraints.
@@ -44,10 +47,10 @@ serve: $(VENV)/server
 	$(RUN) -m hybrid.serve $(ARGS)
 
 test: $(VENV)/test $(VENV)/oracle
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest $(TWO) $(ARGS)
 
 test-torch: $(VENV)/live
-	HYBRID_TEST_ORACLE=live $(RUN) -m pytest -n 2 --dist loadfile $(LIVE) $(ARGS)
+	HYBRID_TEST_ORACLE=live $(RUN) -m pytest $(TWO) $(LIVE) $(ARGS)
 
 test-cluster: $(VENV)/cluster
 	$(RUN) -m pytest tests/test_cluster.py tests/test_cluster_ray.py $(ARGS)
@@ -62,7 +65,7 @@ lowest: $(VENV)/created
 	cd $(LOW)/home && PATH=$(abspath $(LOW))/venv/bin HOME=$$PWD hybrid run --prompt "Once upon a time" --max-tokens 8
 	$(LOW)/venv/bin/pip install --quiet --constraint $(LOW)/constraints.txt pytest pytest-xdist hypothesis safetensors matplotlib pyarrow
 	cp -r tests docs bench pyproject.toml weights_preprocessor.py $(LOW)/tree
-	cd $(LOW)/tree && ../venv/bin/pytest -n 2 --dist loadfile $(SMOKE:%=tests/%.py) $(ARGS)
+	cd $(LOW)/tree && ../venv/bin/pytest $(TWO) $(SMOKE:%=tests/%.py) $(ARGS)
 
 # One wheel for each interpreter.
 wheels: $(VENV)/created

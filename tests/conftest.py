@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,22 @@ def checked_descriptor(descriptor: int) -> None:
 
 
 os.fsync = checked_descriptor  # type: ignore[assignment]
+
+
+# Files that take long for how few cases they have: they begin first, or one worker would have them alone at the end.
+LONG = (
+    *("test_older_cpus", "test_amx", "test_recorded", "test_dropped", "test_hybrid_steps", "test_damage"),
+    *("test_engine", "test_formats_engine", "test_loop", "test_relief", "test_verify", "test_table", "test_fit"),
+    *("test_cuda_steps", "test_preprocessor", "test_main", "test_server_life", "test_tokenizer_files", "test_cluster"),
+    *("test_printable", "test_forks", "test_hub", "test_agent_tools", "test_plot", "test_telemetry", "test_pack"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LONG` files first, then those of most cases: with --no-loadscope-reorder they begin in this order."""
+    cases = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(LONG)), -cases[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)
