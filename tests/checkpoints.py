@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hybrid.weights.store import Store
 
 STREAM_SCALES = ("hc_attn_scale", "hc_ffn_scale", "hc_scale")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+# Text models of which transformers has the whole alone: where that is, and how the names of its classes begin.
+HEADLESS = {"glm5_next_text": ("glm5_next", "Glm5Next"), "step3p5": ("step3p7", "Step3p7")}
 DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
 
@@ -31,25 +34,28 @@ def auto_model(family: str) -> Any:
 
     if family == "minimax_m3_vl_text":
         read_as_published()
-    if family == "glm5_next_text":
-        return glm5_next_text()
+    if family in HEADLESS:
+        return with_head(*HEADLESS[family])
     return transformers.AutoModelForImageTextToText if family == "mistral4" else transformers.AutoModelForCausalLM
 
 
 @functools.cache
-def glm5_next_text() -> Any:
-    """GLM-5.3-Flash's text model with a head, of which transformers has the whole alone."""
+def with_head(folder: str, word: str) -> Any:
+    """A text model with a head. folder: of transformers, where it is. word: how the names of its classes begin."""
     import torch
     import transformers
-    from transformers.models.glm5_next import modeling_glm5_next as glm
-    from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
 
-    class Glm5NextTextForCausalLM(glm.Glm5NextPreTrainedModel):  # type: ignore[misc,name-defined]
-        config_class = Glm5NextTextConfig
+    modeling, configuration = (
+        importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
+        for kind in ("modeling", "configuration")
+    )
+
+    class TextForCausalLM(getattr(modeling, f"{word}PreTrainedModel")):  # type: ignore[misc]
+        config_class = getattr(configuration, f"{word}TextConfig")
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.model = glm.Glm5NextTextModel(config)
+            self.model = getattr(modeling, f"{word}TextModel")(config)
             self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
@@ -61,7 +67,7 @@ def glm5_next_text() -> Any:
         def from_config(cls, config: Any) -> Any:
             return cls._from_config(config)
 
-    return Glm5NextTextForCausalLM
+    return TextForCausalLM
 
 
 def read_as_published() -> None:

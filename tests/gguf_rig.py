@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3", "mellum": "mellum", "sarvam_moe": "bailingmoe2",
     "deepseek_v4": "deepseek4", "glm5_next_text": "glm5-next",
     "kimi_linear": "kimi-linear", "bailing_hybrid": "bailingmoe3", "cohere": "command-r", "cohere2": "cohere2",
-    "gemma2": "gemma2", "mimo_v2_flash": "mimo2",
+    "gemma2": "gemma2", "mimo_v2_flash": "mimo2", "step3p5": "step35",
 }  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     found: dict[str, np.ndarray] = {}
     if config["model_type"] in ("bailing_hybrid", "sarvam_moe"):
         tensors = dict(_bailing(tensors))
-    plus = config["model_type"] in ("gemma2", "gemma3_text", "minimax_m3_vl_text")
+    plus = config["model_type"] in ("gemma2", "gemma3_text", "minimax_m3_vl_text", "step3p5")
     for name, array in tensors.items():
         if plus and name.endswith("norm.weight"):
             array = array.astype(np.float32) + 1
@@ -392,7 +392,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
 _KIMI_DELTA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
 _SIGMOID = (
     "glm4_moe", "minimax_m2", "minimax_m3_vl_text", "dots1", "lfm2_moe", "exaone_moe", "laguna", "sarvam_moe",
-    "mimo_v2_flash",
+    "mimo_v2_flash", "step3p5",
 )  # fmt: skip
 _ONE_WIDTH = (
     "mixtral",
@@ -532,6 +532,8 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _kimi_delta(config)
     if family == "mimo_v2_flash":
         found |= _mimo(config, slides)
+    if family == "step3p5":
+        found |= _step(config, slides)
     architecture = ARCHITECTURES[family]
     named = {f"{architecture}.{name}": item for name, item in found.items() if item is not None}
     return {"general.architecture": architecture, **named}
@@ -651,6 +653,28 @@ def _laguna(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
         "rope.scaling.type": full["rope_type"],
         "rope.scaling.factor": full["factor"],
         "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+    }
+
+
+def _step(config: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
+    """Lists tell of a layer that predicts further tokens, too; what turns without a window is half of what is said."""
+    full, sliding = (config["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    heads = config["num_attention_heads"], config["num_sliding_attention_heads"]
+    slides = [*slides, True]
+    return {
+        "block_count": len(slides),
+        "nextn_predict_layers": 1,
+        "attention.head_count": [heads[one] for one in slides],
+        "attention.head_count_kv": [config["num_key_value_heads"]] * len(slides),
+        "attention.sliding_window_pattern": slides,
+        "expert_shared_feed_forward_length": config["share_expert_dim"],
+        "expert_weights_norm": True,
+        "expert_weights_scale": config["moe_router_scaling_factor"],
+        "leading_dense_block_count": config["mlp_layer_types"].count("dense"),
+        "rope.freq_base": full["rope_theta"],
+        "rope.freq_base_swa": sliding["rope_theta"],
+        "swiglu_clamp_exp": [*config["swiglu_limits"], 0.0],
+        "swiglu_clamp_shexp": [*config["swiglu_limits_shared"], 0.0],
     }
 
 

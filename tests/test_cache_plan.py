@@ -16,7 +16,12 @@ from hybrid.plan.passes.place_experts import CONTRIBUTIONS, LEFT_IDS, device_ops
 from hybrid.plan.plan import Plan
 from hybrid.plan.text import plan_text
 
-MOE = [name for name, spec in SPECS.items() if any(layer.feed_forward.is_moe for layer in spec.layers)]
+# Families with experts, without those whose experts have bounds, which no cache knows of.
+MOE = [
+    name
+    for name, spec in SPECS.items()
+    if spec.moe_layers and not any(spec.layers[layer].feed_forward.bound for layer in spec.moe_layers)
+]
 
 
 def cached(name: str = "qwen3_moe", memory: int = 32 << 30, device: DeviceConfig | None = None, **choices) -> Plan:

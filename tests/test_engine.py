@@ -579,6 +579,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {"num_experts_per_tok": 8}),
     "qwen4_exp_text": ("qwen4_exp_text", {"num_experts_per_tok": 8, "indexer_budget": 256}),
     "qwen3_5_text": ("qwen3_5_text", {}),
+    "step3p5": ("step3p5", {"num_experts_per_tok": 6}),
+    "step3p5, no bounds, ropes in lists, layers that slide have fewer heads": (
+        "step3p5",
+        {
+            "swiglu_limits": None,
+            "swiglu_limits_shared": None,
+            "num_sliding_attention_heads": 2,
+            "num_experts_per_tok": 8,  # of 8: no near-tie decides
+            "rope_parameters": None,
+            "rope_theta": [1e5, 1e3, 1e3, 1e5],
+            "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5],
+            "rope_scaling": {**LLAMA3, "high_freq_factor": 32.0},
+            **SHARP,
+        },
+    ),
     "lfm2 tied, biases": ("lfm2", {}),
     "lfm2 untied": ("lfm2", {"tie_word_embeddings": False, "conv_bias": False}),
 }
@@ -612,6 +627,8 @@ def test_logits_are_nearer_to_fp32_than_transformers_in_bf16(tmp_path, case, dty
         ("gpt_oss", {"sliding_window": 21}),
         ("deepseek_v3", {"rope_interleave": False}),
         ("bailing_hybrid", {"kda_lower_bound": -4.0}),
+        ("step3p5", {"swiglu_limits_shared": [0.3, 0.0, 0.0, 0.0]}),
+        ("step3p5", {"swiglu_limits": [0.0, 0.3, 0.0, 0.0]}),
         (
             "deepseek_v3, halves turn, one group",
             {"rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 0.5}},

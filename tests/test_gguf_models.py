@@ -58,6 +58,13 @@ CHANGES: dict[str, dict[str, Any]] = {  # what these files cannot say, or say in
     "glm5_next_text": {"linear_num_heads": 6},
     "gemma2": {"query_pre_attn_scalar": 24},
     "mimo_v2_flash": {"rope_parameters": None},
+    "step3p5": {
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_theta": 1e3, "partial_rotary_factor": 1.0},
+        }
+    },
     "kimi_linear": {"linear_attn_config": {**CONFIGS["kimi_linear"]["linear_attn_config"], "num_heads": 6}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}

@@ -154,6 +154,28 @@ _QWEN4: dict[str, Any] = {
         "partial_rotary_factor": 0.25,
     },
 }  # fmt: skip
+_STEP: dict[str, Any] = {
+    "model_type": "step3p5", "architectures": ["Step3p5ForCausalLM"], "att_impl_type": "GQA", "bos_token_id": 0,
+    "attention_other_setting": {
+        "attention_type": "sliding_attention", "num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128,
+        "true_head_dim": 128,
+    },
+    "eos_token_id": [1, 2, 128007], "head_dim": 128, "hidden_size": 4096, "intermediate_size": 11264,
+    "layer_types": [*reversed(_KINDS)] * 12, "max_position_embeddings": 262144, "max_seq_len": 262144,
+    "moe_every_n_layer": 1, "moe_intermediate_size": 1280, "moe_layer_offset": 0,
+    "moe_layers_enum": ",".join(map(str, range(3, 45))), "moe_num_experts": 288, "moe_router_activation": "sigmoid",
+    "moe_router_scaling_factor": 3.0, "moe_top_k": 8, "need_fp32_gate": True, "norm_expert_weight": True,
+    "num_attention_groups": 8, "num_attention_heads": 64, "num_hidden_layers": 45, "num_nextn_predict_layers": 3,
+    "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0] * 12, "rms_norm_eps": 1e-05, "rope_scaling": {
+        "rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 131072, "low_freq_factor": 1.0,
+        "high_freq_factor": 32.0,
+    },
+    "rope_theta": [5000000.0, 10000.0, 10000.0, 10000.0] * 12, "share_expert_dim": 1280, "sink": False,
+    "sliding_window": 512, "swiglu_limits": [0.0] * 43 + [7, 7, 0.0, 0.0, 0.0],
+    "swiglu_limits_shared": [0.0] * 44 + [16, 0.0, 0.0, 0.0], "tie_word_embeddings": False,
+    "use_head_wise_attn_gate": True, "use_moe": True, "use_moe_router_bias": True, "use_qk_norm": True,
+    "use_rope_layers": [], "vocab_size": 128896, "yarn_only_types": ["full_attention"], "zero_centered": True,
+}  # fmt: skip
 # Each with how many billions of parameters there are, and how many of them a token multiplies with.
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "Nemotron 3 Nano": (_NANO, 31.6, 3.3),
@@ -179,6 +201,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "MiniMax-M3": (_M3, 426.2, 24.7),
     "DeepSeek-V4-Flash": (_V4, 284.3, 13.3),
     "GLM-5.3-Flash": (_GLM, 313.3, 16.8),
+    "Step-3.5-Flash": (_STEP, 197.0, 11.5),
     "Qwen3.8-Flash-Next": (_QWEN4, 176.9, 6.8),  # 51.2 of them in a table
 }
 

@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_vl": ("qwen3", "qwen3_vl_text", {"rope_scaling": MROPE}),
     "qwen3_vl_moe": ("qwen3_moe", "qwen3_vl_moe_text", {"rope_scaling": MROPE}),
     "qwen4_exp": ("qwen4_exp_text", "qwen4_exp_text", {}),
+    "step3p7": ("step3p5", "step3p5", {}),
 }
 PLACES = {
     "within the model": ("model.language_model.", "lm_head."),

@@ -92,6 +92,7 @@ _OWN: dict[str, dict[str, Any]] = {  # of one family
     "deepseek_v4": _V4,
     "mimo_v2_flash": {"num_key_value_heads": 2, "head_dim": 32, "n_shared_experts": 0},
     "nemotron_h": _NEMOTRON,
+    **dict.fromkeys(("step3p5", "step3p7"), {"moe_layers_enum": [1], "swiglu_limits": [7.0, 7.0]}),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _QWEN4),
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), _DELTA

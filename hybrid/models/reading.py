@@ -11,6 +11,7 @@ from hybrid.errors import ConfigError
 
 _LARGEST = 1e12
 _SMALLEST = 1e-15  # of numbers above 0, so that what is divided by them and their squares is finite
+_LARGEST_LIMIT = 1e6
 _INFINITE = {"__float__": "Infinity"}
 
 
@@ -77,6 +78,14 @@ class Fields:
         if not kinds or not all(0 < item <= _LARGEST for item in value):
             raise self._bad(name, value, allowed)
         return [float(item) for item in value]
+
+    def limits(self, name: str, layers: int) -> list[float]:
+        """A number above 0 for every layer, 0 where it is 0 or null; further ones are of layers that are not used."""
+        allowed = f"absent, or a list of a number above 0, 0 or null for each of {layers} layers"
+        name, value = self._read((name,), [0.0] * layers, allowed)
+        if not isinstance(value, list) or len(value) < layers or not all(map(_is_limit, value)):
+            raise self._bad(name, value, allowed)
+        return [float(limit or 0) for limit in value[:layers]]
 
     def interval(self, name: str, *, default: tuple[float, float]) -> tuple[float, float]:
         """Two numbers from 0 on, the larger last. That may be infinite, also as `transformers` 5 writes it."""
@@ -161,6 +170,10 @@ class Fields:
             f"config.json: {self._prefix}{name} is {reprlib.repr(value)}; it must be {allowed}: "
             "correct it, or take a checkpoint that has it so"
         )
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= _LARGEST_LIMIT)
 
 
 def with_words(config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:

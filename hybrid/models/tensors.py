@@ -26,7 +26,8 @@ class GatedNames:
     Fused experts, as transformers 5 holds them, are [experts, 2 * intermediate, hidden] (gate rows, then up rows, or
     with fused_alternate gate row 0, up row 0, gate row 1, ...) and [experts, hidden, intermediate]; with
     fused_transposed the last two dimensions of both are the other way round. Fused experts in mxfp4 have `_blocks` and
-    `_scales` added to their names, are never transposed, and biases of fused experts have `_bias`. A reader takes
+    `_scales` added to their names, are never transposed, and biases of fused experts have `_bias`. stacked: whether
+    gates, ups and downs of all experts may be a tensor each, named as that of one without `.{expert}`. A reader takes
     whichever form the checkpoint has. Empty: the family has no such tensor; without a gate, gate is.
     """
 
@@ -37,6 +38,7 @@ class GatedNames:
     fused_down: str = ""
     fused_alternate: bool = False
     fused_transposed: bool = False
+    stacked: bool = False
 
     def of_expert(self, expert: int) -> tuple[str, str, str]:
         gate, up, down = (name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down))

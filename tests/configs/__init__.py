@@ -26,6 +26,7 @@ WRAPPERS = (  # models of more than text
     "qwen3_vl",
     "qwen3_vl_moe",
     "qwen4_exp",
+    "step3p7",
 )
 OTHER_NAMES = ("kimi_k2", "ministral", *WRAPPERS)
 STACKED = (
@@ -35,6 +36,7 @@ STACKED = (
     "granitemoehybrid",
     "gemma4_text",
     "mistral4",
+    "step3p5",
 )  # families whose experts are never apart
 APART = ("deepseek_v4", "sarvam_moe")  # families whose experts are always apart
 # Families with layers that no device computes.
@@ -58,5 +60,6 @@ ON_HOST: tuple[str, ...] = (
     "minimax_m3_vl_text",
     "nemotron_h",
     "qwen4_exp_text",
+    "step3p5",
 )
 ON_DEVICE = [family for family in CONFIGS if family not in ON_HOST]  # families all of whose layers a device computes

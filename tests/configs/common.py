@@ -19,6 +19,13 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 32.0,
+    "original_max_position_embeddings": 64,
+}
 GROWING: dict[str, Any] = {  # late queries are larger
     **YARN,
     "original_max_position_embeddings": 16,

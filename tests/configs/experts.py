@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.common import COMMON, YARN
+from configs.common import COMMON, LLAMA3, YARN
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {**COMMON, "model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2},
@@ -286,6 +286,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "full_attention": {**YARN, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+    },
+    "step3p5": {  # scores as if its norms of queries and keys did not double both; bounds that products reach
+        **{name: value for name, value in COMMON.items() if name != "rope_theta"},
+        "model_type": "step3p5",
+        "num_hidden_layers": 4,
+        "num_sliding_attention_heads": 8,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "sliding_window": 20,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "share_expert_dim": 56,
+        "moe_router_scaling_factor": 1.5,
+        "query_pre_attn_scalar": 16 * 24,
+        "swiglu_limits": [0.0, 0.3, 0.0, 0.2],
+        "swiglu_limits_shared": [0.3, 0.0, 0.2, 0.0],
+        "rope_parameters": {
+            "full_attention": {**LLAMA3, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 1.0},
         },
     },
     "afmoe": {

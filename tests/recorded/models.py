@@ -96,8 +96,11 @@ VARIANTS = {
     "gpt_oss-long": Model("gpt_oss", {**_LONG, "sliding_window": 150}, length=290),
 }
 MODELS = {**FAMILIES, **VARIANTS}
+BOUNDED = ("step3p5",)  # families whose experts have bounds, which no cache knows of
 WITH_EXPERTS = [
-    name for name in [*FAMILIES, EMBEDDED] if name == EMBEDDED or model_spec(CONFIGS[FAMILIES[name].family]).moe_layers
+    name
+    for name in [*FAMILIES, EMBEDDED]
+    if name == EMBEDDED or (name not in BOUNDED and model_spec(CONFIGS[FAMILIES[name].family]).moe_layers)
 ]
 
 

@@ -33,7 +33,6 @@ WORDS = {
 }
 _MIXER = "model.layers.{layer}.attention"
 _Names = TypeVar("_Names", LatentNames, KimiDeltaNames)
-_LARGEST_LIMIT = 1e6
 
 
 def _named(names: _Names, **changes: str) -> _Names:
@@ -57,7 +56,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     gated = GatedLatentAttention.of(replace(attention, names=LATENT), f"{_MIXER}.g_proj.weight")
     delta = _read_delta(fields)
     mixers = [gated if kind == FULL else delta for kind in _kinds(fields)]
-    halves = _bounded(words, read_named_layers(fields, _experts(fields), dense=2))
+    halves = _bounded(fields, read_named_layers(fields, _experts(fields), dense=2))
     layers = [LayerSpec(mixer, half) for mixer, half in zip(mixers, halves, strict=True)]
     return read_model(fields, "bailing_hybrid", layers, DEFAULTS, OuterNames(embedding="model.word_embeddings.weight"))
 
@@ -105,29 +104,10 @@ def _experts(fields: Fields) -> FeedForward:
     return experts
 
 
-def _bounded(config: Mapping[str, Any], halves: list[FeedForward]) -> list[FeedForward]:
+def _bounded(fields: Fields, halves: list[FeedForward]) -> list[FeedForward]:
     """With the bounds that layers of experts have, which `transformers` leaves out."""
-    bounds, shared = (
-        _limits(config, f"{which}_swiglu_limit_list", len(halves)) for which in ("expert", "share_expert")
-    )
+    bounds, shared = (fields.limits(f"{which}_swiglu_limit_list", len(halves)) for which in ("expert", "share_expert"))
     return [
         replace(half, bound=bound, shared_bound=of_shared) if half.is_moe else half
         for half, bound, of_shared in zip(halves, bounds, shared, strict=True)
     ]
-
-
-def _limits(config: Mapping[str, Any], name: str, layers: int) -> list[float]:
-    """Of every layer; further ones are of layers that are not used."""
-    found = config.get(name)
-    if found is None:
-        return [0.0] * layers
-    if isinstance(found, list) and len(found) >= layers and all(map(_is_limit, found)):
-        return [float(limit or 0) for limit in found[:layers]]
-    raise ConfigError(
-        f"config.json: {name} is {reprlib.repr(found)}; it must be absent, or a list of a number above 0, 0 or null "
-        f"for each of {layers} layers: correct it"
-    )
-
-
-def _is_limit(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 <= value <= _LARGEST_LIMIT)

@@ -33,6 +33,13 @@ _PLAIN = {
 }
 # Its norms of keys, as published; transformers 5 writes them with the name that its compressors have for theirs.
 _NORM_OF_KEYS = re.compile(r"(model\.)?(layers\.\d+\.attn\.)kv_norm\.weight")
+# What Step-3.5-Flash is published with, and what transformers 5 has for it.
+_OF_STEP = (
+    (re.compile(r"\.moe\.(gate|up|down)_proj(?=\.|$)"), r".mlp.experts.\1_proj"),
+    (re.compile(r"\.moe\.router_bias$"), ".mlp.gate.e_score_correction_bias"),
+    (re.compile(r"\.moe\.gate(?=\.|$)"), ".mlp.gate"),
+    (re.compile(r"\.share_expert(?=\.|$)"), ".mlp.shared_experts"),
+)
 _WITHOUT_MODULE = re.compile(r"model\.(?=(embed_tokens|layers|norm)\.)")  # as Qwen2.5-VL is published
 
 
@@ -123,11 +130,14 @@ def find_tensors(path: Path, module: str) -> dict[str, Entry]:
 
 def own_name(name: str, module: str) -> str:
     """The name that transformers 5 has for a tensor of a text model within another, which others place apart."""
+    if ".moe." in name or ".share_expert" in name:
+        for theirs, ours in _OF_STEP:
+            name = theirs.sub(ours, name)
     if module and _WITHOUT_MODULE.match(name):
         return f"model.{module}.{name.removeprefix('model.')}"
-    for theirs, ours in _OTHER_PLACES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+    for place, own in _OTHER_PLACES.items():
+        if name.startswith(place):
+            return own + name.removeprefix(place)
     if keys := _NORM_OF_KEYS.fullmatch(name):
         return f"model.{keys[2]}norm.weight"
     return f"model.{name}" if name.startswith("layers.") else _PLAIN.get(name, name)

@@ -68,4 +68,5 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "command-r": ("cohere",),
     "cohere2": ("cohere2",),
     "mimo2": ("mimo_v2_flash",),
+    "step35": ("step3p5",),
 }

@@ -35,7 +35,7 @@ from hybrid.weights.checkpoints.gguf_fields import (
     routed,
 )
 from hybrid.weights.checkpoints.gguf_files import Gguf
-from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna, mellum
+from hybrid.weights.checkpoints.gguf_gated import afmoe, laguna, mellum, step35
 from hybrid.weights.checkpoints.gguf_gemma import gemma2, gemma3, gemma4
 from hybrid.weights.checkpoints.gguf_hunyuan import hunyuan_moe, hy_v3
 from hybrid.weights.checkpoints.gguf_kimi import bailingmoe3, glm5_next, kimi_linear
@@ -333,4 +333,5 @@ _FAMILIES: dict[str, Callable[[Gguf, GgufMetadata], Config]] = {
     "command-r": command_r,
     "cohere2": cohere2,
     "mimo2": mimo2,
+    "step35": step35,
 }

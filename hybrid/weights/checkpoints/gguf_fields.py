@@ -24,8 +24,10 @@ def layer_count(metadata: GgufMetadata) -> int:
 
 
 def query_heads(metadata: GgufMetadata) -> list[int]:
-    """Of every layer; of all models but Laguna, as many in each."""
+    """Of every layer; of all models but Laguna and Step-3.5, as many in each."""
     name, count = "attention.head_count", max(1, layer_count(metadata))
+    if metadata.architecture == "step35":
+        return metadata.layer_sizes(name, metadata.size("block_count", maximum=MAX_LAYERS))[:count]
     return metadata.layer_sizes(name, count) if metadata.architecture == "laguna" else [metadata.size(name)] * count
 
 

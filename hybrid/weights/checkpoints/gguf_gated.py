@@ -1,11 +1,13 @@
-"""Models some of whose layers have a window and a rope of their own in GGUF files: Trinity, Laguna and Mellum."""
+"""Models with layers that have a window and another rope in GGUF files: Trinity, Laguna, Mellum and Step-3.5."""
 
 from __future__ import annotations
 
-from hybrid.models.decoder import FULL, SLIDING
+from hybrid.models.decoder import FULL, MAX_LAYERS, SLIDING
+from hybrid.models.deepseek import DENSE, SPARSE
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
+    has,
     key_length,
     layer_count,
     query_heads,
@@ -79,6 +81,40 @@ def mellum(model: Gguf, metadata: GgufMetadata) -> Config:
     }
 
 
+def step35(model: Gguf, metadata: GgufMetadata) -> Config:
+    """Lists have an item for each layer, those that predict further tokens among them. Where nothing slides, half of
+    what a file says turns. Which layers are dense, their tensors tell.
+    """
+    heads, dim = query_heads(metadata), key_length(metadata)
+    turning, base = metadata.size("rope.dimension_count", dim), metadata.number("rope.freq_base", 10_000.0)
+    sliding = metadata.size("rope.dimension_count_swa", turning)
+    bounds = [model.metadata.get(f"step35.swiglu_clamp_{which}") for which in ("exp", "shexp")]
+    return {
+        "model_type": "step3p5",
+        **_experts(metadata, "moe_router_scaling_factor"),
+        "share_expert_dim": metadata.size("expert_shared_feed_forward_length"),
+        "per_layer_config": {str(layer): {"num_attention_heads": own} for layer, own in enumerate(heads)},
+        "mlp_layer_types": [DENSE if has(model, "ffn_gate.weight", layer) else SPARSE for layer in range(len(heads))],
+        "sliding_window": metadata.size("attention.sliding_window", 0) or None,
+        "layer_types": _kinds(metadata, 0, further=True),
+        "swiglu_limits": bounds[0],
+        "swiglu_limits_shared": bounds[1],
+        "rope_scaling": None,
+        "partial_rotary_factor": None,
+        "rope_parameters": {
+            FULL: _rope(_fewer_factors(rope_scaling(model, metadata), turning // 4), base, turning / 2 / dim),
+            SLIDING: _rope(None, metadata.number("rope.freq_base_swa", base), sliding / dim),
+        },
+    }
+
+
+def _fewer_factors(scaling: Config | None, count: int) -> Config | None:
+    """A file has factors for all dimensions of a head, though fewer turn where they are used."""
+    if scaling is None or scaling["rope_type"] != "factors":
+        return scaling
+    return {**scaling, "factors": scaling["factors"][:count]}
+
+
 def _experts(metadata: GgufMetadata, scale: str) -> Config:
     """scale: the name of the field for that of their weights."""
     require_gating(metadata, SIGMOID, SIGMOID)
@@ -87,11 +123,14 @@ def _experts(metadata: GgufMetadata, scale: str) -> Config:
     return {**routed(metadata), "moe_intermediate_size": metadata.size("expert_feed_forward_length"), scale: found}
 
 
-def _kinds(metadata: GgufMetadata, without: int) -> list[str]:
-    """Of every layer: as the file says, or in turn. without: which of those in a turn has no window."""
+def _kinds(metadata: GgufMetadata, without: int, further: bool = False) -> list[str]:
+    """Of every layer: as the file says, or in turn. without: which of those in a turn has no window. further: whether
+    the file tells it of layers that predict further tokens too.
+    """
     count = layer_count(metadata)
     if metadata.has(_PATTERN) and metadata.is_list(_PATTERN):
-        slides = metadata.layer_flags(_PATTERN, count)
+        told = metadata.size("block_count", maximum=MAX_LAYERS) if further else count
+        slides = metadata.layer_flags(_PATTERN, told)[:count]
     else:
         every = max(1, metadata.size(_PATTERN, _EVERY))
         slides = [layer % every != min(without, every - 1) for layer in range(count)]

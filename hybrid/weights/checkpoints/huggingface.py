@@ -36,6 +36,7 @@ from hybrid.weights.checkpoints.matrices import (
 from hybrid.weights.checkpoints.published import native_mix, published_kinds
 from hybrid.weights.checkpoints.schemes.base import MatrixEntry
 from hybrid.weights.checkpoints.schemes.methods import with_matrices
+from hybrid.weights.checkpoints.stacked import experts_apart
 from hybrid.weights.shard import Entry, same_bytes
 
 _KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # of quantization_config
@@ -59,7 +60,7 @@ class Checkpoint:
         """Read config.json and the headers. Raises `ConfigError` and `WeightsError`; see also `check`."""
         path = Path(path)
         config = read_config(path)
-        entries = with_matrices(config, find_tensors(path, model_spec(config).module))
+        entries = _entries(path, config)
         config = _corrected(config, entries)
         spec = model_spec(config)
         form = _expert_form(spec, entries)
@@ -254,9 +255,15 @@ def describe_huggingface(path: Path) -> tuple[dict[str, Any], FormatMix]:
     depends = quantisation_of(config) is not None or spec.tied
     if not depends or not may_read_weights(path):
         return config, native_mix(config)
-    entries = with_matrices(config, find_tensors(path, spec.module))
+    entries = _entries(path, config)
     config = _corrected(config, entries)
     return config, native_mix(config, entries)
+
+
+def _entries(path: Path, config: Mapping[str, Any]) -> Mapping[str, Entry]:
+    """Where each tensor lies, and each matrix that several of them make, with experts apart that are stacked."""
+    spec = model_spec(config)
+    return with_matrices(config, experts_apart(spec, find_tensors(path, spec.module)))
 
 
 def _corrected(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:
