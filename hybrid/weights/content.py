@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, islice
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +42,9 @@ class Content:
 
     def chunks(self, tensor: StoreTensor) -> Iterator[Array]:
         """The stored array in order, in pieces of some MB at most: together `tensor.nbytes`."""
-        return _in_order(self._tasks(tensor))
+        tasks = self._tasks(tensor)
+        small = tensor.nbytes <= CHUNK_BYTES  # which is packed sooner than a thread begins
+        return (task() for task in tasks) if small else _in_order(tasks)
 
     def _tasks(self, tensor: StoreTensor) -> Iterator[Task]:
         match tensor.origin:
@@ -188,12 +189,7 @@ class Content:
 
 
 def _in_order(tasks: Iterator[Task]) -> Iterator[Array]:
-    """Results of the tasks, in order; threads run a few tasks ahead, where there is more than one."""
-    first = list(islice(tasks, 2))
-    if len(first) < 2:
-        yield from (task() for task in first)
-        return
-    tasks = chain(first, tasks)
+    """Results of the tasks, in order; threads run a few tasks ahead."""
     pool, ahead = ThreadPoolExecutor(THREADS), deque[Future[Array]]()
     try:
         for task in tasks:

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -36,6 +37,7 @@ def isas() -> list[str]:
     return [isa for isa in cpu_kernels.available_isas() if isa != "amx"]
 
 
+@cache
 def compiler() -> str:
     """What compiled the kernels, as the linker noted it in the extension."""
     data = Path(cpu_kernels._ext.__file__).read_bytes()
