@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,9 @@ import pytest
 import typer
 from checkpoints import gated, random_tensors, write_checkpoint, write_tensors
 from configs import CONFIGS
+from typer.testing import CliRunner
 
+from hybrid.commands.pack import app
 from hybrid.formats.mix import MIXES
 from hybrid.models import model_spec
 from hybrid.weights.checkpoints.huggingface import Checkpoint
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_model_is_packed_and_then_left_alone(tmp_path: Path) -> None:
     source, store = write_checkpoint(tmp_path / "hf", "qwen3_moe"), tmp_path / "new/store"
-    first = _run(source, store, "--hf", "--format", "bf16", "--check")
+    first = _run(source, store, "--hf", "--format", "bf16", "--check", process=True)
     assert (first.returncode, first.stdout) == (0, f"{store}: packed\n")
     assert first.stderr == ""
     Store.open(store, check=True).close()
@@ -60,7 +63,7 @@ def test_the_script_is_the_same_command(tmp_path: Path) -> None:
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
-    _refused(_run(tmp_path / "missing", tmp_path / "store"), "missing: no such directory")
+    _refused(_run(tmp_path / "missing", tmp_path / "store", process=True), "missing: no such directory")
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe")
     _refused(
         _run(source, tmp_path / "store", "--format", "int3"), "format 'int3' is unknown; allowed: auto, bf16, int8"
@@ -165,12 +168,27 @@ def synthetic() -> ModuleType:
     return module
 
 
-def _run(source: Path, store: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    paths = ["--input-path", str(source), "--output-path", str(store)]
-    command = [sys.executable, "-m", "hybrid.cli", "pack", *paths, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Ended:
+    """What a command said, and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def _refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+def _run(source: Path, store: Path, *options: str, process: bool = False) -> Ended:
+    """process: as a program of its own, which takes half a second to start."""
+    arguments = ["--input-path", str(source), "--output-path", str(store), *options]
+    if process:
+        command = [sys.executable, "-m", "hybrid.cli", "pack", *arguments]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+def _refused(result: Ended, message: str) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and message in result.stderr
