@@ -25,6 +25,8 @@ os.environ["HYBRID_SPECULATE"], os.environ["HYBRID_MAX_ITL_MS"] = "0", "0"  # st
 os.environ["HYBRID_BATCH_INVARIANT"] = "1"  # with AMX too: who shares a step depends on when requests come
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # or every process that tests start compiles all that it imports
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{_cache.name}/bytecode"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not os.path.exists("/dev/nvidiactl"):
