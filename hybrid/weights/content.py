@@ -43,7 +43,7 @@ class Content:
     def chunks(self, tensor: StoreTensor) -> Iterator[Array]:
         """The stored array in order, in pieces of some MB at most: together `tensor.nbytes`."""
         tasks = self._tasks(tensor)
-        small = tensor.nbytes <= CHUNK_BYTES  # which is packed sooner than a thread begins
+        small = tensor.nbytes <= 4 * CHUNK_BYTES  # which is packed about as soon as threads have begun
         return (task() for task in tasks) if small else _in_order(tasks)
 
     def _tasks(self, tensor: StoreTensor) -> Iterator[Task]:
