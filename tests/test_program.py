@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -118,88 +118,109 @@ def test_keys_are_padded_to_half_a_line_and_values_to_a_block() -> None:
     assert (layer.mixer.key_dim, layer.mixer.value_dim) == (96, 80)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
-def test_there_is_every_buffer_that_an_op_uses_and_no_other(name, text) -> None:
-    buffers, ops = program(SPECS[name], mix_of(text))
-    assert {buffer for op in ops for buffer in buffers_of(op)} == set(buffers)
-    assert all(size > 0 for size in buffers.values())
+@dataclass(frozen=True)
+class Program:
+    """The buffers and the ops of a model in a mix."""
+
+    text: str
+    spec: ModelSpec
+    mix: FormatMix
+    buffers: dict[str, int]
+    ops: list[Op]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
-def test_the_ops_read_every_tensor_of_the_store_and_no_other(name, text) -> None:
-    mix = mix_of(text)
-    _, ops = program(SPECS[name], mix)
-    used = {value.name for op in ops for _, value in values_of(op) if isinstance(value, Weight)}
-    assert used == {tensor.name for tensor in SPECS[name].store_tensors(mix)}
+@pytest.fixture(scope="module", params=SPECS)
+def programs(request: pytest.FixtureRequest) -> list[Program]:
+    """Those of a model in every mix, made once for all tests of them."""
+    spec = SPECS[request.param]
+    mixes = {text: mix_of(text) for text in TEXTS}
+    return [Program(text, spec, mix, *program(spec, mix)) for text, mix in mixes.items()]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
-def test_products_lie_within_their_tensors(name, text) -> None:
+def test_there_is_every_buffer_that_an_op_uses_and_no_other(programs) -> None:
+    for made in programs:
+        assert {buffer for op in made.ops for buffer in buffers_of(op)} == set(made.buffers), made.text
+        assert all(size > 0 for size in made.buffers.values()), made.text
+
+
+def test_the_ops_read_every_tensor_of_the_store_and_no_other(programs) -> None:
+    for made in programs:
+        used = {value.name for op in made.ops for _, value in values_of(op) if isinstance(value, Weight)}
+        assert used == {tensor.name for tensor in made.spec.store_tensors(made.mix)}, made.text
+
+
+def test_products_lie_within_their_tensors(programs) -> None:
     """A projection is its tensor; the experts are `expert_stride` apart and end with their down matrix."""
-    spec, mix = SPECS[name], mix_of(text)
-    sizes = {tensor.name: tensor.nbytes for tensor in spec.store_tensors(mix)}
+    for made in programs:
+        assert_products_lie_within_their_tensors(made)
+
+
+def assert_products_lie_within_their_tensors(made: Program) -> None:
+    spec, text = made.spec, made.text
+    sizes = {tensor.name: tensor.nbytes for tensor in spec.store_tensors(made.mix)}
     parts: dict[tuple[int | None, str], list[tuple[int, int, int]]] = {}
-    for op in program(spec, mix)[1]:
+    for op in made.ops:
         a = op.arguments
         if op.kind == "gemm":
-            assert packed_bytes(a["format"].name, a["columns"], a["inputs"]) == sizes[a["weight"].name]
+            assert packed_bytes(a["format"].name, a["columns"], a["inputs"]) == sizes[a["weight"].name], text
         for a in sets_of(op) if op.kind in ("gate_up", "down") else ():
             stride, start, name = a["expert_stride"], a["experts"].offset, a["experts"].name
             size = a["blocks"] * FORMATS[a["format"].name].block_bytes(a["inputs"])
             experts = spec.layers[op.layer or 0].feed_forward.experts
             count = max(1, experts) if name.endswith(".ffn.experts") else 1
-            assert stride * count == sizes[name]
+            assert stride * count == sizes[name], text
             parts.setdefault((op.layer, name), []).append((start, size, stride))
     for (layer, _), ((first, gate, _), (second, down, stride)) in parts.items():
         wide = spec.layers[layer or 0].feed_forward.wide
-        assert (first, second, second + down) == (0, wide * gate, stride)
+        assert (first, second, second + down) == (0, wide * gate, stride), text
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
-def test_products_read_rows_of_their_kind_that_fit_their_buffer(name, text) -> None:
-    buffers, ops = program(SPECS[name], mix_of(text))
-    for op in ops:
+def test_products_read_rows_of_their_kind_that_fit_their_buffer(programs) -> None:
+    for made in programs:
+        assert_products_read_rows_of_their_kind(made)
+
+
+def assert_products_read_rows_of_their_kind(made: Program) -> None:
+    for op in made.ops:
         for a in sets_of(op) if op.kind in ("gemm", "gate_up", "down") else ():
             kind = FORMATS[a["format"].name].rows
             buffer, _, width = a["input"].name.partition(".")
             for other, ending in (("int8", "8"), ("grouped", "_grouped"), ("wide", "_wide")):
-                assert buffer.endswith(ending) == (kind == other)
-            assert a["input_stride"] == row_bytes(int(width), kind) and a["inputs"] == -(-int(width) // 64) * 64
-            router = SPECS[name].layers[op.layer or 0].feed_forward.router
+                assert buffer.endswith(ending) == (kind == other), made.text
+            wanted = row_bytes(int(width), kind), -(-int(width) // 64) * 64
+            assert (a["input_stride"], a["inputs"]) == wanted, made.text
+            router = made.spec.layers[op.layer or 0].feed_forward.router
             routed = router and op.kind == "down" and a is op.arguments and a["experts"].name.endswith(".ffn.experts")
             count = router.top_k if router and routed else 1
-            assert ROWS * count * a["input_stride"] <= buffers[a["input"].name]
+            assert ROWS * count * a["input_stride"] <= made.buffers[a["input"].name], made.text
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", SPECS)
-def test_rows_are_written_before_they_are_read(name, text) -> None:
-    outputs = {
-        "norm": ("output", "output8", "output_grouped", "output_wide", "output_f32"),
-        "topk": ("ids", "weights"),
-        "router": ("logits",),
-    }
-    outputs |= {"qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")}
-    outputs |= {"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)}
-    outputs |= {"block_scores": ("scores",), "select_blocks": ("selected",)}
-    outputs |= {"select_pools": ("selected", "counts")}
-    outputs |= {"turn": ("q", "made"), "entry_scores": ("scores",), "see": ("seen", "counts")}
-    outputs |= {"stream_gates": ("output", "weights"), "ngrams": ("ids",), "ngram_gate": ("gates",)}
-    outputs |= {"collapse": ("output", "weights", "cleared"), "expand": ("streams",)}
-    outputs["topk"] += ("shared_weights",)
-    written: set[str] = set()
-    for op in program(SPECS[name], mix_of(text))[1]:
-        names = outputs.get(op.kind, ("output",))
-        reads = [v.name for key, v in values_of(op) if isinstance(v, Buffer) and key not in (*names, "states")]
-        given = {
-            read for read in reads if read.endswith("frequencies") or read.startswith((LENGTHS, UNNORMED, "ngram_hash"))
-        }
-        assert set(reads) - given <= written, op
-        written |= {v.name for key, v in op.arguments.items() if isinstance(v, Buffer) and key in names}
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "norm": ("output", "output8", "output_grouped", "output_wide", "output_f32"),
+    "topk": ("ids", "weights", "shared_weights"),
+    **{"router": ("logits",), "qkv": ("q",), "rope_table": ("table",), "gate_up": ("output", "shared_output")},
+    **{"latent": ("plain", "q"), "index": ("q",), "index_scores": ("scores",), "select": ("selected",)},
+    **{"block_scores": ("scores",), "select_blocks": ("selected",)},
+    **{"select_pools": ("selected", "counts")},
+    **{"turn": ("q", "made"), "entry_scores": ("scores",), "see": ("seen", "counts")},
+    **{"stream_gates": ("output", "weights"), "ngrams": ("ids",), "ngram_gate": ("gates",)},
+    **{"collapse": ("output", "weights", "cleared"), "expand": ("streams",)},
+}
+
+
+def test_rows_are_written_before_they_are_read(programs) -> None:
+    for made in programs:
+        written: set[str] = set()
+        for op in made.ops:
+            names = OUTPUTS.get(op.kind, ("output",))
+            reads = {v.name for key, v in values_of(op) if isinstance(v, Buffer) and key not in (*names, "states")}
+            given = {
+                read
+                for read in reads
+                if read.endswith("frequencies") or read.startswith((LENGTHS, UNNORMED, "ngram_hash"))
+            }
+            assert reads - given <= written, (made.text, op)
+            written |= {v.name for key, v in op.arguments.items() if isinstance(v, Buffer) and key in names}
 
 
 BEFORE, AFTER = ["norm", "gemm", "qkv", "attention"], ["gemm", "norm"]
