@@ -22,6 +22,8 @@ SHAPES = [(6, 2, 24), (8, 1, 64), (2, 2, 128), (3, 1, 40), (9, 1, 96)]  # heads,
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 700]
 TOKENS = 1024
 Place = tuple[int, int]  # slot, position
+KeysValues = tuple[np.ndarray, np.ndarray]  # float64 [KV heads, TOKENS, their size]
+Stored = dict[int, KeysValues]  # by slot
 
 
 @pytest.fixture(params=KV_FORMATS)
@@ -115,13 +117,15 @@ class Sequences:
         assert (output[rows:] == -7).all() and (output[:, heads * out :] == -7).all()
         return output[:rows, : heads * out].reshape(rows, heads, out)
 
-    def stored(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """What its keys and values stand for, float64 [KV heads, TOKENS, their size]."""
+    def stored(self, slot: int) -> KeysValues:
+        """What its keys and values stand for."""
         keys, values = self.pages.keys(slot), self.pages.values(slot)
-        return keys[..., : self.shape[2]].astype(np.float64), values[..., : self.v.shape[-1]].astype(np.float64)
+        exact = partial(np.asarray, dtype=np.float64)
+        return exact(keys[..., : self.shape[2]]), exact(values[..., : self.v.shape[-1]])
 
-    def check(self, output: np.ndarray, places: list[Place], window: int = 0) -> None:
-        stored = {slot: self.stored(slot) for slot in {slot for slot, _ in places}}
+    def check(self, output: np.ndarray, places: list[Place], window: int = 0, stored: Stored | None = None) -> None:
+        """stored: what its slots hold, if that is known."""
+        stored = stored or {slot: self.stored(slot) for slot in {slot for slot, _ in places}}
         for row, (slot, position) in enumerate(places):
             seen = slice(max(0, position - window + 1) if window else 0, position + 1)
             assert_near(output[row], self.expected((slot, position), *(part[:, seen] for part in stored[slot])))
@@ -296,20 +300,20 @@ def test_states_of_the_keys_up_to_a_split_join_those_behind_it(isa, kv_format, s
     states = aligned((len(places), shape[0], sequences.pages.value_dim + STATE_EXTRA), np.float32, fill=np.nan)
     output = sequences.run(isa, places, window=window, threads=2, ends=ends, partials=states)
     assert (output == -7).all()  # nothing but states
-    stored = [sequences.stored(slot) for slot in range(3)]
+    stored = {slot: sequences.stored(slot) for slot in range(3)}
     joined = np.stack(
         [
             join_rest(sequences, place, stored[place[0]], end, state, window)
             for place, end, state in zip(places, ends, states, strict=True)
         ]
     )
-    sequences.check(joined.astype(BF16), places, window)
+    sequences.check(joined.astype(BF16), places, window, stored)
 
 
 def join_rest(
     sequences: Sequences,
     place: Place,
-    stored: tuple[np.ndarray, np.ndarray],
+    stored: KeysValues,
     end: int,
     states: np.ndarray,
     window: int,
