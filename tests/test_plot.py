@@ -82,18 +82,21 @@ FIGURES = [
 
 @pytest.mark.parametrize(("kind", "source", "words"), FIGURES, ids=lambda value: str(value)[:20])
 def test_every_figure_is_drawn_in_both_formats(folder: Path, tmp_path: Path, kind: str, source: str, words) -> None:
+    """As SVG twice, to the same bytes; the first of a kind as PNG and PDF too, of which matplotlib alone knows."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra [research]")
-    for suffix in (".png", ".svg", ".again.svg", ".pdf"):
+    first = source == next(other for same, other, _ in FIGURES if same == kind)
+    suffixes = [".svg", ".again.svg", *([".png", ".pdf"] if first else [])]
+    for suffix in suffixes:
         target = tmp_path / f"figure{suffix}"
         result = CliRunner().invoke(plot.app, [kind, str(folder / source), str(target), "--title", "A title"])
         assert (result.exit_code, result.stdout) == (0, ""), result.output
         assert ("--shape" in result.stderr) == (kind == "layers" and source != "hits.csv")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert not first or (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     drawing = (tmp_path / "figure.svg").read_text()
     assert all(word in drawing for word in ["A title", *words])
     assert drawing == (tmp_path / "figure.again.svg").read_text()
-    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
-    assert len(list(tmp_path.iterdir())) == 4
+    assert not first or (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    assert len(list(tmp_path.iterdir())) == len(suffixes)
 
 
 @pytest.mark.parametrize(
