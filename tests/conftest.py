@@ -27,7 +27,6 @@ os.environ["HYBRID_BATCH_INVARIANT"] = "1"  # with AMX too: who shares a step de
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # or every process that tests start compiles all that it imports
-    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = f"{_cache.name}/bytecode"
     sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
     signal.signal(signal.SIGINT, signal.default_int_handler)
