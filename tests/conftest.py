@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from rig import ISAS
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: a worker has one core to itself
+from rig import ISAS  # noqa: E402
 
 for name in list(os.environ):
     if name == "OMP_NUM_THREADS" or (
