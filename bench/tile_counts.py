@@ -15,24 +15,22 @@ from typing import Any
 
 from kernel_cases import Shape
 
-from hybrid.formats import FORMATS, GROUPED
+from hybrid.formats import GROUPED
 from hybrid.formats.block import BLOCK, K_ALIGN, round_up
 from hybrid.formats.packed import packed_bytes
 
 TILE_ROWS = 16  # of the left operand
+TILE_LINES = 16  # of the right one
 # With fewer rows AVX-512 multiplies, without tiles.
-FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "fp8_row": 3, "mxfp4": 7} | dict.fromkeys(GROUPED, 17)
+FIRST_ROWS = {"bf16": 7, "int8": 17, "int4": 17, "fp8": 3, "fp8_row": 3, "mxfp4": 7} | dict.fromkeys(GROUPED, 16)
 MAX_BLOCKS = 4  # multiplied together, by 16 rows; by 32 rows half as many
 PANEL_INPUTS = 256
 LINE = 64  # bytes
 PRODUCT_CYCLES, LATENCY = 16, 52
 NEAR_LINE, FAR_LINE, STORED_LINE = 1 / 2, 64 / 48, 1  # cycles a line: first-level cache, second, stored
 # Inputs that share scales, as tiles multiply them; others have one chain of sums.
-SEGMENTS = (
-    {"int8": 256, "int4": 256, "fp8": 128, "fp8_row": 256}
-    | dict.fromkeys(GROUPED, 32)
-    | dict.fromkeys(("q6_k", "q4_t", "q2_k"), 16)
-)
+SEGMENTS = {"int8": 256, "int4": 256, "fp8": 128, "fp8_row": 256}
+BYTES = ("int8", "int4")  # multiplied as such, four inputs to a word; others as pairs of bf16
 OPENED = ("bf16", "int8")  # whose stored lines are multiplied as they are
 
 
@@ -80,11 +78,10 @@ def count(format: str, rows: int, columns: int, inputs: int) -> Counts:
 
 def _pass(counts: Counts, format: str, high: int, width: int, inputs: int, times: int) -> None:
     """`high` tiles of rows by `width` blocks over all panels, as often as there are such groups of blocks."""
-    lines, chained = min(16, SEGMENTS.get(format, PANEL_INPUTS) // 4), format not in SEGMENTS
-    step = lines * (4 if FORMATS[format].integer else 2)  # inputs of a product
-    steps = -(-inputs // step)
-    counts.load(times * steps * width, lines, FAR_LINE)
-    counts.load(times * steps * high, TILE_ROWS, NEAR_LINE * (lines / 16))
+    chained = format not in SEGMENTS
+    steps = -(-inputs // (TILE_LINES * (4 if format in BYTES else 2)))
+    counts.load(times * steps * width, TILE_LINES, FAR_LINE)
+    counts.load(times * steps * high, TILE_ROWS)
     counts.products += times * steps * high * width
     counts.multiplying += times * steps * max(high * width * PRODUCT_CYCLES, LATENCY)  # every sum waits for its last
     panels = -(-inputs // PANEL_INPUTS)
@@ -101,7 +98,7 @@ def tile_report(shape: Shape, formats: list[str], rows: list[int]) -> dict[str, 
 
 def _row(shape: Shape, format: str, rows: int) -> dict[str, Any]:
     counts = count(format, rows, shape.columns, shape.hidden)
-    each = 1024 if FORMATS[format].integer else 512  # multiplications a cycle of whole tiles
+    each = 1024 if format in BYTES else 512  # multiplications a cycle of whole tiles
     ideal = rows * shape.columns * shape.hidden / each
     opened = 0 if format in OPENED or not counts.products else _opened_bytes(format, shape)
     return {
@@ -120,5 +117,5 @@ def _row(shape: Shape, format: str, rows: int) -> dict[str, Any]:
 
 def _opened_bytes(format: str, shape: Shape) -> int:
     """Of the lines that stored ones are opened to, once for all rows: int8 or bf16."""
-    size = 1 if FORMATS[format].integer else 2
+    size = 1 if format in BYTES else 2
     return round_up(shape.columns, BLOCK) * round_up(shape.hidden, K_ALIGN) * size

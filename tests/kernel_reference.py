@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from rig import SCALE_INPUTS, dequantised_rows, int4_on_tiles, mxfp4_on_tiles
+from rig import SCALE_INPUTS, dequantised_rows, other_on_tiles
 
 from hybrid.formats import GROUPED
 
@@ -76,12 +76,19 @@ def format_product(format: str, x: np.ndarray, w: np.ndarray) -> Near:
 
 def operand_product(isa: str, format: str, rows: np.ndarray, w: np.ndarray) -> Near:
     """All rows of one product, as `rig.rows_of` makes them, times w [n, k], what weights of a format stand for."""
-    tiles = mxfp4_on_tiles(isa, format, len(rows))
+    tiles = other_on_tiles(isa, format, len(rows))
     x = dequantised_rows(format, rows, w.shape[1], tiles)
-    if int4_on_tiles(isa, format, len(rows)):
-        near = format_product("int8", x, w)
-        return Near(near.value, near.bound + np.abs(x) @ int4_half_steps(w).T)
-    return product(x, w) if tiles else format_product(format, x, w)
+    if not tiles:
+        return format_product(format, x, w)
+    near = product(x, w) if format != "int4" else format_product("int8", x, w)
+    return Near(near.value, near.bound + np.abs(x) @ rounded_on_tiles(format, w).T)
+
+
+def rounded_on_tiles(format: str, w: np.ndarray) -> np.ndarray:
+    """How far weights [n, k] are rounded where `other_on_tiles`: those of mxfp4 are not, codes in groups to bf16."""
+    if format == "int4":
+        return int4_half_steps(w)
+    return np.abs(w) * (0 if format == "mxfp4" else BF16)
 
 
 def int4_half_steps(w: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from hybrid.formats.block import K_ALIGN, round_up
 BF16 = ml_dtypes.bfloat16
 SUM_INPUTS, SCALE_INPUTS = 32, 256  # inputs that share a sum and a scale in an int8 activation row
 GROUP_INPUTS = 32  # those that share a scale and a sum in a grouped one
-MXFP4_TILE_ROWS, INT4_TILE_ROWS = 7, 17  # rows of a product from which matrix tiles multiply, where there are any
+# Formats of which matrix tiles, where there are any, multiply other operands: from so many rows of a product on.
+OTHER_ON_TILES = {"mxfp4": 7, "int4": 17} | dict.fromkeys(GROUPED, 16)
 ISAS = os.environ.get("HYBRID_TEST_ISA", "").split() or cpu_kernels.available_isas()  # those that tests try in turn
 
 
@@ -193,24 +194,21 @@ def row_steps(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
     return found[:, ::2].repeat(GROUP_INPUTS, axis=1)[:, :width]
 
 
-def mxfp4_on_tiles(isa: str, format: str, rows: int) -> bool:
-    """Whether a product of so many rows multiplies mxfp4 on matrix tiles: the bf16 of wide rows, not whole numbers."""
-    return isa == "amx" and format == "mxfp4" and rows >= MXFP4_TILE_ROWS
-
-
-def int4_on_tiles(isa: str, format: str, rows: int) -> bool:
-    """Whether a product of so many rows multiplies int4 on matrix tiles, rounded once more: `kernel_reference`."""
-    return isa == "amx" and format == "int4" and rows >= INT4_TILE_ROWS
+def other_on_tiles(isa: str, format: str, rows: int) -> bool:
+    """Whether a product of so many rows multiplies other operands on matrix tiles than elsewhere: bytes of int4 rounded
+    once more (`kernel_reference`), or bf16 where rows are wide or grouped."""
+    return isa == "amx" and rows >= OTHER_ON_TILES.get(format, rows + 1)
 
 
 def dequantised_rows(format: str, rows: np.ndarray, width: int, tiles: bool = False) -> np.ndarray:
-    """What a left operand stands for, exactly: float64 [m, width]. tiles: a wide one where `mxfp4_on_tiles`."""
+    """What a left operand stands for, exactly: float64 [m, width]. tiles: where `other_on_tiles`."""
     kind = FORMATS[format].rows
     if kind == "bf16":
         return rows[:, :width].astype(np.float64)
-    if tiles:
+    if tiles and kind == "wide":
         return np.ascontiguousarray(rows[:, wide_row_parts(width)[0]]).view(BF16)[:, :width].astype(np.float64)
-    return whole_numbers(rows, width, kind) * row_steps(rows, width, kind).astype(np.float64)
+    values = whole_numbers(rows, width, kind) * row_steps(rows, width, kind)
+    return (values.astype(BF16) if tiles and kind == "grouped" else values).astype(np.float64)
 
 
 def whole_numbers(rows: np.ndarray, width: int, kind: str) -> np.ndarray:

@@ -1,5 +1,5 @@
 // Kernels on tiles against themselves and against those of AVX-512: bits do not depend on how many rows are multiplied
-// together if all take tiles, and those of the integer formats but int4, and of nvfp4, not on whether tiles are taken.
+// together if all take tiles, and those of int8 and of nvfp4 not on whether tiles are taken.
 #include "layer.h"
 #include "reference.h"
 
@@ -60,8 +60,8 @@ bool require(bool holds, const Parts&... parts) {
 
 constexpr int kIntegerTileRows = 17;  // as in formats/int8.h
 
-// An integer format: with the kernels of `with`, as on tiles.
-bool check_integers(const char* name, const Kernels& with, const Format& format, const Shape& shape, int rows) {
+// One whose sums are exact: with the kernels of `with`, as on tiles.
+bool check_exact(const char* name, const Kernels& with, const Format& format, const Shape& shape, int rows) {
   const long before = integer_tile_products;
   bool passed = work(with, format, shape, rows, others);
   const bool tiled = format.format != hybrid::Format::nvfp4;
@@ -73,7 +73,7 @@ bool check_integers(const char* name, const Kernels& with, const Format& format,
 }
 
 bool check_shape(const Format& format, const Shape& shape) {
-  const bool integer = format.format == hybrid::Format::int8 || format.format >= hybrid::Format::nvfp4;
+  const bool exact = format.format == hybrid::Format::int8 || format.format == hybrid::Format::nvfp4;
   fill_input(format, shape.inputs);
   for (int expert = 0; expert < kExperts; expert += 2)
     for (int part = 0; part < 2; ++part) fill_matrix(format, shape, expert, part, 2);
@@ -84,11 +84,11 @@ bool check_shape(const Format& format, const Shape& shape) {
     passed &= work(always, format, shape, rows, others);
     passed &= require(same(on_tiles, others, rows, shape), format.name, " ", rows, " x ", shape.inputs,
                       ": other bits than among 100 rows");
-    if (!integer) continue;
-    passed &= check_integers("threshold", many, format, shape, rows);
-    passed &= check_integers("avx512_bf16", never, format, shape, rows);
+    if (!exact) continue;
+    passed &= check_exact("threshold", many, format, shape, rows);
+    passed &= check_exact("avx512_bf16", never, format, shape, rows);
   }
-  if (integer || shape.inputs < 320) return passed;
+  if (exact || shape.inputs < 320) return passed;
   passed &= work(never, format, shape, kMaxRows, others);
   return passed & require(!same(on_tiles, others, kMaxRows, shape), format.name, ": the bits of AVX-512, not of tiles");
 }

@@ -1,5 +1,6 @@
 // The matrix products of one kernel table, KERNELS, against sums in double precision: every format, row count and
 // shape.
+#include "executor/grouped.h"
 #include "layer.h"
 #include "reference.h"
 
@@ -25,12 +26,16 @@ void fill_and_multiply(const Format& format, const Shape& shape, int expert, int
   for (int r = 0; r < kMaxRows; ++r)
     for (int c = 0; c < shape.columns; ++c)
       products[expert][part][r][c] = reference::dot(input_values[r], weights[c], padded(shape.inputs));
-  if (format.format != hybrid::Format::int4 || !tiled()) return;
-  for (int r = 0; r < kMaxRows; ++r) {
-    double bound = 0;
-    for (int i = 0; i < shape.inputs; ++i) bound += reference::magnitude(input_values[r][i]) * formats::kInt4Rounding;
-    for (int c = 0; c < shape.columns; ++c) products[expert][part][r][c].bound += bound;
-  }
+  const bool int4 = format.format == hybrid::Format::int4;
+  if (!tiled() || !(int4 || hybrid::is_grouped(format.format))) return;
+  for (int r = 0; r < kMaxRows; ++r)
+    for (int c = 0; c < shape.columns; ++c) {
+      double bound = 0;  // of weights of int4; of both operands, rounded to bf16
+      for (int i = 0; i < shape.inputs; ++i)
+        bound += reference::magnitude(input_values[r][i]) *
+                 (int4 ? formats::kInt4Rounding : 2 * reference::kBf16 * reference::magnitude(weights[c][i]));
+      products[expert][part][r][c].bound += bound;
+    }
 }
 
 void fill_experts(const Format& format, const Shape& shape, int parts) {

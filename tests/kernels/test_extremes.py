@@ -5,7 +5,19 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from rig import BF16, ISAS, Rig, aligned, dequantised_rows, format_of, int4_on_tiles, placed, row_stride, rows_of
+from rig import (
+    BF16,
+    ISAS,
+    Rig,
+    aligned,
+    dequantised_rows,
+    format_of,
+    other_on_tiles,
+    packed,
+    placed,
+    row_stride,
+    rows_of,
+)
 
 from hybrid.formats import FORMATS, FP8, MXFP4
 
@@ -19,7 +31,7 @@ def assert_exact(isa, format, x, blocks, n) -> np.ndarray:
     for first in (0, m - ROWS[0]):
         for rows in ROWS:
             part = rows_of(format, x[first : first + rows])
-            if not int4_on_tiles(isa, format, len(part)):
+            if format != "int4" or not other_on_tiles(isa, format, len(part)):
                 assert np.array_equal(
                     multiply(isa, format, part, blocks, n, k), dequantised_rows(format, part, k) @ values.T
                 )
@@ -139,3 +151,30 @@ def test_int4_on_tiles_is_rounded_to_127ths_of_what_the_largest_scale_reaches(k)
     slack = 2.0**-20 * (np.abs(x) @ np.abs(weights[:, :k]).T)
     assert (np.abs(multiply("amx", "int4", rows, blocks, n, k) - expected) <= slack).all()
     assert np.abs(expected - x @ ((codes - 8.0) * wide)[:, :k].T).max() > 100 * slack.max()
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="no matrix tiles here")
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q5_0", "q6_k"])  # fp32 holds their weights, so bf16 rounds once
+def test_codes_in_groups_are_rounded_to_bf16_on_tiles(format) -> None:
+    n, k, rows = 48, 600, 40
+    random = np.random.default_rng(1)
+    blocks, weights = packed(
+        format, (random.standard_normal((n, k)) * 2.0 ** random.integers(-9, 9, (n, 1))).astype(BF16)
+    )
+    rounded = (weights.view(np.uint32) + 0x8000 & 0xFFFF0000).view(np.float32).astype(np.float64)
+    x = rows_of(format, random.standard_normal((rows, k)).astype(BF16))
+    values = dequantised_rows(format, x, k, tiles=True)
+    slack = 2.0**-18 * (np.abs(values) @ np.abs(rounded).T)
+    assert (np.abs(multiply("amx", format, x, blocks, n, k) - values @ rounded.T) <= slack).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "bits", [0x7FFF, 0xFFFF, 0x7E00, 0x7C00], ids=hex
+)  # rounded as they are, the first ones become zeros
+def test_a_scale_that_is_none_shows(isa, bits, rows) -> None:
+    n, k = 32, 64
+    blocks, _ = packed("q8_0", np.ones((n, k), BF16))
+    blocks.reshape(2, -1)[1].view(np.uint16)[5] = bits  # of the first 32 inputs of column 21
+    made = multiply(isa, "q8_0", rows_of("q8_0", np.ones((rows, k), BF16)), blocks, n, k)
+    assert not np.isfinite(made[:, 21]).any() and np.isfinite(np.delete(made, 21, axis=1)).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_reference import int4_half_steps
+from kernel_reference import rounded_on_tiles
 from kv_pages import KvPages, SharedPages
 from rig import (
     BF16,
@@ -12,8 +12,7 @@ from rig import (
     aligned,
     dequantised_rows,
     format_of,
-    int4_on_tiles,
-    mxfp4_on_tiles,
+    other_on_tiles,
     packed,
     random_bf16,
     rows_of,
@@ -212,11 +211,12 @@ def test_every_head_has_a_matrix_of_its_own(isa, format, rows) -> None:
         rig.run(rows)
         outputs.append(output.copy())
     assert outputs[0].tobytes() == outputs[1].tobytes() and (output[..., columns:] == -7).all()
-    exact = dequantised_rows(format, x, inputs, mxfp4_on_tiles(isa, format, rows)).reshape(rows, heads, inputs)
+    tiles = other_on_tiles(isa, format, rows)
+    exact = dequantised_rows(format, x, inputs, tiles).reshape(rows, heads, inputs)
     for head, (_, matrix) in enumerate(matrices):
         wanted = exact[:, head] @ matrix.astype(np.float64).T
         bound = np.abs(exact[:, head]) @ np.abs(matrix.astype(np.float64)).T
         allowed = 2**-8 * np.abs(wanted) + 1e-5 * bound
-        if int4_on_tiles(isa, format, rows):
-            allowed += np.abs(exact[:, head]) @ int4_half_steps(matrix).T
+        if tiles:
+            allowed += np.abs(exact[:, head]) @ rounded_on_tiles(format, matrix).T
         assert (np.abs(output[:, head, :columns].astype(np.float64) - wanted) <= allowed).all()

@@ -36,12 +36,10 @@ def stated(op: str, isa: str, rows: int, **changes: Any) -> int:
     return int(cpu_kernels.scratch_bytes(op, isa, rows, **OPS[op] | nowhere | strides | changes))
 
 
-# Inputs and bytes of a strip, 32 rows as tiles multiply them: 512 bytes of each row, or 256; and of whole numbers three
-# terms of each row for every scale that it has. nvfp4 is not multiplied by tiles.
-STRIPS = (
-    dict.fromkeys(("bf16", "fp8", "fp8_row", "mxfp4"), (256, 32 * 512 + 64))
-    | {"int8": (512, 32 * (512 + 2 * 12)), "int4": (512, 32 * (512 + 2 * 12))}
-    | dict.fromkeys(GROUPED, (256, 32 * (256 + 16 * 12)))
+# Inputs and bytes of a strip, 32 rows as tiles multiply them: 512 bytes of each row; and of whole numbers two terms of
+# each row for every scale that it has. nvfp4 is not multiplied by tiles.
+STRIPS = dict.fromkeys(("bf16", "fp8", "fp8_row", "mxfp4", *GROUPED), (256, 32 * 512 + 64)) | dict.fromkeys(
+    ("int8", "int4"), (512, 32 * (512 + 2 * 8))
 )
 
 

@@ -1,7 +1,8 @@
 // Codes of 2, 4, 5, 6 or 8 bits, or for 16 bytes of a table, in groups of 32 or 16 inputs. Whatever a format's scales
 // are, they are opened to fp32, a scale and a minimum for each group and column: few rows do so on the way; for many,
 // 256 inputs are opened first, so that their kernels know but how large a group is. The minimum, which stands for the
-// offset of codes as well, is multiplied by the sum of the activations, which have a scale and a sum for each 32.
+// offset of codes as well, is multiplied by the sum of the activations, which have a scale and a sum for each 32. On
+// matrix tiles they are bf16: ops/tiles.h.
 #pragma once
 
 #include "executor/grouped.h"
@@ -17,7 +18,7 @@ struct Grouped {
   static constexpr bool tiled = true;
   static constexpr bool opened = false;
   static constexpr int step_inputs = 4;
-  static constexpr int tile_rows = 17;
+  static constexpr int tile_rows = 16;
   GroupLayout layout;
 };
 
@@ -75,6 +76,12 @@ struct GroupBlocks {
         part_bytes(layout.part_bytes()),
         stride(layout.block_bytes(inputs)),
         first(matrix + block * stride) {}
+  // From the j-th of them on.
+  HYBRID_INLINE GroupBlocks behind(int j) const {
+    GroupBlocks w = *this;
+    w.first += j * stride;
+    return w;
+  }
   // Of the 256 inputs that `input` is one of, where there are any.
   HYBRID_INLINE const char* factors(int input) const { return first + input / kScaleInputs * kLine; }
   // What codes stand for, if there is a table: the 16 bytes four times.

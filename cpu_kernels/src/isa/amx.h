@@ -1,7 +1,7 @@
 // AMX beside AVX-512: eight registers of 16 lines of 64 bytes, and products of two of them added to a third.
 //
-// A tile of the left operand is 16 rows of up to 64 bytes, one of the right operand up to 16 packed lines as they are
-// stored, one of sums 16 rows of 16 columns. Few rows take the kernels of AVX-512 on the same packed layout.
+// A tile of the left operand is 16 rows of 64 bytes, one of the right operand 16 lines, as they are stored or opened,
+// one of sums 16 rows of 16 columns. Few rows take the kernels of AVX-512 on the same packed layout.
 #pragma once
 
 #include "isa/avx512_bf16.h"
@@ -78,15 +78,38 @@ struct ScaledNibbles {
   }
 };
 
+// A line of codes, four inputs of 16 columns, opened to two lines of bf16 pairs: times a scale, and some start.
+struct ScaledCodes {
+  // NaN becomes infinity: what rounds below would make a number of some.
+  static __m512 factor(__m512 x) { return _mm512_min_ps(x, _mm512_set1_ps(__builtin_inff())); }
+  static void open(__m512i codes, __m512 scale, __m512 start, char* out) {
+    const __m512i low = _mm512_set1_epi32(255);
+    const auto value = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, start); };
+    const __m512 first = value(_mm512_and_si512(codes, low));
+    const __m512 second = value(_mm512_and_si512(_mm512_srli_epi32(codes, 8), low));
+    const __m512 third = value(_mm512_and_si512(_mm512_srli_epi32(codes, 16), low));
+    const __m512 fourth = value(_mm512_srli_epi32(codes, 24));
+    _mm512_store_si512(out, Avx512Bf16::make_line(rounded(first), rounded(second)));
+    _mm512_store_si512(out + kLine, Avx512Bf16::make_line(rounded(third), rounded(fourth)));
+  }
+
+ private:
+  // The upper half is bf16. Integers, since the instruction that converts takes as long as four of these.
+  static __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
+  }
+};
+
 // Assembly instead of intrinsics: those take no template parameter for the number of a tile, and gcc's do not say which
 // memory they read, so that stores before them could come too late.
 struct Amx : Avx512Bf16 {
   static constexpr bool has_tiles = true;
   using Fp4 = WordFp4;
   using Nibbles = ScaledNibbles;
+  using GroupPairs = ScaledCodes;
 
-  // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) `lines` lines of the right one.
-  static void load_tiles(int lines) {
+  // Tiles [0, 4) hold 16 rows of sums, [4, 6) 16 rows of the left operand, [6, 8) 16 lines of the right one.
+  static void load_tiles() {
     struct alignas(64) {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
@@ -94,8 +117,8 @@ struct Amx : Avx512Bf16 {
     } shape = {};
     shape.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      shape.rows[i] = uint8_t(i < 6 ? kBlock : lines);
-      shape.row_bytes[i] = uint16_t(i / 2 == 2 ? 4 * lines : kLine);
+      shape.rows[i] = kBlock;
+      shape.row_bytes[i] = kLine;
     }
     __asm__ volatile("ldtilecfg %0" : : "m"(shape));
   }

@@ -2,7 +2,7 @@
 // the next pass needs it, and segments are merged between the products of those behind them. While tiles multiply,
 // vectors add or multiply one line a cycle, and one line is stored, so that merging is free where a segment is long.
 //
-// Sums of a segment are those of the other kernels: integers exactly, so that these formats give the same bits.
+// Sums of a segment of int8 are those of the other kernels, exactly, so that it gives the same bits.
 #pragma once
 
 #include "ops/tile_strip.h"
@@ -96,7 +96,7 @@ template <class Format, int TM, int TN, class Before, class After>
 static HYBRID_INLINE void multiply_step(const char* left, const char* line, const Lines& w, Before before,
                                         After after) {
   repeat<TM>([&](auto i) __attribute__((always_inline)) {
-    Isa::load_tile<kLeft + i.value>(left + i.value * Strip<Format>::distance, kTileRowBytes<Format>);
+    Isa::load_tile<kLeft + i.value>(left + i.value * Strip<Format>::distance, kLine);
     repeat<TN>([&](auto j) __attribute__((always_inline)) {
       constexpr int right = kRight + j.value % 2, sum = i.value * TN + j.value;
       if constexpr (i.value == 0) Isa::load_passing_tile<right>(line + j.value * w.block_stride, w.line_stride);
@@ -117,7 +117,7 @@ class ChainPasses {
   HYBRID_INLINE void pass(int block, Ahead& ahead) {
     float* const sums = panel_.sums_of(row_, block);
     const char* line = panel_.line(block, panel_.operands.first);
-    const int tiles = (panel_.last - panel_.operands.first) * Format::steps / kTileLines<Format>;
+    const int tiles = (panel_.last - panel_.operands.first) * Format::steps / kTileLines;
     SumsAhead<TM * kTileRows, TN> next{sums + TN * panel_.sums_stride, panel_.sums_stride};
     step(0, line, [&](auto c) __attribute__((always_inline)) {
       if (unstored_) store(c);
@@ -126,7 +126,7 @@ class ChainPasses {
     ahead.fetch();
     next.fetch();
     for (int tile = 1; tile < tiles; ++tile) {
-      line += kTileLines<Format> * panel_.operands.line_stride;
+      line += kTileLines * panel_.operands.line_stride;
       step(tile, line, [](auto) {});
       ahead.fetch();
       next.fetch();
@@ -174,14 +174,14 @@ class SegmentPasses {
 
   HYBRID_INLINE void pass(int block, Ahead& ahead) {
     for (int line = panel_.operands.first; line < panel_.last;) {
-      Part* const parts = parts_[turn_];
+      Part& part = parts_[turn_];
       turn_ ^= 1;
-      const int end = min(panel_.last, line + kTogether * Format::segment);
-      if (unstored_ && end - line == kTogether * Format::segment)
-        multiply_and_merge(parts, block, line, ahead);
+      const int end = min(panel_.last, line + Format::segment);
+      if (unstored_ && end - line == Format::segment)
+        multiply_and_merge(part, block, line, ahead);
       else
-        multiply(parts, block, line, end, ahead);
-      merge_next(parts, block, line, end);
+        multiply(part, block, line, end, ahead);
+      merge_next(part, block, line, end);
       line = end;
     }
   }
@@ -193,46 +193,44 @@ class SegmentPasses {
 
  private:
   static constexpr int kTiles = TM * TN, kRows = TM * kTileRows;
-  static constexpr int kSteps = Format::segment * Format::steps / kTileLines<Format>;  // products of a whole segment
-  // Segments that are merged at once. Those of 32 inputs or 16 come in pairs: inputs are a multiple of 64.
-  static constexpr int kTogether = kSteps >= 4 ? 1 : 2;
+  static constexpr int kSteps = Format::segment * Format::steps / kTileLines;  // products of a whole segment
   // Products with some rows to be merged behind each: all but the first ones, which store the last tiles of sums.
-  static constexpr int kMerging = (kTogether * kSteps - 1) * kTiles;
-  static_assert(!Format::integer || kTermLines<Format> == Format::segment);
+  static constexpr int kMerging = (kSteps - 1) * kTiles;
+  static_assert(!Format::integer || Format::segment * Format::line_inputs == kScaleInputs);
 
   using Part = int32_t[kRows][TN][kBlock];  // or fp32
 
-  // Segments whose parts are to be merged.
+  // A segment whose part is to be merged.
   struct Merging {
-    const Part* parts;
+    const Part* part;
     float* sums;  // of the first row and block
     int64_t sums_stride;
     const char* header;
     int64_t stride;  // from block to block
     int term;
     bool stored, finishes;  // whether there are sums to be added to; whether they are the last
-    F32 scale[TN][kTogether], minimum[TN][kTogether];
+    F32 scale[TN];
   };
 
-  // Some whole segments, while those before them are merged.
-  HYBRID_INLINE void multiply_and_merge(Part* parts, int block, int line, Ahead& ahead) {
+  // A whole segment, while the one before it is merged.
+  HYBRID_INLINE void multiply_and_merge(Part& part, int block, int line, Ahead& ahead) {
     if (merging_.finishes)
-      merging_.stored ? multiply_and_merge<true, true>(parts, block, line, ahead)
-                      : multiply_and_merge<false, true>(parts, block, line, ahead);
+      merging_.stored ? multiply_and_merge<true, true>(part, block, line, ahead)
+                      : multiply_and_merge<false, true>(part, block, line, ahead);
     else
-      merging_.stored ? multiply_and_merge<true, false>(parts, block, line, ahead)
-                      : multiply_and_merge<false, false>(parts, block, line, ahead);
+      merging_.stored ? multiply_and_merge<true, false>(part, block, line, ahead)
+                      : multiply_and_merge<false, false>(part, block, line, ahead);
   }
 
   template <bool stored, bool finishes>
-  HYBRID_INLINE void multiply_and_merge(Part* parts, int block, int line, Ahead& ahead) {
+  HYBRID_INLINE void multiply_and_merge(Part& part, int block, int line, Ahead& ahead) {
     const Merging merging = merging_;
     const char* at = panel_.line(block, line);
     const char* left = strip_.tile(tile(line));
-    repeat<kTogether * kSteps>([&](auto s) __attribute__((always_inline)) {
+    repeat<kSteps>([&](auto s) __attribute__((always_inline)) {
       constexpr int step = s.value;
       const auto before = [&](auto c) __attribute__((always_inline)) {
-        if constexpr (step % kSteps == 0) begin(c);
+        if constexpr (step == 0) begin(c);
       };
       const auto after = [&](auto c) __attribute__((always_inline)) {
         constexpr int done = (step - 1) * kTiles + decltype(c)::value;
@@ -240,35 +238,31 @@ class SegmentPasses {
           merge_rows<stored, finishes>(merging, kRows * done / kMerging, kRows * (done + 1) / kMerging);
       };
       multiply_step<Format, TM, TN>(left, at, panel_.operands, before, after);
-      if constexpr (step % kSteps == 0) unstored_ = &parts[step / kSteps];
+      if constexpr (step == 0) unstored_ = &part;
       ahead.fetch();
-      left += kTileBytes<Format>;
-      at += kTileLines<Format> * panel_.operands.line_stride;
+      left += kTileBytes;
+      at += kTileLines * panel_.operands.line_stride;
     });
   }
 
-  // Some segments before any was multiplied, or a short one. What is to be merged is, behind them.
-  HYBRID_INLINE void multiply(Part* parts, int block, int line, int last, Ahead& ahead) {
+  // A segment before any was multiplied, or a short one. What is to be merged is, behind it.
+  HYBRID_INLINE void multiply(Part& part, int block, int line, int end, Ahead& ahead) {
     const bool merges = unstored_;
-    for (int k = 0; line < last; ++k) {
-      const int end = segment_end<Format>(line, last);
-      const auto first = [&](auto c) __attribute__((always_inline)) { begin(c); };
-      const auto nothing = [](auto) {};
-      const char* at = panel_.line(block, line);
-      multiply_step<Format, TM, TN>(strip_.tile(tile(line)), at, panel_.operands, first, nothing);
+    const auto first = [&](auto c) __attribute__((always_inline)) { begin(c); };
+    const auto nothing = [](auto) {};
+    const char* at = panel_.line(block, line);
+    multiply_step<Format, TM, TN>(strip_.tile(tile(line)), at, panel_.operands, first, nothing);
+    ahead.fetch();
+    for (int i = tile(line) + 1; i < tile(end); ++i) {
+      at += kTileLines * panel_.operands.line_stride;
+      multiply_step<Format, TM, TN>(strip_.tile(i), at, panel_.operands, nothing, nothing);
       ahead.fetch();
-      for (int i = tile(line) + 1; i < tile(end); ++i) {
-        at += kTileLines<Format> * panel_.operands.line_stride;
-        multiply_step<Format, TM, TN>(strip_.tile(i), at, panel_.operands, nothing, nothing);
-        ahead.fetch();
-      }
-      unstored_ = &parts[k];
-      line = end;
     }
+    unstored_ = &part;
     if (merges) merge();
   }
 
-  HYBRID_INLINE int tile(int line) const { return (line - panel_.operands.first) * Format::steps / kTileLines<Format>; }
+  HYBRID_INLINE int tile(int line) const { return (line - panel_.operands.first) * Format::steps / kTileLines; }
   template <class Tile>
   HYBRID_INLINE void begin(Tile c) {
     if (unstored_) store(c);
@@ -279,25 +273,18 @@ class SegmentPasses {
     Isa::store_tile<Tile::value>((*unstored_)[Tile::value / TN * kTileRows][Tile::value % TN], TN * kLine);
   }
 
-  // The segments of stored lines [line, end) are the next to be merged.
-  HYBRID_INLINE void merge_next(const Part* parts, int block, int line, int end) {
+  // The segment of stored lines [line, end) is the next to be merged.
+  HYBRID_INLINE void merge_next(const Part& part, int block, int line, int end) {
     Merging& m = merging_;
-    m.parts = parts;
+    m.part = &part;
     m.sums = panel_.sums_of(row_, block);
     m.sums_stride = panel_.sums_stride;
     m.header = panel_.w.header + block * panel_.w.stride;
     m.stride = panel_.w.stride;
-    m.term = (line - panel_.operands.first) / kTermLines<Format>;
+    m.term = (line - panel_.operands.first) / Format::segment;
     m.stored = line > 0;
     m.finishes = end == panel_.w.lines;
-    for (int j = 0; j < TN; ++j) {
-      for (int k = 0; k < kTogether; ++k) {
-        const char* const header = m.header + j * panel_.w.stride;
-        m.scale[j][k] = Format::group_scale(header, line + k * Format::segment);
-        if constexpr (Format::opened_groups)
-          m.minimum[j][k] = Format::group_minimum(header, line + k * Format::segment);
-      }
-    }
+    for (int j = 0; j < TN; ++j) m.scale[j] = Format::group_scale(m.header + j * m.stride, line);
   }
 
   HYBRID_INLINE void merge() { merge_all(merging_, strip_); }
@@ -326,11 +313,7 @@ class SegmentPasses {
 #pragma GCC unroll 4
       for (int j = 0; j < TN; ++j) {
         sum[j] = stored ? Isa::load(sums + j * m.sums_stride) : Isa::zero();
-#pragma GCC unroll 2
-        for (int k = 0; k < kTogether; ++k) {
-          const F32 part = widened(m.parts[k][row][j], strip, m.term + k, row);
-          sum[j] = merged(sum[j], part, m.scale[j][k], m.minimum[j][k], strip, m.term + k, row);
-        }
+        sum[j] = merged(sum[j], widened((*m.part)[row][j], strip, m.term, row), m.scale[j], strip, m.term, row);
         if constexpr (finishes) sum[j] = Format::finish(sum[j], m.header + j * m.stride);
       }
 #pragma GCC unroll 4
@@ -338,12 +321,8 @@ class SegmentPasses {
     }
   }
 
-  static HYBRID_INLINE F32 merged(F32 sum, F32 part, F32 scale, const F32& minimum, const Strip<Format>& strip,
-                                  int term, int row) {
-    if constexpr (Format::opened_groups) {
-      return Format::merge(sum, part, {scale, minimum}, Isa::set(strip.terms.scales[term][row]),
-                           Isa::set(strip.terms.sums[term][row]));
-    } else if constexpr (Format::integer) {
+  static HYBRID_INLINE F32 merged(F32 sum, F32 part, F32 scale, const Strip<Format>& strip, int term, int row) {
+    if constexpr (Format::integer) {
       const F32 scaled = kUnitScales<Format> ? part : Isa::mul(part, scale);
       return Isa::fma(scaled, Isa::set(strip.terms.scales[term][row]), sum);
     } else {
@@ -366,7 +345,7 @@ class SegmentPasses {
   int turn_ = 0;
   Part* unstored_ = nullptr;
   Merging merging_;
-  alignas(kLine) Part parts_[2][kTogether];
+  alignas(kLine) Part parts_[2];
 };
 
 template <class Format, int TM, int TN>

@@ -112,25 +112,56 @@ struct TileGroup<Int4> {
   using Type = TileInt4;
 };
 
-// The same of codes in groups, whose scales are opened beside their lines.
-template <int group>
+// Inputs [first, last) of a block of codes in groups as bf16 pairs.
+template <int bits, GroupScales scales>
+static HYBRID_INLINE void open_group_pairs(const GroupBlocks& w, int first, int last, char* out) {
+  constexpr int group = group_inputs(bits);
+  const F32 offset = Isa::set(-float(w.layout.offset));
+  for (int input = first; input < last; input += kInputs) {
+    const char* const part = w.part(input);
+#pragma GCC unroll 4
+    for (int g = 0; g < kInputs / group; ++g) {
+      const OpenedScales opened = open_scale<scales>(part, w.factors(input), g, offset);
+      const F32 scale = Isa::GroupPairs::factor(opened.scale), start = Isa::GroupPairs::factor(opened.minimum);
+      const GroupCodes<bits> codes(part + w.layout.head_bytes(), g * group, w.table());
+#pragma GCC unroll 8
+      for (int step = 0; step < group / 4; ++step, out += 2 * kLine)
+        Isa::GroupPairs::open((__m512i)codes.operand(0, step), scale, start, out);
+    }
+  }
+}
+
+// The same of some blocks, `kPanelBytes` a block.
+static HYBRID_KERNEL void open_group_panels(const GroupBlocks& w, int blocks, int first, int last, char* out) {
+  with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
+    for (int j = 0; j < blocks; ++j)
+      open_group_pairs<bits.value, decltype(kind)::scales>(w.behind(j), first, last, out + j * kPanelBytes);
+  });
+}
+
+// The same of codes in groups.
 struct TileGroups {
-  using Multiplied = OpenedGroups<group>;
+  using Multiplied = TiledGroups;
   static constexpr bool fetches = false;
   GroupBlocks w;
   Blocks<Multiplied> opened_w;
   char* opened;
 
   HYBRID_INLINE TileGroups(const Grouped& format, const char* matrix, int inputs, int block, char* opened)
-      : w(format.layout, matrix, inputs, block), opened_w(opened_blocks<group>(opened, inputs)), opened(opened) {}
+      : w(format.layout, matrix, inputs, block), opened_w(opened, inputs, 0), opened(opened) {}
   HYBRID_INLINE const Blocks<Multiplied>& multiplied() const { return opened_w; }
   HYBRID_INLINE Stored stored(int skipped, int first, int last) const {
     return {w.part(first) + skipped * w.stride, w.stride, int((w.part(last) - w.part(first)) / kLine)};
   }
   HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored&) const {
-    with_bits(w.layout.codes(), [&](auto bits) { open_groups<bits.value>(w, blocks, first, last, opened); });
+    open_group_panels(w, blocks, first, last, opened);
     return {opened, kPanelBytes, kLine, nullptr, first / Multiplied::line_inputs};
   }
+};
+
+template <>
+struct TileGroup<Grouped> {
+  using Type = TileGroups;
 };
 
 // One strip of rows from `row` of the sums on: some blocks, by TN.
@@ -185,7 +216,7 @@ struct BandPasses {
     return int(int64_t(next.lines) * ((blocks + four - 1) / four) * rows_before / rows);
   }
   HYBRID_INLINE Ahead fetch_from(int strip, int row, int count) const {
-    const int tiles = (panel.last - panel.operands.first) * Format::steps / kTileLines<Format>;
+    const int tiles = (panel.last - panel.operands.first) * Format::steps / kTileLines;
     const int steps = tiles * blocks / (count > kTileRows ? 2 : 4);  // of products, about
     const int fetched = share_of(row), lines = share_of(row + count) - fetched;
     const bool same = row + count < rows;
@@ -267,12 +298,7 @@ static HYBRID_INLINE void tile_bands(const Format& format, Copied& copied, const
 template <class Format, class Epilogue>
 static HYBRID_INLINE void tile_product(const Format& format, Copied& copied, const Rows& left, int rows,
                                        const char* matrix, int inputs, Range blocks, char* scratch, Epilogue epilogue) {
-  if constexpr (!Format::grouped)
-    tile_bands<typename TileGroup<Format>::Type>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
-  else if (format.layout.group() == 16)
-    tile_bands<TileGroups<16>>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
-  else
-    tile_bands<TileGroups<32>>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
+  tile_bands<typename TileGroup<Format>::Type>(format, copied, left, rows, matrix, inputs, blocks, scratch, epilogue);
 }
 
 }  // namespace HYBRID_ISA

@@ -24,7 +24,7 @@ struct Copied {
 // Defined in ops/tiles.h, strip_size in ops/tile_strip.h, tile_product in ops/tile_product.h, and small_tile_product in
 // ops/small_tiles.h.
 template <class Format>
-static void load_tiles(const Format& format);
+static void load_tiles();
 template <class Format>
 static void release_tiles();
 template <class Format>
@@ -46,7 +46,7 @@ class Tiles {
   HYBRID_INLINE Tiles(Format format, const Step& step, int rows)
       : format(format), from_(step.tile_rows ? step.tile_rows : Format::tile_rows), ready_(tiled && rows >= from_) {
     if constexpr (tiled) {
-      if (ready_) load_tiles(format);
+      if (ready_) load_tiles<Format>();
     }
   }
   HYBRID_INLINE ~Tiles() {

@@ -42,6 +42,18 @@ struct TiledMxfp4 : Mxfp4 {
   }
 };
 
+// Codes in groups as bf16 pairs, scaled and with their minima. As bytes what shares a scale would fill half a tile or a
+// quarter, and its sums would be merged after every product.
+struct TiledGroups : FloatKind {
+  static constexpr int line_inputs = 2;
+  static constexpr int steps = 1;
+  static constexpr bool chained = true;
+  static constexpr int segment = 0;
+  static constexpr bool opened = false;
+
+  static constexpr int header(int) { return 0; }
+};
+
 // What tiles multiply of a stored format.
 template <class Format>
 struct TiledAs {
@@ -55,6 +67,10 @@ template <>
 struct TiledAs<Mxfp4> {
   using Type = TiledMxfp4;
 };
+template <>
+struct TiledAs<Grouped> {
+  using Type = TiledGroups;
+};
 template <class Format>
 using Tiled = typename TiledAs<Format>::Type;
 
@@ -64,17 +80,11 @@ constexpr bool kUnitScales = false;
 template <>
 constexpr bool kUnitScales<Int8> = true;
 
-// Lines of one tile product. A segment of codes in groups is 8 or 4: half a tile and half the speed, or a quarter.
-template <class Format>
-constexpr int kTileLines =
-    Format::segment && Format::segment * Format::steps < 16 ? Format::segment * Format::steps : 16;
+constexpr int kTileLines = 16;  // of one product
 
 template <class Format>
-static void load_tiles(const Format& format) {
-  if constexpr (Format::grouped)
-    Isa::load_tiles(format.layout.group() / 4);
-  else
-    Isa::load_tiles(kTileLines<Tiled<Format>>);
+static void load_tiles() {
+  Isa::load_tiles();
 }
 
 template <class Format>
@@ -119,7 +129,7 @@ static HYBRID_INLINE void multiply_tile() {
 template <class Format, int TN, int TM>
 static HYBRID_INLINE void multiply_tiles(const TileRows (&left)[TM], int64_t skip, const Lines& w, int steps,
                                          const Fetch& fetch) {
-  constexpr int lines = kTileLines<Format>;
+  constexpr int lines = kTileLines;
   const char *line = w.data, *next = fetch.next;
   for (int step = 0; step < steps; ++step, skip += 4 * lines) {
     repeat<TM>([&](auto i) __attribute__((always_inline)) {
@@ -157,12 +167,12 @@ static double multiply_in_tiles(int64_t rounds) {
   alignas(64) char rows[2][kTileRows][kLine] = {}, lines[2][kTileRows][kLine] = {}, sums[4][kTileRows][kLine];
   const TileRows left[2] = {{rows[0][0], kLine}, {rows[1][0], kLine}};
   const Lines w{lines[0][0], kTileRows * kLine, kLine, nullptr, 0};
-  load_tiles(Format{});
+  load_tiles<Format>();
   clear_tiles<4>();
   for (int64_t i = 0; i < rounds; ++i) multiply_tiles<Format, 2>(left, 0, w, 1, Fetch{w.data, 0, 0});
   store_tile_sums<2, 2>(sums[0][0], 2 * kLine);
   release_tiles<Format>();
-  return double(rounds) * 2.0 * Format::step_inputs * kTileLines<Format> * 4 * kTileRows * kBlock;
+  return double(rounds) * 2.0 * Format::step_inputs * kTileLines * 4 * kTileRows * kBlock;
 }
 
 }  // namespace HYBRID_ISA
