@@ -105,7 +105,7 @@ def test_stacked_experts_in_fp8_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 def test_stacked_experts_in_nvfp4_are_taken_as_they_are(tmp_path: Path) -> None:
-    """With a scale of all for each expert."""
+    """With a scale of all for each expert, or one for all of them, and scales of activations, which nothing reads."""
     config, random = {**OURS, "moe_intermediate_size": 48}, np.random.default_rng(2)
     tensors = as_published(random_tensors(config))
     for name in [name for name in tensors if ".moe." in name and name.endswith("_proj.weight")]:
@@ -113,6 +113,9 @@ def test_stacked_experts_in_nvfp4_are_taken_as_they_are(tmp_path: Path) -> None:
         tensors[name] = random.integers(0, 256, (experts, rows, columns // 2), np.uint8)
         scales = random.uniform(0.5, 2, (experts, rows, columns // 16)).astype(ml_dtypes.float8_e4m3fn)
         tensors |= {f"{name}_scale": scales, f"{name}_scale_2": random.uniform(0.01, 0.02, experts).astype(np.float32)}
+        tensors[f"{name.removesuffix('weight')}input_scale"] = np.ones(1, np.float32)
+    of_all = np.float32(0.0125)
+    tensors["model.layers.2.moe.down_proj.weight_scale_2"] = np.array(of_all)
     words = {"moe_intermediate_size": 48, "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
     checkpoint = Checkpoint.open(write_tensors(tmp_path / "hf", {**PUBLISHED, **words}, tensors))
     assert checkpoint.native.experts == "nvfp4"
@@ -121,6 +124,10 @@ def test_stacked_experts_in_nvfp4_are_taken_as_they_are(tmp_path: Path) -> None:
     values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * tensors[f"{name}_scale"][6, :, :, None]
     up = gated(checkpoint, 1, 6)[1]
     assert np.allclose(up.floats(0, 48), values.reshape(48, 96) * tensors[f"{name}_scale_2"][6], rtol=1e-6)
+    name = "model.layers.2.moe.down_proj.weight"
+    codes = np.stack([tensors[name][5] & 15, tensors[name][5] >> 4], axis=-1).reshape(96, 3, 16)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * tensors[f"{name}_scale"][5, :, :, None]
+    assert np.allclose(gated(checkpoint, 2, 5)[2].floats(0, 96), values.reshape(96, 48) * of_all, rtol=1e-6)
     packed(tmp_path / "hf").close()
 
 
@@ -135,6 +142,16 @@ def test_stacks_of_another_number_of_experts_are_refused(tmp_path: Path, part: s
         WeightsError, match="stacks 7 experts, config.json says 8: one of them belongs to another model"
     ):
         Checkpoint.open(path)
+
+
+def test_an_expert_alone_beside_its_stack_is_refused(tmp_path: Path) -> None:
+    alone = {"model.layers.1.mlp.experts.3.gate_proj.weight": np.zeros((40, 96), np.float32)}
+    path = write_tensors(tmp_path / "hf", PUBLISHED, as_published(random_tensors(OURS)) | alone)
+    with pytest.raises(
+        WeightsError, match="has tensor .*experts.3.gate_proj.weight twice, alone and in a stack"
+    ) as error:
+        Checkpoint.open(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_prompt_makes_the_same_bits_in_chunks_and_among_others(tmp_path: Path, isa: str) -> None:
@@ -190,6 +207,11 @@ def test_what_no_published_model_has_is_refused_in_one_line(changes: dict[str, A
 def test_query_heads_may_be_told_by_layer() -> None:
     saved = {"per_layer_config": {"2": {"num_attention_heads": 4}}}
     assert [layer.mixer.heads for layer in model_spec({**OURS, **saved}).layers] == [6, 6, 4, 6]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("ropes", [{}, {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}])
+def test_lists_tell_the_ropes_if_one_kind_of_layer_has_none(ropes: dict[str, Any]) -> None:
+    assert model_spec({**PUBLISHED, "rope_parameters": ropes}) == model_spec(PUBLISHED)
 
 
 def test_experts_with_bounds_are_not_cached(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config).spelled_out("layer_types", {}, count).spelled_out("mlp_layer_types", {}, count)
     _refuse_others(fields, config)
     windows = read_windows(fields, fields.optional_size("sliding_window"), default=[FULL] * count)
-    mixers = [_attention(config, layer, window) for layer, window in enumerate(windows)]
+    kinds = [SLIDING if window else FULL for window in windows]
+    config = _without_incomplete_ropes(config, kinds)
+    mixers = [_attention(config, *layer) for layer in zip(range(count), kinds, windows, strict=True)]
     mixers = [replace(mixer, heads=heads) for mixer, heads in zip(mixers, _heads(config, mixers), strict=True)]
     layers = [LayerSpec(*pair) for pair in zip(mixers, _halves(config, fields, count), strict=True)]
     return replace(read_model(fields, "step3p5", layers, DEFAULTS), norm="rms_less_one")
@@ -79,13 +81,23 @@ def _refuse_others(fields: Fields, config: Mapping[str, Any]) -> None:
         )
 
 
-def _attention(config: Mapping[str, Any], layer: int, window: int | None) -> GroupedQueryAttention:
+def _attention(config: Mapping[str, Any], layer: int, kind: str, window: int | None) -> GroupedQueryAttention:
     """Of one layer, with the query heads of layers without a window."""
-    fields = Fields(_with_rope(config, layer, SLIDING if window else FULL))
+    fields = Fields(_with_rope(config, layer, kind))
     attention = read_attention(fields, DEFAULTS, qk_norm="head", window=window)
     size = fields.number("query_pre_attn_scalar", default=attention.head_dim)
     scale = None if size == attention.head_dim else size**-0.5
     return replace(attention, scale=scale, gate=HeadGate(per_head=True, apart=True))
+
+
+def _without_incomplete_ropes(config: Mapping[str, Any], kinds: Sequence[str]) -> Mapping[str, Any]:
+    """The configuration, in which lists tell the ropes unless there is one for every kind of layer, as `transformers`
+    reads it.
+    """
+    ropes = config.get("rope_parameters")
+    if not isinstance(ropes, Mapping) or all(isinstance(ropes.get(kind), Mapping) for kind in kinds):
+        return config
+    return {**config, "rope_parameters": None}
 
 
 def _with_rope(config: Mapping[str, Any], layer: int, kind: str) -> dict[str, Any]:

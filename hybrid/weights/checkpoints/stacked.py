@@ -6,6 +6,7 @@ and are named as it would be alone: `experts.17.gate_proj.weight` of `experts.ga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ _EXPERT = ".{expert}"
 
 def experts_apart(spec: ModelSpec, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
     """The tensors of a checkpoint with stacked experts apart. Raises `WeightsError` for a stack of another number of
-    experts than config.json has.
+    experts than config.json has, and for an expert that is both in a stack and apart.
     """
     stacks = dict(_stacks(spec))
     if not stacks:
@@ -26,7 +27,12 @@ def experts_apart(spec: ModelSpec, entries: Mapping[str, Entry]) -> Mapping[str,
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         stack = stacks.get(name.rpartition(".")[0])
-        found |= {name: entry} if stack is None else _apart(name, entry, *stack)
+        for part, own in ({name: entry} if stack is None else _apart(name, entry, *stack)).items():
+            if part in found:
+                raise WeightsError(
+                    f"{entry.path}: has tensor {part:.200} twice, alone and in a stack; fetch all files again"
+                )
+            found[part] = own
     return found
 
 
@@ -39,17 +45,18 @@ def _stacks(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, int]]]:
 
 
 def _apart(name: str, entry: Entry, module: str, experts: int) -> dict[str, Entry]:
-    """The parts of one tensor."""
-    count = entry.shape[0] if entry.shape else 0
+    """The parts of one tensor: what is one number is so for every expert, as scales of all may be."""
+    kind = name.rpartition(".")[2]
+    names = [f"{module.replace('{expert}', str(expert))}.{kind}" for expert in range(experts)]
+    if math.prod(entry.shape) == 1:
+        return dict.fromkeys(names, replace(entry, shape=()))
+    count = entry.shape[0]
     if count != experts:
         raise WeightsError(
             f"{entry.path}: tensor {name:.200} stacks {count} experts, config.json says {experts}: one of them belongs "
             "to another model"
         )
-    size, kind = (entry.end - entry.start) // count, name.rpartition(".")[2]
-    return {
-        f"{module.replace('{expert}', str(expert))}.{kind}": replace(
-            entry, shape=entry.shape[1:], start=entry.start + expert * size, end=entry.start + (expert + 1) * size
-        )
-        for expert in range(count)
-    }
+    size = (entry.end - entry.start) // count
+    starts = (entry.start + expert * size for expert in range(count))
+    parts = [replace(entry, shape=entry.shape[1:], start=start, end=start + size) for start in starts]
+    return dict(zip(names, parts, strict=True))
