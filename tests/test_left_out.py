@@ -184,6 +184,27 @@ def test_lists_name_modules_where_checkpoints_have_them() -> None:
         assert found == wanted != all_of_it
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("*share_expert*", "*shared_experts*"),
+        ("model.layers.*.share_expert*", "*shared_experts*"),
+        ("re:.*share_expert.*", "*shared_experts*"),
+        (r"re:.*\.share_expert\..*", "*shared_experts*"),
+        ("share_expert.up_proj", "shared_experts.up_proj"),
+        ("model.layers.2.share_expert.up_proj", "model.layers.2.mlp.shared_experts.up_proj"),
+        ("*.1.moe.*", "model.layers.1.mlp.experts"),
+        ("re:.*moe.(gate|up)_proj.*", r"re:.*\.experts\..*(gate|up)_proj"),
+    ],
+)
+def test_lists_name_modules_by_the_words_of_step(theirs: str, ours: str) -> None:
+    config, method = CONFIGS["step3p5"], {"quant_method": "modelopt", "quant_algo": "FP8"}
+    found, wanted, all_of_it = (
+        native_mix({**config, "quantization_config": {**method, "ignore": names}}) for names in ([theirs], [ours], [])
+    )
+    assert found == wanted != all_of_it
+
+
 @pytest.mark.parametrize("value", ["lm_head", [1], {"a": 1}, ["x"] * 10_001, 7])
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
 @pytest.mark.parametrize("method", [FP8, MXFP4], ids=["fp8", "mxfp4"])

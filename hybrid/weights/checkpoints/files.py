@@ -40,6 +40,11 @@ _OF_STEP = (
     (re.compile(r"\.moe\.gate(?=\.|$)"), ".mlp.gate"),
     (re.compile(r"\.share_expert(?=\.|$)"), ".mlp.shared_experts"),
 )
+_TO_STEP = (  # and back, of modules
+    (re.compile(r"\.mlp\.experts(\.\d+)?(?=\.|$)"), ".moe"),
+    (re.compile(r"\.mlp\.gate(?=\.|$)"), ".moe.gate"),
+    (re.compile(r"\.mlp\.shared_experts(?=\.|$)"), ".share_expert"),
+)
 _WITHOUT_MODULE = re.compile(r"model\.(?=(embed_tokens|layers|norm)\.)")  # as Qwen2.5-VL is published
 
 
@@ -133,6 +138,18 @@ def own_name(name: str, module: str) -> str:
     if ".moe." in name or ".share_expert" in name:
         for theirs, ours in _OF_STEP:
             name = theirs.sub(ours, name)
+    return placed(name, module)
+
+
+def name_of_step(module: str) -> str:
+    """What Step-3.5-Flash calls a module that transformers 5 calls so: of experts, their stack."""
+    for ours, theirs in _TO_STEP:
+        module = ours.sub(theirs, module)
+    return module
+
+
+def placed(name: str, module: str) -> str:
+    """`own_name` but for the words of Step-3.5-Flash, which patterns may hold in pieces."""
     if module and _WITHOUT_MODULE.match(name):
         return f"model.{module}.{name.removeprefix('model.')}"
     for place, own in _OTHER_PLACES.items():

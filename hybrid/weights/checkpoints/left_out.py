@@ -13,7 +13,7 @@ from hybrid.formats.mix import MIXES, PARTS, FormatMix
 from hybrid.models.spec import ModelSpec
 from hybrid.models.tensors import Gated, PerHead, Stacked, StoreTensor
 from hybrid.weights.checkpoints.exact_mix import Part, layer_of, mix_of_matrices
-from hybrid.weights.checkpoints.files import own_name
+from hybrid.weights.checkpoints.files import name_of_step, own_name, placed
 from hybrid.weights.checkpoints.patterns import wildcards
 from hybrid.weights.checkpoints.schemes import auto_round, gptq
 
@@ -45,7 +45,8 @@ def left_out(quantisation: Mapping[str, Any], module: str = "") -> IsLeftOut:
     expression behind "re:". module: see `own_name`, as names may say where a checkpoint has a module. Raises
     `ConfigError` for what is not understood.
     """
-    names = [own_name(name, module) for name in left_out_names(quantisation)]
+    given = left_out_names(quantisation)
+    names = dict.fromkeys(named(name, module) for named in (own_name, placed) for name in given)
     wild = [pattern for name in names if "*" in name for pattern in (name, f"{name}.*")]
     wild += [pattern for name in names if name.startswith(_EXPRESSION) for pattern in _wildcards(name)]
     plain, patterns = set(names), re.compile("|".join(map(translate, wild)) or r"(?!)")
@@ -54,7 +55,8 @@ def left_out(quantisation: Mapping[str, Any], module: str = "") -> IsLeftOut:
     def is_left_out(module: str) -> bool:
         if within and not module.endswith(within):
             return True
-        return not plain.isdisjoint(_edges(module)) or patterns.match(module) is not None
+        known = {module, name_of_step(module)}
+        return any(not plain.isdisjoint(_edges(name)) or patterns.match(name) is not None for name in known)
 
     return is_left_out
 
