@@ -28,7 +28,10 @@ os.environ["HYBRID_SPECULATE"], os.environ["HYBRID_MAX_ITL_MS"] = "0", "0"  # st
 os.environ["HYBRID_BATCH_INVARIANT"] = "1"  # with AMX too: who shares a step depends on when requests come
 _cache = tempfile.TemporaryDirectory(prefix="hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # or every process that tests start compiles all that it imports
+# Overrides what the shell asks for, or every process that tests start compiles all that it imports. It harms nobody:
+# what is written lies in __pycache__, which git ignores, is made anew when a file changes, and is not missed where no
+# one may write.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as that of what a shell starts in the background is
     signal.signal(signal.SIGINT, signal.default_int_handler)

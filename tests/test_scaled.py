@@ -165,6 +165,7 @@ def test_logits_are_those_of_the_values(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", ["modelopt, nvfp4", "compressed, mxfp4", "compressed, fp8 in blocks"])
 def test_scales_are_read_once_however_many_pieces_a_matrix_is_packed_in(tmp_path: Path, monkeypatch, case) -> None:
     monkeypatch.setattr(content, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(content, "SMALL_BYTES", 1 << 12)  # others by threads
     reads = Counter[tuple[str, int]]()
 
     def counted(entry: Entry, start: int, stop: int) -> np.ndarray:

@@ -12,7 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import DTYPES, flip_bit, packed, random_tensors, save_with_transformers, write_checkpoint
+from checkpoints import (
+    DTYPES,
+    flip_bit,
+    packed,
+    random_tensors,
+    save_with_transformers,
+    write_checkpoint,
+    write_tensors,
+)
 from configs import APART, CONFIGS, STACKED
 from dequantised import delta_tensors, kimi_tensors, mamba_tensors, per_head
 from safetensors import safe_open
@@ -70,14 +78,30 @@ def test_transformers_forms_pack_to_the_same_bytes(tmp_path: Path, family: str) 
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_chunked_reading_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str) -> None:
+def test_chunks_of_threads_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str) -> None:
     changes = {"head_dim": 12, "num_attention_heads": 5, "num_key_value_heads": 1, "moe_intermediate_size": 300}
     source = write_checkpoint(tmp_path / "hf", "qwen3_moe", **changes)
     pack(Checkpoint.open(source), tmp_path / "whole", MIXES[mix])
-    monkeypatch.setattr("hybrid.weights.content.CHUNK_BYTES", 1)
+    _by_threads(monkeypatch)
     pack(Checkpoint.open(source), tmp_path / "chunked", MIXES[mix])
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "chunked" / file.name).read_bytes()
+
+
+def test_what_a_thread_refuses_late_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, name = random_tensors(CONFIGS["qwen3_moe"]), "model.layers.2.mlp.experts.7.down_proj.weight"
+    tensors[name][-1, -1] = np.nan
+    checkpoint = Checkpoint.open(write_tensors(tmp_path / "hf", CONFIGS["qwen3_moe"], tensors))
+    _by_threads(monkeypatch)
+    with pytest.raises(WeightsError, match=f"tensor {name} holds NaN or infinity, weights must be finite") as error:
+        pack(checkpoint, tmp_path / "store", MIXES["int8"])
+    assert "\n" not in str(error.value) and not (tmp_path / "store/manifest.json").exists()
+
+
+def _by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack every tensor so, in the smallest chunks."""
+    monkeypatch.setattr("hybrid.weights.content.CHUNK_BYTES", 1)
+    monkeypatch.setattr("hybrid.weights.content.SMALL_BYTES", 0)
 
 
 def test_an_expert_is_the_blob_of_the_layout(tmp_path: Path) -> None:

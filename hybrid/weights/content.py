@@ -22,6 +22,7 @@ from hybrid.weights.checkpoints.matrices import Source, TurnedSource
 # Of a matrix as float32, read at a time. What stays in the cache packs several times as fast, and intermediates of
 # this size are taken from memory that the process keeps, where larger ones are mapped and cleared anew every time.
 CHUNK_BYTES = 1 << 18
+SMALL_BYTES = 1 << 20  # of a packed tensor that is done about as soon as threads have begun
 THREADS = min(4, len(os.sched_getaffinity(0)))  # quantising is arithmetic, and numpy does it outside the lock
 
 Task = Callable[[], Array]  # makes one chunk
@@ -43,8 +44,7 @@ class Content:
     def chunks(self, tensor: StoreTensor) -> Iterator[Array]:
         """The stored array in order, in pieces of some MB at most: together `tensor.nbytes`."""
         tasks = self._tasks(tensor)
-        small = tensor.nbytes <= 4 * CHUNK_BYTES  # which is packed about as soon as threads have begun
-        return (task() for task in tasks) if small else _in_order(tasks)
+        return (task() for task in tasks) if tensor.nbytes <= SMALL_BYTES else _in_order(tasks)
 
     def _tasks(self, tensor: StoreTensor) -> Iterator[Task]:
         match tensor.origin:
