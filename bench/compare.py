@@ -3,9 +3,10 @@
     pip install llama-cpp-python gguf      (the extra [compare]; compiles llama.cpp for this machine, 5 to 20 minutes)
     python bench/compare.py --layers 8 --formats bf16,int8,int4 --output md
 
-Without --model-path it writes a synthetic checkpoint with the shapes of --like. The same checkpoint is written as GGUF
-(BF16, Q8_0, Q4_0), both engines are opened, and every repetition runs ours and theirs one after the other, with the
-machine's own read bandwidth and multiplication rate measured around ours. Figures are medians.
+Where --model-path is a GGUF file, of any family, both engines open it as it is. Without --model-path it writes a
+synthetic checkpoint with the shapes of --like. The same checkpoint is written as GGUF (BF16, Q8_0, Q4_0), both engines
+are opened, and every repetition runs ours and theirs one after the other, with the machine's own read bandwidth and
+multiplication rate measured around ours. Figures are medians.
 
 llama.cpp runs through its C interface with its best settings: native build, mapped and repacked weights, flash
 attention, F16 keys and values, as many threads. Its tokenizer and sampler are not measured, nor are ours. A depth is a
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # what each format meets
 ALL_FORMATS = ",".join(GGUF_TYPES)
-KV_FORMATS = {"bf16": "bf16", "int8": "int8", "int4": "int8"}  # unless --kv-format says otherwise
+KV_FORMATS = {"bf16": "bf16"}  # others have int8, unless --kv-format says otherwise
+AS_PUBLISHED = "gguf"  # the format of a row whose weights both engines read from one GGUF file
 PACKAGES = {  # modules that a peer needs, and how to get them
     "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
     "transformers": (("transformers", "torch"), "pip install transformers torch"),
@@ -63,10 +65,10 @@ FAULTS = 1000  # pages read from disk while measuring that are worth a note: 4 M
 HERE = Path(__file__).parent
 
 _WHOLE: dict[str, Any] = {"metavar": "INTEGER"}
-ModelPath = Annotated[Path | None, typer.Option(help="Qwen3-MoE checkpoint; default: a synthetic one like --like.")]
+ModelPath = Annotated[Path | None, typer.Option(help="Qwen3-MoE checkpoint or GGUF file; default: made like --like.")]
 Like = Annotated[str, typer.Option(help="Model whose shapes the synthetic checkpoint has.")]
 Layers = Annotated[int | None, typer.Option(help="Layers to keep; default: 8, or all of --model-path.", **_WHOLE)]
-Formats = Annotated[str, typer.Option(help=f"Of the weights, out of {ALL_FORMATS}.")]
+Formats = Annotated[str | None, typer.Option(help=f"Of the weights; default: {ALL_FORMATS}, or a GGUF file's own.")]
 Tests = Annotated[str, typer.Option(help="As pp512 (prompt), tg32 (decode), tg32@4096 (depth), tg32x4 (sequences).")]
 Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.", **_WHOLE)]
 Threads = Annotated[int | None, typer.Option(help="Of each engine; default: the cores.", **_WHOLE)]
@@ -80,7 +82,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint like `like`."""
+    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint like `like`; no `formats`
+    mean that both engines open one GGUF file.
+    """
 
     model_path: Path | None
     like: str
@@ -99,7 +103,7 @@ def compare(
     model_path: ModelPath = None,
     like: Like = "qwen3-30b-a3b",
     layers: Layers = None,
-    formats: Formats = ALL_FORMATS,
+    formats: Formats = None,
     tests: Tests = TESTS,
     repetitions: Repetitions = 5,
     threads: Threads = None,
@@ -114,8 +118,11 @@ def compare(
         for flag, value in (("--repetitions", repetitions), ("--layers", layers)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is out of range; it must be at least 1")
-        names = tuple(_one_of("--formats", name, GGUF_TYPES) for name in formats.split(","))
-        found = find_peers(peers)
+        if as_published := model_path is not None and model_path.suffix == ".gguf":
+            _require_nothing_else(model_path, formats=formats, layers=layers, peers=peers)
+        names = () if as_published else (formats or ALL_FORMATS).split(",")
+        names = tuple(_one_of("--formats", name, GGUF_TYPES) for name in names)
+        found = find_peers("llama.cpp" if as_published else peers)
         if peers and "transformers" in found and not ("llama.cpp" in found and "bf16" in names):
             raise ConfigError("transformers is put beside the run against llama.cpp in bf16: add both, or leave it out")
         settings = Settings(
@@ -141,6 +148,13 @@ def find_peers(text: str | None) -> tuple[str, ...]:
         if not _installed(name):
             say(f"note: {name} is not compared, it is not installed; {PACKAGES[name][1]}")
     return (*wanted, *filter(_installed, others))
+
+
+def _require_nothing_else(path: Path, **choices: object) -> None:
+    """A GGUF file is compared as it is, and llama.cpp alone reads it besides."""
+    for name, value in choices.items():
+        if value not in (None, "llama.cpp"):
+            raise ConfigError(f"--{name} {value} does not go with {path}: both engines open a GGUF file as it is")
 
 
 def _installed(peer: str) -> bool:
@@ -189,6 +203,10 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
     report = Report(settings)
     if (load := os.getloadavg()[0]) > BUSY:
         report.note(f"other programs kept {load:.1f} processors busy just before; engines suffer unequally from that")
+    if not settings.formats:
+        assert settings.model_path
+        _duels_of_a_file(settings, report, settings.model_path, settings.model_path, AS_PUBLISHED, "GGUF", progress)
+        return report.to_dict()
     path = _source(settings)
     if "llama.cpp" in settings.peers:
         for name in settings.formats:
@@ -213,19 +231,27 @@ def against_llama_cpp(
 ) -> tuple[list[Duel], Path]:
     """Compare one format; returns what was measured and the checkpoint, which has fewer layers if memory is short."""
     from gguf_file import cached_gguf
-    from llama_cpp_peer import LlamaCpp
 
-    peer = f"llama.cpp {GGUF_TYPES[name]}"
     path = _fitting(settings, report, path, name)
     file = cached_gguf(Checkpoint.open(path), settings.work_dir, GGUF_TYPES[name], progress)
+    return _duels_of_a_file(settings, report, path, file, name, GGUF_TYPES[name], progress), path
+
+
+def _duels_of_a_file(
+    settings: Settings, report: Report, path: Path, file: Path, name: str, theirs_as: str, progress: Progress
+) -> list[Duel]:
+    """Our model at `path` in turn with llama.cpp's `file`; adds rows of format `name`."""
+    peer = f"llama.cpp {theirs_as}"
     with Engine.open(_config(settings, path, name), progress, say) as engine:
+        from llama_cpp_peer import LlamaCpp
+
         _check_build(engine.plan.isa)
         with closing(LlamaCpp(file, engine.plan.threads, settings.tests)) as theirs:
             duels, probe = _duel(settings, report, engine, theirs, progress, f"measuring {name}")
         report.add_format(name, engine, probe, peer)
     report.machine["peers"]["llama.cpp"] = f"llama-cpp-python {version('llama-cpp-python')}"
     report.results += [result(entry, name, peer) for entry in duels]
-    return duels, path
+    return duels
 
 
 def _duel(
@@ -262,8 +288,8 @@ def _config(settings: Settings, path: Path, name: str) -> EngineConfig:
     return EngineConfig(
         model_path=path,
         device="cpu",
-        weight_format=name,
-        kv_format=settings.kv_format or KV_FORMATS[name],
+        weight_format="auto" if name == AS_PUBLISHED else name,
+        kv_format=settings.kv_format or KV_FORMATS.get(name, "int8"),
         threads=settings.threads,
         max_seq_len=max(test.length for test in settings.tests) + 1,
         max_batch=batch,

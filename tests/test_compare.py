@@ -209,6 +209,17 @@ def test_a_comparison_from_end_to_end(llama, model, tmp_path, monkeypatch, name)
         assert r["ratio"] == pytest.approx(r["ours"] / r["theirs"], rel=0.02, abs=0.001) and r["limit_share"] > 0
 
 
+def test_both_open_a_gguf_file_as_it_is(llama, gguf_file, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(rates, "PROBE_BYTES", rates._TOUCH_BYTES)
+    monkeypatch.setattr(rates, "PROBE_ROUNDS", 10_000)
+    file = gguf_file.cached_gguf(Checkpoint.open(model), tmp_path, "Q8_0", lambda *told: None)
+    result = run(["--model-path", str(file), "--tests", "pp9", "-r", "1", "--threads", "1", "--output", "json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["machine"]["formats"]["gguf"]["format"].startswith("q8_0")
+    assert [(r["test"], r["format"], r["peer"]) for r in report["results"]] == [("pp9", "gguf", "llama.cpp GGUF")]
+
+
 def test_the_moe_layers_compute_the_same(tmp_path, monkeypatch) -> None:
     pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
     import kt_kernel_peer
@@ -355,6 +366,10 @@ def run(arguments: list[str]) -> Any:
         (["--peers", "transformers"], ["transformers", "llama.cpp in bf16"]),
         (["--like", "gpt-2"], ["gpt-2", "qwen3-30b-a3b"]),
         (["--model-path", "/missing/model"], ["/missing/model"]),
+        (["--model-path", "/missing/model.gguf"], ["/missing/model.gguf"]),
+        (["--model-path", "model.gguf", "--formats", "int8"], ["--formats int8", "model.gguf", "as it is"]),
+        (["--model-path", "model.gguf", "--layers", "2"], ["--layers 2", "model.gguf"]),
+        (["--model-path", "model.gguf", "--peers", "kt-kernel"], ["--peers kt-kernel", "as it is"]),
     ],
     ids=lambda value: " ".join(value),
 )
