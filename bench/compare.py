@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 import typer
 from comparison import OUTPUTS, TESTS, Duel, Ours, Progress, duel, parse_tests, result, row, tokens
@@ -45,6 +45,7 @@ from hybrid.errors import ConfigError, KernelError
 from hybrid.machine.hardware import memory
 from hybrid.machine.rates import MachineProbe
 from hybrid.weights.checkpoints.huggingface import Checkpoint
+from hybrid.weights.checkpoints.opening import open_checkpoint
 from hybrid.weights.pack import default_cache_dir
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # what each format meets
 ALL_FORMATS = ",".join(GGUF_TYPES)
-KV_FORMATS = {"bf16": "bf16"}  # others have int8, unless --kv-format says otherwise
-AS_PUBLISHED = "gguf"  # the format of a row whose weights both engines read from one GGUF file
+AS_PUBLISHED = "gguf"  # the format of rows whose weights both engines read from one GGUF file
+KV_FORMATS = {"bf16": "bf16", "int8": "int8", "int4": "int8", AS_PUBLISHED: "int8"}  # unless --kv-format says otherwise
 PACKAGES = {  # modules that a peer needs, and how to get them
     "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
     "transformers": (("transformers", "torch"), "pip install transformers torch"),
@@ -82,8 +83,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint like `like`; no `formats`
-    mean that both engines open one GGUF file.
+    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint like `like`; a GGUF
+    file has `formats` AS_PUBLISHED alone.
     """
 
     model_path: Path | None
@@ -118,11 +119,12 @@ def compare(
         for flag, value in (("--repetitions", repetitions), ("--layers", layers)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is out of range; it must be at least 1")
-        if as_published := model_path is not None and model_path.suffix == ".gguf":
+        if _is_gguf(model_path):
             _require_nothing_else(model_path, formats=formats, layers=layers, peers=peers)
-        names = () if as_published else (formats or ALL_FORMATS).split(",")
-        names = tuple(_one_of("--formats", name, GGUF_TYPES) for name in names)
-        found = find_peers("llama.cpp" if as_published else peers)
+            names, found = (AS_PUBLISHED,), find_peers("llama.cpp")
+        else:
+            names = tuple(_one_of("--formats", name, GGUF_TYPES) for name in (formats or ALL_FORMATS).split(","))
+            found = find_peers(peers)
         if peers and "transformers" in found and not ("llama.cpp" in found and "bf16" in names):
             raise ConfigError("transformers is put beside the run against llama.cpp in bf16: add both, or leave it out")
         settings = Settings(
@@ -148,6 +150,10 @@ def find_peers(text: str | None) -> tuple[str, ...]:
         if not _installed(name):
             say(f"note: {name} is not compared, it is not installed; {PACKAGES[name][1]}")
     return (*wanted, *filter(_installed, others))
+
+
+def _is_gguf(path: Path | None) -> TypeGuard[Path]:
+    return path is not None and path.suffix == ".gguf"
 
 
 def _require_nothing_else(path: Path, **choices: object) -> None:
@@ -203,10 +209,6 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
     report = Report(settings)
     if (load := os.getloadavg()[0]) > BUSY:
         report.note(f"other programs kept {load:.1f} processors busy just before; engines suffer unequally from that")
-    if not settings.formats:
-        assert settings.model_path
-        _duels_of_a_file(settings, report, settings.model_path, settings.model_path, AS_PUBLISHED, "GGUF", progress)
-        return report.to_dict()
     path = _source(settings)
     if "llama.cpp" in settings.peers:
         for name in settings.formats:
@@ -219,7 +221,10 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 
 def _source(settings: Settings) -> Path:
-    """The checkpoint that is compared."""
+    """The checkpoint or the GGUF file that is compared."""
+    if _is_gguf(settings.model_path):
+        open_checkpoint(settings.model_path)
+        return settings.model_path
     if not settings.model_path:
         return synthetic(settings.like, settings.layers or DEFAULT_LAYERS, settings.work_dir)
     have = len(Checkpoint.open(settings.model_path).spec.layers)
@@ -231,27 +236,20 @@ def against_llama_cpp(
 ) -> tuple[list[Duel], Path]:
     """Compare one format; returns what was measured and the checkpoint, which has fewer layers if memory is short."""
     from gguf_file import cached_gguf
+    from llama_cpp_peer import LlamaCpp
 
-    path = _fitting(settings, report, path, name)
-    file = cached_gguf(Checkpoint.open(path), settings.work_dir, GGUF_TYPES[name], progress)
-    return _duels_of_a_file(settings, report, path, file, name, GGUF_TYPES[name], progress), path
-
-
-def _duels_of_a_file(
-    settings: Settings, report: Report, path: Path, file: Path, name: str, theirs_as: str, progress: Progress
-) -> list[Duel]:
-    """Our model at `path` in turn with llama.cpp's `file`; adds rows of format `name`."""
-    peer = f"llama.cpp {theirs_as}"
+    peer, file = f"llama.cpp {GGUF_TYPES.get(name, 'GGUF')}", path
+    if name != AS_PUBLISHED:
+        path = _fitting(settings, report, path, name)
+        file = cached_gguf(Checkpoint.open(path), settings.work_dir, GGUF_TYPES[name], progress)
     with Engine.open(_config(settings, path, name), progress, say) as engine:
-        from llama_cpp_peer import LlamaCpp
-
         _check_build(engine.plan.isa)
         with closing(LlamaCpp(file, engine.plan.threads, settings.tests)) as theirs:
             duels, probe = _duel(settings, report, engine, theirs, progress, f"measuring {name}")
         report.add_format(name, engine, probe, peer)
     report.machine["peers"]["llama.cpp"] = f"llama-cpp-python {version('llama-cpp-python')}"
     report.results += [result(entry, name, peer) for entry in duels]
-    return duels
+    return duels, path
 
 
 def _duel(
@@ -289,7 +287,7 @@ def _config(settings: Settings, path: Path, name: str) -> EngineConfig:
         model_path=path,
         device="cpu",
         weight_format="auto" if name == AS_PUBLISHED else name,
-        kv_format=settings.kv_format or KV_FORMATS.get(name, "int8"),
+        kv_format=settings.kv_format or KV_FORMATS[name],
         threads=settings.threads,
         max_seq_len=max(test.length for test in settings.tests) + 1,
         max_batch=batch,

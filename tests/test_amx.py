@@ -58,7 +58,7 @@ def test_every_product_is_right(program, isa, kernels) -> None:
     emulator.run(PROGRAMS / f"{program}.cpp", isa, [kernels(isa)], [f"KERNELS=kernels_{isa}"])
 
 
-def test_bits_depend_neither_on_rows_nor_for_integers_on_tiles(kernels) -> None:
+def test_bits_depend_neither_on_rows_nor_where_sums_are_exact_on_tiles(kernels) -> None:
     only_emulated("amx")
     emulator.run(PROGRAMS / "agreement.cpp", "amx", [kernels(isa) for isa in ISAS])
 

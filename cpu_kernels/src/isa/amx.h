@@ -82,8 +82,8 @@ struct ScaledNibbles {
 struct ScaledCodes {
   // NaN becomes infinity: what rounds below would make a number of some.
   static __m512 factor(__m512 x) { return _mm512_min_ps(x, _mm512_set1_ps(__builtin_inff())); }
-  static void open(__m512i codes, __m512 scale, __m512 start, char* out) {
-    const __m512i low = _mm512_set1_epi32(255);
+  static void open(Avx512Bf16::Bytes bytes, __m512 scale, __m512 start, char* out) {
+    const __m512i codes = (__m512i)bytes, low = _mm512_set1_epi32(255);
     const auto value = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, start); };
     const __m512 first = value(_mm512_and_si512(codes, low));
     const __m512 second = value(_mm512_and_si512(_mm512_srli_epi32(codes, 8), low));

@@ -126,7 +126,7 @@ static HYBRID_INLINE void open_group_pairs(const GroupBlocks& w, int first, int 
       const GroupCodes<bits> codes(part + w.layout.head_bytes(), g * group, w.table());
 #pragma GCC unroll 8
       for (int step = 0; step < group / 4; ++step, out += 2 * kLine)
-        Isa::GroupPairs::open((__m512i)codes.operand(0, step), scale, start, out);
+        Isa::GroupPairs::open(codes.operand(0, step), scale, start, out);
     }
   }
 }

@@ -44,14 +44,8 @@ struct TiledMxfp4 : Mxfp4 {
 
 // Codes in groups as bf16 pairs, scaled and with their minima. As bytes what shares a scale would fill half a tile or a
 // quarter, and its sums would be merged after every product.
-struct TiledGroups : FloatKind {
-  static constexpr int line_inputs = 2;
-  static constexpr int steps = 1;
-  static constexpr bool chained = true;
-  static constexpr int segment = 0;
+struct TiledGroups : Bf16 {
   static constexpr bool opened = false;
-
-  static constexpr int header(int) { return 0; }
 };
 
 // What tiles multiply of a stored format.
@@ -129,9 +123,8 @@ static HYBRID_INLINE void multiply_tile() {
 template <class Format, int TN, int TM>
 static HYBRID_INLINE void multiply_tiles(const TileRows (&left)[TM], int64_t skip, const Lines& w, int steps,
                                          const Fetch& fetch) {
-  constexpr int lines = kTileLines;
   const char *line = w.data, *next = fetch.next;
-  for (int step = 0; step < steps; ++step, skip += 4 * lines) {
+  for (int step = 0; step < steps; ++step, skip += 4 * kTileLines) {
     repeat<TM>([&](auto i) __attribute__((always_inline)) {
       Isa::load_tile<kLeft + i.value>(left[i.value].data + skip, left[i.value].stride);
     });
@@ -143,8 +136,8 @@ static HYBRID_INLINE void multiply_tiles(const TileRows (&left)[TM], int64_t ski
         multiply_tile<Format, i.value * TN + j.value, kLeft + i.value, kRight + j.value % 2>();
       });
     });
-    line += lines * w.line_stride;
-    next += lines * w.line_stride;
+    line += kTileLines * w.line_stride;
+    next += kTileLines * w.line_stride;
   }
 }
 

@@ -13,11 +13,16 @@ MIXED = ("lfm2", "lfm2moe", "granitehybrid", *KIMI_DELTA, *NEMOTRON)  # whose la
 _GATING = {SOFTMAX: "softmax", SIGMOID: "sigmoid", ROOT_SOFTPLUS: "root of softplus"}
 
 
+def block_count(metadata: GgufMetadata) -> int:
+    """Layers that lists of a file have an item for: those that predict more than the next token among them."""
+    return metadata.size("block_count", maximum=MAX_LAYERS)
+
+
 def layer_count(metadata: GgufMetadata) -> int:
     """Layers that predict more than the next token come last, and are not used. Files of DeepSeek-V4 may tell of such
     layers without having them.
     """
-    blocks, further = metadata.size("block_count", maximum=MAX_LAYERS), metadata.size("nextn_predict_layers", 0)
+    blocks, further = block_count(metadata), metadata.size("nextn_predict_layers", 0)
     if metadata.architecture == "deepseek4" and not metadata.has_tensors(f"blk.{blocks - further}.nextn."):
         return blocks
     return blocks - further
@@ -26,9 +31,9 @@ def layer_count(metadata: GgufMetadata) -> int:
 def query_heads(metadata: GgufMetadata) -> list[int]:
     """Of every layer; of all models but Laguna and Step-3.5, as many in each."""
     name, count = "attention.head_count", max(1, layer_count(metadata))
-    if metadata.architecture == "step35":
-        return metadata.layer_sizes(name, metadata.size("block_count", maximum=MAX_LAYERS))[:count]
-    return metadata.layer_sizes(name, count) if metadata.architecture == "laguna" else [metadata.size(name)] * count
+    if metadata.architecture in ("laguna", "step35"):
+        return metadata.layer_sizes(name, max(1, block_count(metadata)))[:count]
+    return [metadata.size(name)] * count
 
 
 def key_length(metadata: GgufMetadata) -> int:
@@ -44,7 +49,7 @@ def kv_heads(metadata: GgufMetadata) -> list[int]:
         return [heads]
     if metadata.architecture not in MIXED:
         return [metadata.size(name, heads)] * max(1, layer_count(metadata))
-    found = metadata.layer_sizes(name, metadata.size("block_count", maximum=MAX_LAYERS))[: layer_count(metadata)]
+    found = metadata.layer_sizes(name, block_count(metadata))[: layer_count(metadata)]
     if len({*found} - {0}) != 1:
         raise metadata.refuse(name, found, "one number above 0, and 0 where a layer does not attend")
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hybrid.models.decoder import FULL, MAX_LAYERS, SLIDING
+from hybrid.models.decoder import FULL, SLIDING
 from hybrid.models.deepseek import DENSE, SPARSE
 from hybrid.weights.checkpoints.gguf_fields import (
     SIGMOID,
     SOFTMAX,
+    block_count,
     has,
     key_length,
     layer_count,
@@ -96,7 +97,7 @@ def step35(model: Gguf, metadata: GgufMetadata) -> Config:
         "per_layer_config": {str(layer): {"num_attention_heads": own} for layer, own in enumerate(heads)},
         "mlp_layer_types": [DENSE if has(model, "ffn_gate.weight", layer) else SPARSE for layer in range(len(heads))],
         "sliding_window": metadata.size("attention.sliding_window", 0) or None,
-        "layer_types": _kinds(metadata, 0, further=True),
+        "layer_types": _kinds(metadata, 0),
         "swiglu_limits": bounds[0],
         "swiglu_limits_shared": bounds[1],
         "rope_scaling": None,
@@ -123,14 +124,11 @@ def _experts(metadata: GgufMetadata, scale: str) -> Config:
     return {**routed(metadata), "moe_intermediate_size": metadata.size("expert_feed_forward_length"), scale: found}
 
 
-def _kinds(metadata: GgufMetadata, without: int, further: bool = False) -> list[str]:
-    """Of every layer: as the file says, or in turn. without: which of those in a turn has no window. further: whether
-    the file tells it of layers that predict further tokens too.
-    """
+def _kinds(metadata: GgufMetadata, without: int) -> list[str]:
+    """Of every layer: as the file says, or in turn. without: which of those in a turn has no window."""
     count = layer_count(metadata)
     if metadata.has(_PATTERN) and metadata.is_list(_PATTERN):
-        told = metadata.size("block_count", maximum=MAX_LAYERS) if further else count
-        slides = metadata.layer_flags(_PATTERN, told)[:count]
+        slides = metadata.layer_flags(_PATTERN, block_count(metadata))[:count]
     else:
         every = max(1, metadata.size(_PATTERN, _EVERY))
         slides = [layer % every != min(without, every - 1) for layer in range(count)]
