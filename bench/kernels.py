@@ -2,6 +2,7 @@
 
     python bench/kernels.py                  # every format and vector instruction set: about ten minutes
     python bench/kernels.py --ops moe --formats bf16 --rows 1,8,512 --isa avx512_bf16
+    python bench/kernels.py --ops moe --rows 1,2,4 --reading far,near,ordered   # ways to read weights, by turns
     python bench/kernels.py --count-tiles    # what AMX would issue, on paper: nothing is run
 
 The limit of a case is the slower of reading its bytes (packed weights, keys and values, each once) and multiplying, at
@@ -45,7 +46,8 @@ ALL_FORMATS, ALL_KV_FORMATS = ",".join(FORMATS), ",".join(KV_FORMATS)
 ROWS = "1,2,4,8,16,32,128,512"
 DECODE_ROWS = 32  # sequences that decode together at most; more rows are measured as prompts
 HEADS = {"gbps": "GB/s", "gops": "G(FL)OP/s", "limit_share": "share of limit", "issue_share": "share of issue limit"}
-WORDS = ("op", "shape", "routing", "format", "isa")  # columns of text
+WORDS = ("op", "shape", "routing", "format", "isa", "reading")  # columns of text
+READINGS = {way.name: way for way in cpu_kernels.Reading}
 
 Progress = Callable[[str, int, int], None]
 _COUNT: dict[str, Any] = {"parser": f.parse_whole, "metavar": "INTEGER"}
@@ -57,6 +59,9 @@ Formats = Annotated[str, typer.Option(help="Of the weights.")]
 KvFormats = Annotated[str, typer.Option("--kv-format", help="Of keys and values.")]
 Routings = Annotated[str, typer.Option("--routing", help=f"How rows choose experts, out of {ALL_ROUTINGS}.")]
 Isas = Annotated[str | None, typer.Option(help="Instruction sets; default: those of this machine but portable.")]
+Readings = Annotated[
+    str | None, typer.Option("--reading", help=f"How few rows read weights, out of {','.join(READINGS)}, by turns.")
+]
 Rows = Annotated[str, typer.Option(help="Numbers of rows.")]
 Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every case.", **_COUNT)]
 Size = Annotated[int, typer.Option(**_COUNT)]
@@ -77,6 +82,7 @@ class Settings:
     kv_formats: list[str]
     routings: list[str]
     isas: list[str]
+    readings: list[str]  # empty: as suits the processor
     rows: list[int]
     repetitions: int
     shape: Shape
@@ -89,6 +95,7 @@ def kernels(
     kv_format: KvFormats = ALL_KV_FORMATS,
     routing: Routings = ALL_ROUTINGS,
     isa: Isas = None,
+    reading: Readings = None,
     rows: Rows = ROWS,
     repetitions: Repetitions = 5,
     threads: Threads = None,
@@ -118,7 +125,8 @@ def kernels(
             raise ConfigError(f"--repetitions {repetitions} is out of range; it must be at least 1")
         settings = Settings(
             chosen("--ops", ops, OPS), names, chosen("--kv-format", kv_format, KV_FORMATS),
-            chosen("--routing", routing, ROUTINGS), choose_isas(isa), counts, repetitions, shape,
+            chosen("--routing", routing, ROUTINGS), choose_isas(isa),
+            chosen("--reading", reading, READINGS) if reading else [], counts, repetitions, shape,
         )  # fmt: skip
         with progress_bar() as progress:
             report = run(settings, probe(settings.isas[0]), threads, progress)
@@ -246,22 +254,32 @@ def run(settings: Settings, hardware: HardwareSpec, threads: int | None, progres
     results = []
     for done, key in enumerate(wanted):
         progress("measuring", done, len(wanted))
-        results.append(measure(key, maker.case(key), limits, settings.repetitions))
+        results += measure(key, maker.case(key), limits, settings.repetitions, settings.readings)
     progress("measuring", len(wanted), len(wanted))
     return {"machine": _machine(settings, hardware, limits), "results": results}
 
 
-def measure(key: Key, case: Case, limits: Probe, repetitions: int) -> dict[str, Any]:
-    """A row of the report: medians of `repetitions` steps, each between two probes."""
-    seconds, shares = [], []
+def measure(key: Key, case: Case, limits: Probe, repetitions: int, readings: list[str]) -> list[dict[str, Any]]:
+    """A row of the report, or one for each way of reading, which take turns."""
+    ways: list[dict[str, str]] = [{"reading": name} for name in readings] or [{}]
+    seconds: list[list[float]] = [[] for _ in ways]
+    shares: list[list[float]] = [[] for _ in ways]
     case.run()
-    for _ in range(repetitions):
+    before = cpu_kernels.reading()
+    for _, (index, way) in product(range(repetitions), enumerate(ways)):
         limits.measure(key.isa, bool(case.cost.int_ops))
-        seconds.append(case.run())
+        cpu_kernels.reading(READINGS[way["reading"]] if way else before)
+        seconds[index].append(case.run())
         limits.measure(key.isa, bool(case.cost.int_ops))
-        shares.append(limits.seconds(key.isa, case.cost) / seconds[-1])
+        shares[index].append(limits.seconds(key.isa, case.cost) / seconds[index][-1])
+    cpu_kernels.reading(before)
+    return [key._asdict() | way | _row(case, *times) for way, *times in zip(ways, seconds, shares, strict=True)]
+
+
+def _row(case: Case, seconds: list[float], shares: list[float]) -> dict[str, Any]:
+    """Medians of steps, each of which was between two probes."""
     one, cost = statistics.median(seconds), case.cost
-    return key._asdict() | {
+    return {
         "microseconds": round(one / case.calls * 1e6, 2),
         "gbps": round(cost.bytes / one / 1e9, 2),
         "gops": round((cost.flops + cost.int_ops) / one / 1e9, 2),

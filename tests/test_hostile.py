@@ -223,7 +223,7 @@ def test_probes(isa) -> None:
             assert call(probe, pool, isa, rounds) is None
         assert call(cpu_kernels.phase_seconds, pool, rounds) is None
         call(cpu_kernels.missing_features, chance.choice(["", "none", isa, None, 3]))
-        call(cpu_kernels.fetches_near, chance.choice(["", None, 3, object()]))
+        call(cpu_kernels.reading, chance.choice(["", None, 3, object()]))
 
 
 def test_ids_that_no_expert_has_damage_their_row_alone(isa) -> None:

@@ -266,8 +266,23 @@ def test_speeds_follow_from_time_and_cost(monkeypatch) -> None:
             return 1.5
 
     key = kernels.Key("gemm", "", "bf16", "avx2", 7)
-    row = kernels.measure(key, Fixed(), Limits(), 3)
+    (row,) = kernels.measure(key, Fixed(), Limits(), 3, [])
     assert row == key._asdict() | {"microseconds": 500_000, "gbps": 4, "gops": 1, "limit_share": 0.75}
+
+
+def test_ways_to_read_take_turns(pool) -> None:
+    class Noted(kernel_cases.Case):
+        def __init__(self) -> None:
+            self.calls, self.cost, self.ways = 1, kernel_cases.Cost(8e9, 2e9), []
+
+        def run(self) -> float:
+            self.ways.append(cpu_kernels.reading().name)
+            return 2.0
+
+    before, case = cpu_kernels.reading(), Noted()
+    rows = kernels.measure(kernels.Key("gemm", "", "bf16", ISAS[0], 7), case, kernels.Probe(pool), 2, ["near", "far"])
+    assert case.ways == [before.name, "near", "far", "near", "far"] and cpu_kernels.reading() == before
+    assert [row["reading"] for row in rows] == ["near", "far"]
 
 
 def test_the_limit_is_the_slower_of_reading_and_multiplying(pool) -> None:
@@ -298,6 +313,7 @@ def test_the_report_in_three_forms(arguments) -> None:
         (["--kv-format", "int4"], ["--kv-format 'int4'", "bf16, int8, fp8"]),
         (["--routing", "odd"], ["odd", "even, random"]),
         (["--isa", "sse9"], ["'sse9' is unknown"]),
+        (["--reading", "far,fast"], ["--reading 'fast' is unknown", "far, near, ordered"]),
         (["--rows", "1,x"], ["'1,x'", "128,512"]),
         (["--rows", "0"], ["--rows 0"]),
         (["-r", "0"], ["--repetitions 0"]),

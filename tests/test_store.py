@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "it has no manifest.json"),
     "manifest not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
     "of another kind": (_change_manifest(kind="other"), "kind must be 'hybrid-store'"),
-    "other layout": (_change_manifest(layout_version=99), "layout version 99, this program reads 4: pack the model"),
+    "other layout": (_change_manifest(layout_version=99), "layout version 99, this program reads 5: pack the model"),
     "other format": (_change_manifest(mix={"head": "int2"}), "formats {'head': 'int2'}"),
     "unknown format": (
         _change_manifest(mix=dict.fromkeys(PARTS, "int2")), "format 'int2' of experts is unknown; allowed: bf16",

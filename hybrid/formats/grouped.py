@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybrid.formats.block import BLOCK, K_ALIGN, LINE, Array, Bytes, Floats, in_blocks, joined, round_up
+from hybrid.formats.block import BLOCK, K_ALIGN, LINE, Array, Bytes, Floats, in_blocks, round_up
 from hybrid.formats.rows import RowKind
 
 _LOW, _FOUR = 0x0F0F_0F0F, 0x0101_0101  # four codes are handled as one word
@@ -21,7 +21,8 @@ LARGEST_HALF = 65504.0
 
 @dataclass(frozen=True)
 class Grouped(ABC):
-    """A block is a header, and for each 64 inputs lines of scales, lines of high bits and lines of low bits.
+    """A block is a table, if its format has one, and spans of inputs: a line of factors, if there are any, and for each
+    64 inputs lines of scales, lines of high bits and lines of low bits.
 
     Codes of 4 bits and the low 4 of longer ones lie as in int4: byte b of a column in line i has those of input 8i + b
     and, in its high half, of input 8i + 4 + b. High bits: byte b of a column has, from its lowest bits on, those of
@@ -37,9 +38,9 @@ class Grouped(ABC):
     rows: ClassVar[RowKind] = "grouped"
     integer: ClassVar[bool] = True
     row_group: ClassVar[int] = BLOCK
-    span: ClassVar[int] = K_ALIGN  # inputs of one piece of the header
-    header_lines: ClassVar[int] = 0  # of `span` inputs
-    table_lines: ClassVar[int] = 0  # of a block, behind those
+    span: ClassVar[int] = K_ALIGN  # inputs that share factors
+    factor_lines: ClassVar[int] = 0  # of `span` inputs
+    table_lines: ClassVar[int] = 0  # of a block
 
     @property
     @abstractmethod
@@ -56,10 +57,7 @@ class Grouped(ABC):
         return self.head_lines * LINE + K_ALIGN * BLOCK * self.bits // 8
 
     def header_bytes(self, inputs: int) -> int:
-        return self._factor_bytes(inputs) + self.table_lines * LINE
-
-    def _factor_bytes(self, inputs: int) -> int:
-        return -(-inputs // self.span) * self.header_lines * LINE
+        return (self.table_lines + -(-inputs // self.span) * self.factor_lines) * LINE
 
     def block_bytes(self, inputs: int) -> int:
         return self.header_bytes(inputs) + inputs // K_ALIGN * self.part_bytes
@@ -75,8 +73,8 @@ class Grouped(ABC):
     def pack_blocks(self, codes: Array, *scales: Array) -> Bytes:
         """Published codes [n, k] of one byte each, and scales [n, groups], as they are."""
         header, heads = self._heads(codes.shape, *scales)
-        lines = np.concatenate([heads, _lines(codes, self.bits, self.offset)], axis=2)
-        return joined(header, lines) if header.size else lines.reshape(len(lines), -1).view(np.uint8)
+        parts = np.concatenate([heads, _lines(codes, self.bits, self.offset)], axis=2)
+        return self._join(header.view(np.uint8), parts.reshape(*parts.shape[:2], -1).view(np.uint8))
 
     @abstractmethod
     def decode(self, codes: Array, *scales: Array) -> Floats:
@@ -90,27 +88,40 @@ class Grouped(ABC):
         return np.ascontiguousarray(found[:n, :k])
 
     def cut(self, blocks: Bytes, inputs: int, first: int, last: int) -> Bytes:
-        header, part = self.header_bytes(inputs), self.part_bytes
-        lines = blocks[:, header + first // K_ALIGN * part : header + last // K_ALIGN * part]
-        if not header:
-            return lines
-        table = blocks[:, self._factor_bytes(inputs) : header]
-        factors = blocks[:, self._factor_bytes(first) : self._factor_bytes(last)]
-        return np.concatenate([factors, table, lines], axis=1)
+        spans = blocks[:, self.block_bytes(first) : self.block_bytes(last)]
+        return np.concatenate([blocks[:, : self.block_bytes(0)], spans], axis=1) if self.table_lines else spans
 
     @abstractmethod
     def all_finite(self, blocks: Bytes, inputs: int) -> bool: ...
 
+    def _join(self, header: Bytes, parts: Bytes) -> Bytes:
+        """Blocks of headers [blocks, factors and then a table] and parts [blocks, K / 64, part_bytes]."""
+        factors, table = np.split(header, [header.shape[1] - self.table_lines * LINE], axis=1)
+        spans = _gathered(parts, self.span // K_ALIGN)
+        lines = factors.reshape(*spans.shape[:2], self.factor_lines * LINE)
+        body = np.concatenate([lines, spans], axis=2).reshape(len(parts), -1)
+        return np.concatenate([table, body], axis=1)[:, : self.block_bytes(parts.shape[1] * K_ALIGN)]
+
     def _split(self, blocks: Bytes, inputs: int) -> tuple[Bytes, Bytes, Bytes]:
-        """Headers [blocks, bytes]; lines of scales and lines of codes, both [blocks, K / 64, bytes]."""
-        header, body = np.split(blocks, [self.header_bytes(inputs)], axis=1)
-        parts = body.reshape(len(blocks), inputs // K_ALIGN, self.part_bytes)
-        heads, lines = np.split(parts, [self.head_lines * LINE], axis=2)
-        return np.ascontiguousarray(header), np.ascontiguousarray(heads), np.ascontiguousarray(lines)
+        """Headers as `_join` takes them; lines of scales and lines of codes, both [blocks, K / 64, bytes]."""
+        parts = self._spans(blocks)[:, :, self.factor_lines * LINE :].reshape(len(blocks), -1, self.part_bytes)
+        heads, lines = np.split(parts[:, : inputs // K_ALIGN], [self.head_lines * LINE], axis=2)
+        header = np.concatenate([self._factors(blocks), blocks[:, : self.table_lines * LINE]], axis=1)
+        return header, np.ascontiguousarray(heads), np.ascontiguousarray(lines)
+
+    def _factors(self, blocks: Bytes) -> Bytes:
+        """[blocks, bytes]"""
+        spans = self._spans(blocks)
+        return spans[:, :, : self.factor_lines * LINE].reshape(len(blocks), spans.shape[1] * self.factor_lines * LINE)
+
+    def _spans(self, blocks: Bytes) -> Bytes:
+        """[blocks, spans, bytes], of which the last is filled up with zeros."""
+        span_bytes = self.factor_lines * LINE + self.span // K_ALIGN * self.part_bytes
+        return _gathered(blocks[:, self.table_lines * LINE :, None], span_bytes)
 
     @abstractmethod
     def _heads(self, shape: tuple[int, ...], *scales: Array) -> tuple[Array, Array]:
-        """Headers [blocks, words] and lines of scales [blocks, K / 64, lines, 16] of words."""
+        """Headers [blocks, words], factors before a table, and lines of scales [blocks, K / 64, lines, 16] of words."""
 
     @abstractmethod
     def _scales(self, header: Bytes, heads: Bytes) -> tuple[Array, ...]:
@@ -132,6 +143,13 @@ def to_halves(scales: Floats) -> Array:
     if scales.size and not np.abs(scales).max() <= LARGEST_HALF:
         raise ValueError(f"a scale would be {float(np.abs(scales).max()):.3g}; fp16 holds {LARGEST_HALF:.0f} at most")
     return scales.astype(np.float16)
+
+
+def _gathered(items: Bytes, count: int) -> Bytes:
+    """[blocks, ceil(items / count), count * bytes] of [blocks, items, bytes], filled up with zeros."""
+    missing = -items.shape[1] % count
+    filled = np.pad(items, ((0, 0), (0, missing), (0, 0))) if missing else items
+    return filled.reshape(len(items), filled.shape[1] // count, -1)
 
 
 def by_column(groups: Array, inputs: int, group: int) -> Array:

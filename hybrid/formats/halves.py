@@ -42,7 +42,8 @@ class Scaled(Grouped):
         inputs = round_up(shape[1], K_ALIGN)
         groups = [by_column(array.astype(np.float16, copy=False), inputs, GROUP) for array in scales]
         heads = np.stack(groups, axis=2).view(np.uint32)  # [blocks, groups, arrays, 8]
-        return np.zeros(0, np.uint32), heads.reshape(len(heads), inputs // K_ALIGN, self.head_lines, BLOCK)
+        none = np.zeros((len(heads), 0), np.uint32)
+        return none, heads.reshape(len(heads), inputs // K_ALIGN, self.head_lines, BLOCK)
 
     def _scales(self, header: Bytes, heads: Bytes) -> tuple[Array, ...]:
         groups = heads.view(np.float16).reshape(len(heads), -1, self.head_lines, BLOCK)

@@ -16,17 +16,17 @@ SMALL = 16  # inputs of a group of q6_k and q2_k
 
 @dataclass(frozen=True)
 class Superblocks(Grouped):
-    """A header has for each 256 inputs a line, fp16 [16 factors of scales][16 factors of minima]."""
+    """Each 256 inputs begin with a line, fp16 [16 factors of scales][16 factors of minima]."""
 
     span: ClassVar[int] = SPAN
-    header_lines: ClassVar[int] = 1
+    factor_lines: ClassVar[int] = 1
 
     @property
     def head_lines(self) -> int:
         return 1
 
     def all_finite(self, blocks: Bytes, inputs: int) -> bool:
-        return all_finite(np.ascontiguousarray(blocks[:, : self.header_bytes(inputs)]).view(np.float16))
+        return all_finite(self._factors(blocks).view(np.float16))
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ScaledAndLoweredSmallGroups(ScaledAndLowered):
 
 @dataclass(frozen=True)
 class ScaledSmallGroups(Superblocks):
-    """w = (q - offset) * (d * scale); the signed scales of 64 inputs are a line, int8 [4 groups of 16 inputs][16]. The
-    header's factors of minima are zeros.
+    """w = (q - offset) * (d * scale); the signed scales of 64 inputs are a line, int8 [4 groups of 16 inputs][16].
+    Factors of minima are zeros.
     """
 
     def quantise(self, weight: Array) -> tuple[Array, ...]:

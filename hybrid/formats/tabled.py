@@ -20,8 +20,8 @@ NORMAL = np.array([-127, -100, -78, -59, -43, -28, -14, 0, 11, 23, 35, 48, 61, 7
 class Tabled(Superblocks):
     """w = table[q] * (d * scale); the signed scales of 64 inputs are a line, int8 [4 groups of 16 inputs][16].
 
-    A header has for each 256 inputs a line, fp32 [16 factors], and then a line with the 16 numbers of the block's
-    table, as in int8, four times. offset: the code of inputs that are not there.
+    In front of a block is a line with the 16 numbers of its table, as in int8, four times, and each 256 inputs begin
+    with a line, fp32 [16 factors]. offset: the code of inputs that are not there.
     """
 
     table_lines: ClassVar[int] = 1
@@ -47,8 +47,7 @@ class Tabled(Superblocks):
         return values
 
     def all_finite(self, blocks: Bytes, inputs: int) -> bool:
-        factors = blocks[:, : self.header_bytes(inputs) - LINE]
-        return all_finite(np.ascontiguousarray(factors).view(np.float32))
+        return all_finite(self._factors(blocks).view(np.float32))
 
     def _heads(self, shape: tuple[int, ...], *scales: Array) -> tuple[Array, Array]:
         inputs = round_up(shape[1], K_ALIGN)

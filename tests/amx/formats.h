@@ -158,31 +158,35 @@ struct Codes {
   static constexpr bool has_factors = scales == Scales::superblocks || scales == Scales::small_groups;
   static constexpr int heads = scales == Scales::minima ? 128 : 64, part_bytes = heads + 128 * bits;
 
-  static int header(int inputs) { return has_factors ? rounded_up(inputs, 256) / 4 : 0; }
-  static int header_bytes(int inputs) { return header(inputs) + inputs / 64 * heads; }
+  static constexpr int factor_bytes = has_factors ? 64 : 0, span_bytes = factor_bytes + 4 * part_bytes;
+
+  static int header_bytes(int inputs) { return rounded_up(inputs, 256) / 256 * factor_bytes + inputs / 64 * heads; }
 
   static void fill(const Block& block, Random& random, char* to) {
-    memset(to, 0, size_t(header(block.inputs) + block.inputs / 64 * part_bytes));
-    auto* factors = reinterpret_cast<uint16_t (*)[2][kBlock]>(to);
+    memset(to, 0, size_t(rounded_up(block.inputs, 256) / 256 * factor_bytes + block.inputs / 64 * part_bytes));
     for (int c = 0; c < block.columns && c < kBlock; ++c) {
       for (int i = 0; has_factors && i < block.inputs; i += 256) {
-        factors[i / 256][0][c] = random_half(random);
-        factors[i / 256][1][c] = scales == Scales::superblocks ? random_half(random) : uint16_t(0);
+        factors_of(to, i)[0][c] = random_half(random);
+        factors_of(to, i)[1][c] = scales == Scales::superblocks ? random_half(random) : uint16_t(0);
       }
-      for (int i = 0; i < block.inputs; i += 16) fill_scales(part_of(block, to, i), c, i % 64, random);
+      for (int i = 0; i < block.inputs; i += 16) fill_scales(part_of(to, i), c, i % 64, random);
     }
     block.fill([&](int c, int i, bool inside) {
-      char* const part = part_of(block, to, i);
+      char* const part = part_of(to, i);
       const int q = inside ? random.below(1 << bits) : offset;
       put(reinterpret_cast<uint8_t*>(part + heads), c, i % 64, q);
       double minimum = 0;
-      const double scale = scale_of(factors[i / 256], part, c, i % 64, minimum);
+      const double scale = scale_of(factors_of(to, i), part, c, i % 64, minimum);
       return (q - offset) * scale + minimum;
     });
   }
 
  private:
-  static char* part_of(const Block& block, char* to, int i) { return to + header(block.inputs) + i / 64 * part_bytes; }
+  static uint16_t (*factors_of(char* to, int i)) [kBlock] {
+    return reinterpret_cast<uint16_t (*)[kBlock]>(to + i / 256 * span_bytes);
+  } static char* part_of(char* to, int i) {
+    return to + i / 256 * span_bytes + factor_bytes + i % 256 / 64 * part_bytes;
+  }
 
   static void fill_scales(char* part, int c, int i, Random& random) {
     if (scales == Scales::small_groups) {

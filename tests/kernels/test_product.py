@@ -77,20 +77,21 @@ def test_a_product_is_within_rounding(isa, format, n, k) -> None:
         assert_near(multiply(isa, format, x[:rows], weight, n), reference(isa, format, x[:rows], values))
 
 
-@pytest.mark.parametrize("near", [False, True])
-def test_where_weights_are_fetched_to_changes_no_bit(isa, format, near) -> None:
+def test_how_weights_are_read_changes_no_bit(isa, format) -> None:
     """Of few rows, for which they stream past once."""
-    before = cpu_kernels.fetches_near()
+    before = cpu_kernels.reading()
     try:
-        for (n, k), rows in itertools.product(SIZES, (1, 3, 6)):
+        for (n, k), rows in itertools.product(SIZES, (1, 2, 3, 4, 6)):
             x, weight, values = operands(format, rows, n, k)
-            cpu_kernels.fetches_near(near)
-            found = multiply(isa, format, x, weight, n)
-            assert_near(found, reference(isa, format, x, values))
-            assert cpu_kernels.fetches_near(not near) == near
-            assert np.array_equal(multiply(isa, format, x, weight, n), found)
+            found = []
+            for way in cpu_kernels.Reading:
+                cpu_kernels.reading(way)
+                found.append(multiply(isa, format, x, weight, n))
+                assert cpu_kernels.reading() == way
+            assert_near(found[0], reference(isa, format, x, values))
+            assert all(np.array_equal(found[0], other) for other in found[1:])
     finally:
-        cpu_kernels.fetches_near(before)
+        cpu_kernels.reading(before)
 
 
 @settings(max_examples=25, derandomize=True)

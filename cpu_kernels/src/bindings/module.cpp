@@ -172,13 +172,20 @@ std::vector<std::string> available_isas() {
 NB_MODULE(_ext, m) {
   nb::set_leak_warnings(false);  // a forked process ends with objects that its parent's threads held
   using namespace hybrid;
-  fetch_near = should_fetch_near();
+  reading = suited_reading();
   m.def("available_isas", &available_isas, "Instruction sets that run on this machine, best first.");
+  nb::enum_<Reading>(m, "Reading")
+      .value("far", Reading::far)
+      .value("near", Reading::near)
+      .value("ordered", Reading::ordered);
   m.def(
-      "fetches_near", [](std::optional<bool> wanted) { return std::exchange(fetch_near, wanted.value_or(fetch_near)); },
+      "reading", [](std::optional<Reading> wanted) { return std::exchange(reading, wanted.value_or(reading)); },
       "wanted"_a = nb::none(),
-      "Whether weights are fetched into the first-level cache, a little ahead, or far ahead into the second, as suits\n"
-      "this processor. wanted: what to do from now on, for measurements and tests; results are the same.");
+      "How few rows read weights, as suits this processor: blocks by turns, asked for far ahead in the second-level "
+      "cache\n"
+      "or near in the first, or blocks one after the other. wanted: what to do from now on, for measurements and "
+      "tests;\n"
+      "results are the same.");
   m.def("missing_features", &missing_features, "isa"_a, "CPU features that `isa` needs and this machine lacks.");
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
   m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");

@@ -58,13 +58,14 @@ bool has_feature(const std::string& name) {
   return features.at(name);
 }
 
-// Zen 5, whose first-level cache waits for enough lines. Zen 4 is slower so, Intel's were not tried: docs/kernels.md.
-bool should_fetch_near() {
+// Measured on Zen 4, Zen 5 and an Intel Xeon: docs/kernels.md.
+Reading suited_reading() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return Reading::far;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
   const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-  return family >= 0x1a;
+  if (family == 0x19) return Reading::ordered;
+  return family > 0x19 ? Reading::near : Reading::far;
 }
 
 }  // namespace hybrid

@@ -4,13 +4,15 @@
 
 #include <string>
 
+#include "executor/step.h"
+
 namespace hybrid {
 
 // Whether this machine has a feature, in the spelling of /proc/cpuinfo. "amx_permission" is absent only where the
 // processor has tiles and the kernel refuses them. Throws std::out_of_range for one that no instruction set needs.
 bool has_feature(const std::string& name);
 
-// What `fetch_near` is best set to.
-bool should_fetch_near();
+// What `reading` is best set to.
+Reading suited_reading();
 
 }  // namespace hybrid

@@ -8,8 +8,8 @@ namespace hybrid {
 
 // A scale in fp16 for each group; a minimum in fp16 beside it; factors in fp16 for 256 inputs, and a scale and a
 // minimum of 6 bits for each group; a factor for 256 inputs, and a signed scale for each group of 16; the same with a
-// factor in fp32, and a table behind the factors; factors as of superblocks, and of each group of 16 a byte of a scale
-// and a minimum.
+// factor in fp32, and a table in front of the block; factors as of superblocks, and of each group of 16 a byte of a
+// scale and a minimum.
 enum class GroupScales { halves, minima, superblocks, small_groups, tabled, small_superblocks };
 
 constexpr int kTable = 0;  // in place of their bits: codes of 4 bits that the 16 bytes of a block's table stand for
@@ -24,15 +24,17 @@ struct GroupLayout {
 
   constexpr int codes() const { return scales == GroupScales::tabled ? kTable : bits; }
   constexpr int group() const { return group_inputs(codes()); }
-  constexpr int head_bytes() const { return scales == GroupScales::minima ? 2 * kLine : kLine; }  // before the codes
-  constexpr int part_bytes() const { return head_bytes() + kInputs * kBlock * bits / 8; }         // of 64 inputs
-  constexpr int header_bytes(int inputs) const {
-    if (scales == GroupScales::halves || scales == GroupScales::minima) return 0;
-    const int table = scales == GroupScales::tabled ? kLine : 0;
-    return (inputs + kScaleInputs - 1) / kScaleInputs * kLine + table;
+  // Before the codes of 64 inputs, before 256 inputs, and in front of a block.
+  constexpr int head_bytes() const { return scales == GroupScales::minima ? 2 * kLine : kLine; }
+  constexpr int factor_bytes() const {
+    return scales == GroupScales::halves || scales == GroupScales::minima ? 0 : kLine;
   }
+  constexpr int table_bytes() const { return scales == GroupScales::tabled ? kLine : 0; }
+  constexpr int part_bytes() const { return head_bytes() + kInputs * kBlock * bits / 8; }              // of 64 inputs
+  constexpr int span_bytes() const { return factor_bytes() + kScaleInputs / kInputs * part_bytes(); }  // of 256
   constexpr int64_t block_bytes(int inputs) const {
-    return header_bytes(inputs) + int64_t(inputs) / kInputs * part_bytes();
+    const int factors = (inputs + kScaleInputs - 1) / kScaleInputs * factor_bytes();
+    return table_bytes() + factors + int64_t(inputs) / kInputs * part_bytes();
   }
 };
 

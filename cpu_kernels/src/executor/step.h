@@ -39,9 +39,11 @@ static inline bool is_gated(Activation activation) { return activation != Activa
 // chosen one a softmax over those left that are close to it, or the root of a softplus each.
 enum class Scoring { softmax, topk_softmax, sigmoid, sparsemixer, root_softplus };
 
-// Whether weights that are read once are fetched into the first-level cache, a little ahead, or into the second, far
-// ahead. The processor decides, when the module is loaded; results are the same.
-inline bool fetch_near = false;
+// How weights that few rows read once come from memory: some blocks by turns, asked for far ahead in the second-level
+// cache, or a little ahead in the first; or one block after the other. The processor decides, when the module is
+// loaded; results are the same.
+enum class Reading { far, near, ordered };
+inline Reading reading = Reading::far;
 
 constexpr int kBlock = 16;          // columns in a packed block, keys in a key block
 constexpr int kLine = 64;           // bytes: 16 columns x one pair of bf16

@@ -12,7 +12,8 @@ struct Bf16 : FloatKind {
   static constexpr bool chained = true;  // one chain of sums, whatever the segments
   static constexpr int segment = 0;      // stored lines that share scales; 0: all of them
   static constexpr bool opened = true;   // stored lines are operands as they are
-  static constexpr int tile_rows = 7;    // from so many rows on matrix tiles, if there are any, are faster: measured
+  static constexpr OrderedRows ordered{2, 6};
+  static constexpr int tile_rows = 7;  // from so many rows on matrix tiles, if there are any, are faster: measured
   struct Scale {};
 
   static constexpr int header(int) { return 0; }

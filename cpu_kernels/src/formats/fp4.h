@@ -21,6 +21,7 @@ struct Fp4Kind : FloatKind {
 };
 
 struct Mxfp4 : Fp4Kind {
+  static constexpr OrderedRows ordered{0, kAnyRows};
   static constexpr Fp4Layout layout = kMxfp4;
   // Scales are opened this much smaller, and rows scaled by as much more: whole numbers of a group times a scale are
   // far above what they stand for, and are to stay finite. Weights of 2^-127 count as zero.
@@ -34,6 +35,7 @@ struct Mxfp4 : Fp4Kind {
 
 struct Nvfp4 : Fp4Kind {
   static constexpr bool tiled = false;
+  static constexpr OrderedRows ordered{kAnyRows, kAnyRows};
   static constexpr Fp4Layout layout = kNvfp4;
   static constexpr float smaller = 0x1p-8f;  // from_fp8 gives 2^-8
 

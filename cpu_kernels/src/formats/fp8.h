@@ -14,6 +14,7 @@ struct Fp8Kind : FloatKind {
   static constexpr bool chained = false;
   static constexpr int segment = segment_inputs / line_inputs;
   static constexpr bool opened = false;
+  static constexpr OrderedRows ordered{0, 0};
   static constexpr int tile_rows = 3;
   static constexpr float larger = 256.0f;  // from_fp8 gives 2^-8
   struct Scale {};

@@ -65,15 +65,15 @@ struct OpenedGroups : IntegerKind<0, group> {
 // Adjacent blocks of a packed matrix from block `block` on.
 struct GroupBlocks {
   GroupLayout layout;
-  int inputs, header_bytes, part_bytes;
+  int inputs, part_bytes, span_bytes;
   int64_t stride;
   const char* first;
 
   HYBRID_INLINE GroupBlocks(GroupLayout layout, const char* matrix, int inputs, int block)
       : layout(layout),
         inputs(inputs),
-        header_bytes(layout.header_bytes(inputs)),
         part_bytes(layout.part_bytes()),
+        span_bytes(layout.span_bytes()),
         stride(layout.block_bytes(inputs)),
         first(matrix + block * stride) {}
   // From the j-th of them on.
@@ -82,12 +82,16 @@ struct GroupBlocks {
     w.first += j * stride;
     return w;
   }
-  // Of the 256 inputs that `input` is one of, where there are any.
-  HYBRID_INLINE const char* factors(int input) const { return first + input / kScaleInputs * kLine; }
   // What codes stand for, if there is a table: the 16 bytes four times.
-  HYBRID_INLINE const char* table() const { return first + header_bytes - kLine; }
+  HYBRID_INLINE const char* table() const { return first; }
+  // What the 256 inputs that `input` is one of have: factors, if there are any, then parts.
+  HYBRID_INLINE const char* span(int input) const {
+    return first + layout.table_bytes() + input / kScaleInputs * span_bytes;
+  }
   // What 64 inputs from `input` on have: scales, then codes.
-  HYBRID_INLINE const char* part(int input) const { return first + header_bytes + input / kInputs * part_bytes; }
+  HYBRID_INLINE const char* part(int input) const {
+    return span(input) + layout.factor_bytes() + input % kScaleInputs / kInputs * part_bytes;
+  }
 };
 
 // Of group `g` of the 64 inputs at `head`. factors: those of the 256 that they belong to.
@@ -115,7 +119,7 @@ static HYBRID_INLINE void open_all(const GroupBlocks& w, int block, int first, i
   constexpr bool wide =
       scales == GroupScales::halves || scales == GroupScales::minima || scales == GroupScales::superblocks;
   constexpr int groups = wide ? 2 : 4;
-  const char* const factors = w.factors(first) + block * w.stride;
+  const char* const factors = w.span(first) + block * w.stride;
   const char* head = w.part(first) + block * w.stride;
   const F32 offset = Isa::set(-float(w.layout.offset));
   for (int input = first; input < last; input += kInputs, head += w.part_bytes) {

@@ -12,6 +12,7 @@ struct Int8 : IntegerKind<128, kScaleInputs> {
   static constexpr bool chained = false;
   static constexpr int segment = kScaleInputs / line_inputs;
   static constexpr bool opened = true;
+  static constexpr OrderedRows ordered{4, 6};
   static constexpr int tile_rows = 17;
   struct Scale {};
 

@@ -9,6 +9,13 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
+// Where blocks are read one after the other: with up to so many rows lines are asked for just before, with up to so
+// many far ahead; more rows read blocks by turns. Measured: docs/kernels.md.
+struct OrderedRows {
+  int near, far;
+};
+constexpr int kAnyRows = 1 << 30;
+
 struct FloatKind {
   using Line = Isa::Line;
   using Sum = F32;

@@ -113,8 +113,8 @@ static HYBRID_INLINE void fp4_product(const Rows& left, int rows, const char* ma
   float* const sums = reinterpret_cast<float*>(scratch);
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
     const char* const first = matrix + block * Format::layout.block_bytes(inputs);
-    fetch_near ? fp4_rows<Format, Near>(left, rows, first, inputs, nb.value, sums)
-               : fp4_rows<Format, Far>(left, rows, first, inputs, nb.value, sums);
+    with_reading<Format::ordered.near, Format::ordered.far, Isa::max_rows>(
+        [&](auto ahead) { fp4_rows<Format, decltype(ahead)>(left, rows, first, inputs, nb.value, sums); });
     epilogue(Sums{sums, nb.value * kBlock, kBlock}, Range{0, rows}, block, nb.value);
   });
 }

@@ -46,19 +46,23 @@ static HYBRID_INLINE void with_codes(const GroupLayout& layout, Function functio
   with_scales(Int<5>{});
 }
 
-// Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16].
+// Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16], rows `stride`
+// floats apart.
 template <int bits, GroupScales scales, class Ahead, int MR, int NB>
-static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out) {
-  constexpr int group = group_inputs(bits), steps = group / 4, stored = bits == kTable ? 4 : bits;
-  constexpr int fetched =
-      ((2 * stored + 2) * group + kInputs - 1) / kInputs;  // lines of a group and its scales, or more
-  const int head_bytes = w.layout.head_bytes();
+static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out, int stride) {
+  static_assert(NB == 1 || !Ahead::ordered);
+  constexpr int group = group_inputs(bits), steps = group / 4;
+  constexpr GroupLayout layout{bits == kTable ? 4 : bits, 0, scales};
+  constexpr int part_lines = layout.part_bytes() / kLine, part_steps = kInputs / 4;
+  constexpr int head_bytes = layout.head_bytes();
   const F32 offset = Isa::set(-float(w.layout.offset));
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   for (int input = 0; input < w.inputs; input += kInputs) {
-    const char *const at = w.part(input), *const factors = w.factors(input);
+    const char *const at = w.part(input), *const factors = w.span(input);
     const char* next = at + Ahead::ahead + (at + Ahead::ahead < w.first + w.stride ? 0 : (NB - 1) * w.stride);
+    if (layout.factor_bytes() && input % kScaleInputs == 0) fetch_line<NB, Ahead::level>(next - kLine, w.stride);
+#pragma GCC unroll 4
     for (int g = 0; g < kInputs; g += group) {
       const GroupCodes<bits> codes(at + head_bytes, g, w.table());
       Isa::I32 part[MR][NB];
@@ -68,8 +72,10 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
         for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
 #pragma GCC unroll 8
       for (int step = 0; step < steps; ++step) {
-        if (step < fetched) fetch_line<NB, Ahead::level>(next + step * kLine, w.stride);
-        if (step + steps < fetched) fetch_line<NB, Ahead::level>(next + (step + steps) * kLine, w.stride);
+        const int done = g / 4 + step;
+#pragma GCC unroll 2
+        for (int i = done * part_lines / part_steps; i < (done + 1) * part_lines / part_steps; ++i)
+          fetch_line<NB, Ahead::level>(next + i * kLine, w.stride);
         typename Isa::Bytes operand[NB];
 #pragma GCC unroll 8
         for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
@@ -80,14 +86,13 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
           for (int j = 0; j < NB; ++j) part[r][j] = Isa::dot(part[r][j], operand[j], value);
         }
       }
-      next += fetched * kLine;
       const auto scales_of = [&](int j) __attribute__((always_inline)) {
         return open_scale<scales>(at + j * w.stride, factors + j * w.stride, g / group, offset);
       };
       merge_group<OpenedGroups<group>>(sums, part, rows, w.inputs, (input + g) / 4, scales_of);
     }
   }
-  store_sums(out, sums);
+  store_sums(out, sums, stride);
 }
 
 // Where scales of an opened block are in its panel: behind its lines of int8.
@@ -111,8 +116,8 @@ static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int firs
     char* line = out;
     for (int input = first; input < last; input += kInputs) {
       const char* const at = w.part(input) + j * w.stride;
-      const int64_t panel = int64_t(kPanelInputs / kInputs) * w.part_bytes;
-      const char* next = at + panel + (input + kPanelInputs < w.inputs ? 0 : (blocks - 1) * w.stride);
+      const char* next = at + w.span_bytes + (input + kPanelInputs < w.inputs ? 0 : (blocks - 1) * w.stride);
+      if (w.layout.factor_bytes() && input == first) __builtin_prefetch(next - kLine, 0, 2);
       for (int i = 0; i < w.part_bytes; i += kLine) __builtin_prefetch(next + i, 0, 2);
       for (int g = 0; g < kInputs; g += group) {
         const GroupCodes<bits> codes(at + w.layout.head_bytes(), g, w.table() + j * w.stride);
@@ -135,15 +140,36 @@ static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBl
   }
 }
 
-template <class Ahead, int NB>
+// Of codes of so many bits, or of kTable.
+static constexpr OrderedRows ordered_rows(int bits) {
+  if (bits == kTable) return {1, 1};
+  if (bits == 2) return {0, 0};
+  if (bits == 4) return {2, 4};
+  if (bits == 5) return {1, 4};
+  if (bits == 6) return {0, 2};
+  return {2, 2};
+}
+
+template <int bits, GroupScales scales, int MR, int NB>
+static HYBRID_INLINE void stream_group_blocks(const char* const* rows, const GroupBlocks& w, float* out) {
+  constexpr OrderedRows ordered = ordered_rows(bits);
+  with_reading<ordered.near, ordered.far, MR>([&](auto ahead) __attribute__((always_inline)) {
+    using Ahead = decltype(ahead);
+    constexpr int together = Ahead::ordered ? 1 : NB;
+    for (int j = 0; j < NB; j += together)
+      stream_groups<bits, scales, Ahead, MR, together>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
+  });
+}
+
+template <int NB>
 static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
   const char* at[Isa::group_rows];
   for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(r, rows - 1));
   with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
     constexpr GroupScales scales = decltype(kind)::scales;
-    if (rows == 1) return stream_groups<bits.value, scales, Ahead, 1, NB>(at, w, sums);
-    if (rows == 2) return stream_groups<bits.value, scales, Ahead, 2, NB>(at, w, sums);
-    stream_groups<bits.value, scales, Ahead, 4, NB>(at, w, sums);
+    if (rows == 1) return stream_group_blocks<bits.value, scales, 1, NB>(at, w, sums);
+    if (rows == 2) return stream_group_blocks<bits.value, scales, 2, NB>(at, w, sums);
+    stream_group_blocks<bits.value, scales, 4, NB>(at, w, sums);
   });
 }
 
@@ -162,7 +188,7 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
       else
         group_panels<32, NB>(left, rows, w, sums, opened);
     } else if constexpr (Isa::group_rows > 0) {
-      fetch_near ? stream_few<Near, NB>(left, rows, w, sums) : stream_few<Far, NB>(left, rows, w, sums);
+      stream_few<NB>(left, rows, w, sums);
     }
     epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
   });

@@ -10,15 +10,37 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-// Where lines that are read once are fetched to (the last argument of __builtin_prefetch), and how many bytes of each
-// block ahead; `fetch_near` says which suits the processor. On most the second-level cache can wait for more lines from
-// memory than the first.
+// Where lines that are read once are fetched to (the last argument of __builtin_prefetch), how many bytes of each block
+// ahead, and whether blocks come one after the other or by turns; `reading` says what suits the processor. One stream
+// that is met at once is best left to the processor, and only begun for it.
 struct Far {
   static constexpr int level = 2, ahead = 6144;
+  static constexpr bool ordered = false;
 };
 struct Near {
   static constexpr int level = 3, ahead = 2048;
+  static constexpr bool ordered = false;
 };
+struct OrderedFar {
+  static constexpr int level = 2, ahead = 7168;
+  static constexpr bool ordered = true;
+};
+struct OrderedNear {
+  static constexpr int level = 2, ahead = 256;
+  static constexpr bool ordered = true;
+};
+
+// Calls function(Far{}) or whichever suits the processor, and products of MR rows.
+template <int near, int far, int MR, class Function>
+static HYBRID_INLINE void with_reading(Function function) {
+  if constexpr (MR <= near) {
+    if (reading == Reading::ordered) return function(OrderedNear{});
+  } else if constexpr (MR <= far) {
+    if (reading == Reading::ordered) return function(OrderedFar{});
+  }
+  if (reading == Reading::near) return function(Near{});
+  function(Far{});
+}
 
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
@@ -79,12 +101,13 @@ static HYBRID_INLINE void load_sums(F32 (&sums)[MR][NB], const float* from) {
     for (int j = 0; j < NB; ++j) sums[r][j] = from ? Isa::load(from + (r * NB + j) * kBlock) : Isa::zero();
 }
 
+// stride: floats from a row to the next.
 template <int MR, int NB>
-static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB]) {
+static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB], int stride = NB * kBlock) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < NB; ++j) Isa::store(to + (r * NB + j) * kBlock, sums[r][j]);
+    for (int j = 0; j < NB; ++j) Isa::store(to + r * stride + j * kBlock, sums[r][j]);
 }
 
 // The part of a group of codes, scaled as its weights and as the rows are, and its minimum, added to the sums.
@@ -207,18 +230,30 @@ static HYBRID_INLINE void fetch_scales(const Blocks<Format>& w, int line, const 
   }
 }
 
+// The same of one block, of bytes that lie `ahead` of it, before any line of it is multiplied.
+template <class Ahead, class Format>
+static HYBRID_INLINE void fetch_ordered_header(const Blocks<Format>& w) {
+  if constexpr (Format::scaled_lines > 0) return;
+  for (int i = 0; i < w.header_bytes; i += kLine) __builtin_prefetch(w.header + Ahead::ahead + i, 0, Ahead::level);
+}
+
 // A single tile of rows: lines stream past once, in order, fetched some way ahead. The stream runs on into the group
-// of blocks that follows, so the last lines fetch that group's first. out: sums [MR][NB][16].
+// of blocks that follows, so the last lines fetch that group's first; of one block what is fetched lies `ahead` of what
+// is multiplied. out: sums [MR][NB][16], rows `stride` floats apart.
 template <class Format, class Ahead, int MR, int NB>
-static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& w, float* out) {
-  const int lead = min(Ahead::ahead / kLine, w.lines), main = w.lines - lead;
+static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& w, float* out, int stride) {
+  static_assert(NB == 1 || !Ahead::ordered);
+  const int lead = min(Ahead::ahead / kLine, w.lines), main = Ahead::ordered ? 0 : w.lines - lead;
   F32 sums[MR][NB];
   load_sums(sums, nullptr);
   constexpr int panel = kPanelInputs / Format::line_inputs;
+  if constexpr (Ahead::ordered) fetch_ordered_header<Ahead>(w);
   const auto run = [&](auto& acc, int first, int end) __attribute__((always_inline)) {
     for (int line = first; line < end;) {
       const int last = line < main ? min(end, main) : end;
-      const char* next = line < main ? w.line(line + lead) : w.line(line - main) + NB * w.stride;
+      const char* next = Ahead::ordered ? w.line(line) + Ahead::ahead
+                         : line < main  ? w.line(line + lead)
+                                        : w.line(line - main) + NB * w.stride;
       const char* a[MR];
       advance<Format>(a, rows, line);
       fetch_scales<NB, Ahead::level>(w, line, next);
@@ -228,11 +263,22 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
   };
   for (int first = 0; first < w.lines; first += panel) {
     const int last = min(w.lines, first + panel);
-    fetch_header<NB>(w, first, last);
+    if constexpr (!Ahead::ordered) fetch_header<NB>(w, first, last);
     accumulate<Format>(sums, rows, w, first, last, run);
   }
   finish<Format>(sums, w);
-  store_sums(out, sums);
+  store_sums(out, sums, stride);
+}
+
+// A single tile over some blocks. out: sums [MR][NB][16].
+template <class Format, int MR, int NB>
+static HYBRID_INLINE void stream_blocks(const char* const* rows, const Blocks<Format>& w, float* out) {
+  with_reading<Format::ordered.near, Format::ordered.far, MR>([&](auto ahead) __attribute__((always_inline)) {
+    using Ahead = decltype(ahead);
+    constexpr int together = Ahead::ordered ? 1 : NB;
+    for (int j = 0; j < NB; j += together)
+      stream<Format, Ahead, MR, together>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
+  });
 }
 
 // Stored lines [first, last) of NB blocks as operands, `kPanelBytes` a block; meanwhile those at `next` are fetched.
@@ -351,7 +397,7 @@ static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, 
       float* const sums = reinterpret_cast<float*>(scratch);
       with_rows<Isa::max_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
         constexpr int MR = decltype(mr)::value;
-        fetch_near ? stream<Format, Near, MR, NB>(at, w, sums) : stream<Format, Far, MR, NB>(at, w, sums);
+        stream_blocks<Format, MR, NB>(at, w, sums);
       });
       epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
     });

@@ -121,7 +121,7 @@ static HYBRID_INLINE void open_group_pairs(const GroupBlocks& w, int first, int 
     const char* const part = w.part(input);
 #pragma GCC unroll 4
     for (int g = 0; g < kInputs / group; ++g) {
-      const OpenedScales opened = open_scale<scales>(part, w.factors(input), g, offset);
+      const OpenedScales opened = open_scale<scales>(part, w.span(input), g, offset);
       const F32 scale = Isa::GroupPairs::factor(opened.scale), start = Isa::GroupPairs::factor(opened.minimum);
       const GroupCodes<bits> codes(part + w.layout.head_bytes(), g * group, w.table());
 #pragma GCC unroll 8
@@ -151,7 +151,7 @@ struct TileGroups {
       : w(format.layout, matrix, inputs, block), opened_w(opened, inputs, 0), opened(opened) {}
   HYBRID_INLINE const Blocks<Multiplied>& multiplied() const { return opened_w; }
   HYBRID_INLINE Stored stored(int skipped, int first, int last) const {
-    return {w.part(first) + skipped * w.stride, w.stride, int((w.part(last) - w.part(first)) / kLine)};
+    return {w.span(first) + skipped * w.stride, w.stride, int((w.part(last) - w.span(first)) / kLine)};
   }
   HYBRID_INLINE Lines operands(int blocks, int first, int last, const Stored&) const {
     open_group_panels(w, blocks, first, last, opened);
