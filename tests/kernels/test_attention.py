@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_reference import BF16 as BF16_ROUNDING
@@ -230,6 +231,18 @@ def test_scores_far_apart_leave_the_largest_alone(isa, kv_format) -> None:
         for head in range(6):
             assert_near(output[0, head], Near(values[head // 3], bound[head // 3]))
         sequences.k[0, :, key] = -30
+
+
+@pytest.mark.parametrize("heads", [1, 6, 13])
+def test_every_code_of_fp8_stands_for_its_value(isa, heads) -> None:
+    """The only token of a sequence is what attention makes of it."""
+    sequences = Sequences.make((heads, 1, 128), "fp8")
+    codes = np.minimum(np.arange(128), 126).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)  # 448 makes the scale 1
+    sequences.v[0, 0, 0], sequences.v[1, 0, 0] = codes, -codes
+    sequences.cut([1, 1, 0])
+    output = sequences.run(isa, [(0, 0), (1, 0)])
+    for row in range(2):
+        assert np.array_equal(output[row], np.broadcast_to(sequences.v[row, 0, 0], output[row].shape))
 
 
 def sinks_of(shape: tuple[int, int, int]) -> np.ndarray:

@@ -45,6 +45,7 @@ Features read_features() {
           {"avx512dq", zmm && (ebx7 & bit_AVX512DQ)},
           {"avx512_bf16", zmm && (eax71 & (1u << 5))},
           {"avx512_vnni", zmm && (ecx7 & (1u << 11))},
+          {"avx512vbmi", zmm && (ecx7 & (1u << 1))},
           {"amx_tile", amx_tile},
           {"amx_bf16", amx_bf16},
           {"amx_int8", amx_int8},

@@ -21,7 +21,9 @@ struct Int4 : IntegerKind<8, kSumInputs> {
   static constexpr int header(int inputs) { return inputs; }
   static HYBRID_INLINE Scale scale(const char*, int) { return {}; }
   static HYBRID_INLINE Line operand(const char* line, int step, Scale) { return Isa::load_nibbles(line, step); }
-  static HYBRID_INLINE void open(const char* line, int step, Scale, char* out) { Isa::store_nibbles(out, line, step); }
+  static HYBRID_INLINE void open(const char* line, Scale, char* out) {
+    for (int step = 0; step < steps; ++step) Isa::store_nibbles(out + step * kLine, line, step);
+  }
   static HYBRID_INLINE F32 group_scale(const char* header, int line) {
     return Isa::from_bf16(header + line / scaled_lines * (scaled_lines + 1) * kLine + line / segment % 2 * kBlock * 2);
   }

@@ -32,7 +32,7 @@ Names operator+(Names names, const Names& more) {
 std::vector<Isa> known_isas() {
   const Names avx2 = {"avx2", "fma", "f16c"};
   const Names avx512 = avx2 + Names{"avx512f", "avx512bw", "avx512vl", "avx512dq"};
-  const Names avx512_bf16 = avx512 + Names{"avx512_bf16", "avx512_vnni"};
+  const Names avx512_bf16 = avx512 + Names{"avx512_bf16", "avx512_vnni", "avx512vbmi"};
   const Names amx = avx512_bf16 + Names{"amx_tile", "amx_bf16", "amx_int8", "amx_permission"};
   std::vector<Isa> known = {{&kernels_amx, amx},
                             {&kernels_avx512_bf16, avx512_bf16},

@@ -107,6 +107,10 @@ struct Avx2 {
     return {_mm256_fmadd_ps(line.odd.lo, pair.odd, lo), _mm256_fmadd_ps(line.odd.hi, pair.odd, hi)};
   }
   static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static Line load_fp8(const char* line, int step) {
+    const char* pair = line + step * 2 * kBlock;
+    return make_line(from_fp8(pair), from_fp8(pair + kBlock));
+  }
   static void store_line(char* p, Line line) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), pair_bits(line.even.lo, line.odd.lo));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), pair_bits(line.even.hi, line.odd.hi));

@@ -69,6 +69,10 @@ struct Avx512 {
   }
   static F32 dot(F32 acc, Line line, Pair pair) { return fma(line.odd, pair.odd, fma(line.even, pair.even, acc)); }
   static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static Line load_fp8(const char* line, int step) {
+    const char* pair = line + step * 2 * kBlock;
+    return make_line(from_fp8(pair), from_fp8(pair + kBlock));
+  }
   static void store_line(char* p, Line line) { _mm512_store_si512(p, pair_bits(line.even, line.odd)); }
 
   static void turn_lines(const char* lines, char* out) {

@@ -1,10 +1,31 @@
-// AVX-512 with BF16 and VNNI dot products: a packed line is one operand as it stands.
+// AVX-512 with BF16 and VNNI dot products, for which a packed line is one operand as it stands, and VBMI look-ups.
 #pragma once
 
 #include "isa/avx512.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
+
+// For opening fp8: the two bytes of the bf16 that is 2^-8 of each positive e4m3 number; and a line's bytes in the order
+// of its pairs, 4 columns of both steps in each quarter.
+struct Fp8Tables {
+  alignas(kLine) unsigned char low[128] = {}, high[128] = {}, order[kLine] = {};
+
+  constexpr Fp8Tables() {
+    for (int code = 1; code < 128; ++code) {
+      int exponent = code / 8 + 112, fraction = code % 8 * 16;
+      if (code < 8) {  // subnormal: code * 2^-17
+        exponent = code < 2 ? 110 : code < 4 ? 111 : 112;
+        fraction = (code << (117 - exponent)) % 128;
+      }
+      low[code] = static_cast<unsigned char>(exponent % 2 * 128 + fraction);
+      high[code] = static_cast<unsigned char>(exponent / 2);
+    }
+    for (int i = 0; i < kLine; ++i)
+      order[i] = static_cast<unsigned char>(i / 8 % 2 * 2 * kBlock + i % 2 * kBlock + i / 16 * 4 + i % 8 / 2);
+  }
+};
+constexpr Fp8Tables kFp8Tables;
 
 struct Avx512Bf16 : Avx512 {
   using Line = __m512i;
@@ -28,6 +49,18 @@ struct Avx512Bf16 : Avx512 {
   static F32 dot(F32 acc, Line line, Pair pair) { return _mm512_dpbf16_ps(acc, (__m512bh)line, (__m512bh)pair); }
   static Line make_line(F32 even, F32 odd) { return pair_bits(even, odd); }
   static void store_line(char* p, Line line) { _mm512_store_si512(p, line); }
+
+  // Rows 2 * step and 2 * step + 1 of a line of fp8, as from_fp8() and make_line() give them. Everything but the last
+  // step is the same for both, and computed once where they are opened beside each other.
+  static Line load_fp8(const char* line, int step) {
+    const __m512i codes = _mm512_permutexvar_epi8(_mm512_load_si512(kFp8Tables.order), _mm512_loadu_si512(line));
+    const __m512i low = look_up(codes, kFp8Tables.low), size = look_up(codes, kFp8Tables.high);
+    const __m512i sign = _mm512_set1_epi8(char(0x80));  // which look-ups ignore
+    const __m512i high = _mm512_ternarylogic_epi32(size, codes, sign, 0xf8);  // size | (codes & sign)
+    Line pairs = step ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
+    __asm__("" : "+v"(pairs));  // gcc 12 would spill it though registers are free
+    return pairs;
+  }
 
   static I32 set_int(int x) { return (I32)_mm512_set1_epi32(x); }
   static I32 load_int(const int32_t* p) { return (I32)_mm512_loadu_si512(p); }
@@ -57,6 +90,11 @@ struct Avx512Bf16 : Avx512 {
     }
     static_assert(kWideBase == 1 << 7);
     return (I32)_mm512_add_epi32(lower, _mm512_slli_epi32(upper, 7));
+  }
+
+ private:
+  static __m512i look_up(__m512i codes, const unsigned char (&table)[128]) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), codes, _mm512_load_si512(table + kLine));
   }
 };
 

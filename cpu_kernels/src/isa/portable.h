@@ -134,6 +134,10 @@ struct Portable {
     return each([&](int i) { return acc.lane[i] + line.even.lane[i] * pair.even + line.odd.lane[i] * pair.odd; });
   }
   static Line make_line(F32 even, F32 odd) { return {even, odd}; }
+  static Line load_fp8(const char* line, int step) {  // rows 2 * step and the next of four
+    const char* pair = line + step * 2 * kBlock;
+    return make_line(from_fp8(pair), from_fp8(pair + kBlock));
+  }
   static void store_line(char* p, const Line& line) {
     uint32_t pairs[16];
     for (int i = 0; i < 16; ++i) pairs[i] = float_to_bits(line.even.lane[i]) >> 16 | float_to_bits(line.odd.lane[i]);

@@ -35,8 +35,8 @@ struct KvInt8 : FloatKind {
     const char* pair = line + step * 2 * kBlock;
     return Isa::make_line(Isa::from_int8(pair), Isa::from_int8(pair + kBlock));
   }
-  static HYBRID_INLINE void open(const char* line, int step, Scale scale, char* out) {
-    Isa::store_line(out, operand(line, step, scale));
+  static HYBRID_INLINE void open(const char* line, Scale scale, char* out) {
+    for (int step = 0; step < steps; ++step) Isa::store_line(out + step * kLine, operand(line, step, scale));
   }
   static HYBRID_INLINE void encode(char* out, F32 x) { Isa::store_int8(out, x); }
   static HYBRID_INLINE F32 widen(const char* codes) { return Isa::from_int8(codes); }

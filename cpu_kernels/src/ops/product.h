@@ -275,7 +275,7 @@ template <class Format, int MR, int NB>
 static HYBRID_INLINE void stream_blocks(const char* const* rows, const Blocks<Format>& w, float* out) {
   with_reading<Format::ordered.near, Format::ordered.far, MR>([&](auto ahead) __attribute__((always_inline)) {
     using Ahead = decltype(ahead);
-    constexpr int together = Ahead::ordered ? 1 : NB;
+    constexpr int together = Ahead::ordered ? 1 : NB < Format::abreast ? NB : Format::abreast;
     for (int j = 0; j < NB; j += together)
       stream<Format, Ahead, MR, together>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
   });
@@ -293,9 +293,7 @@ static HYBRID_KERNEL void open_panel(const Blocks<Format>& w, int first, int las
       for (int j = 0; j < NB; ++j) {
         __builtin_prefetch(next + j * w.stride + lines_bytes<Format>(i), 0, 2);
         const char* line = w.line(first + i) + j * w.stride;
-#pragma GCC unroll 4
-        for (int step = 0; step < Format::steps; ++step)
-          Format::open(line, step, scale[j], out + j * kPanelBytes + (i * Format::steps + step) * kLine);
+        Format::open(line, scale[j], out + j * kPanelBytes + i * Format::steps * kLine);
       }
     }
   }
@@ -396,8 +394,7 @@ static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, 
       for (int r = 0; r < rows; ++r) at[r] = left.at(r);
       float* const sums = reinterpret_cast<float*>(scratch);
       with_rows<Isa::max_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
-        constexpr int MR = decltype(mr)::value;
-        stream_blocks<Format, MR, NB>(at, w, sums);
+        stream_blocks<Format, decltype(mr)::value, NB>(at, w, sums);
       });
       epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
     });

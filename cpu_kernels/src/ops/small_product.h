@@ -24,9 +24,7 @@ static HYBRID_KERNEL Lines open_small(const Lines& w, int count, char* out) {
 #pragma GCC unroll 8
     for (int j = 0; j < NB; ++j) {
       const char* line = w.data + j * w.block_stride + i * w.line_stride;
-#pragma GCC unroll 4
-      for (int step = 0; step < Format::steps; ++step)
-        Format::open(line, step, {}, out + j * block + (i * Format::steps + step) * kLine);
+      Format::open(line, {}, out + j * block + i * Format::steps * kLine);
     }
   }
   return {out, block, kLine, out, 0};

@@ -37,8 +37,9 @@ struct TiledMxfp4 : Mxfp4 {
     const char* const part = block + int64_t(line / scaled_lines) * layout.part_bytes();
     return Isa::Fp4::scale(part + line / scale_lines % 4 * kBlock);
   }
-  static HYBRID_INLINE void open(const char* line, int step, Scale scale, char* out) {
-    Isa::store_line(out, Isa::Fp4::open(line, step, scale));
+  static HYBRID_INLINE void open(const char* line, Scale scale, char* out) {
+#pragma GCC unroll 4
+    for (int step = 0; step < steps; ++step) Isa::store_line(out + step * kLine, Isa::Fp4::open(line, step, scale));
   }
 };
 

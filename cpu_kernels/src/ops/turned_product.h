@@ -22,13 +22,15 @@ static HYBRID_INLINE Lines turned_keys(const Lines& w, int count, const TurnedPl
   return {to.keys, int64_t(count) * kLine, kLine, nullptr, 0};
 }
 
-// Operand line + i of `block`, from how it is stored; line is a multiple of kTurned.
+// Operand line + i of `block` and those stored with it, once for all of these; line is a multiple of kTurned.
 template <class Format>
 static HYBRID_INLINE void open_key(const Lines& w, int block, int line, int i, const Lines& keys,
                                    const TurnedPlace& to) {
-  if constexpr (!Format::opened)
-    Format::open(w.data + block * w.block_stride + (line / Format::steps + i / Format::steps) * kLine,
-                 i % Format::steps, {}, to.keys + block * keys.block_stride + (line + i) * kLine);
+  if constexpr (!Format::opened) {
+    if (i % Format::steps == 0)
+      Format::open(w.data + block * w.block_stride + (line + i) / Format::steps * kLine, {},
+                   to.keys + block * keys.block_stride + (line + i) * kLine);
+  }
 }
 
 // Operands [line, line + kTurned) of `block` as values.
