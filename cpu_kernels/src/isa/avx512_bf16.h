@@ -55,7 +55,7 @@ struct Avx512Bf16 : Avx512 {
   static Line load_fp8(const char* line, int step) {
     const __m512i codes = _mm512_permutexvar_epi8(_mm512_load_si512(kFp8Tables.order), _mm512_loadu_si512(line));
     const __m512i low = look_up(codes, kFp8Tables.low), size = look_up(codes, kFp8Tables.high);
-    const __m512i sign = _mm512_set1_epi8(char(0x80));  // which look-ups ignore
+    const __m512i sign = _mm512_set1_epi8(char(0x80));                        // which look-ups ignore
     const __m512i high = _mm512_ternarylogic_epi32(size, codes, sign, 0xf8);  // size | (codes & sign)
     Line pairs = step ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
     __asm__("" : "+v"(pairs));  // gcc 12 would spill it though registers are free
