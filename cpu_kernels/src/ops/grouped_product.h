@@ -153,11 +153,9 @@ static constexpr OrderedRows ordered_rows(int bits) {
 template <int bits, GroupScales scales, int MR, int NB>
 static HYBRID_INLINE void stream_group_blocks(const char* const* rows, const GroupBlocks& w, float* out) {
   constexpr OrderedRows ordered = ordered_rows(bits);
-  with_reading<ordered.near, ordered.far, MR>([&](auto ahead) __attribute__((always_inline)) {
-    using Ahead = decltype(ahead);
-    constexpr int together = Ahead::ordered ? 1 : NB;
-    for (int j = 0; j < NB; j += together)
-      stream_groups<bits, scales, Ahead, MR, together>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
+  for_streams<ordered.near, ordered.far, MR, NB, NB>([&](auto ahead, auto together,
+                                                         int j) __attribute__((always_inline)) {
+    stream_groups<bits, scales, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
   });
 }
 

@@ -4,43 +4,11 @@
 // segments of a format (inputs that share scales) are the same whether few rows stream past or many pass over a panel.
 #pragma once
 
-#include "ops/operands.h"
+#include "ops/reading.h"
 #include "ops/tile_use.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
-
-// Where lines that are read once are fetched to (the last argument of __builtin_prefetch), how many bytes of each block
-// ahead, and whether blocks come one after the other or by turns; `reading` says what suits the processor. One stream
-// that is met at once is best left to the processor, and only begun for it.
-struct Far {
-  static constexpr int level = 2, ahead = 6144;
-  static constexpr bool ordered = false;
-};
-struct Near {
-  static constexpr int level = 3, ahead = 2048;
-  static constexpr bool ordered = false;
-};
-struct OrderedFar {
-  static constexpr int level = 2, ahead = 7168;
-  static constexpr bool ordered = true;
-};
-struct OrderedNear {
-  static constexpr int level = 2, ahead = 256;
-  static constexpr bool ordered = true;
-};
-
-// Calls function(Far{}) or whichever suits the processor, and products of MR rows.
-template <int near, int far, int MR, class Function>
-static HYBRID_INLINE void with_reading(Function function) {
-  if constexpr (MR <= near) {
-    if (reading == Reading::ordered) return function(OrderedNear{});
-  } else if constexpr (MR <= far) {
-    if (reading == Reading::ordered) return function(OrderedFar{});
-  }
-  if (reading == Reading::near) return function(Near{});
-  function(Far{});
-}
 
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
@@ -273,12 +241,10 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
 // A single tile over some blocks. out: sums [MR][NB][16].
 template <class Format, int MR, int NB>
 static HYBRID_INLINE void stream_blocks(const char* const* rows, const Blocks<Format>& w, float* out) {
-  with_reading<Format::ordered.near, Format::ordered.far, MR>([&](auto ahead) __attribute__((always_inline)) {
-    using Ahead = decltype(ahead);
-    constexpr int together = Ahead::ordered ? 1 : NB < Format::abreast ? NB : Format::abreast;
-    for (int j = 0; j < NB; j += together)
-      stream<Format, Ahead, MR, together>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
-  });
+  for_streams<Format::ordered.near, Format::ordered.far, MR, NB, Format::abreast>(
+      [&](auto ahead, auto together, int j) __attribute__((always_inline)) {
+        stream<Format, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
+      });
 }
 
 // Stored lines [first, last) of NB blocks as operands, `kPanelBytes` a block; meanwhile those at `next` are fetched.

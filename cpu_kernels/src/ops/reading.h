@@ -1,0 +1,51 @@
+// How few rows read weights: where lines that are read once are fetched to (the last argument of __builtin_prefetch),
+// how many bytes of each block ahead, and whether blocks come one after the other or by turns.
+#pragma once
+
+#include "ops/operands.h"
+
+namespace hybrid {
+namespace HYBRID_ISA {
+
+struct Far {
+  static constexpr int level = 2, ahead = 6144;
+  static constexpr bool ordered = false;
+};
+struct Near {
+  static constexpr int level = 3, ahead = 2048;
+  static constexpr bool ordered = false;
+};
+struct OrderedFar {
+  static constexpr int level = 2, ahead = 7168;
+  static constexpr bool ordered = true;
+};
+// What is multiplied as fast as it comes is best left to the processor's own prefetching, and only begun for it.
+struct OrderedNear {
+  static constexpr int level = 2, ahead = 256;
+  static constexpr bool ordered = true;
+};
+
+// Calls function(Far{}) or whichever suits the processor and products of MR rows.
+template <int near, int far, int MR, class Function>
+static HYBRID_INLINE void with_reading(Function function) {
+  if constexpr (MR <= near) {
+    if (reading == Reading::ordered) return function(OrderedNear{});
+  } else if constexpr (MR <= far) {
+    if (reading == Reading::ordered) return function(OrderedFar{});
+  }
+  if (reading == Reading::near) return function(Near{});
+  function(Far{});
+}
+
+// Calls function(ahead, Int<together>, j) for all of NB blocks, of which those from j on are read by turns, at most
+// `abreast`.
+template <int near, int far, int MR, int NB, int abreast, class Function>
+static HYBRID_INLINE void for_streams(Function function) {
+  with_reading<near, far, MR>([&](auto ahead) __attribute__((always_inline)) {
+    constexpr int together = decltype(ahead)::ordered ? 1 : NB < abreast ? NB : abreast;
+    for (int j = 0; j < NB; j += together) function(ahead, Int<together>{}, j);
+  });
+}
+
+}  // namespace HYBRID_ISA
+}  // namespace hybrid
