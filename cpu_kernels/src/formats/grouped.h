@@ -29,9 +29,12 @@ struct OpenedScales {
   F32 scale, minimum;
 };
 
+// Steps of codes that Isa::Small adds up.
+static constexpr int small_code_steps(int bits) { return Isa::small_steps(bits == kTable ? 8 : bits); }
+
 // Groups of 256 inputs after they were opened: lines of int8 as operands, and scales and minima.
-template <int group>
-struct OpenedGroups : IntegerKind<0, group> {
+template <int group, int joined>
+struct OpenedGroups : IntegerKind<0, group, joined> {
   static constexpr int line_inputs = 4;
   static constexpr int steps = 1;
   static constexpr bool chained = false;
@@ -169,7 +172,7 @@ struct GroupCodes {
       : low(codes + kInputs * kBlock * extra / 8 + first * low_bytes),
         high(codes + first * kBlock * extra / 8),
         table(table) {}
-  HYBRID_INLINE Isa::Bytes operand(int64_t skip, int step) const {
+  HYBRID_INLINE auto operand(int64_t skip, int step) const {
     if constexpr (bits == 8)
       return Isa::load_bytes(low + skip + step * kLine);
     else if constexpr (bits == 2)

@@ -7,7 +7,7 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-struct Int4 : IntegerKind<8, kSumInputs> {
+struct Int4 : IntegerKind<8, kSumInputs, Isa::small_steps(4)> {
   static constexpr int line_inputs = 8;
   static constexpr int steps = 2;
   static constexpr bool chained = false;

@@ -6,7 +6,7 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-struct Int8 : IntegerKind<128, kScaleInputs> {
+struct Int8 : IntegerKind<128, kScaleInputs, Isa::small_steps(8)> {
   static constexpr int line_inputs = 4;
   static constexpr int steps = 1;
   static constexpr bool chained = false;

@@ -19,6 +19,9 @@ constexpr int kAnyRows = 1 << 30;
 struct FloatKind {
   using Line = Isa::Line;
   using Sum = F32;
+  using Part = F32;  // what products are added to
+  static constexpr int joined_steps = 0;
+  static constexpr int panel_blocks = Isa::max_blocks;  // that rows pass over together
   static constexpr bool integer = false;
   static constexpr bool grouped = false;        // codes in groups: formats/grouped.h
   static constexpr bool wide = false;           // fp4 codes, multiplied by wide rows: formats/fp4.h
@@ -38,11 +41,15 @@ struct FloatKind {
 
 // Weights are stored with an offset, because the instructions multiply unsigned by signed bytes. The sums of a group of
 // inputs start at minus the offset times the sum of the activations, which lie behind the int8 values of a row; the
-// scales of a row lie behind those.
-template <int offset, int group>
+// scales of a row lie behind those. steps: those of codes whose products Isa::Small adds up, if it does.
+template <int offset, int group, int steps>
 struct IntegerKind {
-  using Line = Isa::Bytes;
+  static constexpr bool small = steps > 0;
+  using Line = typename Either<small, Isa::Codes, Isa::Bytes>::Type;
   using Sum = Isa::I32;
+  using Part = typename Either<small, Isa::Small, Isa::I32>::Type;
+  static constexpr int joined_steps = steps;
+  static constexpr int panel_blocks = small ? Isa::small_blocks : Isa::max_blocks;
   static constexpr bool integer = true;
   static constexpr bool grouped = false;
   static constexpr bool wide = false;
@@ -56,7 +63,12 @@ struct IntegerKind {
 
   static HYBRID_INLINE F32 widen(Sum sum) { return Isa::to_f32(sum); }
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
-  static HYBRID_INLINE Isa::Quad value(const char* row) { return Isa::load_quad(row); }
+  static HYBRID_INLINE auto value(const char* row) {
+    if constexpr (small)
+      return Isa::load_inputs(row);
+    else
+      return Isa::load_quad(row);
+  }
   static HYBRID_INLINE Sum start(const char* row, int inputs, int first) {
     return Isa::set_int(start_sum(row, inputs, first));
   }
@@ -71,6 +83,22 @@ struct IntegerKind {
   }
   static HYBRID_INLINE float row_scale(const char* row, int inputs, int first) {
     return reinterpret_cast<const float*>(row + inputs + inputs / kSumInputs * 4)[first / kScaleInputs];
+  }
+};
+
+// Operands that were opened, whatever they stand for.
+template <int joined>
+struct OpenedBytes : IntegerKind<0, kSumInputs, joined> {
+  static constexpr int line_inputs = 4;
+  static constexpr int steps = 1;
+  struct Scale {};
+
+  static HYBRID_INLINE Scale scale(const char*, int) { return {}; }
+  static HYBRID_INLINE auto operand(const char* line, int, Scale) {
+    if constexpr (joined > 0)
+      return Isa::load_codes(line);
+    else
+      return Isa::load_bytes(line);
   }
 };
 

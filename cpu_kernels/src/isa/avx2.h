@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "executor/wide.h"
+#include "isa/small_sums.h"
 #include "isa/turned_lines.h"
 
 namespace hybrid {
@@ -33,10 +34,16 @@ struct Avx2 {
   struct Codes {
     __m256i lo, hi;
   };
-  // More sums than registers: they are added to where they lie in L1, which measured twice as fast as fewer rows that
-  // fit, since every line is widened once for all of them.
+  using Inputs = __m256i;
+  // Sums of pairs of inputs.
+  struct Small {
+    __m256i lo, hi;
+  };
+  // Beside two blocks more sums than registers: they are added to where they lie in L1, which measured twice as fast as
+  // fewer rows that fit, since every line is widened once for all of them. Codes are not widened, and one block's fit.
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 2;
+  static constexpr int small_blocks = 1;
   static constexpr int group_rows = 4;
   static constexpr bool has_tiles = false;
 
@@ -118,19 +125,16 @@ struct Avx2 {
 
   static void turn_lines(const char* lines, char* out) { turn_words(lines, out); }
 
+  static constexpr int small_steps(int bits) { return small_sum_steps(bits); }
   static I32 set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   static F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
   static Bytes load_bytes(const char* p) { return {widen_bytes(load_256(p)), widen_bytes(load_256(p + 32))}; }
-  static Bytes load_nibbles(const char* p, int high) {
-    return {widen_bytes(nibbles(p, high)), widen_bytes(nibbles(p + 32, high))};
-  }
+  static Codes load_nibbles(const char* p, int high) { return {nibbles(p, high), nibbles(p + 32, high)}; }
   static void store_nibbles(char* p, const char* from, int high) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), nibbles(from, high));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), nibbles(from + 32, high));
   }
-  static Bytes load_twos(const char* p, int step) {
-    return {widen_bytes(twos(p, step)), widen_bytes(twos(p + 32, step))};
-  }
+  static Codes load_twos(const char* p, int step) { return {twos(p, step), twos(p + 32, step)}; }
   static void store_twos(char* p, const char* from, int step) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), twos(from, step));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), twos(from + 32, step));
@@ -142,8 +146,8 @@ struct Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), tabled(from, high, table));
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), tabled(from + 32, high, table));
   }
-  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
-    return {widen_bytes(joined(p, high, bits, up, mask)), widen_bytes(joined(p + 32, high, bits + 32, up, mask))};
+  static Codes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    return {joined(p, high, bits, up, mask), joined(p + 32, high, bits + 32, up, mask)};
   }
   static void store_joined(char* p, const char* from, int high, const char* bits, int up, int mask) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), joined(from, high, bits, up, mask));
@@ -155,6 +159,18 @@ struct Avx2 {
   }
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     return {dot_half(acc.lo, bytes.lo, quad), dot_half(acc.hi, bytes.hi, quad)};
+  }
+  static Codes load_codes(const char* p) { return {load_256(p), load_256(p + 32)}; }
+  static Inputs load_inputs(const char* p) { return all_of(p); }
+  static Small begin_small(I32) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Small dot(Small acc, Codes codes, Inputs inputs) {
+    return {settled(_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(codes.lo, inputs))),
+            settled(_mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(codes.hi, inputs)))};
+  }
+  static I32 join(I32 sum, Small part) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(part.lo, ones)),
+            _mm256_add_epi32(sum.hi, _mm256_madd_epi16(part.hi, ones))};
   }
 
   static Codes load_fp4(const char* p, int high) {
@@ -236,9 +252,14 @@ struct Avx2 {
   static Half widen_bytes(__m256i bytes) {
     return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
   }
+  // Added before what follows: GCC adds whole numbers in any order, and products that wait take the registers of sums.
+  static __m256i settled(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
   static __m256i dot_half(__m256i acc, Half bytes, Quad quad) {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(bytes.even, quad.even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(bytes.odd, quad.odd));
+    return settled(_mm256_add_epi32(acc, _mm256_madd_epi16(bytes.odd, quad.odd)));
   }
   static __m256 widen_bf16(__m128i bits) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "executor/wide.h"
+#include "isa/small_sums.h"
 
 namespace hybrid {
 namespace HYBRID_ISA {
@@ -21,8 +22,11 @@ struct Avx512 {
   };
   using Quad = Bytes;
   using Codes = __m512i;
+  using Inputs = __m512i;
+  typedef short Small __attribute__((vector_size(64)));  // a type of its own; sums of pairs of inputs
   static constexpr int max_rows = 8;
   static constexpr int max_blocks = 2;
+  static constexpr int small_blocks = 2;
   static constexpr int group_rows = 4;
   static constexpr bool has_tiles = false;
 
@@ -95,19 +99,20 @@ struct Avx512 {
     }
   }
 
+  static constexpr int small_steps(int bits) { return small_sum_steps(bits); }
   static I32 set_int(int x) { return _mm512_set1_epi32(x); }
   static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
   static Bytes load_bytes(const char* p) { return widen_bytes(_mm512_load_si512(p)); }
-  static Bytes load_nibbles(const char* p, int high) { return widen_bytes(nibbles(p, high)); }
+  static Codes load_nibbles(const char* p, int high) { return nibbles(p, high); }
   static void store_nibbles(char* p, const char* from, int high) { _mm512_store_si512(p, nibbles(from, high)); }
-  static Bytes load_twos(const char* p, int step) { return widen_bytes(twos(p, step)); }
+  static Codes load_twos(const char* p, int step) { return twos(p, step); }
   static void store_twos(char* p, const char* from, int step) { _mm512_store_si512(p, twos(from, step)); }
   static Bytes load_tabled(const char* p, int high, const char* table) { return widen_bytes(tabled(p, high, table)); }
   static void store_tabled(char* p, const char* from, int high, const char* table) {
     _mm512_store_si512(p, tabled(from, high, table));
   }
-  static Bytes load_joined(const char* p, int high, const char* bits, int up, int mask) {
-    return widen_bytes(joined(p, high, bits, up, mask));
+  static Codes load_joined(const char* p, int high, const char* bits, int up, int mask) {
+    return joined(p, high, bits, up, mask);
   }
   static void store_joined(char* p, const char* from, int high, const char* bits, int up, int mask) {
     _mm512_store_si512(p, joined(from, high, bits, up, mask));
@@ -118,7 +123,16 @@ struct Avx512 {
   }
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.even, quad.even));
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(bytes.odd, quad.odd));
+    return settled(_mm512_add_epi32(acc, _mm512_madd_epi16(bytes.odd, quad.odd)));
+  }
+  static Codes load_codes(const char* p) { return _mm512_load_si512(p); }
+  static Inputs load_inputs(const char* p) { return all_of(p); }
+  static Small begin_small(I32) { return Small{}; }
+  static Small dot(Small acc, Codes codes, Inputs inputs) {
+    return settled(acc + (Small)_mm512_maddubs_epi16(codes, inputs));
+  }
+  static I32 join(I32 sum, Small part) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16((__m512i)part, _mm512_set1_epi16(1)));
   }
 
   static Codes load_fp4(const char* p, int high) {
@@ -196,6 +210,12 @@ struct Avx512 {
   }
 
  private:
+  // Added before what follows: GCC adds whole numbers in any order, and products that wait take the registers of sums.
+  template <class Vector>
+  static Vector settled(Vector sum) {
+    __asm__("" : "+v"(sum));
+    return sum;
+  }
   static Bytes widen_bytes(__m512i bytes) {
     return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
   }

@@ -34,8 +34,12 @@ struct Avx512Bf16 : Avx512 {
   typedef char Bytes __attribute__((vector_size(64)));
   typedef int I32 __attribute__((vector_size(64)));
   using Quad = Bytes;
+  using Codes = Bytes;
+  using Inputs = Quad;
+  using Small = I32;
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 4;
+  static constexpr int small_blocks = max_blocks;
 
   static void store_bf16(bf16* p, F32 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
@@ -62,6 +66,7 @@ struct Avx512Bf16 : Avx512 {
     return pairs;
   }
 
+  static constexpr int small_steps(int) { return kPanelInputs / 4; }
   static I32 set_int(int x) { return (I32)_mm512_set1_epi32(x); }
   static I32 load_int(const int32_t* p) { return (I32)_mm512_loadu_si512(p); }
   static F32 to_f32(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
@@ -80,13 +85,19 @@ struct Avx512Bf16 : Avx512 {
   static I32 dot(I32 acc, Bytes bytes, Quad quad) {
     return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)bytes, (__m512i)quad);
   }
+  static Codes load_codes(const char* p) { return load_bytes(p); }
+  static Inputs load_inputs(const char* p) { return load_quad(p); }
+  static Small begin_small(I32 sum) { return sum; }
+  static I32 join(I32, Small part) { return part; }
+
+  static Codes load_fp4(const char* p, int high) { return (Codes)Avx512::load_fp4(p, high); }
   template <int count>
   static I32 dot_wide(const Codes (&codes)[count], const char* high, const char* low, int start) {
     __m512i upper = _mm512_setzero_si512(), lower = _mm512_set1_epi32(start);
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i) {
-      upper = _mm512_dpbusd_epi32(upper, codes[i], (__m512i)load_quad(high + 4 * i));
-      lower = _mm512_dpbusd_epi32(lower, codes[i], (__m512i)load_quad(low + 4 * i));
+      upper = _mm512_dpbusd_epi32(upper, (__m512i)codes[i], (__m512i)load_quad(high + 4 * i));
+      lower = _mm512_dpbusd_epi32(lower, (__m512i)codes[i], (__m512i)load_quad(low + 4 * i));
     }
     static_assert(kWideBase == 1 << 7);
     return (I32)_mm512_add_epi32(lower, _mm512_slli_epi32(upper, 7));

@@ -6,8 +6,11 @@
 // nibbles and, above them, further bits: those of `mask` after `bits` was shifted up. Tabled are the bytes of a table
 // of 16, four times in a line, that nibbles choose; twos are the step-th two bits of each byte.
 //
-// Codes are those of fp4, by 16 columns and four inputs, as bytes: twice their value and kFp4Offset. dot_wide
-// multiplies them by as many inputs of two bytes each.
+// Codes are Bytes of six bits at most, Inputs the Quad that they meet, and Small are sums that may have only 16 bits:
+// products of codes of some bits may be added to those of small_steps(bits) steps before they are joined to an I32.
+// With 0 such codes are to be Bytes. While they are added up, small_blocks blocks and max_rows rows fit the registers.
+//
+// Codes of fp4 are twice their value and kFp4Offset. dot_wide multiplies them by as many inputs of two bytes each.
 //
 // turn_lines makes of eight lines, which hold 16 inputs of 16 columns, those with the roles of both exchanged.
 //
@@ -42,8 +45,11 @@ struct Portable {
     int8_t input[4];
   };
   using Codes = Bytes;
+  using Inputs = Quad;
+  using Small = I32;
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
+  static constexpr int small_blocks = max_blocks;
   static constexpr int group_rows = 0;      // for which codes in groups are made operands in registers
   static constexpr bool has_tiles = false;  // matrix tiles
 
@@ -146,6 +152,7 @@ struct Portable {
 
   static void turn_lines(const char* lines, char* out) { turn_words(lines, out); }
 
+  static constexpr int small_steps(int) { return kPanelInputs / 4; }
   static I32 set_int(int x) {
     I32 out;
     for (int i = 0; i < 16; ++i) out.lane[i] = x;
@@ -210,6 +217,10 @@ struct Portable {
       for (int k = 0; k < 4; ++k) acc.lane[i] += int(bytes.column[i][k]) * quad.input[k];
     return acc;
   }
+  static Codes load_codes(const char* p) { return load_bytes(p); }
+  static Inputs load_inputs(const char* p) { return load_quad(p); }
+  static Small begin_small(const I32& sum) { return sum; }
+  static I32 join(const I32&, const Small& part) { return part; }
 
   static Codes load_fp4(const char* p, int high) {
     static constexpr uint8_t doubled[16] = {HYBRID_FP4_CODES};

@@ -30,7 +30,7 @@ struct Either<false, Yes, No> {
   using Type = No;
 };
 
-static HYBRID_INLINE int min(int a, int b) { return a < b ? a : b; }
+static constexpr HYBRID_INLINE int min(int a, int b) { return a < b ? a : b; }
 static HYBRID_INLINE int max(int a, int b) { return a > b ? a : b; }
 
 // Hands out `count` items in runs that are multiples of `unit`: calls function(run) until none are left. Runs shrink

@@ -52,6 +52,7 @@ template <int bits, GroupScales scales, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out, int stride) {
   static_assert(NB == 1 || !Ahead::ordered);
   constexpr int group = group_inputs(bits), steps = group / 4;
+  using Opened = OpenedGroups<group, small_code_steps(bits)>;
   constexpr GroupLayout layout{bits == kTable ? 4 : bits, 0, scales};
   constexpr int part_lines = layout.part_bytes() / kLine, part_steps = kInputs / 4;
   constexpr int head_bytes = layout.head_bytes();
@@ -70,26 +71,29 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
         for (int j = 0; j < NB; ++j) part[r][j] = Isa::set_int(0);
+      const auto run = [&](auto& acc, int first, int last) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int step = 0; step < steps; ++step) {
-        const int done = g / 4 + step;
+        for (int step = first; step < last; ++step) {
+          const int done = g / 4 + step;
 #pragma GCC unroll 2
-        for (int i = done * part_lines / part_steps; i < (done + 1) * part_lines / part_steps; ++i)
-          fetch_line<NB, Ahead::level>(next + i * kLine, w.stride);
-        typename Isa::Bytes operand[NB];
+          for (int i = done * part_lines / part_steps; i < (done + 1) * part_lines / part_steps; ++i)
+            fetch_line<NB, Ahead::level>(next + i * kLine, w.stride);
+          typename Opened::Line operand[NB];
 #pragma GCC unroll 8
-        for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
+          for (int j = 0; j < NB; ++j) operand[j] = codes.operand(j * w.stride, step);
 #pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r) {
-          const auto value = Isa::load_quad(rows[r] + input + g + 4 * step);
+          for (int r = 0; r < MR; ++r) {
+            const auto value = Opened::value(rows[r] + input + g + 4 * step);
 #pragma GCC unroll 8
-          for (int j = 0; j < NB; ++j) part[r][j] = Isa::dot(part[r][j], operand[j], value);
+            for (int j = 0; j < NB; ++j) acc[r][j] = Isa::dot(acc[r][j], operand[j], value);
+          }
         }
-      }
+      };
+      add_parts<Opened>(part, 0, steps, run);
       const auto scales_of = [&](int j) __attribute__((always_inline)) {
         return open_scale<scales>(at + j * w.stride, factors + j * w.stride, g / group, offset);
       };
-      merge_group<OpenedGroups<group>>(sums, part, rows, w.inputs, (input + g) / 4, scales_of);
+      merge_group<Opened>(sums, part, rows, w.inputs, (input + g) / 4, scales_of);
     }
   }
   store_sums(out, sums, stride);
@@ -99,9 +103,9 @@ static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBloc
 constexpr int kScalesOffset = kPanelInputs / 4 * kLine;
 
 // Groups opened there as blocks whose headers are their scales.
-template <int group>
-static HYBRID_INLINE Blocks<OpenedGroups<group>> opened_blocks(const char* opened, int inputs) {
-  Blocks<OpenedGroups<group>> w(opened + kScalesOffset, inputs, 0);
+template <class Opened>
+static HYBRID_INLINE Blocks<Opened> opened_blocks(const char* opened, int inputs) {
+  Blocks<Opened> w(opened + kScalesOffset, inputs, 0);
   w.stride = kPanelBytes;
   return w;
 }
@@ -129,15 +133,26 @@ static HYBRID_KERNEL void open_groups(const GroupBlocks& w, int blocks, int firs
 }
 
 // Many rows: panel by panel, all tiles over each. sums: [rows][NB][16].
-template <int group, int NB>
-static HYBRID_KERNEL void group_panels(const Rows& left, int rows, const GroupBlocks& w, float* sums, char* opened) {
-  const auto opened_w = opened_blocks<group>(opened, w.inputs);
+template <class Opened, int NB>
+static HYBRID_KERNEL Sums group_panels(const Rows& left, int rows, const GroupBlocks& w, float* sums, char* opened) {
+  const auto opened_w = opened_blocks<Opened>(opened, w.inputs);
   for (int first = 0; first < w.inputs; first += kPanelInputs) {
     const int last = min(w.inputs, first + kPanelInputs);
     with_bits(w.layout.codes(), [&](auto bits) { open_groups<bits.value>(w, NB, first, last, opened); });
     Panel panel{{opened, kPanelBytes, kLine, nullptr, first / 4}, last / 4, 0, tile_count(rows), opened};
-    pass_rows<OpenedGroups<group>, NB>(left, rows, opened_w, panel, sums);
+    pass_blocks<Opened, NB>(left, rows, opened_w, panel, sums);
   }
+  return panel_sums<Opened, NB>(sums, rows);
+}
+
+// Calls function(what codes are opened as).
+template <class Function>
+static HYBRID_INLINE Sums with_opened(int bits, Function function) {
+  if (bits == kTable) return function(OpenedGroups<16, small_code_steps(8)>{});
+  if (group_inputs(bits) == 16) return function(OpenedGroups<16, small_code_steps(6)>{});
+  if (bits == 8) return function(OpenedGroups<32, small_code_steps(8)>{});
+  if (bits == 4) return function(OpenedGroups<32, small_code_steps(4)>{});
+  return function(OpenedGroups<32, small_code_steps(5)>{});
 }
 
 // Of codes of so many bits, or of kTable.
@@ -179,16 +194,15 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     const GroupBlocks w(format.layout, matrix, inputs, block);
-    char* const opened = scratch + sums_bytes(rows, NB);
+    Sums made{sums, NB * kBlock, kBlock};
     if (rows > Isa::group_rows) {
-      if (w.layout.group() == 16)
-        group_panels<16, NB>(left, rows, w, sums, opened);
-      else
-        group_panels<32, NB>(left, rows, w, sums, opened);
+      made = with_opened(w.layout.codes(), [&](auto format) __attribute__((always_inline)) {
+        return group_panels<decltype(format), NB>(left, rows, w, sums, scratch + sums_bytes(rows, NB));
+      });
     } else if constexpr (Isa::group_rows > 0) {
       stream_few<NB>(left, rows, w, sums);
     }
-    epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
+    epilogue(made, Range{0, rows}, block, NB);
   });
 }
 

@@ -13,7 +13,7 @@ namespace HYBRID_ISA {
 // acc[r][j] += rows a[r] times block j, over `count` stored lines. Beside every line, `fetch` lines laid out as the
 // blocks are, from `next` on, are asked for: what comes next is read from memory while this is multiplied.
 template <class Format, int fetch, int level = Far::level, int MR, int NB>
-static HYBRID_INLINE void multiply(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR], const Lines& w,
+static HYBRID_INLINE void multiply(typename Format::Part (&acc)[MR][NB], const char* const (&a)[MR], const Lines& w,
                                    int count, const char* next) {
   const char* line = w.data;
   for (int i = 0; i < count;) {
@@ -50,7 +50,7 @@ static HYBRID_INLINE constexpr int fetched_blocks(int tiles, int blocks) {
 // The same for tile `tile` of `tiles` that pass over the same lines one after another: they share the fetching of the
 // group of blocks at `next`, so that memory is asked at an even pace.
 template <class Format, int MR, int NB>
-static HYBRID_INLINE void multiply_shared(typename Format::Sum (&acc)[MR][NB], const char* const (&a)[MR],
+static HYBRID_INLINE void multiply_shared(typename Format::Part (&acc)[MR][NB], const char* const (&a)[MR],
                                           const Lines& w, int count, int tile, int tiles, const char* next) {
   if (tiles == 1) return multiply<Format, NB>(acc, a, w, count, next);
   constexpr int two = NB < 2 ? NB : 2;
@@ -83,19 +83,14 @@ static HYBRID_INLINE void store_sums(float* to, const F32 (&sums)[MR][NB], int s
 template <class Format, int MR, int NB, class ScalesOf>
 static HYBRID_INLINE void merge_group(F32 (&sums)[MR][NB], const typename Format::Sum (&part)[MR][NB],
                                       const char* const* rows, int inputs, int line, ScalesOf scales_of) {
-  F32 row_scale[MR], row_sum[MR];
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
-    const RowGroup row = Format::row_group(rows[r], inputs, line);
-    row_scale[r] = Isa::set(row.scale);
-    row_sum[r] = Isa::set(row.sum);
-  }
 #pragma GCC unroll 8
   for (int j = 0; j < NB; ++j) {
     const OpenedScales w = scales_of(j);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
-      sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), w, row_scale[r], row_sum[r]);
+    for (int r = 0; r < MR; ++r) {
+      const RowGroup row = Format::row_group(rows[r], inputs, line);
+      sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), w, Isa::set(row.scale), Isa::set(row.sum));
+    }
   }
 }
 
@@ -122,6 +117,31 @@ static HYBRID_INLINE void merge(F32 (&sums)[MR][NB], const typename Format::Sum 
   }
 }
 
+// Calls run(part, first, last) for stored lines [first, last) of a segment, as many at a time as `part` holds the sums
+// of, and adds it to the exact sums. Segments of several parts are whole.
+template <class Format, int MR, int NB, class Run>
+static HYBRID_INLINE void add_parts(typename Format::Sum (&sums)[MR][NB], int first, int last, Run run) {
+  if constexpr (Format::joined_steps == 0) {
+    run(sums, first, last);
+  } else {
+    constexpr int lines = Format::joined_steps / Format::steps;
+    constexpr int parts = Format::segment > lines ? Format::segment / lines : 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < parts; ++i, first += lines) {
+      typename Format::Part part[MR][NB];
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < NB; ++j) part[r][j] = Isa::begin_small(sums[r][j]);
+      run(part, first, parts == 1 ? last : first + lines);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < NB; ++j) sums[r][j] = Isa::join(sums[r][j], part[r][j]);
+    }
+  }
+}
+
 // Stored lines [first, last), multiplied segment by segment by run(acc, first, last), each part added to the sums.
 template <class Format, int MR, int NB, class Run>
 static HYBRID_INLINE void add_segments(F32 (&sums)[MR][NB], const char* const* rows, const Blocks<Format>& w, int first,
@@ -135,7 +155,7 @@ static HYBRID_INLINE void add_segments(F32 (&sums)[MR][NB], const char* const* r
 #pragma GCC unroll 8
       for (int j = 0; j < NB; ++j) part[r][j] = start;
     }
-    run(part, line, end);
+    add_parts<Format>(part, line, end, run);
     merge<Format>(sums, part, rows, w, line);
     line = end;
   }
@@ -276,7 +296,7 @@ struct Panel {
 // One tile over one panel, added to the sums [MR][NB][16].
 template <class Format, int MR, int NB>
 static HYBRID_KERNEL void pass(const char* const* rows, const Blocks<Format>& w, const Panel& panel, float* saved) {
-  using Plain = typename Either<Format::integer, Int8, Bf16>::Type;
+  using Plain = typename Either<Format::integer, OpenedBytes<Format::joined_steps>, Bf16>::Type;
   using Operands = typename Either<Format::opened, Format, Plain>::Type;
   F32 sums[MR][NB];
   load_sums(sums, panel.operands.first > 0 ? saved : nullptr);
@@ -297,7 +317,7 @@ static HYBRID_KERNEL void pass(const char* const* rows, const Blocks<Format>& w,
   store_sums(saved, sums);
 }
 
-// All rows over one panel, tile by tile. sums: [rows][NB][16].
+// All rows over one panel of blocks whose sums fit the registers, tile by tile. sums: [rows][NB][16].
 template <class Format, int NB>
 static HYBRID_INLINE void pass_rows(const Rows& left, int rows, const Blocks<Format>& w, Panel& panel, float* sums) {
   for_row_tiles(rows, [&](auto mr, int row, int tile) __attribute__((always_inline)) {
@@ -307,6 +327,24 @@ static HYBRID_INLINE void pass_rows(const Rows& left, int rows, const Blocks<For
     panel.tile = tile;
     pass<Format, MR, NB>(at, w, panel, sums + row * NB * kBlock);
   });
+}
+
+// The same of NB blocks, some after the others. sums: [NB / some][rows][some][16].
+template <class Format, int NB>
+static HYBRID_INLINE void pass_blocks(const Rows& left, int rows, const Blocks<Format>& w, Panel panel, float* sums) {
+  constexpr int some = min(NB, Format::panel_blocks);
+  for (int j = 0; j < NB; j += some) {
+    pass_rows<Format, some>(left, rows, w.behind(j), panel, sums + sums_bytes(rows, j) / sizeof(float));
+    panel.operands.data += some * panel.operands.block_stride;
+  }
+}
+
+// What it made of `rows` rows.
+template <class Format, int NB>
+static HYBRID_INLINE Sums panel_sums(const float* sums, int rows) {
+  constexpr int some = min(NB, Format::panel_blocks);
+  static_assert(some == 1 || some == NB);
+  return {sums, some * kBlock, some == NB ? kBlock : rows * int64_t(kBlock)};
 }
 
 // Many rows: panel by panel, all tiles over each; unfinished sums wait in `scratch`, before the opened panel.
@@ -322,9 +360,9 @@ static HYBRID_INLINE void panels(const Rows& left, int rows, const Blocks<Format
     if constexpr (!Format::opened) open_panel<Format, NB>(w, first, last, next, opened);
     Panel panel{w.from(first), last, 0, tile_count(rows), next};
     if (!Format::opened) panel.operands = {opened, kPanelBytes, kLine, nullptr, first};
-    pass_rows<Format, NB>(left, rows, w, panel, sums);
+    pass_blocks<Format, NB>(left, rows, w, panel, sums);
   }
-  epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
+  epilogue(panel_sums<Format, NB>(sums, rows), Range{0, rows}, block, NB);
 }
 
 // Defined in ops/grouped_product.h.

@@ -11,7 +11,7 @@ constexpr int kLeft = 4, kRight = 6;  // the first tiles of the operands
 
 // int4 as it is multiplied: signed bytes of a panel, and for each column and 256 inputs a scale, rounded as int8 is. So
 // a whole tile is multiplied, not half of one, and sums are merged once for 256 inputs instead of 32.
-struct ScaledInt4 : IntegerKind<0, kScaleInputs> {
+struct ScaledInt4 : IntegerKind<0, kScaleInputs, Isa::small_steps(8)> {
   static constexpr int line_inputs = 4;
   static constexpr int steps = 1;
   static constexpr bool chained = false;
