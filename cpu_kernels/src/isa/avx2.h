@@ -184,10 +184,10 @@ struct Avx2 {
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i) {
       const __m256i above = all_of(high + 4 * i), below = all_of(low + 4 * i);
-      upper.lo = _mm256_add_epi16(upper.lo, _mm256_maddubs_epi16(codes[i].lo, above));
-      upper.hi = _mm256_add_epi16(upper.hi, _mm256_maddubs_epi16(codes[i].hi, above));
-      lower.lo = _mm256_add_epi16(lower.lo, _mm256_maddubs_epi16(codes[i].lo, below));
-      lower.hi = _mm256_add_epi16(lower.hi, _mm256_maddubs_epi16(codes[i].hi, below));
+      upper.lo = settled(_mm256_add_epi16(upper.lo, _mm256_maddubs_epi16(codes[i].lo, above)));
+      upper.hi = settled(_mm256_add_epi16(upper.hi, _mm256_maddubs_epi16(codes[i].hi, above)));
+      lower.lo = settled(_mm256_add_epi16(lower.lo, _mm256_maddubs_epi16(codes[i].lo, below)));
+      lower.hi = settled(_mm256_add_epi16(lower.hi, _mm256_maddubs_epi16(codes[i].hi, below)));
     }
     return {join_wide(upper.lo, lower.lo, start), join_wide(upper.hi, lower.hi, start)};
   }
