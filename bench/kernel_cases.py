@@ -135,8 +135,9 @@ def activation_rows(rows: int, width: int, format: str) -> Array:
     result[:, :inputs] = values.view(np.uint8)
     step, sums = np.float32(1 / 127), values.reshape(rows, -1, SUM_INPUTS).sum(-1, dtype=np.int32)
     if kind == "grouped":
-        groups = np.stack([np.full(sums.shape, step), step * sums.astype(np.float32)], axis=-1)
-        result[:, inputs : inputs + 8 * sums.shape[1]] = groups.reshape(rows, -1).view(np.uint8)
+        halves = values.reshape(rows, -1, 2, SUM_INPUTS // 2).sum(-1, dtype=np.int32)
+        groups = step * np.stack([np.ones_like(sums), sums, *np.moveaxis(halves, -1, 0)], axis=-1).astype(np.float32)
+        result[:, inputs : inputs + 16 * sums.shape[1]] = groups.reshape(rows, -1).view(np.uint8)
         return result
     result[:, inputs : inputs + 4 * sums.shape[1]] = sums.view(np.uint8)
     scales = result[:, inputs + 4 * sums.shape[1] :]

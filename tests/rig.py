@@ -75,9 +75,9 @@ def int8_row_parts(width: int) -> tuple[slice, slice, slice]:
 
 
 def grouped_row_parts(width: int) -> tuple[slice, slice]:
-    """Where the values of a grouped activation row of `width` inputs lie, and the scale and the sum of each group."""
+    """Where the values of a grouped activation row of `width` inputs lie, and the scale and the sums of each group."""
     values = row_stride(width)
-    return slice(values), slice(values, values + values // GROUP_INPUTS * 8)
+    return slice(values), slice(values, values + values // GROUP_INPUTS * 16)
 
 
 def wide_row_parts(width: int) -> tuple[slice, slice, slice, slice, slice]:
@@ -121,10 +121,11 @@ def grouped_rows(x: np.ndarray) -> np.ndarray:
     """Rows [m, k] as grouped activation rows, bytes [m, quantised_row_bytes(k, "grouped")], by the definition."""
     values, groups = grouped_row_parts(x.shape[1])
     units, steps = _units(x, GROUP_INPUTS)
-    sums = steps * units.reshape(len(x), -1, GROUP_INPUTS).sum(-1, dtype=np.float32)
+    halves = units.reshape(len(x), -1, 2, GROUP_INPUTS // 2).sum(-1, dtype=np.float32)
+    sums = np.stack([halves.sum(-1), *np.moveaxis(halves, -1, 0)], axis=-1)
     rows = aligned((len(x), quantised_row_bytes(x.shape[1], "grouped")), np.uint8)
     rows[:, values] = units.view(np.uint8)
-    rows[:, groups] = np.stack([steps, sums], axis=-1).reshape(len(x), -1).view(np.uint8)
+    rows[:, groups] = (steps[..., None] * np.insert(sums, 0, 1, axis=-1)).reshape(len(x), -1).view(np.uint8)
     return rows
 
 
@@ -191,7 +192,7 @@ def row_steps(rows: np.ndarray, width: int, kind: str) -> np.ndarray:
     found = np.ascontiguousarray(rows[:, at]).view(np.float32)
     if kind != "grouped":
         return found.repeat(SCALE_INPUTS, axis=1)[:, :width]
-    return found[:, ::2].repeat(GROUP_INPUTS, axis=1)[:, :width]
+    return found[:, ::4].repeat(GROUP_INPUTS, axis=1)[:, :width]
 
 
 def other_on_tiles(isa: str, format: str, rows: int) -> bool:

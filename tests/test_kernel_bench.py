@@ -143,9 +143,11 @@ def test_int8_rows_are_whole() -> None:
     assert (scales.view(np.float32) == np.float32(1 / 127)).all()
     grouped = kernel_cases.activation_rows(2, 300, "q4_1")
     values, groups = (np.ascontiguousarray(grouped[:, part]) for part in grouped_row_parts(300))
-    scales, sums = groups.view(np.float32).reshape(2, -1, 2).transpose(2, 0, 1)
+    scales, sums, *halves = groups.view(np.float32).reshape(2, -1, 4).transpose(2, 0, 1)
     assert (scales == np.float32(1 / 127)).all()
-    assert (sums == scales * values.view(np.int8).reshape(2, -1, 32).sum(-1, dtype=np.float32)).all()
+    exact = values.view(np.int8).reshape(2, -1, 2, 16).sum(-1, dtype=np.float32)
+    assert (sums == scales * exact.sum(-1)).all()
+    assert (halves == scales * np.moveaxis(exact, -1, 0)).all()
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch) -> None:

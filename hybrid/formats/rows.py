@@ -13,7 +13,7 @@ RowKind = Literal["bf16", "int8", "grouped", "wide"]
 
 SUM_INPUTS = 32  # an int8 activation row has a sum for each so many inputs
 SCALE_INPUTS = 256  # and a scale for each so many
-GROUP_INPUTS = 32  # a grouped row has a scale and a sum for each so many
+GROUP_INPUTS = 32  # a grouped row has a scale and sums for each so many
 WIDE_BASE, WIDE_TOP = 128, 10943  # of the whole numbers of a wide row: what an upper byte counts, and the largest
 FP4_OFFSET = 12  # of twice the value of an fp4 code, by which sums of wide rows are multiplied
 
@@ -31,10 +31,10 @@ def int8_row_bytes(inputs: int) -> int:
 
 def grouped_row_bytes(inputs: int) -> int:
     """Bytes of a grouped activation row: the padded inputs as int8, and of each group a float32 scale and the float32
-    sum of what its values stand for; padded to a cache line.
+    sums of what its values, and each half of them, stand for; padded to a cache line.
     """
     k = row_stride(inputs)
-    return round_up(k + k // GROUP_INPUTS * 8, LINE)
+    return round_up(k + k // GROUP_INPUTS * 16, LINE)
 
 
 def wide_row_bytes(inputs: int) -> int:

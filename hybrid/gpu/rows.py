@@ -41,9 +41,13 @@ def int8_rows(rows: Tensor) -> Tensor:
 
 
 def grouped_rows(rows: Tensor) -> Tensor:
-    """uint8 [rows, grouped_row_bytes(width)] of float32 [rows, width]: values, and of each 32 a scale and the sum."""
+    """uint8 [rows, grouped_row_bytes(width)] of float32 [rows, width]: values, and of each 32 a scale and the sums of
+    all, of the first 16 and of the others.
+    """
     values, sums, scales = _quantised(rows, GROUP_INPUTS)
-    return _as_bytes((values, torch.stack([scales, scales * sums], 2)), grouped_row_bytes(rows.shape[1]))
+    halves = values.unflatten(1, (-1, 2, GROUP_INPUTS // 2)).sum(-1, dtype=torch.int32)
+    groups = torch.cat([scales[..., None], scales[..., None] * torch.cat([sums[..., None], halves], 2)], 2)
+    return _as_bytes((values, groups), grouped_row_bytes(rows.shape[1]))
 
 
 def wide_rows(rows: Tensor) -> Tensor:

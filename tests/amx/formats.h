@@ -248,19 +248,20 @@ inline void fill_integer_row(Random& random, int used, int inputs, char* to, dou
   }
 }
 
-// A row for codes in groups: bytes, and of each 32 a scale and the scaled sum.
+// A row for codes in groups: bytes, and of each 32 a scale and the scaled sums of all, the first 16 and the others.
 inline void fill_grouped_row(Random& random, int used, int inputs, char* to, double* values) {
   auto* row = reinterpret_cast<int8_t*>(to);
-  auto* groups = reinterpret_cast<float (*)[2]>(to + inputs);
+  auto* groups = reinterpret_cast<float (*)[4]>(to + inputs);
   for (int g = 0; g < inputs / 32; ++g) {
     groups[g][0] = random_scale(random);
-    int sum = 0;
+    int sums[2] = {};
     for (int i = g * 32; i < g * 32 + 32; ++i) {
       row[i] = int8_t(i < used ? random.below(255) - 127 : 0);
-      sum += row[i];
+      sums[i % 32 / 16] += row[i];
       values[i] = double(row[i]) * groups[g][0];
     }
-    groups[g][1] = groups[g][0] * float(sum);
+    groups[g][1] = groups[g][0] * float(sums[0] + sums[1]);
+    for (int half = 0; half < 2; ++half) groups[g][2 + half] = groups[g][0] * float(sums[half]);
   }
 }
 

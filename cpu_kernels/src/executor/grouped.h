@@ -38,9 +38,10 @@ struct GroupLayout {
   }
 };
 
-// Of 32 inputs of a grouped row, behind its int8 values: their scale, and the sum of what they stand for.
+// Of 32 inputs of a grouped row, behind its int8 values: their scale, and the sum of what they, and each 16 of them,
+// stand for.
 struct RowGroup {
-  float scale, sum;
+  float scale, sum, halves[2];
 };
 
 static constexpr bool is_grouped(Format format) { return format >= Format::q8_0; }

@@ -24,6 +24,10 @@ struct Grouped {
 
 constexpr int kGroupFloats = 2 * kBlock;  // of one group: scales, then minima
 
+struct RowPart {
+  float scale, sum;
+};
+
 // Of a group of 16 columns.
 struct OpenedScales {
   F32 scale, minimum;
@@ -49,10 +53,10 @@ struct OpenedGroups : IntegerKind<0, group, joined> {
     return Isa::load(floats(scales, line) + kBlock);
   }
   // Scale and sum of the part of a row that the group from stored line `line` on multiplies.
-  static HYBRID_INLINE RowGroup row_group(const char* row, int inputs, int line) {
-    RowGroup found = reinterpret_cast<const RowGroup*>(row + inputs)[line * line_inputs / kRowGroup];
-    if constexpr (group < kRowGroup) found.sum = found.scale * float(Isa::sum_16(row + line * line_inputs));
-    return found;
+  static HYBRID_INLINE RowPart row_part(const char* row, int inputs, int line) {
+    const int input = line * line_inputs;
+    const RowGroup& of = reinterpret_cast<const RowGroup*>(row + inputs)[input / kRowGroup];
+    return {of.scale, group == kRowGroup ? of.sum : of.halves[input % kRowGroup / group]};
   }
   // A group's part of a product, scaled as its weights and as the row is, and its minimum, added to the sum.
   static HYBRID_INLINE F32 merge(F32 sum, F32 part, const OpenedScales& w, F32 row_scale, F32 row_sum) {

@@ -156,12 +156,6 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16));
   }
   static F32 from_fp16(const char* p) { return _mm512_cvtph_ps(load_256(p)); }
-  static int sum_16(const char* p) {
-    // As unsigned bytes with 128 more each, whose sums of eight there is an instruction for.
-    const __m128i bytes = _mm_xor_si128(load_128(p), _mm_set1_epi8(char(0x80)));
-    const __m128i sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
-    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
-  }
   static F32 from_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p))); }
   static F32 from_nibbles(const char* p, int high) {
     const __m128i bytes = _mm_srli_epi16(load_128(p), high ? 4 : 0);

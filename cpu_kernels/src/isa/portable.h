@@ -256,11 +256,6 @@ struct Portable {
       return bits[i] & 0x8000 ? -size : size;
     });
   }
-  static int sum_16(const char* p) {
-    int sum = 0;
-    for (int i = 0; i < 16; ++i) sum += int8_t(p[i]);
-    return sum;
-  }
   static F32 from_int8(const char* p) {
     return each([=](int i) { return float(int8_t(p[i])); });
   }

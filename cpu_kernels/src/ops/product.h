@@ -88,7 +88,7 @@ static HYBRID_INLINE void merge_group(F32 (&sums)[MR][NB], const typename Format
     const OpenedScales w = scales_of(j);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      const RowGroup row = Format::row_group(rows[r], inputs, line);
+      const RowPart row = Format::row_part(rows[r], inputs, line);
       sums[r][j] = Format::merge(sums[r][j], Format::widen(part[r][j]), w, Isa::set(row.scale), Isa::set(row.sum));
     }
   }
@@ -126,6 +126,7 @@ static HYBRID_INLINE void add_parts(typename Format::Sum (&sums)[MR][NB], int fi
   } else {
     constexpr int lines = Format::joined_steps / Format::steps;
     constexpr int parts = Format::segment > lines ? Format::segment / lines : 1;
+    static_assert(parts == 1 || parts * lines == Format::segment);
 #pragma GCC unroll 8
     for (int i = 0; i < parts; ++i, first += lines) {
       typename Format::Part part[MR][NB];

@@ -69,14 +69,18 @@ static HYBRID_INLINE void quantise_row(ValueAt value_at, int inputs, char* out) 
     scales[i / kScaleInputs] = quantise_int8(value_at, i, min(inputs, i + kScaleInputs), out, sums + i / kSumInputs);
 }
 
-// A grouped row: int8 values, and of each 32 a scale and the scaled sum.
+// A grouped row: int8 values, and of each 32 a scale and scaled sums.
 template <class ValueAt>
 static HYBRID_INLINE void quantise_grouped_row(ValueAt value_at, int inputs, char* out) {
   RowGroup* groups = reinterpret_cast<RowGroup*>(out + inputs);
   for (int i = 0; i < inputs; i += kRowGroup) {
-    int32_t sum;
-    const float scale = quantise_int8(value_at, i, i + kRowGroup, out, &sum);
-    groups[i / kRowGroup] = {scale, scale * float(sum)};
+    float first = 0, second = 0;
+    const float scale = quantise_some(value_at, i, i + kRowGroup, int8_step, [&](int, F32 low, F32 high) {
+      Isa::store_int8(out + i, low);
+      Isa::store_int8(out + i + kBlock, high);
+      first = Isa::sum(low), second = Isa::sum(high);
+    });
+    groups[i / kRowGroup] = {scale, scale * (first + second), {scale * first, scale * second}};
   }
 }
 
