@@ -39,15 +39,27 @@ struct FloatKind {
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }
 };
 
+// Operands of the integer kind and what their products are added to, which Isa::Small is or not.
+template <bool small>
+struct IntegerOperands {
+  using Line = Isa::Codes;
+  using Part = Isa::Small;
+};
+template <>
+struct IntegerOperands<false> {
+  using Line = Isa::Bytes;
+  using Part = Isa::I32;
+};
+
 // Weights are stored with an offset, because the instructions multiply unsigned by signed bytes. The sums of a group of
 // inputs start at minus the offset times the sum of the activations, which lie behind the int8 values of a row; the
 // scales of a row lie behind those. steps: those of codes whose products Isa::Small adds up, if it does.
 template <int offset, int group, int steps>
 struct IntegerKind {
   static constexpr bool small = steps > 0;
-  using Line = typename Either<small, Isa::Codes, Isa::Bytes>::Type;
+  using Line = typename IntegerOperands<small>::Line;
   using Sum = Isa::I32;
-  using Part = typename Either<small, Isa::Small, Isa::I32>::Type;
+  using Part = typename IntegerOperands<small>::Part;
   static constexpr int joined_steps = steps;
   static constexpr int panel_blocks = small ? Isa::small_blocks : Isa::max_blocks;
   static constexpr bool integer = true;
