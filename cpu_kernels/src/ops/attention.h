@@ -70,19 +70,13 @@ static HYBRID_INLINE void load_scales(const AttentionArgs& args, const float* ke
 }
 
 // Scores of a row to weights; the maximum and the denominator go into its state. value_scales: null, or a factor of
-// each weight, of which the denominator knows nothing. False if the row sees no key here.
-static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales, bf16* weights, float* state, int dim,
-                                  Range keys, int used) {
-  // Lanes of keys [i, i + 16) that are not seen become `other`.
-  const auto mask = [&](F32 x, int i, float other) {
-    if (keys.first <= i && i + kBlock <= keys.last) return x;
-    const int first = min(kBlock, max(0, keys.first - i)), last = min(kBlock, max(0, keys.last - i));
-    return Isa::keep(x, first, max(first, last), other);
-  };
+// each weight, of which the denominator knows nothing. mask(x, i, other): lanes of keys [i, i + 16) that are not seen
+// become `other`.
+template <class Mask>
+static HYBRID_INLINE void weigh(const float* scores, const float* value_scales, bf16* weights, float* state, int dim,
+                                int used, Mask mask) {
   F32 top = Isa::set(-__builtin_inff());
-  for (int i = 0; i < used; i += kBlock) {
-    top = Isa::max(top, mask(Isa::load(scores + i), i, -__builtin_inff()));
-  }
+  for (int i = 0; i < used; i += kBlock) top = Isa::max(top, mask(Isa::load(scores + i), i, -__builtin_inff()));
   const float maximum = Isa::max_lane(top);
   F32 total = Isa::zero();
   for (int i = 0; i < used; i += kBlock) {
@@ -94,6 +88,20 @@ static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales
   }
   state[dim] = maximum;
   state[dim + 1] = Isa::sum(total);
+}
+
+// False if the row sees no key here.
+static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales, bf16* weights, float* state, int dim,
+                                  Range keys, int used) {
+  if (keys.first <= 0 && used <= keys.last) {
+    weigh(scores, value_scales, weights, state, dim, used, [](F32 x, int, float) { return x; });
+    return true;
+  }
+  weigh(scores, value_scales, weights, state, dim, used, [&](F32 x, int i, float other) {
+    if (keys.first <= i && i + kBlock <= keys.last) return x;
+    const int first = min(kBlock, max(0, keys.first - i)), last = min(kBlock, max(0, keys.last - i));
+    return Isa::keep(x, first, max(first, last), other);
+  });
   return keys.first < keys.last;
 }
 

@@ -30,8 +30,40 @@ static HYBRID_KERNEL Lines open_small(const Lines& w, int count, char* out) {
   return {out, block, kLine, out, 0};
 }
 
-// Rows of one tile beside two blocks: as many sums as a tile of full width and height has.
-constexpr int kNarrowRows = Isa::max_rows * Isa::max_blocks / 2;
+constexpr int kFullSums = Isa::max_rows * Isa::max_blocks;
+// Rows of a single tile beside two blocks: as many sums as a tile of full width and height has.
+constexpr int kNarrowRows = kFullSums / 2;
+// Rows beside one block where lines are operands as they lie.
+constexpr int kOrderedRows = kFullSums / 3;
+
+// So few rows that reading decides, not arithmetic.
+template <class Format, int MR>
+constexpr bool kReads = Format::opened || MR * Isa::max_blocks <= kFullSums * 2 / 3;
+
+// Blocks beside each other in a single tile: one that is an operand as it lies and has chains of sums enough.
+template <class Format, int MR>
+static constexpr int narrow_blocks() {
+  if (Format::opened && MR > 1) return 1;
+  return kReads<Format, MR> ? Isa::max_blocks : 2;
+}
+
+// small_tile() for a single tile, which fetches what lies at `next` in the order of addresses.
+template <class Format, int MR, int NB>
+static HYBRID_KERNEL void ordered_tile(const char* const (&a)[MR], const Lines& w, int count, const char* next,
+                                       float* out) {
+  F32 sums[MR][NB];
+  load_sums(sums, nullptr);
+  const char* line = w.data;
+  const int64_t block_stride = w.block_stride, line_stride = w.line_stride;
+  for (int i = 0; i < count; ++i, line += line_stride, next += NB * kLine) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) __builtin_prefetch(next + j * kLine, 0, Far::level);
+    const char* rows[MR];
+    advance<Format>(rows, a, i);
+    multiply<Format, 0>(sums, rows, {line, block_stride, line_stride, nullptr, 0}, 1, nullptr);
+  }
+  store_sums(out, sums);
+}
 
 // Rows from `row` on times NB blocks from `block` on: run(rows, sums [MR][NB][16]), then the epilogue.
 template <int MR, int NB, class RowAt, class Run, class Epilogue>
@@ -57,14 +89,24 @@ static HYBRID_INLINE Lines from_block(const Lines& w, int block) {
 }
 
 // small_product() for a single tile: lines are made operands in registers.
-template <class Format, class RowAt, class Epilogue>
+template <class Format, int most_rows, class RowAt, class Epilogue>
 static HYBRID_INLINE void narrow_product(RowAt row_at, int rows, const Lines& w, int count, int blocks,
                                          const char* next, Epilogue epilogue) {
-  for_block_groups<2>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
-    const Lines lines = from_block(w, block);
-    with_rows<kNarrowRows>(rows, [&](auto mr) __attribute__((always_inline)) {
-      small_rows<Format, decltype(mr)::value, decltype(nb)::value>(row_at, 0, lines, count, block, 0, 1,
-                                                                   next + block * w.block_stride, epilogue);
+  with_rows<most_rows>(rows, [&](auto mr) __attribute__((always_inline)) {
+    constexpr int MR = decltype(mr)::value;
+    for_block_groups<narrow_blocks<Format, MR>()>({0, blocks}, [&](auto nb, int block) __attribute__((always_inline)) {
+      constexpr int NB = decltype(nb)::value;
+      const Lines lines = from_block(w, block);
+      const auto run = [&](auto& a, float* sums) {
+        if constexpr (kReads<Format, MR>) {
+          const char* const ahead = next + int64_t(block) * count * kLine;
+          if (Format::opened || reading == Reading::ordered)
+            return ordered_tile<Format, MR, NB>(a, lines, count, ahead, sums);
+        }
+        if constexpr (!Format::opened)
+          small_tile<Format, MR, NB>(a, lines, count, 0, 1, next + block * w.block_stride, sums);
+      };
+      with_tile<MR, NB>(row_at, 0, block, run, epilogue);
     });
   });
 }
@@ -91,19 +133,18 @@ static HYBRID_INLINE void opened_product(const Tiles<Bf16>& tiles, RowAt row_at,
   });
 }
 
-// row_at(row) points to a row of as many bf16 as `count` stored lines have inputs; meanwhile the blocks at `next`, laid
-// out as those of w, are fetched. opened: scratch of max_blocks * count * steps lines, where lines are no operands as
-// they lie. epilogue(sums of 16 columns, row, block).
+// row_at(row) points to a row of as many bf16 as `count` stored lines have inputs; meanwhile as many lines at `next`,
+// laid out as those of w, are fetched. opened: scratch of max_blocks * count * steps lines, where lines are no operands
+// as they lie. epilogue(sums of 16 columns, row, block).
 template <class Format, class RowAt, class Epilogue>
 static HYBRID_INLINE void small_product(const Tiles<Bf16>& tiles, RowAt row_at, int rows, const Lines& w, int count,
                                         int blocks, const char* next, char* opened, Epilogue epilogue) {
   if constexpr (Format::opened && Isa::has_tiles) {
     if (tiles.multiply(rows)) return small_tile_product(row_at, rows, w, count, blocks, next, epilogue);
   }
-  if constexpr (!Format::opened) {
-    if (rows <= kNarrowRows && !tiles.multiply(rows))
-      return narrow_product<Format>(row_at, rows, w, count, blocks, next, epilogue);
-  }
+  constexpr int narrow = Format::opened ? kOrderedRows : kNarrowRows;
+  if (rows <= narrow && (!Format::opened || reading == Reading::ordered) && !tiles.multiply(rows))
+    return narrow_product<Format, narrow>(row_at, rows, w, count, blocks, next, epilogue);
   opened_product<Format>(tiles, row_at, rows, w, count, blocks, next, opened, epilogue);
 }
 
