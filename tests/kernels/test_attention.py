@@ -14,6 +14,7 @@ from kernel_reference import Near, assert_near, attention
 from kv_pages import KvPages
 from rig import BF16, Rig, aligned, placed, random_bf16
 
+import cpu_kernels
 from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
 from hybrid.formats.rows import row_stride
@@ -194,6 +195,22 @@ def test_a_decode_row_has_the_same_bits_on_any_number_of_threads(isa, kv_format)
     alone = [sequences.run(isa, [place])[0] for place in places]
     for threads in (1, 2, 3):
         assert np.array_equal(alone, sequences.run(isa, places, threads=threads))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_how_keys_are_read_changes_no_bit(isa, kv_format, shape) -> None:
+    """Of a row alone and of a few."""
+    sequences = Sequences.make(shape, kv_format)
+    before = cpu_kernels.reading()
+    try:
+        for places in ([(0, 700)], chunk(0, 300, 303)):
+            found = []
+            for way in cpu_kernels.Reading:
+                cpu_kernels.reading(way)
+                found.append(sequences.run(isa, places))
+            assert all(np.array_equal(found[0], other) for other in found[1:])
+    finally:
+        cpu_kernels.reading(before)
 
 
 def test_what_lies_behind_a_row_is_never_seen(isa, kv_format) -> None:
