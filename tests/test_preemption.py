@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from dummy_engine import DummyEngine, reference_tokens
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from steps import open_engine
 from test_kept import arrive, request, run
@@ -184,8 +184,14 @@ ARRIVALS = st.tuples(
 )
 
 
+NOTHING = (1, 0, 0, False, 0, False)
+# One that ends has memory for more tokens than it came to, which the pool is not to have meanwhile.
+HELD_MORE = [*[NOTHING] * 7, (1, 22, 0, True, 0, False), (10, 20, 0, False, 0, False), (1, 17, 0, True, 0, False)]
+
+
 @settings(max_examples=80)
 @given(st.lists(ARRIVALS, max_size=10), st.integers(64, 120), st.integers(3, 16), st.booleans())
+@example(HELD_MORE, 64, 3, True)
 def test_whoever_gives_way_has_the_tokens_of_one_alone(arrivals, budget: int, rows: int, repeatable: bool) -> None:
     engine = DummyEngine(kv_token_budget=budget, max_rows=rows, repeatable=repeatable, prefix_bytes=budget)
     scheduler = Scheduler(engine)

@@ -161,9 +161,10 @@ class Admission:
         self.running.remove(job)
         if keeps and isinstance(job, Request) and job.keep and job.computed:
             tokens = job.tokens[: job.computed].copy()
-            self._save(sequence, tokens, job.phase, len(tokens))
             held = 0 if self.routes_matter else job.reserved  # of all that it may come to, not of what it came to
-            self.kept.put(Kept(sequence, tokens, len(job.prompt), job.phase, held))
+            left = Kept(sequence, tokens, len(job.prompt), job.phase, held)
+            self._save(sequence, tokens, job.phase, left.size)
+            self.kept.put(left)
         else:
             self._engine.release(sequence)
 
