@@ -24,8 +24,17 @@ KV_PADDING = 256  # llama.cpp rounds its cells up to this
 MAIN, SPARE = 0, 1  # sequences of the context of one sequence; SPARE takes a block before it is moved
 
 
-# It tells hundreds of lines while loading. A name of the module, because C keeps no reference to it.
-_SILENCE = api.llama_log_callback(lambda level, text, data: None)
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_errors: list[str] = []
+
+
+def _hear(level: int, text: bytes, data: object) -> None:
+    """It tells hundreds of lines while loading."""
+    if level == _ERROR and text.strip():
+        _errors.append(text.decode(errors="replace").strip())
+
+
+_LISTENER = api.llama_log_callback(_hear)  # a name of the module, because C keeps no reference to it
 
 
 class LlamaCpp:
@@ -37,13 +46,14 @@ class LlamaCpp:
 
     def __init__(self, path: Path, threads: int, tests: Sequence[Test]) -> None:
         """Raises WeightsError or CapacityError when llama.cpp refuses the file or the sizes."""
-        api.llama_log_set(_SILENCE, None)
+        api.llama_log_set(_LISTENER, None)
+        _errors.clear()
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP
         self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
-            raise WeightsError(f"{path}: llama.cpp cannot load it; delete it, and it is written again")
+            raise WeightsError(f"{path}: llama.cpp cannot load it: {_errors[0] if _errors else 'it does not say why'}")
         self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         alone = [test for test in tests if test.batch == 1] or [Test(0, 1, 0, 1)]
         together = [test for test in tests if test.batch > 1]
