@@ -36,11 +36,12 @@ constexpr int kNarrowRows = kFullSums / 2;
 // Rows beside one block where lines are operands as they lie.
 constexpr int kOrderedRows = kFullSums / 3;
 
-// So few rows that reading decides, not arithmetic.
+// Whether rows are so few that reading decides, not arithmetic.
 template <class Format, int MR>
 constexpr bool kReads = Format::opened || MR * Isa::max_blocks <= kFullSums * 2 / 3;
 
-// Blocks beside each other in a single tile: one that is an operand as it lies and has chains of sums enough.
+// Blocks beside each other in a single tile: one is enough where its lines are operands as they lie and there are sums
+// of several rows, so that none waits for the one before.
 template <class Format, int MR>
 static constexpr int narrow_blocks() {
   if (Format::opened && MR > 1) return 1;
