@@ -181,11 +181,9 @@ NB_MODULE(_ext, m) {
   m.def(
       "reading", [](std::optional<Reading> wanted) { return std::exchange(reading, wanted.value_or(reading)); },
       "wanted"_a = nb::none(),
-      "How few rows read weights, as suits this processor: blocks by turns, asked for far ahead in the second-level "
-      "cache\n"
-      "or near in the first, or blocks one after the other. wanted: what to do from now on, for measurements and "
-      "tests;\n"
-      "results are the same.");
+      "How few rows read weights, as suits this processor: blocks by turns, asked for far ahead in the\n"
+      "second-level cache or near in the first, or blocks one after the other. wanted: what to do from now on,\n"
+      "for measurements and tests; results are the same.");
   m.def("missing_features", &missing_features, "isa"_a, "CPU features that `isa` needs and this machine lacks.");
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "isa"_a, "address"_a, "bytes"_a);
   m.def("peak_flops", &peak_flops, "pool"_a, "isa"_a, "rounds"_a, "Multiplications and additions a second, of bf16.");

@@ -59,7 +59,7 @@ bool has_feature(const std::string& name) {
   return features.at(name);
 }
 
-// Measured on Zen 4, Zen 5 and an Intel Xeon: docs/kernels.md.
+// Measured on Zen 4, Zen 5 and an Intel Xeon (docs/kernels.md); Zen 3, of the family of Zen 4, was not tried.
 Reading suited_reading() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return Reading::far;

@@ -7,23 +7,17 @@
 namespace hybrid {
 namespace HYBRID_ISA {
 
-struct Far {
-  static constexpr int level = 2, ahead = 6144;
-  static constexpr bool ordered = false;
+template <int to, int bytes, bool in_order>
+struct Fetching {
+  static constexpr int level = to, ahead = bytes;
+  static constexpr bool ordered = in_order;
 };
-struct Near {
-  static constexpr int level = 3, ahead = 2048;
-  static constexpr bool ordered = false;
-};
-struct OrderedFar {
-  static constexpr int level = 2, ahead = 7168;
-  static constexpr bool ordered = true;
-};
+
+using Far = Fetching<2, 6144, false>;
+using Near = Fetching<3, 2048, false>;
+using OrderedFar = Fetching<2, 7168, true>;
 // What is multiplied as fast as it comes is best left to the processor's own prefetching, and only begun for it.
-struct OrderedNear {
-  static constexpr int level = 2, ahead = 256;
-  static constexpr bool ordered = true;
-};
+using OrderedNear = Fetching<2, 256, true>;
 
 // Calls function(Far{}) or whichever suits the processor and products of MR rows.
 template <int near, int far, int MR, class Function>
