@@ -90,8 +90,8 @@ bool attend(const Case& c, int row, int rows, bool split, int tile_rows) {
   step.tiles = &tile, step.tile_count = 1;
   step.attention_tasks = split ? (c.position + row) / hybrid::kKeys + 1 : 1, step.split_tiles = split;
   const bool guarded = guard::call("attention", hybrid::KERNELS, hybrid::KERNELS.attention, args, step, rows);
-  int counter = 0;
-  if (split) hybrid::KERNELS.merge(hybrid::MergeArgs{args}, step, {1, &counter, nullptr});
+  uint64_t taken[2] = {};
+  if (split) hybrid::KERNELS.merge(hybrid::MergeArgs{args}, step, {1, 0, taken, nullptr});
   if (tiles_configured()) console::line("attention: a tile configuration is left behind");
   return guarded && !tiles_configured();
 }

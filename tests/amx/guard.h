@@ -18,8 +18,8 @@ inline bool call(const char* name, const hybrid::KernelTable& table, hybrid::Ker
                  const hybrid::Step& step, int rows) {
   char* const end = scratch + hybrid::scratch_bytes(args, table.sizes, rows);
   memset(end, kUnwritten, kGuardBytes);
-  int counter = 0;
-  kernel(args, step, {1, &counter, scratch});
+  uint64_t taken[2] = {};
+  kernel(args, step, {1, 0, taken, scratch});
   for (int i = 0; i < kGuardBytes; ++i) {
     if (end[i] == kUnwritten) continue;
     console::line(name, " of ", rows, " rows writes behind its ", long(end - scratch), " bytes of scratch");

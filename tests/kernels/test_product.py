@@ -126,6 +126,27 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_any_number_of_threads(i
         assert np.array_equal(together[first:last], product(x[first:last]))
 
 
+@pytest.mark.parametrize("n", [16, 80, 600, 4000])
+def test_threads_that_take_from_each_other_multiply_everything_once(isa, n) -> None:
+    x, weight, _ = operands("bf16", 2, n, 90)
+
+    def added_up(threads: int, steps: int = 20) -> np.ndarray:
+        output = aligned((2, row_stride(n)), np.float32)
+        rig = Rig(isa, threads, rows=2)
+        rig.add(
+            "gemm", format=format_of("bf16"), input=rows_of("bf16", x), weight=weight, bias=None, output=output,
+            columns=n, inputs=row_stride(90), input_stride=2 * row_stride(90), output_stride=row_stride(n),
+            accumulate=True,
+        )  # fmt: skip
+        for _ in range(steps):
+            rig.run(2)
+        return output
+
+    expected = added_up(1)
+    for threads in (2, 3, 7, 13):
+        assert np.array_equal(added_up(threads), expected)
+
+
 @pytest.mark.skipif(len(FUSED) < 2, reason="one instruction set with fused multiply-add is here")
 @pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].integer])
 @pytest.mark.parametrize("rows", [3, 33])

@@ -6,7 +6,7 @@
 namespace hybrid {
 namespace {
 
-int take(const Work& work) { return __atomic_fetch_add(work.counter, 1, __ATOMIC_RELAXED); }
+int take(const Work& work) { return int(__atomic_fetch_add(work.taken, 1, __ATOMIC_RELAXED)); }
 
 }  // namespace
 

@@ -169,13 +169,20 @@ char* Executor::scratch_of(int thread) const {
   return scratch_.end() - scratch_stride() * size_t(pool_->size() - thread);
 }
 
+// What the threads of a node take in an op; nodes share no cache line.
+size_t Executor::taken_stride() const {
+  const int threads = (pool_->size() + pool_->nodes() - 1) / pool_->nodes();
+  return size_t(pool_->nodes() > 1 ? (threads + 3) / 4 * 8 : 2 * threads);
+}
+
 // One thread's part in an op, which it shares with all threads or with those of its node.
 void Executor::run(int index, const Step& step, int thread) {
   const Op& op = ops_[size_t(index)];
   const int node = op.per_node ? pool_->node_of(thread) : 0;
-  const int threads = op.per_node ? pool_->first_thread(node + 1) - pool_->first_thread(node) : pool_->size();
-  int* counter = &counters_[size_t(node) * counter_stride() + size_t(index)];
-  const Work work{threads, counter, op.uses_scratch ? scratch_of(thread) : nullptr};
+  const int first = op.per_node ? pool_->first_thread(node) : 0;
+  const int last = op.per_node ? pool_->first_thread(node + 1) : pool_->size();
+  uint64_t* taken = &taken_[(size_t(index) * size_t(pool_->nodes()) + size_t(node)) * taken_stride()];
+  const Work work{last - first, thread - first, taken, op.uses_scratch ? scratch_of(thread) : nullptr};
   std::visit(Runner{kernels_, step, work}, op.nodes[size_t(node)]);
 }
 
@@ -262,7 +269,7 @@ Outcome Executor::step(Step step, Times& times, Interrupted interrupted) {
   check(step);
   step.tile_rows = limits_.batch_invariant ? 1 : 0;
   schedule_->build(step);
-  counters_.assign(counter_stride() * size_t(pool_->nodes()), 0);
+  taken_.assign(ops_.size() * size_t(pool_->nodes()) * taken_stride(), 0);
   times.fill(0);
   Running running(*this, step, times, interrupted);
   pool_->run(running);

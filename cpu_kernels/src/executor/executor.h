@@ -77,7 +77,7 @@ class Executor {
   void check_row(const Step& step, int row);
   bool needed(const Op& op, const Step& step) const;
   bool may_end(size_t op) const;
-  size_t counter_stride() const { return (ops_.size() + 31) / 16 * 16; }
+  size_t taken_stride() const;
   size_t scratch_stride() const { return (limits_.scratch_bytes + kLine - 1) / kLine * kLine; }
   char* scratch_of(int thread) const;
   void run(int op, const Step& step, int thread);
@@ -88,8 +88,8 @@ class Executor {
   std::vector<char> ended_;  // [sequences], those whose rows have passed; of the step being checked
   int group_ = 1;
   std::vector<Op> ops_;
-  std::mutex one_step_;        // held while a step runs: what it counts and plans is kept here
-  std::vector<int> counters_;  // [nodes][ops]: the nodes of an op count far apart, so they share no cache line
+  std::mutex one_step_;          // held while a step runs: what it counts and plans is kept here
+  std::vector<uint64_t> taken_;  // [ops][nodes][taken_stride()]
   std::unique_ptr<Schedule> schedule_;
   Arena scratch_;
   std::atomic<bool> cancelled_{false};

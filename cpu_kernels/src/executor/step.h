@@ -92,12 +92,14 @@ struct Step {
   int tile_rows;        // where the Isa has matrix tiles: rows from which products use them; 0: where they are faster
 };
 
-// One thread's part in an op: what it takes by `counter`, which is zero when the op begins and hands out all there is
-// to do. A thread may find nothing, or be the only one of the `threads` that comes.
+// One thread's part in an op. A thread may find nothing to do, or be the only one of the `threads` that comes.
 struct Work {
-  int threads;
-  int* counter;
-  char* scratch;  // as many bytes as executor/scratch.h says, at the start of a line; null if that is none
+  int threads, thread;
+  uint64_t* taken;  // [2][threads], zero when the op begins: what was taken, as for_runs or for_shares counts
+  char* scratch;    // as many bytes as executor/scratch.h says, at the start of a line; null if that is none
+
+  // The same for what an op hands out after all else.
+  Work second() const { return {threads, thread, taken + threads, scratch}; }
 };
 
 }  // namespace hybrid

@@ -14,6 +14,7 @@ struct Int4 : IntegerKind<8, kSumInputs, Isa::small_steps(4)> {
   static constexpr int segment = 32 / line_inputs;
   static constexpr int scaled_lines = 2 * segment;
   static constexpr bool opened = false;
+  static constexpr bool streamed = Isa::streams_codes;
   static constexpr OrderedRows ordered{2, 2};
   static constexpr int tile_rows = 17;
   struct Scale {};

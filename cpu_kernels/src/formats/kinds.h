@@ -32,6 +32,7 @@ struct FloatKind {
   static constexpr int scale_lines = 1;   // stored lines for which one scale() is asked
   static constexpr int scaled_lines = 0;  // stored lines behind each line of scales; 0: all scales are in front
   static constexpr int abreast = Isa::max_blocks;  // blocks that few rows read by turns
+  static constexpr bool streamed = false;          // whether all rows are as few: lines are never opened to a panel
 
   static HYBRID_INLINE Isa::Pair value(const char* row) { return Isa::load_pair(reinterpret_cast<const bf16*>(row)); }
   static HYBRID_INLINE Sum start(const char*, int, int) { return Isa::zero(); }
@@ -72,6 +73,7 @@ struct IntegerKind {
   static constexpr int scale_lines = 1;
   static constexpr int scaled_lines = 0;
   static constexpr int abreast = Isa::max_blocks;
+  static constexpr bool streamed = false;
 
   static HYBRID_INLINE F32 widen(Sum sum) { return Isa::to_f32(sum); }
   static HYBRID_INLINE F32 finish(F32 sum, const char*) { return sum; }

@@ -45,6 +45,7 @@ struct Avx2 {
   static constexpr int max_blocks = 2;
   static constexpr int small_blocks = 1;
   static constexpr int group_rows = 4;
+  static constexpr bool streams_codes = false;
   static constexpr bool has_tiles = false;
 
   static F32 zero() { return set(0.0f); }

@@ -28,6 +28,7 @@ struct Avx512 {
   static constexpr int max_blocks = 2;
   static constexpr int small_blocks = 2;
   static constexpr int group_rows = 4;
+  static constexpr bool streams_codes = false;
   static constexpr bool has_tiles = false;
 
   static F32 zero() { return _mm512_setzero_ps(); }

@@ -40,6 +40,8 @@ struct Avx512Bf16 : Avx512 {
   static constexpr int max_rows = 6;
   static constexpr int max_blocks = 4;
   static constexpr int small_blocks = max_blocks;
+  static constexpr int group_rows = 8;
+  static constexpr bool streams_codes = true;
 
   static void store_bf16(bf16* p, F32 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

@@ -50,7 +50,8 @@ struct Portable {
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
   static constexpr int small_blocks = max_blocks;
-  static constexpr int group_rows = 0;      // for which codes in groups are made operands in registers
+  static constexpr int group_rows = 0;  // for which codes in groups are made operands in registers
+  static constexpr bool streams_codes = false;
   static constexpr bool has_tiles = false;  // matrix tiles
 
   template <class Function>

@@ -325,9 +325,8 @@ static HYBRID_INLINE Place place_of(const AttentionArgs& args, const Step& step,
 template <class Kv, bool shared>
 static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, const Work& work) {
   const Tiles<Bf16> tiles(Bf16{}, step, kMaxTileRows);
-  const AttentionTile* tile = step.tiles;
-  for_runs(step.attention_tasks * args.kv_heads, 1, work, [&](Range run) {
-    Place at = place_of(args, step, run.first, tile);
+  for_shares(step.attention_tasks * args.kv_heads, 1, work, [&](Range run) {
+    Place at = place_of(args, step, run.first, step.tiles);
     for (int task = run.first; task < run.last; ++task) {
       const Place next = task + 1 < run.last ? place_of(args, step, task + 1, at.tile) : at;
       if (at.tile->split)
@@ -336,7 +335,6 @@ static HYBRID_KERNEL void attend(const AttentionArgs& args, const Step& step, co
         attend_tile<Kv, shared>(tiles, args, at, next, work.scratch);
       at = next;
     }
-    tile = at.tile;
   });
 }
 

@@ -33,17 +33,47 @@ struct Either<false, Yes, No> {
 static constexpr HYBRID_INLINE int min(int a, int b) { return a < b ? a : b; }
 static HYBRID_INLINE int max(int a, int b) { return a > b ? a : b; }
 
+// Makes *at `after` if it still is `before`, else `before` what it is.
+static HYBRID_INLINE bool take(uint64_t* at, uint64_t& before, uint64_t after) {
+  return __atomic_compare_exchange_n(at, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
 // Hands out `count` items in runs that are multiples of `unit`: calls function(run) until none are left. Runs shrink
 // towards the end, so that a thread on a slow or shared core takes less and none waits long for the last one.
 template <class Function>
 static HYBRID_INLINE void for_runs(int count, int unit, const Work& work, Function function) {
-  int first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
-  while (first < count) {
-    const int part = (count - first) / (2 * work.threads - 1);
+  uint64_t taken = __atomic_load_n(work.taken, __ATOMIC_RELAXED);
+  while (int(taken) < count) {
+    const int first = int(taken), part = (count - first) / (2 * work.threads - 1);
     const int last = min(count, first + max(1, (part + unit - 1) / unit) * unit);
-    if (!__atomic_compare_exchange_n(work.counter, &first, last, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+    if (!take(work.taken, taken, uint64_t(last))) continue;
     function(Range{first, last});
-    first = __atomic_load_n(work.counter, __ATOMIC_RELAXED);
+    taken = __atomic_load_n(work.taken, __ATOMIC_RELAXED);
+  }
+}
+
+// The same of items that lie in memory one behind the other: each thread goes through a share of its own from the
+// front, and then takes from the back of others' shares. What a processor fetches beyond the end of a run, which on Zen
+// 4 is some 16 KiB, is thus what the same thread reads next.
+template <class Function>
+static HYBRID_INLINE void for_shares(int count, int unit, const Work& work, Function function) {
+  const int64_t units = (count + unit - 1) / unit;
+  const int parts = 2 * work.threads - 1;  // of which a run has as many as there are threads
+  const auto share = [&](int thread) { return int(units * thread / work.threads); };
+  for (int i = 0; i < work.threads; ++i) {
+    const int owner = (work.thread + i) % work.threads;
+    uint64_t* const at = work.taken + owner;
+    uint64_t taken = __atomic_load_n(at, __ATOMIC_RELAXED);  // units from the front, and 2^32 times those from the back
+    for (;;) {
+      const int front = share(owner) + int(uint32_t(taken)), back = share(owner + 1) - int(taken >> 32);
+      if (front >= back) break;
+      const int some = int((int64_t(back - front) * work.threads + parts - 1) / parts);
+      const bool own = i == 0;
+      if (!take(at, taken, taken + (own ? uint64_t(some) : uint64_t(some) << 32))) continue;
+      const int first = own ? front : back - some;
+      function(Range{first * unit, min(count, (first + some) * unit)});
+      taken = __atomic_load_n(at, __ATOMIC_RELAXED);
+    }
   }
 }
 

@@ -26,8 +26,8 @@ static HYBRID_KERNEL void gemm_rows(Format format, const GemmArgs& args, const S
       }
     }
   };
-  for_runs((args.columns + kBlock - 1) / kBlock, kRunBlocks, work,
-           [&](Range run) { product(tiles, input, rows, args.weight, args.inputs, run, work.scratch, finish); });
+  for_shares((args.columns + kBlock - 1) / kBlock, kRunBlocks, work,
+             [&](Range run) { product(tiles, input, rows, args.weight, args.inputs, run, work.scratch, finish); });
 }
 
 static void gemm(const GemmArgs& args, const Step& step, const Work& work) {
@@ -39,7 +39,7 @@ template <class Format>
 static HYBRID_KERNEL void head_gemm_rows(Format format, const HeadGemmArgs& args, const Step& step, const Work& work) {
   const int blocks = (args.columns + kBlock - 1) / kBlock, runs = (blocks + kRunBlocks - 1) / kRunBlocks;
   const Tiles<Format> tiles(format, step, step.rows);
-  for_each(args.heads * runs, 1, work, [&](int task) {
+  const auto multiply = [&](int task) {
     const int head = task / runs, first = task % runs * kRunBlocks;
     const Rows input{args.input + head * args.input_head_stride, args.input_stride, nullptr};
     bf16* const output = args.output + int64_t(head) * args.output_head_stride;
@@ -54,6 +54,9 @@ static HYBRID_KERNEL void head_gemm_rows(Format format, const HeadGemmArgs& args
     };
     product(tiles, input, step.rows, args.weight + head * args.weight_head_stride, args.inputs,
             {first, min(blocks, first + kRunBlocks)}, work.scratch, finish);
+  };
+  for_shares(args.heads * runs, 1, work, [&](Range run) {
+    for (int task = run.first; task < run.last; ++task) multiply(task);
   });
 }
 

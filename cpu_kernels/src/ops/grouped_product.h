@@ -168,22 +168,37 @@ static constexpr OrderedRows ordered_rows(int bits) {
 template <int bits, GroupScales scales, int MR, int NB>
 static HYBRID_INLINE void stream_group_blocks(const char* const* rows, const GroupBlocks& w, float* out) {
   constexpr OrderedRows ordered = ordered_rows(bits);
-  for_streams<ordered.near, ordered.far, MR, NB, NB>([&](auto ahead, auto together,
-                                                         int j) __attribute__((always_inline)) {
-    stream_groups<bits, scales, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
-  });
+  for_streams<ordered.near, ordered.far, MR, NB, MR <= kAbreastRows ? NB : 1>(
+      [&](auto ahead, auto together, int j) __attribute__((always_inline)) {
+        stream_groups<bits, scales, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock,
+                                                                         NB * kBlock);
+      });
 }
 
+// Calls function(Int<MR>) for a tile of at least `rows` rows.
+template <int most, class Function>
+static HYBRID_INLINE void with_group_rows(int rows, Function function) {
+  if (rows == 1) return function(Int<1>{});
+  if constexpr (most > 2) {
+    if (rows <= most - 2) return with_group_rows<most - 2>(rows, function);
+  }
+  function(Int<most>{});
+}
+
+// Rows in tiles of nearly equal height.
 template <int NB>
 static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
-  const char* at[Isa::group_rows];
-  for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(r, rows - 1));
-  with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
-    constexpr GroupScales scales = decltype(kind)::scales;
-    if (rows == 1) return stream_group_blocks<bits.value, scales, 1, NB>(at, w, sums);
-    if (rows == 2) return stream_group_blocks<bits.value, scales, 2, NB>(at, w, sums);
-    stream_group_blocks<bits.value, scales, 4, NB>(at, w, sums);
-  });
+  for (int row = 0, tiles = (rows + Isa::group_rows - 1) / Isa::group_rows; tiles; --tiles) {
+    const int height = (rows - row + tiles - 1) / tiles;
+    const char* at[Isa::group_rows];
+    for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(row + r, rows - 1));
+    with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
+      with_group_rows<Isa::group_rows>(height, [&](auto mr) __attribute__((always_inline)) {
+        stream_group_blocks<bits.value, decltype(kind)::scales, mr.value, NB>(at, w, sums + row * NB * kBlock);
+      });
+    });
+    row += height;
+  }
 }
 
 // As product(). Three rows are multiplied as four: the sums of the last end where the panel would begin.
@@ -195,7 +210,7 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
     constexpr int NB = decltype(nb)::value;
     const GroupBlocks w(format.layout, matrix, inputs, block);
     Sums made{sums, NB * kBlock, kBlock};
-    if (rows > Isa::group_rows) {
+    if (rows > Isa::group_rows && !Isa::streams_codes) {
       made = with_opened(w.layout.codes(), [&](auto format) __attribute__((always_inline)) {
         return group_panels<decltype(format), NB>(left, rows, w, sums, scratch + sums_bytes(rows, NB));
       });

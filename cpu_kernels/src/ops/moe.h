@@ -77,17 +77,17 @@ static HYBRID_KERNEL void gate_up_expert(const Tiles<Format>& tiles, const Exper
           {each * blocks.first, each * blocks.last}, work.scratch, finish);
 }
 
-// The blocks of all active experts of a set laid end to end, behind `before` blocks of another.
+// The blocks of all active experts of a set laid end to end.
 template <class Format>
-static HYBRID_KERNEL void gate_up_set(Format format, const ExpertSet& set, const Activations& to, int before,
-                                      const Step& step, const Work& work) {
+static HYBRID_KERNEL void gate_up_set(Format format, const ExpertSet& set, const Activations& to, const Step& step,
+                                      const Work& work) {
   const Tiles<Format> tiles(format, step, step.rows);
-  for_runs(before + *set.routing.count * set.blocks, kRunBlocks / 2, work, [&](Range run) {
-    for (int at = run.first - before; at < run.last - before;) {
-      const int expert = set.routing.active[at / set.blocks], first = at % set.blocks;
-      const Range blocks{first, min(set.blocks, first + run.last - before - at)};
+  for_shares(*set.routing.count * set.blocks, kRunBlocks / 2, work, [&](Range run) {
+    while (run.first < run.last) {
+      const int expert = set.routing.active[run.first / set.blocks], first = run.first % set.blocks;
+      const Range blocks{first, min(set.blocks, first + run.last - run.first)};
       gate_up_expert(tiles, set, to, expert, blocks, work);
-      at += blocks.last - blocks.first;
+      run.first += blocks.last - blocks.first;
     }
   });
 }
@@ -95,11 +95,11 @@ static HYBRID_KERNEL void gate_up_set(Format format, const ExpertSet& set, const
 // A thread that finds no more blocks of the routed experts goes on with the shared one.
 static void gate_up(const GateUpArgs& args, const Step& step, const Work& work) {
   const Activations routed{args.output, args.output_stride, args.activation, args.bound};
-  with_format(args.routed.format, [&](auto format) { gate_up_set(format, args.routed, routed, 0, step, work); });
+  with_format(args.routed.format, [&](auto format) { gate_up_set(format, args.routed, routed, step, work); });
   if (!args.shared.experts) return;
   const Activations shared{args.shared_output, args.shared_output_stride, args.activation, args.shared_bound};
-  const int before = *args.routed.routing.count * args.routed.blocks;
-  with_format(args.shared.format, [&](auto format) { gate_up_set(format, args.shared, shared, before, step, work); });
+  const Work then = work.second();
+  with_format(args.shared.format, [&](auto format) { gate_up_set(format, args.shared, shared, step, then); });
 }
 
 // Columns of one expert's down, weighted and added to the rows it belongs to.
@@ -135,7 +135,8 @@ static HYBRID_INLINE void down_experts(const Tiles<Format>& tiles, const ExpertS
 template <class Format>
 static HYBRID_KERNEL void down_routed(Format format, const DownArgs& args, const Step& step, const Work& work) {
   const Tiles<Format> tiles(format, step, step.rows);
-  for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) { down_experts(tiles, args.routed, args, run, work); });
+  for_shares(args.routed.blocks, kRunBlocks, work,
+             [&](Range run) { down_experts(tiles, args.routed, args, run, work); });
 }
 
 template <class Format>
@@ -150,7 +151,7 @@ static HYBRID_KERNEL void down_run(Format format, const ExpertSet& set, const Do
 static void down(const DownArgs& args, const Step& step, const Work& work) {
   if (!args.shared.experts)
     return with_format(args.routed.format, [&](auto format) { down_routed(format, args, step, work); });
-  for_runs(args.routed.blocks, kRunBlocks, work, [&](Range run) {
+  for_shares(args.routed.blocks, kRunBlocks, work, [&](Range run) {
     const auto add = [&](const ExpertSet& set) {
       with_format(set.format, [&](auto format) { down_run(format, set, args, run, step, work); });
     };

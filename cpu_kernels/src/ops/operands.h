@@ -42,15 +42,18 @@ static HYBRID_INLINE void with_rows(int rows, Function function) {
   function(Int<MR>{});
 }
 
-static HYBRID_INLINE int tile_count(int rows) { return (rows + Isa::max_rows - 1) / Isa::max_rows; }
+template <int most = Isa::max_rows>
+static HYBRID_INLINE int tile_count(int rows) {
+  return (rows + most - 1) / most;
+}
 
 // Calls function(Int<MR>, first row, tile) for tiles of nearly equal height: a last tile of one row would waste most.
-template <class Function>
+template <int most = Isa::max_rows, class Function>
 static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
-  const int tiles = tile_count(rows);
+  const int tiles = tile_count<most>(rows);
   for (int tile = 0, row = 0; tile < tiles; ++tile) {
     const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
-    with_rows<Isa::max_rows>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
+    with_rows<most>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
     row += height;
   }
 }
