@@ -50,9 +50,9 @@ struct Portable {
   static constexpr int max_rows = 4;
   static constexpr int max_blocks = 2;
   static constexpr int small_blocks = max_blocks;
-  static constexpr int group_rows = 0;  // for which codes in groups are made operands in registers
-  static constexpr bool streams_codes = false;
-  static constexpr bool has_tiles = false;  // matrix tiles
+  static constexpr int group_rows = 0;          // of a tile, for which codes are made operands in registers
+  static constexpr bool streams_codes = false;  // whether they are for any number of rows, tile by tile
+  static constexpr bool has_tiles = false;      // matrix tiles
 
   template <class Function>
   static F32 each(Function function) {

@@ -46,7 +46,7 @@ static HYBRID_INLINE void with_codes(const GroupLayout& layout, Function functio
   with_scales(Int<5>{});
 }
 
-// Up to four rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16], rows `stride`
+// A tile of rows: lines stream past once, in order, fetched some way ahead. out: sums [MR][NB][16], rows `stride`
 // floats apart.
 template <int bits, GroupScales scales, class Ahead, int MR, int NB>
 static HYBRID_KERNEL void stream_groups(const char* const* rows, const GroupBlocks& w, float* out, int stride) {
@@ -168,14 +168,14 @@ static constexpr OrderedRows ordered_rows(int bits) {
 template <int bits, GroupScales scales, int MR, int NB>
 static HYBRID_INLINE void stream_group_blocks(const char* const* rows, const GroupBlocks& w, float* out) {
   constexpr OrderedRows ordered = ordered_rows(bits);
-  for_streams<ordered.near, ordered.far, MR, NB, MR <= kAbreastRows ? NB : 1>(
+  for_streams<ordered.near, ordered.far, MR, NB, MR <= kAbreastRows ? NB : kAlone>(
       [&](auto ahead, auto together, int j) __attribute__((always_inline)) {
         stream_groups<bits, scales, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock,
                                                                          NB * kBlock);
       });
 }
 
-// Calls function(Int<MR>) for a tile of at least `rows` rows.
+// Calls function(Int<MR>) with the lowest tile that holds `rows` rows: of 1, 2, 4 and so on.
 template <int most, class Function>
 static HYBRID_INLINE void with_group_rows(int rows, Function function) {
   if (rows == 1) return function(Int<1>{});
@@ -185,9 +185,9 @@ static HYBRID_INLINE void with_group_rows(int rows, Function function) {
   function(Int<most>{});
 }
 
-// Rows in tiles of nearly equal height.
+// In tiles of nearly equal height.
 template <int NB>
-static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
+static HYBRID_KERNEL void stream_rows(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
   for (int row = 0, tiles = (rows + Isa::group_rows - 1) / Isa::group_rows; tiles; --tiles) {
     const int height = (rows - row + tiles - 1) / tiles;
     const char* at[Isa::group_rows];
@@ -201,7 +201,8 @@ static HYBRID_KERNEL void stream_few(const Rows& left, int rows, const GroupBloc
   }
 }
 
-// As product(). Three rows are multiplied as four: the sums of the last end where the panel would begin.
+// As product(). Odd numbers of rows are multiplied as one more, whose sums end where those of the next tile or the
+// panel would begin.
 template <class Epilogue>
 static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left, int rows, const char* matrix,
                                         int inputs, Range blocks, char* scratch, Epilogue epilogue) {
@@ -209,15 +210,16 @@ static HYBRID_INLINE void group_product(const Grouped& format, const Rows& left,
   for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
     constexpr int NB = decltype(nb)::value;
     const GroupBlocks w(format.layout, matrix, inputs, block);
-    Sums made{sums, NB * kBlock, kBlock};
-    if (rows > Isa::group_rows && !Isa::streams_codes) {
-      made = with_opened(w.layout.codes(), [&](auto format) __attribute__((always_inline)) {
-        return group_panels<decltype(format), NB>(left, rows, w, sums, scratch + sums_bytes(rows, NB));
-      });
-    } else if constexpr (Isa::group_rows > 0) {
-      stream_few<NB>(left, rows, w, sums);
+    if constexpr (!Isa::streams_codes) {
+      if (rows > Isa::group_rows) {
+        const Sums made = with_opened(w.layout.codes(), [&](auto format) __attribute__((always_inline)) {
+          return group_panels<decltype(format), NB>(left, rows, w, sums, scratch + sums_bytes(rows, NB));
+        });
+        return epilogue(made, Range{0, rows}, block, NB);
+      }
     }
-    epilogue(made, Range{0, rows}, block, NB);
+    if constexpr (Isa::group_rows > 0) stream_rows<NB>(left, rows, w, sums);
+    epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
   });
 }
 

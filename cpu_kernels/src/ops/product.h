@@ -73,7 +73,7 @@ static HYBRID_KERNEL void stream(const char* const* rows, const Blocks<Format>& 
 // A single tile over some blocks. out: sums [MR][NB][16].
 template <class Format, int MR, int NB>
 static HYBRID_INLINE void stream_blocks(const char* const* rows, const Blocks<Format>& w, float* out) {
-  constexpr int abreast = Format::streamed && MR > kAbreastRows ? 1 : Format::abreast;
+  constexpr int abreast = Format::streamed && MR > kAbreastRows ? kAlone : Format::abreast;
   for_streams<Format::ordered.near, Format::ordered.far, MR, NB, abreast>(
       [&](auto ahead, auto together, int j) __attribute__((always_inline)) {
         stream<Format, decltype(ahead), MR, together.value>(rows, w.behind(j), out + j * kBlock, NB * kBlock);
@@ -206,14 +206,16 @@ static HYBRID_INLINE void product(const Tiles<Format>& tiles, const Rows& left, 
     for_block_groups(blocks, [&](auto nb, int block) __attribute__((always_inline)) {
       constexpr int NB = decltype(nb)::value;
       const Blocks<Format> w(matrix, inputs, block);
-      constexpr int most = Format::streamed ? Isa::group_rows : Isa::max_rows;
-      if (rows > most && !Format::streamed) return panels<Format, NB>(left, rows, w, block, scratch, epilogue);
+      if constexpr (!Format::streamed) {
+        if (rows > Isa::max_rows) return panels<Format, NB>(left, rows, w, block, scratch, epilogue);
+      }
       float* const sums = reinterpret_cast<float*>(scratch);
-      for_row_tiles<most>(rows, [&](auto mr, int row, int) __attribute__((always_inline)) {
-        const char* at[mr.value];
-        for (int r = 0; r < mr.value; ++r) at[r] = left.at(row + r);
-        stream_blocks<Format, mr.value, NB>(at, w, sums + row * NB * kBlock);
-      });
+      for_row_tiles<Format::streamed ? Isa::group_rows : Isa::max_rows>(
+          rows, [&](auto mr, int row, int) __attribute__((always_inline)) {
+            const char* at[mr.value];
+            for (int r = 0; r < mr.value; ++r) at[r] = left.at(row + r);
+            stream_blocks<Format, mr.value, NB>(at, w, sums + row * NB * kBlock);
+          });
       epilogue(Sums{sums, NB * kBlock, kBlock}, Range{0, rows}, block, NB);
     });
   }

@@ -31,22 +31,23 @@ static HYBRID_INLINE void with_reading(Function function) {
   function(Far{});
 }
 
-// Codes that are opened in registers for more rows than this are read one block after the other: beside their sums and
-// parts there is no room for those of a second.
+// Codes that are opened in registers for more rows than this are read one block after the other, whatever suits the
+// processor: beside their sums and parts there is no room for those of a second.
 constexpr int kAbreastRows = 4;
+constexpr int kAlone = 0;  // as many blocks by turns
 
 // Calls function(ahead, Int<together>, j) for all of NB blocks, of which those from j on are read by turns, at most
 // `abreast`.
 template <int near, int far, int MR, int NB, int abreast, class Function>
 static HYBRID_INLINE void for_streams(Function function) {
-  if constexpr (abreast == 1) {
+  if constexpr (abreast == kAlone) {
     for (int j = 0; j < NB; ++j) function(OrderedFar{}, Int<1>{}, j);
-    return;
+  } else {
+    with_reading<near, far, MR>([&](auto ahead) __attribute__((always_inline)) {
+      constexpr int together = decltype(ahead)::ordered ? 1 : NB < abreast ? NB : abreast;
+      for (int j = 0; j < NB; j += together) function(ahead, Int<together>{}, j);
+    });
   }
-  with_reading<near, far, MR>([&](auto ahead) __attribute__((always_inline)) {
-    constexpr int together = decltype(ahead)::ordered ? 1 : NB < abreast ? NB : abreast;
-    for (int j = 0; j < NB; j += together) function(ahead, Int<together>{}, j);
-  });
 }
 
 }  // namespace HYBRID_ISA
