@@ -27,7 +27,8 @@ from hybrid.models.layers.compressor import BROUGHT, STORED, Compressor, compres
 from hybrid.models.layers.entry_indexer import EntryIndexer
 from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, STATE_EXTRA
 from hybrid.models.layers.indexer import SCORES
-from hybrid.models.layers.latent import ATTENDED, LOW, LOW_QUERIES, MAX_TOGETHER, QUERIES
+from hybrid.models.layers.latent import ATTENDED, LOW, LOW_QUERIES, QUERIES
+from hybrid.models.layers.latent_shape import heads_together
 from hybrid.models.layers.products import (
     BF16,
     FP32,
@@ -120,7 +121,7 @@ class CompressedAttention:
     @property
     def together(self) -> int:
         """How many heads pass over a block of keys at a time: all have the same."""
-        return next(size for size in range(min(self.heads, MAX_TOGETHER), 0, -1) if self.heads % size == 0)
+        return heads_together(self.heads)
 
     @property
     def most_seen(self) -> int:

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels import KEY_BLOCK
-from hybrid.formats.block import BLOCK, round_up
+from hybrid.formats.block import BLOCK
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats, packed_bytes
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, SCALE, STATE_EXTRA
+from hybrid.models.layers.grouped_query import PART, SCALE, STATE_EXTRA
 from hybrid.models.layers.latent_names import LatentFormats, LatentNames
+from hybrid.models.layers.latent_shape import LatentShape
 from hybrid.models.layers.older_tokens import ENDS, NEW_KV, STATES, ops_for_older
 from hybrid.models.layers.products import (
     BF16,
@@ -43,7 +44,6 @@ from hybrid.models.layers.products import (
 )
 from hybrid.models.layers.rotary import growth_fields, rope_buffers, rope_constants, rope_name, rope_ops
 from hybrid.models.layers.side_by_side import Joined, Piece, joined, joined_gemms, joined_tensors
-from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, PerHead, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
@@ -52,74 +52,20 @@ from hybrid.ops import Buffer, Choice, Op, State, Weight
 LOW, QUERIES, LOW_QUERIES, PLAIN, ABSORBED, MIXED = "low", "queries", "low_queries", "plain", "absorbed", "mixed"
 ATTENDED = "attended"
 LATENT_EPS = 1e-6  # of the norms of latents, in most models
-MAX_TOGETHER = 32  # heads that pass over a block of keys together; more would leave threads without work
 MAX_KEY_DIM = 1024  # of what the kernels hold
 PER_HEAD_FORMATS = ("bf16", "int8", "int4")  # which any matrix can be packed to
 
 
 @dataclass(frozen=True)
-class LatentAttention:
-    """rank: of the latents of keys and values. q_rank: of those of queries, 0 if these are projected at once.
-    nope_dim, value_dim: of each head's keys without what turns, and values; as many dimensions turn as `rope` has.
-    scale: of the scores. bias: of the projections to latents, and of the output. unturned: without rope, as many
-    dimensions of keys as all heads share beside the latents, where else they turn. latent_eps: of the norms of latents,
-    whatever config.json says of the others.
+class LatentAttention(LatentShape):
+    """scale: of the scores. bias: of the projections to latents, and of the output. latent_eps: of the norms of
+    latents, whatever config.json says of the others.
     """
 
-    heads: int
-    rank: int
-    q_rank: int
-    nope_dim: int
-    value_dim: int
-    rope: RopeSpec | None
     scale: float
     bias: bool = False
     names: LatentNames = field(default_factory=LatentNames)
-    unturned: int = 0
     latent_eps: float = LATENT_EPS
-
-    @property
-    def shared_dim(self) -> int:
-        """Dimensions of keys that turn, or that are in their place."""
-        return self.rope.dim if self.rope else self.unturned
-
-    @property
-    def row_dim(self) -> int:
-        """Dimensions of a token's row."""
-        return self.rank + self.shared_dim
-
-    @property
-    def key_dim(self) -> int:
-        """Of a row as it is stored: behind the latent there is always room, where a row says that it is no number."""
-        return round_up(self.rank + (self.shared_dim or 2), KEY_ALIGN)
-
-    @property
-    def mixed_dim(self) -> int:
-        """Of the rows, as values."""
-        return round_up(self.rank, BLOCK)
-
-    @property
-    def width(self) -> int:
-        """Width of the output of all heads."""
-        return self.heads * self.value_dim
-
-    @property
-    def query_width(self) -> int:
-        return self.heads * (self.nope_dim + self.shared_dim)
-
-    @property
-    def low_parts(self) -> tuple[int, int]:
-        """Rows of the first projection: queries, or their latents; then those of keys and values."""
-        return self.q_rank or self.query_width, self.row_dim
-
-    @property
-    def low_width(self) -> int:
-        return sum(self.low_parts)
-
-    @property
-    def together(self) -> int:
-        """How many heads pass over a block of keys at a time: all have the same."""
-        return next(size for size in range(min(self.heads, MAX_TOGETHER), 0, -1) if self.heads % size == 0)
 
     def within(self, tokens: int) -> LatentAttention:
         return self
@@ -310,10 +256,6 @@ class LatentAttention:
 
     # The rows of tokens.
 
-    def token_bytes(self, kv_format: str) -> int:
-        """What one token takes: its row, padded, and its scale if it needs one."""
-        return self.key_dim * BF16 if kv_format == "bf16" else self.key_dim + SCALE
-
     def state(self, tokens: int, kv_format: str) -> StateLayout:
         nbytes, scaled = tokens * self.token_bytes(kv_format), kv_format != "bf16"
         rows = nbytes - SCALE * tokens if scaled else nbytes
@@ -345,11 +287,6 @@ class LatentAttention:
         return total + Cost(float(load.tokens * self.token_bytes(load.kv_format)), multiplied)
 
     # A step on a device, as of grouped-query attention: it mirrors rows, the threads attend to older ones.
-
-    @property
-    def state_floats(self) -> int:
-        """Floats of a row's partial softmaxes."""
-        return self.heads * (self.mixed_dim + STATE_EXTRA)
 
     def device_needs(self, place: Place) -> DeviceNeeds | None:
         if not self.rope:
