@@ -175,30 +175,16 @@ static HYBRID_INLINE void stream_group_blocks(const char* const* rows, const Gro
       });
 }
 
-// Calls function(Int<MR>) with the lowest tile that holds `rows` rows: of 1, 2, 4 and so on.
-template <int most, class Function>
-static HYBRID_INLINE void with_group_rows(int rows, Function function) {
-  if (rows == 1) return function(Int<1>{});
-  if constexpr (most > 2) {
-    if (rows <= most - 2) return with_group_rows<most - 2>(rows, function);
-  }
-  function(Int<most>{});
-}
-
-// In tiles of nearly equal height.
 template <int NB>
 static HYBRID_KERNEL void stream_rows(const Rows& left, int rows, const GroupBlocks& w, float* sums) {
-  for (int row = 0, tiles = (rows + Isa::group_rows - 1) / Isa::group_rows; tiles; --tiles) {
-    const int height = (rows - row + tiles - 1) / tiles;
-    const char* at[Isa::group_rows];
-    for (int r = 0; r < Isa::group_rows; ++r) at[r] = left.at(min(row + r, rows - 1));
+  for_row_tiles<Isa::group_rows, 2>(rows, [&](auto mr, int row, int) __attribute__((always_inline)) {
+    constexpr int MR = decltype(mr)::value;
+    const char* at[MR];
+    for (int r = 0; r < MR; ++r) at[r] = left.at(min(row + r, rows - 1));
     with_codes(w.layout, [&](auto bits, auto kind) __attribute__((always_inline)) {
-      with_group_rows<Isa::group_rows>(height, [&](auto mr) __attribute__((always_inline)) {
-        stream_group_blocks<bits.value, decltype(kind)::scales, mr.value, NB>(at, w, sums + row * NB * kBlock);
-      });
+      stream_group_blocks<bits.value, decltype(kind)::scales, MR, NB>(at, w, sums + row * NB * kBlock);
     });
-    row += height;
-  }
+  });
 }
 
 // As product(). Odd numbers of rows are multiplied as one more, whose sums end where those of the next tile or the

@@ -34,10 +34,12 @@ struct Sums {
 
 constexpr int kRunBlocks = 4;  // threads share columns in multiples of this, the widest group of any Isa
 
-template <int MR, class Function>
+// Calls function(Int<MR>) with the lowest that is at least `rows`: of MR, `apart` less and so on, and 1.
+template <int MR, int apart = 1, class Function>
 static HYBRID_INLINE void with_rows(int rows, Function function) {
   if constexpr (MR > 1) {
-    if (rows < MR) return with_rows<MR - 1>(rows, function);
+    constexpr int less = MR > apart ? MR - apart : 1;
+    if (rows <= less) return with_rows<less, apart>(rows, function);
   }
   function(Int<MR>{});
 }
@@ -48,12 +50,13 @@ static HYBRID_INLINE int tile_count(int rows) {
 }
 
 // Calls function(Int<MR>, first row, tile) for tiles of nearly equal height: a last tile of one row would waste most.
-template <int most = Isa::max_rows, class Function>
+// apart: as with_rows has it.
+template <int most = Isa::max_rows, int apart = 1, class Function>
 static HYBRID_INLINE void for_row_tiles(int rows, Function function) {
   const int tiles = tile_count<most>(rows);
   for (int tile = 0, row = 0; tile < tiles; ++tile) {
     const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
-    with_rows<most>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
+    with_rows<most, apart>(height, [&](auto mr) __attribute__((always_inline)) { function(mr, row, tile); });
     row += height;
   }
 }
