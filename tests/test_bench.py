@@ -75,6 +75,34 @@ def test_csv_and_markdown_have_a_row_for_every_test(cache) -> None:
     assert len({len(line) for line in lines[2:]}) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "chunk"),
+    [
+        ((), 512),
+        (("--chunk-size", "64"), 64),
+        (("--batch", "600", "-p", "0", "-n", "1"), 600),
+    ],
+)
+def test_prompts_are_read_in_chunks_of_the_size_that_is_asked_for(cache, flags, chunk, monkeypatch) -> None:
+    rows: list[int] = []
+    forward = Engine.forward
+
+    def count(engine, step):
+        rows.append(len(step.token_ids))
+        return forward(engine, step)
+
+    monkeypatch.setattr(Engine, "forward", count)
+    report = json.loads(bench(cache, "-p", "700", "-n", "0", "-r", "1", *flags, "--output", "json"))
+    assert report["machine"]["chunk_size"] == max(rows) == chunk
+
+
+def test_a_chunk_that_was_chosen_is_explained(cache) -> None:
+    flags = ("-p", "8", "-n", "0", "-r", "1", "--chunk-size", "auto")
+    result = CliRunner().invoke(app, ["--cache-dir", str(cache), *flags])
+    assert result.exit_code == 0, result.output
+    assert "chunk: 512 tokens: " in result.stderr and "chunks of 512;" in result.stdout
+
+
 def test_rows_are_printed_as_they_come(cache, monkeypatch) -> None:
     """The first is there when the second test fails."""
 
@@ -142,6 +170,7 @@ def test_formats_are_measured_and_named(cache) -> None:
         (["--batch", "0"], ["--batch", "0"]),
         (["-r", "0"], ["--repetitions", "0"]),
         (["--output", "xml"], ["xml", "md, csv, json"]),
+        (["--chunk-size", "8", "--batch", "1,16"], ["--chunk-size 8", "--batch 16"]),
         (["--threads", "0"], ["--threads", "0"]),
         (["--format", "int3"], ["int3", "bf16"]),
         (["--format", "int8,tail=int4"], ["tail=int4", "head"]),

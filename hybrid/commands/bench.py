@@ -48,7 +48,17 @@ class BenchOptions:
 def bench(
     config: Annotated[
         EngineConfig,
-        only("model_path", "weight_format", "kv_format", "device", "threads", "numa", "load", "cache_dir"),
+        only(
+            "model_path",
+            "weight_format",
+            "kv_format",
+            "device",
+            "threads",
+            "numa",
+            "load",
+            "chunk_size",
+            "cache_dir",
+        ),  # fmt: skip
     ],
     options: BenchOptions,
 ) -> None:
@@ -61,14 +71,25 @@ def bench(
     counts = (parse_counts(getattr(options, name), f"--{name}") for name in ("prompt", "generate", "depth", "batch"))
     tests = make_tests(*counts)
     largest_batch = max(test.batch for test in tests)
+    chunk_size = _chunk_size(config, largest_batch)
     config = replace(
         config,
         max_seq_len=max(test.length for test in tests) + 1,
         max_batch=largest_batch,
-        chunk_size=max(CHUNK_SIZE, largest_batch),
+        chunk_size=chunk_size,
     )
     check_lengths(config, tests)
     run(config, tests, options.repetitions, WRITERS[options.output])
+
+
+def _chunk_size(config: EngineConfig, batch: int) -> int | str:
+    """That of the flag; the default is raised to the largest batch, one that was asked for is not."""
+    size = config.chunk_size
+    if isinstance(size, str) or size >= batch:
+        return size
+    if size == CHUNK_SIZE:
+        return batch
+    raise ConfigError(f"--chunk-size {size} is smaller than --batch {batch}: a step holds a row of every sequence")
 
 
 def parse_counts(text: str, flag: str = "") -> list[int]:
@@ -118,6 +139,8 @@ def run(config: EngineConfig, tests: list[Test], repetitions: int, writer: type[
     with progress_bar() as progress:
         engine = Engine.open(config, progress, say)
     with engine:
+        if engine.plan.chunk_note:
+            say(f"chunk: {engine.plan.chunk_note}")
         probe = probe_of(engine)
         touch_weights(engine)
         probe.measure()
@@ -152,6 +175,7 @@ def describe_machine(engine: Engine, probe: MachineProbe) -> dict[str, Any]:
         "weights_gb": round(engine.store.nbytes / 1e9, 2),
         "format": str(plan.formats),
         "kv_format": plan.kv.format,
+        "chunk_size": plan.max_rows,
         "read_gbps": round(statistics.median(probe.read) / 1e9, 2),
         "peak_gflops": {kind: round(statistics.median(peak) / 1e9, 1) for kind, peak in probe.peaks.items()},
     }
@@ -196,8 +220,8 @@ class Markdown(Writer):
         self._widths = [max(part, len(column)) for part, column in zip(longest, self.COLUMNS, strict=True)]
         show(
             f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, device {machine['device']}; "
-            f"{model['type']}, {model['weights_gb']} GB ({model['format']}), keys and values {machine['kv_format']}; "
-            f"reads {machine['read_gbps']} GB/s, multiplies {peaks}\n"
+            f"{model['type']}, {model['weights_gb']} GB ({model['format']}), keys and values {machine['kv_format']}, "
+            f"chunks of {machine['chunk_size']}; reads {machine['read_gbps']} GB/s, multiplies {peaks}\n"
         )
         show("\n".join(heading(self.COLUMNS, self._widths, self.WORDS)))
 
