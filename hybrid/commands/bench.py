@@ -49,19 +49,11 @@ def bench(
     config: Annotated[
         EngineConfig,
         only(
-            "model_path",
-            "weight_format",
-            "kv_format",
-            "device",
-            "threads",
-            "numa",
-            "load",
-            "chunk_size",
-            "cache_dir",
-        ),  # fmt: skip
+            "model_path", "weight_format", "kv_format", "device", "threads", "numa", "load", "chunk_size", "cache_dir",
+        ),
     ],
     options: BenchOptions,
-) -> None:
+) -> None:  # fmt: skip
     """Time prompts and decoding with random tokens; print tokens per second and the share of the machine's limit.
 
     The limit of a test is the slower of reading its bytes and multiplying, at the rates measured beside it: of the
