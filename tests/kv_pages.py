@@ -9,7 +9,7 @@ from rig import BF16, aligned
 import cpu_kernels
 from cpu_kernels import KEY_BLOCK
 from hybrid.formats.block import BLOCK, round_up
-from hybrid.models.layers.grouped_query import KEY_ALIGN
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN
 
 DTYPES = {"bf16": np.dtype(BF16), "int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127, "fp8": 448}

@@ -63,12 +63,11 @@ def bench(
     counts = (parse_counts(getattr(options, name), f"--{name}") for name in ("prompt", "generate", "depth", "batch"))
     tests = make_tests(*counts)
     largest_batch = max(test.batch for test in tests)
-    chunk_size = _chunk_size(config, largest_batch)
     config = replace(
         config,
         max_seq_len=max(test.length for test in tests) + 1,
         max_batch=largest_batch,
-        chunk_size=chunk_size,
+        chunk_size=_chunk_size(config, largest_batch),
     )
     check_lengths(config, tests)
     run(config, tests, options.repetitions, WRITERS[options.output])

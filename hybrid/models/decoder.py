@@ -9,7 +9,8 @@ from typing import Any
 
 from hybrid.errors import ConfigError
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import GroupedQueryAttention, QkNorm
+from hybrid.models.layers.grouped_query import GroupedQueryAttention
+from hybrid.models.layers.grouped_query_shape import QkNorm
 from hybrid.models.layers.router import FeedForwardNames, Router
 from hybrid.models.reading import Fields
 from hybrid.models.rope import read_rope

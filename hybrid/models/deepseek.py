@@ -17,7 +17,7 @@ from hybrid.models.decoder import (
     read_model,
 )
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import KEY_ALIGN
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN
 from hybrid.models.layers.indexed import IndexedAttention
 from hybrid.models.layers.indexer import Indexer
 from hybrid.models.layers.latent import MAX_KEY_DIM, LatentAttention

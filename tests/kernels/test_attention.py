@@ -18,7 +18,7 @@ import cpu_kernels
 from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.grouped_query import STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import STATE_EXTRA
 
 SHAPES = [(6, 2, 24), (8, 1, 64), (2, 2, 128), (3, 1, 40), (9, 1, 96)]  # heads, KV heads, head_dim
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 700]

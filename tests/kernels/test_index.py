@@ -10,7 +10,7 @@ from test_latent_rows import turn
 
 from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
-from hybrid.models.layers.grouped_query import STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import STATE_EXTRA
 
 RANK, ROPE = 50, 12
 TOKENS, SELECTS = 700, 290  # more than a key block, and not a whole number of 16

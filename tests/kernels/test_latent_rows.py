@@ -22,7 +22,7 @@ from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
 from hybrid.formats import FORMATS
 from hybrid.formats.rows import row_stride
-from hybrid.models.layers.grouped_query import STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import STATE_EXTRA
 
 RANK, ROPE = 50, 12
 TOKENS = 700

@@ -15,7 +15,7 @@ from rig import BF16, Rig, aligned, empty_rows, format_of, packed, placed, quant
 import cpu_kernels
 from hybrid.config import KV_FORMATS
 from hybrid.formats import FORMATS
-from hybrid.models.layers.grouped_query import STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import STATE_EXTRA
 
 ROWS, DAMAGED = 9, 4  # rows of a step, and the one that gets the damage
 # Among the NaN those whose bits, rounded as those of a number, would become zero.

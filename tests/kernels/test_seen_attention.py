@@ -11,7 +11,7 @@ from test_entries import as_floats
 import cpu_kernels
 from cpu_kernels import KEY_BLOCK
 from hybrid.config import KV_FORMATS
-from hybrid.models.layers.grouped_query import STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import STATE_EXTRA
 
 DIM, PADDED, KEPT, WINDOW, ENTRIES, TOKENS = 20, 32, 27, 20, 300, 1200
 # Rows alone, of which key blocks are computed apart, with more than one; together, at the start of a sequence and

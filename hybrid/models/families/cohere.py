@@ -9,7 +9,7 @@ from typing import Any
 from hybrid.models.cohere import DEFAULTS, NAMES, read_cohere
 from hybrid.models.decoder import read_attention, read_layer_count
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import QkNorm
+from hybrid.models.layers.grouped_query_shape import QkNorm
 from hybrid.models.reading import Fields
 from hybrid.models.spec import ModelSpec
 

@@ -16,7 +16,7 @@ from hybrid.models.decoder import (
     read_model,
 )
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import QkNorm
+from hybrid.models.layers.grouped_query_shape import QkNorm
 from hybrid.models.reading import Fields
 from hybrid.models.spec import LayerSpec, ModelSpec
 

@@ -19,7 +19,8 @@ from hybrid.models.decoder import (
     read_model,
 )
 from hybrid.models.layers.feed_forward import FeedForward
-from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames, QkNorm
+from hybrid.models.layers.grouped_query import GroupedQueryAttention, GroupedQueryNames
+from hybrid.models.layers.grouped_query_shape import QkNorm
 from hybrid.models.reading import Fields, with_words
 from hybrid.models.spec import LayerSpec, ModelSpec, OuterNames
 

@@ -17,7 +17,8 @@ from hybrid.formats.block import round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, Extents, Load, Place, StateLayout
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN
 from hybrid.models.layers.indexer import (
     MADE_KEYS,
     MADE_QUERIES,

@@ -25,7 +25,8 @@ from hybrid.models.layers.compressed_names import CompressedFormats, CompressedN
 from hybrid.models.layers.compressed_state import KeyState
 from hybrid.models.layers.compressor import BROUGHT, STORED, Compressor, compressor_format, keep
 from hybrid.models.layers.entry_indexer import EntryIndexer
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART, STATE_EXTRA
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN, STATE_EXTRA
 from hybrid.models.layers.indexer import SCORES
 from hybrid.models.layers.latent import ATTENDED, LOW, LOW_QUERIES, QUERIES
 from hybrid.models.layers.latent_shape import heads_together

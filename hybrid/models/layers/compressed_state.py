@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cpu_kernels import RUN_TOKENS
 from hybrid.formats.block import round_up
 from hybrid.models.layers.base import StateLayout
-from hybrid.models.layers.grouped_query import SCALE
+from hybrid.models.layers.grouped_query_shape import SCALE
 from hybrid.models.layers.products import BF16
 from hybrid.ops import Choice
 

@@ -15,7 +15,8 @@ from hybrid.formats.block import round_up
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, Extents, Load, Place
 from hybrid.models.layers.compressor import STORED, Compressor, compressor_format
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN
 from hybrid.models.layers.indexer import MADE_QUERIES, QUERIES, SCORES, WEIGHTS
 from hybrid.models.layers.products import BF16, FP32, NORMED_F32, gemm, product_cost, product_rows, score
 from hybrid.models.layers.turning import Heads

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels import KEY_BLOCK
-from hybrid.formats.block import BLOCK, round_up
 from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
-from hybrid.models.layers.head_gate import HeadGate
+from hybrid.models.layers.grouped_query_shape import SCALE, GroupedQueryShape
 from hybrid.models.layers.older_tokens import ENDS, NEW_KV, STATES, ops_for_older
 from hybrid.models.layers.products import (
     BF16,
@@ -46,12 +45,6 @@ from hybrid.models.rope import RopeSpec
 from hybrid.models.tensors import ExpertForm, Shapes, Shard, Stacked, StoreTensor, bias_name, in_layer, inside
 from hybrid.ops import Buffer, Choice, Op, State, Weight
 
-# Of queries and keys: each head, all heads of a row together, or LayerNorms of each head with weights of its own.
-QkNorm = Literal["none", "head", "whole", "apart"]
-
-KEY_ALIGN = 32  # dimensions of a key are padded to this
-STATE_EXTRA = BLOCK  # floats behind the sums of a partial softmax: maximum and denominator, padded
-SCALE = 4  # bytes of the scale of a key or a value
 PART = "attention"
 
 
@@ -76,20 +69,14 @@ class GroupedQueryNames:
 
 
 @dataclass(frozen=True)
-class GroupedQueryAttention:
+class GroupedQueryAttention(GroupedQueryShape):
     """window: a query sees the last `window` tokens, itself included; None: all. sinks: a logit a head without a value
     that shares in every softmax. scale: of the scores; None: head_dim ** -0.5. norm_last: the norms of queries and keys
-    come after rope. out_scale: of what is added to the residual stream. gate: of what heads attended to. value_norm:
-    whether values have a norm, per head and without a weight. keys_are_values: there is no projection of values, which
-    are the keys before norm and rope. value_head_dim: dimensions of a value, None: head_dim. score_cap: between which
-    and less itself a tangent keeps scores; 0: no bounds.
+    come after rope. out_scale: of what is added to the residual stream. value_norm: whether values have a norm, per
+    head and without a weight. score_cap: between which and less itself a tangent keeps scores; 0: no bounds.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
     rope: RopeSpec | None
-    qk_norm: QkNorm = "none"
     qkv_bias: bool = False
     out_bias: bool = False
     window: int | None = None
@@ -97,75 +84,13 @@ class GroupedQueryAttention:
     scale: float | None = None
     norm_last: bool = False
     out_scale: float = 1.0
-    gate: HeadGate | None = None
     value_norm: bool = False
-    keys_are_values: bool = False
-    value_head_dim: int | None = None
     score_cap: float = 0.0
     names: GroupedQueryNames = field(default_factory=GroupedQueryNames)
 
     @property
-    def value_size(self) -> int:
-        """Dimensions of a value, and of what a head attends to."""
-        return self.value_head_dim or self.head_dim
-
-    @property
-    def width(self) -> int:
-        """Width of the output of all query heads."""
-        return self.heads * self.value_size
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all keys."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def values_width(self) -> int:
-        """Rows of the projection of values, 0 if there is none."""
-        return 0 if self.keys_are_values else self.kv_heads * self.value_size
-
-    @property
-    def qkv_width(self) -> int:
-        """Rows of the fused projection: all query heads with gates among them, key heads, value heads, other gates."""
-        return self.query_width + self.kv_width + self.values_width + self.gate_width
-
-    @property
-    def query_width(self) -> int:
-        """Rows of the projection of queries."""
-        return self.heads * self.head_dim * (2 if self.gate and not self.gate.apart else 1)
-
-    @property
-    def gate_width(self) -> int:
-        """Rows of the projection of gates; 0 where queries have them among theirs, or there are none."""
-        return self.gate.rows(self.heads, self.value_size) if self.gate and self.gate.apart else 0
-
-    @property
-    def norm_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the weights of norms, of queries and of keys; none without norms."""
-        if self.qk_norm == "none":
-            return ()
-        if self.qk_norm == "head":
-            return ((self.head_dim,),) * 2
-        if self.qk_norm == "whole":
-            return (self.heads * self.head_dim,), (self.kv_width,)
-        return (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
-
-    @property
-    def key_dim(self) -> int:
-        return round_up(self.head_dim, KEY_ALIGN)
-
-    @property
-    def value_dim(self) -> int:
-        return round_up(self.value_size, BLOCK)
-
-    @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
-
-    @property
-    def state_floats(self) -> int:
-        """Floats of a row's partial softmaxes."""
-        return self.heads * (self.value_dim + STATE_EXTRA)
 
     def within(self, tokens: int) -> Self:
         return self
@@ -317,11 +242,6 @@ class GroupedQueryAttention:
         return sizes | rope_buffers(place, self.rope, rows) if self.rope else sizes
 
     # Keys and values.
-
-    def token_bytes(self, kv_format: str) -> int:
-        """What one token takes for one KV head: its key and value, padded, and the scales of both if they need any."""
-        dims = self.key_dim + self.value_dim
-        return dims * BF16 if kv_format == "bf16" else dims + 2 * SCALE
 
     def state(self, tokens: int, kv_format: str) -> StateLayout:
         scaled, size = kv_format != "bf16", BF16 if kv_format == "bf16" else 1

@@ -20,7 +20,8 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, Extents, Load, Place, StateLayout
-from hybrid.models.layers.grouped_query import KEY_ALIGN, PART
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN
 from hybrid.models.layers.products import (
     BF16,
     FP32,

@@ -21,7 +21,8 @@ from hybrid.formats.mix import FormatMix
 from hybrid.formats.packed import matrix_formats, packed_bytes
 from hybrid.formats.rows import row_stride
 from hybrid.models.layers.base import Cost, DeviceNeeds, Extents, Load, Place, StateLayout
-from hybrid.models.layers.grouped_query import PART, SCALE, STATE_EXTRA
+from hybrid.models.layers.grouped_query import PART
+from hybrid.models.layers.grouped_query_shape import SCALE, STATE_EXTRA
 from hybrid.models.layers.latent_names import LatentFormats, LatentNames
 from hybrid.models.layers.latent_shape import LatentShape
 from hybrid.models.layers.older_tokens import ENDS, NEW_KV, STATES, ops_for_older

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hybrid.formats.block import BLOCK, round_up
-from hybrid.models.layers.grouped_query import KEY_ALIGN, SCALE, STATE_EXTRA
+from hybrid.models.layers.grouped_query_shape import KEY_ALIGN, SCALE, STATE_EXTRA
 from hybrid.models.layers.products import BF16
 from hybrid.models.rope import RopeSpec
 
