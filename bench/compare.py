@@ -6,11 +6,13 @@
 Where --model-path is a GGUF file, of any family, both engines open it as it is. Without --model-path it writes a
 synthetic checkpoint with the shapes of --like. The same checkpoint is written as GGUF (BF16, Q8_0, Q4_0), both engines
 are opened, and every repetition runs ours and theirs one after the other, with the machine's own read bandwidth and
-multiplication rate measured around ours. Figures are medians.
+multiplication rate measured around ours. Figures are medians. With --like gpt-oss-20b and deepseek-v2-lite, which have
+their own types in GGUF files, a file with random blocks is written and opened by both (synthetic_gguf.py).
 
 llama.cpp runs through its C interface with its best settings: native build, mapped and repacked weights, flash
 attention, F16 keys and values, as many threads. Its tokenizer and sampler are not measured, nor are ours. A depth is a
-real context: ours from a real prompt, theirs from a block of real tokens copied to all positions (llama_cpp_peer.py).
+real context: ours from a real prompt, theirs from a block of real tokens copied to all positions (llama_peer.py).
+`--peers ik_llama.cpp` takes its fork instead, built for this machine as well; both at once cannot be in one process.
 
 Where installed, `transformers` (bf16, in a process of its own, because both do not fit in memory: the machine is
 measured beside it) and kt-kernel's MoE layer (`pip install kt-kernel`, in one process with ours, in turn) are measured
@@ -25,8 +27,10 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +38,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 import typer
 from comparison import OUTPUTS, TESTS, Duel, Ours, Progress, duel, parse_tests, result, row, tokens
-from pairs import first_layers, layers_that_fit, synthetic
+from pairs import GGUF_SLICES, first_layers, layers_that_fit, synthetic, synthetic_file
 
 from hybrid.commands import bench
 from hybrid.commands.console import exit_codes, progress_bar, run_app, say
@@ -49,14 +53,19 @@ from hybrid.weights.checkpoints.opening import open_checkpoint
 from hybrid.weights.pack import default_cache_dir
 
 if TYPE_CHECKING:
-    from llama_cpp_peer import LlamaCpp
+    from llama_peer import LlamaPeer
 
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # what each format meets
 ALL_FORMATS = ",".join(GGUF_TYPES)
 AS_PUBLISHED = "gguf"  # the format of rows whose weights both engines read from one GGUF file
 KV_FORMATS = {"bf16": "bf16", "int8": "int8", "int4": "int8", AS_PUBLISHED: "int8"}  # unless --kv-format says otherwise
+READERS = {"llama.cpp": ("llama_cpp_peer", "LlamaCpp"), "ik_llama.cpp": ("ik_llama_cpp_peer", "IkLlamaCpp")}
 PACKAGES = {  # modules that a peer needs, and how to get them
     "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
+    "ik_llama.cpp": (
+        ("ik_llama_cpp", "gguf"),
+        "CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python gguf",
+    ),
     "transformers": (("transformers", "torch"), "pip install transformers torch"),
     "kt-kernel": (("kt_kernel", "torch"), "pip install kt-kernel"),
 }
@@ -119,12 +128,14 @@ def compare(
         for flag, value in (("--repetitions", repetitions), ("--layers", layers)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is out of range; it must be at least 1")
-        if _is_gguf(model_path):
-            _require_nothing_else(model_path, formats=formats, layers=layers, peers=peers)
-            names, found = (AS_PUBLISHED,), find_peers("llama.cpp")
-        else:
-            names = tuple(_one_of("--formats", name, GGUF_TYPES) for name in (formats or ALL_FORMATS).split(","))
-            found = find_peers(peers)
+        one_file = _is_gguf(model_path) or (model_path is None and like in GGUF_SLICES)
+        if one_file and formats:
+            raise ConfigError(f"--formats {formats} does not go with a GGUF file: both engines open it as it is")
+        if _is_gguf(model_path) and layers:
+            raise ConfigError(f"--layers {layers} does not go with {model_path}: both engines open it as it is")
+        chosen = (formats or ALL_FORMATS).split(",")
+        names = (AS_PUBLISHED,) if one_file else tuple(_one_of("--formats", name, GGUF_TYPES) for name in chosen)
+        found = find_peers(peers, READERS if one_file else PACKAGES)
         if peers and "transformers" in found and not ("llama.cpp" in found and "bf16" in names):
             raise ConfigError("transformers is put beside the run against llama.cpp in bf16: add both, or leave it out")
         settings = Settings(
@@ -136,16 +147,18 @@ def compare(
         print(OUTPUTS[output](report))
 
 
-def find_peers(text: str | None) -> tuple[str, ...]:
+def find_peers(text: str | None, allowed: Collection[str] = tuple(PACKAGES)) -> tuple[str, ...]:
     """The peers to measure. Raises ConfigError for an unknown one, or one that was asked for and is not installed."""
-    wanted = [_one_of("--peers", name, PACKAGES) for name in text.split(",")] if text else ["llama.cpp"]
+    wanted = [_one_of("--peers", name, allowed) for name in text.split(",")] if text else ["llama.cpp"]
     for name in wanted:
         modules, command = PACKAGES[name]
         if missing := [module for module in modules if not find_spec(module)]:
             raise ConfigError(f"{name} is compared through {' and '.join(missing)}, not installed here; {command}")
+    if set(READERS) <= set(wanted):
+        raise ConfigError("--peers: llama.cpp and ik_llama.cpp cannot be in one process; compare with one at a time")
     if text:
         return tuple(wanted)
-    others = [name for name in PACKAGES if name not in wanted]
+    others = [name for name in allowed if name not in READERS]
     for name in others:
         if not _installed(name):
             say(f"note: {name} is not compared, it is not installed; {PACKAGES[name][1]}")
@@ -154,13 +167,6 @@ def find_peers(text: str | None) -> tuple[str, ...]:
 
 def _is_gguf(path: Path | None) -> TypeGuard[Path]:
     return path is not None and path.suffix == ".gguf"
-
-
-def _require_nothing_else(path: Path, **choices: object) -> None:
-    """A GGUF file is compared as it is, and llama.cpp alone reads it besides."""
-    for name, value in choices.items():
-        if value not in (None, "llama.cpp"):
-            raise ConfigError(f"--{name} {value} does not go with {path}: both engines open a GGUF file as it is")
 
 
 def _installed(peer: str) -> bool:
@@ -209,10 +215,10 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
     report = Report(settings)
     if (load := os.getloadavg()[0]) > BUSY:
         report.note(f"other programs kept {load:.1f} processors busy just before; engines suffer unequally from that")
-    path = _source(settings)
-    if "llama.cpp" in settings.peers:
+    path = _source(settings, progress)
+    for peer in READERS.keys() & settings.peers:
         for name in settings.formats:
-            duels, used = against_llama_cpp(settings, report, path, name, progress)
+            duels, used = against_reader(settings, report, peer, path, name, progress)
             if name == "bf16" and "transformers" in settings.peers:
                 against_transformers(settings, report, used, duels)
     if "kt-kernel" in settings.peers:
@@ -220,40 +226,45 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
     return report.to_dict()
 
 
-def _source(settings: Settings) -> Path:
+def _source(settings: Settings, progress: Progress) -> Path:
     """The checkpoint or the GGUF file that is compared."""
     if _is_gguf(settings.model_path):
         open_checkpoint(settings.model_path)
         return settings.model_path
+    if not settings.model_path and settings.like in GGUF_SLICES:
+        return synthetic_file(settings.like, settings.layers, settings.work_dir, progress)
     if not settings.model_path:
         return synthetic(settings.like, settings.layers or DEFAULT_LAYERS, settings.work_dir)
     have = len(Checkpoint.open(settings.model_path).spec.layers)
     return first_layers(settings.model_path, settings.layers or have, settings.work_dir)
 
 
-def against_llama_cpp(
-    settings: Settings, report: Report, path: Path, name: str, progress: Progress
+def against_reader(
+    settings: Settings, report: Report, peer: str, path: Path, name: str, progress: Progress
 ) -> tuple[list[Duel], Path]:
-    """Compare one format; returns what was measured and the checkpoint, which has fewer layers if memory is short."""
+    """Compare one format with a peer that reads GGUF files; returns what was measured and the checkpoint, which has
+    fewer layers if memory is short.
+    """
     from gguf_file import cached_gguf
-    from llama_cpp_peer import LlamaCpp
 
-    peer, file = f"llama.cpp {GGUF_TYPES.get(name, 'GGUF')}", path
+    module, reader = READERS[peer]
+    theirs_of, label = getattr(import_module(module), reader), f"{peer} {GGUF_TYPES.get(name, 'GGUF')}"
+    file = path
     if name != AS_PUBLISHED:
         path = _fitting(settings, report, path, name)
         file = cached_gguf(Checkpoint.open(path), settings.work_dir, GGUF_TYPES[name], progress)
     with Engine.open(_config(settings, path, name), progress, say) as engine:
-        _check_build(engine.plan.isa)
-        with closing(LlamaCpp(file, engine.plan.threads, settings.tests)) as theirs:
+        _check_build(theirs_of, engine.plan.isa)
+        with closing(theirs_of(file, engine.plan.threads, settings.tests)) as theirs:
             duels, probe = _duel(settings, report, engine, theirs, progress, f"measuring {name}")
-        report.add_format(name, engine, probe, peer)
-    report.machine["peers"]["llama.cpp"] = f"llama-cpp-python {version('llama-cpp-python')}"
-    report.results += [result(entry, name, peer) for entry in duels]
+        report.add_format(name, engine, probe, label)
+    report.machine["peers"][peer] = f"{theirs_of.package} {version(theirs_of.package)}"
+    report.results += [result(entry, name, label) for entry in duels]
     return duels, path
 
 
 def _duel(
-    settings: Settings, report: Report, engine: Engine, theirs: LlamaCpp, progress: Progress, what: str
+    settings: Settings, report: Report, engine: Engine, theirs: LlamaPeer, progress: Progress, what: str
 ) -> tuple[list[Duel], MachineProbe]:
     ours, probe = Ours(engine), probe_of(engine)
     ours.touch()
@@ -296,14 +307,12 @@ def _config(settings: Settings, path: Path, name: str) -> EngineConfig:
     )
 
 
-def _check_build(isa: str) -> None:
-    """A llama.cpp without the instructions of this machine would flatter us."""
-    from llama_cpp_peer import missing_instructions
-
-    if missing := missing_instructions(isa):
+def _check_build(peer: type[LlamaPeer], isa: str) -> None:
+    """A peer without the instructions of this machine would flatter us."""
+    if missing := peer.missing_instructions(isa):
         raise KernelError(
-            f"llama.cpp was built without {', '.join(missing)}, which this machine has; build it here: "
-            "CMAKE_ARGS=-DGGML_NATIVE=ON pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
+            f"{peer.name} was built without {', '.join(missing)}, which this machine has; build it here: "
+            f"CMAKE_ARGS=-DGGML_NATIVE=ON pip install --force-reinstall --no-binary {peer.package} {peer.package}"
         )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import ml_dtypes
@@ -37,20 +37,27 @@ F32 = gguf.GGMLQuantizationType.F32
 CHUNK_ROWS = 2048  # converted at a time: some tens of MB of float32
 
 Progress = Callable[[str, int, int], None]
+AnyTensor = TypeVar("AnyTensor", bound="Outline")
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor of the file: its name and shape there, and the rows of the checkpoint that it is made of, in order."""
+class Outline:
+    """A tensor of the file: its name and shape there."""
 
     name: str
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
-    source: tuple[Source, ...]
 
     @property
     def nbytes(self) -> int:
         return int(np.prod(gguf.quant_shape_to_byte_shape(self.shape, self.type)))
+
+
+@dataclass(frozen=True)
+class Tensor(Outline):
+    """And the rows of the checkpoint that it is made of, in order."""
+
+    source: tuple[Source, ...]
 
 
 def cached_gguf(checkpoint: Checkpoint, folder: Path, type_name: str, progress: Progress | None = None) -> Path:
@@ -67,18 +74,41 @@ def write_gguf(checkpoint: Checkpoint, path: Path, type_name: str, progress: Pro
     Raises ConfigError for a model that llama.cpp's qwen3moe cannot be, CapacityError for a full disk.
     """
     tensors = file_tensors(checkpoint, type_name)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        _add_metadata(writer, checkpoint.spec, type_name)
+        _add_tokenizer(writer, checkpoint.path / "tokenizer.json")
+
+    write_whole(path, "qwen3moe", describe, tensors, _encoded, progress)
+
+
+def write_whole(
+    path: Path,
+    architecture: str,
+    describe: Callable[[gguf.GGUFWriter], None],
+    tensors: Sequence[AnyTensor],
+    data: Callable[[AnyTensor], npt.NDArray[np.uint8]],
+    progress: Progress | None = None,
+) -> None:
+    """Write the whole file or nothing, holding one tensor at a time.
+
+    describe: adds the metadata; data: the bytes of a tensor, flat. Raises CapacityError for a full disk.
+    """
     total = sum(tensor.nbytes for tensor in tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     _require_disk(path, total)
-    temporary = path.with_name(path.name + ".tmp")
-
-    def advance(done: int) -> None:
-        if progress:
-            progress(path.name, done, total)
-
+    temporary, done = path.with_name(path.name + ".tmp"), 0
     try:
         with disk_errors(path):
-            _write(checkpoint, temporary, type_name, tensors, advance)
+            writer = gguf.GGUFWriter(temporary, architecture)
+            describe(writer)
+            _write_header(writer, tensors)
+            for tensor in tensors:
+                writer.write_tensor_data(data(tensor))
+                done += tensor.nbytes
+                if progress:
+                    progress(path.name, done, total)
+            writer.close()
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -163,24 +193,13 @@ def _require_disk(path: Path, needed: int) -> None:
         )
 
 
-def _write(
-    checkpoint: Checkpoint, path: Path, type_name: str, tensors: list[Tensor], advance: Callable[[int], Any]
-) -> None:
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    _add_metadata(writer, checkpoint.spec, type_name)
-    _add_tokenizer(writer, checkpoint.path / "tokenizer.json")
+def _write_header(writer: gguf.GGUFWriter, tensors: Sequence[Outline]) -> None:
     for tensor in tensors:
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    done = 0
-    for tensor in tensors:
-        writer.write_tensor_data(_encoded(tensor))
-        done += tensor.nbytes
-        advance(done)
-    writer.close()
 
 
 def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec, type_name: str) -> None:

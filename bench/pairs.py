@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from comparison import Progress
 from synthetic_checkpoint import CONFIGS, make_config, write_checkpoint
 
 from hybrid.commands.console import say
@@ -18,6 +20,13 @@ from hybrid.weights.checkpoints.files import read_config
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.source import source_fingerprint
 
+# Models that are compared as a GGUF file of their own types, and what is changed of them. Of DeepSeek-V2-Lite llama.cpp
+# reads 27 layers or none; experts that are left out are none that a token reads.
+GGUF_SLICES: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {"num_hidden_layers": 8},
+    "deepseek-v2-lite": {"num_hidden_layers": 27, "n_routed_experts": 32},
+}
+WHOLE = ("deepseek-v2-lite",)  # cannot have fewer layers
 BUFFERS = 1_200_000_000  # both engines' steps and logits, llama.cpp's spare block, Python
 F16_BYTES = 2
 
@@ -34,6 +43,24 @@ def synthetic(like: str, layers: int, folder: Path) -> Path:
             f"int8 {1.06 * size:.1f}, int4 {0.56 * size:.1f}; it is used again, delete it when you are done"
         )
         write_checkpoint(path, config, seed=0)
+    return path
+
+
+def synthetic_file(like: str, layers: int | None, folder: Path, progress: Progress | None = None) -> Path:
+    """A GGUF file with the shapes and types of a published one of `GGUF_SLICES`, written unless it is there.
+
+    Raises ConfigError for a number of layers that llama.cpp does not read, CapacityError for a full disk.
+    """
+    config = {**CONFIGS[like], **GGUF_SLICES[like]}
+    if layers and like in WHOLE and layers != config["num_hidden_layers"]:
+        raise ConfigError(f"--layers {layers}: llama.cpp reads {like} with {config['num_hidden_layers']} or not at all")
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    path = folder / f"{like}-{config['num_hidden_layers']}-layers.gguf"
+    if not path.is_file():
+        from synthetic_gguf import write_synthetic
+
+        write_synthetic(path, config, progress)
+        say(f"note: wrote {path.stat().st_size / 1e9:.1f} GB to {path}; it is used again, delete it when you are done")
     return path
 
 

@@ -25,6 +25,7 @@ from hybrid.weights.checkpoints.huggingface import Checkpoint
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import compare
 import comparison
+import gguf_file
 import pairs
 
 EXTRA = "needs the extra [compare]"
@@ -45,16 +46,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def gguf_file() -> ModuleType:
-    pytest.importorskip("gguf", reason=EXTRA)
-    import gguf_file
-
-    return gguf_file
-
-
-@pytest.fixture
 def llama() -> ModuleType:
-    pytest.importorskip("gguf", reason=EXTRA)
     pytest.importorskip("llama_cpp", reason=EXTRA)
     import llama_cpp_peer
 
@@ -78,7 +70,7 @@ def expected_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]
             yield f"blk.{layer}.ffn_{name}_exps", np.stack(experts)
 
 
-def test_a_bf16_file_holds_every_bit_of_the_checkpoint(gguf_file, model, tmp_path) -> None:
+def test_a_bf16_file_holds_every_bit_of_the_checkpoint(model, tmp_path) -> None:
     from gguf import GGUFReader
 
     checkpoint, path = Checkpoint.open(model), tmp_path / "m.gguf"
@@ -96,7 +88,7 @@ def test_a_bf16_file_holds_every_bit_of_the_checkpoint(gguf_file, model, tmp_pat
 
 
 @pytest.mark.parametrize(("type_name", "error"), [("Q8_0", 0.006), ("Q4_0", 0.12)])
-def test_quantised_files_hold_the_checkpoint_nearly(gguf_file, model, tmp_path, type_name, error) -> None:
+def test_quantised_files_hold_the_checkpoint_nearly(model, tmp_path, type_name, error) -> None:
     from gguf import GGUFReader, quants
 
     checkpoint, path = Checkpoint.open(model), tmp_path / "m.gguf"
@@ -110,7 +102,7 @@ def test_quantised_files_hold_the_checkpoint_nearly(gguf_file, model, tmp_path, 
         assert np.linalg.norm(held - wanted) <= (error if matrix else 0) * np.linalg.norm(wanted), name
 
 
-def test_a_file_is_written_once(gguf_file, model, tmp_path) -> None:
+def test_a_file_is_written_once(model, tmp_path) -> None:
     checkpoint = Checkpoint.open(model)
     path = gguf_file.cached_gguf(checkpoint, tmp_path, "BF16")
     written = path.stat().st_mtime_ns
@@ -129,7 +121,7 @@ def test_a_file_is_written_once(gguf_file, model, tmp_path) -> None:
     ],
     ids=["family", "dense layer", "router", "bias", "size"],
 )
-def test_a_model_that_would_not_be_the_same_is_refused(gguf_file, tmp_path, family, changes, type_name, words) -> None:
+def test_a_model_that_would_not_be_the_same_is_refused(tmp_path, family, changes, type_name, words) -> None:
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "m", family, **changes))
     with pytest.raises(ConfigError, match=words):
         gguf_file.write_gguf(checkpoint, tmp_path / "m.gguf", type_name)
@@ -139,7 +131,7 @@ def test_a_model_that_would_not_be_the_same_is_refused(gguf_file, tmp_path, fami
 # The peer
 
 
-def test_llama_cpp_computes_the_same_logits(llama, gguf_file, model, tmp_path) -> None:
+def test_llama_cpp_computes_the_same_logits(llama, model, tmp_path) -> None:
     """Its router, norms, rope and experts mean what ours mean: a wrong name or key would change everything."""
     tokens = np.random.default_rng(1).integers(0, 131, 40).tolist()
     file = gguf_file.cached_gguf(Checkpoint.open(model), tmp_path, "BF16")
@@ -154,12 +146,12 @@ def test_llama_cpp_computes_the_same_logits(llama, gguf_file, model, tmp_path) -
     assert relative_error(found, expected) < 0.01 < 0.5 < relative_error(other, expected)
 
 
-def test_a_copied_context_is_that_of_a_real_prompt(llama, gguf_file, tmp_path, monkeypatch) -> None:
+def test_a_copied_context_is_that_of_a_real_prompt(llama, tmp_path, monkeypatch) -> None:
     """With one layer keys and values depend on token and position alone, so copies of a block are those of a prompt
     that repeats its tokens. 40 tokens are two and a half blocks.
     """
     model = write_checkpoint(tmp_path / "m", "qwen3_moe", **SIZES, num_hidden_layers=1)
-    monkeypatch.setattr(llama, "STEP_ROWS", 16)
+    monkeypatch.setattr("llama_peer.STEP_ROWS", 16)
     theirs = llama.LlamaCpp(gguf_file.cached_gguf(Checkpoint.open(model), tmp_path, "BF16"), 1, [test := depth(40)])
     try:
         block = theirs.random_tokens(0, 16)
@@ -183,8 +175,9 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_a_build_without_the_instructions_of_the_machine_is_seen(llama, monkeypatch) -> None:
     monkeypatch.setattr(llama.api, "llama_print_system_info", lambda: b"CPU : AVX2 = 1 | AVX512 = 1 | FMA = 1 |")
-    assert llama.missing_instructions("avx2") == [] == llama.missing_instructions("portable")
-    assert llama.missing_instructions("avx512_bf16") == ["AVX512_VNNI", "AVX512_BF16"]
+    missing = llama.LlamaCpp.missing_instructions
+    assert missing("avx2") == [] == missing("portable")
+    assert missing("avx512_bf16") == ["AVX512_VNNI", "AVX512_BF16"]
 
 
 @pytest.mark.parametrize("name", compare.GGUF_TYPES)
@@ -209,7 +202,7 @@ def test_a_comparison_from_end_to_end(llama, model, tmp_path, monkeypatch, name)
         assert r["ratio"] == pytest.approx(r["ours"] / r["theirs"], rel=0.02, abs=0.001) and r["limit_share"] > 0
 
 
-def test_both_open_a_gguf_file_as_it_is(llama, gguf_file, model, tmp_path, monkeypatch) -> None:
+def test_both_open_a_gguf_file_as_it_is(llama, model, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(rates, "PROBE_BYTES", rates._TOUCH_BYTES)
     monkeypatch.setattr(rates, "PROBE_ROUNDS", 10_000)
     file = gguf_file.cached_gguf(Checkpoint.open(model), tmp_path, "Q8_0", lambda *told: None)
@@ -254,7 +247,7 @@ def test_the_first_layers_of_a_checkpoint_are_a_checkpoint(model, tmp_path) -> N
         pairs.first_layers(model, 4, tmp_path)
 
 
-def test_layers_are_left_out_where_two_copies_do_not_fit(gguf_file, model, monkeypatch) -> None:
+def test_layers_are_left_out_where_two_copies_do_not_fit(model, monkeypatch) -> None:
     monkeypatch.setattr(pairs, "PROBE_BYTES", 0)
     monkeypatch.setattr(pairs, "BUFFERS", 0)
     checkpoint, tests = Checkpoint.open(model), [measure.Test(8, 0, 0, 1)]
@@ -362,14 +355,17 @@ def run(arguments: list[str]) -> Any:
         (["--output", "xml"], ["xml", "md, csv, json"]),
         (["-r", "0"], ["--repetitions 0"]),
         (["--layers", "0"], ["--layers 0"]),
-        (["--peers", "vllm"], ["vllm", "llama.cpp, transformers, kt-kernel"]),
+        (["--peers", "vllm"], ["vllm", "llama.cpp, ik_llama.cpp, transformers, kt-kernel"]),
         (["--peers", "transformers"], ["transformers", "llama.cpp in bf16"]),
+        (["--peers", "llama.cpp,ik_llama.cpp"], ["ik_llama.cpp", "one at a time"]),
+        (["--like", "gpt-oss-20b", "--formats", "int8"], ["--formats int8", "as it is"]),
+        (["--like", "deepseek-v2-lite", "--layers", "4"], ["--layers 4", "27"]),
         (["--like", "gpt-2"], ["gpt-2", "qwen3-30b-a3b"]),
         (["--model-path", "/missing/model"], ["/missing/model"]),
         (["--model-path", "/missing/model.gguf"], ["/missing/model.gguf"]),
-        (["--model-path", "model.gguf", "--formats", "int8"], ["--formats int8", "model.gguf", "as it is"]),
+        (["--model-path", "model.gguf", "--formats", "int8"], ["--formats int8", "as it is"]),
         (["--model-path", "model.gguf", "--layers", "2"], ["--layers 2", "model.gguf"]),
-        (["--model-path", "model.gguf", "--peers", "kt-kernel"], ["--peers kt-kernel", "as it is"]),
+        (["--model-path", "model.gguf", "--peers", "kt-kernel"], ["kt-kernel", "llama.cpp, ik_llama.cpp"]),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -1,0 +1,79 @@
+"""ik_llama.cpp, of the package ik-llama-cpp-python.
+
+Its best settings for a CPU: weights repacked when they are read, flash attention, its third form of latent attention,
+fused experts, F16 keys and values, steps of 512. All sequences share one stream of cells: it has no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+from ik_llama_cpp import _ctypes_api as bindings
+from llama_peer import ALL, LlamaPeer
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_errors: list[str] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _hear(level: int, text: bytes, data: object) -> None:
+    """It tells hundreds of lines while loading."""
+    if level == _ERROR and text.strip():
+        _errors.append(text.decode(errors="replace").strip())
+
+
+def _bound(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of the C interface that the package does not bind."""
+    function = getattr(bindings._lib, name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+_CONTEXT, _INT, _SIZE, _BYTES = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint8)
+_FUNCTIONS = {
+    "llama_log_set": (None, ctypes.c_void_p, ctypes.c_void_p),
+    "llama_print_system_info": (ctypes.c_char_p,),
+    "llama_synchronize": (None, _CONTEXT),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), _CONTEXT, _INT),
+    "llama_kv_cache_seq_rm": (ctypes.c_bool, _CONTEXT, _INT, _INT, _INT),
+    "llama_kv_cache_seq_cp": (None, _CONTEXT, _INT, _INT, _INT, _INT),
+    "llama_kv_cache_seq_add": (None, _CONTEXT, _INT, _INT, _INT, _INT),
+    "llama_state_seq_get_size": (_SIZE, _CONTEXT, _INT, _INT),
+    "llama_state_seq_get_data": (_SIZE, _CONTEXT, _BYTES, _SIZE, _INT, _INT),
+    "llama_state_seq_set_data": (_SIZE, _CONTEXT, _BYTES, _SIZE, _INT, _INT),
+}
+api = SimpleNamespace(**vars(bindings), llama_model_free=bindings.llama_free_model)
+vars(api).update({name: _bound(name, *types) for name, types in _FUNCTIONS.items()})
+api.llama_log_set(_hear, None)
+
+
+class IkLlamaCpp(LlamaPeer):
+    name, package, api, errors = "ik_llama.cpp", "ik-llama-cpp-python", api, _errors
+    state_flags = (0,)
+
+    def model_parameters(self) -> Any:
+        parameters = api.llama_model_default_params()
+        parameters.repack_tensors = True
+        return parameters
+
+    def context_parameters(self, sequences: int, unified: bool) -> Any:
+        """The library's defaults are what its authors advise. Its flash attention stops the process where a row sees
+        nothing of a part of the cells (0.1.5), so several sequences do without.
+        """
+        parameters = api.llama_context_default_params()
+        parameters.flash_attn = unified
+        return parameters
+
+    def clear(self, context: Any) -> None:
+        api.llama_kv_cache_clear(context)
+
+    def remove(self, context: Any, sequence: int, start: int, end: int) -> None:
+        api.llama_kv_cache_seq_rm(context, sequence, start, end)
+
+    def move(self, context: Any, sequence: int, distance: int) -> None:
+        api.llama_kv_cache_seq_add(context, sequence, 0, ALL, distance)
+
+    def share(self, context: Any, source: int, target: int) -> None:
+        api.llama_kv_cache_seq_cp(context, source, target, ALL, ALL)
