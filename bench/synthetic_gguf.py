@@ -8,7 +8,7 @@ by lot. So times are those of the published file, texts are not. llama.cpp and i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from gguf_file import F32, Outline, Progress, write_whole
 from synthetic_checkpoint import EXPONENTS, STD
 
 POOL = 1 << 16  # random blocks of each type that pieces are cut out of
+FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}  # where rows are no whole blocks of 256, as llama.cpp does
 
+Config = Mapping[str, Any]  # of a config.json
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def write_synthetic(path: Path, config: Mapping[str, Any], progress: Progress | None = None) -> None:
-    """Write the whole file or nothing, some MB at a time. Raises CapacityError for a full disk."""
+def write_synthetic(path: Path, config: Config, progress: Progress | None = None) -> None:
+    """Write the whole file or nothing, holding one tensor at a time. Raises CapacityError for a full disk."""
     architecture, tensors, metadata, types = FAMILIES[config["model_type"]]
     outlines = [Outline(name, shape, _type(name, shape, types)) for name, shape in tensors(config)]
     blocks = RandomBlocks(seed=0)
@@ -44,9 +46,6 @@ def _type(name: str, shape: tuple[int, ...], types: Mapping[str, Type]) -> Type:
         return F32
     found = next((type_ for pattern, type_ in types.items() if re.search(pattern, name)), F32)
     return found if shape[-1] % gguf.GGML_QUANT_SIZES[found][0] == 0 else FALLBACKS[found]
-
-
-FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}  # where rows are no whole blocks of 256, as llama.cpp does
 
 
 class RandomBlocks:
@@ -103,7 +102,7 @@ _ADD = {
 }
 
 
-def _common(config: Mapping[str, Any]) -> dict[str, Any]:
+def _common(config: Config) -> dict[str, Any]:
     yarn = config["rope_scaling"]
     return {
         "vocab_size": config["vocab_size"],
@@ -123,14 +122,14 @@ def _common(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _outer(config: Mapping[str, Any]) -> Tensors:
+def _outer(config: Config) -> Tensors:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield "token_embd.weight", (vocab, hidden)
     yield "output_norm.weight", (hidden,)
     yield "output.weight", (vocab, hidden)
 
 
-def _gpt_oss_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt_oss_metadata(config: Config) -> dict[str, Any]:
     return {
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": config["head_dim"],
@@ -142,7 +141,7 @@ def _gpt_oss_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gpt_oss(config: Mapping[str, Any]) -> Tensors:
+def _gpt_oss(config: Config) -> Tensors:
     hidden, wide, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     queries, keys = heads * config["head_dim"], kv_heads * config["head_dim"]
@@ -161,7 +160,7 @@ def _gpt_oss(config: Mapping[str, Any]) -> Tensors:
         yield f"blk.{layer}.post_attention_norm.weight", (hidden,)
 
 
-def _deepseek2_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek2_metadata(config: Config) -> dict[str, Any]:
     rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     return {
         "attention.head_count_kv": 1,
@@ -182,7 +181,7 @@ def _deepseek2_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deepseek2(config: Mapping[str, Any]) -> Tensors:
+def _deepseek2(config: Config) -> Tensors:
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, turned, values = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     attention = {
@@ -197,14 +196,14 @@ def _deepseek2(config: Mapping[str, Any]) -> Tensors:
             yield f"blk.{layer}.{name}.weight", shape
 
 
-def _dense(config: Mapping[str, Any], wide: int | None = None, ending: str = "") -> dict[str, tuple[int, ...]]:
+def _dense(config: Config, wide: int | None = None, ending: str = "") -> dict[str, tuple[int, ...]]:
     hidden, wide = config["hidden_size"], wide or config["intermediate_size"]
     return {
         f"ffn_gate{ending}": (wide, hidden), f"ffn_up{ending}": (wide, hidden), f"ffn_down{ending}": (hidden, wide),
     }  # fmt: skip
 
 
-def _routed(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _routed(config: Config) -> dict[str, tuple[int, ...]]:
     hidden, wide, experts = config["hidden_size"], config["moe_intermediate_size"], config["n_routed_experts"]
     return {
         "ffn_gate_inp": (experts, hidden), "ffn_gate_exps": (experts, wide, hidden),
@@ -217,7 +216,7 @@ def _routed(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 # the finer of its two types' fallbacks for rows that are no whole blocks.
 _GPT_OSS_TYPES = {"exps": Type.MXFP4, "attn_|token_embd|output": Type.Q8_0}
 _DEEPSEEK2_TYPES = {"inp": F32, "^output|down": Type.Q6_K, ".": Type.Q4_K}
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, Callable[[Config], Tensors], Callable[[Config], dict[str, Any]], dict[str, Type]]] = {
     "gpt_oss": ("gpt-oss", _gpt_oss, _gpt_oss_metadata, _GPT_OSS_TYPES),
     "deepseek_v2": ("deepseek2", _deepseek2, _deepseek2_metadata, _DEEPSEEK2_TYPES),
 }
