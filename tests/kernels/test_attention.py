@@ -156,7 +156,7 @@ def test_decode_and_prefill_in_one_step(isa, kv_format, shape, length, window) -
     sequences.check(sequences.run(isa, places, window=window, threads=2), places, window)
 
 
-@pytest.mark.parametrize("heads", [48, 49, 60])
+@pytest.mark.parametrize("heads", [48, 49, 96, 97, 120])
 def test_a_key_head_may_serve_more_heads_than_a_tile_has_rows(isa, kv_format, heads) -> None:
     sequences = Sequences.make((heads, 1, 32), kv_format)
     places = [(0, 300), *chunk(1, 254, 258)]
@@ -187,6 +187,18 @@ def test_the_bits_of_a_row_depend_on_its_own_tokens_alone(isa, kv_format, shape,
         assert np.array_equal(whole, run(chunk(0, 230, 290), threads=threads))
     beside = run([(1, 700), *chunk(0, 230, 290), (2, 3)], threads=3)
     assert np.array_equal(whole, beside[1:-1])
+
+
+def test_the_larger_tiles_of_a_step_of_many_rows_give_the_bits_of_small_ones(isa, kv_format) -> None:
+    """The last tile is not full, and only two of three sequences have so many rows that they are cut."""
+    sequences = Sequences.make((64, 2, 8), kv_format)
+    run = partial(sequences.run, isa, invariant=True, threads=2)
+    places = [*chunk(0, 300, 400), *chunk(1, 0, 100), (2, 700)]
+    assert len(places) * 64 > 128 * cpu_kernels.TILE_ROWS
+    whole = run(places)
+    sequences.check(whole, places)
+    parts = [run(places[first : first + 33]) for first in range(0, len(places), 33)]
+    assert np.array_equal(whole, np.concatenate(parts))
 
 
 def test_a_decode_row_has_the_same_bits_on_any_number_of_threads(isa, kv_format) -> None:

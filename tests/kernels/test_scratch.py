@@ -73,9 +73,9 @@ def test_a_shared_expert_may_need_more(isa, op) -> None:
 
 
 @pytest.mark.parametrize("isa", BLOCKS)
-@pytest.mark.parametrize(("heads", "rows", "together"), [(4, 100, 48), (4, 5, 10), (10, 100, 45), (200, 1, 100)])
+@pytest.mark.parametrize(("heads", "rows", "together"), [(4, 100, 96), (4, 5, 10), (10, 100, 95), (200, 1, 100)])
 def test_attention_needs_scores_weights_and_two_states_of_a_tile(isa, heads, rows, together) -> None:
-    """Of `together` rows times heads a KV head: at most 48 unless one row has more."""
+    """Of `together` rows times heads a KV head: at most 96 unless one row has more."""
     expected = together * (256 * (4 + 2) + 2 * 4 * (64 + 16))
     assert stated("attention", isa, rows, heads=heads) == expected
     pages = {"base": 0, "sequence_stride": 0, "head_stride": 0, "value_offset": 0, "value_dim": 64}

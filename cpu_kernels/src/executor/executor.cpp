@@ -66,10 +66,11 @@ void Executor::add(Part part, const OpArgs& args, int node) {
   check_limits(args);
   append(part, args, node);
   if (const auto* attention = std::get_if<AttentionArgs>(&args)) {
+    heads_ = std::max(heads_, attention->heads);
     group_ = std::max(group_, attention->heads / attention->kv_heads);
     append(part, MergeArgs{*attention}, node);
   }
-  schedule_ = std::make_unique<Schedule>(limits_.rows, group_);
+  schedule_ = std::make_unique<Schedule>(limits_.rows, heads_, group_);
 }
 
 void Executor::append(Part part, const OpArgs& args, int node) {

@@ -86,7 +86,7 @@ class Executor {
   std::shared_ptr<ThreadPool> pool_;
   const Limits limits_;
   std::vector<char> ended_;  // [sequences], those whose rows have passed; of the step being checked
-  int group_ = 1;
+  int heads_ = 1, group_ = 1;
   std::vector<Op> ops_;
   std::mutex one_step_;          // held while a step runs: what it counts and plans is kept here
   std::vector<uint64_t> taken_;  // [ops][nodes][taken_stride()]

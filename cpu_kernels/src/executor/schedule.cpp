@@ -6,7 +6,7 @@
 
 namespace hybrid {
 
-Schedule::Schedule(int max_rows, int group) : tile_rows_(attention_tile_rows(group)) {
+Schedule::Schedule(int max_rows, int heads, int group) : heads_(heads), tile_rows_(attention_tile_rows(group)) {
   tiles_.reserve(size_t(max_rows));
 }
 
@@ -22,11 +22,13 @@ void Schedule::build(Step& step) {
   tiles_.clear();
   tasks_ = splits_ = 0;
   states_ = 0;
+  const bool many = int64_t(step.rows) * heads_ >= int64_t(kManyTiles) * kAttentionRows;
+  const int tile_rows = many ? tile_rows_ : std::max(1, tile_rows_ / 2);
   for (int first = 0; first < step.rows;) {
     int last = first + 1;
     while (last < step.rows && step.sequences[last] == step.sequences[first]) ++last;
     const bool split = last - first == 1 && step.positions[first] >= kKeys;
-    for (int row = first; row < last; row += tile_rows_) add(step, row, std::min(tile_rows_, last - row), split);
+    for (int row = first; row < last; row += tile_rows) add(step, row, std::min(tile_rows, last - row), split);
     first = last;
   }
   step.tiles = tiles_.data();

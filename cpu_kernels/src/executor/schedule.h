@@ -9,15 +9,15 @@ namespace hybrid {
 // Cuts the rows of a step into attention tiles and their tasks. Allocates once.
 class Schedule {
  public:
-  // group: query heads per KV head, the largest of all layers.
-  Schedule(int max_rows, int group);
+  // heads: query heads, group: those of a KV head; both the largest of all layers.
+  Schedule(int max_rows, int heads, int group);
   // Fills the tile fields of `step` from its sequences and positions.
   void build(Step& step);
 
  private:
   void add(const Step& step, int row, int rows, bool split);
 
-  int tile_rows_;
+  int heads_, tile_rows_;
   int tasks_ = 0;
   int splits_ = 0;
   int64_t states_ = 0;

@@ -58,7 +58,8 @@ constexpr int kGroupBlocks = 16;    // blocks that take turns over a strip of ro
 constexpr int kBandRows = 512;      // rows that weights are read once for
 constexpr int kKeys = 256;          // keys of one partial softmax, so results never depend on how work is split
 constexpr int kKeyInputs = 32;      // dimensions of a key are padded to a multiple of this
-constexpr int kAttentionRows = 48;  // query rows times heads of one attention tile, unless one row has more heads
+constexpr int kAttentionRows = 96;  // query rows times heads of one attention tile, unless one row has more heads
+constexpr int kManyTiles = 128;     // of that size in a step; where it has fewer, they are half as large
 
 constexpr int kMaxTileRows = 256;  // query heads of one KV head
 constexpr int kMaxHeadDim = 1024;

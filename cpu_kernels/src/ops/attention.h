@@ -55,6 +55,13 @@ static HYBRID_INLINE AttentionScratch carve(char* scratch, int rows, int value_d
   return s;
 }
 
+// Scores are in units of log 2, which spares the softmax a product for each; a cap is put on them before.
+constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f;
+
+static HYBRID_INLINE float score_scale(const AttentionArgs& args) {
+  return args.score_cap == 0 ? args.scale * kLog2E : args.scale;
+}
+
 // What scores and weights of one key block are multiplied by; unused where keys and values have no scales.
 struct BlockScales {
   float keys[kKeys], values[kKeys];
@@ -64,7 +71,7 @@ template <class Kv>
 static HYBRID_INLINE void load_scales(const AttentionArgs& args, const float* keys, const float* values, int used,
                                       BlockScales& scales) {
   for (int i = 0; i < used; i += kBlock) {
-    Isa::store(scales.keys + i, Isa::mul(Isa::load(keys + i), Isa::set(args.scale * Kv::unit)));
+    Isa::store(scales.keys + i, Isa::mul(Isa::load(keys + i), Isa::set(score_scale(args) * Kv::unit)));
     Isa::store(scales.values + i, Isa::mul(Isa::load(values + i), Isa::set(Kv::unit)));
   }
 }
@@ -80,13 +87,13 @@ static HYBRID_INLINE void weigh(const float* scores, const float* value_scales, 
   const float maximum = Isa::max_lane(top);
   F32 total = Isa::zero();
   for (int i = 0; i < used; i += kBlock) {
-    const F32 e = exponential(Isa::sub(Isa::load(scores + i), Isa::set(maximum)));
+    const F32 e = power_of_two(Isa::sub(Isa::load(scores + i), Isa::set(maximum)));
     const F32 kept = mask(e, i, 0.0f);
     total = Isa::add(total, kept);
     // Masked again: what was never written may have any scale.
     Isa::store_bf16(weights + i, value_scales ? mask(Isa::mul(kept, Isa::load(value_scales + i)), i, 0.0f) : kept);
   }
-  state[dim] = maximum;
+  state[dim] = maximum * kLog2;
   state[dim + 1] = Isa::sum(total);
 }
 
@@ -105,10 +112,11 @@ static HYBRID_INLINE bool softmax(const float* scores, const float* value_scales
   return keys.first < keys.last;
 }
 
-// Scores [rows, kKeys] of `used` keys, between bounds.
+// Scores [rows, kKeys] of `used` keys, between bounds, in units of log 2.
 static HYBRID_KERNEL void cap_scores(float* scores, int rows, int used, float cap) {
   for (int row = 0; row < rows; ++row, scores += kKeys)
-    for (int i = 0; i < used; i += kBlock) Isa::store(scores + i, capped(Isa::load(scores + i), cap));
+    for (int i = 0; i < used; i += kBlock)
+      Isa::store(scores + i, Isa::mul(capped(Isa::load(scores + i), cap), Isa::set(kLog2E)));
 }
 
 // One key block of one KV head of a tile.
@@ -186,7 +194,7 @@ static HYBRID_KERNEL void attend_block(const Tiles<Bf16>& tiles, const Attention
     load_scales<Kv>(args, key_scale(kv, tile.sequence, at.kv_head, key0),
                     value_scale(kv, tile.sequence, at.kv_head, key0), used, scales);
   fetch_scales<Kv>(args, next);
-  const F32 scale = Isa::set(args.scale);
+  const F32 scale = Isa::set(score_scale(args));
   const bf16* q = args.q + (int64_t(tile.row) * args.heads + at.kv_head * group) * kv.key_dim;
   const bf16* queries[kMaxTileRows];
   for (int i = 0; i < rows; ++i) queries[i] = q + (int64_t(i / group) * args.heads + i % group) * kv.key_dim;

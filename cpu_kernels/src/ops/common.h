@@ -101,6 +101,19 @@ static HYBRID_INLINE F32 exponential(F32 x) {
   return Isa::times_power_of_two(p, n);
 }
 
+// 2^x to about 1 ulp for x up to 127: 2^n times a polynomial for 2^f. Below -126 it stays at 2^-126. NaN of NaN.
+static HYBRID_INLINE F32 power_of_two(F32 x) {
+  x = Isa::max(Isa::set(-126.0f), x);
+  const F32 n = Isa::round(x), f = Isa::sub(x, n);
+  F32 p = Isa::set(1.327647129e-3f);
+  p = Isa::fma(p, f, Isa::set(9.675541893e-3f));
+  p = Isa::fma(p, f, Isa::set(5.550713092e-2f));
+  p = Isa::fma(p, f, Isa::set(2.402212024e-1f));
+  p = Isa::fma(p, f, Isa::set(6.931469440e-1f));
+  p = Isa::fma(p, f, Isa::set(1.000000119f));
+  return Isa::times_power_of_two(p, n);
+}
+
 static HYBRID_INLINE float exponential(float x) {
   float lanes[16];
   Isa::store(lanes, exponential(Isa::set(x)));

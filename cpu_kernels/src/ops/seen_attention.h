@@ -81,7 +81,7 @@ static HYBRID_KERNEL void attend_brought(const Tiles<Bf16>& tiles, const Attenti
   const int used = (count + kBlock - 1) / kBlock * kBlock;
   BlockScales scales;
   if constexpr (Kv::scaled) load_scales<Kv>(args, keys.scales, keys.scales, used, scales);
-  const F32 scale = Isa::set(args.scale);
+  const F32 scale = Isa::set(score_scale(args));
   const bf16* const queries = args.q + (int64_t(row) * args.heads + kv_head * group) * dim;
   small_product<KvBf16>(
       tiles, [&](int i) { return queries + int64_t(i) * dim; }, group,
