@@ -119,11 +119,11 @@ def test_pages_of_the_kernel_tests_lie_as_planned(format) -> None:
 
 @pytest.mark.parametrize(
     ("isa", "rows", "choices", "expected"),
-    [  # heads of 24, values padded to 32: 48 rows of 256 scores and weights and two states, then keys or values as bf16
-        ("avx2", 100, {}, 48 * (256 * 6 + (32 + 16) * 8)),
-        ("avx2", 100, {"kv_format": "int8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
-        ("avx512", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
-        ("avx512_bf16", 100, {"kv_format": "fp8"}, 48 * (256 * 6 + (32 + 16) * 8) + 4 * 16 * 256 * 2),
+    [  # heads of 24, values padded to 32: 96 rows of 256 scores and weights and two states, then keys or values as bf16
+        ("avx2", 100, {}, 96 * (256 * 6 + (32 + 16) * 8)),
+        ("avx2", 100, {"kv_format": "int8"}, 96 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
+        ("avx512", 100, {"kv_format": "fp8"}, 96 * (256 * 6 + (32 + 16) * 8) + 2 * 16 * 256 * 2),
+        ("avx512_bf16", 100, {"kv_format": "fp8"}, 96 * (256 * 6 + (32 + 16) * 8) + 4 * 16 * 256 * 2),
         # sums of 2 or 4 blocks, panels of 256 inputs for formats that are opened
         ("avx2", 4000, {}, 4000 * 2 * 64),
         ("avx512_bf16", 4000, {}, 4000 * 4 * 64),
