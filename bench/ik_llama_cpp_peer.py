@@ -7,11 +7,18 @@ fused experts, F16 keys and values, steps of 512. All sequences share one stream
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ik_llama_cpp import _ctypes_api as bindings
 from llama_peer import ALL, LlamaPeer
+
+from hybrid.commands.measure import Test
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _errors: list[str] = []
@@ -49,9 +56,27 @@ vars(api).update({name: _bound(name, *types) for name, types in _FUNCTIONS.items
 api.llama_log_set(_hear, None)
 
 
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """The library prints to standard output, where the report belongs."""
+    flush, kept = ctypes.CDLL(None).fflush, os.dup(1)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 class IkLlamaCpp(LlamaPeer):
     name, package, api, errors = "ik_llama.cpp", "ik-llama-cpp-python", api, _errors
     state_flags = (0,)
+
+    def __init__(self, path: Path, threads: int, tests: Sequence[Test]) -> None:
+        with _printing_to_stderr():
+            super().__init__(path, threads, tests)
 
     def model_parameters(self) -> Any:
         parameters = api.llama_model_default_params()
