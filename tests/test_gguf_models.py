@@ -16,6 +16,7 @@ from dequantised import write_dequantised
 from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_name, gguf_tensors, split_gguf, write_gguf, write_model
 from safetensors.numpy import load_file
 
+from hybrid import LLM
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import is_gguf
 from hybrid.files.gguf_types import TYPES_BY_NAME
@@ -260,6 +261,34 @@ def test_projections_of_a_layer_keep_their_types(tmp_path: Path, family: str) ->
     for name, tensor in kept.items():
         rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape[0], -1)
         np.testing.assert_array_equal(found[name], values(tensor.type, rows).reshape(tensor.shape), name)
+
+
+def test_matrices_of_heads_keep_their_types(tmp_path: Path) -> None:
+    """Newer files have them as they are multiplied, and so they are packed, and multiplied."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256}
+    sizes |= {"kv_lora_rank": 256, "qk_nope_head_dim": 96, "v_head_dim": 64, "tie_word_embeddings": False}
+    config = model("deepseek_v3")[0] | sizes
+    types = {"attn_q_a": "Q4_K", "attn_kv_a_mqa": "Q4_K", "attn_q_b": "Q4_K", "attn_output": "Q4_K"}
+    types |= {"attn_k_b": "Q5_0", "attn_v_b": "Q4_K"}
+    plain = gguf_tensors(config, random_tensors(config))
+    blocks = {name: in_blocks(name, array, types.get(name.split(".")[-2])) for name, array in plain.items()}
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks)
+    pack(open_checkpoint(path), tmp_path / "store")
+    with Store.open(tmp_path / "store", check=True) as store:
+        assert store.mix.of_layer(0).attention == "q4_k/q4_k/q4_k/q4_k/q5_0/q4_k"
+        dequantised = write_dequantised(tmp_path / "plain", store)
+    kv = load_file(dequantised / "model.safetensors")["model.layers.0.self_attn.kv_b_proj.weight"]
+    keys, of_values = np.split(kv.reshape(4, 96 + 64, 256), [96], axis=1)
+    for name, found in (("attn_k_b", keys.swapaxes(1, 2)), ("attn_v_b", of_values)):
+        tensor = blocks[f"blk.0.{name}.weight"]
+        assert isinstance(tensor, Blocks)
+        rows = np.frombuffer(tensor.data, np.uint8).reshape(int(np.prod(tensor.shape[:-1])), -1)
+        np.testing.assert_array_equal(found, values(tensor.type, rows).reshape(tensor.shape))
+    tokens = [5, 17, 40, 3, 99]
+    with LLM(tmp_path / "store", threads=1) as llm, LLM(dequantised, cache_dir=tmp_path, threads=1) as exact:
+        expected, other = exact.logits(tokens), exact.logits(tokens[::-1])
+        error = np.linalg.norm(llm.logits(tokens) - expected) / np.linalg.norm(expected)
+    assert error < 0.05 < 0.3 < np.linalg.norm(other - expected) / np.linalg.norm(expected)
 
 
 def test_what_no_format_holds_is_opened_and_told(tmp_path: Path) -> None:

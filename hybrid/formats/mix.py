@@ -18,8 +18,8 @@ class FormatMix:
 
     dense: feed-forwards without a router. attention: its projections. The embedding is always bf16; router, norms and
     biases are fp32. Of experts, shared and dense a name such as "q4_k/q6_k" is that of gate and up, and that of down;
-    of attention it names each projection in the order of a step. layers: the mix of every layer, where they differ;
-    the other fields are then what most of them have.
+    of attention it names each projection in the order of a step, and may name matrices of heads behind them. layers:
+    the mix of every layer, where they differ; the other fields are then what most of them have.
     """
 
     experts: str

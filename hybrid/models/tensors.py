@@ -53,7 +53,7 @@ def gated_names(prefix: str) -> GatedNames:
 @dataclass(frozen=True)
 class PerHead:
     """A matrix of each head: of its `of_head` rows of a tensor those from `start` on, `rows` of them, or with `turned`
-    these as columns.
+    these as columns. whole: a tensor that has these matrices as they are, in some checkpoints.
     """
 
     name: str
@@ -62,6 +62,7 @@ class PerHead:
     start: int
     rows: int
     turned: bool = False
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,14 @@ class Shard:
         """Rows of k bf16 one behind the other, to be looked up one by one."""
         return StoreTensor(self.prefix + name, (n, 2 * k), "U8", self.name, part, origin)
 
-    def per_head(self, name: str, part: str, origin: PerHead, format: str, n: int, k: int) -> StoreTensor:
+    def per_head(
+        self, name: str, part: str, origin: PerHead, format: str, n: int, k: int, position: int
+    ) -> StoreTensor:
         """A matrix [n, k] of each head, one behind the other."""
         (run,) = matrix_runs(n, k)
         runs = (Run(run.inputs, origin.heads * run.count),)
-        return StoreTensor(self.prefix + name, (run_bytes(format, runs),), "U8", self.name, part, origin, format, runs)
+        shape = (run_bytes(format, runs),)
+        return StoreTensor(self.prefix + name, shape, "U8", self.name, part, origin, format, runs, (position,))
 
     def experts(self, name: str, part: str, origin: Gated, format: str, *count: int) -> StoreTensor:
         runs = expert_runs(origin.hidden, origin.intermediate, origin.wide)

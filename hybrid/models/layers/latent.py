@@ -103,19 +103,31 @@ class LatentAttention(LatentShape):
             yield shard.matrix("attention.q_up", PART, up, formats.q_up, self.query_width, self.q_rank, (2,))
         yield shard.floats("attention.kv_norm", "norms", Stacked((names.kv_norm,)), self.rank)
         of_head = self.nope_dim + self.value_dim
-        keys = PerHead(names.kv_up, self.heads, of_head, 0, self.nope_dim, turned=True)
-        values = PerHead(names.kv_up, self.heads, of_head, self.nope_dim, self.value_dim)
-        yield shard.per_head("attention.keys", PART, keys, formats.heads, self.rank, self.nope_dim)
-        yield shard.per_head("attention.values", PART, values, formats.heads, self.value_dim, self.rank)
-        last = (3 if self.q_rank else 2,)
+        keys = PerHead(names.kv_up, self.heads, of_head, 0, self.nope_dim, turned=True, whole=names.keys)
+        values = PerHead(names.kv_up, self.heads, of_head, self.nope_dim, self.value_dim, whole=names.values)
+        count = self._projections
+        yield shard.per_head("attention.keys", PART, keys, formats.keys, self.rank, self.nope_dim, count)
+        yield shard.per_head("attention.values", PART, values, formats.values, self.value_dim, self.rank, count + 1)
+        last = (count - 1,)
         yield shard.matrix("attention.out", PART, Stacked((names.out,)), formats.out, hidden, self.width, last)
         if self.bias:
             yield shard.bias("attention.out_bias", PART, (names.out,), hidden)
 
+    @property
+    def _projections(self) -> int:
+        """Matrices that are none of heads."""
+        return 4 if self.q_rank else 3
+
     def _formats(self, mix: FormatMix) -> LatentFormats:
-        q_low, kv_low, *up, out = matrix_formats(mix.attention, 4 if self.q_rank else 3)
-        heads = "bf16" if "/" in mix.attention else per_head_format(mix.attention)
-        return LatentFormats((q_low, kv_low), up[0] if up else "", heads, out)
+        """Of a mix that names every matrix, and behind them those of heads or not."""
+        count, names = self._projections, mix.attention.split("/")
+        if len(names) == count + 2:
+            *names, keys, values = names
+        else:
+            keys = values = per_head_format(mix.attention)
+            names = list(matrix_formats(mix.attention, count))
+        q_low, kv_low, *up, out = names
+        return LatentFormats((q_low, kv_low), up[0] if up else "", out, keys, values)
 
     def _low(self, place: Place) -> list[Joined]:
         """The matrices of the first projection."""
@@ -124,8 +136,8 @@ class LatentAttention(LatentShape):
         return joined("low", pieces, self._formats(place.mix).low)
 
     def formats(self, mix: FormatMix) -> tuple[str, ...]:
-        low, q_up, heads, out = self._formats(mix)
-        return tuple(dict.fromkeys(name for name in (*low, q_up, heads, out) if name))
+        low, *others = self._formats(mix)
+        return tuple(dict.fromkeys(name for name in (*low, *others) if name))
 
     # A step.
 
@@ -197,7 +209,8 @@ class LatentAttention(LatentShape):
         self, place: Place, matrix: str, source: str, output: Buffer, apart: int | None = None
     ) -> Iterator[Op]:
         """Every head's rows times its matrix. apart: from the output of a head to the next, if not its width."""
-        format = self._formats(place.mix).heads
+        formats = self._formats(place.mix)
+        format = formats.keys if matrix == "keys" else formats.values
         columns, inputs = (self.rank, self.nope_dim) if matrix == "keys" else (self.value_dim, self.rank)
         yield from quantise(PART, source, inputs, format, self.heads)
         rows, stride = product_rows(source, inputs, format)
@@ -237,13 +250,13 @@ class LatentAttention(LatentShape):
 
     def buffers(self, place: Place, extents: Extents) -> dict[str, int]:
         rows, formats, blocks = extents.rows, self._formats(place.mix), -(-extents.tokens // KEY_BLOCK)
-        of_heads, state = formats.heads, self.mixed_dim + STATE_EXTRA
+        state = self.mixed_dim + STATE_EXTRA
         sizes = {
             LOW: rows * row_stride(self.low_width) * FP32,
             rows_name(ABSORBED, self.key_dim): rows * self.heads * self.key_dim * BF16,
             "states": extents.sequences * blocks * self.heads * state * FP32,
-            **rows_buffers(PLAIN, self.nope_dim, of_heads, rows * self.heads),
-            **rows_buffers(MIXED, self.rank, of_heads, rows * self.heads),
+            **rows_buffers(PLAIN, self.nope_dim, formats.keys, rows * self.heads),
+            **rows_buffers(MIXED, self.rank, formats.values, rows * self.heads),
             **rows_buffers(ATTENDED, self.width, formats.out, rows),
             **(rope_buffers(place, self.rope, rows) if self.rope else {}),
         }
@@ -281,9 +294,10 @@ class LatentAttention(LatentShape):
             total += product_cost(format, width, hidden, rows)
         if self.q_rank:
             total += product_cost(formats.q_up, self.query_width, self.q_rank, rows)
-        of_heads, products = formats.heads, self.heads * self.rank * (self.nope_dim + self.value_dim)
-        read = packed_bytes(of_heads, self.rank, self.nope_dim) + packed_bytes(of_heads, self.value_dim, self.rank)
-        total += Cost(float(self.heads * read)) + operations(of_heads, products * rows)
+        of_heads = (formats.keys, self.rank, self.nope_dim), (formats.values, self.value_dim, self.rank)
+        for format, columns, inputs in of_heads:
+            total += Cost(float(self.heads * packed_bytes(format, columns, inputs)))
+            total += operations(format, self.heads * columns * inputs * rows)
         multiplied = 2.0 * load.pairs * self.heads * (self.row_dim + self.rank)
         return total + Cost(float(load.tokens * self.token_bytes(load.kv_format)), multiplied)
 
@@ -320,7 +334,8 @@ class LatentAttention(LatentShape):
 
 
 def per_head_format(format: str) -> str:
-    """The format of the matrices of heads, in a model all of whose attention has this one: bf16 where the matrix as
-    published cannot be taken apart and turned without being quantised again. They are bf16 beside several formats.
+    """The format of the matrices of heads where none is named for them, in a model all of whose attention has this one:
+    bf16 where the matrix as published cannot be taken apart and turned without being quantised again. They are bf16
+    beside several formats.
     """
     return format if format in PER_HEAD_FORMATS else "bf16"

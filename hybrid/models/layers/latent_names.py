@@ -18,13 +18,18 @@ class LatentNames:
     kv_down: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
     kv_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
     kv_up: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
+    keys: str = ""  # matrices of heads as they are multiplied, where a checkpoint has them so instead
+    values: str = ""
     out: str = "model.layers.{layer}.self_attn.o_proj.weight"
 
 
 class LatentFormats(NamedTuple):
-    """low: of the first projection, for queries and for keys and values. q_up: empty where queries have no latents."""
+    """low: of the first projection, for queries and for keys and values. q_up: empty where queries have no latents.
+    keys, values: of the matrices of heads.
+    """
 
     low: tuple[str, str]
     q_up: str
-    heads: str
     out: str
+    keys: str
+    values: str

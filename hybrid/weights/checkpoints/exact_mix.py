@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from hybrid.formats import FORMATS
@@ -44,7 +44,7 @@ def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) ->
     """
     found: dict[Part, dict[int, set[Kind]]] = {}
     for tensor in spec.store_tensors(_APART):
-        if tensor.part in PARTS and tensor.format is not None and not isinstance(tensor.origin, PerHead):
+        if tensor.part in PARTS and tensor.format is not None:
             of_part = found.setdefault((layer_of(tensor), tensor.part), {})
             for position, own in _by_position(tensor, kinds):
                 of_part.setdefault(position, set()).update(own)
@@ -61,21 +61,31 @@ def mix_of_matrices(
 ) -> FormatMix:
     """The mix in which the matrices of parts have these formats, by their positions. absent: see `exact_mix`.
 
-    Matrices of heads, which are taken apart and turned, are bf16: in other formats they would be quantised again.
+    Matrices of heads that are taken apart and turned have none here, and are bf16: in other formats they would be
+    quantised again. Where all of them are bf16, they are not named.
     """
-    origins = ((layer_of(tensor), tensor.part, tensor.origin) for tensor in spec.store_tensors(_APART))
-    with_heads = {(layer, part) for layer, part, origin in origins if isinstance(origin, PerHead)}
-    named = {}
-    for key, by_position in formats.items():
-        names = [by_position[position] for position in sorted(by_position)]
-        one = len(set(names)) == 1 and (key not in with_heads or per_head_format(names[0]) == "bf16")
-        named[key] = names[0] if one else "/".join(names)
+    of_heads: dict[Part, set[int]] = {}
+    for tensor in spec.store_tensors(_APART):
+        if isinstance(tensor.origin, PerHead):
+            of_heads.setdefault((layer_of(tensor), tensor.part), set()).update(tensor.positions)
+    named = {key: _joined(by_position, of_heads.get(key, set())) for key, by_position in formats.items()}
     return _mix_of_parts(spec, named, absent)
+
+
+def _joined(by_position: Mapping[int, str], of_heads: Set[int]) -> str:
+    """One name for all matrices, if that says the same of the matrices of heads, or one for each."""
+    if all(by_position.get(position, "bf16") == "bf16" for position in of_heads):
+        by_position = {position: name for position, name in by_position.items() if position not in of_heads}
+    names = [by_position[position] for position in sorted(by_position)]
+    left_bf16 = not of_heads & by_position.keys() and per_head_format(names[0]) == "bf16"
+    return names[0] if len(set(names)) == 1 and (left_bf16 or not of_heads) else "/".join(names)
 
 
 def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[Kind]]]:
     """The kinds of what a matrix is made of, by the format of its part that each has."""
     own = matrix_kinds(tensor, kinds)
+    if isinstance(tensor.origin, PerHead) and not own[0]:
+        return  # they are made of another matrix, and have a format of none
     if len(tensor.positions) == 1:
         yield from enumerate(own, tensor.positions[0])
         return
@@ -120,7 +130,8 @@ def matrix_kinds(tensor: StoreTensor, kinds: Kinds) -> list[set[Kind]]:
     tensors share are floats.
     """
     if isinstance(tensor.origin, PerHead):
-        return [set()]
+        whole = kinds(tensor.origin.whole) if tensor.origin.whole else None
+        return [{whole} if whole else set()]
     found = [[kind for name in names if (kind := kinds(name))] for names in _sources(tensor, kinds)]
     if any(rows % BLOCK and not kind.again for kind, rows in _followed(tensor, kinds)):
         found[0].append(_SHARED)

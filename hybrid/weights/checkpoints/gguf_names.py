@@ -88,6 +88,8 @@ LATENT = LatentNames(
     kv_down=f"{_LAYER}.attn_kv_a_mqa.weight",
     kv_norm=f"{_LAYER}.attn_kv_a_norm.weight",
     kv_up=f"{_LAYER}.attn_kv_b.weight",
+    keys=f"{_LAYER}.attn_k_b.weight",
+    values=f"{_LAYER}.attn_v_b.weight",
     out=f"{_LAYER}.attn_output.weight",
 )
 INDEXER = IndexerNames(

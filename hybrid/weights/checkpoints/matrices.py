@@ -112,7 +112,10 @@ class TurnedSource(Source):
     rows: Source = field(kw_only=True)
 
     @classmethod
-    def of(cls, rows: Source) -> TurnedSource:
+    def of(cls, rows: Source) -> Source:
+        """What was turned is as it was when it is turned again."""
+        if isinstance(rows, TurnedSource):
+            return rows.rows
         return cls(rows.name, rows.entry, 0, rows.columns, rows=rows)
 
     @property
