@@ -5,7 +5,7 @@ It counts what cpu_kernels/src/ops/tile_passes.h does, instruction by instructio
 published figures of Sapphire Rapids: a product every 16 cycles, whose sums are ready after 52; two lines of 64 bytes a
 cycle from the first-level cache, where a strip of rows lies, 48 bytes a cycle from the second, where the weights are;
 one line stored a cycle. What AVX-512 does between them, opening stored lines and merging segments, comes on top:
-docs/kernels.md.
+docs/amx.md.
 """
 
 from __future__ import annotations
