@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from configs import APART, CONFIGS, STACKED
 from safetensors.numpy import save_file
 
@@ -90,7 +91,7 @@ def random_tensors(
     return {
         name: table_of_experts(random, shape, config["n_routed_experts"])
         if name.endswith("tid2eid")
-        else _random(random, name, shape).astype(DTYPES[dtype])
+        else rounded(_random(random, name, shape), DTYPES[dtype])
         for name, shape in model_spec(config).checkpoint_shapes("fused" if stacked else "apart")
     }
 
@@ -104,7 +105,7 @@ def mxfp4_tensors(spec: ModelSpec, exponents: tuple[int, int] = (110, 125), seed
         elif name.endswith("_scales"):
             found[name] = random.integers(*exponents, shape, np.uint8)
         else:
-            found[name] = _random(random, name, shape).astype(ml_dtypes.bfloat16)
+            found[name] = rounded(_random(random, name, shape), ml_dtypes.bfloat16)
     return found
 
 
@@ -118,6 +119,11 @@ def mxfp4_values(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 def _random(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return is_around_one(name) + 0.1 * random.standard_normal(shape)
+
+
+def rounded(values: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
+    """float64 as another type; bf16 by way of float32, as every version of ml_dtypes rounds that alike."""
+    return (values.astype(np.float32) if dtype == ml_dtypes.bfloat16 else values).astype(dtype)
 
 
 def is_around_one(name: str) -> bool:
