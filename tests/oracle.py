@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import auto_model, is_around_one, table_of_experts, write_tensors
+from checkpoints import auto_model, is_around_one, rounded, table_of_experts, write_tensors
 from configs import CONFIGS, STACKED
 
 from hybrid.models import model_spec
@@ -76,7 +76,7 @@ def save(path: Path, family: str, *, dtype: str = "fp32", seed: int = 0, length:
     tensors = {
         name: table_of_experts(random, shape, config["n_routed_experts"])
         if name.endswith("tid2eid")
-        else _initial(random, name, shape, spread).astype(DTYPES[dtype])
+        else rounded(_initial(random, name, shape, spread), DTYPES[dtype])
         for name, shape in model_spec(config).checkpoint_shapes(form)
     }
     write_tensors(path, config, tensors)
