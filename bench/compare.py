@@ -27,7 +27,6 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import import_module
@@ -69,6 +68,7 @@ PACKAGES = {  # modules that a peer needs, and how to get them
     "transformers": (("transformers", "torch"), "pip install transformers torch"),
     "kt-kernel": (("kt_kernel", "torch"), "pip install kt-kernel"),
 }
+_ALLOWED_THERE = f"allowed there: {', '.join(READERS)}"
 DEFAULT_LAYERS = 8
 BUSY = 0.5  # processors; more is worth a note
 FAULTS = 1000  # pages read from disk while measuring that are worth a note: 4 MB
@@ -77,13 +77,17 @@ HERE = Path(__file__).parent
 _WHOLE: dict[str, Any] = {"metavar": "INTEGER"}
 ModelPath = Annotated[Path | None, typer.Option(help="Qwen3-MoE checkpoint or GGUF file; default: made like --like.")]
 Like = Annotated[str, typer.Option(help="Model whose shapes the synthetic checkpoint has.")]
-Layers = Annotated[int | None, typer.Option(help="Layers to keep; default: 8, or all of --model-path.", **_WHOLE)]
+Layers = Annotated[
+    int | None, typer.Option(help="Layers to keep; default: 8, 27 of deepseek-v2-lite, all of --model-path.", **_WHOLE)
+]
 Formats = Annotated[str | None, typer.Option(help=f"Of the weights; default: {ALL_FORMATS}, or a GGUF file's own.")]
 Tests = Annotated[str, typer.Option(help="As pp512 (prompt), tg32 (decode), tg32@4096 (depth), tg32x4 (sequences).")]
 Repetitions = Annotated[int, typer.Option("--repetitions", "-r", help="How often to repeat every test.", **_WHOLE)]
 Threads = Annotated[int | None, typer.Option(help="Of each engine; default: the cores.", **_WHOLE)]
 KvFormat = Annotated[str | None, typer.Option(help="Of our keys and values; default: bf16 beside bf16, else int8.")]
-Peers = Annotated[str | None, typer.Option(help=f"Out of {','.join(PACKAGES)}; default: those installed.")]
+Peers = Annotated[
+    str | None, typer.Option(help=f"Out of {','.join(PACKAGES)}; default: all installed but ik_llama.cpp.")
+]
 WorkDir = Annotated[Path | None, typer.Option(help="For the model files, kept for the next time; default: user cache.")]
 Output = Annotated[str, typer.Option(help="md, csv or json.")]
 
@@ -92,8 +96,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint like `like`; a GGUF
-    file has `formats` AS_PUBLISHED alone.
+    """What is compared. `peers` are installed; `model_path` None means a synthetic checkpoint or GGUF file like `like`;
+    a GGUF file has `formats` AS_PUBLISHED alone, and layers None means as many as it has.
     """
 
     model_path: Path | None
@@ -135,7 +139,7 @@ def compare(
             raise ConfigError(f"--layers {layers} does not go with {model_path}: both engines open it as it is")
         chosen = (formats or ALL_FORMATS).split(",")
         names = (AS_PUBLISHED,) if one_file else tuple(_one_of("--formats", name, GGUF_TYPES) for name in chosen)
-        found = find_peers(peers, READERS if one_file else PACKAGES)
+        found = find_peers(peers, one_file)
         if peers and "transformers" in found and not ("llama.cpp" in found and "bf16" in names):
             raise ConfigError("transformers is put beside the run against llama.cpp in bf16: add both, or leave it out")
         settings = Settings(
@@ -147,9 +151,14 @@ def compare(
         print(OUTPUTS[output](report))
 
 
-def find_peers(text: str | None, allowed: Collection[str] = tuple(PACKAGES)) -> tuple[str, ...]:
-    """The peers to measure. Raises ConfigError for an unknown one, or one that was asked for and is not installed."""
-    wanted = [_one_of("--peers", name, allowed) for name in text.split(",")] if text else ["llama.cpp"]
+def find_peers(text: str | None, one_file: bool = False) -> tuple[str, ...]:
+    """The peers to measure. Raises ConfigError for an unknown one, one that was asked for and is not installed, and one
+    that reads no GGUF files where there is one.
+    """
+    wanted = [_one_of("--peers", name, PACKAGES) for name in text.split(",")] if text else ["llama.cpp"]
+    for name in wanted:
+        if one_file and name not in READERS:
+            raise ConfigError(f"--peers {name} does not go with a GGUF file, which it does not read; {_ALLOWED_THERE}")
     for name in wanted:
         modules, command = PACKAGES[name]
         if missing := [module for module in modules if not find_spec(module)]:
@@ -158,7 +167,7 @@ def find_peers(text: str | None, allowed: Collection[str] = tuple(PACKAGES)) -> 
         raise ConfigError("--peers: llama.cpp and ik_llama.cpp cannot be in one process; compare with one at a time")
     if text:
         return tuple(wanted)
-    others = [name for name in allowed if name not in READERS]
+    others = [name for name in PACKAGES if name not in READERS and not one_file]
     for name in others:
         if not _installed(name):
             say(f"note: {name} is not compared, it is not installed; {PACKAGES[name][1]}")
@@ -277,7 +286,7 @@ def _duel(
     duels = duel(ours, theirs, settings.tests, settings.repetitions, probe, limit, progress, what)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
     if faults > FAULTS:
-        report.note(f"{what}: {faults} pages came from disk meanwhile, memory was short: lower --layers")
+        report.note(f"{what}: {faults} pages came from disk meanwhile, memory was short: compare fewer layers")
     return duels, probe
 
 

@@ -19,6 +19,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from comparison import Progress
 
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.files import disk_errors
@@ -36,7 +37,6 @@ END = "<|im_end|>"
 F32 = gguf.GGMLQuantizationType.F32
 CHUNK_ROWS = 2048  # converted at a time: some tens of MB of float32
 
-Progress = Callable[[str, int, int], None]
 AnyTensor = TypeVar("AnyTensor", bound="Outline")
 
 

@@ -16,19 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from ik_llama_cpp import _ctypes_api as bindings
-from llama_peer import ALL, LlamaPeer
+from llama_peer import ALL, Listener, LlamaPeer
 
 from hybrid.commands.measure import Test
 
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_errors: list[str] = []
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _hear(level: int, text: bytes, data: object) -> None:
-    """It tells hundreds of lines while loading."""
-    if level == _ERROR and text.strip():
-        _errors.append(text.decode(errors="replace").strip())
+_LISTENER = Listener()
+_HEAR = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_LISTENER)  # C keeps no reference to it
 
 
 def _bound(name: str, result: Any, *arguments: Any) -> Any:
@@ -51,9 +44,10 @@ _FUNCTIONS = {
     "llama_state_seq_get_data": (_SIZE, _CONTEXT, _BYTES, _SIZE, _INT, _INT),
     "llama_state_seq_set_data": (_SIZE, _CONTEXT, _BYTES, _SIZE, _INT, _INT),
 }
-api = SimpleNamespace(**vars(bindings), llama_model_free=bindings.llama_free_model)
+api = SimpleNamespace(**vars(bindings))
 vars(api).update({name: _bound(name, *types) for name, types in _FUNCTIONS.items()})
-api.llama_log_set(_hear, None)
+api.llama_model_free = bindings.llama_free_model
+api.llama_log_set(_HEAR, None)
 
 
 @contextmanager
@@ -71,8 +65,8 @@ def _printing_to_stderr() -> Iterator[None]:
 
 
 class IkLlamaCpp(LlamaPeer):
-    name, package, api, errors = "ik_llama.cpp", "ik-llama-cpp-python", api, _errors
-    state_flags = (0,)
+    name, package, api, listener = "ik_llama.cpp", "ik-llama-cpp-python", api, _LISTENER
+    state_flags, amx = (0,), ()  # it has no products of tiles
 
     def __init__(self, path: Path, threads: int, tests: Sequence[Test]) -> None:
         with _printing_to_stderr():
@@ -81,6 +75,7 @@ class IkLlamaCpp(LlamaPeer):
     def model_parameters(self) -> Any:
         parameters = api.llama_model_default_params()
         parameters.repack_tensors = True
+        parameters.mla = api.llama_context_default_params().mla_attn  # what loading prepares is what a context takes
         return parameters
 
     def context_parameters(self, sequences: int, unified: bool) -> Any:

@@ -8,20 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from llama_cpp import llama_cpp as api
-from llama_peer import ALL, LlamaPeer
+from llama_peer import ALL, Listener, LlamaPeer
 
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_errors: list[str] = []
-
-
-def _hear(level: int, text: bytes, data: object) -> None:
-    """It tells hundreds of lines while loading."""
-    if level == _ERROR and text.strip():
-        _errors.append(text.decode(errors="replace").strip())
-
-
-_LISTENER = api.llama_log_callback(_hear)  # a name of the module, because C keeps no reference to it
-api.llama_log_set(_LISTENER, None)
+_LISTENER = Listener()
+_HEAR = api.llama_log_callback(_LISTENER)  # a name of the module, because C keeps no reference to it
+api.llama_log_set(_HEAR, None)
 
 
 class LlamaCpp(LlamaPeer):
@@ -29,7 +20,7 @@ class LlamaCpp(LlamaPeer):
     depth 0, because llama.cpp restores no saved sequence into a stream.
     """
 
-    name, package, api, errors = "llama.cpp", "llama-cpp-python", api, _errors
+    name, package, api, listener = "llama.cpp", "llama-cpp-python", api, _LISTENER
 
     def model_parameters(self) -> Any:
         parameters = api.llama_model_default_params()

@@ -20,8 +20,20 @@ STEP_ROWS = 512  # n_ubatch, and the tokens of the block that fills the KV
 BATCH_ROWS = 2048  # n_batch: tokens handed over at a time
 KV_PADDING = 256  # llama.cpp rounds its cells up to this
 
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 MAIN, SPARE = 0, 1  # sequences of the context of one sequence; SPARE takes a block before it is moved
 ALL = -1  # positions, to either end
+
+
+class Listener:
+    """Keeps the errors of a library, which tells hundreds of lines while loading."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def __call__(self, level: int, text: bytes, data: object) -> None:
+        if level == _ERROR and text.strip():
+            self.errors.append(text.decode(errors="replace").strip())
 
 
 class LlamaPeer(ABC):
@@ -30,16 +42,17 @@ class LlamaPeer(ABC):
     name: str
     package: str  # that brings it
     api: Any  # the module with the C interface
-    errors: list[str]  # what the library said last
+    listener: Listener  # of what the library says
     state_flags: tuple[int, ...] = ()  # further arguments of saving and restoring a sequence
+    amx: tuple[str, ...] = ("AMX_INT8",)  # what it says of itself where it has tiles
 
     def __init__(self, path: Path, threads: int, tests: Sequence[Test]) -> None:
         """Raises WeightsError or CapacityError when the peer refuses the file or the sizes."""
-        self.errors.clear()
+        self.listener.errors.clear()
         self.api.llama_backend_init()
         self._model = self.api.llama_model_load_from_file(str(path).encode(), self.model_parameters())
         if not self._model:
-            reason = self.errors[0] if self.errors else "it does not say why"
+            reason = next(iter(self.listener.errors), "it does not say why")
             raise WeightsError(f"{path}: {self.name} cannot load it: {reason}")
         self.vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._model))
         alone = [test for test in tests if test.batch == 1] or [Test(0, 1, 0, 1)]
@@ -59,7 +72,7 @@ class LlamaPeer(ABC):
         """What a native build for this machine would use and this one does not; isa: ours here."""
         wanted = {"avx2": ["AVX2", "FMA"], "avx512": ["AVX512"]}
         wanted["avx512_bf16"] = ["AVX512", "AVX512_VNNI", "AVX512_BF16"]
-        wanted["amx"] = [*wanted["avx512_bf16"], "AMX_INT8"]
+        wanted["amx"] = [*wanted["avx512_bf16"], *cls.amx]
         info = cls.api.llama_print_system_info().decode()
         return [name for name in wanted.get(isa, []) if f"{name} = 1" not in info]
 

@@ -15,8 +15,9 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from comparison import Progress
 from gguf import GGMLQuantizationType as Type
-from gguf_file import F32, Outline, Progress, write_whole
+from gguf_file import F32, Outline, write_whole
 from synthetic_checkpoint import EXPONENTS, STD
 
 POOL = 1 << 16  # random blocks of each type that pieces are cut out of
@@ -90,7 +91,6 @@ class RandomBlocks:
 _FACTORS: dict[Type, dict[int, float]] = {
     Type.Q8_0: {0: 74},
     Type.Q5_0: {0: 9.2},
-    Type.Q4_0: {0: 4.6},
     Type.Q4_K: {0: 258, 2: 258 / 7.5},
     Type.Q6_K: {208: 1370},
 }

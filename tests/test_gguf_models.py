@@ -16,7 +16,6 @@ from dequantised import write_dequantised
 from gguf_rig import ARCHITECTURES, Blocks, gguf_metadata, gguf_name, gguf_tensors, split_gguf, write_gguf, write_model
 from safetensors.numpy import load_file
 
-from hybrid import LLM
 from hybrid.errors import ConfigError, WeightsError
 from hybrid.files.gguf import is_gguf
 from hybrid.files.gguf_types import TYPES_BY_NAME
@@ -263,34 +262,6 @@ def test_projections_of_a_layer_keep_their_types(tmp_path: Path, family: str) ->
         np.testing.assert_array_equal(found[name], values(tensor.type, rows).reshape(tensor.shape), name)
 
 
-def test_matrices_of_heads_keep_their_types(tmp_path: Path) -> None:
-    """Newer files have them as they are multiplied, and so they are packed, and multiplied."""
-    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256}
-    sizes |= {"kv_lora_rank": 256, "qk_nope_head_dim": 96, "v_head_dim": 64, "tie_word_embeddings": False}
-    config = model("deepseek_v3")[0] | sizes
-    types = {"attn_q_a": "Q4_K", "attn_kv_a_mqa": "Q4_K", "attn_q_b": "Q4_K", "attn_output": "Q4_K"}
-    types |= {"attn_k_b": "Q5_0", "attn_v_b": "Q4_K"}
-    plain = gguf_tensors(config, random_tensors(config))
-    blocks = {name: in_blocks(name, array, types.get(name.split(".")[-2])) for name, array in plain.items()}
-    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), blocks)
-    pack(open_checkpoint(path), tmp_path / "store")
-    with Store.open(tmp_path / "store", check=True) as store:
-        assert store.mix.of_layer(0).attention == "q4_k/q4_k/q4_k/q4_k/q5_0/q4_k"
-        dequantised = write_dequantised(tmp_path / "plain", store)
-    kv = load_file(dequantised / "model.safetensors")["model.layers.0.self_attn.kv_b_proj.weight"]
-    keys, of_values = np.split(kv.reshape(4, 96 + 64, 256), [96], axis=1)
-    for name, found in (("attn_k_b", keys.swapaxes(1, 2)), ("attn_v_b", of_values)):
-        tensor = blocks[f"blk.0.{name}.weight"]
-        assert isinstance(tensor, Blocks)
-        rows = np.frombuffer(tensor.data, np.uint8).reshape(int(np.prod(tensor.shape[:-1])), -1)
-        np.testing.assert_array_equal(found, values(tensor.type, rows).reshape(tensor.shape))
-    tokens = [5, 17, 40, 3, 99]
-    with LLM(tmp_path / "store", threads=1) as llm, LLM(dequantised, cache_dir=tmp_path, threads=1) as exact:
-        expected, other = exact.logits(tokens), exact.logits(tokens[::-1])
-        error = np.linalg.norm(llm.logits(tokens) - expected) / np.linalg.norm(expected)
-    assert error < 0.05 < 0.3 < np.linalg.norm(other - expected) / np.linalg.norm(expected)
-
-
 def test_what_no_format_holds_is_opened_and_told(tmp_path: Path) -> None:
     config, _ = model("llama")
     config |= {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "intermediate_size": 512}
@@ -527,15 +498,6 @@ def test_experts_without_rows_cannot_be(tmp_path: Path) -> None:
         open_checkpoint(path).check()
 
 
-def test_values_of_latents_in_a_tensor_of_their_own_must_be_of_a_type_that_is_read(tmp_path: Path) -> None:
-    config, tensors = model("deepseek_v3")
-    plain, name = gguf_tensors(config, tensors), "blk.0.attn_v_b.weight"
-    found = {**plain, name: plain[name].astype(np.int32)}
-    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), found)
-    with pytest.raises(WeightsError, match=f"tensor {name} has type I32, which is not read"):
-        open_checkpoint(path).check()
-
-
 def test_stores_are_found_by_content(tmp_path: Path) -> None:
     config, tensors = model("llama")
     path = write_model(tmp_path / "a.gguf", config, tensors)
@@ -544,36 +506,6 @@ def test_stores_are_found_by_content(tmp_path: Path) -> None:
     assert found == source_fingerprint(path) != source_fingerprint(other)
     assert is_gguf(path) and not is_gguf(tmp_path)
     assert json.dumps(describe_checkpoint(path)[0])
-
-
-def test_keys_and_values_of_latents_in_one_tensor(tmp_path: Path) -> None:
-    """As older files have them."""
-    config, tensors = model("deepseek_v3")
-    plain = gguf_tensors(config, tensors)
-    older = {name: array for name, array in plain.items() if name.split(".")[-2] not in ("attn_k_b", "attn_v_b")}
-    for layer in range(config["num_hidden_layers"]):
-        older[f"blk.{layer}.attn_kv_b.weight"] = tensors[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
-    lengths = {
-        "key_length": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-        "value_length": config["v_head_dim"],
-    }
-    metadata = {name: item for name, item in gguf_metadata(config).items() if not name.endswith("_mla")}
-    metadata |= {f"deepseek2.attention.{name}": length for name, length in lengths.items()}
-    one = packed(write_gguf(tmp_path / "one.gguf", gguf_metadata(config), plain))
-    with one, packed(write_gguf(tmp_path / "other.gguf", metadata, older)) as other:
-        assert same_stores(one, other)
-
-
-def test_glm_4_7_flash_is_deepseek_v3_in_a_file(tmp_path: Path) -> None:
-    """With a layer that predicts further tokens behind the others, and without a word for its sigmoids."""
-    config, tensors = model("glm4_moe_lite")
-    said = {**gguf_metadata({**config, "model_type": "deepseek_v3"}), "deepseek2.block_count": 4}
-    del said["deepseek2.expert_gating_func"]
-    found = gguf_tensors(config, tensors)
-    more = {"blk.3.nextn.eh_proj.weight": np.zeros((96, 192), np.float32)}
-    file = write_gguf(tmp_path / "model.gguf", {**said, "deepseek2.nextn_predict_layers": 1}, found | more)
-    assert open_checkpoint(file).spec.model_type == "deepseek_v3"
-    assert same_stores(packed(file), packed_checkpoint(write_tensors(tmp_path / "hf", config, tensors)))
 
 
 def test_a_laguna_file_may_tell_of_windows_in_turn_and_of_gates_for_each_value(tmp_path: Path) -> None:

@@ -356,6 +356,11 @@ def test_an_address_fits_what_it_points_to(op, field, offset, multiple) -> None:
         ("see", {"selects": 7}, "scores, q and selects are all there or none is"),
         ("attention", {"counts": PLACE}, "selected is null, and counts are not"),
         ("attention", {"score_cap": -1.0}, "score_cap is below 0; it must be above, or 0 for no bounds"),
+        (
+            "attention",
+            {"selected": PLACE, "selects": 1, "counts": PLACE, "fresh": PLACE, "kept": 1, "score_cap": 1.0},
+            "score_cap is not 0 beside fresh",
+        ),
         ("attention", {"head_dim": 65}, "the width of a value 65 is above kv.value_dim 64"),
         ("qkv", {"value_head_dim": 65}, "the width of a value 65 is above kv.value_dim 64"),
         ("qkv", {"value_head_dim": 32, "qkv_stride": 447}, "qkv_stride is 447; what it steps over has 448"),

@@ -18,8 +18,9 @@ class FormatMix:
 
     dense: feed-forwards without a router. attention: its projections. The embedding is always bf16; router, norms and
     biases are fp32. Of experts, shared and dense a name such as "q4_k/q6_k" is that of gate and up, and that of down;
-    of attention it names each projection in the order of a step, and may name matrices of heads behind them. layers:
-    the mix of every layer, where they differ; the other fields are then what most of them have.
+    of attention it names each projection in the order of a step. per_head: of the matrices of latent heads, those of
+    keys and those of values, where a checkpoint has them as they are multiplied; else empty, and they follow from
+    attention. layers: the mix of every layer, where they differ; the other fields are then what most of them have.
     """
 
     experts: str
@@ -27,12 +28,13 @@ class FormatMix:
     dense: str
     attention: str
     head: str
+    per_head: str = field(default="", kw_only=True)
     layers: tuple[FormatMix, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        for part, name in self.parts().items():
+        for part, name in self._named().items():
             names = [name] if part == "head" else name.split("/")
-            if part in GATED:
+            if part in (*GATED, PER_HEAD):
                 matrix_formats(name)
             if any(format not in FORMATS for format in names):
                 raise ConfigError(f"format {name!r} of {part} is unknown; allowed: {', '.join(FORMATS)}")
@@ -55,12 +57,20 @@ class FormatMix:
         """The format of each part, in most layers."""
         return {part: getattr(self, part) for part in PARTS}
 
+    def _named(self) -> dict[str, str]:
+        """All that has a format of its own."""
+        return self.parts() | ({PER_HEAD: self.per_head} if self.per_head else {})
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `layers` is there only if they differ."""
-        return self.parts() | ({"layers": [mix.parts() for mix in self.layers]} if self.layers else {})
+        """For JSON; `per_head` and `layers` are there only if they say something."""
+        return self._named() | ({"layers": [mix._named() for mix in self.layers]} if self.layers else {})
 
     def with_parts(self, formats: Mapping[str, Any]) -> FormatMix:
-        """A copy with other formats of some parts, in every layer."""
+        """A copy with other formats of some parts, in every layer. With another attention `per_head` is empty unless it
+        is given too.
+        """
+        if "attention" in formats:
+            formats = {PER_HEAD: "", **formats}
         changed = replace(self, **formats, layers=())
         return self.of_layers([replace(mix, **formats) for mix in self.layers]) if self.layers else changed
 
@@ -71,6 +81,7 @@ class FormatMix:
         parts = self.parts()
         rest = Counter(parts.values()).most_common(1)[0][0]
         apart = [f"{part} {name}" for part, name in parts.items() if name != rest]
+        apart += [f"matrices of heads {self.per_head}"] if self.per_head else []
         usual = ", ".join([*apart, f"rest {rest}"]) if apart else rest
         return "; ".join([usual, *(f"layers {layers}: {mix}" for mix, layers in self._others().items())])
 
@@ -92,6 +103,7 @@ def _run_text(run: list[int]) -> str:
 
 
 GATED = ("experts", "shared", "dense")
+PER_HEAD = "per_head"
 PARTS = (*GATED, "attention", "head")
 
 

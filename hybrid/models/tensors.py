@@ -163,7 +163,7 @@ class Shard:
     def per_head(
         self, name: str, part: str, origin: PerHead, format: str, n: int, k: int, position: int
     ) -> StoreTensor:
-        """A matrix [n, k] of each head, one behind the other."""
+        """A matrix [n, k] of each head, one behind the other. position: among the formats of such matrices."""
         (run,) = matrix_runs(n, k)
         runs = (Run(run.inputs, origin.heads * run.count),)
         shape = (run_bytes(format, runs),)

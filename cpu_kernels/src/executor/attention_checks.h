@@ -89,6 +89,7 @@ inline void check_entry(const KvLayout& kv, const std::string& place) {
 inline void check_kept(const AttentionArgs& a, const std::string& place) {
   require(!a.fresh || (a.kept && a.counts), place + "fresh is not null, and kept is 0 or counts are null");
   if (!a.fresh) return;
+  require(a.score_cap == 0, place + "score_cap is not 0 beside fresh: scores of kept tokens have no bounds");
   check_entry(a.kv, place);
   const int64_t keys = a.kept * a.kv.entry_bytes;
   require_stride(place, "kv.sequence_stride", a.kv.sequence_stride, keys);

@@ -105,28 +105,16 @@ class LatentAttention(LatentShape):
         of_head = self.nope_dim + self.value_dim
         keys = PerHead(names.kv_up, self.heads, of_head, 0, self.nope_dim, turned=True, whole=names.keys)
         values = PerHead(names.kv_up, self.heads, of_head, self.nope_dim, self.value_dim, whole=names.values)
-        count = self._projections
-        yield shard.per_head("attention.keys", PART, keys, formats.keys, self.rank, self.nope_dim, count)
-        yield shard.per_head("attention.values", PART, values, formats.values, self.value_dim, self.rank, count + 1)
-        last = (count - 1,)
+        yield shard.per_head("attention.keys", PART, keys, formats.keys, self.rank, self.nope_dim, 0)
+        yield shard.per_head("attention.values", PART, values, formats.values, self.value_dim, self.rank, 1)
+        last = (3 if self.q_rank else 2,)
         yield shard.matrix("attention.out", PART, Stacked((names.out,)), formats.out, hidden, self.width, last)
         if self.bias:
             yield shard.bias("attention.out_bias", PART, (names.out,), hidden)
 
-    @property
-    def _projections(self) -> int:
-        """Matrices that are none of heads."""
-        return 4 if self.q_rank else 3
-
     def _formats(self, mix: FormatMix) -> LatentFormats:
-        """Of a mix that names every matrix, and behind them those of heads or not."""
-        count, names = self._projections, mix.attention.split("/")
-        if len(names) == count + 2:
-            *names, keys, values = names
-        else:
-            keys = values = per_head_format(mix.attention)
-            names = list(matrix_formats(mix.attention, count))
-        q_low, kv_low, *up, out = names
+        q_low, kv_low, *up, out = matrix_formats(mix.attention, 4 if self.q_rank else 3)
+        keys, values = matrix_formats(mix.per_head or per_head_format(mix.attention))
         return LatentFormats((q_low, kv_low), up[0] if up else "", out, keys, values)
 
     def _low(self, place: Place) -> list[Joined]:
@@ -334,8 +322,8 @@ class LatentAttention(LatentShape):
 
 
 def per_head_format(format: str) -> str:
-    """The format of the matrices of heads where none is named for them, in a model all of whose attention has this one:
-    bf16 where the matrix as published cannot be taken apart and turned without being quantised again. They are bf16
-    beside several formats.
+    """The format of the matrices of heads where a mix names none, in a model all of whose attention has this one: bf16
+    where the matrix as published cannot be taken apart and turned without being quantised again. They are bf16 beside
+    several formats.
     """
     return format if format in PER_HEAD_FORMATS else "bf16"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid.formats import FORMATS
 from hybrid.formats.block import BLOCK
-from hybrid.formats.mix import MIXES, PARTS, FormatMix
+from hybrid.formats.mix import MIXES, PARTS, PER_HEAD, FormatMix
 from hybrid.formats.packed import matrix_formats
 from hybrid.models.layers.latent import per_head_format
 from hybrid.models.spec import ModelSpec
@@ -45,14 +45,17 @@ def exact_mix(spec: ModelSpec, kinds: Kinds, absent: FormatMix | None = None) ->
     found: dict[Part, dict[int, set[Kind]]] = {}
     for tensor in spec.store_tensors(_APART):
         if tensor.part in PARTS and tensor.format is not None:
-            of_part = found.setdefault((layer_of(tensor), tensor.part), {})
+            part = PER_HEAD if isinstance(tensor.origin, PerHead) else tensor.part
+            of_part = found.setdefault((layer_of(tensor), part), {})
             for position, own in _by_position(tensor, kinds):
                 of_part.setdefault(position, set()).update(own)
     formats = {
         key: {position: exact_format(own) for position, own in of_part.items()}
         for key, of_part in found.items()
-        if any(of_part.values())
+        if all(of_part.values())
     }
+    if all(name == "bf16" for (_, part), names in formats.items() if part == PER_HEAD for name in names.values()):
+        formats = {key: names for key, names in formats.items() if key[1] != PER_HEAD}  # as without a name
     return mix_of_matrices(spec, formats, absent)
 
 
@@ -61,31 +64,23 @@ def mix_of_matrices(
 ) -> FormatMix:
     """The mix in which the matrices of parts have these formats, by their positions. absent: see `exact_mix`.
 
-    Matrices of heads that are taken apart and turned have none here, and are bf16: in other formats they would be
-    quantised again. Where all of them are bf16, they are not named.
+    PER_HEAD is a part here. In layers without it matrices of heads, which are taken apart and turned, are bf16: in
+    other formats they would be quantised again.
     """
-    of_heads: dict[Part, set[int]] = {}
-    for tensor in spec.store_tensors(_APART):
-        if isinstance(tensor.origin, PerHead):
-            of_heads.setdefault((layer_of(tensor), tensor.part), set()).update(tensor.positions)
-    named = {key: _joined(by_position, of_heads.get(key, set())) for key, by_position in formats.items()}
+    origins = ((layer_of(tensor), tensor.part, tensor.origin) for tensor in spec.store_tensors(_APART))
+    apart = {(layer, part) for layer, part, origin in origins if isinstance(origin, PerHead)}
+    apart = {(layer, part) for layer, part in apart if (layer, PER_HEAD) not in formats}
+    named = {}
+    for key, by_position in formats.items():
+        names = [by_position[position] for position in sorted(by_position)]
+        one = len(set(names)) == 1 and (key not in apart or per_head_format(names[0]) == "bf16")
+        named[key] = names[0] if one else "/".join(names)
     return _mix_of_parts(spec, named, absent)
-
-
-def _joined(by_position: Mapping[int, str], of_heads: Set[int]) -> str:
-    """One name for all matrices, if that says the same of the matrices of heads, or one for each."""
-    if all(by_position.get(position, "bf16") == "bf16" for position in of_heads):
-        by_position = {position: name for position, name in by_position.items() if position not in of_heads}
-    names = [by_position[position] for position in sorted(by_position)]
-    left_bf16 = not of_heads & by_position.keys() and per_head_format(names[0]) == "bf16"
-    return names[0] if len(set(names)) == 1 and (left_bf16 or not of_heads) else "/".join(names)
 
 
 def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[Kind]]]:
     """The kinds of what a matrix is made of, by the format of its part that each has."""
     own = matrix_kinds(tensor, kinds)
-    if isinstance(tensor.origin, PerHead) and not own[0]:
-        return  # they are made of another matrix, and have a format of none
     if len(tensor.positions) == 1:
         yield from enumerate(own, tensor.positions[0])
         return
@@ -97,13 +92,12 @@ def _by_position(tensor: StoreTensor, kinds: Kinds) -> Iterator[tuple[int, set[K
 
 def _mix_of_parts(spec: ModelSpec, named: Mapping[Part, str], absent: FormatMix | None) -> FormatMix:
     """The mix in which the parts of layers have these formats."""
-    usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in PARTS}
+    parts = (*PARTS, PER_HEAD)
+    usual = {part: _most_common(name for (_, its), name in named.items() if its == part) for part in parts}
     rest = absent or FormatMix.uniform(_most_common(usual["attention"].split("/")) or "bf16")
     plain = rest.with_parts({part: name for part, name in usual.items() if name})
-    layers = range(len(spec.layers))
-    return FormatMix.of_layers(
-        [plain.with_parts({part: named[layer, part] for part in PARTS if (layer, part) in named}) for layer in layers]
-    )
+    own = [{part: named[layer, part] for part in parts if (layer, part) in named} for layer in range(len(spec.layers))]
+    return FormatMix.of_layers([plain.with_parts({PER_HEAD: plain.per_head} | formats) for formats in own])
 
 
 def opened(spec: ModelSpec, kinds: Kinds, mix: FormatMix) -> dict[str, list[str]]:

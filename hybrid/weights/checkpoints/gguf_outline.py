@@ -18,7 +18,7 @@ from hybrid.weights.checkpoints.gguf_fields import layer_count
 from hybrid.weights.checkpoints.gguf_files import Gguf, headers_of
 from hybrid.weights.checkpoints.gguf_metadata import GgufMetadata
 from hybrid.weights.checkpoints.gguf_mix import gguf_mix
-from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, DELTAS, FINAL_NORMS, INDEXER, LATENT
+from hybrid.weights.checkpoints.gguf_names import ATTENTION, DELTA, DELTAS, FINAL_NORMS, INDEXER, LATENT, kv_parts
 from hybrid.weights.shard import Entry
 
 _TOKENS, _INTERVAL, _EVERY = "tokenizer.ggml.tokens", "full_attention_interval", 4
@@ -110,14 +110,19 @@ def _layer_stand_ins(spec: ModelSpec, entries: Mapping[str, Entry]) -> dict[str,
     """For every tensor that the spec needs and no file has, one of the same role and shape in another layer; for rows
     like norms and biases, which files have in F32, none is needed.
     """
-    roles: dict[tuple[str, tuple[int, ...]], Entry] = {}
+    roles: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, entry in entries.items():
-        roles.setdefault((_role(name), entry.shape), entry)
+        roles.setdefault((_role(name), entry.shape), name)
     found = {}
     for name, shape in spec.checkpoint_shapes("apart"):
-        like = Entry(Path(), "F32", shape, 0, 0) if len(shape) == 1 else roles.get((_role(name), shape))
-        if name not in entries and like:
-            found[name] = like
+        other = roles.get((_role(name), shape))
+        if name in entries:
+            continue
+        if len(shape) == 1:
+            found[name] = Entry(Path(), "F32", shape, 0, 0)
+        elif other:
+            pairs = zip((name, *kv_parts(name)), (other, *kv_parts(other)), strict=True)
+            found |= {own: entries[like] for own, like in pairs if own not in entries and like in entries}
     return found
 
 
