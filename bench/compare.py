@@ -70,6 +70,7 @@ PACKAGES = {  # modules that a peer needs, and how to get them
 }
 _ALLOWED_THERE = f"allowed there: {', '.join(READERS)}"
 DEFAULT_LAYERS = 8
+MOE_ROWS = (1, 8, 512, 4096)  # of a step
 BUSY = 0.5  # processors; more is worth a note
 FAULTS = 1000  # pages read from disk while measuring that are worth a note: 4 MB
 HERE = Path(__file__).parent
@@ -206,6 +207,12 @@ class Report:
             f"here, F16 in {peer}; the machine reads {own['read_gbps']} GB/s and multiplies "
             f"{', '.join(f'{rate} G/s ({kind})' for kind, rate in own['peak_gflops'].items())}"
         )
+
+    def add_process(self, name: str, facts: dict[str, Any]) -> None:
+        """What a process of its own, that measured a format, says of the machine."""
+        own = {key: facts.pop(key) for key in list(facts) if key in _OF_A_FORMAT}
+        self.machine = facts | self.machine
+        self.machine["formats"].setdefault(name, own | {"layers": 1})
 
     def note(self, text: str) -> None:
         """A line above the table, that is told at once as well."""
@@ -344,18 +351,17 @@ def against_transformers(settings: Settings, report: Report, path: Path, duels: 
 
 
 def against_kt_kernel(settings: Settings, report: Report, path: Path) -> None:
-    """One MoE layer in bf16, without norm and router: rows a second."""
+    """One MoE layer, without norm and router: rows a second."""
     path = first_layers(path, 1, settings.work_dir)
-    threads = str(settings.threads or 0)
-    said = _peer_process(
-        "kt_kernel_peer.py", str(path), threads, str(settings.repetitions), str(settings.work_dir), "1", "8", "512"
-    )
-    for entry in said["rows"]:
-        place = ("moe", "bf16", 0, entry["rows"])
-        report.results.append(row(place, entry["ours"], "kt-kernel BF16", entry["theirs"], entry["limit_share"]))
-    report.machine["peers"]["kt-kernel"] = said["version"]
-    report.machine = said["machine"] | report.machine
-    report.note(f"moe: one MoE layer, rows a second, in turn with {said['version']}")
+    shared = str(path), str(settings.threads or 0), str(settings.repetitions), str(settings.work_dir)
+    for name in settings.formats:
+        said = _peer_process("kt_kernel_peer.py", *shared, name, *map(str, MOE_ROWS))
+        for entry in said["rows"]:
+            place, peer = ("moe", name, 0, entry["rows"]), f"kt-kernel {name.upper()}"
+            report.results.append(row(place, entry["ours"], peer, entry["theirs"], entry["limit_share"]))
+        report.machine["peers"]["kt-kernel"] = said["version"]
+        report.add_process(name, said["machine"])
+    report.note(f"moe: one MoE layer, rows a second, in turn with {report.machine['peers']['kt-kernel']}")
 
 
 def _peer_process(script: str, *arguments: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Times one MoE layer of ours beside kt-kernel's, in turn in one process; compare.py reads its line of JSON.
 
-Both get the same weights in bf16, the same rows, and the same experts and weights for every row: norm, router and the
-choice of experts are left out, what remains is the sorting by expert, gate, up, activation, down and the weighted sum.
-The first call of each is compared with the other's before anything is timed.
+Both get the same weights in bf16, which each quantises as it does where the format is int8 or int4, the same rows, and
+the same experts and weights for every row: norm, router and the choice of experts are left out, what remains is the
+sorting by expert, gate, up, activation, down and the weighted sum. The first call of each is compared with the other's
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ from hybrid.config import EngineConfig
 from hybrid.core import Batch
 from hybrid.engine.engine import Engine
 from hybrid.errors import KernelError
+from hybrid.formats.block import round_up
 from hybrid.machine.rates import MachineProbe
 from hybrid.models.layers.base import Cost
+from hybrid.models.layers.products import NORMED, expert_cost, quantise
 from hybrid.plan.resolve import plan_model
 from hybrid.weights.checkpoints.huggingface import Checkpoint
 from hybrid.weights.pack import cached_store
 
-MOE_OPS = ("group", "gate_up", "down")
+MOE_OPS = ("group", "gate_up", "quantise", "down")
+M_STEP = 32  # kt-kernel has room for whole tiles of rows alone
 REST_SECONDS = 0.1  # until kt-kernel's threads have stopped spinning
-TOLERANCE = 0.02  # of the norm: both round activations and sums to bf16
+KINDS = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE", "int4": "AMXInt4_MOE"}  # with AVX-512 where tiles are missing
+# Of the norm: both round activations and sums to bf16 or 8 bits. int4 has a scale for a whole row there.
+TOLERANCES = {"bf16": 0.02, "int8": 0.04, "int4": 0.4}
 
 
 class Layer:
@@ -53,28 +59,36 @@ class Layer:
         weights = random.random(self.ids.shape, np.float32)
         self.weights = weights / weights.sum(-1, keepdims=True)
 
-    def cost(self) -> Cost:
-        """Of all calls: the experts that are touched, each once a call, and every product."""
-        expert = 3 * self.hidden * self.intermediate
+    def cost(self, format: str) -> Cost:
+        """Of all calls, packed as ours: the experts that are touched, each once a call, and every product."""
         active = sum(len(np.unique(ids)) for ids in self.ids)
-        return Cost(2.0 * active * expert, 2.0 * self.ids.size * expert)
+        return expert_cost(format, self.hidden, self.intermediate, active, self.ids.size)
 
 
 class OurLayer:
     """An engine whose step is nothing but the MoE ops of layer 0."""
 
-    def __init__(self, path: Path, threads: int | None, cache_dir: Path, rows: int) -> None:
+    def __init__(self, path: Path, threads: int | None, cache_dir: Path, rows: int, format: str) -> None:
         config = EngineConfig(
-            model_path=path, device="cpu", weight_format="bf16", threads=threads, cache_dir=cache_dir,
+            model_path=path, device="cpu", weight_format=format, threads=threads, cache_dir=cache_dir,
             max_seq_len=rows, max_batch=1, chunk_size=rows,
         )  # fmt: skip
         plan = plan_model(config)
-        self._ops = {op.kind: op for op in plan.ops if op.layer == 0 and op.kind in MOE_OPS}
-        store = cached_store(path, cache_dir, "bf16")
-        self.engine = Engine(store, replace(plan, ops=tuple(self._ops.values())))
+        ops = [op for op in plan.ops if op.layer == 0]
+        spare = next(op.arguments["output"] for op in ops if op.kind == "attention")
+        moe = [op for op in ops if op.kind in MOE_OPS and op.part != "attention"]
+        self._ops = {op.kind: op for op in moe}
+        first = self._ops["gate_up"].arguments
+        made = [  # of the rows in bf16, as the norm would
+            replace(op, layer=0, arguments=op.arguments | {"input": spare})
+            for op in quantise("moe", NORMED, first["inputs"], format)
+        ]
+        self._input = spare if made else first["input"]
+        store = cached_store(path, cache_dir, format)
+        self.engine = Engine(store, replace(plan, ops=(*made, *moe)))
 
     def load(self, layer: Layer) -> None:
-        self._write("gate_up", "input", layer.input)
+        ctypes.memmove(self.engine.addresses.buffer(self._input.name), layer.input.ctypes.data, layer.input.nbytes)
         self._zero_output(layer)
 
     def run(self, layer: Layer, call: int) -> None:
@@ -101,9 +115,9 @@ class OurLayer:
 
 
 class TheirLayer:
-    """kt-kernel's bf16 layer, over its lowest interface, as its own wrapper calls it."""
+    """kt-kernel's layer, over its lowest interface, as its own wrappers call it."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int, rows: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int, rows: int, format: str) -> None:
         pool = kt_kernel_ext.WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
         self._cpu = kt_kernel_ext.CPUInfer(pool)
@@ -113,15 +127,17 @@ class TheirLayer:
         config = kt_kernel_ext.moe.MOEConfig(
             ffn.experts, ffn.router.top_k, hidden, ffn.intermediate, self._on_gpu.data_ptr()
         )
-        config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, rows
+        config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, round_up(rows, M_STEP)
         origin = ffn.origin(checkpoint.spec.place(0, checkpoint.native))
-        matrices = [[m.floats(0, m.count) for m in checkpoint.gated(origin, e)] for e in range(ffn.experts)]
-        for index, name in enumerate(("gate_projs", "up_projs", "down_projs")):
-            setattr(config, name, [[expert[index].ctypes.data for expert in matrices]])
-        for name in ("gate_scales", "up_scales", "down_scales"):
-            setattr(config, name, [[0] * ffn.experts])
-        kind = getattr(kt_kernel_ext.moe, "AMXBF16_MOE", None) or kt_kernel_ext.moe.AVX2BF16_MOE
-        self._moe = kind(config)
+        experts = [[m.floats(0, m.count) for m in checkpoint.gated(origin, e)] for e in range(ffn.experts)]
+        matrices = [np.stack(one) for one in zip(*experts, strict=True)]
+        for name, matrix in zip(("gate", "up", "down"), matrices, strict=True):
+            if format == "bf16":
+                setattr(config, f"{name}_projs", [[expert.ctypes.data for expert in matrix]])
+                setattr(config, f"{name}_scales", [[0] * ffn.experts])
+            else:
+                setattr(config, f"{name}_proj", matrix.ctypes.data)
+        self._moe = kind_of(format)(config)
         order = torch.arange(ffn.experts)
         self._finish(self._moe.load_weights_task(order.data_ptr()))
 
@@ -146,31 +162,43 @@ class TheirLayer:
         self._cpu.sync()
 
 
+def kind_of(format: str) -> Any:
+    """Its class for a format. Raises KernelError where the build for this processor has none."""
+    kind = getattr(kt_kernel_ext.moe, KINDS[format], None)
+    if kind is None and format == "bf16":
+        kind = kt_kernel_ext.moe.AVX2BF16_MOE
+    if kind is None:
+        raise KernelError(f"kt-kernel has no {format} for this processor; take --formats bf16")
+    return kind
+
+
 def main(arguments: list[str]) -> None:
-    """Arguments: checkpoint, threads (0: the cores), repetitions, folder of stores, and row counts."""
-    path, threads, repetitions, work_dir, *counts = arguments
+    """Arguments: checkpoint, threads (0: the cores), repetitions, folder of stores, format, and row counts."""
+    path, threads, repetitions, work_dir, format, *counts = arguments
     rows = [int(count) for count in counts]
-    ours = OurLayer(Path(path), int(threads) or None, Path(work_dir), max(rows))
-    theirs = TheirLayer(Checkpoint.open(Path(path)), ours.engine.plan.threads, max(rows))
+    ours = OurLayer(Path(path), int(threads) or None, Path(work_dir), max(rows), format)
+    theirs = TheirLayer(Checkpoint.open(Path(path)), ours.engine.plan.threads, max(rows), format)
     probe = probe_of(ours.engine)
-    said: dict[str, Any] = {"rows": [compare(ours, theirs, probe, count, int(repetitions)) for count in rows]}
+    said: dict[str, Any] = {"rows": [compare(ours, theirs, probe, count, int(repetitions), format) for count in rows]}
     said |= {"version": f"kt-kernel {version('kt-kernel')}", "machine": bench.describe_machine(ours.engine, probe)}
     print(json.dumps(said))
 
 
-def compare(ours: OurLayer, theirs: TheirLayer, probe: MachineProbe, rows: int, repetitions: int) -> dict[str, Any]:
+def compare(
+    ours: OurLayer, theirs: TheirLayer, probe: MachineProbe, rows: int, repetitions: int, format: str
+) -> dict[str, Any]:
     """Rows a second of both, medians, and our share of the machine's limit."""
     layer = Layer(ours.engine.spec, rows)
     ours.load(layer)
     theirs.load(layer)
-    _check_equal(ours, theirs, layer)
+    _check_equal(ours, theirs, layer, TOLERANCES[format])
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "shares": []}
     for _ in range(repetitions):
         ours.run(layer, 0)
         probe.measure()
         seconds["ours"].append(_timed(ours, layer))
         probe.measure()
-        seconds["shares"].append(probe.seconds(layer.cost()) / seconds["ours"][-1])
+        seconds["shares"].append(probe.seconds(layer.cost(format)) / seconds["ours"][-1])
         theirs.run(layer, 0)
         seconds["theirs"].append(_timed(theirs, layer))
         time.sleep(REST_SECONDS)
@@ -178,12 +206,12 @@ def compare(ours: OurLayer, theirs: TheirLayer, probe: MachineProbe, rows: int, 
     return speeds | {"rows": rows, "limit_share": statistics.median(seconds["shares"])}
 
 
-def _check_equal(ours: OurLayer, theirs: TheirLayer, layer: Layer) -> None:
+def _check_equal(ours: OurLayer, theirs: TheirLayer, layer: Layer, tolerance: float) -> None:
     ours.run(layer, 0)
     theirs.run(layer, 0)
     a, b = ours.output(layer), theirs.output()
     error = np.linalg.norm(a - b) / np.linalg.norm(b)
-    if not error < TOLERANCE:
+    if not error < tolerance:
         raise KernelError(f"the two layers differ by {error:.1%} of the norm at {layer.rows} rows, so neither is timed")
 
 
